@@ -1,0 +1,312 @@
+"""The settings of every stage: frozen dataclasses, validated where they are made.
+
+A stage's YAML file and the command line fill these in (see `settings.py`); the docstrings are the text of `--help`.
+"""
+
+import dataclasses
+from typing import Literal
+
+from minimind_jax.model.config import PRESETS, ComputeConfig, ModelConfig, RopeScaling
+
+
+def _at_least(owner, minimum, *names):
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and value < minimum:
+            raise ValueError(f"{name} is {value}; it must be at least {minimum}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """A preset and what differs from it.
+
+    preset: one of minimind-3, minimind-3-moe, minimind2-small, minimind2, qwen3-0.6b.
+    The other fields override the preset; their meaning is that of `ModelConfig`.
+    """
+
+    preset: str = "minimind-3"
+    vocab_size: int | None = None
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int | None = None
+    rope_theta: float | None = None
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float | None = None
+    tie_word_embeddings: bool | None = None
+    initializer_range: float | None = None
+    dropout: float | None = None
+    num_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    moe_intermediate_size: int | None = None
+    norm_topk_prob: bool | None = None
+    router_gradient: Literal["straight_through", "none"] | None = None
+    router_aux_loss_coef: float | None = None
+
+    def __post_init__(self):
+        if self.preset not in PRESETS:
+            raise ValueError(f"model.preset {self.preset!r} is unknown; the presets are {', '.join(PRESETS)}")
+        self.resolve()
+
+    def resolve(self, **changes) -> ModelConfig:
+        """The architecture: the preset, then this object's fields that are set, then `changes`."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "preset"}
+        return ModelConfig(**{**PRESETS[self.preset], **{k: v for k, v in own.items() if v is not None}, **changes})
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the records are and how they become rows of tokens.
+
+    train: files, folders or globs (.jsonl, .jsonl.gz, .jsonl.zst, .parquet).
+    val: held-out files; empty takes `val_fraction` of the training records instead.
+    val_fraction: share of the training records held out when `val` is empty; 0 for no validation.
+    seq_len: tokens in a row.
+    packing: `concat` joins documents end to end and drops nothing; `best_fit` puts whole conversations into rows and
+        cuts only at turn boundaries; `pad` is one document a row, cut at seq_len, as MiniMind does.
+    on_error: a broken record stops the run before its first step, or is skipped and counted.
+    shuffle: redraw the order of the documents every epoch.
+    cache_dir: of tokenised data; empty means $MINIMIND_CACHE or ~/.cache/minimind_jax.
+    tokenizer_workers: processes that tokenise; 0 means one for each core.
+    loader_workers: threads that read rows ahead of the training step.
+    system_prompt_probability: chance that a conversation without system prompt and tools gets one (SFT).
+    empty_think_removal: chance that a conversation's empty think blocks are removed (SFT).
+    redraw_each_epoch: draw these two chances anew for every epoch (the data is then tokenised for each).
+    """
+
+    train: tuple[str, ...] = ()
+    val: tuple[str, ...] = ()
+    val_fraction: float = 0.01
+    seq_len: int = 512
+    packing: Literal["concat", "best_fit", "pad"] = "concat"
+    on_error: Literal["stop", "skip"] = "stop"
+    shuffle: bool = True
+    cache_dir: str = ""
+    tokenizer_workers: int = 0
+    loader_workers: int = 1
+    system_prompt_probability: float = 0.2
+    empty_think_removal: float = 0.8
+    redraw_each_epoch: bool = False
+
+    def __post_init__(self):
+        _at_least(self, 4, "seq_len")
+        _at_least(self, 0, "tokenizer_workers", "loader_workers")
+        for name in ("val_fraction", "system_prompt_probability", "empty_think_removal"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"data.{name} is {getattr(self, name)}; it must be between 0 and 1")
+        if self.packing not in ("concat", "best_fit", "pad"):
+            raise ValueError(f"data.packing is {self.packing!r}; it must be concat, best_fit or pad")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """How long, how much at once, and what is watched.
+
+    steps, epochs, tokens: the length of the run; set one (tokens counts trained tokens, approximately).
+    batch_tokens: tokens of one optimizer step over all devices, padding included; a multiple of
+        data.seq_len * accumulation_steps.
+    accumulation_steps: micro-batches of one optimizer step; it changes the memory used and never the result.
+    max_grad_norm: the gradient is scaled down to this global norm; 0 for no clipping.
+    z_loss: weight of logsumexp(logits)^2 in the loss.
+    log_every, eval_every, sample_every: in steps; 0 for never. The last step always evaluates.
+    eval_rows: validation rows used at most; 0 for all.
+    stop_on_nan: stop with the last good checkpoint kept when the loss or the gradient is not finite.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    tokens: int | None = None
+    batch_tokens: int = 16384
+    accumulation_steps: int = 1
+    max_grad_norm: float = 1.0
+    z_loss: float = 0.0
+    log_every: int = 10
+    eval_every: int = 200
+    eval_rows: int = 256
+    sample_every: int = 0
+    stop_on_nan: bool = True
+
+    def __post_init__(self):
+        given = [n for n in ("steps", "epochs", "tokens") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ValueError(f"training.{' and training.'.join(given)} are both set; set one of steps, epochs, tokens")
+        for name in given:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"training.{name} is {getattr(self, name)}; it must be above 0")
+        _at_least(self, 1, "batch_tokens", "accumulation_steps", "log_every")
+        _at_least(self, 0, "eval_every", "eval_rows", "sample_every", "max_grad_norm", "z_loss")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW or Muon, and the learning rate over the run.
+
+    name: `adamw` (torch's defaults), or `muon` for the matrices inside the layers with AdamW for everything else.
+    learning_rate: peak of AdamW's.
+    muon_learning_rate: peak of Muon's (update scaled to RMS 0.2, so AdamW-sized values work); None means learning_rate.
+    b1, b2, eps: AdamW's. momentum: Muon's.
+    weight_decay: decoupled; times the learning rate at each step.
+    decay: `all` parameters as MiniMind does, or `matrices` only (no norms, no embeddings).
+    schedule: `cosine` from the peak to final_fraction (MiniMind: 0.1); `linear` to final_fraction; `wsd` stays at the
+        peak and goes linearly to final_fraction over the last decay_fraction of the run; `constant`.
+    warmup_steps: linear from 0, before the schedule.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 5e-4
+    muon_learning_rate: float | None = None
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    momentum: float = 0.95
+    weight_decay: float = 0.01
+    decay: Literal["all", "matrices"] = "matrices"
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup_steps: int = 0
+    final_fraction: float = 0.1
+    decay_fraction: float = 0.2
+
+    def __post_init__(self):
+        _at_least(self, 0, "learning_rate", "weight_decay", "warmup_steps")
+        for name in ("b1", "b2", "momentum", "final_fraction", "decay_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints for resuming.
+
+    every: steps between two saves; 0 saves only at the end and when the run is stopped.
+    keep: newest checkpoints kept.
+    keep_best: keep the one with the lowest validation loss, too.
+    """
+
+    every: int = 500
+    keep: int = 2
+    keep_best: bool = True
+
+    def __post_init__(self):
+        _at_least(self, 0, "every")
+        _at_least(self, 1, "keep")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; -1 (one axis at most) takes the devices that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    expert: int = 1
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.tensor, self.expert)
+        if sum(s == -1 for s in sizes) > 1 or any(s == 0 or s < -1 for s in sizes):
+            raise ValueError(f"mesh sizes {sizes} must be at least 1, with -1 for at most one of them")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackingConfig:
+    """Where metrics go besides metrics.jsonl.
+
+    loggers: any of tensorboard, wandb, swanlab, trackio.
+    project: name of the project there.
+    """
+
+    loggers: tuple[Literal["tensorboard", "wandb", "swanlab", "trackio"], ...] = ()
+    project: str = "minimind_jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """Text generated during training and at its end.
+
+    prompts: continued in pretraining, answered as a user's message in SFT.
+    max_new_tokens, temperature, top_p: of the generation; temperature 0 is greedy.
+    """
+
+    prompts: tuple[str, ...] = ()
+    max_new_tokens: int = 48
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """Next-token training on plain text, from scratch or from a model.
+
+    run: a name (a folder under runs/) or a path.
+    init_from: a Hugging Face folder, or a run whose model/ is meant; empty trains from scratch.
+    tokenizer: folder with tokenizer.json; empty takes the tokenizer of init_from.
+    seed: of every random draw.
+    resume: `auto` goes on where the run was cut off or starts it, `must` fails if there is nothing to resume,
+        `never` starts anew and refuses a run folder that holds checkpoints.
+    export_dtype: of the tensors in the run's model/ folder.
+    """
+
+    run: str = "pretrain"
+    init_from: str = ""
+    tokenizer: str = ""
+    seed: int = 42
+    resume: Literal["auto", "must", "never"] = "auto"
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
+    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
+    samples: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+
+    def __post_init__(self):
+        rows = self.data.seq_len * self.training.accumulation_steps
+        if self.training.batch_tokens % rows:
+            raise ValueError(
+                f"training.batch_tokens {self.training.batch_tokens} does not divide by data.seq_len x "
+                f"training.accumulation_steps = {rows}; try {max(1, round(self.training.batch_tokens / rows)) * rows}"
+            )
+        if self.resume not in ("auto", "must", "never"):
+            raise ValueError(f"resume is {self.resume!r}; it must be auto, must or never")
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step over all micro-batches and devices."""
+        return self.training.batch_tokens // self.data.seq_len
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig(PretrainConfig):
+    """Supervised fine-tuning on conversations; only the assistant's words are trained. Fields as in pretraining."""
+
+    run: str = "sft"
+    init_from: str = "pretrain"
+    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(packing="best_fit", seq_len=768))
+    training: TrainingConfig = dataclasses.field(default_factory=lambda: TrainingConfig(batch_tokens=12288))
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5))
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Training of a byte-level BPE tokenizer with MiniMind's 36 reserved tokens.
+
+    data: files, folders or globs of pretraining or conversation records.
+    output: the folder that is written.
+    vocab_size: tokens in all, the 36 reserved and 256 bytes included.
+    max_records: records read at most; 0 for all.
+    """
+
+    data: tuple[str, ...] = ()
+    output: str = "runs/tokenizer"
+    vocab_size: int = 6400
+    max_records: int = 10_000
+    on_error: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self):
+        _at_least(self, 36 + 256, "vocab_size")
+        _at_least(self, 0, "max_records")

@@ -1,0 +1,5 @@
+"""Errors that are the user's to mend: the command line prints their message and no traceback."""
+
+
+class UserError(ValueError):
+    """Something in the user's files, settings or machine is wrong; the message says what and how to mend it."""

@@ -1,0 +1,153 @@
+"""What a model is: its architecture (`ModelConfig`), named presets, and how it is computed (`ComputeConfig`)."""
+
+import dataclasses
+import math
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Scaling of the rotary position embedding, under the names Hugging Face uses.
+
+    rope_type: `linear` divides positions by `factor`; `dynamic` (NTK) raises theta once a sequence is longer than
+        `original_max_position_embeddings`; `yarn` interpolates low frequencies only (arXiv 2309.00071).
+    factor: how many times longer the context becomes.
+    original_max_position_embeddings: the context the model was trained at.
+    attention_factor: what the cos and sin tables are multiplied by (yarn). Always explicit: the paper's value is
+        0.1 ln(factor) + 1, MiniMind's is 1.
+    beta_fast, beta_slow: rotations per context that bound yarn's ramp.
+    """
+
+    rope_type: Literal["linear", "dynamic", "yarn"]
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+    def __post_init__(self):
+        if self.rope_type not in ("linear", "dynamic", "yarn"):
+            raise ValueError(f"rope_scaling.rope_type is {self.rope_type!r}; it must be linear, dynamic or yarn")
+        if self.factor < 1:
+            raise ValueError(f"rope_scaling.factor is {self.factor}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a Qwen3 (dense) or Qwen3-MoE (`num_experts` > 0) model; the defaults are MiniMind-3.
+
+    Fields have their Hugging Face names. Derived when None: `head_dim` = hidden_size / num_attention_heads,
+    `intermediate_size` = ceil(hidden_size * pi / 64) * 64, `moe_intermediate_size` = intermediate_size.
+    router_gradient: how the language-model loss reaches a renormalised top-1 router, whose weight is always 1.
+        `straight_through`: the weight is p / stop_gradient(p), 1 in value with p's gradient. `none`: MiniMind's, no
+        gradient. Only used when norm_topk_prob is true and num_experts_per_tok is 1.
+    """
+
+    vocab_size: int = 6400
+    hidden_size: int = 768
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int | None = None
+    max_position_embeddings: int = 32768
+    rope_theta: float = 1e6
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    dropout: float = 0.0
+    num_experts: int = 0
+    num_experts_per_tok: int = 1
+    moe_intermediate_size: int | None = None
+    norm_topk_prob: bool = True
+    router_gradient: Literal["straight_through", "none"] = "straight_through"
+    router_aux_loss_coef: float = 5e-4
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+    pad_token_id: int | None = 0
+
+    def __post_init__(self):
+        def derive(name, value):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+        if self.hidden_size % self.num_attention_heads and self.head_dim is None:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not divide by num_attention_heads {self.num_attention_heads}; "
+                "choose sizes that divide, or set head_dim"
+            )
+        derive("head_dim", self.hidden_size // self.num_attention_heads)
+        derive("intermediate_size", math.ceil(self.hidden_size * math.pi / 64) * 64)
+        derive("moe_intermediate_size", self.intermediate_size)
+        self._check()
+
+    def _check(self):
+        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1")
+        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} does not divide by "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; the rotary embedding needs an even one")
+        if self.is_moe and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} is not between 1 and num_experts {self.num_experts}"
+            )
+        if self.router_gradient not in ("straight_through", "none"):
+            raise ValueError(f"router_gradient is {self.router_gradient!r}; it must be straight_through or none")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+
+    @property
+    def is_moe(self) -> bool:
+        return self.num_experts > 0
+
+
+PRESETS: dict[str, dict] = {
+    # 63,912,192 parameters
+    "minimind-3": {},
+    # 198,416,640 parameters, 63.9M of them used for a token
+    "minimind-3-moe": {"num_experts": 4, "num_experts_per_tok": 1},
+    # the shapes of MiniMind2 (25.8M and 104M), with Qwen3's query and key norms
+    "minimind2-small": {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 8,
+        "num_key_value_heads": 2,
+    },
+    "minimind2": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 16, "num_key_value_heads": 2},
+    "qwen3-0.6b": {
+        "vocab_size": 151936,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "pad_token_id": 151643,
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """How the network is computed; none of it changes what a model is.
+
+    dtype: of activations and matrix products; `auto` is bfloat16 on GPU and TPU, float32 on CPU. Parameters stay
+        float32; norms, softmax and losses are always float32.
+    remat: `none` keeps activations for the backward pass, `full` recomputes each layer, `dots` keeps matrix products.
+    scan_unroll: layers unrolled per step of the scan over layers; 0 unrolls all of them (slower to compile).
+    attention: the attention path; `auto` picks the fastest one for the device, `reference` is the plain formula.
+    """
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    remat: Literal["none", "full", "dots"] = "none"
+    scan_unroll: int = 1
+    attention: Literal["auto", "reference"] = "auto"
