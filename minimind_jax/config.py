@@ -20,8 +20,26 @@ def _at_least(owner, minimum, *names):
 class ModelSettings:
     """A preset and what differs from it.
 
-    preset: one of minimind-3, minimind-3-moe, minimind2-small, minimind2, qwen3-0.6b.
-    The other fields override the preset; their meaning is that of `ModelConfig`.
+    preset: one of minimind-3, minimind-3-moe, minimind2-small, minimind2, qwen3-0.6b; null in a field below keeps the
+        preset's value.
+    vocab_size: tokens the model knows; at least the tokenizer's.
+    hidden_size: width of the residual stream.
+    intermediate_size: width of the feed-forward layer; null derives ceil(hidden_size * pi / 64) * 64.
+    num_hidden_layers: number of layers.
+    num_attention_heads, num_key_value_heads: query heads, and the key and value heads they share.
+    head_dim: width of a head; null derives hidden_size / num_attention_heads.
+    max_position_embeddings: context length written into the exported config.
+    rope_theta: base of the rotary position embedding.
+    rms_norm_eps: added to the mean square in RMSNorm.
+    tie_word_embeddings: the output layer is the transposed embedding.
+    initializer_range: standard deviation of the initial weights.
+    dropout: probability, in training only.
+    num_experts: experts of a layer; 0 for a dense model.
+    num_experts_per_tok: experts that each token goes through.
+    moe_intermediate_size: width of an expert; null takes intermediate_size.
+    norm_topk_prob: the chosen experts' probabilities are scaled to sum to 1.
+    router_gradient: how the language-model loss reaches a renormalised top-1 router: `straight_through` or `none`.
+    router_aux_loss_coef: weight of the load-balancing loss.
     """
 
     preset: str = "minimind-3"
@@ -111,7 +129,8 @@ class TrainingConfig:
     accumulation_steps: micro-batches of one optimizer step; it changes the memory used and never the result.
     max_grad_norm: the gradient is scaled down to this global norm; 0 for no clipping.
     z_loss: weight of logsumexp(logits)^2 in the loss.
-    log_every, eval_every, sample_every: in steps; 0 for never. The last step always evaluates.
+    log_every: steps between two lines of metrics.
+    eval_every, sample_every: in steps; 0 for never. The last step always evaluates.
     eval_rows: validation rows used at most; 0 for all.
     stop_on_nan: stop with the last good checkpoint kept when the loss or the gradient is not finite.
     """
@@ -147,12 +166,15 @@ class OptimizerConfig:
     name: `adamw` (torch's defaults), or `muon` for the matrices inside the layers with AdamW for everything else.
     learning_rate: peak of AdamW's.
     muon_learning_rate: peak of Muon's (update scaled to RMS 0.2, so AdamW-sized values work); None means learning_rate.
-    b1, b2, eps: AdamW's. momentum: Muon's.
+    b1, b2, eps: AdamW's.
+    momentum: Muon's.
     weight_decay: decoupled; times the learning rate at each step.
     decay: `all` parameters as MiniMind does, or `matrices` only (no norms, no embeddings).
     schedule: `cosine` from the peak to final_fraction (MiniMind: 0.1); `linear` to final_fraction; `wsd` stays at the
         peak and goes linearly to final_fraction over the last decay_fraction of the run; `constant`.
     warmup_steps: linear from 0, before the schedule.
+    final_fraction: of the peak, where cosine, linear and wsd end.
+    decay_fraction: of the run, over which wsd goes down.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -196,7 +218,13 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; -1 (one axis at most) takes the devices that are left."""
+    """Sizes of the mesh axes; -1 (one axis at most) takes the devices that are left.
+
+    data: replicas of the model, each with its share of the rows.
+    fsdp: devices over which a replica's parameters and its rows are split.
+    tensor: devices over which each matrix product is split.
+    expert: devices over which the experts are split.
+    """
 
     data: int = -1
     fsdp: int = 1
@@ -299,6 +327,7 @@ class TokenizerConfig:
     output: the folder that is written.
     vocab_size: tokens in all, the 36 reserved and 256 bytes included.
     max_records: records read at most; 0 for all.
+    on_error: a broken record stops the training, or is skipped and counted.
     """
 
     data: tuple[str, ...] = ()

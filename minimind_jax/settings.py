@@ -1,0 +1,363 @@
+"""Settings of a stage: a YAML file, then `--dotted.key value` from the command line, into a frozen dataclass.
+
+Every mistake is a `UserError` that says where the setting was given, what was expected, and which key was probably
+meant. The types are checked by jsonargparse, which also writes `--help` from the dataclasses' docstrings.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from minimind_jax.errors import UserError
+
+
+class Field(NamedTuple):
+    """One setting of a stage: its dotted key, type, default and the text of its help."""
+
+    key: str
+    type: Any
+    default: Any
+    help: str
+
+    @property
+    def section(self) -> str:
+        return self.key.rpartition(".")[0]
+
+    @property
+    def is_list(self) -> bool:
+        return typing.get_origin(self.type) is tuple
+
+
+class Setting(NamedTuple):
+    """A value as the user gave it, and where: `FILE:LINE` or `command line`."""
+
+    value: Any
+    where: str
+
+
+# What a dataclass holds -----------------------------------------------------------------------------------------------
+
+
+def fields_of(cls: type) -> list[Field]:
+    """All settings of a stage's dataclass, nested ones under dotted keys, in order of definition."""
+    return list(_fields(cls, cls(), ""))
+
+
+def _fields(cls: type, default: Any, prefix: str) -> Iterable[Field]:
+    hints, texts = typing.get_type_hints(cls), _field_help(cls)
+    for field in dataclasses.fields(cls):
+        key, kind = prefix + field.name, hints[field.name]
+        value = getattr(default, field.name, None)
+        nested = _nested_class(kind)
+        if nested:
+            if _is_optional(kind):
+                yield Field(key, types.NoneType, value, "leave this section out")
+            yield from _fields(nested, value, key + ".")
+        else:
+            yield Field(key, kind, value, texts.get(field.name, ""))
+
+
+def _is_optional(kind: Any) -> bool:
+    return typing.get_origin(kind) in (typing.Union, types.UnionType) and type(None) in typing.get_args(kind)
+
+
+def _nested_class(kind: Any) -> type | None:
+    """The dataclass that a field holds (or may hold, when it is optional)."""
+    return next((k for k in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(k)), None)
+
+
+def _field_help(cls: type) -> dict[str, str]:
+    """Texts of the lines `name, other: what it is` in the docstrings of a dataclass and its bases."""
+    texts = {}
+    for owner in reversed(cls.__mro__):
+        paragraphs = re.sub(r"\n {5,}", " ", owner.__doc__ or "")
+        for names, text in re.findall(r"^ {4}(\w+(?:, \w+)*): (.+(?:\n {4}(?!\w+(?:, \w+)*: ).+)*)", paragraphs, re.M):
+            texts |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    return texts
+
+
+# Where values come from -----------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 5e-4 is a number, as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def config_folder() -> Path:
+    """Where the configs are: inside the installed package, or at the top of a checkout."""
+    package = Path(__file__).resolve().parent
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+def config_names() -> list[str]:
+    """Names of the configs that come with the package."""
+    return sorted(file.stem for file in config_folder().glob("*.yaml"))
+
+
+def find_config(name: str) -> Path:
+    """The file called `name`: a path, or the bare name of a config that comes with the package."""
+    if Path(name).is_file():
+        return Path(name)
+    bare = Path(name).name.removesuffix(".yaml")
+    if name in (bare, f"{bare}.yaml") and bare in config_names():
+        return config_folder() / f"{bare}.yaml"
+    hint = difflib.get_close_matches(bare, config_names(), n=1)
+    guess = f"; did you mean {hint[0]}?" if hint else ""
+    raise UserError(f"no config file {name}{guess} (configs that come with the package: {', '.join(config_names())})")
+
+
+def read_yaml(path: str | Path) -> dict[str, Setting]:
+    """Settings of a YAML file under their dotted keys; `a: {b: 1}` and `a.b: 1` mean the same."""
+    node, loader = compose_yaml(path)
+    return flatten_yaml(node, loader, str(path)) if node is not None else {}
+
+
+def compose_yaml(path: str | Path) -> tuple[yaml.Node | None, yaml.SafeLoader]:
+    """The parsed nodes of a YAML file, which know their lines, and the loader that gives their values."""
+    try:
+        loader = _Loader(Path(path).read_text(encoding="utf-8"))
+        return loader.get_single_node(), loader
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; a config is a YAML file") from None
+
+
+def flatten_yaml(node: yaml.Node, loader: yaml.SafeLoader, file: str, prefix: str = "") -> dict[str, Setting]:
+    """Leaves of a YAML mapping as settings that know their file and line."""
+    where = f"{file}:{node.start_mark.line + 1}"
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{where}: expected `key: value` lines, got {node.value!r}")
+    settings = {}
+    for key_node, value_node in node.value:
+        key = f"{prefix}{key_node.value}"
+        if isinstance(value_node, yaml.MappingNode) and value_node.value:
+            new = flatten_yaml(value_node, loader, file, key + ".")
+        else:
+            value = loader.construct_object(value_node, deep=True)
+            new = {key: Setting(value, f"{file}:{key_node.start_mark.line + 1}")}
+        for name in new.keys() & settings.keys():
+            raise UserError(f"{new[name].where}: {name} is set twice, first at {settings[name].where}")
+        settings |= new
+    return settings
+
+
+def read_arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, Setting]]:
+    """Config files and overrides of `--config FILE --key value --key=value --list a b`; values stay text."""
+    configs, overrides, position = [], {}, 0
+    while position < len(argv):
+        name, equals, value = argv[position].partition("=")
+        position += 1
+        if not name.startswith("--") or name == "--":
+            raise UserError(f"unexpected argument {name!r}; settings are given as --key value")
+        values = [value] if equals else []
+        while not equals and position < len(argv) and not argv[position].startswith("--"):
+            values.append(argv[position])
+            position += 1
+        key = name[2:]
+        if not values:
+            raise UserError(f"--{key} needs a value, as in --{key} VALUE")
+        if key == "config":
+            configs += values
+        else:
+            overrides[key] = Setting(values if len(values) > 1 else values[0], "command line")
+    return configs, overrides
+
+
+# From given values to a dataclass -------------------------------------------------------------------------------------
+
+
+def load_settings(cls: type, argv: Sequence[str], prog: str = "minimind") -> Any:
+    """A stage's settings: defaults, then the `--config` files in order, then the command line.
+
+    `--help` prints every field with its type, default and meaning, and exits. Raises UserError.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(help_text(cls, prog), end="")
+        raise SystemExit(0)
+    configs, overrides = read_arguments(argv)
+    given: dict[str, Setting] = {}
+    for name in configs:
+        given = merge(given, read_yaml(find_config(name)))
+    return make_settings(cls, merge(given, overrides))
+
+
+def merge(base: Mapping[str, Setting], over: Mapping[str, Setting]) -> dict[str, Setting]:
+    """Settings of `base` with those of `over` on top; a section set as a whole replaces its keys, and the reverse."""
+
+    def replaced(key: str) -> bool:
+        return any(key.startswith(new + ".") or new.startswith(key + ".") for new in over)
+
+    return {key: setting for key, setting in base.items() if not replaced(key)} | over
+
+
+def make_settings(cls: type, given: Mapping[str, Setting], **defaults: Any) -> Any:
+    """The dataclass with `given` (dotted keys, unchecked values) over its defaults. Raises UserError.
+
+    defaults: values of top-level fields that are used where `given` has none.
+    """
+    fields = {field.key: field for field in fields_of(cls)}
+    parser = _type_parser(list(fields.values()))
+    values = dict(defaults)
+    for key, setting in given.items():
+        if key not in fields:
+            raise UserError(_unknown_key(key, setting, fields))
+        values[key] = _typed(parser, fields[key], setting)
+    return _build(cls, cls(), values, "", given)
+
+
+def _build(cls: type, default: Any, values: Mapping[str, Any], prefix: str, given: Mapping[str, Setting]) -> Any:
+    """A copy of `default` (an instance, or None for an optional section) with the given values in it."""
+    changes = {}
+    for field in dataclasses.fields(cls):
+        key, kind = prefix + field.name, typing.get_type_hints(cls)[field.name]
+        nested = _nested_class(kind)
+        if key in values:
+            changes[field.name] = values[key]
+        elif nested and any(name.startswith(key + ".") for name in values):
+            changes[field.name] = _build(nested, getattr(default, field.name, None), values, key + ".", given)
+    try:
+        return cls(**changes) if default is None else dataclasses.replace(default, **changes)
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UserError(_with_section(str(error), cls, prefix, given)) from None
+
+
+def _with_section(message: str, cls: type, prefix: str, given: Mapping[str, Setting]) -> str:
+    """A dataclass's complaint, with the full key it is about and the place that key was set."""
+    message = re.sub(r".*__init__\(\) missing \d+ required positional arguments?", "missing", message)
+    if any(message.startswith(f.name) for f in dataclasses.fields(cls)):
+        message = prefix + message
+    elif prefix and not message.startswith(prefix):
+        message = f"{prefix[:-1]}: {message}"
+    places = [s.where for key, s in given.items() if key in message]
+    return f"{places[0]}: {message}" if places else message
+
+
+def _type_parser(fields: Sequence[Field], **options):
+    """A jsonargparse parser that knows the fields, in a group for each section."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False, **options)
+    groups = {"": parser}
+    for field in fields:
+        if field.type is types.NoneType:
+            groups[field.key] = parser.add_argument_group(field.key, f"--{field.key} null: {field.help}")
+            continue
+        if field.section not in groups:
+            groups[field.section] = parser.add_argument_group(field.section)
+        # A required field of an optional section has no default; jsonargparse would refuse None for it.
+        kind = field.type if field.default is not None or _is_optional(field.type) else field.type | None
+        groups[field.section].add_argument(
+            "--" + field.key, type=kind, default=field.default, help=field.help, metavar=_placeholder(field.type)
+        )
+    return parser
+
+
+def _typed(parser: Any, field: Field, setting: Setting) -> Any:
+    """The setting's value in the field's type."""
+    value = _as_list(setting.value) if field.is_list else setting.value
+    value = _whole_number(value) if int in (field.type, *typing.get_args(field.type)) else value
+    error = UserError(f"{setting.where}: {field.key} is {setting.value!r}; expected {_type_name(field.type)}")
+    if field.type is types.NoneType or value is None:
+        if value in (None, "null") and (field.type is types.NoneType or _is_optional(field.type)):
+            return None
+        raise error
+    try:
+        result = parser.parse_object({field.key: value})[field.key]
+    except Exception as problem:
+        # jsonargparse raises argparse.ArgumentError; its text names Python's types, ours the choices.
+        if type(problem).__name__ != "ArgumentError":
+            raise
+        raise error from None
+    return tuple(result) if field.is_list else result
+
+
+def _as_list(value: Any) -> Any:
+    """`a,b` without blanks, `[a, b]` as YAML, and a single value all stand for a list."""
+    if not isinstance(value, str):
+        return value
+    if value.startswith("["):
+        return yaml.load(value, _Loader)
+    return value.split(",") if "," in value and not re.search(r"\s", value) else [value]
+
+
+def _whole_number(value: Any) -> Any:
+    """1e9 and 1_000 as integers; everything else as it is."""
+    try:
+        number = float(value) if isinstance(value, str | float) else None
+    except ValueError:
+        return value
+    return int(number) if number is not None and number.is_integer() else value
+
+
+def _type_name(kind: Any) -> str:
+    """A type in the user's words: `whole number`, `adamw or muon`, `list of text`."""
+    arguments = typing.get_args(kind)
+    origin = typing.get_origin(kind)
+    if _is_optional(kind):
+        return " or ".join([_type_name(a) for a in arguments if a is not type(None)] + ["null"])
+    if origin is typing.Literal:
+        return "|".join(arguments)
+    if origin is tuple:
+        return f"list of {_type_name(arguments[0])}"
+    return {int: "whole number", float: "number", str: "text", bool: "true|false", types.NoneType: "null"}[kind]
+
+
+def _placeholder(kind: Any) -> str:
+    """What stands for a value in `--help`, where jsonargparse adds the type: `N`, `TEXT ...`, `adamw|muon`."""
+    if typing.get_origin(kind) is tuple:
+        return f"{_placeholder(typing.get_args(kind)[0])} ..."
+    if _is_optional(kind):
+        return _placeholder(typing.get_args(kind)[0])
+    return {int: "N", float: "X", str: "TEXT"}.get(kind) or _type_name(kind)
+
+
+def _unknown_key(key: str, setting: Setting, fields: Mapping[str, Field]) -> str:
+    """The message for a key that no field has, naming the likeliest one."""
+    where = f"{setting.where}: unknown setting {key}"
+    inside = [name for name in fields if name.startswith(key + ".")]
+    if inside:
+        return f"{where}; it is a section, set one of its keys: {', '.join(inside)}"
+    return f"{where}; did you mean {nearest(key, fields)}?"
+
+
+def nearest(key: str, keys: Iterable[str]) -> str:
+    """The dotted key most like `key`, comparing whole keys, last parts and initials (lr for learning_rate)."""
+
+    def likeness(candidate: str) -> float:
+        if len(key.split(".")[-1]) > 1 and key.split(".")[-1] == "".join(
+            word[0] for word in candidate.split(".")[-1].split("_")
+        ):
+            return 1.5
+        whole = difflib.SequenceMatcher(None, key.lower(), candidate.lower()).ratio()
+        last = difflib.SequenceMatcher(None, key.lower().split(".")[-1], candidate.lower().split(".")[-1]).ratio()
+        return max(whole, last) + 0.1 * min(whole, last)
+
+    return max(keys, key=likeness)
+
+
+def help_text(cls: type, prog: str) -> str:
+    """The text of `--help`: what the stage is, and every field with its type, default and meaning."""
+    description = (cls.__doc__ or "").split("\n")[0]
+    parser = _type_parser(
+        fields_of(cls),
+        prog=prog,
+        usage=f"{prog} [--config FILE] [--key value ...]",
+        description=f"{description}\n\nSettings come from --config (a YAML file, or the name of one that comes with "
+        f"the package: {', '.join(config_names())}), then from the command line.",
+    )
+    return parser.format_help()
