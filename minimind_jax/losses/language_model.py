@@ -1,0 +1,48 @@
+"""Next-token cross entropy, the loss of pretraining and supervised fine-tuning."""
+
+import jax
+import jax.numpy as jnp
+
+from minimind_jax.losses import Batch, LossFn, Metrics
+from minimind_jax.model.transformer import LanguageModel, Params
+
+
+def token_log_probs(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """log p(target) of each position, (B, T) float32: logits[target] - logsumexp(logits), whatever dtype comes in."""
+    logits_BTV = logits_BTV.astype(jnp.float32)
+    chosen_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
+
+
+def make_language_model_loss(model: LanguageModel, z_loss: float = 0.0) -> LossFn:
+    """The loss of `model` on packed rows.
+
+    loss = sum_t w_t (nll_t + z_loss * logsumexp(logits_t)^2) / sum_t w_t + router_loss
+
+    with nll_t = -log p(targets_t) and w the batch's `loss_weights` (0 or 1); z-loss after PaLM, arXiv 2204.02311. The
+    numerator and the denominator sum_t w_t are returned apart. The router loss is a statistic of the tokens of one
+    micro-batch, not a sum over tokens: it enters as router_loss * denominator, and is the one term that depends on how
+    a batch is cut into micro-batches (by the spread of expert loads between them).
+
+    Batch: tokens, targets, positions, segment_ids (B, T) int32, loss_weights (B, T) float32; optional target_bytes
+    (B, T), the UTF-8 bytes each target stands for.
+    Metrics: nll, router_loss; bits_per_byte where target_bytes is given: trained nll in bits over the bytes of the
+    trained targets. Special tokens have no bytes but cost bits, which makes it the price of the text with its framing.
+    """
+
+    def loss_fn(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array, Metrics]:
+        output = model.hidden(params, batch["tokens"], batch["positions"], batch["segment_ids"], dropout_key=key)
+        logits_BTV = model.logits(params, output.hidden_BTD)
+        weights_BT = batch["loss_weights"].astype(jnp.float32)
+        nll = -jnp.sum(weights_BT * token_log_probs(logits_BTV, batch["targets"]))
+        count = jnp.sum(weights_BT)
+        router_loss = output.router_loss * count
+        numerator = nll + router_loss
+        if z_loss:
+            numerator += z_loss * jnp.sum(weights_BT * jnp.square(jax.nn.logsumexp(logits_BTV, axis=-1)))
+        metrics = {"nll": (nll, count), "router_loss": (router_loss, count)}
+        if "target_bytes" in batch:
+            metrics["bits_per_byte"] = (nll / jnp.log(2.0), jnp.sum(weights_BT * batch["target_bytes"]))
+        return numerator, count, metrics
+
+    return loss_fn

@@ -1,0 +1,160 @@
+"""The device mesh, what lies where on it, and the start of several processes.
+
+Parameters name their axes (`LanguageModel.logical_axes`); one table says over which mesh axis each is cut. Arrays are
+placed once, and the compiler inserts the communication (mesh axes are of type Auto throughout).
+"""
+
+import math
+import os
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from minimind_jax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor", "expert")
+
+# Rows of a batch are cut over both: fsdp is data parallelism whose parameters are cut, too.
+ROW_AXES = ("data", "fsdp")
+
+# Logical axis of a parameter -> mesh axis; None keeps it whole on every device.
+RULES: dict[str | None, str | None] = {
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv": "tensor",
+    "mlp": "tensor",
+    "experts": "expert",
+    None: None,
+}
+
+
+def initialize_distributed(
+    coordinator: str | None = None,
+    process_count: int | None = None,
+    process_index: int | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> None:
+    """Join the processes of a run; does nothing when there is only one. Call it before any computation.
+
+    Given `coordinator` ("host:port" of process 0), the other two are needed as well; each defaults to
+    $JAX_COORDINATOR_ADDRESS, $JAX_NUM_PROCESSES, $JAX_PROCESS_ID. Without a coordinator, Slurm, Open MPI and TPU pods
+    on GKE are recognised when they started more than one process; $MINIMIND_DISTRIBUTED=1 says so anywhere else where
+    JAX can find the others by itself (TPU VMs).
+    Raises UserError when the coordinator is given and one of the other two is not.
+    """
+    coordinator = coordinator or environ.get("JAX_COORDINATOR_ADDRESS")
+    if coordinator:
+        numbers = []
+        for value, variable in ((process_count, "JAX_NUM_PROCESSES"), (process_index, "JAX_PROCESS_ID")):
+            value = environ.get(variable) if value is None else value
+            if value is None or not str(value).isdigit():
+                raise UserError(
+                    f"a run with coordinator {coordinator} needs a whole number in {variable}; it is {value}"
+                )
+            numbers.append(int(value))
+        jax.distributed.initialize(coordinator, *numbers)
+    elif _started_by_a_cluster(environ):
+        jax.distributed.initialize()
+
+
+def _started_by_a_cluster(environ: Mapping[str, str]) -> bool:
+    tasks = (environ.get("SLURM_STEP_NUM_TASKS", "1"), environ.get("OMPI_COMM_WORLD_SIZE", "1"))
+    return (
+        environ.get("MINIMIND_DISTRIBUTED") == "1"
+        or any(int(count) > 1 for count in tasks)
+        or "," in environ.get("TPU_WORKER_HOSTNAMES", "")
+    )
+
+
+def make_mesh(config, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh (data, fsdp, tensor, expert) over `devices`, all by default, of the sizes in a `MeshConfig`.
+
+    Raises UserError when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
+    known = math.prod(size for size in sizes if size != -1)
+    filled = [len(devices) // known if size == -1 else size for size in sizes]
+    if math.prod(filled) != len(devices):
+        asked = ", ".join(f"mesh.{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+        raise UserError(
+            f"{asked} do not fit {len(devices)} devices: the sizes must multiply to it; "
+            "set one of them to -1 to take the devices that are left"
+        )
+    return jax.make_mesh(filled, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def param_shardings(mesh: Mesh, logical_axes, abstract):
+    """A NamedSharding for each parameter.
+
+    logical_axes: tree of tuples, the logical axis names of each parameter. abstract: the same tree of shapes.
+    Raises UserError, naming parameter, axis and sizes, when an axis does not divide by its mesh axis.
+    """
+
+    def place(path, parameter, axes):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if len(axes) != len(parameter.shape):
+            raise ValueError(f"{name} has shape {parameter.shape} but logical axes {axes}")
+        spec = [RULES[axis] for axis in axes]
+        used = [axis for axis in spec if axis is not None]
+        if len(set(used)) != len(used):
+            raise ValueError(f"{name}: two of its axes {axes} are cut over the same mesh axis: {spec}")
+        for axis, size, mesh_axis in zip(axes, parameter.shape, spec, strict=True):
+            if mesh_axis is not None and size % mesh.shape[mesh_axis]:
+                raise UserError(
+                    f"parameter {name}: its axis {axis} of size {size} does not divide by "
+                    f"mesh.{mesh_axis} {mesh.shape[mesh_axis]}; choose sizes that divide"
+                )
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(place, abstract, logical_axes)
+
+
+def init_params(model, key: jax.Array, mesh: Mesh):
+    """The initial parameters of `model`, each device making only its own part; the values do not depend on the mesh."""
+    shardings = param_shardings(mesh, model.logical_axes(), model.abstract_params())
+    return jax.jit(model.init, out_shardings=shardings)(key)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows (the leading axis) cut over data x fsdp; the rest is whole."""
+    return NamedSharding(mesh, PartitionSpec(ROW_AXES))
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are cut: the size of data x fsdp."""
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
+def data_process(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): this process loads part `index` of `count` equal parts of every batch's rows.
+
+    The process index and count where each process has rows of its own; processes that share their rows (a tensor
+    axis that spans them) get the same index.
+    """
+    shards = row_shards(mesh)
+    indices = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
+    own = sorted({rows.start or 0 for (rows,) in indices})
+    if own != list(range(own[0], own[0] + len(own))) or own[0] % len(own) or shards % len(own):
+        raise UserError(f"this process holds the row parts {own} of {shards}: the mesh must give it neighbouring ones")
+    return own[0] // len(own), shards // len(own)
+
+
+def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Global arrays from the rows that this process has loaded (see `data_process`).
+
+    Raises UserError when the rows do not divide over data x fsdp.
+    """
+    shards, rows = row_shards(mesh), len(next(iter(batch.values())))
+    local_shards = shards // data_process(mesh)[1]
+    if rows % local_shards:
+        raise UserError(
+            f"{rows} rows do not divide over {local_shards} devices (mesh.data {mesh.shape['data']} x mesh.fsdp "
+            f"{mesh.shape['fsdp']}); choose training.batch_tokens and data.seq_len so that they do"
+        )
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}

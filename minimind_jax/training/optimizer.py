@@ -1,0 +1,124 @@
+"""Learning-rate schedules, and AdamW or Muon as one optax transformation.
+
+The optimizers take the step as an argument, `optimizer.update(grads, opt_state, params, step=step)`, and keep no
+count of their own for the learning rate: the step of the train state is the only one, so a skipped update cannot make
+the schedule lag behind.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from minimind_jax.config import OptimizerConfig
+from minimind_jax.errors import UserError
+
+
+def make_schedule(config: OptimizerConfig, total_steps: int, peak: float | None = None) -> optax.Schedule:
+    """Learning rate of the optimizer step `step` = 0 .. total_steps - 1; `peak` replaces `config.learning_rate`.
+
+    With k = step + 1 counted from 1 as MiniMind counts, f = final_fraction, W = warmup_steps and p the progress,
+    0 at the start of the decay and 1 at the last step:
+    cosine: peak * (f + (1 - f) / 2 * (1 + cos(pi p))); linear, wsd: peak * (f + (1 - f) * (1 - p)); constant: peak.
+    The decay starts after the warm-up, for wsd at the last `decay_fraction` of the run. In the warm-up: peak * k / W.
+
+    MiniMind evaluates its cosine at every micro-step; with accumulation over a of them, the rate that acts at optimizer
+    step k of K is the one at micro-step a*k of a*K. The cosine depends on the ratio only, so that is k / K here and
+    accumulation needs no argument.
+
+    Raises UserError when the warm-up is not shorter than the run.
+    """
+    warmup = config.warmup_steps
+    if warmup >= total_steps:
+        raise UserError(
+            f"optimizer.warmup_steps {warmup} is not below the {total_steps} steps of this run; "
+            "lower it, or train for more steps"
+        )
+    peak = config.learning_rate if peak is None else peak
+    decay_steps = total_steps - warmup
+    if config.schedule == "wsd":
+        decay_steps = min(decay_steps, max(1, round(config.decay_fraction * total_steps)))
+
+    def schedule(step: int | jax.Array) -> jax.Array:
+        k = jnp.asarray(step, jnp.float32) + 1
+        progress = jnp.clip((k - (total_steps - decay_steps)) / decay_steps, 0, 1)
+        if config.schedule == "constant":
+            height = 1.0
+        elif config.schedule == "cosine":
+            height = (1 + jnp.cos(jnp.pi * progress)) / 2
+        else:
+            height = 1 - progress
+        rate = peak * (config.final_fraction + (1 - config.final_fraction) * height)
+        return rate * jnp.minimum(k / warmup, 1) if warmup else jnp.asarray(rate)
+
+    return schedule
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int, params: Any) -> optax.GradientTransformationExtraArgs:
+    """AdamW or Muon with decoupled weight decay: w -= rate(step) * (direction + weight_decay * w).
+
+    params: the parameters or their shapes; only their names are used, for which `weight_decay` and Muon apply to.
+    AdamW computes what torch.optim.AdamW does. Muon (arXiv 2502.16982) orthogonalises the Nesterov momentum of the
+    matrices inside the layers and scales it to the RMS of an Adam update; the others get AdamW.
+    Clipping is the step's.
+    """
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    adam_rate = _scale_by_schedule(make_schedule(config, total_steps))
+    if config.name == "adamw":
+        direction, rate = adam, adam_rate
+    else:
+        labels = jax.tree.map(lambda is_muon: "muon" if is_muon else "adam", muon_mask(params))
+        muon_rate = _scale_by_schedule(make_schedule(config, total_steps, config.muon_learning_rate))
+        direction = optax.partition({"muon": scale_by_muon(config.momentum), "adam": adam}, labels)
+        rate = optax.partition({"muon": muon_rate, "adam": adam_rate}, labels)
+    decay = optax.add_decayed_weights(config.weight_decay, decay_mask(params, config.decay))
+    return optax.chain(direction, decay, rate)
+
+
+def decay_mask(params: Any, decay: str) -> Any:
+    """True where weight decay applies: `all`, or `matrices`, the kernels (no norms, no embedding, tied or not).
+
+    Decided by name: the stacked scales of a norm, (L, D), have two axes and are no matrix.
+    """
+    return _map_names(lambda path: decay == "all" or path[-1] == "kernel", params)
+
+
+def muon_mask(params: Any) -> Any:
+    """True for the matrices inside the layers, experts' included; not the router, the embedding and the head."""
+    return _map_names(lambda path: path[0] == "layers" and path[-1] == "kernel" and "router" not in path, params)
+
+
+def scale_by_muon(momentum: float) -> optax.GradientTransformation:
+    """Orthogonalised momentum of kernels (..., in, out), each matrix for itself, scaled to an RMS of about 0.2.
+
+    Momentum (Nesterov, bias-corrected) and five Newton-Schulz iterations are optax's. `optax.contrib.muon` as a whole
+    is not used: it gives its Adam half Nesterov momentum, and no decay mask.
+    """
+
+    def dimension_numbers(updates):
+        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), updates)
+
+    def match_rms(update):
+        return update * (0.2 * math.sqrt(max(update.shape[-2:])))
+
+    return optax.chain(
+        optax.contrib.scale_by_muon(beta=momentum, weight_dimension_numbers=dimension_numbers),
+        optax.stateless(lambda updates, params: jax.tree.map(match_rms, updates)),
+    )
+
+
+def _scale_by_schedule(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """-schedule(step) times the update, of the step that `update` is given."""
+
+    def update(updates, state, params=None, *, step, **_):
+        rate = schedule(step)
+        return jax.tree.map(lambda u: -rate * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _map_names(function, params: Any) -> Any:
+    """`function` of each parameter's path, a list of names, in the tree of the parameters."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: function([entry.key for entry in path]), params)
