@@ -1,0 +1,172 @@
+"""One validated parser per record format; every error names the file, the line, the field and what was expected."""
+
+import dataclasses
+import json
+from typing import Any
+
+from minimind_jax.data.jsonl import Record
+from minimind_jax.errors import UserError
+
+ROLES = ("system", "user", "assistant", "tool")
+Message = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """Checked messages, in the form the chat template takes.
+
+    messages: dicts with role and content (str), for the assistant also reasoning_content (str) and tool_calls (list of
+        {"name", "arguments"} or {"function": {"name", "arguments"}}) where the record has them.
+    tools: the JSON schemas the system message offers, or None.
+    """
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+
+
+def parse_text(record: Record) -> str:
+    """The text of a pretraining record {"text": str}. Raises UserError."""
+    if record.value.get("text") is None:
+        raise UserError(f"{record.where}: missing field `text`; expected a string, {_found(record)}")
+    text = _string(record.value["text"], f"{record.where}: text")
+    if not text:
+        raise UserError(f"{record.where}: text is empty; remove the line, or pass --data.on_error skip")
+    return text
+
+
+def parse_conversation(record: Record) -> Conversation:
+    """The conversation of a record {"conversations": [message, ...]}, MiniMind's format.
+
+    tools and tool_calls may be JSON strings or lists; list content is joined. Raises UserError.
+    """
+    turns = record.value.get("conversations")
+    if turns is None:
+        raise UserError(f"{record.where}: missing field `conversations`; expected a list of messages, {_found(record)}")
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f"{record.where}: conversations is {_kind(turns)}; expected a list of messages")
+    messages, tools = [], None
+    for index, message in enumerate(turns):
+        place = f"{record.where}: conversations[{index}]"
+        messages.append(_message(message, place))
+        if message.get("tools"):
+            tools = _tools(message, place)
+    if not any(m["role"] == "assistant" and _says_something(m) for m in messages):
+        raise UserError(
+            f"{record.where}: nothing to train on; expected at least one assistant message with content, "
+            "reasoning_content or tool_calls"
+        )
+    return Conversation(messages, tools)
+
+
+def _message(message: Any, place: str) -> Message:
+    if not isinstance(message, dict):
+        raise UserError(f"{place} is {_kind(message)}; expected an object with role and content")
+    role = message.get("role")
+    if role is None:
+        raise UserError(f"{place}: missing field `role`; expected one of {', '.join(ROLES)}")
+    if role not in ROLES:
+        raise UserError(f"{place}: unknown role {role!r}; expected one of {', '.join(ROLES)}")
+    result: Message = {"role": role, "content": _content(message, place)}
+    if message.get("reasoning_content") is not None:
+        result["reasoning_content"] = _string(message["reasoning_content"], f"{place}.reasoning_content")
+    if message.get("tool_calls"):
+        if role != "assistant":
+            raise UserError(f"{place}: tool_calls on a {role} message; only the assistant calls tools")
+        result["tool_calls"] = _tool_calls(message["tool_calls"], f"{place}.tool_calls")
+    return result
+
+
+def _content(message: Message, place: str) -> str:
+    content = message.get("content")
+    if content is None:
+        if message["role"] == "assistant" and (message.get("tool_calls") or message.get("reasoning_content")):
+            return ""
+        raise UserError(f"{place}: missing field `content`; expected a string")
+    if not isinstance(content, list):
+        return _string(content, f"{place}.content")
+    for index, part in enumerate(content):
+        if isinstance(part, dict) and part.get("type", "text") != "text":
+            raise UserError(f"{place}.content[{index}] has type {part['type']!r}; only text parts can be trained on")
+        _string(part.get("text") if isinstance(part, dict) else part, f"{place}.content[{index}]")
+    return "".join(part if isinstance(part, str) else part["text"] for part in content)
+
+
+def _tools(message: Message, place: str) -> list[dict[str, Any]]:
+    if message["role"] != "system":
+        raise UserError(f"{place}: tools on a {message['role']} message; move them to the system message")
+    tools = _json_list(message["tools"], f"{place}.tools")
+    for index, tool in enumerate(tools):
+        if not isinstance(tool, dict):
+            raise UserError(f"{place}.tools[{index}] is {_kind(tool)}; expected an object (a function's JSON schema)")
+    return tools
+
+
+def _tool_calls(value: Any, place: str) -> list[dict[str, Any]]:
+    calls = _json_list(value, place)
+    for index, call in enumerate(calls):
+        here = f"{place}[{index}]"
+        if not isinstance(call, dict):
+            raise UserError(f"{here} is {_kind(call)}; expected an object with name and arguments")
+        function = call.get("function") or call
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UserError(f"{here}: missing field `name`; expected the function's name, a string")
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            arguments = _loads(arguments, f"{here}.arguments")
+        if not isinstance(arguments, dict):
+            raise UserError(f"{here}.arguments is {_kind(arguments)}; expected an object or its JSON")
+    return calls
+
+
+def _json_list(value: Any, place: str) -> list[Any]:
+    if isinstance(value, str):
+        value = _loads(value, place)
+    if not isinstance(value, list):
+        raise UserError(f"{place} is {_kind(value)}; expected a list or the JSON of one")
+    return value
+
+
+def _loads(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{place} is not JSON: {error}") from error
+
+
+def _string(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{place} is {_kind(value)}; expected a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{place} has half a surrogate pair (\\u{ord(value[error.start]):04x}) at character {error.start}; "
+            "expected Unicode text"
+        ) from error
+    return value
+
+
+def _says_something(message: Message) -> bool:
+    return bool(message["content"] or message.get("reasoning_content") or message.get("tool_calls"))
+
+
+def _found(record: Record) -> str:
+    keys = ", ".join(map(str, record.value)) or "none"
+    hint = ""
+    if "conversations" in record.value:
+        hint = " (this is a conversation: `minimind sft` takes it)"
+    elif "text" in record.value:
+        hint = " (this is plain text: `minimind pretrain` takes it)"
+    return f"found the fields {keys}{hint}"
+
+
+def _kind(value: Any) -> str:
+    names = {
+        type(None): "null",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        dict: "an object",
+    }
+    return names.get(type(value), "an empty list" if value == [] else "a list")

@@ -1,0 +1,308 @@
+"""Conversations as text: our chat template, its Python twin that knows which words are trained, and foreign templates.
+
+`chat_template.jinja` is what exported models carry. `render_segments` writes the same text piece by piece, so that the
+trained spans come from message boundaries and never from searching token ids, where text that looks like a header or
+a token that runs across a boundary hides or invents spans.
+"""
+
+import dataclasses
+import datetime
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import numpy as np
+
+from minimind_jax.data.records import ROLES, Conversation, Message
+from minimind_jax.errors import UserError
+from minimind_jax.seeds import named_seed
+
+TEMPLATE_FILE = Path(__file__).with_name("chat_template.jinja")
+CHAT_TEMPLATE = TEMPLATE_FILE.read_text(encoding="utf-8").rstrip("\n")
+
+ASSISTANT_HEADER = "<|im_start|>assistant\n"
+TURN_END = "<|im_end|>\n"
+OPEN_THINK = "<think>\n"
+EMPTY_THINK = "<think>\n\n</think>\n\n"
+
+_TOOLS_HEAD = """# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+"""
+_TOOLS_TAIL = """</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{"name": <function-name>, "arguments": <args-json-object>}
+</tool_call>"""
+
+SYSTEM_PROMPTS = (
+    "你是一个乐于助人的中文助手，回答要准确、简洁。",
+    "请认真阅读用户的问题，并给出清楚的回答。",
+    "你是一个小型语言模型，会尽自己所能帮助用户。",
+    "你是一位耐心的助手，不确定时请如实说明。",
+    "请用友好、自然的语气与用户交流。",
+    "You are a helpful assistant. Answer accurately and briefly.",
+    "Read the question with care and give a clear answer.",
+    "You are a small language model that helps as well as it can.",
+    "You are a patient assistant. Say so when you are not sure.",
+    "Talk with the user in a friendly, natural way.",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A piece of a rendered conversation that is tokenised by itself.
+
+    trained: the model learns to write this piece. turn: counts from 0; a turn ends after the assistant has spoken.
+    """
+
+    text: str
+    trained: bool
+    turn: int
+
+
+def render(
+    messages: Sequence[Message],
+    tools: Sequence[Any] | None = None,
+    add_generation_prompt: bool = False,
+    open_thinking: bool | None = None,
+    enable_thinking: bool | None = None,
+) -> str:
+    """The conversation as our template writes it; thinking is on if either switch is True."""
+    return "".join(
+        segment.text
+        for segment in render_segments(messages, tools, add_generation_prompt, open_thinking, enable_thinking)
+    )
+
+
+def render_segments(
+    messages: Sequence[Message],
+    tools: Sequence[Any] | None = None,
+    add_generation_prompt: bool = False,
+    open_thinking: bool | None = None,
+    enable_thinking: bool | None = None,
+    keep_empty_think: bool = True,
+) -> list[Segment]:
+    """The conversation in pieces whose texts join to what `chat_template.jinja` renders, byte for byte.
+
+    Trained is everything after an assistant header up to and including <|im_end|> and the newline. Pieces end wherever
+    a prompt ends at inference (after the header, after "<think>\\n", after an empty think block), so that tokenising
+    each by itself gives the model in training the very tokens it sees in use.
+    keep_empty_think: False leaves out the empty think blocks of the assistant's messages.
+    Raises UserError for an unknown role.
+    """
+    segments: list[Segment] = []
+    pending = _system_block(messages, tools)
+    turn = 0
+    for index, message in enumerate(messages):
+        role = message["role"]
+        if role not in ROLES:
+            raise UserError(f"messages[{index}]: unknown role {role!r}; expected one of {', '.join(ROLES)}")
+        if role == "assistant":
+            segments.append(Segment(pending + ASSISTANT_HEADER, False, turn))
+            segments += [Segment(text, True, turn) for text in _assistant_pieces(message, keep_empty_think)]
+            pending = ""
+            continue
+        if index and messages[index - 1]["role"] == "assistant":
+            turn += 1
+        if role == "tool":
+            pending += _tool_response(messages, index)
+        elif role == "user" or index:
+            pending += f"<|im_start|>{role}\n{_text(message)}{TURN_END}"
+    if add_generation_prompt:
+        thinks = open_thinking is True or enable_thinking is True
+        pending += ASSISTANT_HEADER + (OPEN_THINK if thinks else EMPTY_THINK)
+    if pending:
+        segments.append(Segment(pending, False, turn))
+    return segments
+
+
+def _text(message: Message) -> str:
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return content or ""
+    parts = [part if isinstance(part, str) else part.get("text") for part in content]
+    return "".join(part for part in parts if isinstance(part, str))
+
+
+def _tojson(value: Any, **kwargs: Any) -> str:
+    return json.dumps(value, **{"ensure_ascii": False, **kwargs})
+
+
+def _system_block(messages: Sequence[Message], tools: Sequence[Any] | None) -> str:
+    opening = _text(messages[0]) if messages and messages[0]["role"] == "system" else None
+    if tools:
+        schemas = "".join(_tojson(tool) + "\n" for tool in tools)
+        lead = "" if opening is None else opening + "\n\n"
+        opening = lead + _TOOLS_HEAD + schemas + _TOOLS_TAIL
+    return "" if opening is None else f"<|im_start|>system\n{opening}{TURN_END}"
+
+
+def _assistant_pieces(message: Message, keep_empty_think: bool) -> list[str]:
+    body = _text(message)
+    reasoning = message.get("reasoning_content")
+    if not isinstance(reasoning, str):
+        reasoning = ""
+        if "</think>" in body:
+            reasoning = body.split("</think>")[0].split("<think>")[-1]
+            body = body.split("</think>")[-1].lstrip("\n")
+    reasoning = reasoning.strip("\n")
+    answer = body.lstrip("\n") + _tool_calls(message, after_text=bool(body)) + TURN_END
+    if reasoning:
+        return [OPEN_THINK, f"{reasoning}\n</think>\n\n{answer}"]
+    return [EMPTY_THINK, answer] if keep_empty_think else [answer]
+
+
+def _tool_calls(message: Message, after_text: bool) -> str:
+    blocks = []
+    for call in message.get("tool_calls") or ():
+        function = call.get("function") or call
+        arguments = function["arguments"]
+        arguments = arguments if isinstance(arguments, str) else _tojson(arguments)
+        blocks.append(f'<tool_call>\n{{"name": "{function["name"]}", "arguments": {arguments}}}\n</tool_call>')
+    return ("\n" if blocks and after_text else "") + "\n".join(blocks)
+
+
+def _tool_response(messages: Sequence[Message], index: int) -> str:
+    """Neighbouring tool results share one user turn."""
+    first = index == 0 or messages[index - 1]["role"] != "tool"
+    last = index == len(messages) - 1 or messages[index + 1]["role"] != "tool"
+    head, tail = ("<|im_start|>user" if first else ""), (TURN_END if last else "")
+    return f"{head}\n<tool_response>\n{_text(messages[index])}\n</tool_response>{tail}"
+
+
+def dice_rng(seed: int, record_index: int, epoch: int = 0) -> np.random.Generator:
+    """The generator for one record's dice: a pure function of its arguments, whatever process draws."""
+    return np.random.default_rng(named_seed(seed, "dice", record_index, epoch))
+
+
+def apply_dice(
+    conversation: Conversation,
+    rng: np.random.Generator,
+    system_prompt_probability: float,
+    empty_think_removal: float,
+) -> tuple[Conversation, bool]:
+    """MiniMind's two random changes: (conversation, keep_empty_think).
+
+    With system_prompt_probability a conversation without tools and system message gets one of SYSTEM_PROMPTS; with
+    empty_think_removal all its empty think blocks go. The three draws are made whatever the conversation holds, so one
+    setting does not move the other's draws.
+    """
+    adds_prompt, choice, removes_think = rng.random(3)
+    if (
+        adds_prompt < system_prompt_probability
+        and not conversation.tools
+        and conversation.messages[0]["role"] != "system"
+    ):
+        prompt = {"role": "system", "content": SYSTEM_PROMPTS[int(choice * len(SYSTEM_PROMPTS))]}
+        conversation = Conversation([prompt, *conversation.messages], conversation.tools)
+    return conversation, not removes_think < empty_think_removal
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """transformers' {% generation %} block, which marks and does not change the text."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@functools.lru_cache(maxsize=16)
+def _compile(source: str) -> jinja2.Template:
+    """As transformers compiles chat templates: sandboxed, block lines leave no white space, JSON keeps Unicode."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(source)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def render_jinja(source: str, messages: Sequence[Message], tools: Sequence[Any] | None = None, **variables: Any) -> str:
+    """A conversation through any Jinja chat template. Raises UserError with what the template complains about."""
+    try:
+        return _compile(source).render(messages=messages, tools=tools, **{"add_generation_prompt": False, **variables})
+    except (jinja2.TemplateError, TypeError) as error:
+        raise UserError(f"the chat template cannot render these messages: {error}") from error
+
+
+def renders_as_ours(source: str) -> bool:
+    """Whether a template writes a set of probing conversations exactly as ours does (MiniMind's own does)."""
+    try:
+        return all(
+            render_jinja(source, messages, tools, add_generation_prompt=prompt, open_thinking=thinking)
+            == render(messages, tools, prompt, thinking)
+            for messages, tools in _PROBES
+            for prompt, thinking in ((False, False), (True, False), (True, True))
+        )
+    except UserError:
+        return False
+
+
+_PROBE_TALK = [
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": "q"},
+    {"role": "assistant", "content": "x", "reasoning_content": "r", "tool_calls": [{"name": "f", "arguments": {}}]},
+    {"role": "tool", "content": "1"},
+    {"role": "tool", "content": "2"},
+    {"role": "assistant", "content": "<think>\nt\n</think>\n\ny"},
+    {"role": "system", "content": "later"},
+    {"role": "user", "content": "q"},
+    {"role": "assistant", "content": "\n\nz\n"},
+]
+_PROBES: tuple[tuple[list[Message], list[Any] | None], ...] = (
+    (_PROBE_TALK, None),
+    (_PROBE_TALK, [{"type": "function", "function": {"name": "f", "description": "中"}}]),
+    (_PROBE_TALK[1:], [{"name": "f"}]),
+    (_PROBE_TALK[1:], None),
+)
+
+
+def prefix_segments(
+    source: str, messages: Sequence[Message], tools: Sequence[Any] | None, variables: Mapping[str, Any]
+) -> list[Segment]:
+    """Segments of a conversation under another model's template, by rendering it message by message.
+
+    Trained is what an assistant message adds to the rendering of the messages before it with a generation prompt.
+    Raises UserError if the template writes earlier messages differently once more follow (it is not prefix-consistent),
+    for then there is no text of which one part is the prompt and the other the answer.
+    """
+    whole = render_jinja(source, messages, tools, **variables)
+    segments: list[Segment] = []
+    done, turn = 0, 0
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = render_jinja(source, messages[:index], tools, **{**variables, "add_generation_prompt": True})
+        answered = render_jinja(source, messages[: index + 1], tools, **variables)
+        if not (answered.startswith(prompt) and whole.startswith(answered) and done <= len(prompt)):
+            raise UserError(
+                "the model's chat template is not prefix-consistent: it writes the conversation up to message "
+                f"{index + 1} of {len(messages)} differently when more follows, so its answers cannot be told from its "
+                f"prompts. Copy {TEMPLATE_FILE} into the model's folder as chat_template.jinja to train with ours"
+            )
+        if len(prompt) > done:
+            turn += index > 0 and messages[index - 1]["role"] != "assistant" and bool(segments)
+            segments.append(Segment(whole[done : len(prompt)], False, turn))
+        segments.append(Segment(whole[len(prompt) : len(answered)], True, turn))
+        done = len(answered)
+    if done < len(whole):
+        follows = bool(messages) and messages[-1]["role"] != "assistant" and bool(segments)
+        segments.append(Segment(whole[done:], False, turn + follows))
+    return segments

@@ -1,0 +1,320 @@
+"""Tokenizers in Hugging Face folders: loading, encoding, streaming decode, and training of a byte-level BPE.
+
+Text that spells a special token, such as "<|im_end|>" in a user's message, is encoded as that token, as MiniMind and
+transformers do; whoever serves untrusted text must strip such strings first.
+"""
+
+import codecs
+import functools
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from minimind_jax.data.template import (
+    CHAT_TEMPLATE,
+    Segment,
+    prefix_segments,
+    render_jinja,
+    render_segments,
+    renders_as_ours,
+)
+from minimind_jax.errors import UserError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+# MiniMind's 36 reserved tokens in the order of their ids; the first 21 are special, the rest survive decoding.
+SPECIAL_TOKENS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>"),
+    *("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+    *("<|audio_start|>", "<|audio_end|>", "<|audio_pad|>"),
+    *("<tts_pad>", "<tts_text_bos>", "<tts_text_eod>", "<tts_text_bos_single>"),
+)
+RESERVED_TOKENS = (
+    *SPECIAL_TOKENS,
+    *("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"),
+    *(f"<|buffer{i}|>" for i in range(1, 10)),
+)
+
+# Names taken where a folder does not say which token is which, the likeliest first.
+_USUAL_NAMES = {
+    "bos_token": ("<|im_start|>", "<|begin_of_text|>", "<s>", "<bos>"),
+    "eos_token": ("<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"),
+    "pad_token": ("<|endoftext|>", "<pad>"),
+}
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer folder.
+
+    folder: where it was loaded from. vocab_size: the largest id plus one. bos_id: None if it has no such token.
+    eos_id, pad_id (the end token where there is no padding token). chat_template: Jinja, ours where the folder has none
+    or one that renders the same; own_template says so. fingerprint: changes with anything that changes token ids.
+    """
+
+    def __init__(self, folder: Path, backend: tokenizers.Tokenizer, config: dict[str, Any], template: str | None):
+        self.folder = folder
+        self.own_template = template is None or renders_as_ours(template)
+        self.chat_template = CHAT_TEMPLATE if self.own_template else template
+        self._backend = backend
+        self._config = config
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.special_tokens = {name: _special(config, name, vocabulary) for name in _USUAL_NAMES}
+        self.bos_id, self.eos_id, self.pad_id = (vocabulary.get(token) for token in self.special_tokens.values())
+        if self.eos_id is None:
+            raise UserError(f"{folder / 'tokenizer_config.json'}: eos_token is missing or not in tokenizer.json")
+        if self.pad_id is None:
+            self.pad_id = self.eos_id
+        parts = (backend.to_str(), self.chat_template, str((self.bos_id, self.eos_id, self.pad_id)))
+        self.fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Tokenizer":
+        """Raises UserError if the folder has no tokenizer.json, or one of its files cannot be read."""
+        folder = Path(folder)
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; expected a tokenizer folder (`minimind tokenizer` makes one)")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the Rust library raises bare Exception
+            raise UserError(f"{file}: not a tokenizer: {error}") from error
+        backend.no_truncation()
+        backend.no_padding()
+        config = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
+        return cls(folder, backend, config, _read_template(folder, config))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids; special tokens spelled in the text are recognised, none are added."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, in parallel where TOKENIZERS_PARALLELISM allows it."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of the ids; bytes that are no UTF-8 become U+FFFD. Tool and think tags are not special and stay."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self) -> np.ndarray:
+        """int32 (V,): UTF-8 bytes each id stands for, 0 for special tokens and unused ids."""
+        special = self.special_ids
+        return np.array([0 if i in special else len(piece) for i, piece in enumerate(self.byte_pieces)], dtype=np.int32)
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that decoding leaves out when it skips special tokens."""
+        return frozenset(i for i, token in self._backend.get_added_tokens_decoder().items() if token.special)
+
+    @functools.cached_property
+    def byte_pieces(self) -> list[bytes]:
+        """The bytes of every id, b"" for unused ids."""
+        pieces = [b""] * self.vocab_size
+        to_bytes = _byte_level_piece if _is_byte_level(self._backend) else _sentencepiece_piece
+        for token, i in self._backend.get_vocab(with_added_tokens=True).items():
+            pieces[i] = to_bytes(token)
+        return pieces
+
+    def segments(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[Any] | None = None,
+        keep_empty_think: bool = True,
+    ) -> list[Segment]:
+        """A whole conversation in pieces with trained flags, by our template or the folder's own.
+
+        keep_empty_think acts on our template only. Raises UserError if the folder's template cannot be split.
+        """
+        if self.own_template:
+            return render_segments(messages, tools, keep_empty_think=keep_empty_think)
+        return prefix_segments(self.chat_template, messages, tools, self._present_tokens())
+
+    def prompt_segments(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = True,
+        open_thinking: bool | None = None,
+        enable_thinking: bool | None = None,
+    ) -> list[Segment]:
+        """A prompt in the pieces that training tokenises; one piece under a folder's own template."""
+        if self.own_template:
+            return render_segments(messages, tools, add_generation_prompt, open_thinking, enable_thinking)
+        switch = enable_thinking if open_thinking is None else open_thinking
+        thinking = {} if switch is None else {"open_thinking": switch, "enable_thinking": switch}
+        variables = {**self._present_tokens(), **thinking, "add_generation_prompt": add_generation_prompt}
+        return [Segment(render_jinja(self.chat_template, messages, tools, **variables), False, 0)]
+
+    def _present_tokens(self) -> dict[str, str]:
+        return {name: token for name, token in self.special_tokens.items() if token is not None}
+
+    def save(self, folder: str | Path) -> None:
+        """Copies the files, tokenizer.json byte for byte, with what other programs need in tokenizer_config.json.
+
+        The chat template goes into tokenizer_config.json and chat_template.jinja alike, since some programs read only
+        the one, some only the other; model_input_names keeps transformers 4 from feeding token_type_ids to the model.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in TOKENIZER_FILES:
+            if (self.folder / name).is_file() and self.folder.resolve() != folder.resolve():
+                shutil.copyfile(self.folder / name, folder / name)
+        config_file = folder / "tokenizer_config.json"
+        config = _read_json(config_file) or tokenizer_config(self._backend, self.special_tokens)
+        if (
+            "chat_template" not in config
+            or config["chat_template"] != self.chat_template
+            or "model_input_names" not in config
+        ):
+            config["chat_template"] = self.chat_template
+            config.setdefault("model_input_names", ["input_ids", "attention_mask"])
+            _write_json(config_file, config)
+        (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8", newline="")
+
+
+class StreamDecoder:
+    """Text of a growing sequence of tokens, never half a character. The cost of a token does not grow with the text."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
+        self._pieces = tokenizer.byte_pieces
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that is complete with this token; "" while a character is still open."""
+        token_id = int(token_id)
+        if token_id in self._skipped or token_id >= len(self._pieces):
+            return ""
+        return self._decoder.decode(self._pieces[token_id])
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character that was never finished."""
+        return self._decoder.decode(b"", final=True)
+
+
+def train_bpe(
+    texts: Iterable[str], folder: str | Path, vocab_size: int = 6400, show_progress: bool = False
+) -> Tokenizer:
+    """Trains a byte-level BPE with MiniMind's 36 reserved tokens and writes it to `folder`.
+
+    GPT-2's splitting pattern, no normaliser, no added prefix space, all 256 bytes in the alphabet: every text survives
+    encoding and decoding. A corpus with too few distinct pairs gives fewer than vocab_size tokens.
+    """
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=list(RESERVED_TOKENS),
+        show_progress=show_progress,
+    )
+    backend.train_from_iterator(texts, trainer=trainer)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = json.loads(backend.to_str())
+    for token in content["added_tokens"]:  # the trainer marks every reserved token as special
+        token["special"] = token["content"] in SPECIAL_TOKENS
+    _write_json(folder / "tokenizer.json", content)
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    _write_json(folder / "tokenizer_config.json", tokenizer_config(backend, names))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8", newline="")
+    return Tokenizer.load(folder)
+
+
+def tokenizer_config(backend: tokenizers.Tokenizer, special_tokens: dict[str, str | None]) -> dict[str, Any]:
+    """tokenizer_config.json that transformers 4.57 and 5 load alike, with our template."""
+    added = sorted(backend.get_added_tokens_decoder().items())
+    flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    named = {name: token for name, token in special_tokens.items() if token is not None}
+    return {
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": {str(i): {flag: getattr(token, flag) for flag in flags} for i, token in added},
+        "additional_special_tokens": [t.content for _, t in added if t.special and t.content != named.get("pad_token")],
+        **named,
+        "unk_token": named.get("pad_token"),
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": 131072,
+        "padding_side": "right",
+        "truncation_side": "right",
+        "chat_template": CHAT_TEMPLATE,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+
+
+def _special(config: dict[str, Any], name: str, vocabulary: dict[str, int]) -> str | None:
+    """The token the folder names (as a string or {"content": ...}); null means none; unsaid takes a usual name."""
+    if name in config:
+        token = config[name]
+        return token["content"] if isinstance(token, dict) else token
+    return next((token for token in _USUAL_NAMES[name] if token in vocabulary), None)
+
+
+def _read_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """chat_template.jinja before the field of tokenizer_config.json, as transformers prefers it."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named templates
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON: {error}") from error
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8", newline="")
+
+
+def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
+    return '"ByteLevel"' in json.dumps(json.loads(backend.to_str())["decoder"])
+
+
+@functools.cache
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's alphabet: printable bytes stand for themselves, the others for the characters from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+def _byte_level_piece(token: str) -> bytes:
+    table = _byte_of_character()
+    if all(character in table for character in token):
+        return bytes(table[character] for character in token)
+    return token.encode()  # an added token, stored as it is spelled
+
+
+def _sentencepiece_piece(token: str) -> bytes:
+    if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token):
+        return bytes([int(match[1], 16)])
+    return token.replace("▁", " ").encode()
