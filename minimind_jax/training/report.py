@@ -1,0 +1,164 @@
+"""The report of a run, made from its folder alone: report.md and loss.png."""
+
+import math
+from datetime import timedelta
+from pathlib import Path
+
+import yaml
+from matplotlib.figure import Figure
+
+from minimind_jax.errors import UserError
+from minimind_jax.training.run import RunFolder, write_text
+from minimind_jax.training.tracking import read_metrics
+
+
+def write_report(run: RunFolder | str | Path) -> Path:
+    """Writes report.md and loss.png of a run, finished or not, and returns the report's path.
+
+    Raises:
+        UserError: the folder is not a run, or it has no metrics yet.
+    """
+    run = run if isinstance(run, RunFolder) else RunFolder(run)
+    config = run.read_config()
+    if config is None:
+        raise UserError(f"{run.path} is not a run: it has no config.yaml")
+    rows = read_metrics(run.metrics_file)
+    train = [row for row in rows if row.get("loss") is not None]
+    if not train:
+        raise UserError(f"{run.metrics_file} has no training step yet; start the run first")
+    val = [row for row in rows if row.get("val_loss") is not None]
+    draw_losses(train, val, run.loss_picture)
+    write_text(run.report_file, report_text(run, config, rows, train, val))
+    return run.report_file
+
+
+def draw_losses(train: list[dict], val: list[dict], picture: Path) -> None:
+    """Training loss (each logged step, and smoothed), validation loss, and the learning rate, over the steps."""
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    steps = [row["step"] for row in train]
+    losses.plot(steps, [row["loss"] for row in train], color="tab:blue", alpha=0.3, linewidth=1, label="train")
+    losses.plot(steps, smoothed([row["loss"] for row in train]), color="tab:blue", label="train, smoothed")
+    if val:
+        losses.plot(
+            [r["step"] for r in val], [r["val_loss"] for r in val], "o-", color="tab:orange", label="validation"
+        )
+    losses.set_ylabel("loss (nats per token)")
+    losses.legend()
+    losses.grid(alpha=0.3)
+    rates.plot(steps, [row["learning_rate"] for row in train], color="tab:green")
+    rates.set_ylabel("learning rate")
+    rates.set_xlabel("step")
+    rates.grid(alpha=0.3)
+    figure.savefig(picture, dpi=120)
+
+
+def smoothed(values: list[float], share: float = 0.05) -> list[float]:
+    """Mean over a centred window of `share` of the values, narrower at the ends."""
+    half = max(1, round(len(values) * share / 2))
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def report_text(run: RunFolder, config: dict, rows: list[dict], train: list[dict], val: list[dict]) -> str:
+    """report.md as text."""
+    recorded = run.read_environment()
+    facts = {key.replace("_", " "): value for key, value in recorded.get("run", {}).items()}
+    sections = [
+        f"# Run {run.path.name}",
+        "![loss](loss.png)",
+        "## Result",
+        _table(results(train, val)),
+        "## Run",
+        _table({**facts, **_machine(recorded)}),
+    ]
+    if val:
+        sections += ["## Validation", _validation(val)]
+    samples = [row for row in rows if row.get("samples")]
+    if samples:
+        sections += ["## Samples", *_samples(samples)]
+    sections += ["## How to go on", _next_steps(run), "## Settings", _code(_yaml(config), "yaml")]
+    return "\n\n".join(sections) + "\n"
+
+
+def results(train: list[dict], val: list[dict]) -> dict[str, str]:
+    """The figures a reader looks for first."""
+    last = train[-1]
+    found = {"steps": f"{last['step']:,}", "training loss": f"{train[0]['loss']:.4f} → {last['loss']:.4f}"}
+    if val:
+        best = min(val, key=lambda row: row["val_loss"])
+        found["validation loss"] = f"{val[0]['val_loss']:.4f} (step {val[0]['step']}) → {val[-1]['val_loss']:.4f}"
+        if best is not val[-1]:
+            found["best validation loss"] = f"{best['val_loss']:.4f} (step {best['step']})"
+        if val[-1].get("val_bits_per_byte") and val[0].get("val_bits_per_byte"):
+            start, end = val[0]["val_bits_per_byte"], val[-1]["val_bits_per_byte"]
+            found["validation bits per byte"] = f"{start:.4f} → {end:.4f} ({end / start:.1%} of the start)"
+    if last.get("tokens"):
+        found["trained tokens"] = f"{last['tokens']:,}"
+    speeds = sorted(row["tokens_per_second"] for row in train if row.get("tokens_per_second"))
+    if speeds:
+        found["speed (median)"] = f"{speeds[len(speeds) // 2]:,.0f} tokens/s, padding not counted"
+    utilisation = sorted(row["mfu"] for row in train if row.get("mfu"))
+    if utilisation:
+        found["MFU (median)"] = f"{utilisation[len(utilisation) // 2]:.1%}"
+    if last.get("seconds"):
+        found["time"] = str(timedelta(seconds=math.ceil(last["seconds"])))
+    return found
+
+
+def _machine(recorded: dict) -> dict[str, str]:
+    if not recorded:
+        return {}
+    devices = recorded["devices"]
+    versions = ", ".join(f"{package} {version}" for package, version in recorded["versions"].items())
+    return {
+        "devices": f"{len(devices)} x {devices[0]} ({recorded['backend']})",
+        "system": f"{recorded['platform']}, Python {recorded['python']}",
+        "versions": versions,
+    }
+
+
+def _validation(val: list[dict]) -> str:
+    lines = ["| step | loss | bits per byte |", "|---:|---:|---:|"]
+    for row in val:
+        bits = row.get("val_bits_per_byte")
+        lines.append(f"| {row['step']:,} | {row['val_loss']:.4f} | {'' if bits is None else f'{bits:.4f}'} |")
+    return "\n".join(lines)
+
+
+def _samples(rows: list[dict]) -> list[str]:
+    """The first and the last samples taken."""
+    shown = rows if len(rows) == 1 else [rows[0], rows[-1]]
+    return [
+        f"At step {row['step']:,}:\n\n"
+        + "\n\n".join(_code(f"> {sample['prompt']}\n{sample['text']}") for sample in row["samples"])
+        for row in shown
+    ]
+
+
+def _next_steps(run: RunFolder) -> str:
+    commands = [
+        f"minimind chat --model {run.model}      # talk to it",
+        f"minimind sft --init_from {run.path} --data.train YOUR.jsonl --run NAME      # train it further",
+    ]
+    if not (run.model / "config.json").is_file():
+        commands = [f"minimind STAGE --config {run.config_file}      # resume it"]
+    return _code("\n".join(commands), "sh")
+
+
+def _table(values: dict) -> str:
+    lines = ["| | |", "|---|---|"]
+    lines += [f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in values.items()]
+    return "\n".join(lines)
+
+
+def _code(text: str, language: str = "") -> str:
+    """A fenced block, with a fence longer than any in the text."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _yaml(config: dict) -> str:
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)

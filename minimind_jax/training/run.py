@@ -1,0 +1,165 @@
+"""The folder of a run, and how names on the command line become folders.
+
+runs/NAME/
+  config.yaml        the settings of the run, readable by --config
+  environment.json   versions, devices, and the facts printed at the start
+  metrics.jsonl      one JSON object a line, in the order of the steps
+  checkpoints/       Orbax, only for resuming
+  model/             the Hugging Face folder, written at the end
+  report.md, loss.png
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+import jax
+import yaml
+
+from minimind_jax.errors import UserError
+
+RUNS = Path("runs")
+PACKAGES = ("minimind-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
+
+
+def resolve_run(name: str) -> Path:
+    """The folder of the run `name`: runs/NAME for a bare name; a path (with a separator, or `.`) is kept."""
+    if not name:
+        raise UserError("run is empty; give a name (a folder under runs/) or a path")
+    is_path = os.sep in name or "/" in name or name.startswith((".", "~"))
+    return Path(name).expanduser() if is_path else RUNS / name
+
+
+def resolve_model_folder(init_from: str) -> Path:
+    """The Hugging Face folder that `init_from` means: the folder itself, or the model/ of a run (name or path).
+
+    Raises:
+        UserError: nothing is there; the message names the places looked at, and a run that has not finished.
+    """
+    folder, run = Path(init_from).expanduser(), resolve_run(init_from)
+    places = list(dict.fromkeys([folder, folder / "model", run / "model"]))
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    for unfinished in (run, folder):
+        if (unfinished / "config.yaml").is_file():
+            raise UserError(
+                f"the run {unfinished} has no model/ yet: it has not finished; run it again to resume it, "
+                "or choose another init_from"
+            )
+    looked = ", ".join(str(place / "config.json") for place in places)
+    raise UserError(f"init_from {init_from!r} is neither a Hugging Face folder nor a run (no {looked})")
+
+
+class RunFolder:
+    """The files of one run. Nothing is created before `create`."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.environment_file = self.path / "environment.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / "model"
+        self.report_file = self.path / "report.md"
+        self.loss_picture = self.path / "loss.png"
+
+    def create(self) -> "RunFolder":
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot create the run folder {self.path}: {error.strerror or error}") from error
+        return self
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the checkpoints that are whole on disk, ascending."""
+        if not self.checkpoints.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.checkpoints.iterdir() if path.name.isdigit())
+
+    def check_resume(self, resume: str) -> None:
+        """Raises UserError when `resume` (auto, must, never) does not allow what the folder holds."""
+        steps = self.checkpoint_steps()
+        if resume == "must" and not steps:
+            raise UserError(
+                f"resume=must, but {self.checkpoints} holds no checkpoint; check the run's name, or use resume=auto "
+                "to start it"
+            )
+        if resume == "never" and steps:
+            raise UserError(
+                f"resume=never, but {self.path} holds checkpoints (the newest of step {steps[-1]}); choose another "
+                "run name, or remove that folder"
+            )
+
+    def write_config(self, config) -> None:
+        """The dataclass `config` as YAML that --config reads back."""
+        write_text(self.config_file, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+
+    def read_config(self) -> dict | None:
+        """The settings the run was last started with, or None."""
+        return yaml.safe_load(self.config_file.read_text("utf-8")) if self.config_file.is_file() else None
+
+    def has_settings(self, config) -> bool:
+        """Whether the run was last started with `config`; how to resume it does not count."""
+        recorded = self.read_config()
+        return recorded is not None and {**recorded, "resume": None} == {**plain(config), "resume": None}
+
+    def write_environment(self, facts: dict) -> None:
+        """environment.json: `environment()` and `facts`, the numbers printed at the start of the run."""
+        text = json.dumps({**environment(), "run": plain(facts)}, indent=2, ensure_ascii=False)
+        write_text(self.environment_file, text + "\n")
+
+    def read_environment(self) -> dict:
+        return json.loads(self.environment_file.read_text("utf-8")) if self.environment_file.is_file() else {}
+
+
+def environment() -> dict:
+    """Versions of what computes, and the devices."""
+    return {
+        "versions": package_versions(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "backend": jax.default_backend(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "processes": jax.process_count(),
+        "command": sys.argv,
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that decide a run's numbers."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def plain(value):
+    """`value` in the types of JSON and YAML: dataclasses as dicts, tuples as lists, paths as text."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces `path` by `text` in one step: a reader, or a kill, sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another run"
+        ) from error

@@ -1,0 +1,184 @@
+"""Where the numbers of a run go: metrics.jsonl always, and TensorBoard, W&B, SwanLab or trackio by choice.
+
+metrics.jsonl holds one object a line, each with `step`. All values are exact functions of the run's settings and data,
+and a resumed run writes the very lines an uninterrupted one does, but for the keys in WALL_CLOCK.
+"""
+
+import contextlib
+import json
+import math
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from minimind_jax.config import TrackingConfig
+from minimind_jax.errors import UserError
+from minimind_jax.training.run import RunFolder, write_text
+
+WALL_CLOCK = ("seconds", "tokens_per_second", "mfu")
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; none if it does not exist. A last line that a kill cut off is left out.
+
+    Raises:
+        UserError: another line is not a JSON object with `step`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            row["step"]
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):
+                break  # what follows the last newline: nothing, or a line that was being written
+            raise UserError(
+                f"{path}:{number}: not a JSON object with a step ({error}); mend or remove the line"
+            ) from error
+        rows.append(row)
+    return rows
+
+
+def val_losses(rows: list[dict[str, Any]]) -> dict[int, float]:
+    """step -> validation loss, of the rows that have one."""
+    return {row["step"]: row["val_loss"] for row in rows if row.get("val_loss") is not None}
+
+
+class MetricsWriter:
+    """Appends rows to the run's metrics.jsonl and to the chosen loggers.
+
+    Args:
+        run: the run's folder.
+        tracking: the loggers.
+        start_step: the checkpoint's step the run goes on from, 0 at its start; rows of later steps are removed first.
+        settings: a plain dict that loggers show beside the curves.
+        active: false on all processes but the first, which write nothing.
+
+    Use as a context manager.
+    Raises:
+        UserError: a logger's package is not installed, or the file cannot be written.
+    """
+
+    def __init__(
+        self, run: RunFolder, tracking: TrackingConfig, *, start_step: int, settings: dict, active: bool = True
+    ):
+        self.path = run.metrics_file
+        self._file = None
+        self._loggers: list[tuple[Callable[[int, dict], None], Callable[[], None]]] = []
+        # A run that starts anew writes its step 0 again; a resumed one keeps what was measured there.
+        self.rows = [row for row in read_metrics(self.path) if row["step"] <= start_step] if start_step else []
+        if not active:
+            return
+        write_text(self.path, "".join(_line(row) for row in self.rows))
+        self._loggers = [LOGGERS[name](run, tracking.project, start_step, settings) for name in tracking.loggers]
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # every line has been flushed, or its failure raised
+                self._file.close()
+        for _, close in self._loggers:
+            close()
+
+    def has(self, step: int, key: str) -> bool:
+        """Whether a row of `step` with `key` is written already (before the run was cut off)."""
+        return any(row["step"] == step and key in row for row in reversed(self.rows))
+
+    def write(self, step: int, **values: Any) -> None:
+        """One row: numbers (null where not finite), or anything else JSON holds; only numbers go to the loggers."""
+        row = {"step": step, **{key: _finite(value) for key, value in values.items()}}
+        self.rows.append(row)
+        if self._file is None:
+            return
+        try:
+            self._file.write(_line(row))
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}; make room and run again to resume") from error
+        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+        for log, _ in self._loggers:
+            log(step, numbers)
+
+
+def _line(row: dict) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _tensorboard(run: RunFolder, project: str, start_step: int, settings: dict):
+    tensorboard = _import("tensorboardX", "tensorboard")
+    writer = tensorboard.SummaryWriter(str(run.path / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+
+    def log(step: int, numbers: dict) -> None:
+        for name, value in numbers.items():
+            writer.add_scalar(f"{'val' if name.startswith('val_') else 'train'}/{name}", value, step)
+        writer.flush()
+
+    return log, writer.close
+
+
+def _wandb(run: RunFolder, project: str, start_step: int, settings: dict):
+    wandb = _import("wandb", "wandb")
+    session = wandb.init(
+        project=project,
+        name=run.path.name,
+        id=_tracking_id(run, start_step),
+        resume="allow",
+        dir=str(run.path),
+        config=settings,
+    )
+    return (lambda step, numbers: session.log(numbers, step=step)), session.finish
+
+
+def _swanlab(run: RunFolder, project: str, start_step: int, settings: dict):
+    swanlab = _import("swanlab", "swanlab")
+    swanlab.init(
+        project=project,
+        experiment_name=run.path.name,
+        id=_tracking_id(run, start_step),
+        resume="allow",
+        logdir=str(run.path / "swanlab"),
+        config=settings,
+    )
+    return (lambda step, numbers: swanlab.log(numbers, step=step)), swanlab.finish
+
+
+def _trackio(run: RunFolder, project: str, start_step: int, settings: dict):
+    trackio = _import("trackio", "trackio")
+    # trackio resumes by name, and names must not clash when a run is trained anew.
+    name = f"{run.path.name}-{_tracking_id(run, start_step)[:6]}"
+    trackio.init(project=project, name=name, resume="allow", config=settings)
+    return (lambda step, numbers: trackio.log(numbers, step=step)), trackio.finish
+
+
+LOGGERS = {"tensorboard": _tensorboard, "wandb": _wandb, "swanlab": _swanlab, "trackio": _trackio}
+
+
+def _import(module: str, logger: str):
+    try:
+        return __import__(module)
+    except ImportError as error:
+        raise UserError(
+            f"tracking.loggers names {logger}, whose package {module} cannot be imported ({error}); install the track "
+            "extra (pip install 'minimind-jax[track]') or leave it out"
+        ) from error
+
+
+def _tracking_id(run: RunFolder, start_step: int) -> str:
+    """The id of this run on a tracking service: the same when it is resumed, a new one when it starts anew."""
+    file = run.path / ".tracking_id"
+    if not start_step or not file.is_file():
+        write_text(file, uuid.uuid4().hex[:20] + os.linesep)
+    return file.read_text("utf-8").strip()

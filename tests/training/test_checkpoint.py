@@ -1,0 +1,192 @@
+"""Checkpoints come back bit for bit, the right ones are kept, and a failed save harms nothing."""
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from minimind_jax.errors import UserError
+from minimind_jax.training.checkpoint import Checkpoints, flatten
+
+
+class State(NamedTuple):
+    step: jax.Array
+    params: dict
+    opt_state: tuple
+
+
+def make_state(seed=0, width=64):
+    kernel, bias = jax.random.split(jax.random.key(seed))
+    params = {"layer": {"kernel": jax.random.normal(kernel, (32, width))}, "bias": jax.random.normal(bias, (width,))}
+    return State(jnp.int32(seed), params, (jax.tree.map(jnp.zeros_like, params), ()))
+
+
+def abstract(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def assert_same(left, right):
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), left, right)
+
+
+def save_all(folder, steps, **options):
+    with Checkpoints(folder, **options) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, make_state(step), {"tokens": step})
+
+
+def test_state_and_record_come_back_bit_for_bit(tmp_path):
+    state = make_state(3)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, state, {"tokens": 12, "data": {"key": "ä", "rows": [1, 2]}})
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [7]
+        assert checkpoints.record(7) == {"tokens": 12, "data": {"key": "ä", "rows": [1, 2]}}
+        restored = checkpoints.restore(7, abstract(state))
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert_same(restored, state)
+
+
+def test_training_goes_on_during_a_save_without_changing_what_is_saved(tmp_path):
+    add = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    state = make_state(width=200_000)
+    expected = jax.tree.map(np.array, state)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        for _ in range(10):
+            state = add(state)
+        jax.block_until_ready(state)
+        checkpoints.wait()
+        assert_same(checkpoints.restore(1, abstract(state)), expected)
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    # A run saves before it evaluates: the loss of a checkpoint becomes known after its save.
+    losses = {}
+    with Checkpoints(tmp_path, keep=2, val_losses=losses) as checkpoints:
+        for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5), (5, None), (6, 4.0)):
+            checkpoints.save(step, make_state(step), {})
+            if loss is not None:
+                losses[step] = loss
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [2, 5, 6]
+        assert_same(checkpoints.restore(2, abstract(make_state())), make_state(2))
+
+
+def test_without_validation_only_the_newest_are_kept(tmp_path):
+    save_all(tmp_path, range(1, 5), keep=1)
+    assert sorted(os.listdir(tmp_path)) == ["4"]
+
+
+def test_saving_a_step_twice_keeps_the_first(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(1), {"n": 1})
+        checkpoints.save(1, make_state(2), {"n": 2})
+        assert checkpoints.record(1) == {"n": 1}
+
+
+def test_a_half_written_checkpoint_is_removed(tmp_path):
+    save_all(tmp_path, [1])
+    half = tmp_path / "2.orbax-checkpoint-tmp" / "state.orbax-checkpoint-tmp"
+    half.mkdir(parents=True)
+    (half / "d").write_bytes(b"x" * 100)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [1]
+        checkpoints.save(2, make_state(2), {})
+    assert sorted(os.listdir(tmp_path)) == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s._replace(params={**s.params, "bias": jnp.zeros(65)}), r"params\.bias has shape \(64,\) there and"),
+        (lambda s: s._replace(params={**s.params, "head": jnp.zeros(2)}), r"params\.head is not in it and"),
+        (lambda s: s._replace(opt_state=()), r"opt_state\.0\.bias has shape \(64,\) there and does not exist here"),
+    ],
+)
+def test_a_checkpoint_of_another_model_names_the_first_tensor_that_differs(tmp_path, change, message):
+    save_all(tmp_path, [1])
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match=message):
+        checkpoints.restore(1, abstract(change(make_state())))
+
+
+def test_names_are_dotted_paths():
+    assert list(flatten(make_state())) == [
+        "step", "params.bias", "params.layer.kernel", "opt_state.0.bias", "opt_state.0.layer.kernel"
+    ]  # fmt: skip
+
+
+RESTORE_ON_EIGHT = """
+import sys, jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from minimind_jax.training.checkpoint import Checkpoints
+mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp"))
+sharding = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+with Checkpoints(sys.argv[1]) as checkpoints:
+    restored = checkpoints.restore(1, {"w": jax.ShapeDtypeStruct((4, 6), np.float32, sharding=sharding)})
+    assert len(restored["w"].sharding.device_set) == 8 and restored["w"].addressable_shards[0].data.shape == (4, 3)
+    np.testing.assert_array_equal(restored["w"], np.arange(24, dtype=np.float32).reshape(4, 6))
+    checkpoints.save(2, {"w": restored["w"] + 1}, {})
+"""
+
+
+def test_restoring_onto_another_number_of_devices_and_back(tmp_path):
+    values = jnp.arange(24, dtype=jnp.float32).reshape(4, 6)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"w": values}, {})
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", RESTORE_ON_EIGHT, str(tmp_path)], env=environment, check=True, timeout=120)
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    sharding = NamedSharding(mesh, PartitionSpec())
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore(2, {"w": jax.ShapeDtypeStruct((4, 6), jnp.float32, sharding=sharding)})
+    np.testing.assert_array_equal(restored["w"], values + 1)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of 2 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except OSError as error:
+        pytest.skip(f"cannot mount a small file system: {error}")
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_reported_and_the_old_checkpoint_is_intact(tiny_disk, caplog):
+    def random_state(seed):  # does not compress
+        return {"w": jax.random.normal(jax.random.key(seed), (400, 1000))}
+
+    folder = tiny_disk / "checkpoints"
+    with (
+        caplog.at_level(logging.ERROR),
+        pytest.raises(UserError) as failure,
+        Checkpoints(folder, keep=1) as checkpoints,
+    ):
+        checkpoints.save(1, random_state(1), {"n": 1})
+        checkpoints.wait()
+        checkpoints.save(2, random_state(2), {"n": 2})
+        while True:
+            checkpoints.poll()  # what the loop does at every step
+            time.sleep(0.01)
+    assert "No space left on device" in str(failure.value)
+    assert "checkpoint 1 is intact" in str(failure.value)
+    assert "run the same command again to resume" in str(failure.value)
+    assert os.listdir(folder) == ["1"], "what was written of the failed checkpoint is removed"
+    with Checkpoints(folder, keep=1) as checkpoints:
+        assert checkpoints.record(1) == {"n": 1}
+        assert_same(checkpoints.restore(1, abstract(random_state(1))), random_state(1))

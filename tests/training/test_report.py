@@ -1,0 +1,73 @@
+"""The report says what the metrics say."""
+
+import pytest
+
+from minimind_jax.config import PretrainConfig, TrackingConfig
+from minimind_jax.errors import UserError
+from minimind_jax.training.report import smoothed, write_report
+from minimind_jax.training.run import RunFolder
+from minimind_jax.training.tracking import MetricsWriter
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = RunFolder(tmp_path / "mine").create()
+    run.write_config(PretrainConfig(seed=77))
+    run.write_environment({"model": "1.2M parameters", "packing_efficiency": "99.1%"})
+    with MetricsWriter(run, TrackingConfig(), start_step=0, settings={}) as writer:
+        writer.write(0, val_loss=8.0, val_bits_per_byte=4.0)
+        writer.write(0, samples=[{"prompt": "Once", "text": " ```x"}])
+        for step in range(1, 41):
+            speed = {"tokens_per_second": 100.0 + step, "seconds": float(step)} if step > 1 else {}
+            writer.write(step, loss=8 - step / 10, learning_rate=1e-3, tokens=10 * step, **speed)
+        writer.write(40, val_loss=4.0, val_bits_per_byte=2.0)
+        writer.write(40, samples=[{"prompt": "Once", "text": " upon a time 从前"}])
+    return run
+
+
+def test_the_report_has_figures_settings_samples_and_the_next_command(run):
+    text = write_report(run).read_text("utf-8")
+    for expected in (
+        "# Run mine",
+        "![loss](loss.png)",
+        "| validation bits per byte | 4.0000 → 2.0000 (50.0% of the start) |",
+        "| training loss | 7.9000 → 4.0000 |",
+        "| trained tokens | 400 |",
+        "| speed (median) | 121 tokens/s, padding not counted |",
+        "| time | 0:00:40 |",
+        "| packing efficiency | 99.1% |",
+        "| 40 | 4.0000 | 2.0000 |",
+        "upon a time 从前",
+        "````\n> Once\n ```x\n````",
+        "seed: 77",
+        "resume it",
+    ):
+        assert expected in text
+    (run.model).mkdir()
+    (run.model / "config.json").write_text("{}")
+    assert f"minimind chat --model {run.model}" in write_report(run).read_text("utf-8")
+
+
+def test_the_picture_is_drawn(run):
+    write_report(run)
+    picture = run.loss_picture.read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+
+
+def test_a_run_without_validation_has_a_report_too(run):
+    rows = [line for line in run.metrics_file.read_text("utf-8").splitlines() if "val_" not in line]
+    run.metrics_file.write_text("\n".join(rows) + "\n", "utf-8")
+    assert "Validation" not in write_report(run).read_text("utf-8")
+
+
+def test_what_is_no_run_is_refused(run, tmp_path):
+    with pytest.raises(UserError, match="is not a run"):
+        write_report(tmp_path)
+    run.metrics_file.unlink()
+    with pytest.raises(UserError, match="no training step yet"):
+        write_report(run)
+
+
+def test_smoothing_keeps_a_constant_and_narrows_at_the_ends():
+    assert smoothed([2.0] * 50) == [2.0] * 50
+    assert smoothed([1.0, 2.0, 3.0]) == [1.5, 2.0, 2.5]

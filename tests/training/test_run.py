@@ -1,0 +1,79 @@
+"""Names become folders, and the folder's files are whole and readable."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from minimind_jax.config import DataConfig, PretrainConfig
+from minimind_jax.errors import UserError
+from minimind_jax.training.run import RunFolder, resolve_model_folder, resolve_run
+
+
+def test_a_bare_name_is_under_runs_and_a_path_is_kept(tmp_path):
+    assert resolve_run("small") == Path("runs/small")
+    assert resolve_run(str(tmp_path / "x")) == tmp_path / "x"
+    assert resolve_run("./here") == Path("here")
+    with pytest.raises(UserError, match="run is empty"):
+        resolve_run("")
+
+
+def test_init_from_is_a_model_folder_or_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("hub", "runs/base/model"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "config.json").write_text("{}")
+    assert resolve_model_folder("hub") == Path("hub")
+    assert resolve_model_folder("base") == Path("runs/base/model")
+    assert resolve_model_folder("runs/base") == Path("runs/base/model")
+    assert resolve_model_folder(str(tmp_path / "runs/base/model")) == tmp_path / "runs/base/model"
+
+
+def test_an_unfinished_or_absent_init_from_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    RunFolder("runs/cut").create().write_config(PretrainConfig())
+    with pytest.raises(UserError, match=r"runs/cut has no model/ yet: it has not finished"):
+        resolve_model_folder("cut")
+    with pytest.raises(UserError, match=r"'nothing' is neither .* runs/nothing/model/config.json"):
+        resolve_model_folder("nothing")
+
+
+def test_config_is_read_back_and_compared_without_resume(tmp_path):
+    run = RunFolder(tmp_path / "run").create()
+    config = PretrainConfig(data=DataConfig(train=("ü.jsonl", "b")), tokenizer="tok")
+    assert not run.has_settings(config)
+    run.write_config(config)
+    assert yaml.safe_load(run.config_file.read_text("utf-8"))["data"]["train"] == ["ü.jsonl", "b"]
+    assert run.has_settings(dataclasses.replace(config, resume="must"))
+    assert not run.has_settings(dataclasses.replace(config, seed=7))
+
+
+def test_resume_modes(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.check_resume("auto")
+    run.check_resume("never")
+    with pytest.raises(UserError, match=r"resume=must, but .*checkpoints holds no checkpoint"):
+        run.check_resume("must")
+    (run.checkpoints / "30").mkdir(parents=True)
+    (run.checkpoints / "40.orbax-checkpoint-tmp").mkdir()
+    assert run.checkpoint_steps() == [30]
+    run.check_resume("must")
+    run.check_resume("auto")
+    with pytest.raises(UserError, match=r"resume=never, but .* holds checkpoints \(the newest of step 30\)"):
+        run.check_resume("never")
+
+
+def test_environment_holds_versions_devices_and_facts(tmp_path):
+    run = RunFolder(tmp_path).create()
+    run.write_environment({"parameters": 12, "files": ("a",)})
+    recorded = json.loads(run.environment_file.read_text("utf-8"))
+    assert recorded["versions"]["jax"] and recorded["devices"] and recorded["run"] == {"parameters": 12, "files": ["a"]}
+    assert run.read_environment() == recorded
+
+
+def test_a_run_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot create the run folder"):
+        RunFolder(tmp_path / "file" / "run").create()
