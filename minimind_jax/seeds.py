@@ -1,12 +1,18 @@
 """One seed a run; every random draw folds in a name and, where it repeats, a step."""
 
-import zlib
+from __future__ import annotations
 
-import jax
+import zlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import jax
 
 
 def named_key(seed: int, name: str, step: int | jax.Array | None = None) -> jax.Array:
     """A JAX key for the draw called `name` (at `step`, if it repeats): the same on every machine and process."""
+    import jax  # here, so that the processes that tokenise do without it
+
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
     return key if step is None else jax.random.fold_in(key, step)
 

@@ -1,0 +1,312 @@
+"""Every source rendered and tokenised once, into memory-mapped files that every epoch, run and process then shares.
+
+A cache is a folder named after what it was made from: the files (path, size, time of change), the tokenizer with its
+template, and the settings that change tokens. It is written under another name, by one process at a time, and renamed
+when it is whole; so a change of any of these makes a new cache and a killed build leaves nothing that looks like one.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from minimind_jax.config import DataConfig
+from minimind_jax.data.jsonl import expand_paths
+from minimind_jax.data.tokenise import Chunk, Dice, Encoder, Kind, encode_all, process_count, read_chunks
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.errors import UserError
+
+FORMAT_VERSION = 1
+KEPT_MESSAGES = 100  # of skipped records; all are counted
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenCache:
+    """Tokenised documents, memory-mapped.
+
+    tokens: (tokens,) of all documents, end to end. trained: (tokens,) 1 where a token is a target; None in a cache
+        of plain text, where all are.
+    offsets: (documents + 1,) document d is tokens[offsets[d]:offsets[d + 1]].
+    records: (documents,) number of the record in the files, counted from 0 over all of them.
+    turn_offsets, turn_starts: document d may be cut at turn_starts[turn_offsets[d]:turn_offsets[d + 1]], counted from
+        its first token.
+    info: what else is known: documents, tokens, trained_tokens, skipped, skipped_messages, eos_id, pad_id, source.
+    """
+
+    folder: Path
+    kind: Kind
+    tokens: np.ndarray
+    trained: np.ndarray | None
+    offsets: np.ndarray
+    records: np.ndarray
+    turn_offsets: np.ndarray
+    turn_starts: np.ndarray
+    info: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """(documents,) tokens of each."""
+        return np.diff(self.offsets)
+
+    def turns(self, document: int) -> np.ndarray:
+        """Where a document may be cut, counted from its first token."""
+        return self.turn_starts[self.turn_offsets[document] : self.turn_offsets[document + 1]]
+
+    def ids(self, document: int, start: int, stop: int) -> np.ndarray:
+        """int32 tokens [start, stop) of a document, fewer where it ends before stop."""
+        first = self.offsets[document]
+        return self.tokens[first + start : min(first + stop, self.offsets[document + 1])].astype(np.int32)
+
+    def is_trained(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Which of the tokens [start, stop) of a document are targets, fewer where it ends before stop."""
+        first, last = self.offsets[document] + start, min(self.offsets[document] + stop, self.offsets[document + 1])
+        return np.ones(last - first, bool) if self.trained is None else self.trained[first:last].astype(bool)
+
+
+def build_cache(
+    kind: Kind,
+    paths: Iterable[str | Path],
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    seed: int,
+    epoch: int = 0,
+    progress: bool = True,
+) -> TokenCache:
+    """The cache of these files; made if there is none yet, by `data.tokenizer_workers` processes.
+
+    The chances of the template are drawn from the seed and a record's number (and the epoch, with
+    `data.redraw_each_epoch`), so the number of processes never changes the result. Memory does not grow with the files.
+
+    Raises UserError with file and line for a broken record (unless `data.on_error` is skip), for files without any
+    usable record, for a cache folder that cannot be written and when a file changes meanwhile.
+    """
+    files = expand_paths(paths)
+    if not files:
+        raise UserError("no training data: data.train is empty; give it files, folders or globs")
+    encoder = Encoder(kind, str(tokenizer.folder), _dice(kind, data, seed, epoch), data.on_error == "skip")
+    source = _source(files, encoder, tokenizer)
+    key = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:32]
+    folder = cache_root(data) / key
+    with _explained_disk_errors(folder):
+        if cache := _open_cache(folder):
+            return _report_skipped(cache)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder.with_suffix(".lock")):
+            if (cache := _open_cache(folder)) is None:
+                cache = _build(folder, files, encoder, tokenizer, source, data.tokenizer_workers, progress)
+    return _report_skipped(cache)
+
+
+def cache_root(data: DataConfig) -> Path:
+    """Folder that holds the caches."""
+    given = data.cache_dir or os.environ.get("MINIMIND_CACHE")
+    return (Path(given).expanduser() if given else Path.home() / ".cache" / "minimind_jax") / "tokens"
+
+
+# What a cache depends on
+
+
+def _dice(kind: Kind, data: DataConfig, seed: int, epoch: int) -> Dice | None:
+    """None where nothing is drawn, so that the seed does not matter."""
+    if kind == "text" or not (data.system_prompt_probability or data.empty_think_removal):
+        return None
+    epoch = epoch if data.redraw_each_epoch else 0
+    return Dice(seed, epoch, data.system_prompt_probability, data.empty_think_removal)
+
+
+def _source(files: list[Path], encoder: "Encoder", tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "format": FORMAT_VERSION,
+        "kind": encoder.kind,
+        "files": _identities(files),
+        "tokenizer": tokenizer.fingerprint,
+        "dice": encoder.dice and dataclasses.asdict(encoder.dice),
+        "skip": encoder.skip,
+    }
+
+
+def _identities(files: list[Path]) -> list[list]:
+    stats = [(file.resolve(), file.stat()) for file in files]
+    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+
+
+# Files
+
+
+_ARRAYS = {"offsets": np.int64, "records": np.int64, "turn_offsets": np.int64, "turn_starts": np.int32}
+
+
+def _build(folder, files, encoder, tokenizer, source, asked_workers, progress) -> TokenCache:
+    """Writes the cache beside its place and moves it there. The caller holds the lock, so leftovers are stale."""
+    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    building = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
+    building.mkdir()
+    total = sum(file.stat().st_size for file in files)
+    started = time.monotonic()
+    try:
+        with _progress_bar(total, progress) as advance, _CacheWriter(building, encoder.kind, tokenizer) as writer:
+            workers = process_count(asked_workers, total)
+            for chunk in encode_all(encoder, read_chunks(files, advance), workers):
+                writer.add(chunk)
+        if _identities(files) != source["files"]:
+            raise UserError("a data file changed while it was being tokenised; run again when it is complete")
+        info = writer.info()
+        if not info["documents"]:
+            names = ", ".join(map(str, files))
+            first = f"; the first of them: {info['skipped_messages'][0]}" if info["skipped"] else ""
+            raise UserError(f"{names}: no usable record, {info['skipped']} were skipped{first}")
+        _write_synced(building / "info.json", json.dumps({**info, "source": source}, indent=1).encode())
+        shutil.rmtree(folder, ignore_errors=True)  # only ever a damaged one
+        building.rename(folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    if progress:
+        Console(stderr=True).print(
+            f"Tokenised {info['documents']:,} records, {info['tokens']:,} tokens, in "
+            f"{time.monotonic() - started:.1f} s with {workers} process{'es' if workers > 1 else ''}",
+            highlight=False,
+        )
+    return _open_cache(folder)
+
+
+class _CacheWriter:
+    """Appends chunks to the files of a cache."""
+
+    def __init__(self, folder: Path, kind: Kind, tokenizer: Tokenizer):
+        self.kind, self.tokenizer = kind, tokenizer
+        self.token_dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+        names = ["tokens", *_ARRAYS, *(["trained"] if kind == "conversation" else [])]
+        self.files = {name: open(folder / f"{name}.bin", "wb") for name in names}
+        self.documents = self.tokens = self.turns = self.trained_tokens = self.skipped = 0
+        self.messages: list[str] = []
+        self._append("offsets", [0])
+        self._append("turn_offsets", [0])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+
+    def _append(self, name: str, values) -> None:
+        dtype = {"tokens": self.token_dtype, "trained": np.dtype(np.uint8)}.get(name) or _ARRAYS[name]
+        self.files[name].write(np.asarray(values).astype(dtype).tobytes())
+
+    def add(self, chunk: Chunk) -> None:
+        self._append("tokens", chunk.tokens)
+        self._append("offsets", self.tokens + np.cumsum(chunk.lengths))
+        self._append("records", chunk.records)
+        self._append("turn_offsets", self.turns + np.cumsum(chunk.turn_counts))
+        self._append("turn_starts", chunk.turn_starts)
+        if self.kind == "conversation":
+            self._append("trained", chunk.trained)
+        self.documents += len(chunk.lengths)
+        self.tokens += len(chunk.tokens)
+        self.turns += len(chunk.turn_starts)
+        self.trained_tokens += int(chunk.trained.sum())
+        self.skipped += len(chunk.errors)
+        self.messages += chunk.errors[: KEPT_MESSAGES - len(self.messages)]
+
+    def info(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "turns": self.turns,
+            "trained_tokens": self.trained_tokens,
+            "skipped": self.skipped,
+            "skipped_messages": self.messages,
+            "token_dtype": self.token_dtype.name,
+            "eos_id": self.tokenizer.eos_id,
+            "pad_id": self.tokenizer.pad_id,
+        }
+
+
+def _open_cache(folder: Path) -> TokenCache | None:
+    """The cache in a folder, or None if there is no whole one."""
+    try:
+        info = json.loads((folder / "info.json").read_text())
+        counts = {
+            "tokens": (info["tokens"], np.dtype(info["token_dtype"])),
+            "offsets": (info["documents"] + 1, np.dtype(np.int64)),
+            "records": (info["documents"], np.dtype(np.int64)),
+            "turn_offsets": (info["documents"] + 1, np.dtype(np.int64)),
+            "turn_starts": (info["turns"], np.dtype(np.int32)),
+        }
+        if info["kind"] == "conversation":
+            counts["trained"] = (info["tokens"], np.dtype(np.uint8))
+        arrays = {name: _map(folder / f"{name}.bin", count, dtype) for name, (count, dtype) in counts.items()}
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, KeyError):
+        return None
+    if any(array is None for array in arrays.values()):
+        return None
+    return TokenCache(folder, info["kind"], info=info, **{"trained": None, **arrays})
+
+
+def _map(path: Path, count: int, dtype: np.dtype) -> np.ndarray | None:
+    if path.stat().st_size != count * dtype.itemsize:
+        return None
+    return np.memmap(path, dtype, mode="r", shape=(count,)) if count else np.zeros(0, dtype)
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _explained_disk_errors(folder: Path):
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EPERM, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{folder.parent}: cannot write the cache of tokens: {error.strerror}; free some space, or set "
+            "data.cache_dir (or MINIMIND_CACHE) to another folder"
+        ) from error
+
+
+# What the user sees
+
+
+@contextlib.contextmanager
+def _progress_bar(total: int, show: bool):
+    columns = (TextColumn("Tokenising"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda amount: bar.advance(task, amount)
+
+
+def _report_skipped(cache: TokenCache) -> TokenCache:
+    if cache.info["skipped"]:
+        total = cache.info["skipped"] + len(cache)
+        Console(stderr=True).print(
+            f"Skipped {cache.info['skipped']:,} of {total:,} records, the first: {cache.info['skipped_messages'][0]}",
+            highlight=False,
+            markup=False,
+        )
+    return cache

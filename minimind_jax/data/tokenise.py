@@ -1,0 +1,181 @@
+"""Lines of data files -> tokenised documents, in processes of their own.
+
+The processes import this module, so it must not import JAX (directly or not).
+"""
+
+import collections
+import dataclasses
+import functools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from minimind_jax.data.documents import Document, encode_conversation, encode_text
+from minimind_jax.data.jsonl import iter_lines, parse_line
+from minimind_jax.data.records import parse_conversation, parse_text
+from minimind_jax.data.template import dice_rng
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.errors import UserError
+
+Kind = Literal["text", "conversation"]
+
+CHUNK_BYTES = 1 << 19  # of raw lines a process gets at once
+BYTES_PER_PROCESS = 4 << 20  # less than this is not worth a process of its own
+
+
+@dataclasses.dataclass(frozen=True)
+class Dice:
+    """The template's chances, drawn for each record from (seed, epoch, number of the record)."""
+
+    seed: int
+    epoch: int
+    system_prompt_probability: float
+    empty_think_removal: float
+
+
+Line = tuple[int, Path, int, bytes | dict]  # number of the record, file, line, what `iter_lines` gave
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """Turns lines into documents; travels to the processes, which load the tokenizer themselves."""
+
+    kind: Kind
+    tokenizer_folder: str
+    dice: Dice | None
+    skip: bool
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.tokenizer_folder)
+
+    def document(self, line: Line) -> Document:
+        """Raises UserError with file and line."""
+        number, file, line_number, raw = line
+        record = parse_line(raw, file, line_number)
+        if self.kind == "text":
+            return encode_text(self.tokenizer, parse_text(record))
+        dice = self.dice
+        rng = dice and dice_rng(dice.seed, number, dice.epoch)
+        chances = (dice.system_prompt_probability, dice.empty_think_removal) if dice else ()
+        document = encode_conversation(self.tokenizer, parse_conversation(record), rng, *chances)
+        if not document.trained.any():
+            raise UserError(f"{record.where}: nothing to train on; expected an assistant message with content")
+        return document
+
+    def encode(self, lines: list[Line]) -> "Chunk":
+        """The documents of the lines; a broken line raises its UserError, or is noted if this encoder skips."""
+        documents, numbers, errors = [], [], []
+        for line in lines:
+            try:
+                documents.append(self.document(line))
+                numbers.append(line[0])
+            except UserError as error:
+                if not self.skip:
+                    raise
+                errors.append(str(error))
+        turns = [d.turn_starts if self.kind == "conversation" else [] for d in documents]
+        return Chunk(
+            tokens=np.concatenate([d.ids for d in documents] or [np.zeros(0, np.int32)]),
+            trained=np.concatenate([d.trained for d in documents] or [np.zeros(0, bool)]),
+            lengths=np.array([len(d.ids) for d in documents], np.int64),
+            records=np.array(numbers, np.int64),
+            turn_counts=np.array([len(t) for t in turns], np.int64),
+            turn_starts=np.concatenate([np.asarray(t, np.int64) for t in turns] or [np.zeros(0, np.int64)]),
+            errors=errors,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Documents end to end, as `TokenCache` holds them, and the messages of the records that were skipped."""
+
+    tokens: np.ndarray
+    trained: np.ndarray
+    lengths: np.ndarray
+    records: np.ndarray
+    turn_counts: np.ndarray
+    turn_starts: np.ndarray
+    errors: list[str]
+
+
+_process_encoder: Encoder | None = None
+
+
+def _start_process(encoder: Encoder) -> None:
+    global _process_encoder
+    _process_encoder = encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _encode_in_process(lines: list[Line]) -> Chunk:
+    return _process_encoder.encode(lines)
+
+
+def encode_all(encoder: Encoder, chunks: Iterator[list[Line]], workers: int) -> Iterator[Chunk]:
+    """Encoded chunks in order; at most two a process are under way, so memory stays bounded."""
+    if workers == 1:
+        yield from map(encoder.encode, chunks)
+        return
+    # spawn: a fork of a process that runs JAX's threads may hang
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_process, initargs=(encoder,))
+    under_way = collections.deque()
+    try:
+        for chunk in chunks:
+            under_way.append(pool.submit(_encode_in_process, chunk))
+            if len(under_way) >= 2 * workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a tokenising process died: out of memory, or a script that calls this without `if __name__ == "
+            '"__main__":`; --data.tokenizer_workers 1 does without processes'
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def process_count(asked: int, total_bytes: int) -> int:
+    """Processes for this much data: as many as asked for, or up to one a core."""
+    if asked:
+        return asked
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 1 + total_bytes // BYTES_PER_PROCESS)
+
+
+def read_chunks(files: list[Path], advance: Callable[[int], None]) -> Iterator[list[Line]]:
+    """Lines of all files in groups of about CHUNK_BYTES; `advance` hears of the bytes of the files that are read."""
+    number, lines, size = 0, [], 0
+    for file in files:
+        first, told = number, 0
+        for line_number, raw in iter_lines(file):
+            length = len(raw) if isinstance(raw, bytes) else sum(len(str(value)) for value in raw.values())
+            lines.append((number, file, line_number, raw))
+            number, size = number + 1, size + length
+            if size >= CHUNK_BYTES:
+                yield lines
+                step = min(size, file.stat().st_size - told)  # a compressed file is smaller than its lines
+                advance(step)
+                lines, size, told = [], 0, told + step
+        if number == first:
+            raise UserError(f"{file}: the file is empty; expected one JSON object a line")
+        advance(file.stat().st_size - told)
+    if lines:
+        yield lines
