@@ -1,0 +1,276 @@
+"""`config.json` of a Hugging Face folder: written so that every reader finds its keys, read in every form in use.
+
+Readers disagree on a few keys, and a missing one is often not an error but a wrong model (transformers 4.57 takes
+theta 10000 when there are only `rope_parameters`). So both spellings of each are written:
+`rope_theta` and `rope_parameters`, `num_experts` and `num_local_experts`, `torch_dtype` and `dtype`.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from minimind_jax.errors import UserError
+from minimind_jax.model.config import ModelConfig, RopeScaling
+
+ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "minimind": "MiniMindForCausalLM",
+}
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+# What an absent key means to the library that wrote the file.
+_QWEN3_DEFAULTS = {
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_MINIMIND_DEFAULTS = {
+    **_QWEN3_DEFAULTS,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "rope_theta": 1e6,
+}
+# MiniMind's own yarn, which its `inference_rope_scaling` switches on.
+_MINIMIND_YARN = {
+    "rope_type": "yarn",
+    "factor": 16.0,
+    "original_max_position_embeddings": 2048,
+    "attention_factor": 1.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
+
+
+def to_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The `config.json` of a model whose tensors are stored as `dtype` (float32, bfloat16 or float16).
+
+    With `linear` and `dynamic` scaling the written `max_position_embeddings` is the original context, because that is
+    where transformers looks for it; with `yarn` it is the extended one. Dropout and the router's gradient are matters
+    of training and are not written.
+    """
+    scaling = config.rope_scaling
+    extended_by_reader = scaling is not None and scaling.rope_type in ("linear", "dynamic")
+    rope = {"rope_type": "default"} if scaling is None else _rope_dict(scaling)
+    model_type = "qwen3_moe" if config.is_moe else "qwen3"
+    values = {
+        "architectures": [ARCHITECTURES[model_type]],
+        "model_type": model_type,
+        **{name: getattr(config, name) for name in SIZES},
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": (
+            scaling.original_max_position_embeddings if extended_by_reader else config.max_position_embeddings
+        ),
+        "initializer_range": config.initializer_range,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": float(config.rope_theta),
+        "rope_scaling": None if scaling is None else {"type": rope["rope_type"], **rope},
+        "rope_parameters": {"rope_theta": float(config.rope_theta), **rope},
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "max_window_layers": config.num_hidden_layers,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+        "use_cache": True,
+    }
+    if config.is_moe:
+        values |= {
+            "num_experts": config.num_experts,
+            "num_local_experts": config.num_experts,
+            "num_experts_per_tok": config.num_experts_per_tok,
+            "moe_intermediate_size": config.moe_intermediate_size,
+            "norm_topk_prob": config.norm_topk_prob,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "router_aux_loss_coef": config.router_aux_loss_coef,
+            "output_router_logits": False,
+        }
+    return values
+
+
+def to_generation_config(config: ModelConfig, source: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The `generation_config.json`: the model's token ids and either `source`'s settings or MiniMind's sampling."""
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if source is None:
+        return {**ids, "do_sample": True, "temperature": 0.85, "top_p": 0.85, "top_k": 50}
+    kept = {
+        k: v for k, v in source.items() if v is not None and k not in ("transformers_version", "_from_model_config")
+    }
+    return {**ids, **kept}
+
+
+def from_hf_config(values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+    """The architecture a `config.json` describes: model_type `qwen3`, `qwen3_moe` or MiniMind's own `minimind`.
+
+    Of several end-of-text ids the first is taken. Fields that only training uses get their defaults.
+
+    Raises:
+        UserError: a key is missing, or the model has a feature that this project does not compute.
+    """
+    model_type = values.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise UserError(f"{where}: model_type {model_type!r} is not supported; it must be {_either(ARCHITECTURES)}")
+    _refuse_unsupported(values, where)
+    defaults = _MINIMIND_DEFAULTS if model_type == "minimind" else _QWEN3_DEFAULTS
+    fields = {name: _required(values, name, where) for name in SIZES}
+    fields |= {name: values.get(name, default) for name, default in defaults.items()}
+    fields["eos_token_id"] = _first(fields["eos_token_id"])
+    fields["head_dim"] = values.get("head_dim") or _default_head_dim(model_type, fields)
+    if model_type == "qwen3_moe" or values.get("use_moe"):
+        fields |= _moe_fields(values, where)
+    try:
+        fields["rope_theta"], fields["rope_scaling"] = _read_rope(values, fields, where)
+        if fields["rope_scaling"] is not None and fields["rope_scaling"].rope_type in ("linear", "dynamic"):
+            fields["max_position_embeddings"] = int(
+                fields["max_position_embeddings"] * fields["rope_scaling"].factor
+            )  # see to_hf_config
+        return ModelConfig(**fields)
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _default_head_dim(model_type: str, fields: Mapping[str, Any]) -> int:
+    return 128 if model_type == "qwen3" else fields["hidden_size"] // fields["num_attention_heads"]
+
+
+def _moe_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    minimind = values["model_type"] == "minimind"
+    num_experts = values.get("num_experts", values.get("num_local_experts"))
+    if num_experts is None:
+        raise UserError(f"{where}: num_experts is missing (num_local_experts, too)")
+    if values.get("num_local_experts", num_experts) != num_experts:
+        raise UserError(
+            f"{where}: num_experts {num_experts} and num_local_experts {values['num_local_experts']} must be equal"
+        )
+    return {
+        "num_experts": num_experts,
+        "num_experts_per_tok": _required(values, "num_experts_per_tok", where),
+        "moe_intermediate_size": _required(values, "moe_intermediate_size", where),
+        "norm_topk_prob": values.get("norm_topk_prob", minimind),
+        "router_aux_loss_coef": values.get("router_aux_loss_coef", 5e-4 if minimind else 1e-3),
+    }
+
+
+def _refuse_unsupported(values: Mapping[str, Any], where: str):
+    """Raises UserError for anything that changes what the network computes and that this project lacks."""
+    refused = {
+        "use_sliding_window": bool(values.get("use_sliding_window")),
+        "layer_types": any(kind != "full_attention" for kind in values.get("layer_types") or ()),
+        "attention_bias": bool(values.get("attention_bias")),
+        "hidden_act": values.get("hidden_act", "silu") != "silu",
+        "mlp_only_layers": bool(values.get("mlp_only_layers")),
+        "decoder_sparse_step": values.get("decoder_sparse_step", 1) != 1,
+        "partial_rotary_factor": values.get("partial_rotary_factor") not in (None, 1.0),
+        "quantization_config": bool(values.get("quantization_config")),
+        "architectures": any(name not in ARCHITECTURES.values() for name in values.get("architectures") or ()),
+    } | {name: bool(value) for name, value in values.items() if "shared_expert" in name}
+    for name, bad in refused.items():
+        if bad:
+            raise UserError(
+                f"{where}: {name} is {values[name]!r}, which is not supported: the model must be a "
+                f"{_either(ARCHITECTURES.values())} with full attention, silu, no biases and all layers alike"
+            )
+
+
+def _rope_dict(scaling: RopeScaling) -> dict[str, Any]:
+    """`scaling` under Hugging Face's keys; only yarn has more than a factor there."""
+    values = {"rope_type": scaling.rope_type, "factor": float(scaling.factor)}
+    if scaling.rope_type == "yarn":
+        values |= {
+            "original_max_position_embeddings": scaling.original_max_position_embeddings,
+            "attention_factor": float(scaling.attention_factor),
+            "beta_fast": float(scaling.beta_fast),
+            "beta_slow": float(scaling.beta_slow),
+        }
+    return values
+
+
+def _read_rope(values: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
+    """Theta and scaling from `rope_theta` + `rope_scaling` (transformers 4), `rope_parameters` (5), or both."""
+    new = dict(values.get("rope_parameters") or {})
+    old = dict(values.get("rope_scaling") or {})
+    if values["model_type"] == "minimind" and values.get("inference_rope_scaling"):
+        old = dict(_MINIMIND_YARN)
+    thetas = [t for t in (values.get("rope_theta"), old.pop("rope_theta", None), new.pop("rope_theta", None)) if t]
+    if not thetas:
+        thetas = [_required(fields, "rope_theta", where)]
+    forms = [_read_scaling(form, fields, where) for form in (old, new) if form] or [None]
+    if "rope_scaling" in values and values["rope_scaling"] is None and not old and new:
+        forms = [None, *forms]
+    if len(set(thetas)) > 1 or len(set(forms)) > 1:
+        raise UserError(
+            f"{where}: rope_theta / rope_scaling and rope_parameters contradict each other; keep one of them"
+        )
+    return float(thetas[0]), forms[0]
+
+
+def _read_scaling(rope: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> RopeScaling | None:
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type == "default":
+        return None
+    if rope_type not in ("linear", "dynamic", "yarn"):
+        raise UserError(
+            f"{where}: rope_type {rope_type!r} is not supported; it must be default, linear, dynamic or yarn"
+        )
+    if rope.get("truncate") is False or rope.get("partial_rotary_factor") not in (None, 1.0):
+        raise UserError(f"{where}: rope scaling with truncate or partial_rotary_factor is not supported: {dict(rope)}")
+    factor = float(_required(rope, "factor", f"{where}: rope scaling"))
+    context = fields["max_position_embeddings"]
+    if rope_type != "yarn":
+        return RopeScaling(rope_type, factor, context)
+    attention_factor = rope.get("attention_factor")
+    if attention_factor is None:
+        attention_factor = _yarn_attention_factor(factor, rope.get("mscale"), rope.get("mscale_all_dim"))
+    return RopeScaling(
+        rope_type="yarn",
+        factor=factor,
+        original_max_position_embeddings=rope.get("original_max_position_embeddings") or context,
+        attention_factor=float(attention_factor),
+        beta_fast=float(rope.get("beta_fast") or 32),
+        beta_slow=float(rope.get("beta_slow") or 1),
+    )
+
+
+def _yarn_attention_factor(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:
+    """The paper's 0.1 ln(factor) + 1, or DeepSeek's ratio of two of them, as transformers does when it is not given."""
+
+    def scale(multiplier):
+        return 0.1 * multiplier * math.log(factor) + 1 if factor > 1 else 1.0
+
+    return scale(mscale) / scale(mscale_all_dim) if mscale and mscale_all_dim else scale(1)
+
+
+def _required(values: Mapping[str, Any], name: str, where: str) -> Any:
+    if values.get(name) is None:
+        raise UserError(f"{where}: {name} is missing")
+    return values[name]
+
+
+def _first(ids: int | list[int] | None) -> int | None:
+    return (ids[0] if ids else None) if isinstance(ids, list) else ids
+
+
+def _either(names) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}"

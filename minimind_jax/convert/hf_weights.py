@@ -1,0 +1,243 @@
+"""Tensors of a Qwen3 or Qwen3-MoE checkpoint and the parameters of a model: one table of names, used both ways.
+
+torch's Linear weights are (out, in), the kernels here (in, out) and stacked over layers (and experts); the rotary
+embedding is the same half-split one, so nothing else changes.
+"""
+
+import contextlib
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from minimind_jax.errors import UserError
+from minimind_jax.model.config import ModelConfig
+from minimind_jax.model.transformer import LanguageModel, Params
+
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+_SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+_LAYER_TENSORS = {
+    "input_layernorm.weight": ("input_norm", "scale"),
+    "self_attn.q_proj.weight": ("attention", "q_proj", "kernel"),
+    "self_attn.k_proj.weight": ("attention", "k_proj", "kernel"),
+    "self_attn.v_proj.weight": ("attention", "v_proj", "kernel"),
+    "self_attn.o_proj.weight": ("attention", "o_proj", "kernel"),
+    "self_attn.q_norm.weight": ("attention", "q_norm", "scale"),
+    "self_attn.k_norm.weight": ("attention", "k_norm", "scale"),
+    "post_attention_layernorm.weight": ("post_attention_norm", "scale"),
+}
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a checkpoint that is read when it is needed.
+
+    dtype: a key of `DTYPES`. read(index): what `array[index]` is, in that dtype; `...` for the whole array.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[Any], np.ndarray]
+
+
+def hf_tensors(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
+    """Every tensor of the checkpoint under its Hugging Face name and in torch's layout, without a copy.
+
+    The values are views of `params`, writable if those are NumPy arrays. There is no `lm_head.weight` in a tied model.
+    """
+    host = jax.tree.map(np.asarray, params)
+    layers = host["layers"]
+    tensors = {"model.embed_tokens.weight": host["embed"]["embedding"]}
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        for name, path in _LAYER_TENSORS.items():
+            array = _leaf(layers, path)[layer]
+            tensors[f"{prefix}.{name}"] = array.T if path[-1] == "kernel" else array
+        tensors |= {f"{prefix}.mlp.{name}": array for name, array in _mlp_tensors(config, layers["mlp"], layer)}
+    tensors["model.norm.weight"] = host["norm"]["scale"]
+    if not config.tie_word_embeddings:
+        tensors["lm_head.weight"] = host["lm_head"]["kernel"].T
+    return tensors
+
+
+def _mlp_tensors(config: ModelConfig, mlp: Params, layer: int) -> Iterator[tuple[str, np.ndarray]]:
+    if not config.is_moe:
+        for projection in _PROJECTIONS:
+            yield f"{projection}.weight", mlp[projection]["kernel"][layer].T
+        return
+    yield "gate.weight", mlp["router"]["kernel"][layer].T
+    for expert in range(config.num_experts):
+        for projection in _PROJECTIONS:
+            yield f"experts.{expert}.{projection}.weight", mlp["experts"][projection]["kernel"][layer, expert].T
+
+
+def _leaf(tree: Params, path: tuple[str, ...]) -> np.ndarray:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def params_from_hf(config: ModelConfig, stored: Mapping[str, StoredTensor], where: str) -> Params:
+    """Parameters in float32 (NumPy arrays on the host) from the tensors of a checkpoint.
+
+    5.x's fused expert tensors are taken apart. A tied model may come with an `lm_head.weight` if it equals the
+    embedding, as MiniMind's files do.
+
+    Raises:
+        UserError: tensors are missing or left over, or have another shape than the configuration says.
+    """
+    stored = _unfuse_experts(stored)
+    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), LanguageModel(config).abstract_params())
+    views = hf_tensors(config, params)
+    if config.tie_word_embeddings and "lm_head.weight" in stored:
+        _check_tied_head(stored, where)
+        stored.pop("lm_head.weight")
+    _check_names_and_shapes({name: view.shape for name, view in views.items()}, stored, where)
+    for name, view in views.items():
+        view[...] = stored[name].read(...)
+    return params
+
+
+def _check_tied_head(stored: Mapping[str, StoredTensor], where: str):
+    head, embedding = stored["lm_head.weight"], stored.get("model.embed_tokens.weight")
+    if embedding is not None and not (
+        head.shape == embedding.shape and np.array_equal(head.read(...), embedding.read(...))
+    ):
+        raise UserError(
+            f"{where}: tie_word_embeddings is true but lm_head.weight differs from model.embed_tokens.weight; "
+            "set tie_word_embeddings to false"
+        )
+
+
+def _check_names_and_shapes(expected: Mapping[str, tuple], stored: Mapping[str, StoredTensor], where: str):
+    def some(names):
+        return ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+    missing, unexpected = expected.keys() - stored.keys(), stored.keys() - expected.keys()
+    problems = [f"missing tensors: {some(missing)}"] if missing else []
+    problems += [f"unexpected tensors: {some(unexpected)}"] if unexpected else []
+    problems += [
+        f"{name} has shape {stored[name].shape}, the configuration says {shape}"
+        for name, shape in expected.items()
+        if name in stored and stored[name].shape != shape
+    ][:4]
+    if problems:
+        raise UserError(f"{where}: the weights are not those of this configuration; {'; '.join(problems)}")
+
+
+def _unfuse_experts(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Per-expert tensors for `experts.gate_up_proj` (E, 2I, H; gate rows first) and `experts.down_proj` (E, H, I)."""
+    result = {}
+    for name, tensor in stored.items():
+        fused = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|down_proj)", name)
+        if not fused:
+            result[name] = tensor
+            continue
+        prefix, kind = fused.groups()
+        if len(tensor.shape) != 3 or (kind == "gate_up_proj" and tensor.shape[1] % 2):
+            raise UserError(f"{name} has shape {tensor.shape}; fused experts have three axes, gate and up of one size")
+        experts, rows, columns = tensor.shape
+        parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+        size = rows // len(parts)
+        for expert in range(experts):
+            for part, projection in enumerate(parts):
+                index = (expert, slice(part * size, (part + 1) * size))
+                result[f"{prefix}.{expert}.{projection}.weight"] = _part(tensor, index, (size, columns))
+    return result
+
+
+def _part(tensor: StoredTensor, index: tuple, shape: tuple[int, ...]) -> StoredTensor:
+    return StoredTensor(shape, tensor.dtype, lambda inner: tensor.read(index)[inner])
+
+
+def cast(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
+    """`array` as a contiguous array of `dtype`; UserError if float16 cannot hold it."""
+    with np.errstate(over="ignore"):
+        result = np.ascontiguousarray(array, DTYPES[dtype])
+    if dtype == "float16" and not np.isfinite(result).all() and np.isfinite(array).all():
+        raise UserError(f"{name} has values beyond float16's range (65504); export bfloat16 or float32 instead")
+    return result
+
+
+def check_dtype(dtype: str):
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is unknown; it must be {', '.join(DTYPES)}")
+
+
+def write_safetensors(folder: Path, tensors: Mapping[str, np.ndarray], dtype: str, max_shard_bytes: float):
+    """`model.safetensors`, or numbered shards with an index if the whole is larger than `max_shard_bytes`.
+
+    One shard is converted to `dtype` and written at a time.
+    """
+    sizes = {name: array.size * np.dtype(DTYPES[dtype]).itemsize for name, array in tensors.items()}
+    shards = _plan_shards(sizes, max_shard_bytes)
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        converted = {name: cast(name, tensors[name], dtype) for name in names}
+        save_file(converted, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _plan_shards(sizes: Mapping[str, int], max_shard_bytes: float) -> list[list[str]]:
+    """Names in order, cut before the shard would exceed the limit; a larger tensor gets a shard of its own."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def read_safetensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of `model.safetensors` or of the shards that `model.safetensors.index.json` names."""
+    if (folder / "model.safetensors").exists():
+        return _read_file(folder / "model.safetensors")
+    index = folder / "model.safetensors.index.json"
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{index}: not an index of shards ({error!r})") from error
+    result = {}
+    for file in sorted(set(weight_map.values())):
+        if not (folder / file).exists():
+            raise UserError(f"{folder / file}: no such file, but {index.name} names it; download it again")
+        result |= {name: tensor for name, tensor in _read_file(folder / file).items() if weight_map.get(name) == file}
+    return result
+
+
+def _read_file(path: Path) -> dict[str, StoredTensor]:
+    with _readable(path):
+        file = safe_open(path, framework="numpy")
+        result = {}
+        for name in file.keys():
+            described = file.get_slice(name)
+            dtype = described.get_dtype()
+            if dtype not in _SAFETENSORS_DTYPES:
+                raise UserError(f"{path}: {name} is stored as {dtype}; only F32, BF16 and F16 are supported")
+            result[name] = StoredTensor(tuple(described.get_shape()), _SAFETENSORS_DTYPES[dtype], described.__getitem__)
+        return result
+
+
+@contextlib.contextmanager
+def _readable(path: Path):
+    try:
+        yield
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a complete safetensors file ({error}); download or export it again") from error

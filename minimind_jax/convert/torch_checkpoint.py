@@ -1,0 +1,100 @@
+"""MiniMind's `.pth` files: state dicts in float16 whose names are Qwen3's already, without a configuration.
+
+Shapes tell most of the architecture. What they do not tell (how many experts a token takes, rotary theta, the norms'
+epsilon) is MiniMind's default unless it is given.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minimind_jax.convert.hf import MAX_SHARD_BYTES, load_hf, save_hf
+from minimind_jax.convert.hf_weights import StoredTensor, hf_tensors, params_from_hf
+from minimind_jax.convert.torch_file import read_torch, write_torch
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.errors import UserError
+from minimind_jax.model.config import ModelConfig
+
+
+def from_torch(
+    pth: str | Path,
+    output: str | Path,
+    tokenizer: str | Path | Tokenizer | None,
+    dtype: str = "float16",
+    max_shard_bytes: float = MAX_SHARD_BYTES,
+    overrides: Mapping[str, Any] | None = None,
+) -> ModelConfig:
+    """Writes the Hugging Face folder of a MiniMind `.pth` (weights or a file for resuming), loaded safely.
+
+    tokenizer: a folder with tokenizer.json, such as MiniMind's `model/`. dtype: of the written tensors; float16 keeps
+    MiniMind's bit for bit. overrides: fields of `ModelConfig` that the shapes do not tell.
+
+    Raises:
+        UserError: the file is no state dict of such a model, or torch is missing.
+    """
+    stored = read_torch(pth)
+    config = infer_config(stored, str(pth), overrides or {})
+    params = params_from_hf(config, stored, str(pth))
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        tokenizer = Tokenizer.load(tokenizer)
+    save_hf(output, config, params, tokenizer, dtype, max_shard_bytes)
+    return config
+
+
+def to_torch(folder: str | Path, pth: str | Path) -> ModelConfig:
+    """Writes the float16 state dict that MiniMind's own code loads strictly, `lm_head.weight` of a tied model included.
+
+    The file has no configuration: MiniMind's scripts must be told sizes that are not their defaults.
+    """
+    config, params = load_hf(folder)
+    aliases = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+    write_torch(pth, hf_tensors(config, params), aliases)
+    return config
+
+
+def infer_config(stored: Mapping[str, StoredTensor], where: str, overrides: Mapping[str, Any]) -> ModelConfig:
+    """The architecture that a MiniMind state dict has; `overrides` wins over what is inferred.
+
+    Raises:
+        UserError: a tensor that tells a size is missing, as in MiniMind2, which has no query and key norms.
+    """
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in stored:
+            hint = "; MiniMind before version 3 has no q_norm and cannot be converted" if "q_norm" in name else ""
+            raise UserError(f"{where}: no tensor {name}, so this is not a MiniMind-3 model{hint}")
+        return stored[name].shape
+
+    layer = "model.layers.0"
+    vocab_size, hidden_size = shape("model.embed_tokens.weight")
+    (head_dim,) = shape(f"{layer}.self_attn.q_norm.weight")
+    fields = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": _count(stored, r"model\.layers\.(\d+)\."),
+        "num_attention_heads": shape(f"{layer}.self_attn.q_proj.weight")[0] // head_dim,
+        "num_key_value_heads": shape(f"{layer}.self_attn.k_proj.weight")[0] // head_dim,
+        "head_dim": head_dim,
+        "tie_word_embeddings": _is_tied(stored),
+    }
+    if f"{layer}.mlp.gate.weight" in stored:
+        fields["num_experts"] = shape(f"{layer}.mlp.gate.weight")[0]
+        fields["moe_intermediate_size"] = shape(f"{layer}.mlp.experts.0.gate_proj.weight")[0]
+    else:
+        fields["intermediate_size"] = shape(f"{layer}.mlp.gate_proj.weight")[0]
+    try:
+        return ModelConfig(**{**fields, **overrides})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _count(stored: Mapping[str, StoredTensor], pattern: str) -> int:
+    return 1 + max((int(match[1]) for name in stored if (match := re.match(pattern, name))), default=-1)
+
+
+def _is_tied(stored: Mapping[str, StoredTensor]) -> bool:
+    head, embedding = stored.get("lm_head.weight"), stored["model.embed_tokens.weight"]
+    return head is None or (head.shape == embedding.shape and np.array_equal(head.read(...), embedding.read(...)))

@@ -1,0 +1,84 @@
+"""PyTorch files of tensors, read without running anything that is in them."""
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minimind_jax.convert.hf_weights import DTYPES, StoredTensor, cast
+from minimind_jax.errors import UserError
+
+# What compilation and data parallelism put before the names.
+_WRAPPERS = ("_orig_mod.", "module.")
+
+
+def read_torch(path: str | Path) -> dict[str, StoredTensor]:
+    """The tensors of a state dict, or of the `model` in a file for resuming, under their plain names.
+
+    Raises:
+        UserError: there is no such file, it holds anything but tensors and plain values, or torch is missing.
+    """
+    torch, path = _import_torch(), Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: refused, because it holds more than tensors and plain values and could run code when loaded; "
+            f"save a state dict instead ({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"{path}: not a complete PyTorch file ({error})") from error
+    state = content.get("model", content) if isinstance(content, Mapping) else content
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise UserError(f"{path}: expected a state dict (names to tensors), or a dict with one under 'model'")
+    return {_plain_name(name): _stored(name, tensor, path) for name, tensor in state.items()}
+
+
+def write_torch(path: str | Path, tensors: Mapping[str, np.ndarray], aliases: Mapping[str, str]):
+    """A state dict in float16, replacing `path` when it is complete.
+
+    aliases: further names of a tensor, stored once.
+    """
+    torch, path = _import_torch(), Path(path)
+    state = {name: torch.from_numpy(cast(name, array, "float16")) for name, array in tensors.items()}
+    state |= {alias: state[name] for alias, name in aliases.items()}
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path}: could not be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _import_torch() -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError("PyTorch files need torch: pip install torch (or pip install 'minimind-jax[torch]')") from error
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
+        # CVE-2025-32434: before 2.6 a file could run code in spite of weights_only.
+        raise UserError(f"torch {torch.__version__} cannot load files safely; pip install 'torch>=2.6'")
+    return torch
+
+
+def _plain_name(name: str) -> str:
+    for wrapper in _WRAPPERS * 2:
+        name = name.removeprefix(wrapper)
+    return name
+
+
+def _stored(name: str, tensor: Any, path: Path) -> StoredTensor:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise UserError(f"{path}: {name} is {dtype}; only {', '.join(DTYPES)} are supported")
+    return StoredTensor(
+        tuple(tensor.shape), dtype, lambda index: tensor[index].float().numpy().astype(DTYPES[dtype], copy=False)
+    )

@@ -1,0 +1,79 @@
+"""Tiny models and a tiny tokenizer for the tests of conversion."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minimind_jax.data.tokenizer import train_bpe
+from minimind_jax.model.config import ModelConfig, RopeScaling
+from minimind_jax.model.transformer import LanguageModel
+
+_SIZES = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    # Wide enough that logits differ clearly and a wrong tensor shows.
+    "initializer_range": 0.2,
+}
+_MOE = {"num_experts": 4, "moe_intermediate_size": 24}
+
+MODELS = {
+    "dense": ModelConfig(**_SIZES),
+    "dense_untied": ModelConfig(**_SIZES, tie_word_embeddings=False),
+    "dense_head_dim": ModelConfig(**_SIZES, head_dim=12, rope_theta=5e4, rms_norm_eps=1e-5),
+    "dense_yarn": ModelConfig(**_SIZES, rope_scaling=RopeScaling("yarn", 4.0, 32, attention_factor=1.0)),
+    "dense_linear": ModelConfig(**_SIZES, rope_scaling=RopeScaling("linear", 4.0, 32)),
+    "dense_dynamic": ModelConfig(**_SIZES, rope_scaling=RopeScaling("dynamic", 4.0, 32)),
+    "moe_k1": ModelConfig(**_SIZES, **_MOE, num_experts_per_tok=1),
+    "moe_k2": ModelConfig(**_SIZES, **_MOE, num_experts_per_tok=2),
+    "moe_k2_unnormalised_untied": ModelConfig(
+        **_SIZES, **_MOE, num_experts_per_tok=2, norm_topk_prob=False, tie_word_embeddings=False
+    ),
+    "moe_yarn": ModelConfig(
+        **_SIZES, **_MOE, num_experts_per_tok=2, rope_scaling=RopeScaling("yarn", 4.0, 32, attention_factor=1.14)
+    ),
+}
+
+
+def random_params(config: ModelConfig, seed: int = 0):
+    """Random float32 parameters, the norms' not all one, so that none can be left out unnoticed."""
+    rng = np.random.default_rng(seed)
+    mean = {"scale": 1.0}
+
+    def draw(path, leaf):
+        values = config.initializer_range * rng.standard_normal(leaf.shape)
+        return jnp.asarray(mean.get(path[-1].key, 0.0) + values, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, LanguageModel(config).abstract_params())
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    """(name, ModelConfig, Params) of every kind of model in turn."""
+    config = MODELS[request.param]
+    return request.param, config, random_params(config)
+
+
+@pytest.fixture
+def make_model():
+    """A function from a name in MODELS, and fields that differ, to (ModelConfig, Params)."""
+
+    def make(name, **changes):
+        config = dataclasses.replace(MODELS[name], **changes)
+        return config, random_params(config)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """A byte-level BPE of at most 400 tokens."""
+    texts = ["The quick brown fox jumps over the lazy dog.", "Wer reitet so spät durch Nacht und Wind?", "你好，世界！"]
+    return train_bpe(texts * 20, tmp_path_factory.mktemp("tokenizer"), vocab_size=400)
