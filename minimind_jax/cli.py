@@ -1,0 +1,209 @@
+"""The `minimind` command: one subcommand a stage or tool.
+
+Each command imports what it needs when it runs, so that help and mistakes in the arguments answer at once.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from minimind_jax import __version__, settings
+from minimind_jax.errors import UserError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Command(NamedTuple):
+    """What a command does, in a line, and the function that does it with the arguments after its name."""
+
+    summary: str
+    run: Callable[[str, Sequence[str]], Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `minimind ARGUMENTS` and returns the exit status: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(argv)
+    except UserError as error:
+        print(f"minimind: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("minimind: stopped", file=sys.stderr)
+        return 130
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview(), end="")
+        return 0
+    if argv[0] == "--version":
+        print(f"minimind {__version__}")
+        return 0
+    for words in (2, 1):
+        name = " ".join(argv[:words])
+        if name in COMMANDS:
+            status = COMMANDS[name].run(f"minimind {name}", argv[words:])
+            return status if isinstance(status, int) else 0
+    raise UserError(_unknown_command(argv))
+
+
+def _unknown_command(argv: Sequence[str]) -> str:
+    group = [name for name in COMMANDS if name.startswith(argv[0] + " ")]
+    if group and (len(argv) == 1 or argv[1].startswith("-")):
+        return f"{argv[0]} is a group of commands: {', '.join(group)}"
+    asked = " ".join(argv[:2]) if group else argv[0]
+    return f"unknown command {asked}; did you mean {settings.nearest(asked, COMMANDS)}? (minimind --help lists them)"
+
+
+def overview() -> str:
+    """The text of `minimind --help`."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return (
+        "minimind: train a small language model from raw text to a model you can chat with\n\n"
+        "usage: minimind COMMAND [--config FILE] [--key value ...]    minimind COMMAND --help    minimind --version\n\n"
+        + "\n".join(lines)
+        + f"\n\nConfigs that come with it: {', '.join(settings.config_names())}\n"
+    )
+
+
+# Stages ---------------------------------------------------------------------------------------------------------------
+
+
+def _stage(name: str, config_name: str) -> Callable[[str, Sequence[str]], None]:
+    """A stage's command: its settings from the arguments, then `run` of its module."""
+
+    def run(prog: str, argv: Sequence[str]) -> None:
+        config_class = getattr(importlib.import_module("minimind_jax.config"), config_name)
+        config = settings.load_settings(config_class, argv, prog)
+        importlib.import_module(f"minimind_jax.stages.{name}").run(config)
+
+    return run
+
+
+def _pipeline(prog: str, argv: Sequence[str]) -> int:
+    from minimind_jax.stages import pipeline
+
+    if {"-h", "--help"} & set(argv):
+        print(pipeline.__doc__)
+        return 0
+    return 0 if pipeline.run_pipeline(pipeline.load_pipeline(argv)) else 1
+
+
+def _demo(prog: str, argv: Sequence[str]) -> int:
+    _arguments(
+        prog, "trains, chats and exports a small model on text from Python itself; everything in runs/demo", argv
+    )
+    from minimind_jax.stages.demo import run_demo
+
+    return run_demo()
+
+
+# Tools ----------------------------------------------------------------------------------------------------------------
+
+
+def _arguments(prog: str, description: str, argv: Sequence[str], *arguments: tuple[str, dict]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    for flag, options in arguments:
+        parser.add_argument(flag, **options)
+    return parser.parse_args(argv)
+
+
+def _from_hf(prog: str, argv: Sequence[str]) -> None:
+    args = _arguments(
+        prog,
+        "checks a MiniMind-3, Qwen3 or Qwen3-MoE folder and writes it in the form that training starts from",
+        argv,
+        ("source", {"help": "a Hugging Face folder"}),
+        ("output", {"help": "the folder to write"}),
+        ("--dtype", {"choices": DTYPES, "help": "of the tensors; the source's unless given"}),
+        ("--tokenizer", {"help": "a folder with tokenizer.json; the source's unless given"}),
+        ("--max_shard_bytes", {"type": float, "default": 5e9, "help": "a larger model is split (default: 5e9)"}),
+    )
+    from minimind_jax.convert.hf import from_hf
+
+    from_hf(args.source, args.output, args.dtype, args.tokenizer, args.max_shard_bytes)
+    print(f"wrote {args.output}")
+
+
+def _to_hf(prog: str, argv: Sequence[str]) -> None:
+    args = _arguments(
+        prog,
+        "writes a run's model, or any model folder, as a Hugging Face folder of another dtype or shard size",
+        argv,
+        ("source", {"help": "a run's folder or a Hugging Face folder"}),
+        ("output", {"help": "the folder to write"}),
+        ("--dtype", {"choices": DTYPES, "default": "bfloat16", "help": "of the tensors (default: bfloat16)"}),
+        ("--max_shard_bytes", {"type": float, "default": 5e9, "help": "a larger model is split (default: 5e9)"}),
+    )
+    from minimind_jax.convert.hf import to_hf
+    from minimind_jax.training.run import resolve_model_folder
+
+    to_hf(resolve_model_folder(args.source), args.output, args.dtype, args.max_shard_bytes)
+    print(f"wrote {args.output}")
+
+
+def _from_torch(prog: str, argv: Sequence[str]) -> None:
+    args = _arguments(
+        prog,
+        "turns a MiniMind .pth into a Hugging Face folder; pickled code in it is never run",
+        argv,
+        ("source", {"help": "MiniMind's .pth file"}),
+        ("output", {"help": "the folder to write"}),
+        ("--tokenizer", {"required": True, "help": "a folder with tokenizer.json, such as MiniMind's model/"}),
+        ("--dtype", {"choices": DTYPES, "default": "float16", "help": "of the tensors (default: float16, as stored)"}),
+        ("--rope_theta", {"type": float, "help": "if it is not 1e6"}),
+        ("--max_position_embeddings", {"type": int, "help": "if it is not 32768"}),
+        ("--num_experts_per_tok", {"type": int, "help": "if it is not 1"}),
+    )
+    from minimind_jax.convert.torch_checkpoint import from_torch
+
+    unseen = ("rope_theta", "max_position_embeddings", "num_experts_per_tok")  # what the tensors' shapes do not tell
+    overrides = {name: getattr(args, name) for name in unseen if getattr(args, name) is not None}
+    from_torch(args.source, args.output, args.tokenizer, args.dtype, overrides=overrides)
+    print(f"wrote {args.output}")
+
+
+def _to_torch(prog: str, argv: Sequence[str]) -> None:
+    args = _arguments(
+        prog,
+        "writes a model as the .pth that MiniMind's own scripts load",
+        argv,
+        ("source", {"help": "a run's folder or a Hugging Face folder"}),
+        ("output", {"help": "the .pth file to write"}),
+    )
+    from minimind_jax.convert.torch_checkpoint import to_torch
+    from minimind_jax.training.run import resolve_model_folder
+
+    to_torch(resolve_model_folder(args.source), args.output)
+    print(f"wrote {args.output}")
+
+
+def _report(prog: str, argv: Sequence[str]) -> None:
+    args = _arguments(
+        prog,
+        "writes report.md and loss.png of a run, finished or not",
+        argv,
+        ("run_name", {"metavar": "RUN", "help": "a run's name or folder"}),
+    )
+    from minimind_jax.training.report import write_report
+    from minimind_jax.training.run import resolve_run
+
+    print(f"wrote {write_report(resolve_run(args.run_name))}")
+
+
+COMMANDS = {
+    "demo": Command("a small model learns from real text on this machine, and answers", _demo),
+    "tokenizer": Command("train a byte-level BPE tokenizer", _stage("tokenizer", "TokenizerConfig")),
+    "pretrain": Command("next-token training on plain text", _stage("pretrain", "PretrainConfig")),
+    "sft": Command("supervised fine-tuning on conversations", _stage("sft", "SFTConfig")),
+    "pipeline": Command("stages in order from one file; skips what is done, resumes what was cut off", _pipeline),
+    "convert from-hf": Command("a Hugging Face model as a starting point", _from_hf),
+    "convert to-hf": Command("a run's model in another dtype or shard size", _to_hf),
+    "convert from-torch": Command("a MiniMind .pth as a Hugging Face folder", _from_torch),
+    "convert to-torch": Command("a model as a MiniMind .pth", _to_torch),
+    "report": Command("report.md and loss.png of a run", _report),
+}

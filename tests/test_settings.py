@@ -1,0 +1,233 @@
+"""Settings: what the user gave becomes a dataclass, or a message that says where and what is wrong."""
+
+import dataclasses
+import typing
+
+import pytest
+import yaml
+
+from minimind_jax.config import PretrainConfig, SFTConfig, TokenizerConfig
+from minimind_jax.errors import UserError
+from minimind_jax.model.config import RopeScaling
+from minimind_jax.settings import fields_of, find_config, help_text, load_settings, nearest, read_yaml
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(text):
+        file = tmp_path / "own.yaml"
+        file.write_text(text, encoding="utf-8")
+        return str(file)
+
+    return write
+
+
+def message(*argv, cls=PretrainConfig):
+    with pytest.raises(UserError) as caught:
+        load_settings(cls, argv)
+    return str(caught.value)
+
+
+def test_without_arguments_the_defaults_of_the_dataclass():
+    for cls in (PretrainConfig, SFTConfig, TokenizerConfig):
+        assert load_settings(cls, []) == cls()
+
+
+def test_command_line_wins_over_yaml_and_yaml_over_defaults(config_file):
+    file = config_file("seed: 7\ntraining: {steps: 5, batch_tokens: 1024}\ndata: {seq_len: 256}\n")
+    config = load_settings(PretrainConfig, ["--training.steps", "9", "--config", file])
+    assert (config.seed, config.training.steps, config.training.batch_tokens, config.data.seq_len) == (7, 9, 1024, 256)
+    assert config.optimizer == PretrainConfig().optimizer
+
+
+def test_later_files_win_over_earlier_ones(tmp_path):
+    (tmp_path / "a.yaml").write_text("seed: 1\nrun: a\n")
+    (tmp_path / "b.yaml").write_text("seed: 2\n")
+    config = load_settings(PretrainConfig, ["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")])
+    assert (config.seed, config.run) == (2, "a")
+
+
+def test_a_subclass_keeps_its_own_section_defaults():
+    config = load_settings(SFTConfig, ["--data.seq_len", "384"])
+    assert (config.data.seq_len, config.data.packing, config.training.batch_tokens) == (384, "best_fit", 12288)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--data.train", "a.jsonl", "b.jsonl"],
+        ["--data.train", "a.jsonl,b.jsonl"],
+        ["--data.train=a.jsonl,b.jsonl"],
+        ["--data.train", "[a.jsonl, b.jsonl]"],
+    ],
+)
+def test_forms_of_a_list_on_the_command_line(argv):
+    assert load_settings(PretrainConfig, argv).data.train == ("a.jsonl", "b.jsonl")
+
+
+@pytest.mark.parametrize("text", ["[a.jsonl, b.jsonl]", "\n  - a.jsonl\n  - b.jsonl", "a.jsonl,b.jsonl"])
+def test_forms_of_a_list_in_yaml(config_file, text):
+    assert load_settings(PretrainConfig, ["--config", config_file(f"data.train: {text}")]).data.train == (
+        "a.jsonl",
+        "b.jsonl",
+    )
+
+
+def test_a_prompt_with_a_comma_stays_whole():
+    config = load_settings(PretrainConfig, ["--samples.prompts", "Hello, who are you?", "你好，你是谁"])
+    assert config.samples.prompts == ("Hello, who are you?", "你好，你是谁")
+
+
+@pytest.mark.parametrize(
+    "text, expected", [("5e-4", 5e-4), ("1e-3", 1e-3), (".5", 0.5), ("3", 3.0), ("'2e-4'", 2e-4), ("1.5E-4", 1.5e-4)]
+)
+def test_numbers_of_yaml(config_file, text, expected):
+    config = load_settings(PretrainConfig, ["--config", config_file(f"optimizer: {{learning_rate: {text}}}")])
+    assert config.optimizer.learning_rate == expected
+
+
+def test_whole_numbers_may_be_written_short():
+    assert load_settings(PretrainConfig, ["--training.tokens", "1e9"]).training.tokens == 10**9
+    assert load_settings(PretrainConfig, ["--training.tokens", "10_000"]).training.tokens == 10_000
+
+
+def test_negative_numbers_are_values():
+    assert load_settings(PretrainConfig, ["--mesh.data", "1", "--mesh.fsdp", "-1"]).mesh.fsdp == -1
+
+
+def test_null_takes_a_setting_back(config_file):
+    file = config_file("training: {steps: 5}\nmodel: {head_dim: 32}\n")
+    config = load_settings(PretrainConfig, ["--config", file, "--training.steps", "null", "--training.epochs", "2"])
+    assert (config.training.steps, config.training.epochs, config.model.head_dim) == (None, 2.0, 32)
+    assert "seed is 'null'; expected whole number" in message("--seed", "null")
+    assert "seed is None; expected whole number" in message("--config", config_file("seed: null"))
+
+
+def test_an_optional_section(config_file):
+    yarn = "rope_type: yarn, factor: 4, original_max_position_embeddings: 256"
+    file = config_file(f"model: {{rope_scaling: {{{yarn}}}}}")
+    config = load_settings(PretrainConfig, ["--config", file, "--model.rope_scaling.factor", "8"])
+    assert config.model.rope_scaling == RopeScaling("yarn", 8.0, 256)
+    assert load_settings(PretrainConfig, ["--config", file, "--model.rope_scaling", "null"]).model.rope_scaling is None
+    none = config_file("model: {rope_scaling: null}")
+    again = ["--config", none, "--model.rope_scaling.rope_type", "linear", "--model.rope_scaling.factor", "2"]
+    again += ["--model.rope_scaling.original_max_position_embeddings", "64"]
+    assert load_settings(PretrainConfig, again).model.rope_scaling == RopeScaling("linear", 2.0, 64)
+    assert "model.rope_scaling: missing" in message("--model.rope_scaling.factor", "4")
+
+
+@pytest.mark.parametrize(
+    "key, meant",
+    [
+        ("batch_tokens", "training.batch_tokens"),
+        ("training.bach_tokens", "training.batch_tokens"),
+        ("data.seqlen", "data.seq_len"),
+        ("data.seq-len", "data.seq_len"),
+        ("optimiser.name", "optimizer.name"),
+        ("lr", "optimizer.learning_rate"),
+        ("optimizer.lr", "optimizer.learning_rate"),
+        ("model.num_layers", "model.num_hidden_layers"),
+        ("epochs", "training.epochs"),
+        ("initfrom", "init_from"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_and_its_place(config_file, key, meant):
+    assert message(f"--{key}", "3") == f"command line: unknown setting {key}; did you mean {meant}?"
+    file = config_file(f"# comment\nseed: 1\n{key}: 3\n")
+    assert message("--config", file) == f"{file}:3: unknown setting {key}; did you mean {meant}?"
+
+
+def test_an_unknown_key_inside_a_section_has_its_line(config_file):
+    file = config_file("data:\n  seq_len: 64\n  pakking: pad\n")
+    assert message("--config", file) == f"{file}:3: unknown setting data.pakking; did you mean data.packing?"
+
+
+@pytest.mark.parametrize(
+    "key, value, expected",
+    [
+        ("training.steps", "many", "whole number or null"),
+        ("training.steps", "1.5", "whole number or null"),
+        ("training.batch_tokens", "true", "whole number"),
+        ("optimizer.learning_rate", "fast", "number"),
+        ("data.shuffle", "5", "true|false"),
+        ("data.packing", "tight", "concat|best_fit|pad"),
+        ("tracking.loggers", "[wandb, paper]", "list of tensorboard|wandb|swanlab|trackio"),
+        ("run", "5", "text"),
+    ],
+)
+def test_a_wrong_type_names_key_value_and_expectation(config_file, key, value, expected):
+    file = config_file(f"\n{key}: {value}\n")
+    assert message("--config", file) == f"{file}:2: {key} is {yaml.safe_load(value)!r}; expected {expected}"
+
+
+def test_what_a_dataclass_refuses_has_its_key_and_place(config_file):
+    file = config_file("training:\n  log_every: 0\n")
+    assert message("--config", file) == f"{file}:2: training.log_every is 0; it must be at least 1"
+    assert message("--data.val_fraction", "3") == "command line: data.val_fraction is 3.0; it must be between 0 and 1"
+    assert "model.hidden_size 100 does not divide by num_attention_heads 3" in message(
+        "--model.hidden_size", "100", "--model.num_attention_heads", "3"
+    )
+    text = message("--training.batch_tokens", "1000", "--data.seq_len", "512")
+    assert "training.batch_tokens 1000 does not divide by data.seq_len x" in text and "try 1024" in text
+    assert "set one of steps, epochs, tokens" in message("--training.steps", "3", "--training.epochs", "1")
+
+
+def test_arguments_that_are_no_settings():
+    assert message("--seed") == "--seed needs a value, as in --seed VALUE"
+    assert "unexpected argument 'train.jsonl'" in message("train.jsonl")
+
+
+def test_files_that_are_no_configs(tmp_path, config_file):
+    assert "no config file pretrian; did you mean pretrain?" in message("--config", "pretrian")
+    assert "no config file" in message("--config", str(tmp_path / "gone.yaml"))
+    assert "is not valid YAML" in message("--config", config_file("a: [1,"))
+    assert "expected `key: value` lines" in message("--config", config_file("- a\n- b\n"))
+    assert "seed is set twice" in message("--config", config_file("seed: 1\nseed: 2\n"))
+    (tmp_path / "latin.yaml").write_bytes(b"run: caf\xe9\n")
+    assert "is not UTF-8" in message("--config", str(tmp_path / "latin.yaml"))
+    assert load_settings(PretrainConfig, ["--config", config_file("# only a comment\n")]) == PretrainConfig()
+
+
+def test_configs_are_found_by_path_and_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    packaged = find_config("pretrain")
+    assert packaged == find_config("pretrain.yaml") and packaged.is_file()
+    (tmp_path / "pretrain.yaml").write_text("seed: 3\n")
+    assert find_config("pretrain.yaml").resolve() == tmp_path / "pretrain.yaml"
+
+
+def test_every_field_is_in_the_help_with_a_meaning():
+    for cls in (PretrainConfig, SFTConfig, TokenizerConfig):
+        text = help_text(cls, "minimind stage")
+        for field in fields_of(cls):
+            assert f"--{field.key} " in text
+            assert field.help, f"{field.key} has no line in the docstring of its dataclass"
+    assert "default: 0.0005" in help_text(PretrainConfig, "x") and "default: 1e-05" in help_text(SFTConfig, "x")
+
+
+def test_fields_of_finds_every_leaf():
+    def leaves(cls, prefix=""):
+        hints = typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(hints[field.name]):
+                yield from leaves(hints[field.name], f"{prefix}{field.name}.")
+            else:
+                yield prefix + field.name
+
+    assert set(leaves(SFTConfig)) <= {field.key for field in fields_of(SFTConfig)}
+
+
+def test_nearest_prefers_the_same_last_part():
+    assert nearest("steps", ["training.steps", "steep"]) == "training.steps"
+
+
+def test_a_written_config_reads_back(tmp_path):
+    """The config.yaml that a run writes is a file for --config."""
+    from minimind_jax.training.run import RunFolder
+
+    argv = ["--data.train", "a.jsonl", "--training.steps", "5", "--optimizer.learning_rate", "3e-5", "--run", "r"]
+    config = load_settings(SFTConfig, argv)
+    run = RunFolder(tmp_path / "r").create()
+    run.write_config(config)
+    assert load_settings(SFTConfig, ["--config", str(run.config_file)]) == config
+    assert read_yaml(run.config_file)["seed"].where == f"{run.config_file}:4"
