@@ -266,7 +266,8 @@ def _open_cache(folder: Path) -> TokenCache | None:
 def _map(path: Path, count: int, dtype: np.dtype) -> np.ndarray | None:
     if path.stat().st_size != count * dtype.itemsize:
         return None
-    return np.memmap(path, dtype, mode="r", shape=(count,)) if count else np.zeros(0, dtype)
+    # a plain view: slicing a memmap object costs many times more
+    return np.memmap(path, dtype, mode="r", shape=(count,)).view(np.ndarray) if count else np.zeros(0, dtype)
 
 
 def _write_synced(path: Path, content: bytes) -> None:
