@@ -73,7 +73,6 @@ class Tokenizer:
         self.own_template = template is None or renders_as_ours(template)
         self.chat_template = CHAT_TEMPLATE if self.own_template else template
         self._backend = backend
-        self._config = config
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         self.special_tokens = {name: _special(config, name, vocabulary) for name in _USUAL_NAMES}
@@ -177,14 +176,13 @@ class Tokenizer:
             if (self.folder / name).is_file() and self.folder.resolve() != folder.resolve():
                 shutil.copyfile(self.folder / name, folder / name)
         config_file = folder / "tokenizer_config.json"
-        config = _read_json(config_file) or tokenizer_config(self._backend, self.special_tokens)
-        if (
-            "chat_template" not in config
-            or config["chat_template"] != self.chat_template
-            or "model_input_names" not in config
-        ):
-            config["chat_template"] = self.chat_template
-            config.setdefault("model_input_names", ["input_ids", "attention_mask"])
+        found = _read_json(config_file)
+        config = {
+            "model_input_names": ["input_ids", "attention_mask"],
+            **(found or tokenizer_config(self._backend, self.special_tokens)),
+            "chat_template": self.chat_template,
+        }
+        if config != found:
             _write_json(config_file, config)
         (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8", newline="")
 

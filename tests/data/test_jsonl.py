@@ -1,0 +1,132 @@
+"""Files of records: formats, places in messages, and what is said about broken ones."""
+
+import gzip
+import json
+
+import pytest
+
+from minimind_jax.data.jsonl import expand_paths, iter_records
+from minimind_jax.errors import UserError
+
+ROWS = [{"text": "one"}, {"text": "两\u2028行"}, {"text": "three"}]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+
+
+def write(folder, name, data=LINES):
+    file = folder / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(data)
+    return file
+
+
+def write_zst(folder):
+    zstandard = pytest.importorskip("zstandard")
+    half = len(LINES) // 2  # two frames, as parallel compressors write
+    compress = zstandard.ZstdCompressor().compress
+    return write(folder, "a.jsonl.zst", compress(LINES[:half]) + compress(LINES[half:]))
+
+
+def write_parquet(folder):
+    pytest.importorskip("pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), folder / "a.parquet")
+    return folder / "a.parquet"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda f: write(f, "a.jsonl"),
+        lambda f: write(f, "a.jsonl.gz", gzip.compress(LINES)),
+        write_zst,
+        write_parquet,
+        lambda f: write(f, "a.jsonl", b"\xef\xbb\xbf" + LINES),
+        lambda f: write(f, "a.jsonl", LINES.replace(b"\n", b"\r\n").rstrip()),
+    ],
+    ids=["plain", "gzip", "zstd", "parquet", "byte order mark", "CRLF, no last newline"],
+)
+def test_every_format_gives_the_same_records(tmp_path, make):
+    file = make(tmp_path)
+    records = list(iter_records([file]))
+    assert [r.value for r in records] == ROWS
+    assert [r.where for r in records] == [f"{file}:{i}" for i in (1, 2, 3)]
+
+
+def test_blank_lines_are_passed_over_and_counted(tmp_path):
+    file = write(tmp_path, "a.jsonl", b'\n{"text": "a"}\n  \n\n{"text": "b"}\n\n')
+    assert [(r.line, r.value["text"]) for r in iter_records([str(file)])] == [(2, "a"), (5, "b")]
+
+
+def test_folders_and_globs(tmp_path):
+    for name in ("b.jsonl", "a.jsonl.gz", "deep/c.parquet", "notes.txt"):
+        write(tmp_path, name)
+    names = lambda paths: [p.name for p in expand_paths(paths)]  # noqa: E731
+    assert names([tmp_path]) == ["a.jsonl.gz", "b.jsonl", "c.parquet"]
+    assert names([tmp_path / "*.jsonl*"]) == ["a.jsonl.gz", "b.jsonl"]
+    assert names([str(tmp_path / "**" / "*")]) == ["a.jsonl.gz", "b.jsonl", "c.parquet"]
+    assert names([tmp_path / "b.jsonl", tmp_path / "deep"]) == ["b.jsonl", "c.parquet"]
+
+
+def test_a_name_with_brackets_is_a_file_before_it_is_a_glob(tmp_path):
+    file = write(tmp_path, "part[1].jsonl")
+    assert expand_paths([file]) == [file]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', r"a\.jsonl:2: not JSON: Expecting ',' delimiter at column"),
+        ("a.jsonl", b'{"text": "a"}\n\n[1, 2]\n', r"a\.jsonl:3: a JSON list; expected an object"),
+        ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl:1: not UTF-8 text \(byte 10 of the line\)"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: JSON nested too deeply"),
+        ("a.jsonl", b"", r"a\.jsonl: the file is empty"),
+        ("a.jsonl", b"\n\n", r"a\.jsonl: the file is empty"),
+        ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz:1: cannot be read: Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(LINES * 99)[:-20], r"a\.jsonl\.gz:\d+: cannot be read"),
+    ],
+    ids=["half line", "list", "latin-1", "deep", "empty", "blank", "not gzip", "cut gzip"],
+)
+def test_broken_files(tmp_path, name, data, message):
+    with pytest.raises(UserError, match=message):
+        list(iter_records([write(tmp_path, name, data)]))
+
+
+def test_broken_zstd_and_parquet(tmp_path):
+    pytest.importorskip("zstandard")
+    pytest.importorskip("pyarrow")
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst:1: cannot be read"):
+        list(iter_records([write(tmp_path, "a.jsonl.zst", b"no zstd")]))
+    with pytest.raises(UserError, match=r"a\.parquet: not a readable Parquet file"):
+        list(iter_records([write(tmp_path, "a.parquet", b"no parquet")]))
+
+
+@pytest.mark.parametrize(("module", "name"), [("zstandard", "a.jsonl.zst"), ("pyarrow", "a.parquet")])
+def test_a_missing_package_is_named_with_the_command(tmp_path, monkeypatch, module, name):
+    monkeypatch.setitem(__import__("sys").modules, module, None)  # what an import of an absent package meets
+    with pytest.raises(UserError, match=rf"needs {module}: pip install 'minimind-jax\[formats\]'"):
+        list(iter_records([write(tmp_path, name)]))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nowhere.jsonl", r"nowhere\.jsonl: no such file"),
+        ("*.jsonl", r"\*\.jsonl: no file matches"),
+        ("empty", r"empty: no data in this folder"),
+        ("notes.txt", r"notes\.txt: unknown file type; expected a name ending in \.jsonl"),
+    ],
+)
+def test_paths_that_hold_nothing(tmp_path, path, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(UserError, match=message):
+        expand_paths([tmp_path / path])
+
+
+def test_broken_lines_can_be_skipped_and_seen(tmp_path):
+    errors = []
+    file = write(tmp_path, "a.jsonl", b'{"text": "a"}\nnope\n{"text": "b"}\n')
+    assert [r.value["text"] for r in iter_records([file], errors.append)] == ["a", "b"]
+    assert len(errors) == 1 and "a.jsonl:2" in str(errors[0])
