@@ -1,5 +1,6 @@
 """What a run says while it trains: a bar with live numbers on a terminal, a line now and then elsewhere."""
 
+import math
 import sys
 from datetime import timedelta
 
@@ -58,13 +59,14 @@ class TrainingProgress:
 
         row: loss, learning_rate and, where known, tokens_per_second, mfu and seconds_left.
         """
-        smooth = row["loss"] if self._loss is None else self._loss
-        self._loss = LOSS_SMOOTHING * smooth + (1 - LOSS_SMOOTHING) * row["loss"]
+        if math.isfinite(row["loss"]):
+            smooth = row["loss"] if self._loss is None else self._loss
+            self._loss = LOSS_SMOOTHING * smooth + (1 - LOSS_SMOOTHING) * row["loss"]
         if self._bar.disable:
             if log:
                 self.say(f"{self.stage} {step}/{self.total_steps}  {describe(row, row['loss'])}")
         else:
-            self._bar.update(self._task, completed=step, numbers=describe(row, self._loss))
+            self._bar.update(self._task, completed=step, numbers=describe(row, self._loss or row["loss"]))
 
 
 def describe(row: dict, loss: float) -> str:

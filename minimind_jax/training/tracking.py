@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
+
 from minimind_jax.config import TrackingConfig
 from minimind_jax.errors import UserError
 from minimind_jax.training.run import RunFolder, write_text
@@ -50,6 +53,18 @@ def val_losses(rows: list[dict[str, Any]]) -> dict[int, float]:
     return {row["step"]: row["val_loss"] for row in rows if row.get("val_loss") is not None}
 
 
+def append_export(run: RunFolder, step: int, dtype: str) -> None:
+    """The last row of a finished run: its model is written."""
+    with run.metrics_file.open("a", encoding="utf-8") as file:
+        file.write(_line({"step": step, "exported": dtype}))
+
+
+def is_exported(run: RunFolder) -> bool:
+    """Whether the run has written its model and has not been trained further since."""
+    rows = read_metrics(run.metrics_file)
+    return bool(rows) and "exported" in rows[-1] and (run.model / "config.json").is_file()
+
+
 class MetricsWriter:
     """Appends rows to the run's metrics.jsonl and to the chosen loggers.
 
@@ -73,6 +88,9 @@ class MetricsWriter:
         self._loggers: list[tuple[Callable[[int, dict], None], Callable[[], None]]] = []
         # A run that starts anew writes its step 0 again; a resumed one keeps what was measured there.
         self.rows = [row for row in read_metrics(self.path) if row["step"] <= start_step] if start_step else []
+        if jax.process_count() > 1:
+            # All processes must know the same rows (what is done, what is not) before the first one adds to them.
+            multihost_utils.sync_global_devices("metrics.jsonl")
         if not active:
             return
         write_text(self.path, "".join(_line(row) for row in self.rows))

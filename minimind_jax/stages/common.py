@@ -1,0 +1,159 @@
+"""What the training stages share: where a run starts from, what it writes at its end."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+
+from minimind_jax.config import PretrainConfig, SampleConfig
+from minimind_jax.convert.hf import load_hf, save_hf
+from minimind_jax.convert.hf_config import from_hf_config
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.errors import UserError
+from minimind_jax.inference.generate import Generator
+from minimind_jax.inference.sampling import SamplingConfig
+from minimind_jax.model.config import ModelConfig
+from minimind_jax.model.transformer import LanguageModel, Params
+from minimind_jax.seeds import named_key, named_seed
+from minimind_jax.sharding import init_params, initialize_distributed, make_mesh, param_shardings
+from minimind_jax.training.loop import SampleFn, TrainResult
+from minimind_jax.training.report import write_report
+from minimind_jax.training.run import RunFolder, resolve_model_folder, resolve_run
+from minimind_jax.training.tracking import append_export, is_exported
+
+# Fields of a model that decide the shapes of its tensors; a run cannot change them in a model it starts from.
+SHAPE_FIELDS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "tie_word_embeddings", "num_experts", "moe_intermediate_size"),
+)
+
+
+def start_run(config: PretrainConfig) -> RunFolder:
+    """Joins the run's processes, turns on the compilation cache, and makes the run's folder.
+
+    Raises UserError when `config.resume` does not allow what the folder holds.
+    """
+    initialize_distributed()
+    enable_compilation_cache()
+    run = RunFolder(resolve_run(config.run))
+    run.check_resume(config.resume)
+    return run.create()
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs in $MINIMIND_CACHE/xla or ~/.cache/minimind_jax/xla; $JAX_COMPILATION_CACHE_DIR wins."""
+    if jax.config.jax_compilation_cache_dir is None:
+        root = os.environ.get("MINIMIND_CACHE")
+        folder = (Path(root).expanduser() if root else Path.home() / ".cache" / "minimind_jax") / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def is_finished(run: RunFolder, config: PretrainConfig) -> bool:
+    """Whether the run has written its model with these settings; says so."""
+    if config.resume == "never" or not run.has_settings(config) or not is_exported(run):
+        return False
+    print(f"{run.path} is finished; its model is {run.model}. Choose another run name to train again.")
+    return True
+
+
+def load_tokenizer(config: PretrainConfig) -> Tokenizer:
+    """The tokenizer of the run: `config.tokenizer`, or that of the model it starts from."""
+    if not config.tokenizer and not config.init_from:
+        raise UserError(
+            "a run from scratch needs a tokenizer: give --tokenizer FOLDER, or --init_from a model that has one"
+        )
+    return Tokenizer.load(config.tokenizer or resolve_model_folder(config.init_from))
+
+
+def load_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
+    """The network: that of `config.init_from`, or the preset from scratch, with the tokenizer's special ids.
+
+    Raises UserError when the tokenizer has more tokens than the model, or `config.model` sets another shape than
+    init_from has.
+    """
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+    if config.init_from:
+        folder = resolve_model_folder(config.init_from)
+        file = folder / "config.json"
+        architecture = from_hf_config(json.loads(file.read_text("utf-8")), str(file))
+        architecture = dataclasses.replace(architecture, **ids)
+        architecture = _with_settings(architecture, config.model, folder)
+    else:
+        architecture = config.model.resolve(**ids)
+    if tokenizer.vocab_size > architecture.vocab_size:
+        raise UserError(
+            f"the tokenizer {tokenizer.folder} has {tokenizer.vocab_size} tokens, more than the model's vocabulary of "
+            f"{architecture.vocab_size}; set model.vocab_size {tokenizer.vocab_size}, or take the model's own tokenizer"
+        )
+    return LanguageModel(architecture, config.compute)
+
+
+def _with_settings(architecture: ModelConfig, settings, folder: Path) -> ModelConfig:
+    """`architecture` with the fields that `settings` sets; those that would change a tensor's shape must agree."""
+    given = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name != "preset"}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in SHAPE_FIELDS:
+        if name in given and given[name] != getattr(architecture, name):
+            raise UserError(
+                f"model.{name} is {given[name]}, but the model {folder} that init_from means has "
+                f"{getattr(architecture, name)}; leave model.{name} out, or train from scratch"
+            )
+    return dataclasses.replace(architecture, **given)
+
+
+def initial_params(config: PretrainConfig, model: LanguageModel) -> Callable[[], Params]:
+    """Loads the parameters of `config.init_from`, or draws them from the seed, onto the mesh."""
+    mesh = make_mesh(config.mesh)
+    if not config.init_from:
+        return lambda: init_params(model, named_key(config.seed, "init"), mesh)
+
+    def load():
+        _, params = load_hf(resolve_model_folder(config.init_from))
+        return jax.device_put(params, param_shardings(mesh, model.logical_axes(), model.abstract_params()))
+
+    return load
+
+
+def sampler(
+    model: LanguageModel, tokenizer: Tokenizer, samples: SampleConfig, seed: int, encode: Callable[[str], Sequence[int]]
+) -> SampleFn | None:
+    """Writes on from each of `samples.prompts`; `encode` makes a prompt's tokens. None without prompts."""
+    if not samples.prompts:
+        return None
+    prompts = [list(encode(prompt)) for prompt in samples.prompts]
+    sampling = SamplingConfig(
+        max_new_tokens=samples.max_new_tokens,
+        temperature=samples.temperature,
+        top_p=samples.top_p,
+        seed=named_seed(seed, "samples") % 2**31,
+    )
+
+    def sample(params: Params) -> list[tuple[str, str]]:
+        completions = Generator(model, params, tokenizer).generate(prompts, sampling)
+        return [(prompt, done.text) for prompt, done in zip(samples.prompts, completions, strict=True)]
+
+    return sample
+
+
+def finish_run(
+    run: RunFolder, config: PretrainConfig, model: LanguageModel, tokenizer: Tokenizer, result: TrainResult, hint: str
+) -> Path:
+    """Writes model/, report.md and loss.png, says what to type next (`hint` ends it), and returns the run's folder."""
+    params = result.params
+    if jax.process_count() > 1:
+        params = multihost_utils.process_allgather(params, tiled=True)
+    if jax.process_index() == 0:
+        save_hf(run.model, model.config, params, tokenizer, dtype=config.export_dtype)
+        append_export(run, result.step, config.export_dtype)
+        write_report(run)
+        print(f"The model is {run.model}, the report {run.report_file}. Next:")
+        print(f"  minimind chat --model {run.model}\n{hint}")
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("model")
+    return run.path

@@ -1,0 +1,55 @@
+"""Stage: pretraining, next-token prediction on plain text, from scratch or from a model."""
+
+from pathlib import Path
+
+from minimind_jax.config import PretrainConfig
+from minimind_jax.data.batches import open_data
+from minimind_jax.losses.language_model import make_language_model_loss
+from minimind_jax.sharding import data_process, make_mesh
+from minimind_jax.stages.common import (
+    finish_run,
+    initial_params,
+    is_finished,
+    load_model,
+    load_tokenizer,
+    sampler,
+    start_run,
+)
+from minimind_jax.training.loop import train
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Trains a language model on the texts of `config.data` and returns the run's folder, whose model/ holds it.
+
+    Data: records with a `text`, between the tokenizer's begin and end tokens, packed into rows of `data.seq_len`.
+    Loss: cross entropy of every next token of the same document. Trained: all parameters.
+    Written: the run's folder (see `training.run`). A run that was cut off goes on; a finished one returns at once.
+
+    Raises:
+        UserError: anything in the settings, the data or the machine that the user can mend.
+        Interrupted: the run was asked to stop and has saved its state.
+    """
+    run = start_run(config)
+    if is_finished(run, config):
+        return run.path
+
+    tokenizer = load_tokenizer(config)
+    model = load_model(config, tokenizer)
+    train_batches, val_batches = open_data("text", config, tokenizer, *data_process(make_mesh(config.mesh)))
+
+    def encode(prompt: str) -> list[int]:
+        return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt)
+
+    result = train(
+        config,
+        stage="pretrain",
+        model=model,
+        init_params=initial_params(config, model),
+        loss_fn=make_language_model_loss(model, config.training.z_loss),
+        train_batches=train_batches,
+        val_batches=val_batches,
+        run=run,
+        sample_fn=sampler(model, tokenizer, config.samples, config.seed, encode),
+    )
+    hint = f"  minimind sft --init_from {run.path} --data.train YOUR_CONVERSATIONS.jsonl --run NAME"
+    return finish_run(run, config, model, tokenizer, result, hint)

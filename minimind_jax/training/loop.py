@@ -1,0 +1,320 @@
+"""The one training loop. A stage gives it data, a loss and parameters; it trains, watches, saves and resumes.
+
+Order of events at a step: its metrics, then the checkpoint, then the evaluation, then the samples. A run that is cut
+off between two of them does the rest when it is resumed, so its metrics are those of a run that was not.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from minimind_jax.config import PretrainConfig
+from minimind_jax.data.batches import Batches
+from minimind_jax.errors import UserError
+from minimind_jax.losses import LossFn
+from minimind_jax.model.transformer import LanguageModel, Params
+from minimind_jax.sharding import make_mesh, param_shardings, shard_batch
+from minimind_jax.training.checkpoint import Checkpoints
+from minimind_jax.training.flops import flops_per_token, peak_flops
+from minimind_jax.training.optimizer import make_optimizer, make_schedule
+from minimind_jax.training.plan import check_same_data, data_record, planned_steps, run_facts
+from minimind_jax.training.progress import TrainingProgress
+from minimind_jax.training.run import RunFolder, package_versions, plain
+from minimind_jax.training.state import TrainState, create_state, state_shardings
+from minimind_jax.training.step import make_eval_step, make_train_step
+from minimind_jax.training.stop import StopRequest
+from minimind_jax.training.tracking import MetricsWriter, val_losses
+
+SampleFn = Callable[[Params], list[tuple[str, str]]]
+
+
+class TrainResult(NamedTuple):
+    """params: float32, on the mesh. step: optimizer steps done. val_loss: at the end, None without validation."""
+
+    params: Params
+    step: int
+    val_loss: float | None
+
+
+def train(
+    config: PretrainConfig,
+    *,
+    stage: str,
+    model: LanguageModel,
+    init_params: Callable[[], Params],
+    loss_fn: LossFn,
+    train_batches: Batches,
+    val_batches: Batches | None,
+    run: RunFolder,
+    sample_fn: SampleFn | None = None,
+) -> TrainResult:
+    """Trains all parameters for the steps that `config.training` plans, going on from the run's newest checkpoint.
+
+    init_params: makes or loads the parameters; only called when there is no checkpoint.
+    loss_fn: see `losses`. sample_fn: (prompt, text) pairs written by the model with these parameters.
+
+    Writes metrics.jsonl, environment.json, config.yaml and checkpoints into the run's folder.
+    Raises:
+        UserError: the checkpoint is of another model or other data, the loss is not finite, the disk is full, ...
+        Interrupted: SIGTERM or Ctrl-C; the state is saved.
+    """
+    run.check_resume(config.resume)
+    mesh = make_mesh(config.mesh)
+    total_steps = planned_steps(config.training, train_batches)
+    abstract_params = model.abstract_params()
+    schedule = make_schedule(config.optimizer, total_steps)
+    optimizer = make_optimizer(config.optimizer, total_steps, abstract_params)
+    shardings = state_shardings(
+        optimizer, param_shardings(mesh, model.logical_axes(), abstract_params), abstract_params
+    )
+    train_step = make_train_step(
+        loss_fn,
+        optimizer,
+        schedule,
+        accumulation_steps=config.training.accumulation_steps,
+        max_grad_norm=config.training.max_grad_norm,
+        seed=config.seed,
+        shardings=shardings,
+    )
+    is_first = jax.process_index() == 0
+    losses: dict[int, float] = {}  # step -> validation loss, as far as known
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            Checkpoints(
+                run.checkpoints,
+                keep=config.checkpoint.keep,
+                val_losses=losses if config.checkpoint.keep_best else None,
+            )
+        )
+        start_step = checkpoints.steps[-1] if checkpoints.steps else 0
+        record = checkpoints.record(start_step) if start_step else {}
+        warning = check_same_data(record["data"], data_record(train_batches)) if record else None
+        if start_step:
+            state = checkpoints.restore(start_step, abstract_state(optimizer, abstract_params, shardings))
+        else:
+            state = create_state(init_params(), optimizer, shardings)
+
+        facts = run_facts(config, stage, model, mesh, train_batches, val_batches, total_steps)
+        if is_first:
+            run.write_config(config)
+            run.write_environment(facts)
+        writer = stack.enter_context(
+            MetricsWriter(run, config.tracking, start_step=start_step, settings=plain(config), active=is_first)
+        )
+        losses.update(val_losses(writer.rows))
+        loop = Loop(
+            config=config,
+            mesh=mesh,
+            train_step=train_step,
+            eval_step=make_eval_step(loss_fn),
+            train_batches=train_batches,
+            val_batches=val_batches,
+            sample_fn=sample_fn,
+            total_steps=total_steps,
+            checkpoints=checkpoints,
+            writer=writer,
+            losses=losses,
+            progress=stack.enter_context(TrainingProgress(stage, total_steps, start_step, active=is_first)),
+            stop=stack.enter_context(StopRequest()),
+            speed=Speed(model, config.data.seq_len, record.get("seconds", 0.0)),
+            tokens=record.get("tokens", 0),
+        )
+        resumed = {"resumed": f"from the checkpoint of step {start_step}"} if start_step else {}
+        loop.progress.facts({**facts, "run": str(run.path), **resumed})
+        if warning:
+            loop.progress.say(f"[bold red]warning:[/] {warning}")
+        state = loop.run(state, start_step)
+        checkpoints.wait()
+    return TrainResult(state.params, total_steps, losses[max(losses)] if losses else None)
+
+
+def abstract_state(optimizer, abstract_params: Params, shardings: TrainState) -> TrainState:
+    """Shapes, dtypes and shardings of the train state."""
+    shapes = jax.eval_shape(lambda params: create_state(params, optimizer), abstract_params)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+class Loop:
+    """The parts of one run, and what happens at its steps. Made by `train`."""
+
+    def __init__(self, **parts: Any):
+        self.__dict__.update(parts)
+        self.training, self.checkpoint = self.config.training, self.config.checkpoint
+
+    def run(self, state: TrainState, start_step: int) -> TrainState:
+        """From `start_step`, whose state this is, to the end."""
+        self.observe(state, start_step)
+        unread: tuple[int, dict, int] | None = None
+        with contextlib.closing(self.train_batches.iterate(start_step, self.total_steps - start_step)) as batches:
+            for step, batch in enumerate(batches, start_step + 1):
+                self.stop_if_asked(state, step - 1, unread)
+                state, metrics = self.train_step(state, shard_batch(batch, self.mesh))
+                # Step N is under way before the metrics of N - 1 are read: the device never waits for the host.
+                self.read(unread)
+                unread = (step, metrics, int(np.count_nonzero(batch["segment_ids"])))
+                self.checkpoints.poll()
+                is_saved = self.is_due(step, self.checkpoint.every)
+                if is_saved or self.is_watched(step):
+                    self.read(unread)
+                    unread = None
+                    if is_saved:
+                        self.save(state, step)
+                    self.observe(state, step)
+        self.stop_if_asked(state, self.total_steps, unread)
+        return state
+
+    def is_due(self, step: int, every: int) -> bool:
+        return step == self.total_steps or (every > 0 and step % every == 0)
+
+    def is_watched(self, step: int) -> bool:
+        return self.is_due(step, self.training.eval_every) or self.is_due(step, self.training.sample_every)
+
+    def read(self, unread: tuple[int, dict, int] | None) -> None:
+        """Waits for a step's metrics; logs them, and stops the run when they are not finite."""
+        if unread is None:
+            return
+        step, metrics, batch_tokens = unread
+        metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        if not metrics.pop("finite") and self.training.stop_on_nan:
+            raise self.not_finite(step, metrics)
+        self.tokens += round(metrics.pop("tokens"))
+        self.speed.add(batch_tokens)
+        row = {**metrics, "tokens": self.tokens}
+        is_logged = step == 1 or self.is_due(step, self.training.log_every)
+        if is_logged:
+            row |= self.speed.read()
+            self.writer.write(step, **row)
+        self.progress.update(step, row | self.speed.forecast(self.total_steps - step), log=is_logged)
+
+    def not_finite(self, step: int, metrics: dict) -> UserError:
+        kept = self.checkpoints.steps
+        return UserError(
+            f"step {step}: the loss ({metrics['loss']}) or the gradient norm ({metrics['grad_norm']}) is not finite; "
+            f"the run has stopped; {f'checkpoint {kept[-1]} is kept' if kept else 'there is no checkpoint yet'}. Try a "
+            f"lower optimizer.learning_rate (now {self.config.optimizer.learning_rate:g}), more "
+            "optimizer.warmup_steps, training.max_grad_norm 1, or compute.dtype float32, then run the same command "
+            "again to go on from the checkpoint; training.stop_on_nan false skips such steps instead"
+        )
+
+    def save(self, state: TrainState, step: int) -> None:
+        record = {
+            "data": data_record(self.train_batches),
+            "tokens": self.tokens,
+            "seconds": self.speed.seconds(),
+            "config": plain(self.config),
+            "versions": package_versions(),
+        }
+        with self.speed.pause():
+            self.checkpoints.save(step, state, record)
+
+    def stop_if_asked(self, state: TrainState, step: int, unread: tuple[int, dict, int] | None) -> None:
+        if not self.stop.should_stop(step):
+            return
+        self.read(unread)
+        if step:  # there is nothing to lose before the first step
+            self.save(state, step)
+            self.checkpoints.wait()
+        self.progress.say(
+            f"{self.stop.signal.name}: stopped at step {step} of {self.total_steps} with everything saved; run the "
+            "same command again to go on"
+        )
+        raise self.stop.exit()
+
+    def observe(self, state: TrainState, step: int) -> None:
+        """The evaluation and the samples due at `step`, unless they were written before the run was cut off."""
+        with self.speed.pause():
+            if self.val_batches is not None and self.is_due(step, self.training.eval_every):
+                if not self.writer.has(step, "val_loss"):
+                    self.evaluate(state.params, step)
+            if self.sample_fn is not None and self.is_due(step, self.training.sample_every):
+                if not self.writer.has(step, "samples"):
+                    self.sample(state.params, step)
+
+    def evaluate(self, params: Params, step: int) -> None:
+        """Writes val_loss (nats per target) and val_bits_per_byte; left out when the run is asked to stop meanwhile."""
+        total: dict | None = None
+        for batch in self.val_batches.eval_batches(self.training.eval_rows):
+            if self.stop.signal is not None:
+                return
+            sums = self.eval_step(params, shard_batch(batch, self.mesh))
+            total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
+        means = {name: float(top) / max(float(bottom), 1.0) for name, (top, bottom) in jax.device_get(total).items()}
+        row = {"val_loss": means.get("nll", means["loss"])}
+        if "bits_per_byte" in means:
+            row["val_bits_per_byte"] = means["bits_per_byte"]
+        self.writer.write(step, **row)
+        self.losses[step] = row["val_loss"]
+        numbers = "  ".join(f"{name.removeprefix('val_').replace('_', ' ')} {value:.4f}" for name, value in row.items())
+        self.progress.say(f"validation at step {step}: {numbers}")
+
+    def sample(self, params: Params, step: int) -> None:
+        samples = [{"prompt": prompt, "text": text} for prompt, text in self.sample_fn(params)]
+        self.writer.write(step, samples=samples)
+        self.progress.say(f"samples at step {step}:")
+        for sample in samples:
+            self.progress.say(f"  {sample['prompt']!r} -> {sample['text']!r}", plain=True)
+
+
+class Speed:
+    """Wall-clock numbers of a run: pauses (evaluation, samples, saves) and the first step, which compiles, left out.
+
+    seconds_before: duration of the run up to the checkpoint it goes on from.
+    """
+
+    def __init__(self, model: LanguageModel, seq_len: int, seconds_before: float):
+        self._started = time.perf_counter() - seconds_before
+        peak = peak_flops(model.compute)
+        self._mfu_per_token = flops_per_token(model.config, seq_len) / peak if peak else None
+        self._since: float | None = None  # start of the window that `read` ends
+        self._tokens = self._window_steps = 0
+        self._steps, self._active = 0, 0.0
+
+    def seconds(self) -> float:
+        """Since the run was first started, pauses included, time between a kill and the resume not."""
+        return time.perf_counter() - self._started
+
+    def add(self, tokens: int) -> None:
+        """A step with this many tokens (padding not counted) is done."""
+        if self._since is None:
+            self._since = time.perf_counter()
+            return
+        self._tokens += tokens
+        self._window_steps += 1
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        if self._since is not None:
+            self._since += time.perf_counter() - began
+
+    def read(self) -> dict[str, float]:
+        """seconds, tokens_per_second and mfu over the steps since the last reading; starts a new window."""
+        numbers = {"seconds": round(self.seconds(), 3)}
+        if self._window_steps:
+            now = time.perf_counter()
+            rate = self._tokens / (now - self._since)
+            numbers["tokens_per_second"] = round(rate, 1)
+            if self._mfu_per_token:
+                numbers["mfu"] = round(rate * self._mfu_per_token, 4)
+            self._steps, self._active = self._steps + self._window_steps, self._active + now - self._since
+            self._since, self._tokens, self._window_steps = now, 0, 0
+        return numbers
+
+    def forecast(self, steps_left: int) -> dict[str, float]:
+        """What a progress bar shows between two readings."""
+        if not self._window_steps + self._steps:
+            return {}
+        now = time.perf_counter()
+        active, steps = self._active + (now - self._since), self._steps + self._window_steps
+        numbers = {"seconds_left": active / steps * steps_left}
+        if self._window_steps:
+            rate = self._tokens / (now - self._since)
+            numbers["tokens_per_second"] = rate
+            if self._mfu_per_token:
+                numbers["mfu"] = rate * self._mfu_per_token
+        return numbers

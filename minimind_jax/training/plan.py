@@ -1,0 +1,98 @@
+"""What a run will do, known before its first step: its length, its data, the facts printed at the start."""
+
+import math
+
+from minimind_jax.config import PretrainConfig, TrainingConfig
+from minimind_jax.data.batches import Batches
+from minimind_jax.errors import UserError
+from minimind_jax.model.attention import choose_path
+from minimind_jax.model.transformer import LanguageModel, compute_dtype, count_parameters
+
+
+def planned_steps(training: TrainingConfig, batches: Batches) -> int:
+    """Optimizer steps of the run; one epoch when neither steps, epochs nor tokens is set."""
+    if training.steps is not None:
+        return training.steps
+    if training.tokens is not None:
+        tokens_per_step = batches.trained_tokens_per_epoch / batches.steps_per_epoch
+        return max(1, math.ceil(training.tokens / tokens_per_step))
+    epochs = 1 if training.epochs is None else training.epochs
+    # 0.1 of 30 steps is 3.0000000000000004 in floating point: three steps, not four.
+    return max(1, math.ceil(epochs * batches.steps_per_epoch - 1e-6))
+
+
+def data_record(batches: Batches) -> dict[str, str | int | float | bool]:
+    """What decides the rows of every step; kept in checkpoints."""
+    data, info = batches.data, batches.cache.info
+    return {
+        "cache": batches.cache.folder.name,
+        "documents": info["documents"],
+        "tokens": info["tokens"],
+        "trained tokens": info["trained_tokens"],
+        "rows of an epoch": batches.rows_per_epoch,
+        "rows of a step": batches.rows_per_step,
+        "seq_len": data.seq_len,
+        "packing": data.packing,
+        "shuffle": data.shuffle,
+        "seed": batches.seed,
+    }
+
+
+def check_same_data(before: dict, now: dict) -> str | None:
+    """Compares the data record of a checkpoint with that of the run at hand; returns a warning, or None.
+
+    Files that were only moved or touched make another cache of equal size: that is worth a warning.
+    Raises:
+        UserError: the steps of the checkpoint were made from other batches.
+    """
+    changed = {key: (before.get(key), now[key]) for key in now if before.get(key) != now[key]}
+    if set(changed) <= {"cache"}:
+        return (
+            "the data files or the tokenizer are not the very files of the checkpoint (path, size or time differ). "
+            "They hold as many documents and tokens, so the run goes on; it is exact only if their content is the same"
+            if changed
+            else None
+        )
+    changed.pop("cache", None)
+    what = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
+    raise UserError(
+        f"the data has changed since the checkpoint ({what}), so the run cannot be resumed; restore the data and its "
+        "settings, or start another run (another run name, with init_from for the weights)"
+    )
+
+
+def run_facts(
+    config: PretrainConfig,
+    stage: str,
+    model: LanguageModel,
+    mesh,
+    train_batches: Batches,
+    val_batches: Batches | None,
+    total_steps: int,
+) -> dict[str, str]:
+    """What is printed at the start and kept in environment.json."""
+    devices, shape = mesh.devices.ravel(), model.config
+    parameters = count_parameters(model.abstract_params())
+    sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    experts = f", {shape.num_experts} experts, {shape.num_experts_per_tok} used" if shape.is_moe else ""
+    parts = config.training.accumulation_steps
+    epochs = total_steps / train_batches.steps_per_epoch
+    return {
+        "stage": stage,
+        "model": f"{parameters:,} parameters ({shape.num_hidden_layers} layers of width {shape.hidden_size}, "
+        f"{shape.vocab_size:,} tokens{experts})",
+        "compute": f"{compute_dtype(model.compute).__name__}, attention path: "
+        f"{choose_path(model.compute.attention, False)}, remat {model.compute.remat}",
+        "devices": f"{devices.size} x {devices[0].device_kind}{f' ({sizes})' if sizes else ''}",
+        "training data": describe_data(train_batches),
+        "validation data": describe_data(val_batches) if val_batches is not None else "none",
+        "batch": f"{config.rows_per_step} rows of {config.data.seq_len} tokens" + (f" in {parts} parts" * (parts > 1)),
+        "steps": f"{total_steps:,} ({epochs:.3g} epochs of {train_batches.steps_per_epoch:,})",
+    }
+
+
+def describe_data(batches: Batches) -> str:
+    """`1,234 documents, 56,789 tokens in 120 rows, packed 98.7 % full`."""
+    plan = batches.plan
+    documents = len(batches.epoch(0).documents)
+    return f"{documents:,} documents, {plan.tokens:,} tokens in {plan.rows:,} rows, packed {plan.efficiency:.1%} full"
