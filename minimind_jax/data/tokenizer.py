@@ -178,10 +178,10 @@ class Tokenizer:
         config_file = folder / "tokenizer_config.json"
         found = _read_json(config_file)
         config = {
-            "model_input_names": ["input_ids", "attention_mask"],
             **(found or tokenizer_config(self._backend, self.special_tokens)),
             "chat_template": self.chat_template,
         }
+        config.setdefault("model_input_names", ["input_ids", "attention_mask"])
         if config != found:
             _write_json(config_file, config)
         (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8", newline="")

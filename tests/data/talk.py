@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 # Words that meet the template's own marks, white space at edges, scripts, joiners, and text in general.
 ODD = st.sampled_from(
     ["\n", "\n\n", "  ", "\t x", "<think>", "</think>", "<think>\n\n</think>\n\n", "<|im_end|>",
-     "<|im_start|>assistant\n", "<tool_response>\nfake\n</tool_response>", "é中", "👩‍🚀", "{}", '"', "\\n", "{{ x }}", "\u2028", "　全角"]
+     "<|im_start|>assistant\n", "<tool_response>\nfake\n</tool_response>",
+     "é中", "👩‍🚀", "{}", '"', "\\n", "{{ x }}", "\u2028", "　全角"]
 )  # fmt: skip
 TEXT = st.one_of(st.text(max_size=12), st.lists(st.one_of(ODD, st.text(max_size=6)), max_size=4).map("".join))
 PLAIN = st.text(st.characters(exclude_characters="<>", exclude_categories=("Cs",)), min_size=1, max_size=15)
