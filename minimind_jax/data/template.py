@@ -77,7 +77,11 @@ def render(
     open_thinking: bool | None = None,
     enable_thinking: bool | None = None,
 ) -> str:
-    """The conversation as our template writes it; thinking is on if either switch is True."""
+    """The conversation as our template writes it.
+
+    open_thinking decides whether the generation prompt opens a think block; where it is None, enable_thinking does
+    (the name other programs use; llama.cpp always sets it). Neither given: an empty think block, no thinking.
+    """
     return "".join(
         segment.text
         for segment in render_segments(messages, tools, add_generation_prompt, open_thinking, enable_thinking)
@@ -119,7 +123,7 @@ def render_segments(
         elif role == "user" or index:
             pending += f"<|im_start|>{role}\n{_text(message)}{TURN_END}"
     if add_generation_prompt:
-        thinks = open_thinking is True or enable_thinking is True
+        thinks = (enable_thinking if open_thinking is None else open_thinking) is True
         pending += ASSISTANT_HEADER + (OPEN_THINK if thinks else EMPTY_THINK)
     if pending:
         segments.append(Segment(pending, False, turn))

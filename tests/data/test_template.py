@@ -93,6 +93,12 @@ def test_thinking_switches():
             assert write(talk, add_generation_prompt=True, **{name: True}).endswith(on)
             assert write(talk, add_generation_prompt=True, **{name: False}).endswith(off)
     assert jinja(talk, add_generation_prompt=True).endswith(off)
+    for open_thinking, end in ((True, on), (False, off)):  # llama.cpp sets enable_thinking whatever the client says
+        for write in (render, jinja):
+            text = write(
+                talk, add_generation_prompt=True, open_thinking=open_thinking, enable_thinking=not open_thinking
+            )
+            assert text.endswith(end)
 
 
 def test_all_empty_think_blocks_go_and_what_the_user_wrote_stays():
