@@ -7,7 +7,6 @@ when it is whole; so a change of any of these makes a new cache and a killed bui
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
@@ -281,12 +280,10 @@ def _write_synced(path: Path, content: bytes) -> None:
 def _explained_disk_errors(folder: Path):
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EPERM, errno.EDQUOT):
-            raise
+    except OSError as error:  # unreadable data has its own error, so this is about the cache
         raise UserError(
-            f"{folder.parent}: cannot write the cache of tokens: {error.strerror}; free some space, or set "
-            "data.cache_dir (or MINIMIND_CACHE) to another folder"
+            f"{folder.parent}: cannot write the cache of tokens: {error}; free some space, or set data.cache_dir "
+            "(or MINIMIND_CACHE) to another folder"
         ) from error
 
 
