@@ -133,7 +133,7 @@ def test_tied_head_in_the_file_must_equal_the_embedding(make_model, tmp_path):
     load_hf(tmp_path / "model")
     head[0, 0] += 1
     save_file({**tensors, "lm_head.weight": head}, tmp_path / "model" / "model.safetensors")
-    with pytest.raises(UserError, match="lm_head.weight differs"):
+    with pytest.raises(UserError, match=r"lm_head\.weight differs"):
         load_hf(tmp_path / "model")
 
 
@@ -187,7 +187,7 @@ def test_full_disk_keeps_the_old_model(make_model, tmp_path):
     # A limit on the size of a file fails a write just as a full disk does.
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
-        with pytest.raises(UserError, match="could not be written.*older model there is unchanged"):
+        with pytest.raises(UserError, match=r"could not be written.*older model there is unchanged"):
             save_hf(tmp_path / "model", *bigger)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -216,7 +216,7 @@ def test_tokenizer_larger_than_the_model_is_refused(make_model, tokenizer, tmp_p
 
 
 def test_unknown_dtype_is_refused(make_model, tmp_path):
-    with pytest.raises(UserError, match="float64.*float32, bfloat16, float16"):
+    with pytest.raises(UserError, match=r"float64.*float32, bfloat16, float16"):
         save_hf(tmp_path / "model", *make_model("dense"), dtype="float64")
 
 
