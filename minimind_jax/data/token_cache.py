@@ -86,6 +86,7 @@ def build_cache(
     seed: int,
     epoch: int = 0,
     progress: bool = True,
+    report_skipped: bool = True,
 ) -> TokenCache:
     """The cache of these files; made if there is none yet, by `data.tokenizer_workers` processes.
 
@@ -103,13 +104,16 @@ def build_cache(
     key = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_root(data) / key
     with _explained_disk_errors(folder):
-        if cache := _open_cache(folder):
-            return _report_skipped(cache)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder.with_suffix(".lock")):
-            if (cache := _open_cache(folder)) is None:
-                cache = _build(folder, files, encoder, tokenizer, source, data.tokenizer_workers, progress)
-    return _report_skipped(cache)
+        if (cache := _open_cache(folder)) is None:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(folder.with_suffix(".lock")):
+                if (cache := _open_cache(folder)) is None:  # another process may have made it meanwhile
+                    cache = _build(folder, files, encoder, tokenizer, source, data.tokenizer_workers, progress)
+    if cache.info["skipped"] and data.on_error == "stop":  # made with `skip`, where this error was the first
+        raise UserError(cache.info["skipped_messages"][0])
+    if cache.info["skipped"] and report_skipped:
+        _report_skipped(cache)
+    return cache
 
 
 def cache_root(data: DataConfig) -> Path:
@@ -136,7 +140,6 @@ def _source(files: list[Path], encoder: "Encoder", tokenizer: Tokenizer) -> dict
         "files": _identities(files),
         "tokenizer": tokenizer.fingerprint,
         "dice": encoder.dice and dataclasses.asdict(encoder.dice),
-        "skip": encoder.skip,
     }
 
 
@@ -299,12 +302,8 @@ def _progress_bar(total: int, show: bool):
         yield lambda amount: bar.advance(task, amount)
 
 
-def _report_skipped(cache: TokenCache) -> TokenCache:
-    if cache.info["skipped"]:
-        total = cache.info["skipped"] + len(cache)
-        Console(stderr=True).print(
-            f"Skipped {cache.info['skipped']:,} of {total:,} records, the first: {cache.info['skipped_messages'][0]}",
-            highlight=False,
-            markup=False,
-        )
-    return cache
+def _report_skipped(cache: TokenCache) -> None:
+    skipped, first = cache.info["skipped"], cache.info["skipped_messages"][0]
+    Console(stderr=True).print(
+        f"Skipped {skipped:,} of {skipped + len(cache):,} records, the first: {first}", highlight=False, markup=False
+    )

@@ -137,7 +137,6 @@ def test_another_tokenizer_or_setting_makes_another_cache(tmp_path, tokenizer, d
         folder(),
         folder(tokenizer=other_tokenizer),
         folder(seed=2),
-        folder(on_error="skip"),
         folder(system_prompt_probability=0.3),
         folder(empty_think_removal=0.3),
         folder(redraw_each_epoch=True, epoch=1),
@@ -145,7 +144,7 @@ def test_another_tokenizer_or_setting_makes_another_cache(tmp_path, tokenizer, d
     ]
     assert len(set(folders)) == len(folders)
     assert folder(epoch=4) == folders[0]  # without redraw_each_epoch one cache serves all epochs
-    assert folder(seq_len=16, packing="concat", val_fraction=0.5, loader_workers=3) == folders[0]
+    assert folder(seq_len=16, val_fraction=0.5, loader_workers=3, on_error="skip") == folders[0]
 
 
 def test_a_long_text_is_kept_whole(tmp_path, tokenizer, data):
@@ -190,6 +189,8 @@ def test_skipping_counts_and_reports_and_keeps_the_numbers_of_the_others(tmp_pat
         assert "a.jsonl:2" in cache.info["skipped_messages"][0] and "a.jsonl:5" in cache.info["skipped_messages"][1]
         report = "".join(capsys.readouterr().err.split())
         assert "Skipped2of6records" in report and "a.jsonl:2" in report
+    with pytest.raises(UserError, match=r"a\.jsonl:2: not JSON"):  # the same cache, and now this is an error
+        build_cache("text", [file], tokenizer, dataclasses.replace(data, on_error="stop"), seed=1)
 
 
 @pytest.mark.parametrize(

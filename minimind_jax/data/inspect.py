@@ -1,0 +1,180 @@
+"""`minimind data inspect`: records as the model sees them, and what they amount to."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from minimind_jax.config import DataConfig
+from minimind_jax.data.batches import plan_epoch
+from minimind_jax.data.jsonl import expand_paths, iter_records
+from minimind_jax.data.packing import PackingPlan
+from minimind_jax.data.token_cache import TokenCache, build_cache
+from minimind_jax.data.tokenise import Kind
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.errors import UserError
+
+PACKINGS = ("concat", "best_fit", "pad")
+PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
+SHOWN_ERRORS = 20
+TRAINED_STYLE = "bold green"
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """How one way of packing fares. lost: documents that are in no row, or of which no trained token is."""
+
+    plan: PackingPlan
+    lost: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found. lengths: tokens of each document. packings: by name, at the configured `seq_len`."""
+
+    kind: Kind
+    cache: TokenCache
+    lengths: np.ndarray
+    packings: dict[str, Packed]
+
+    @property
+    def trained_share(self) -> float:
+        return self.cache.info["trained_tokens"] / self.cache.info["tokens"]
+
+
+def inspect(
+    paths: Iterable[str | Path],
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    kind: Kind | None = None,
+    rows: int = 3,
+    seed: int = 42,
+    console: Console | None = None,
+) -> Inspection:
+    """Prints the first records with their trained tokens coloured, counts, lengths, packing and broken records.
+
+    kind: found from the first record if None. Broken records are listed with file and line and otherwise skipped.
+    Raises UserError for missing files, for fields it does not know, and if no record is usable.
+    """
+    console = console or Console()
+    files = expand_paths(paths)
+    kind = kind or detect_kind(files)
+    cache = build_cache(kind, files, tokenizer, dataclasses.replace(data, on_error="skip"), seed, report_skipped=False)
+    found = Inspection(kind, cache, cache.lengths, {name: _pack(cache, data, name, seed) for name in PACKINGS})
+    _print_records(console, cache, tokenizer, min(rows, len(cache)), data.seq_len)
+    _print_counts(console, found, tokenizer, files)
+    _print_lengths(console, found.lengths)
+    _print_packings(console, found, data.seq_len)
+    _print_broken(console, cache)
+    return found
+
+
+def detect_kind(files: list[Path]) -> Kind:
+    """`text` or `conversation`, from the first readable record. Raises UserError if it is neither."""
+    for record in iter_records(files, on_bad=lambda error: None):
+        if "conversations" in record.value:
+            return "conversation"
+        if "text" in record.value:
+            return "text"
+        raise UserError(
+            f"{record.where}: expected a field `text` or `conversations`; found {', '.join(record.value) or 'none'}"
+        )
+    raise UserError(f"{', '.join(map(str, files))}: no line is a JSON object")
+
+
+def _pack(cache: TokenCache, data: DataConfig, packing: str, seed: int) -> Packed:
+    settings = dataclasses.replace(data, packing=packing)
+    plan = plan_epoch(cache, np.arange(len(cache)), settings, seed, epoch=0).plan
+    lost = len(cache) - len(np.unique(plan.documents))
+    if packing == "pad":
+        cut = np.flatnonzero(cache.lengths > data.seq_len)
+        lost += sum(not cache.is_trained(int(document), 0, data.seq_len)[1:].any() for document in cut)
+    return Packed(plan, lost)
+
+
+def trained_spans(ids: np.ndarray, trained: np.ndarray) -> list[tuple[np.ndarray, bool]]:
+    """Runs of tokens that are all trained or all not."""
+    bounds = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]
+    return [(ids[a:b], bool(trained[a])) for a, b in itertools.pairwise(bounds) if b > a]
+
+
+def _print_records(console: Console, cache: TokenCache, tokenizer: Tokenizer, count: int, shown: int) -> None:
+    colours = console.is_terminal and not console.no_color
+    for document in range(count):
+        length = int(cache.lengths[document])
+        trained = cache.is_trained(document, 0, shown)
+        trained[0] = False  # nothing comes before the first token that could predict it
+        text = Text()
+        for ids, is_trained in trained_spans(cache.ids(document, 0, shown), trained):
+            piece = tokenizer.decode(ids, skip_special_tokens=False)
+            text.append(f"⟦{piece}⟧" if is_trained and not colours else piece, TRAINED_STYLE if is_trained else "dim")
+        if length > shown:
+            text.append(f" … and {length - shown:,} more tokens", "italic")
+        console.rule(f"record {int(cache.records[document]) + 1}, {length:,} tokens", align="left")
+        console.print(text, soft_wrap=True)
+    if count:
+        console.rule(Text("trained", TRAINED_STYLE) if colours else "trained tokens are between ⟦ and ⟧", align="left")
+
+
+def _print_counts(console: Console, found: Inspection, tokenizer: Tokenizer, files: list[Path]) -> None:
+    info, token_bytes = found.cache.info, tokenizer.token_bytes()
+    size = sum(
+        int(token_bytes[found.cache.tokens[start : start + (1 << 20)]].sum())
+        for start in range(0, info["tokens"], 1 << 20)
+    )
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in (
+        ("kind", found.kind),
+        ("files", f"{len(files):,}"),
+        ("records", f"{len(found.cache) + info['skipped']:,}, {info['skipped']:,} of them broken"),
+        ("tokens", f"{info['tokens']:,}, {size / info['tokens']:.2f} bytes of text each"),
+        ("trained tokens", f"{info['trained_tokens']:,} ({found.trained_share:.1%})"),
+        *([("turns", f"{info['turns']:,}")] if found.kind == "conversation" else []),
+    ):
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _print_lengths(console: Console, lengths: np.ndarray) -> None:
+    table = _table("tokens of a record, percentiles", *(f"{p} %" for p in PERCENTILES))
+    table.add_row(*(f"{int(n):,}" for n in np.percentile(lengths, PERCENTILES, method="lower")))
+    console.print(table)
+    powers = np.ceil(np.log2(lengths)).astype(int)
+    counts = np.bincount(powers)
+    for power in range(int(powers.min()), len(counts)):
+        bar = "█" * round(40 * counts[power] / counts.max())
+        console.print(f"  up to {2**power:>9,}  {counts[power]:>10,}  {bar}", highlight=False)
+
+
+def _print_packings(console: Console, found: Inspection, seq_len: int) -> None:
+    noun = "conversations" if found.kind == "conversation" else "texts"
+    title = f"\npacking {len(found.lengths):,} {noun} into rows of {seq_len:,} tokens"
+    table = _table(title, "", "rows", "efficiency", "placed", "lost", "cut", "turns cut", "tokens dropped")
+    for name, packed in found.packings.items():
+        plan = packed.plan
+        placed = len(found.lengths) - packed.lost
+        numbers = (placed, packed.lost, plan.cut_documents, plan.cut_turns, plan.dropped_tokens)
+        table.add_row(name, f"{plan.rows:,}", f"{plan.efficiency:.2%}", *(f"{n:,}" for n in numbers))
+    console.print(table)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right", overflow="fold")
+    return table
+
+
+def _print_broken(console: Console, cache: TokenCache) -> None:
+    messages = cache.info["skipped_messages"][:SHOWN_ERRORS]
+    if messages:
+        console.print(Text(f"{cache.info['skipped']:,} broken records", "bold red"))
+    for message in messages:
+        console.print(f"  {message}", markup=False, highlight=False, soft_wrap=True)
+    if cache.info["skipped"] > len(messages):
+        console.print(f"  … and {cache.info['skipped'] - len(messages):,} more")
