@@ -1,0 +1,300 @@
+"""Text from a model: whole answers for a batch of prompts, or one answer as a stream."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minimind_jax.convert.hf import load_hf
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.errors import UserError
+from minimind_jax.inference.decode import Controls, decode, grow, prefill
+from minimind_jax.inference.sampling import SamplingConfig, SamplingValues, row_keys
+from minimind_jax.inference.text import AnswerText
+from minimind_jax.model.config import ComputeConfig, ModelConfig, RopeScaling
+from minimind_jax.model.transformer import LanguageModel, Params, compute_dtype
+from minimind_jax.training.run import resolve_model_folder
+
+Prompt = str | Sequence[int]
+DEFAULT = SamplingConfig()
+
+SLOT_MULTIPLE = 128
+FIRST_ROOM = 256  # new tokens the buffers hold at first; they double when an answer is longer
+STOP_CHECK_EVERY = 16  # tokens between two looks for stop strings in a batch
+STREAM_SECONDS = 0.04  # a streamed chunk is made longer until it takes about so long
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """An answer.
+
+    text: without special tokens, and cut before a stop string. "" if the generator has no tokenizer.
+    ids: the tokens made, with the end-of-text token or those of the stop string.
+    logprobs: of each of ids, the model's own: log softmax of its logits, whatever the sampling.
+    finish_reason: `stop` (end-of-text token or stop string) or `length`.
+    prompt_tokens: length of the prompt.
+    """
+
+    text: str
+    ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    prompt_tokens: int
+
+
+class Piece(NamedTuple):
+    """A step of a stream: text that became final, tokens made since the last piece, and at the end the whole."""
+
+    text: str
+    tokens: int
+    completion: Completion | None = None
+
+
+class Generator:
+    """A model ready to generate.
+
+    Args:
+        tokenizer: None works on token ids alone: no text in prompts, completions or stop strings.
+        eos_ids: tokens that end an answer; the model's and the tokenizer's end-of-text tokens when None.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        params: Params,
+        tokenizer: Tokenizer | None = None,
+        eos_ids: Sequence[int] | None = None,
+    ):
+        if eos_ids is None:
+            eos_ids = {model.config.eos_token_id, tokenizer.eos_id if tokenizer else None} - {None}
+        if tokenizer and tokenizer.vocab_size > model.config.vocab_size:
+            raise UserError(
+                f"the tokenizer {tokenizer.folder} has ids up to {tokenizer.vocab_size - 1}, "
+                f"the model only {model.config.vocab_size} (vocab_size); they do not belong together"
+            )
+        self.model, self.params, self.tokenizer = model, params, tokenizer
+        self.eos_ids = tuple(sorted(eos_ids))
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig = DEFAULT) -> list[Completion]:
+        """An answer for each prompt, all in one batch.
+
+        Args:
+            prompts: text, in which special tokens are recognised and to which none are added, or token ids.
+
+        Raises:
+            UserError: an empty prompt, ids that are not in the vocabulary, or a prompt too long for the model.
+        """
+        if not prompts:
+            return []
+        batch = _Batch(self, [self.encode(prompt) for prompt in prompts], sampling)
+        texts = self._texts(len(prompts), sampling)
+        while not batch.done:
+            batch.run(STOP_CHECK_EVERY if sampling.stop else sampling.max_new_tokens)
+            if sampling.stop:
+                batch.push(texts)
+        batch.push(texts)
+        for text in texts:
+            text.finish()
+        return batch.completions(texts)
+
+    def stream(self, prompt: Prompt, sampling: SamplingConfig = DEFAULT) -> Iterator[Piece]:
+        """The answer to one prompt, piece by piece: the first after one token, later ones a few tokens each.
+
+        Gives the same tokens as `generate`. Leaving the loop ends the generation. Raises as `generate`.
+        """
+        batch = _Batch(self, [self.encode(prompt)], sampling)
+        texts = self._texts(1, sampling)
+        chunk, seen = 1, 0
+        while True:
+            piece = batch.push(texts)
+            made = len(batch.ids(0))
+            yield Piece(piece, made - seen)
+            seen = made
+            if batch.done:
+                break
+            started = time.perf_counter()
+            batch.run(chunk)
+            if time.perf_counter() - started < STREAM_SECONDS / 2:
+                chunk *= 2
+        rest = "".join(text.finish() for text in texts)
+        yield Piece(rest, 0, batch.completions(texts)[0])
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Checked token ids of a prompt."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise UserError("the prompt is text, but the model was loaded without a tokenizer; give token ids")
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = [int(i) for i in prompt]
+        if not ids:
+            raise UserError("the prompt is empty; give at least one token to continue from")
+        vocabulary = self.model.config.vocab_size
+        outside = [i for i in ids if not 0 <= i < vocabulary]
+        if outside:
+            raise UserError(f"the prompt has token id {outside[0]}; the model's ids are 0 to {vocabulary - 1}")
+        return ids
+
+    def room(self, prompt_tokens: int) -> int:
+        """Tokens that may still be generated after a prompt of that length."""
+        return self.model.config.max_position_embeddings - prompt_tokens
+
+    def _texts(self, rows: int, sampling: SamplingConfig) -> list[AnswerText]:
+        if self.tokenizer is None:
+            if sampling.stop:
+                raise UserError("stop strings need a tokenizer, and the model was loaded without one")
+            return []
+        return [AnswerText(self.tokenizer, sampling.stop) for _ in range(rows)]
+
+
+class _Batch:
+    """A batch in generation: its state on the device, and a copy of its tokens on the host."""
+
+    def __init__(self, generator: Generator, prompts: list[list[int]], sampling: SamplingConfig):
+        longest = max(map(len, prompts))
+        if sampling.max_new_tokens > generator.room(longest):
+            raise UserError(
+                f"a prompt of {longest} tokens and max_new_tokens {sampling.max_new_tokens} exceed the model's context "
+                f"of {generator.room(0)} tokens (max_position_embeddings); shorten the prompt or ask for fewer tokens"
+            )
+        self.generator, self.sampling = generator, sampling
+        self.prompt_lengths = [len(prompt) for prompt in prompts]
+        self.pushed = [0] * len(prompts)
+        self.stopped_at: list[int | None] = [None] * len(prompts)  # length of answers that a stop string ended
+        rows = bucket(len(prompts), smallest=1, multiple=16)
+        self.width = bucket(longest, smallest=16, multiple=1024)
+        tokens_BP = np.zeros((rows, self.width), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens_BP[row, self.width - len(prompt) :] = prompt
+        self.eos_ids = (-1,) if sampling.ignore_eos else generator.eos_ids or (-1,)
+        self.controls = Controls(
+            SamplingValues.of(sampling, rows), row_keys(sampling.seed, rows), np.array(self.eos_ids, np.int32)
+        )
+        self.state = prefill(
+            generator.model,
+            generator.params,
+            tokens_BP,
+            np.array(self.prompt_lengths + [0] * (rows - len(prompts)), np.int32),
+            self.controls,
+            slots=_round_up(self.width + min(sampling.max_new_tokens, FIRST_ROOM), SLOT_MULTIPLE),
+            cache_dtype=str(compute_dtype(generator.model.compute)),
+        )
+        self._read()
+
+    @property
+    def done(self) -> bool:
+        return self.made >= self.sampling.max_new_tokens or bool(self.ended_B.all())
+
+    def run(self, count: int) -> None:
+        """Makes up to `count` more tokens in every row that has not ended."""
+        model, params = self.generator.model, self.generator.params
+        target = self.width + min(self.made + count, self.sampling.max_new_tokens)
+        while self.width + self.made < target and not self.ended_B.all():
+            slots = self.state.tokens_BS.shape[1]
+            if self.width + self.made == slots:
+                slots *= 2
+                self.state = grow(self.state, slots=slots)
+            self.state = decode(model, params, self.state, self.controls, np.int32(min(target, slots)))
+            self._read()
+
+    def _read(self) -> None:
+        # copies: a view of a buffer would keep the next step from reusing it
+        self.made = int(self.state.filled) - self.width
+        self.tokens_BS, self.logprobs_BS = np.array(self.state.tokens_BS), np.array(self.state.logprobs_BS)
+        self.ended_B = np.array(self.state.ended_B)
+
+    def ids(self, row: int) -> list[int]:
+        """The answer so far, up to and with the token that ended it."""
+        ids = self.tokens_BS[row, self.width : self.width + self.made].tolist()
+        end = next((n + 1 for n, token in enumerate(ids) if token in self.eos_ids), len(ids))
+        return ids[: min(end, self.stopped_at[row] or end)]
+
+    def push(self, texts: list[AnswerText]) -> str:
+        """Gives new tokens to the texts and ends the rows in which a stop string was completed; the new text."""
+        pieces = []
+        for row, text in enumerate(texts):
+            ids = self.ids(row)
+            for count, token in enumerate(ids[self.pushed[row] :], self.pushed[row] + 1):
+                if token not in self.eos_ids:
+                    pieces.append(text.push(token))
+                if text.stopped:
+                    self.stopped_at[row], self.ended_B[row] = count, True
+                    self.state = self.state._replace(ended_B=jnp.asarray(self.ended_B))
+                    break
+            self.pushed[row] = len(ids)
+        return "".join(pieces)
+
+    def completions(self, texts: list[AnswerText]) -> list[Completion]:
+        answers = []
+        for row, prompt_tokens in enumerate(self.prompt_lengths):
+            ids = self.ids(row)
+            logprobs = self.logprobs_BS[row, self.width : self.width + len(ids)].tolist()
+            stopped = self.stopped_at[row] is not None or ids[-1] in self.eos_ids
+            text = texts[row].text if texts else ""
+            answers.append(Completion(text, ids, logprobs, "stop" if stopped else "length", prompt_tokens))
+        return answers
+
+
+def load_generator(name: str, dtype: str = "auto") -> Generator:
+    """The model in a Hugging Face folder or a run, with its tokenizer.
+
+    Args:
+        name: a folder, or a run (name or path) whose model/ is meant.
+        dtype: `float32`, `bfloat16`, or `auto`: bfloat16 on GPU and TPU, float32 on CPU.
+
+    Raises:
+        UserError: there is no such model, or its files do not fit together.
+    """
+    folder = resolve_model_folder(name)
+    model, params = load_model(folder, dtype)
+    tokenizer = Tokenizer.load(folder)
+    return Generator(model, params, tokenizer, _eos_ids(folder, model.config, tokenizer))
+
+
+def load_model(
+    folder: str | Path, dtype: str = "auto", rope_scaling: RopeScaling | None = None
+) -> tuple[LanguageModel, Params]:
+    """A model and its parameters in the compute dtype (norms and routers stay float32).
+
+    rope_scaling: replaces the folder's, when given.
+    """
+    config, params = load_hf(folder)
+    if rope_scaling is not None:
+        config = dataclasses.replace(config, rope_scaling=rope_scaling)
+    model = LanguageModel(config, ComputeConfig(dtype=dtype))
+
+    def cast(path, leaf):
+        names = {key.key for key in path}
+        keep = names & {"scale", "router"}
+        return jnp.asarray(leaf, jnp.float32 if keep else compute_dtype(model.compute))
+
+    return model, jax.tree_util.tree_map_with_path(cast, params)
+
+
+def bucket(count: int, smallest: int, multiple: int) -> int:
+    """The next power of two from `smallest` on; above `multiple`, its next multiple. Few sizes are few programs."""
+    if count > multiple:
+        return _round_up(count, multiple)
+    return max(smallest, 1 << (count - 1).bit_length())
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def _eos_ids(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """End-of-text ids of generation_config.json, of the model and of the tokenizer."""
+    file, ids = folder / "generation_config.json", {config.eos_token_id, tokenizer.eos_id}
+    if file.is_file():
+        try:
+            listed = json.loads(file.read_text("utf-8")).get("eos_token_id")
+        except ValueError as error:
+            raise UserError(f"{file}: not JSON: {error}") from error
+        ids |= set(listed) if isinstance(listed, list) else {listed}
+    return tuple(sorted(ids - {None}))

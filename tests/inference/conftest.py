@@ -1,0 +1,71 @@
+"""Small models to generate with: the golden ones, and one with a tokenizer."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from minimind_jax.convert.hf import save_hf
+from minimind_jax.convert.hf_config import to_hf_config
+from minimind_jax.data.tokenizer import Tokenizer, train_bpe
+from minimind_jax.inference.generate import Generator, load_model
+from minimind_jax.model.config import ModelConfig
+from minimind_jax.model.transformer import LanguageModel
+
+TEXTS = [
+    "The cat sat on the mat, and the dog sat on the log.",
+    "你好，世界。今天天气很好，我们去公园散步吧。",
+    "User: what is a cat? Assistant: a cat is a small animal. 🐱🐶",
+]
+
+
+def golden_config(fixtures_dir, name) -> ModelConfig:
+    values = json.loads((fixtures_dir / f"{name}.json").read_text())
+    values.pop("use_moe", None)
+    return ModelConfig(**values)
+
+
+@pytest.fixture(scope="session")
+def golden_folder(fixtures_dir, tmp_path_factory):
+    """golden_folder(name): a Hugging Face folder of a golden model after its five steps, without a tokenizer."""
+
+    def make(name):
+        folder = tmp_path_factory.mktemp(name)
+        config = to_hf_config(golden_config(fixtures_dir, name), "float32")
+        (folder / "config.json").write_text(json.dumps(config))
+        numbers = np.load(fixtures_dir / f"{name}.npz")
+        tensors = {key.removeprefix("after5/"): numbers[key] for key in numbers if key.startswith("after5/")}
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def golden(golden_folder):
+    """golden(name): a Generator of a golden model on token ids."""
+    return lambda name: Generator(*load_model(golden_folder(name)))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    return train_bpe(TEXTS * 3, tmp_path_factory.mktemp("tokenizer"), vocab_size=340)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tokenizer, tmp_path_factory):
+    """A Hugging Face folder of a random model whose answers are varied text."""
+    config = ModelConfig(
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=640,
+        initializer_range=0.3,
+    )
+    params = LanguageModel(config).init(jax.random.key(3))
+    return save_hf(tmp_path_factory.mktemp("model"), config, params, tokenizer, "float32")
