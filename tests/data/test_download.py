@@ -73,7 +73,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub():
     server = Hub()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     yield server
     server.shutdown()

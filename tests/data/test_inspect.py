@@ -1,0 +1,138 @@
+"""What `minimind data inspect` prints and finds."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from minimind_jax.config import DataConfig
+from minimind_jax.data.inspect import detect_kind, inspect, trained_spans
+from minimind_jax.data.tokenizer import train_bpe
+from minimind_jax.errors import UserError
+
+TALKS = [
+    [("user", f"How old is [red]cat {i}[/red]?"), ("assistant", f"It is {i} years old. " * (1 + i))] for i in range(12)
+]
+TEXTS = [f"The cat is {i} years old." for i in range(9)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    texts = [content for talk in TALKS for _, content in talk] + TEXTS
+    return train_bpe(texts, tmp_path_factory.mktemp("tokenizer"), vocab_size=360)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return DataConfig(cache_dir=str(tmp_path / "cache"), seq_len=64, tokenizer_workers=1, system_prompt_probability=0.0)
+
+
+def write(path, lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    return path
+
+
+def talk_records():
+    return [{"conversations": [{"role": role, "content": text} for role, text in talk]} for talk in TALKS]
+
+
+def printed(paths, tokenizer, data, colours=False, **options):
+    console = Console(
+        file=io.StringIO(), width=120, force_terminal=colours, color_system="standard" if colours else None
+    )
+    found = inspect(paths, tokenizer, data, console=console, **options)
+    return found, console.file.getvalue()
+
+
+def test_conversations_with_their_trained_tokens_marked(tmp_path, tokenizer, data):
+    found, text = printed([write(tmp_path / "a.jsonl", talk_records())], tokenizer, data, rows=2)
+    assert found.kind == "conversation"
+    assert "record 1, " in text and "record 2, " in text and "record 3, " not in text
+    assert "<|im_start|>user\nHow old is [red]cat 1[/red]?<|im_end|>\n<|im_start|>assistant\n⟦" in text
+    assert "It is 1 years old. It is 1 years old. <|im_end|>\n⟧" in text
+    trained = sum(int(found.cache.is_trained(d, 0, int(n)).sum()) for d, n in enumerate(found.lengths))
+    assert f"{trained:,} ({trained / found.lengths.sum():.1%})" in text
+    assert f"{found.lengths.sum():,}, " in text and "12, 0 of them broken" in text
+
+
+def test_trained_tokens_are_coloured_on_a_terminal(tmp_path, tokenizer, data):
+    _, text = printed([write(tmp_path / "a.jsonl", talk_records())], tokenizer, data, colours=True, rows=1)
+    green, dim = "\x1b[1;32m", "\x1b[2m"
+    answer = text.index("It is 0 years old.")
+    assert text.rindex(green, 0, answer) > text.rindex(dim, 0, answer)
+    question = text.index("How old is")
+    assert text.rindex(dim, 0, question) > text.rfind(green, 0, question)
+    assert "⟦" not in text
+
+
+def test_packing_of_each_kind_is_counted(tmp_path, tokenizer, data):
+    found, text = printed([write(tmp_path / "a.jsonl", talk_records())], tokenizer, data)
+    tokens = int(found.lengths.sum())
+    assert set(found.packings) == {"concat", "best_fit", "pad"}
+    assert found.packings["concat"].plan.rows == -(-tokens // 64)
+    assert found.packings["pad"].plan.rows == len(TALKS)
+    assert found.packings["pad"].plan.dropped_tokens == np.maximum(found.lengths - 64, 0).sum() > 0
+    for name, packed in found.packings.items():
+        (line,) = [line.split() for line in text.splitlines() if line.split()[:1] == [name]]
+        assert line[1:5] == [
+            str(packed.plan.rows),
+            f"{packed.plan.efficiency:.2%}",
+            str(12 - packed.lost),
+            str(packed.lost),
+        ]
+
+
+def test_a_conversation_whose_answer_does_not_fit_is_lost_in_pad_only(tmp_path, tokenizer, data):
+    long_question = [("user", "How old is it? " * 60), ("assistant", "Old.")]
+    records = [*talk_records(), {"conversations": [{"role": r, "content": c} for r, c in long_question]}]
+    found, _ = printed([write(tmp_path / "a.jsonl", records)], tokenizer, data)
+    assert {name: packed.lost for name, packed in found.packings.items()} == {"concat": 0, "best_fit": 0, "pad": 1}
+
+
+def test_text_is_recognised_and_counted_in_bytes(tmp_path, tokenizer, data):
+    found, text = printed([write(tmp_path / "a.jsonl", [{"text": t} for t in TEXTS])], tokenizer, data, rows=1)
+    assert found.kind == "text"
+    assert f"<|im_start|>⟦{TEXTS[0]}<|im_end|>⟧" in text
+    size = sum(len(t.encode()) for t in TEXTS)
+    assert f"{size / found.lengths.sum():.2f} bytes of text each" in text
+
+
+def test_broken_records_are_listed_with_file_and_line(tmp_path, tokenizer, data):
+    records = talk_records()
+    records[2] = "no JSON"
+    records[5] = {"conversations": [{"role": "user", "content": "[bold]only me[/bold]"}]}
+    found, text = printed([write(tmp_path / "a.jsonl", records)], tokenizer, data)
+    assert "2 broken records" in text and len(found.lengths) == 10
+    assert f"{tmp_path / 'a.jsonl'}:3: not JSON" in text
+    assert f"{tmp_path / 'a.jsonl'}:6: nothing to train on" in text
+
+
+def test_histogram_counts_every_record(tmp_path, tokenizer, data):
+    found, text = printed([write(tmp_path / "a.jsonl", talk_records())], tokenizer, data)
+    bars = [line.split() for line in text.splitlines() if line.startswith("  up to ")]
+    assert sum(int(bar[3]) for bar in bars) == len(TALKS)
+    assert int(bars[-1][2].replace(",", "")) >= found.lengths.max()
+
+
+def test_long_records_are_cut_in_print(tmp_path, tokenizer, data):
+    found, text = printed([write(tmp_path / "a.jsonl", [{"text": "The cat sleeps. " * 100}])], tokenizer, data)
+    assert f"… and {found.lengths[0] - 64:,} more tokens" in text
+
+
+def test_unknown_fields_and_unreadable_files_are_errors(tmp_path):
+    with pytest.raises(UserError, match=r"a\.jsonl:1: expected a field `text` or `conversations`; found chosen"):
+        detect_kind([write(tmp_path / "a.jsonl", [{"chosen": []}])])
+    with pytest.raises(UserError, match=r"b\.jsonl: no line is a JSON object"):
+        detect_kind([write(tmp_path / "b.jsonl", ["no", "JSON"])])
+
+
+def test_trained_spans():
+    spans = trained_spans(np.arange(6), np.array([0, 0, 1, 1, 0, 1], bool))
+    assert [(ids.tolist(), trained) for ids, trained in spans] == [
+        ([0, 1], False),
+        ([2, 3], True),
+        ([4], False),
+        ([5], True),
+    ]
