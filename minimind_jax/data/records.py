@@ -34,10 +34,11 @@ def parse_text(record: Record) -> str:
     return text
 
 
-def parse_conversation(record: Record) -> Conversation:
+def parse_conversation(record: Record, for_training: bool = True) -> Conversation:
     """The conversation of a record {"conversations": [message, ...]}, MiniMind's format.
 
-    tools and tool_calls may be JSON strings or lists; list content is joined. Raises UserError.
+    tools and tool_calls may be JSON strings or lists; list content is joined. Raises UserError, also for a conversation
+    in which the assistant says nothing, unless it is only to be answered (for_training False).
     """
     turns = record.value.get("conversations")
     if turns is None:
@@ -50,7 +51,7 @@ def parse_conversation(record: Record) -> Conversation:
         messages.append(_message(message, place))
         if message.get("tools"):
             tools = _tools(message, place)
-    if not any(m["role"] == "assistant" and _says_something(m) for m in messages):
+    if for_training and not any(m["role"] == "assistant" and _says_something(m) for m in messages):
         raise UserError(
             f"{record.where}: nothing to train on; expected at least one assistant message with content, "
             "reasoning_content or tool_calls"
