@@ -4,13 +4,14 @@ Each command imports what it needs when it runs, so that help and mistakes in th
 """
 
 import argparse
-import importlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from minimind_jax import __version__, settings
 from minimind_jax.errors import UserError
+from minimind_jax.inference.config import ChatConfig, GenerateConfig
+from minimind_jax.stages import STAGES
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -73,13 +74,12 @@ def overview() -> str:
 # Stages ---------------------------------------------------------------------------------------------------------------
 
 
-def _stage(name: str, config_name: str) -> Callable[[str, Sequence[str]], None]:
-    """A stage's command: its settings from the arguments, then `run` of its module."""
+def _stage(name: str) -> Callable[[str, Sequence[str]], None]:
+    """A stage's command: its settings from the arguments, then its function."""
 
     def run(prog: str, argv: Sequence[str]) -> None:
-        config_class = getattr(importlib.import_module("minimind_jax.config"), config_name)
-        config = settings.load_settings(config_class, argv, prog)
-        importlib.import_module(f"minimind_jax.stages.{name}").run(config)
+        config = settings.load_settings(STAGES[name].config, argv, prog)
+        STAGES[name].load()(config)
 
     return run
 
@@ -90,7 +90,8 @@ def _pipeline(prog: str, argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(pipeline.__doc__)
         return 0
-    return 0 if pipeline.run_pipeline(pipeline.load_pipeline(argv)) else 1
+    pipeline.run_pipeline(pipeline.load_pipeline(argv))
+    return 0
 
 
 def _demo(prog: str, argv: Sequence[str]) -> int:
@@ -182,6 +183,75 @@ def _to_torch(prog: str, argv: Sequence[str]) -> None:
     print(f"wrote {args.output}")
 
 
+def _inspect(prog: str, argv: Sequence[str]) -> None:
+    args = _arguments(
+        prog,
+        "shows records as the model sees them, the trained tokens coloured, then counts, lengths and packing",
+        argv,
+        ("files", {"nargs": "+", "metavar": "FILE", "help": "files, folders or globs of records"}),
+        ("--tokenizer", {"required": True, "help": "a folder with tokenizer.json"}),
+        ("--kind", {"choices": ("text", "conversation"), "help": "found from the first record unless given"}),
+        ("--rows", {"type": int, "default": 3, "help": "records shown (default: 3)"}),
+        ("--seq_len", {"type": int, "default": 512, "help": "tokens in a row, for the packing (default: 512)"}),
+        ("--seed", {"type": int, "default": 42, "help": "of the template's draws and the packing (default: 42)"}),
+    )
+    from minimind_jax.config import DataConfig
+    from minimind_jax.data.inspect import inspect
+    from minimind_jax.data.tokenizer import Tokenizer
+
+    data = DataConfig(seq_len=args.seq_len)
+    inspect(args.files, Tokenizer.load(args.tokenizer), data, args.kind, args.rows, args.seed)
+
+
+def _download(prog: str, argv: Sequence[str]) -> None:
+    args = _arguments(
+        prog,
+        "downloads MiniMind's public data; HF_ENDPOINT and MODELSCOPE_ENDPOINT name mirrors",
+        argv,
+        ("what", {"nargs": "*", "default": ["mini"], "help": "mini (the default), all, or names of files"}),
+        ("--target", {"default": "data", "help": "the folder to write (default: data)"}),
+        ("--source", {"choices": ("huggingface", "modelscope"), "default": "huggingface", "help": "where from"}),
+    )
+    from minimind_jax.data.download import download
+
+    for path in download(args.what, args.target, args.source):
+        print(path)
+
+
+def _chat(prog: str, argv: Sequence[str]) -> None:
+    config = settings.load_settings(ChatConfig, argv, prog)
+    from minimind_jax.inference import chat
+
+    chat.run(config)
+
+
+def _generate(prog: str, argv: Sequence[str]) -> None:
+    config = settings.load_settings(GenerateConfig, argv, prog)
+    from minimind_jax.inference import generate_command
+
+    generate_command.run(config)
+
+
+def _perplexity(prog: str, argv: Sequence[str]) -> None:
+    args = _arguments(
+        prog,
+        "perplexity and bits per byte of a model on text, or on the assistant's words of conversations",
+        argv,
+        ("files", {"nargs": "+", "metavar": "FILE", "help": "files, folders or globs of records"}),
+        ("--model", {"required": True, "help": "a Hugging Face folder, or a run whose model/ is meant"}),
+        ("--seq_len", {"type": int, "default": 512, "help": "tokens in a row (default: 512)"}),
+        ("--kind", {"choices": ("text", "conversation"), "default": "text", "help": "of the records (default: text)"}),
+        ("--max_rows", {"type": int, "default": 0, "help": "rows evaluated at most; 0 for all (the default)"}),
+    )
+    from minimind_jax.evaluate.perplexity import evaluate_perplexity
+
+    found = evaluate_perplexity(args.model, args.files, args.seq_len, kind=args.kind, max_rows=args.max_rows)
+    print(
+        f"{found.tokens:,} tokens: loss {found.nll:.4f}, perplexity {found.perplexity:.3f}, "
+        f"bits per byte {found.bits_per_byte:.4f}"
+    )
+
+
 def _report(prog: str, argv: Sequence[str]) -> None:
     args = _arguments(
         prog,
@@ -197,10 +267,15 @@ def _report(prog: str, argv: Sequence[str]) -> None:
 
 COMMANDS = {
     "demo": Command("a small model learns from real text on this machine, and answers", _demo),
-    "tokenizer": Command("train a byte-level BPE tokenizer", _stage("tokenizer", "TokenizerConfig")),
-    "pretrain": Command("next-token training on plain text", _stage("pretrain", "PretrainConfig")),
-    "sft": Command("supervised fine-tuning on conversations", _stage("sft", "SFTConfig")),
+    "tokenizer": Command("train a byte-level BPE tokenizer", _stage("tokenizer")),
+    "pretrain": Command("next-token training on plain text", _stage("pretrain")),
+    "sft": Command("supervised fine-tuning on conversations", _stage("sft")),
     "pipeline": Command("stages in order from one file; skips what is done, resumes what was cut off", _pipeline),
+    "data inspect": Command("records as the model sees them, counts, lengths, packing", _inspect),
+    "data download": Command("MiniMind's public data files", _download),
+    "chat": Command("talk with a model in the terminal", _chat),
+    "generate": Command("answers to prompts, or to every record of a file", _generate),
+    "evaluate perplexity": Command("how well a model predicts text or answers", _perplexity),
     "convert from-hf": Command("a Hugging Face model as a starting point", _from_hf),
     "convert to-hf": Command("a run's model in another dtype or shard size", _to_hf),
     "convert from-torch": Command("a MiniMind .pth as a Hugging Face folder", _from_torch),

@@ -17,6 +17,10 @@ import yaml
 
 from minimind_jax.errors import UserError
 
+RUN_LENGTHS = {"training.steps", "training.epochs", "training.tokens"}  # a run has one of them
+
+TEXT_LISTS = {"prompt", "prompts", "stop"}  # lists of text in which a comma or a bracket is only a character
+
 
 class Field(NamedTuple):
     """One setting of a stage: its dotted key, type, default and the text of its help."""
@@ -47,14 +51,14 @@ class Setting(NamedTuple):
 
 def fields_of(cls: type) -> list[Field]:
     """All settings of a stage's dataclass, nested ones under dotted keys, in order of definition."""
-    return list(_fields(cls, cls(), ""))
+    return list(_fields(cls, None, ""))
 
 
 def _fields(cls: type, default: Any, prefix: str) -> Iterable[Field]:
     hints, texts = typing.get_type_hints(cls), _field_help(cls)
     for field in dataclasses.fields(cls):
         key, kind = prefix + field.name, hints[field.name]
-        value = getattr(default, field.name, None)
+        value = _default_of(field) if default is None else getattr(default, field.name)
         nested = _nested_class(kind)
         if nested:
             if _is_optional(kind):
@@ -62,6 +66,13 @@ def _fields(cls: type, default: Any, prefix: str) -> Iterable[Field]:
             yield from _fields(nested, value, key + ".")
         else:
             yield Field(key, kind, value, texts.get(field.name, ""))
+
+
+def _default_of(field: dataclasses.Field) -> Any:
+    """What a field holds unless it is set; None for a field that must be set."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
 
 
 def _is_optional(kind: Any) -> bool:
@@ -195,10 +206,14 @@ def load_settings(cls: type, argv: Sequence[str], prog: str = "minimind") -> Any
 
 
 def merge(base: Mapping[str, Setting], over: Mapping[str, Setting]) -> dict[str, Setting]:
-    """Settings of `base` with those of `over` on top; a section set as a whole replaces its keys, and the reverse."""
+    """Settings of `base` with those of `over` on top.
+
+    A section set as a whole (to null) replaces its keys, and the reverse; one length of a run replaces another.
+    """
 
     def replaced(key: str) -> bool:
-        return any(key.startswith(new + ".") or new.startswith(key + ".") for new in over)
+        same_section = any(key.startswith(new + ".") or new.startswith(key + ".") for new in over)
+        return same_section or (key in RUN_LENGTHS and not RUN_LENGTHS.isdisjoint(over))
 
     return {key: setting for key, setting in base.items() if not replaced(key)} | over
 
@@ -215,11 +230,11 @@ def make_settings(cls: type, given: Mapping[str, Setting], **defaults: Any) -> A
         if key not in fields:
             raise UserError(_unknown_key(key, setting, fields))
         values[key] = _typed(parser, fields[key], setting)
-    return _build(cls, cls(), values, "", given)
+    return _build(cls, None, values, "", given)
 
 
 def _build(cls: type, default: Any, values: Mapping[str, Any], prefix: str, given: Mapping[str, Setting]) -> Any:
-    """A copy of `default` (an instance, or None for an optional section) with the given values in it."""
+    """A copy of `default` (an instance, or None for the class's own defaults) with the given values in it."""
     changes = {}
     for field in dataclasses.fields(cls):
         key, kind = prefix + field.name, typing.get_type_hints(cls)[field.name]
@@ -227,7 +242,8 @@ def _build(cls: type, default: Any, values: Mapping[str, Any], prefix: str, give
         if key in values:
             changes[field.name] = values[key]
         elif nested and any(name.startswith(key + ".") for name in values):
-            changes[field.name] = _build(nested, getattr(default, field.name, None), values, key + ".", given)
+            start = _default_of(field) if default is None else getattr(default, field.name)
+            changes[field.name] = _build(nested, start, values, key + ".", given)
     try:
         return cls(**changes) if default is None else dataclasses.replace(default, **changes)
     except UserError:
@@ -269,7 +285,7 @@ def _type_parser(fields: Sequence[Field], **options):
 
 def _typed(parser: Any, field: Field, setting: Setting) -> Any:
     """The setting's value in the field's type."""
-    value = _as_list(setting.value) if field.is_list else setting.value
+    value = _as_list(setting.value, field.key) if field.is_list else setting.value
     value = _whole_number(value) if int in (field.type, *typing.get_args(field.type)) else value
     error = UserError(f"{setting.where}: {field.key} is {setting.value!r}; expected {_type_name(field.type)}")
     if field.type is types.NoneType or value is None:
@@ -286,13 +302,13 @@ def _typed(parser: Any, field: Field, setting: Setting) -> Any:
     return tuple(result) if field.is_list else result
 
 
-def _as_list(value: Any) -> Any:
-    """`a,b` without blanks, `[a, b]` as YAML, and a single value all stand for a list."""
+def _as_list(value: Any, key: str) -> Any:
+    """`a,b`, `[a, b]` as YAML, and a single value all stand for a list; text for the model is never taken apart."""
     if not isinstance(value, str):
         return value
-    if value.startswith("["):
-        return yaml.load(value, _Loader)
-    return value.split(",") if "," in value and not re.search(r"\s", value) else [value]
+    if key.split(".")[-1] in TEXT_LISTS:
+        return [value]
+    return yaml.load(value, _Loader) if value.startswith("[") else value.split(",")
 
 
 def _whole_number(value: Any) -> Any:

@@ -8,6 +8,7 @@ import yaml
 
 from minimind_jax.config import PretrainConfig, SFTConfig, TokenizerConfig
 from minimind_jax.errors import UserError
+from minimind_jax.inference.config import ChatConfig, GenerateConfig
 from minimind_jax.model.config import RopeScaling
 from minimind_jax.settings import fields_of, find_config, help_text, load_settings, nearest, read_yaml
 
@@ -38,6 +39,11 @@ def test_command_line_wins_over_yaml_and_yaml_over_defaults(config_file):
     config = load_settings(PretrainConfig, ["--training.steps", "9", "--config", file])
     assert (config.seed, config.training.steps, config.training.batch_tokens, config.data.seq_len) == (7, 9, 1024, 256)
     assert config.optimizer == PretrainConfig().optimizer
+
+
+def test_a_length_on_the_command_line_replaces_that_of_the_file(config_file):
+    config = load_settings(PretrainConfig, ["--config", config_file("training.epochs: 2"), "--training.steps", "9"])
+    assert (config.training.steps, config.training.epochs) == (9, None)
 
 
 def test_later_files_win_over_earlier_ones(tmp_path):
@@ -74,8 +80,9 @@ def test_forms_of_a_list_in_yaml(config_file, text):
 
 
 def test_a_prompt_with_a_comma_stays_whole():
-    config = load_settings(PretrainConfig, ["--samples.prompts", "Hello, who are you?", "你好，你是谁"])
-    assert config.samples.prompts == ("Hello, who are you?", "你好，你是谁")
+    assert load_settings(PretrainConfig, ["--samples.prompts", "你好,你是谁?"]).samples.prompts == ("你好,你是谁?",)
+    config = load_settings(PretrainConfig, ["--samples.prompts", "Hello, who are you?", "[1, 2]"])
+    assert config.samples.prompts == ("Hello, who are you?", "[1, 2]")
 
 
 @pytest.mark.parametrize(
@@ -172,6 +179,11 @@ def test_what_a_dataclass_refuses_has_its_key_and_place(config_file):
     assert "set one of steps, epochs, tokens" in message("--training.steps", "3", "--training.epochs", "1")
 
 
+def test_a_class_without_usable_defaults():
+    assert load_settings(ChatConfig, ["--model", "m", "--stop", ","]) == ChatConfig(model="m", stop=(",",))
+    assert "model is empty" in message(cls=ChatConfig)
+
+
 def test_arguments_that_are_no_settings():
     assert message("--seed") == "--seed needs a value, as in --seed VALUE"
     assert "unexpected argument 'train.jsonl'" in message("train.jsonl")
@@ -197,7 +209,7 @@ def test_configs_are_found_by_path_and_by_name(tmp_path, monkeypatch):
 
 
 def test_every_field_is_in_the_help_with_a_meaning():
-    for cls in (PretrainConfig, SFTConfig, TokenizerConfig):
+    for cls in (PretrainConfig, SFTConfig, TokenizerConfig, ChatConfig, GenerateConfig):
         text = help_text(cls, "minimind stage")
         for field in fields_of(cls):
             assert f"--{field.key} " in text

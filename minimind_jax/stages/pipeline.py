@@ -15,8 +15,6 @@ Unless set, a stage writes to runs/NAME/STAGE, takes the tokenizer of the tokeni
 training stage before it. `--STAGE.key value`, `--shared.key value` and `--name NAME` override the file.
 """
 
-import dataclasses
-import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,16 +22,15 @@ from typing import Any, NamedTuple
 import yaml
 
 from minimind_jax import settings
-from minimind_jax.config import PretrainConfig, SFTConfig, TokenizerConfig
 from minimind_jax.errors import UserError
 from minimind_jax.settings import Setting
+from minimind_jax.stages import STAGES
 
-CONFIGS = {"tokenizer": TokenizerConfig, "pretrain": PretrainConfig, "sft": SFTConfig}
 EXAMPLE = "name: NAME, then stages: with a list of `- tokenizer:`, `- pretrain:`, `- sft:`"
 
 
 class Stage(NamedTuple):
-    """A stage of a pipeline: its name in `CONFIGS` and its settings."""
+    """A stage of a pipeline: its name in `STAGES` and its settings."""
 
     name: str
     config: Any
@@ -41,26 +38,34 @@ class Stage(NamedTuple):
     @property
     def folder(self) -> Path:
         """What the stage writes: the tokenizer's folder, or the run's."""
-        return Path(self.config.output if self.name == "tokenizer" else self.config.run)
+        from minimind_jax.training.run import resolve_run
+
+        return Path(self.config.output) if self.name == "tokenizer" else resolve_run(self.config.run)
+
+    @property
+    def record(self) -> Path:
+        """Where the settings are kept with which the stage was last run."""
+        return (
+            self.folder.with_name(f"{self.folder.name}.yaml")
+            if self.name == "tokenizer"
+            else self.folder / "config.yaml"
+        )
 
     @property
     def is_finished(self) -> bool:
         """Whether the stage's result is there; it is written last, and in one step."""
-        result = "tokenizer.json" if self.name == "tokenizer" else "model/config.json"
-        return (self.folder / result).is_file()
+        from minimind_jax.training.run import RunFolder
+        from minimind_jax.training.tracking import is_exported
 
-
-class Pipeline(NamedTuple):
-    """Stages in their order, and the folder that remembers with which settings each was finished."""
-
-    folder: Path
-    stages: list[Stage]
+        if self.name == "tokenizer":
+            return (self.folder / "tokenizer.json").is_file()
+        return is_exported(RunFolder(self.folder))
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
-def load_pipeline(argv: Sequence[str]) -> Pipeline:
+def load_pipeline(argv: Sequence[str]) -> list[Stage]:
     """The pipeline of `--config FILE` and the overrides after it. Raises UserError."""
     configs, overrides = settings.read_arguments(argv)
     if len(configs) != 1:
@@ -71,7 +76,7 @@ def load_pipeline(argv: Sequence[str]) -> Pipeline:
     for key, setting in overrides.items():
         _apply_override(key, setting, shared, stages)
     _check_shared(shared, [stage for stage, _ in stages])
-    return Pipeline(Path("runs") / name, _make_stages(Path("runs") / name, shared, stages))
+    return _make_stages(Path("runs") / name, shared, stages)
 
 
 def _read_file(file: Path) -> tuple[str, dict[str, Setting], list[tuple[str, dict[str, Setting]]]]:
@@ -96,8 +101,8 @@ def _read_stage(item: yaml.Node, loader: yaml.SafeLoader, file: Path) -> tuple[s
         name, body = item.value[0][0].value, item.value[0][1]
     else:
         raise UserError(f"{where}: a stage is one key with its settings under it, as in `- pretrain: {{...}}`")
-    if name not in CONFIGS:
-        raise UserError(f"{where}: unknown stage {name}; did you mean {settings.nearest(name, CONFIGS)}?")
+    if name not in STAGES:
+        raise UserError(f"{where}: unknown stage {name}; did you mean {settings.nearest(name, STAGES)}?")
     empty = body is None or (isinstance(body, yaml.ScalarNode) and body.value == "")
     return name, {} if empty else settings.flatten_yaml(body, loader, str(file))
 
@@ -107,7 +112,7 @@ def _apply_override(key: str, setting: Setting, shared: dict, stages: list) -> N
     targets = [shared] if section == "shared" else [own for name, own in stages if name == section]
     if not targets or not rest:
         known = ["name", *(f"shared.{f}" for f in _shared_keys([name for name, _ in stages]))]
-        known += [f"{name}.{field.key}" for name, _ in stages for field in settings.fields_of(CONFIGS[name])]
+        known += [f"{name}.{field.key}" for name, _ in stages for field in settings.fields_of(STAGES[name].config)]
         raise UserError(f"command line: unknown setting {key}; did you mean {settings.nearest(key, known)}?")
     for target in targets:
         merged = settings.merge(target, {rest: setting})
@@ -116,7 +121,7 @@ def _apply_override(key: str, setting: Setting, shared: dict, stages: list) -> N
 
 
 def _shared_keys(names: Sequence[str]) -> set[str]:
-    return {field.key for name in names for field in settings.fields_of(CONFIGS[name])}
+    return {field.key for name in names for field in settings.fields_of(STAGES[name].config)}
 
 
 def _check_shared(shared: Mapping[str, Setting], names: Sequence[str]) -> None:
@@ -133,7 +138,7 @@ def _make_stages(folder: Path, shared: Mapping[str, Setting], own: list[tuple[st
     for name, given in own:
         keys = _shared_keys([name])
         given = settings.merge({key: value for key, value in shared.items() if key in keys}, given)
-        stage = Stage(name, settings.make_settings(CONFIGS[name], given, **_defaults(name, folder, made)))
+        stage = Stage(name, settings.make_settings(STAGES[name].config, given, **_defaults(name, folder, made)))
         if stage.folder in [other.folder for other in made]:
             raise UserError(f"two stages write to {stage.folder}; give one of them another run")
         made.append(stage)
@@ -157,32 +162,27 @@ def _defaults(name: str, folder: Path, before: Sequence[Stage]) -> dict[str, str
 # Running --------------------------------------------------------------------------------------------------------------
 
 
-def run_pipeline(pipeline: Pipeline) -> bool:
-    """Runs what is not done, in order; True when every stage is finished, False when one was stopped."""
-    memory = pipeline.folder / "pipeline.yaml"
-    finished = yaml.safe_load(memory.read_text(encoding="utf-8")) if memory.is_file() else {}
+def run_pipeline(stages: Sequence[Stage]) -> None:
+    """Runs what is not done, in order. A stage that is asked to stop saves its state and ends the process."""
+    from minimind_jax.training.run import plain, write_text
+
     renewed = ""
-    for number, stage in enumerate(pipeline.stages, 1):
-        title = f"[{number}/{len(pipeline.stages)}] {stage.name}"
-        current = _as_plain(stage.config)
+    for number, stage in enumerate(stages, 1):
+        title = f"[{number}/{len(stages)}] {stage.name}"
         if stage.is_finished:
             print(f"{title}: done, in {stage.folder}")
-            _tell_changes(stage, finished.get(str(stage.folder), current), current, renewed)
+            _tell_changes(stage, renewed)
             continue
         print(f"{title}: {stage.folder}")
-        importlib.import_module(f"minimind_jax.stages.{stage.name}").run(stage.config)
-        if not stage.is_finished:
-            print(f"{title}: stopped before its end; the same command goes on from there")
-            return False
+        STAGES[stage.name].load()(stage.config)
+        if stage.name == "tokenizer":
+            write_text(stage.record, yaml.safe_dump(plain(stage.config), sort_keys=False, allow_unicode=True))
         renewed = renewed or stage.name
-        finished[str(stage.folder)] = current
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        memory.write_text(yaml.safe_dump(finished, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    return True
 
 
-def _tell_changes(stage: Stage, before: dict, now: dict, renewed: str) -> None:
-    changed = [f"{key} {before.get(key)!r} -> {now[key]!r}" for key in now if before.get(key) != now[key]]
+def _tell_changes(stage: Stage, renewed: str) -> None:
+    """Says what is not as it was when a finished stage was made; `renewed` is a stage before it that ran just now."""
+    changed = _changes(stage)
     if changed:
         print(f"  its settings have changed since: {'; '.join(changed)}")
     if renewed:
@@ -191,13 +191,16 @@ def _tell_changes(stage: Stage, before: dict, now: dict, renewed: str) -> None:
         print(f"  it is kept as it is; to make it anew, remove {stage.folder} or set another run")
 
 
-def _as_plain(config: Any) -> dict[str, Any]:
-    """Dotted keys and plain values of a stage's settings, those left out that do not change its result."""
-    values = {}
-    for field in settings.fields_of(type(config)):
-        value = config
-        for name in field.key.split("."):
-            value = getattr(value, name, None)
-        if not dataclasses.is_dataclass(value) and field.key != "resume":
-            values[field.key] = list(value) if isinstance(value, tuple) else value
-    return values
+def _changes(stage: Stage) -> list[str]:
+    """`key old -> new` for every setting that is not the one the stage was made with."""
+    if not stage.record.is_file():
+        return []
+    before = settings.make_settings(type(stage.config), settings.read_yaml(stage.record))
+    pairs = {f.key: (_value(before, f.key), _value(stage.config, f.key)) for f in settings.fields_of(type(before))}
+    return [f"{key} {old} -> {new}" for key, (old, new) in pairs.items() if old != new and key != "resume"]
+
+
+def _value(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = getattr(config, name, None)
+    return config
