@@ -81,7 +81,7 @@ def run_facts(
         "stage": stage,
         "model": f"{parameters:,} parameters ({shape.num_hidden_layers} layers of width {shape.hidden_size}, "
         f"{shape.vocab_size:,} tokens{experts})",
-        "compute": f"{compute_dtype(model.compute).__name__}, attention path: "
+        "compute": f"{compute_dtype(model.compute).name}, attention path: "
         f"{choose_path(model.compute.attention, False)}, remat {model.compute.remat}",
         "devices": f"{devices.size} x {devices[0].device_kind}{f' ({sizes})' if sizes else ''}",
         "training data": describe_data(train_batches),

@@ -5,7 +5,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import yaml
-from matplotlib.figure import Figure
 
 from minimind_jax.errors import UserError
 from minimind_jax.training.run import RunFolder, write_text
@@ -34,6 +33,8 @@ def write_report(run: RunFolder | str | Path) -> Path:
 
 def draw_losses(train: list[dict], val: list[dict], picture: Path) -> None:
     """Training loss (each logged step, and smoothed), validation loss, and the learning rate, over the steps."""
+    from matplotlib.figure import Figure  # imported here: training must not wait for it at its start
+
     figure = Figure(figsize=(8, 6), layout="constrained")
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     steps = [row["step"] for row in train]

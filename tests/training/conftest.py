@@ -1,0 +1,108 @@
+"""A tiny world to train in: texts, dialogues, a tokenizer, and settings of runs of a second."""
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import jax
+import pytest
+
+from minimind_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelSettings,
+    OptimizerConfig,
+    PretrainConfig,
+    SFTConfig,
+    TrainingConfig,
+)
+from minimind_jax.data.tokenizer import train_bpe
+
+WORDS = "the cat sat on a mat while dogs run over green hills and birds sing 你好 世界 很 高兴".split()
+
+
+def sentence(rng: random.Random, longest: int) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(3, longest)))
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """folder: holds text.jsonl, chat.jsonl, tokenizer/ and the caches."""
+
+    folder: Path
+
+    def pretrain(self, run: Path, **changes) -> PretrainConfig:
+        return self._config(PretrainConfig, run, "text.jsonl", "concat", **changes)
+
+    def sft(self, run: Path, **changes) -> SFTConfig:
+        return self._config(SFTConfig, run, "chat.jsonl", "best_fit", **{"init_from": "", **changes})
+
+    def _config(self, cls, run, file, packing, training=None, data=None, **changes):
+        """`training` and `data` are changes of fields; `changes` of the rest."""
+        data = {
+            "train": (str(self.folder / file),),
+            "val_fraction": 0.05,
+            "seq_len": 32,
+            "packing": packing,
+            "cache_dir": str(self.folder / "cache"),
+            "tokenizer_workers": 1,
+            **(data or {}),
+        }
+        training = {
+            "steps": 24,
+            "batch_tokens": 256,
+            "log_every": 1,
+            "eval_every": 5,
+            "eval_rows": 8,
+            **(training or {}),
+        }
+        settings = {
+            "run": str(run),
+            "tokenizer": str(self.folder / "tokenizer"),
+            "export_dtype": "float32",
+            "model": ModelSettings(
+                vocab_size=304,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                max_position_embeddings=256,
+            ),
+            "data": DataConfig(**data),
+            "training": TrainingConfig(**training),
+            "optimizer": OptimizerConfig(learning_rate=3e-3),
+            "checkpoint": CheckpointConfig(every=3),
+            **changes,
+        }
+        return cls(**settings)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> World:
+    folder = tmp_path_factory.mktemp("world")
+    rng = random.Random(1)
+    texts = [{"text": sentence(rng, 40)} for _ in range(120)]
+    chats = [
+        {
+            "conversations": [
+                {"role": "user", "content": sentence(rng, 5)},
+                {"role": "assistant", "content": sentence(rng, 8)},
+            ]
+        }
+        for _ in range(120)
+    ]
+    for name, records in (("text.jsonl", texts), ("chat.jsonl", chats)):
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        (folder / name).write_text("".join(lines), "utf-8")
+    train_bpe([record["text"] for record in texts], folder / "tokenizer", 304, show_progress=False)
+    return World(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """The runs of a session compile once. A cache that the environment names is used as it is."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,0 +1,302 @@
+"""The loop: what it writes, in which order, how it resumes and how it stops. Real stages on tiny data."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from minimind_jax.config import CheckpointConfig, ModelSettings, OptimizerConfig, SampleConfig, TrainingConfig
+from minimind_jax.convert.hf import load_hf
+from minimind_jax.data.batches import open_data
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.errors import UserError
+from minimind_jax.losses.language_model import make_language_model_loss
+from minimind_jax.model.transformer import LanguageModel
+from minimind_jax.stages.common import initial_params, load_model, load_tokenizer
+from minimind_jax.stages.pretrain import pretrain
+from minimind_jax.stages.sft import sft
+from minimind_jax.training.flops import flops_per_token
+from minimind_jax.training.loop import train
+from minimind_jax.training.plan import check_same_data, planned_steps
+from minimind_jax.training.run import RunFolder
+from minimind_jax.training.stop import Interrupted
+from minimind_jax.training.tracking import WALL_CLOCK, read_metrics
+
+
+def comparable(run):
+    return [{k: v for k, v in row.items() if k not in WALL_CLOCK} for row in read_metrics(run.metrics_file)]
+
+
+@pytest.fixture(scope="module")
+def config(world, tmp_path_factory):
+    samples = SampleConfig(prompts=("the cat", "你好"), max_new_tokens=4)
+    return world.pretrain(
+        tmp_path_factory.mktemp("runs") / "whole", training={"log_every": 4, "sample_every": 12}, samples=samples
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(config):
+    return RunFolder(pretrain(config))
+
+
+@pytest.fixture
+def copy(whole, config, tmp_path):
+    """(a copy of the finished run, its settings)."""
+    shutil.copytree(whole.path, tmp_path / "copy")
+    return RunFolder(tmp_path / "copy"), dataclasses.replace(config, run=str(tmp_path / "copy"))
+
+
+def cut_back(run, step):
+    """The folder as a kill right after the save of `step` leaves it, with a line torn off."""
+    for other in run.checkpoint_steps():
+        if other > step:
+            shutil.rmtree(run.checkpoints / str(other))
+    assert run.checkpoint_steps()[-1] == step
+    shutil.rmtree(run.model)
+    rows = run.metrics_file.read_text("utf-8").splitlines(keepends=True)
+    steps = [json.loads(row)["step"] for row in rows]
+    kept = [row for row, at in zip(rows, steps, strict=True) if at < step or (at == step and '"loss"' in row)]
+    run.metrics_file.write_text("".join(kept) + '{"step": 99, "lo', "utf-8")
+
+
+def test_metrics_follow_the_settings(whole, config, world):
+    rows = comparable(whole)
+    kinds = [(row["step"], next(k for k in ("loss", "val_loss", "samples", "exported") if k in row)) for row in rows]
+    assert kinds == [
+        (0, "val_loss"), (0, "samples"), (1, "loss"), (4, "loss"), (5, "val_loss"), (8, "loss"), (10, "val_loss"),
+        (12, "loss"), (12, "samples"), (15, "val_loss"), (16, "loss"), (20, "loss"), (20, "val_loss"),
+        (24, "loss"), (24, "val_loss"), (24, "samples"), (24, "exported"),
+    ]  # fmt: skip
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[0] == pytest.approx(math.log(304), abs=0.1) and losses[-1] < losses[0] - 0.5
+    assert {"learning_rate", "grad_norm", "nll", "tokens", "router_loss"} <= rows[2].keys()
+    batches, _ = open_data("text", config, Tokenizer.load(world.folder / "tokenizer"))
+    trained = np.cumsum([batch["loss_weights"].sum() for batch in batches.iterate(0, 24)])
+    assert [row["tokens"] for row in rows if "tokens" in row] == [trained[s - 1] for s in (1, 4, 8, 12, 16, 20, 24)]
+    timed = [row for row in read_metrics(whole.metrics_file) if "tokens_per_second" in row]
+    assert [row["step"] for row in timed] == [4, 8, 12, 16, 20, 24]
+
+
+def test_validation_is_the_loss_of_the_exported_model_on_the_held_out_rows(whole, config, world):
+    architecture, params = load_hf(whole.model)
+    tokenizer = Tokenizer.load(whole.model)
+    _, val = open_data("text", config, tokenizer)
+    nll = tokens = num_bytes = 0.0
+    for batch in val.eval_batches(config.training.eval_rows):
+        logits, _ = LanguageModel(architecture).apply(params, batch["tokens"], batch["positions"], batch["segment_ids"])
+        logits = np.asarray(logits, np.float64)
+        log_probs = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        log_probs -= logits.max(-1, keepdims=True)
+        weights = batch["loss_weights"]
+        nll -= (np.take_along_axis(log_probs, batch["targets"][..., None], -1)[..., 0] * weights).sum()
+        tokens += weights.sum()
+        num_bytes += (batch["target_bytes"] * (weights > 0)).sum()
+    last = [row for row in comparable(whole) if "val_loss" in row][-1]
+    assert last["val_loss"] == pytest.approx(nll / tokens, rel=1e-5)
+    assert last["val_bits_per_byte"] == pytest.approx(nll / math.log(2) / num_bytes, rel=1e-5)
+
+
+def test_the_run_folder_is_complete(whole, config):
+    assert whole.checkpoint_steps()[-1] == 24
+    assert whole.has_settings(config)
+    facts = whole.read_environment()["run"]
+    assert "28,384 parameters" in facts["model"] and facts["steps"].startswith("24 (")
+    assert "packed" in facts["training data"] and "attention path" in facts["compute"]
+    assert "bits per byte" in whole.report_file.read_text("utf-8") and whole.loss_picture.stat().st_size > 10_000
+
+
+def test_a_finished_run_is_not_run_again(whole, config, capsys):
+    before = whole.metrics_file.stat().st_mtime_ns
+    assert pretrain(config) == whole.path
+    assert "is finished; its model is" in capsys.readouterr().out
+    assert whole.metrics_file.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("step", [15, 24])
+def test_a_run_cut_off_between_save_and_evaluation_ends_as_if_it_had_not_been(whole, config, tmp_path, step):
+    path = tmp_path / "cut"
+    if step == 24:
+        shutil.copytree(whole.path, path)
+    else:
+        stopped = dataclasses.replace(config, run=str(path), checkpoint=CheckpointConfig(every=15))
+        pretrain(stopped)
+    run = RunFolder(path)
+    cut_back(run, step)
+    pretrain(dataclasses.replace(config, run=str(path), resume="must"))
+    assert comparable(run) == comparable(whole)
+    assert (run.model / "model.safetensors").read_bytes() == (whole.model / "model.safetensors").read_bytes()
+
+
+def train_directly(config, sample_fn=None, loss_fn=None):
+    tokenizer = load_tokenizer(config)
+    model = load_model(config, tokenizer)
+    train_batches, val_batches = open_data("text", config, tokenizer)
+    return train(
+        config,
+        stage="test",
+        model=model,
+        init_params=initial_params(config, model),
+        loss_fn=loss_fn or make_language_model_loss(model),
+        train_batches=train_batches,
+        val_batches=val_batches,
+        run=RunFolder(config.run).create(),
+        sample_fn=sample_fn,
+    )
+
+
+def test_a_signal_saves_the_step_in_progress(world, tmp_path):
+    config = world.pretrain(tmp_path / "run", training={"sample_every": 7}, checkpoint=CheckpointConfig(0))
+    asked = []
+
+    def sample_fn(params):
+        asked.append(None)
+        if len(asked) == 2:  # at step 7
+            os.kill(os.getpid(), signal.SIGTERM)
+        return []
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted) as stop:
+        train_directly(config, sample_fn)
+    assert stop.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert RunFolder(config.run).checkpoint_steps() == [7]
+    assert train_directly(config, lambda params: []).step == 24
+    rows = comparable(RunFolder(config.run))
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 25))
+    assert [row["step"] for row in rows if "samples" in row] == [0, 7, 14, 21, 24]
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint_kept(world, tmp_path):
+    config = world.pretrain(tmp_path / "run", training={"steps": 8}, checkpoint=CheckpointConfig(every=2))
+    bad_step = 5
+    model = load_model(config, load_tokenizer(config))
+    language_model_loss = make_language_model_loss(model)
+    batches, _ = open_data("text", config, load_tokenizer(config))
+    *_, bad_batch = batches.iterate(0, bad_step)
+
+    def loss_fn(params, batch, key):
+        numerator, denominator, metrics = language_model_loss(params, batch, key)
+        is_bad = (batch["tokens"] == bad_batch["tokens"]).all()
+        return jax.numpy.where(is_bad, jax.numpy.nan, numerator), denominator, metrics
+
+    with pytest.raises(UserError, match=r"step 5: the loss \(nan\).*; checkpoint 4 is kept.*learning_rate"):
+        train_directly(config, loss_fn=loss_fn)
+    assert RunFolder(config.run).checkpoint_steps() == [2, 4]
+    goes_on = dataclasses.replace(config, training=dataclasses.replace(config.training, stop_on_nan=False))
+    assert train_directly(goes_on, loss_fn=loss_fn).step == 8
+    rows = {row["step"]: row for row in comparable(RunFolder(config.run)) if "loss" in row}
+    assert rows[5]["loss"] is None and math.isfinite(rows[8]["loss"])
+
+
+def test_a_checkpoint_of_another_model_or_optimizer_is_refused(copy):
+    run, config = copy
+    cut_back(run, 24)
+    wider = dataclasses.replace(config, model=dataclasses.replace(config.model, intermediate_size=96))
+    with pytest.raises(UserError, match=r"another model or optimizer: params\.layers\.mlp\.\w+\.kernel has shape"):
+        pretrain(wider)
+    with pytest.raises(UserError, match="of another model or optimizer: opt_state"):
+        pretrain(dataclasses.replace(config, optimizer=OptimizerConfig(name="muon")))
+
+
+def test_changed_data_is_refused_and_touched_files_are_only_a_warning(copy, world, tmp_path, capsys):
+    _, config = copy
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes((world.folder / "text.jsonl").read_bytes())
+    same = dataclasses.replace(config, data=dataclasses.replace(config.data, train=(str(moved),)))
+    pretrain(same)
+    assert "warning: the data files or the tokenizer are not the very files" in capsys.readouterr().out
+    with moved.open("a") as file:
+        file.write('{"text": "one more"}\n')
+    with pytest.raises(UserError, match=r"data has changed since the checkpoint \(documents 120 -> 121, tokens"):
+        pretrain(dataclasses.replace(same, seed=config.seed, training=TrainingConfig(steps=30, batch_tokens=256)))
+    with pytest.raises(UserError, match=r"seed 42 -> 7"):
+        pretrain(dataclasses.replace(config, seed=7))
+
+
+def test_resume_never_and_must(whole, config, tmp_path):
+    with pytest.raises(UserError, match=r"resume=never, but .* holds checkpoints"):
+        pretrain(dataclasses.replace(config, resume="never"))
+    with pytest.raises(UserError, match=r"resume=must, but .* holds no checkpoint"):
+        pretrain(dataclasses.replace(config, resume="must", run=str(tmp_path / "new")))
+
+
+def test_sft_starts_from_a_run_and_trains_the_answers(whole, world, tmp_path):
+    config = world.sft(
+        tmp_path / "sft",
+        init_from=str(whole.path),
+        tokenizer="",
+        model=ModelSettings(),
+        training={"sample_every": 24},
+        samples=SampleConfig(prompts=("the cat",), max_new_tokens=4),
+    )
+    run = RunFolder(sft(config))
+    rows = comparable(run)
+    batches, _ = open_data("conversation", config, Tokenizer.load(whole.model))
+    first = next(batches.iterate(0, 1))
+    trained, present = first["loss_weights"].sum(), (first["segment_ids"] > 0).sum()
+    assert next(row for row in rows if "loss" in row)["tokens"] == trained < present
+    val = [row["val_loss"] for row in rows if "val_loss" in row]
+    assert val[-1] < val[0]
+    assert load_hf(run.model)[0].hidden_size == 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer": ""}, "needs a tokenizer: give --tokenizer FOLDER, or --init_from"),
+        ({"model": ModelSettings(vocab_size=300)}, r"has 304 tokens, more than the model's vocabulary of 300"),
+        (
+            {"init_from": "WHOLE", "model": ModelSettings(hidden_size=64)},
+            r"model\.hidden_size is 64, but the model .* 32",
+        ),
+        ({"init_from": "nowhere"}, "neither a Hugging Face folder nor a run"),
+    ],
+)
+def test_what_does_not_fit_together_is_named(whole, world, tmp_path, changes, message):
+    if changes.get("init_from") == "WHOLE":
+        changes = {**changes, "init_from": str(whole.path)}
+    with pytest.raises(UserError, match=message):
+        pretrain(world.pretrain(tmp_path / "run", **changes))
+
+
+class Plan:
+    steps_per_epoch = 30
+    trained_tokens_per_epoch = 3000
+
+
+@pytest.mark.parametrize(
+    ("training", "steps"),
+    [
+        ({"steps": 7}, 7),
+        ({}, 30),
+        ({"epochs": 0.1}, 3),
+        ({"epochs": 2.5}, 75),
+        ({"epochs": 0.001}, 1),
+        ({"tokens": 1001}, 11),
+    ],
+)
+def test_length_of_a_run(training, steps):
+    assert planned_steps(TrainingConfig(**training), Plan) == steps
+
+
+def test_the_same_data_needs_no_warning():
+    record = {"cache": "a", "tokens": 5}
+    assert check_same_data(record, record) is None
+    assert "not the very files" in check_same_data(record, {**record, "cache": "b"})
+    with pytest.raises(UserError, match="tokens 5 -> 6"):
+        check_same_data(record, {"cache": "b", "tokens": 6})
+
+
+def test_flops_of_a_token_are_six_times_the_matrices_and_attention():
+    dense = ModelSettings().resolve()
+    matrices = 8 * (768 * 768 * 2 + 2 * 768 * 384 + 3 * 768 * 2432) + 768 * 6400
+    assert flops_per_token(dense, 512) == 6 * matrices + 6 * 8 * 768 * 512
+    moe = ModelSettings(preset="minimind-3-moe").resolve()
+    assert flops_per_token(moe, 512) == flops_per_token(dense, 512) + 6 * 8 * 768 * 4
