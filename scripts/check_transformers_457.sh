@@ -5,13 +5,13 @@
 #
 #   scripts/check_transformers_457.sh [VENV]         VENV: where the environment is made or reused, .venv-457 by default
 #
-# PYTHON           the interpreter the environment is made with (python3)
+# PYTHON           the interpreter the environment is made with (the first found that is new enough)
 # TORCH_INDEX_URL  where torch comes from; https://download.pytorch.org/whl/cpu has the small CPU build
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:-.venv-457}
 
-[ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
+[ -x "$venv/bin/python" ] || "$(scripts/find_python.sh ${PYTHON:+"$PYTHON"})" -m venv "$venv"
 # torch first, so that nothing else chooses its version
 "$venv/bin/pip" install --quiet ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch==2.13.0
 "$venv/bin/pip" install --quiet transformers==4.57.6 pytest -e .

@@ -61,6 +61,7 @@ def save_hf(
         _write_json(partial / "generation_config.json", to_generation_config(config, generation_config))
         if tokenizer is not None:
             tokenizer.save(partial)
+            _make_readable_by_transformers_4(partial / "tokenizer_config.json")
         write_safetensors(partial, hf_tensors(config, params), dtype, max_shard_bytes)
     return folder
 
@@ -133,6 +134,18 @@ def _with_token_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelCo
         )
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     return dataclasses.replace(config, **{name: token for name, token in ids.items() if token is not None})
+
+
+def _make_readable_by_transformers_4(tokenizer_config: Path):
+    """Undoes what transformers 5 writes when it saves a tokenizer anew and 4 cannot load: a class that 4 does not have,
+    and a list where 4 wants a dict."""
+    values = _read_json(tokenizer_config)
+    if values.get("tokenizer_class") != "TokenizersBackend":
+        return
+    values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(values.get("extra_special_tokens"), list):
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    _write_json(tokenizer_config, values)
 
 
 def _open_hf(folder: Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:

@@ -159,6 +159,22 @@ def test_generation_settings_of_the_source_are_kept(make_model, tokenizer, tmp_p
     assert written == {"bos_token_id": 1, "eos_token_id": [2, 0], "pad_token_id": 0, "temperature": 0.6}
 
 
+def test_tokenizer_that_transformers_5_saved_is_made_loadable_in_4(make_model, tokenizer, tmp_path):
+    save_hf(tmp_path / "source", *make_model("dense"), tokenizer)
+    file = tmp_path / "source" / "tokenizer_config.json"
+    resaved = {
+        "tokenizer_class": "TokenizersBackend",
+        "extra_special_tokens": ["<|im_start|>"],
+        "bos_token": "<|im_start|>",
+    }
+    file.write_text(json.dumps({**json.loads(file.read_text()), **resaved}))
+    from_hf(tmp_path / "source", tmp_path / "copy")
+    written = json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert written["additional_special_tokens"] == ["<|im_start|>"]
+    assert "extra_special_tokens" not in written
+
+
 def test_to_hf_takes_the_model_of_a_run_and_another_dtype(make_model, tokenizer, tmp_path):
     config, params = make_model("moe_k1")
     save_hf(tmp_path / "run" / "model", config, params, tokenizer, "float32")
