@@ -3,55 +3,14 @@
 repetition penalty -> temperature -> top-k -> top-p -> min-p -> draw.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minimind_jax.inference.config import SamplingConfig
 from minimind_jax.seeds import named_key
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-    """How text is generated.
-
-    max_new_tokens: at most so many are generated for a prompt.
-    temperature: the logits are divided by it; 0 always takes the likeliest token (greedy).
-    top_k: only the k likeliest tokens may be drawn; 0 for all.
-    top_p: only the likeliest tokens that together reach this probability, the one that crosses it included; 1 for all.
-    min_p: only tokens at least min_p times as likely as the likeliest; 0 for all.
-    repetition_penalty: positive logits of tokens already in the prompt or the answer are divided by it, negative ones
-        multiplied (arXiv 1909.05858); 1 for none.
-    stop: generation ends before the first of these strings.
-    ignore_eos: go on after an end-of-text token.
-    seed: of the draws. The n-th prompt of a call draws with seed + n, so a batch gives what its prompts give alone.
-    """
-
-    max_new_tokens: int = 512
-    temperature: float = 0.85
-    top_k: int = 0
-    top_p: float = 0.95
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-    seed: int = 0
-
-    def __post_init__(self):
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        for name, ok, expected in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or above"),
-            ("top_k", self.top_k >= 0, "0 (off) or above"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
-            ("min_p", 0 <= self.min_p <= 1, "between 0 (off) and 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0 (1 is off)"),
-            ("stop", all(self.stop), "strings that are not empty"),
-        ):
-            if not ok:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {expected}")
 
 
 class SamplingValues(NamedTuple):

@@ -1,0 +1,131 @@
+"""How well a model predicts text or the assistant's words of conversations."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minimind_jax.config import DataConfig
+from minimind_jax.data.batches import Batches
+from minimind_jax.data.token_cache import TokenCache, build_cache
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.errors import UserError
+from minimind_jax.inference.generate import load_model
+from minimind_jax.losses.language_model import token_log_probs
+from minimind_jax.model.config import RopeScaling
+from minimind_jax.training.run import resolve_model_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """Sums over the trained tokens of all documents (the first token of a document has nothing to be predicted from).
+
+    nll_by_position_T, tokens_by_position_T: the same sums for tokens predicted at each position of a row's documents.
+    """
+
+    nll_by_position_T: np.ndarray
+    tokens_by_position_T: np.ndarray
+    byte_count: int
+
+    @property
+    def tokens(self) -> int:
+        return int(self.tokens_by_position_T.sum())
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood of a token, in nats."""
+        return float(self.nll_by_position_T.sum()) / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll)"""
+        return math.exp(self.nll)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Total nll in bits over the UTF-8 bytes of the predicted tokens: comparable between tokenizers."""
+        return float(self.nll_by_position_T.sum()) / math.log(2) / self.byte_count
+
+
+def evaluate_perplexity(
+    model: str,
+    paths: Sequence[str],
+    seq_len: int,
+    *,
+    kind: Literal["text", "conversation"] = "text",
+    min_document_tokens: int = 0,
+    max_rows: int = 0,
+    rows_per_step: int = 8,
+    rope_scaling: RopeScaling | None = None,
+    dtype: str = "auto",
+    cache_dir: str = "",
+) -> Perplexity:
+    """Evaluates a model on records of the format that pretraining or fine-tuning reads.
+
+    Documents longer than seq_len tokens are cut into pieces from their start on (conversations at turns), each
+    predicted from itself alone; the first token of a next piece is predicted from all of the piece before it.
+    Conversations are taken as they are, without the random changes of training.
+
+    Args:
+        model: a Hugging Face folder, or a run (name or path).
+        paths: files, folders or globs.
+        min_document_tokens: shorter documents are left out; at seq_len, every piece but the last of a document is
+            full, which is what a comparison of context lengths needs.
+        max_rows: rows evaluated at most; 0 for all.
+        rope_scaling: replaces the model's own, when given.
+
+    Raises:
+        UserError: no such model or file, a broken record, no document that is long enough, or seq_len above the
+            model's context.
+    """
+    folder = resolve_model_folder(model)
+    network, params = load_model(folder, dtype, rope_scaling)
+    if seq_len > network.config.max_position_embeddings:
+        limit = network.config.max_position_embeddings
+        raise UserError(f"seq_len {seq_len} is above the model's context of {limit} tokens (max_position_embeddings)")
+    batches = _open(folder, paths, seq_len, kind, min_document_tokens, rows_per_step, cache_dir)
+
+    @jax.jit
+    def sums(params, batch):
+        output = network.hidden(params, batch["tokens"], batch["positions"], batch["segment_ids"])
+        log_probs_BT = token_log_probs(network.logits(params, output.hidden_BTD), batch["targets"])
+        at_position = jnp.zeros(seq_len, jnp.float32).at[batch["positions"]]
+        nll_T = at_position.add(-log_probs_BT * batch["loss_weights"])
+        return nll_T, at_position.add(batch["loss_weights"])
+
+    nll_T, tokens_T, byte_count = np.zeros(seq_len), np.zeros(seq_len), 0
+    for batch in batches.eval_batches(max_rows):
+        byte_count += int((batch.pop("target_bytes") * batch["loss_weights"]).sum())
+        batch_nll_T, batch_tokens_T = sums(params, batch)
+        nll_T += np.asarray(batch_nll_T)
+        tokens_T += np.asarray(batch_tokens_T)
+    return Perplexity(nll_T, tokens_T, byte_count)
+
+
+def _open(folder, paths, seq_len, kind, min_document_tokens, rows_per_step, cache_dir) -> Batches:
+    tokenizer = Tokenizer.load(folder)
+    data = DataConfig(
+        train=tuple(paths),
+        seq_len=seq_len,
+        packing="best_fit",
+        cache_dir=cache_dir,
+        system_prompt_probability=0.0,
+        empty_think_removal=0.0,
+    )
+
+    def long_enough(cache: TokenCache) -> np.ndarray:
+        documents = np.flatnonzero(np.asarray(cache.lengths) >= min_document_tokens)
+        if not len(documents):
+            longest = int(np.max(cache.lengths))
+            raise UserError(
+                f"no document has the {min_document_tokens} tokens that min_document_tokens asks for; the longest of "
+                f"{', '.join(map(str, paths))} has {longest}"
+            )
+        return documents
+
+    cache = build_cache(kind, data.train, tokenizer, data, seed=0)
+    return Batches(cache, data, rows_per_step, seed=0, token_bytes=tokenizer.token_bytes(), select=long_enough)

@@ -1,0 +1,209 @@
+"""`minimind chat`: a conversation with a model in the terminal."""
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from rich.console import Console
+
+from minimind_jax.data.documents import encode_prompt
+from minimind_jax.errors import UserError
+from minimind_jax.inference.config import ChatConfig
+from minimind_jax.inference.generate import Generator, Piece, load_generator
+from minimind_jax.inference.text import ThinkSplitter
+
+Message = dict[str, Any]
+
+HELP = """\
+/clear        forget the conversation
+/think        think before answering        /nothink   answer at once
+/system TEXT  set the system prompt and forget the conversation; without TEXT, remove it
+/exit         leave (or Ctrl-D); Ctrl-C stops an answer"""
+
+
+def run(config: ChatConfig) -> None:
+    """Loads the model and talks until the user leaves. Raises UserError if there is no such model."""
+    chat(load_generator(config.model, config.dtype), config, Console(markup=False, emoji=False, highlight=False))
+
+
+def chat(generator: Generator, config: ChatConfig, console: Console, lines: Iterable[str] | None = None) -> None:
+    """Answers the user's lines until they end or one is /exit.
+
+    Args:
+        lines: what the user types; None reads the standard input, a terminal or a pipe.
+    """
+    conversation = Conversation(generator, config)
+    with console.status("Compiling ..."):
+        conversation.warm_up()
+    console.print(f"{config.model}, context of {generator.room(0)} tokens. /help lists the commands.", style="dim")
+    for line in read_lines(console) if lines is None else lines:
+        line = line.strip()
+        if line in ("/exit", "/quit"):
+            return
+        if line.startswith("/"):
+            console.print(conversation.command(line), style="dim")
+        elif line:
+            _answer(conversation, line, console, config.show_speed)
+
+
+def read_lines(console: Console) -> Iterator[str]:
+    """Lines the user types, with editing and history in a terminal; ends at Ctrl-D. Lines of a pipe are shown."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  gives input() line editing
+    while True:
+        try:
+            line = input("> " if interactive else "")
+        except EOFError:
+            console.print()
+            return
+        except KeyboardInterrupt:
+            console.print("\n/exit or Ctrl-D leaves", style="dim")
+            continue
+        if not interactive:
+            console.print(f"> {line}")
+        yield line
+
+
+class Conversation:
+    """The messages so far, and the answers of the model to them.
+
+    messages: user and assistant messages, without the system prompt. thinking: whether the next answer thinks first.
+    """
+
+    def __init__(self, generator: Generator, config: ChatConfig):
+        self._generator, self._sampling = generator, config.sampling
+        self._answers = 0
+        self.system, self.thinking = config.system, config.thinking
+        self.messages: list[Message] = []
+
+    def command(self, line: str) -> str:
+        """Carries out a /command and returns what to tell the user."""
+        name, _, text = line.partition(" ")
+        if name == "/clear":
+            self.messages = []
+            return "the conversation is forgotten"
+        if name in ("/think", "/nothink"):
+            self.thinking = name == "/think"
+            return "thinks before answering" if self.thinking else "answers at once"
+        if name == "/system":
+            self.system, self.messages = text.strip(), []
+            return "new system prompt; the conversation is forgotten" if self.system else "no system prompt"
+        return HELP if name == "/help" else f"unknown command {name}\n{HELP}"
+
+    def ask(self, text: str) -> int:
+        """Adds the user's message and drops the oldest turns until the conversation fits; the number of those.
+
+        Raises:
+            UserError: the message alone does not fit the model's context; it is not added.
+        """
+        turns = [*_turns(self.messages), [{"role": "user", "content": text}]]
+        room = self._generator.room(0)
+        reserve = min(self._sampling.max_new_tokens, room // 2)  # for the answer
+        for dropped in range(len(turns)):
+            messages = [message for turn in turns[dropped:] for message in turn]
+            length = len(self._prompt(messages))
+            if length + reserve <= room:
+                self.messages = messages
+                return dropped
+        raise UserError(
+            f"the message takes {length} tokens with its frame; "
+            f"at most {room - reserve} fit beside an answer in the model's context of {room}"
+        )
+
+    def answer(self) -> Iterator[Piece]:
+        """Streams the answer to the last message. Give what was shown to `keep`, also when the loop was left."""
+        ids = self._prompt(self.messages)
+        count = min(self._sampling.max_new_tokens, self._generator.room(len(ids)))
+        seed = self._sampling.seed + self._answers  # asked again, a question gets another answer
+        self._answers += 1
+        yield from self._generator.stream(ids, dataclasses.replace(self._sampling, max_new_tokens=count, seed=seed))
+
+    def keep(self, answer: str, thinking: str) -> None:
+        """Adds the model's message. If it said nothing, the question is forgotten: silence would teach it silence."""
+        if not (answer + thinking).strip():
+            self.messages.pop()
+            return
+        message = {"role": "assistant", "content": answer.strip()}
+        if thinking.strip():
+            message["reasoning_content"] = thinking.strip()
+        self.messages.append(message)
+
+    def warm_up(self) -> None:
+        """Compiles what a first short message needs, so that the speed shown is the model's."""
+        ids = self._prompt([{"role": "user", "content": "hi"}])
+        if self._generator.room(len(ids)) >= self._sampling.max_new_tokens:
+            for pieces, _ in enumerate(self._generator.stream(ids, self._sampling)):
+                if pieces == 1:
+                    return
+
+    def _prompt(self, messages: list[Message]) -> list[int]:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return encode_prompt(self._generator.tokenizer, [*system, *messages], open_thinking=self.thinking)
+
+
+def _turns(messages: list[Message]) -> list[list[Message]]:
+    """Messages in turns, each beginning with a user's message."""
+    turns: list[list[Message]] = []
+    for message in messages:
+        if message["role"] == "user":
+            turns.append([])
+        turns[-1].append(message)
+    return turns
+
+
+def _answer(conversation: Conversation, text: str, console: Console, show_speed: bool) -> None:
+    """Answers one message: streams it, thinking dim, and ends it early at Ctrl-C."""
+    try:
+        dropped = conversation.ask(text)
+    except UserError as error:
+        console.print(str(error), style="red")
+        return
+    if dropped:
+        console.print(f"({dropped} of the oldest turns no longer fit and are forgotten)", style="dim")
+    splitter = ThinkSplitter(inside=conversation.thinking)
+    clock, note = Clock(), ""
+    try:
+        for piece in conversation.answer():
+            clock.count(piece.tokens)
+            _show(splitter.push(piece.text), console)
+            if piece.completion and piece.completion.finish_reason == "length":
+                note = " (cut off: max_new_tokens or the context is used up)"
+    except KeyboardInterrupt:
+        note = " (stopped)"
+    _show(splitter.finish(), console)
+    conversation.keep(splitter.answer, splitter.thinking)
+    console.print()
+    if show_speed or note:
+        console.print(f"{clock if show_speed else ''}{note}".strip(), style="dim")
+
+
+def _show(parts: list[tuple[bool, str]], console: Console) -> None:
+    for is_thinking, text in parts:
+        console.print(text, end="", style="dim italic" if is_thinking else None, soft_wrap=True)
+
+
+class Clock:
+    """Speed of an answer; the first token, which waits for the prompt to be read, is timed apart."""
+
+    def __init__(self):
+        self._start = self._first = self._last = time.perf_counter()
+        self._tokens = 0
+
+    def count(self, tokens: int) -> None:
+        if tokens:
+            self._last = time.perf_counter()
+            if not self._tokens:
+                self._first = self._last
+            self._tokens += tokens
+
+    def __str__(self) -> str:
+        first = f"first after {self._first - self._start:.2f} s"
+        if self._tokens < 2:
+            return f"[{self._tokens} tokens, {first}]"
+        speed = (self._tokens - 1) / (self._last - self._first)
+        return f"[{self._tokens} tokens, {speed:.1f} tokens/s, {first}]"

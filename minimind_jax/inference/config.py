@@ -1,0 +1,122 @@
+"""Settings of everything that generates text; no heavy imports, so that `--help` answers at once."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How text is generated.
+
+    max_new_tokens: at most so many are generated for a prompt.
+    temperature: the logits are divided by it; 0 always takes the likeliest token (greedy).
+    top_k: only the k likeliest tokens may be drawn; 0 for all.
+    top_p: only the likeliest tokens that together reach this probability, the one that crosses it included; 1 for all.
+    min_p: only tokens at least min_p times as likely as the likeliest; 0 for all.
+    repetition_penalty: positive logits of tokens already in the prompt or the answer are divided by it, negative ones
+        multiplied (arXiv 1909.05858); 1 for none.
+    stop: generation ends before the first of these strings.
+    ignore_eos: go on after an end-of-text token.
+    seed: of the draws. The n-th prompt of a call draws with seed + n, so a batch gives what its prompts give alone.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.85
+    top_k: int = 0
+    top_p: float = 0.95
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        for name, ok, expected in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 (greedy) or above"),
+            ("top_k", self.top_k >= 0, "0 (off) or above"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 (off) and 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0 (1 is off)"),
+            ("stop", all(self.stop), "strings that are not empty"),
+        ):
+            if not ok:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {expected}")
+
+    @property
+    def sampling(self) -> "SamplingConfig":
+        """Only the fields of this class, of a settings class that adds to them."""
+        return SamplingConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingConfig)})
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatConfig(SamplingConfig):
+    """A conversation with a model in the terminal.
+
+    model: a Hugging Face folder, or a run whose model/ is meant.
+    system: the system prompt; empty for none.
+    thinking: let the model think before it answers; /think and /nothink switch it.
+    show_speed: a line with tokens per second and the time to the first token after each answer.
+    dtype: of weights and activations; `auto` is bfloat16 on GPU and TPU, float32 on CPU.
+    """
+
+    model: str = ""
+    system: str = ""
+    thinking: bool = False
+    show_speed: bool = True
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require_model(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig(SamplingConfig):
+    """Answers to prompts on the command line, or to every record of a file.
+
+    model: a Hugging Face folder, or a run whose model/ is meant.
+    prompt: prompts; each is answered.
+    input: files, folders or globs of records with `prompt` or `text` (str) or `conversations` (a list of messages; a
+        last assistant message is left out and generated anew), instead of prompts.
+    output: the JSON lines that are written: each record of the input with `completion` and `finish_reason` added;
+        empty prints them.
+    raw: continue the text, after the token that begins a document in pretraining, instead of answering it as a user's
+        message in the chat template.
+    system: a system prompt for prompts that are no conversations; empty for none.
+    thinking: let the model think before it answers.
+    batch_size: prompts answered at the same time.
+    dtype: of weights and activations; `auto` is bfloat16 on GPU and TPU, float32 on CPU.
+    """
+
+    model: str = ""
+    prompt: tuple[str, ...] = ()
+    input: tuple[str, ...] = ()
+    output: str = ""
+    raw: bool = False
+    system: str = ""
+    thinking: bool = False
+    batch_size: int = 16
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require_model(self)
+        for name in ("prompt", "input"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        if bool(self.prompt) == bool(self.input):
+            given = "both given" if self.prompt else "both empty"
+            raise ValueError(f"prompt and input are {given}; give one of them: --prompt TEXT, or --input FILE.jsonl")
+        if self.output and not self.input:
+            raise ValueError("output is set without input; answers to prompts are printed")
+        if self.raw and (self.system or self.thinking):
+            raise ValueError("raw leaves the chat template out, so system and thinking have no meaning; drop them")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
+
+
+def _require_model(config):
+    if not config.model:
+        raise ValueError("model is empty; give a Hugging Face folder or the name of a run: --model runs/sft/model")

@@ -1,0 +1,111 @@
+"""Perplexity against a plain float64 computation of each document, and what it refuses."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from minimind_jax.convert.hf import save_hf
+from minimind_jax.data.documents import encode_conversation, encode_text
+from minimind_jax.data.records import Conversation
+from minimind_jax.data.tokenizer import Tokenizer, train_bpe
+from minimind_jax.errors import UserError
+from minimind_jax.evaluate.perplexity import evaluate_perplexity
+from minimind_jax.inference.generate import load_model
+from minimind_jax.model.config import ModelConfig, RopeScaling
+from minimind_jax.model.transformer import LanguageModel
+
+TEXTS = ["The cat sat on the mat.", "你好，世界！今天天气很好。" * 3, "A longer line about a dog and a log, 🐶. " * 6]
+SEQ_LEN = 64
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("perplexity")
+    tokenizer = train_bpe(TEXTS, path / "tokenizer", vocab_size=330)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+    )
+    save_hf(path / "model", config, LanguageModel(config).init(jax.random.key(1)), tokenizer, "float32")
+    (path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+def evaluate(folder, seq_len=SEQ_LEN, **options):
+    return evaluate_perplexity(
+        str(folder / "model"),
+        [str(folder / "text.jsonl")],
+        seq_len,
+        rows_per_step=2,
+        cache_dir=str(folder / "cache"),
+        **options,
+    )
+
+
+def by_hand(folder, text, scaling=None):
+    """-log p of each predicted token of a text, in float64, its pieces of SEQ_LEN apart from each other."""
+    model, params = load_model(folder / "model", rope_scaling=scaling)
+    ids = encode_text(Tokenizer.load(folder / "model"), text).ids
+    nll = []
+    for start in range(0, len(ids) - 1, SEQ_LEN):
+        piece, targets = ids[start : start + SEQ_LEN], ids[start + 1 : start + SEQ_LEN + 1]
+        logits = np.asarray(model.apply(params, piece[None])[0][0], np.float64)[: len(targets)]
+        nll.append(np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(targets)), targets])
+    return nll
+
+
+def test_every_token_of_every_document_counts_once(folder):
+    result = evaluate(folder)
+    pieces = [piece for text in TEXTS for piece in by_hand(folder, text)]
+    nll = np.concatenate(pieces)
+    assert max(map(len, pieces)) == SEQ_LEN  # a document was cut
+    assert result.tokens == len(nll)
+    assert result.nll == pytest.approx(nll.mean(), rel=1e-5)
+    assert result.perplexity == pytest.approx(np.exp(nll.mean()), rel=1e-5)
+    assert result.byte_count == sum(len(text.encode()) for text in TEXTS)
+    assert result.bits_per_byte == pytest.approx(nll.sum() / np.log(2) / result.byte_count, rel=1e-5)
+    at_position = [sum(piece[p] for piece in pieces if p < len(piece)) for p in range(SEQ_LEN)]
+    np.testing.assert_allclose(result.nll_by_position_T, at_position, rtol=1e-4)
+
+
+def test_short_documents_can_be_left_out(folder):
+    result = evaluate(folder, min_document_tokens=SEQ_LEN)
+    nll = np.concatenate([piece for text in TEXTS if len(by_hand(folder, text)) > 1 for piece in by_hand(folder, text)])
+    assert 0 < len(nll) == result.tokens < evaluate(folder).tokens
+    assert result.nll == pytest.approx(nll.mean(), rel=1e-5)
+
+
+def test_a_rope_scaling_replaces_the_model_s(folder):
+    scaling = RopeScaling("linear", 4.0, 32)
+    nll = np.concatenate([piece for text in TEXTS for piece in by_hand(folder, text, scaling)])
+    assert evaluate(folder, rope_scaling=scaling).nll == pytest.approx(nll.mean(), rel=1e-5)
+    assert abs(evaluate(folder).nll - nll.mean()) > 1e-4
+
+
+def test_of_conversations_only_the_assistant_s_words_count(folder):
+    messages = [{"role": "user", "content": "What is a cat?"}, {"role": "assistant", "content": "A small animal."}]
+    (folder / "talk.jsonl").write_text(json.dumps({"conversations": messages}) + "\n")
+    options = {"kind": "conversation", "rows_per_step": 1, "cache_dir": str(folder / "cache")}
+    result = evaluate_perplexity(str(folder / "model"), [str(folder / "talk.jsonl")], SEQ_LEN, **options)
+    document = encode_conversation(Tokenizer.load(folder / "model"), Conversation(messages))
+    assert result.tokens == document.trained.sum() < len(document.ids) / 2
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"seq_len": 512}, "seq_len 512 is above the model's context of 128"),
+        ({"min_document_tokens": 10_000}, "the longest of .*text.jsonl has"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(folder, options, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(folder, **options)

@@ -1,0 +1,233 @@
+"""The terminal chat: history, commands, trimming, thinking, interruption, pipes."""
+
+import io
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from rich.console import Console
+
+from minimind_jax.data.documents import encode_prompt
+from minimind_jax.errors import UserError
+from minimind_jax.inference import chat as chat_module
+from minimind_jax.inference.chat import Clock, Conversation, chat
+from minimind_jax.inference.config import ChatConfig
+from minimind_jax.inference.generate import load_generator
+
+CONFIG = ChatConfig(max_new_tokens=12, temperature=1.0, model="tiny", ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def generator(model_folder):
+    return load_generator(str(model_folder))
+
+
+def talk(generator, lines, config=CONFIG):
+    """What the chat prints for these lines."""
+    console = Console(file=io.StringIO(), width=200, markup=False, emoji=False, highlight=False)
+    chat(generator, config, console, lines)
+    return console.file.getvalue()
+
+
+def ask(conversation, text):
+    conversation.ask(text)
+    [*_, last] = conversation.answer()
+    conversation.keep(last.completion.text, "")
+    return last.completion
+
+
+def test_answers_are_streamed_and_speed_is_shown(generator):
+    conversation = Conversation(generator, CONFIG)
+    expected = ask(conversation, "The cat?").text
+    printed = talk(generator, ["The cat?", "/exit", "never asked"])
+    assert expected in printed
+    assert "[12 tokens, " in printed and "tokens/s, first after " in printed
+    assert "cut off" in printed
+    assert "never asked" not in printed
+
+
+def test_the_next_answer_sees_the_whole_conversation(generator):
+    conversation = Conversation(generator, CONFIG)
+    first = ask(conversation, "one").text
+    conversation.ask("two")
+    assert conversation.messages == [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": first.strip()},
+        {"role": "user", "content": "two"},
+    ]
+    [*_, last] = conversation.answer()
+    expected = encode_prompt(generator.tokenizer, conversation.messages, open_thinking=False)
+    assert last.completion.prompt_tokens == len(expected)
+
+
+def test_a_question_asked_again_is_answered_anew(generator):
+    conversation = Conversation(generator, CONFIG)
+    first = ask(conversation, "one").ids
+    conversation.command("/clear")
+    assert ask(conversation, "one").ids != first
+    assert ask(Conversation(generator, CONFIG), "one").ids == first  # and yet the seed decides
+
+
+def test_commands_change_the_prompt(generator):
+    conversation = Conversation(generator, CONFIG)
+    ask(conversation, "one")
+    assert "forgotten" in conversation.command("/system Be brief.")
+    assert conversation.messages == []
+    assert "thinks" in conversation.command("/think")
+    conversation.ask("two")
+    [*_, last] = conversation.answer()
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "two"}]
+    assert last.completion.prompt_tokens == len(encode_prompt(generator.tokenizer, messages, open_thinking=True))
+    assert "at once" in conversation.command("/nothink")
+    assert "no system prompt" in conversation.command("/system")
+    assert conversation.system == ""
+    assert "unknown command /hlep" in conversation.command("/hlep")
+    assert "/clear" in conversation.command("/help")
+
+
+def test_the_oldest_turns_are_dropped_whole_and_the_user_is_told(generator):
+    """The model's context is 640 tokens; a question of about 150 tokens and its answer take a quarter of it."""
+    question = "what is a cat and what is a dog? " * 5
+    printed = talk(generator, [question] * 6)
+    assert "of the oldest turns no longer fit" in printed
+    conversation = Conversation(generator, CONFIG)
+    dropped = 0
+    for _ in range(10):
+        dropped += conversation.ask(question)
+        conversation.keep("a cat", "")
+    assert dropped > 0
+    assert [m["role"] for m in conversation.messages] == ["user", "assistant"] * (10 - dropped)
+
+
+def test_a_message_too_long_for_the_model_is_refused_and_the_chat_goes_on(generator):
+    conversation = Conversation(generator, CONFIG)
+    ask(conversation, "one")
+    before = list(conversation.messages)
+    with pytest.raises(UserError, match=r"the message takes \d+ tokens.*context of 640"):
+        conversation.ask("xyz " * 400)
+    assert conversation.messages == before
+    assert "the message takes" in talk(generator, ["xyz " * 400, "hi"])
+
+
+def test_thinking_is_dim_and_kept_as_reasoning(generator, monkeypatch):
+    monkeypatch.setattr(Conversation, "answer", lambda self: iter(pieces("let me see\n</thi", "nk>\n\nA cat", ".")))
+    console = Console(file=io.StringIO(), force_terminal=True, width=200, markup=False, emoji=False, highlight=False)
+    conversation = Conversation(generator, ChatConfig(model="tiny", thinking=True))
+    chat_module._answer(conversation, "what?", console, show_speed=False)
+    assert conversation.messages[-1] == {"role": "assistant", "content": "A cat.", "reasoning_content": "let me see"}
+    printed = console.file.getvalue()
+    assert "\x1b[2;3mlet me see" in printed  # dim italic
+    assert "\x1b[2;3m\n\nA cat" not in printed and "A cat" in printed
+    assert "think>" not in printed
+
+
+def pieces(*texts):
+    return [chat_module.Piece(text, 1) for text in texts]
+
+
+def test_silence_is_not_kept(generator):
+    conversation = Conversation(generator, CONFIG)
+    conversation.ask("one")
+    conversation.keep(" \n", "")
+    assert conversation.messages == []
+
+
+def test_control_c_stops_the_answer_and_keeps_what_was_said(generator, monkeypatch):
+    def interrupted(self):
+        yield from pieces("The cat", " sat")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Conversation, "answer", interrupted)
+    printed = talk(generator, ["one", "/clear"])
+    assert "The cat sat" in printed and "(stopped)" in printed and "forgotten" in printed
+
+
+def test_the_clock_times_the_first_token_apart(monkeypatch):
+    times = iter([10.0, 12.0, 12.5, 13.0])
+    monkeypatch.setattr(chat_module.time, "perf_counter", lambda: next(times))
+    clock = Clock()
+    for tokens in (1, 4, 0, 4):
+        clock.count(tokens)
+    assert str(clock) == "[9 tokens, 8.0 tokens/s, first after 2.00 s]"
+
+
+PROGRAM = (
+    "from minimind_jax.inference.chat import run; from minimind_jax.inference.config import ChatConfig; import sys; "
+)
+PROGRAM += "run(ChatConfig(model=sys.argv[1], max_new_tokens=int(sys.argv[2]), ignore_eos=True))"
+
+
+def test_a_pipe_is_answered_line_by_line(model_folder):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(model_folder), "5"],
+        input="hello\n/nothink\n\n你好\n",
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "> hello" in done.stdout and "> 你好" in done.stdout
+    assert done.stdout.count("[5 tokens") == 2
+
+
+def test_in_a_terminal_control_c_stops_an_answer_and_control_d_leaves(model_folder):
+    main, child = pty.openpty()
+    program = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(model_folder), "500"],
+        stdin=child,
+        stdout=child,
+        stderr=child,
+        start_new_session=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "TERM": "xterm"},
+    )
+    os.close(child)
+    screen = Screen(main)
+    try:
+        screen.wait_for("> ")
+        os.write(main, b"hello\n")
+        screen.wait_for("hello\r\n")
+        screen.wait_for_more()  # the answer of 500 tokens is under way
+        program.send_signal(signal.SIGINT)
+        screen.wait_for("(stopped)")
+        screen.wait_for("> ")
+        program.send_signal(signal.SIGINT)
+        screen.wait_for("leaves")
+        screen.wait_for("> ")
+        os.write(main, b"\x04")
+        assert program.wait(timeout=60) == 0
+    finally:
+        program.kill()
+        program.wait()
+        os.close(main)
+
+
+class Screen:
+    """What a program writes to its terminal."""
+
+    def __init__(self, descriptor, patience=120):
+        self._descriptor, self._patience = descriptor, patience
+        self._shown = b""
+        os.set_blocking(descriptor, False)
+
+    def wait_for(self, expected):
+        """Passes over everything up to and with `expected`."""
+        expected = expected.encode()
+        self._wait(lambda: expected in self._shown, expected)
+        self._shown = self._shown.partition(expected)[2]
+
+    def wait_for_more(self):
+        self._wait(lambda: self._shown, "anything")
+
+    def _wait(self, has_come, what):
+        end = time.monotonic() + self._patience
+        while not has_come():
+            assert time.monotonic() < end, f"{what!r} did not appear; the screen shows {self._shown!r}"
+            try:
+                self._shown += os.read(self._descriptor, 65536)
+            except OSError:
+                time.sleep(0.02)

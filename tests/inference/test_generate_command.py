@@ -1,0 +1,136 @@
+"""`minimind generate`: prompts, files of every record kind, and what it refuses."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+
+from minimind_jax.data.documents import encode_prompt
+from minimind_jax.errors import UserError
+from minimind_jax.inference.config import ChatConfig, GenerateConfig
+from minimind_jax.inference.generate import load_generator
+from minimind_jax.inference.generate_command import run
+
+RECORDS = [
+    {"prompt": "The cat", "id": 7},
+    {"text": "你好", "nested": {"kept": [1]}},
+    {"conversations": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "reference"}]},
+    {"conversations": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "why?"}]},
+    {"prompt": "last"},
+]
+
+
+@pytest.fixture(scope="module")
+def generator(model_folder):
+    return load_generator(str(model_folder))
+
+
+@pytest.fixture
+def config(model_folder, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    return GenerateConfig(
+        model=str(model_folder),
+        input=str(source),
+        output=str(tmp_path / "out.jsonl"),
+        max_new_tokens=9,
+        temperature=1.0,
+        batch_size=2,
+        seed=3,
+    )
+
+
+def lines(path):
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
+
+
+def test_every_record_is_kept_and_answered_in_order(config, generator, capsys):
+    run(config)
+    written = lines(config.output)
+    for index, (record, result) in enumerate(zip(RECORDS, written, strict=True)):
+        text = record.get("prompt") or record.get("text")
+        messages = record.get("conversations") or [{"role": "user", "content": text}]
+        asked = [message for message in messages if message["role"] != "assistant"]
+        ids = encode_prompt(generator.tokenizer, asked, open_thinking=False)
+        [expected] = generator.generate([ids], dataclasses.replace(config.sampling, seed=3 + index))
+        assert result == {**record, "completion": expected.text, "finish_reason": expected.finish_reason}
+    assert "5 records written" in capsys.readouterr().out
+    assert not os.path.exists(config.output + ".partial")
+
+
+def test_the_batch_size_does_not_change_the_answers(config):
+    run(config)
+    before = lines(config.output)
+    run(dataclasses.replace(config, batch_size=16))
+    assert lines(config.output) == before
+
+
+def test_raw_text_is_continued_after_the_begin_token(config, generator, tmp_path, capsys):
+    run(dataclasses.replace(config, input=(), output="", prompt="The cat", raw=True))
+    tokenizer = generator.tokenizer
+    [expected] = generator.generate([[tokenizer.bos_id, *tokenizer.encode("The cat")]], config.sampling)
+    assert capsys.readouterr().out == expected.text + "\n"
+
+
+def test_several_prompts_are_printed_with_their_answers(config, generator, capsys):
+    run(dataclasses.replace(config, input=(), output="", prompt=("one", "two"), system="Be brief."))
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "two"}]
+    ids = encode_prompt(generator.tokenizer, messages, open_thinking=False)
+    [expected] = generator.generate([ids], dataclasses.replace(config.sampling, seed=4))
+    assert f"> two\n{expected.text}\n" in capsys.readouterr().out
+
+
+def test_without_output_the_records_are_printed(config, capsys):
+    run(dataclasses.replace(config, output=""))
+    assert [json.loads(line)["finish_reason"] for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize(
+    "record, changes, message",
+    [
+        ({"question": "?"}, {}, "in.jsonl:1: expected a field `prompt` or `text`"),
+        ({"prompt": 3}, {}, "in.jsonl:1: expected a field `prompt` or `text`"),
+        ({"conversations": [{"role": "user", "content": "a"}]}, {"raw": True}, "in.jsonl:1: .*drop raw"),
+        ({"conversations": [{"role": "assistant", "content": "a"}]}, {}, "in.jsonl:1: .*expected a question"),
+        ({"conversations": [{"role": "robot", "content": "a"}]}, {}, "in.jsonl:1: .*unknown role 'robot'"),
+        ({"prompt": "xyz " * 500}, {}, "in.jsonl:1: a prompt of .* tokens leaves .* context of 640"),
+    ],
+)
+def test_a_record_that_cannot_be_answered_is_named(config, record, changes, message):
+    with open(config.input[0], "w", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    with pytest.raises(UserError, match=message):
+        run(dataclasses.replace(config, **changes))
+
+
+def test_records_answered_before_an_error_are_not_lost(config):
+    with open(config.input[0], "a", encoding="utf-8") as file:
+        file.write("not json\n")
+    with pytest.raises(UserError, match=r"in.jsonl:6"):
+        run(config)
+    assert [r["id"] for r in lines(config.output + ".partial") if "id" in r] == [7]
+
+
+def test_an_output_folder_that_does_not_exist_is_named_before_the_work(config):
+    with pytest.raises(UserError, match="there is no folder"):
+        run(dataclasses.replace(config, output="/nowhere/at/all.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"model": "m"}, "prompt and input are both empty"),
+        ({"model": "m", "prompt": "a", "input": "b"}, "prompt and input are both given"),
+        ({"model": "m", "prompt": "a", "output": "b"}, "output is set without input"),
+        ({"model": "m", "prompt": "a", "raw": True, "thinking": True}, "raw leaves the chat template out"),
+        ({"model": "m", "prompt": "a", "batch_size": 0}, "batch_size is 0"),
+        ({"model": "m", "prompt": "a", "top_p": 2.0}, "top_p is 2.0"),
+        ({"prompt": "a"}, "model is empty"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GenerateConfig(**settings)
+    with pytest.raises(ValueError, match="model is empty"):
+        ChatConfig()
