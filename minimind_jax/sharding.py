@@ -25,7 +25,7 @@ RULES: dict[str | None, str | None] = {
     "vocab": "tensor",
     "embed": "fsdp",
     "heads": "tensor",
-    "kv": "tensor",
+    "kv_heads": "tensor",
     "mlp": "tensor",
     "experts": "expert",
     None: None,

@@ -6,7 +6,6 @@ the schedule lag behind.
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ import optax
 
 from minimind_jax.config import OptimizerConfig
 from minimind_jax.errors import UserError
+from minimind_jax.model.transformer import Params
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int, peak: float | None = None) -> optax.Schedule:
@@ -56,7 +56,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int, peak: float | None 
     return schedule
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int, params: Any) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(config: OptimizerConfig, total_steps: int, params: Params) -> optax.GradientTransformationExtraArgs:
     """AdamW or Muon with decoupled weight decay: w -= rate(step) * (direction + weight_decay * w).
 
     params: the parameters or their shapes; only their names are used, for which `weight_decay` and Muon apply to.
@@ -77,7 +77,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, params: Any) -> op
     return optax.chain(direction, decay, rate)
 
 
-def decay_mask(params: Any, decay: str) -> Any:
+def decay_mask(params: Params, decay: str) -> Params:
     """True where weight decay applies: `all`, or `matrices`, the kernels (no norms, no embedding, tied or not).
 
     Decided by name: the stacked scales of a norm, (L, D), have two axes and are no matrix.
@@ -85,7 +85,7 @@ def decay_mask(params: Any, decay: str) -> Any:
     return _map_names(lambda path: decay == "all" or path[-1] == "kernel", params)
 
 
-def muon_mask(params: Any) -> Any:
+def muon_mask(params: Params) -> Params:
     """True for the matrices inside the layers, experts' included; not the router, the embedding and the head."""
     return _map_names(lambda path: path[0] == "layers" and path[-1] == "kernel" and "router" not in path, params)
 
@@ -119,6 +119,6 @@ def _scale_by_schedule(schedule: optax.Schedule) -> optax.GradientTransformation
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def _map_names(function, params: Any) -> Any:
+def _map_names(function, params: Params) -> Params:
     """`function` of each parameter's path, a list of names, in the tree of the parameters."""
     return jax.tree_util.tree_map_with_path(lambda path, _: function([entry.key for entry in path]), params)

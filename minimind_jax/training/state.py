@@ -31,11 +31,16 @@ def state_shardings(optimizer: optax.GradientTransformation, param_shardings: An
     param_shardings, abstract_params: trees of NamedSharding and of shapes (see `sharding.param_shardings`).
     """
     whole = NamedSharding(jax.tree.leaves(param_shardings)[0].mesh, PartitionSpec())
+
+    def is_masked(node):  # where optax.partition leaves a parameter to another optimizer
+        return isinstance(node, optax.MaskedNode)
+
     opt_shardings = optax.tree.map_params(
         optimizer,
-        lambda _, sharding: sharding,
+        lambda node, sharding: node if is_masked(node) else sharding,
         jax.eval_shape(optimizer.init, abstract_params),
         param_shardings,
         transform_non_params=lambda _: whole,
+        is_leaf=is_masked,
     )
     return TrainState(whole, param_shardings, opt_shardings)

@@ -49,7 +49,7 @@ def make_train_step(
         divisor = jnp.maximum(denominator, 1)
         loss = numerator / divisor
         grads = jax.tree.map(lambda grad: grad / divisor, grads)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         if max_grad_norm:
             grads = jax.tree.map(lambda grad: grad * jnp.minimum(max_grad_norm / (grad_norm + 1e-6), 1), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)

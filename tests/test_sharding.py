@@ -1,0 +1,177 @@
+"""The mesh and what lies where: eight emulated devices give what one gives.
+
+The devices must be asked for before JAX starts, so this file runs itself in a process of its own (see `main`) and
+compares what that wrote down.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from minimind_jax.config import MeshConfig, OptimizerConfig
+from minimind_jax.errors import UserError
+from minimind_jax.losses.language_model import make_language_model_loss
+from minimind_jax.model.config import ModelConfig
+from minimind_jax.model.transformer import LanguageModel
+from minimind_jax.sharding import (
+    data_process,
+    init_params,
+    initialize_distributed,
+    make_mesh,
+    param_shardings,
+    shard_batch,
+)
+from minimind_jax.training.optimizer import make_optimizer, make_schedule
+from minimind_jax.training.state import create_state, state_shardings
+from minimind_jax.training.step import make_train_step
+
+TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 48}  # fmt: skip
+DENSE = LanguageModel(ModelConfig(**TINY))
+# Without the router loss, whose statistics are those of a micro-batch, accumulation would change the result.
+MOE = LanguageModel(ModelConfig(**TINY, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24))
+
+CASES = {
+    "dense data 8": (DENSE, MeshConfig(data=8), "adamw", 1),
+    "dense fsdp 8": (DENSE, MeshConfig(data=1, fsdp=8), "adamw", 2),
+    "dense data 2 fsdp 2 tensor 2": (DENSE, MeshConfig(data=2, fsdp=2, tensor=2), "muon", 2),
+    "moe data 2 fsdp 2 expert 2": (MOE, MeshConfig(data=2, fsdp=2, expert=2), "adamw", 1),
+}
+
+
+def make_batches(steps=2, rows=16, length=12):
+    rng = np.random.default_rng(0)
+    segments = np.tile(np.repeat([1, 2, 0], [5, 4, 3]), (rows, 1)).astype(np.int32)
+    positions = np.tile(np.r_[0:5, 0:4, 0, 0, 0].astype(np.int32), (rows, 1))
+    for _ in range(steps):
+        yield {
+            "tokens": rng.integers(0, 64, (rows, length)).astype(np.int32),
+            "targets": rng.integers(0, 64, (rows, length)).astype(np.int32),
+            "loss_weights": ((rng.random((rows, length)) < 0.6) & (segments > 0)).astype(np.float32),
+            "positions": positions,
+            "segment_ids": segments,
+        }
+
+
+def train_on(devices, model, mesh_config, optimizer_name, accumulation_steps):
+    """Two steps from the same seed; the metrics of each, the parameters, and the shardings before and after."""
+    mesh = make_mesh(mesh_config, devices)
+    # eps is raised so that Adam's division does not blow up the rounding of gradients near zero.
+    config = OptimizerConfig(name=optimizer_name, learning_rate=1e-2, eps=1e-4)
+    abstract = model.abstract_params()
+    optimizer, schedule = make_optimizer(config, 2, abstract), make_schedule(config, 2)
+    shardings = state_shardings(optimizer, param_shardings(mesh, model.logical_axes(), abstract), abstract)
+    step = make_train_step(
+        make_language_model_loss(model), optimizer, schedule,
+        accumulation_steps=accumulation_steps, max_grad_norm=1.0, shardings=shardings,
+    )  # fmt: skip
+    state = create_state(init_params(model, jax.random.key(0), mesh), optimizer, shardings)
+    history = []
+    for batch in make_batches():
+        state, metrics = step(state, shard_batch(batch, mesh))
+        history.append(metrics)
+    lies_right = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, shardings)
+    return history, state, all(jax.tree.leaves(lies_right)), step._cache_size()
+
+
+def main():
+    """In the process with eight devices: every case against one device; prints the differences as JSON."""
+    report = {}
+    for name, (model, mesh_config, optimizer_name, accumulation_steps) in CASES.items():
+        many, state, lies_right, compiled = train_on(
+            jax.devices(), model, mesh_config, optimizer_name, accumulation_steps
+        )
+        one, state_one, _, _ = train_on(jax.devices()[:1], model, MeshConfig(), optimizer_name, accumulation_steps)
+        close = [
+            np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max()
+            for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(state_one.params), strict=True)
+        ]
+        kernel = state.params["layers"]["attention"]["q_proj"]["kernel"]
+        report[name] = {
+            "metrics": [[{k: float(v) for k, v in step.items()} for step in run] for run in (many, one)],
+            "params": float(max(close)),
+            "lies_right": lies_right,
+            "compiled": compiled,
+            "kernel_shard": kernel.addressable_shards[0].data.shape,
+            "devices": len(kernel.sharding.device_set),
+            "process": data_process(make_mesh(mesh_config)),
+        }
+    print(json.dumps(report))
+
+
+@pytest.fixture(scope="module")
+def report():
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    result = subprocess.run(
+        [sys.executable, __file__],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_eight_devices_give_what_one_gives(report, case):
+    many, one = report[case]["metrics"]
+    for got, expected in zip(many, one, strict=True):
+        assert got.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_allclose(got[name], value, rtol=1e-5, err_msg=name)
+    assert report[case]["params"] < 1e-5
+    assert report[case]["devices"] == 8
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_state_keeps_its_place_and_is_compiled_once(report, case):
+    assert report[case]["lies_right"] and report[case]["compiled"] == 1
+    assert report[case]["process"] == [0, 1]
+
+
+def test_kernels_are_cut_over_fsdp_and_tensor(report):
+    shapes = {case: tuple(values["kernel_shard"]) for case, values in report.items()}
+    assert shapes["dense data 8"] == (2, 32, 32)
+    assert shapes["dense fsdp 8"] == (2, 4, 32)
+    assert shapes["dense data 2 fsdp 2 tensor 2"] == (2, 16, 16)
+
+
+def test_sizes_of_a_mesh_that_do_not_multiply_to_the_devices():
+    with pytest.raises(UserError, match=r"mesh.data 3, .* do not fit 1 devices"):
+        make_mesh(MeshConfig(data=3), jax.devices()[:1])
+    assert dict(make_mesh(MeshConfig(data=1, tensor=-1), jax.devices()[:1]).shape)["tensor"] == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"fsdp": 5}, r"parameter embed/embedding: its axis embed of size 32 does not divide by mesh.fsdp 5"),
+        ({"tensor": 3}, r"parameter embed/embedding: its axis vocab of size 64 does not divide by mesh.tensor 3"),
+        ({"expert": 3}, r"parameter layers/mlp/experts/\w+/kernel: its axis experts of size 4 .* mesh.expert 3"),
+    ],
+)
+def test_a_parameter_that_does_not_divide_is_named(sizes, message):
+    mesh = jax.sharding.AbstractMesh(
+        tuple({"data": 1, "fsdp": 1, "tensor": 1, "expert": 1, **sizes}.values()), ("data", "fsdp", "tensor", "expert")
+    )
+    with pytest.raises(UserError, match=message):
+        param_shardings(mesh, MOE.logical_axes(), MOE.abstract_params())
+
+
+def test_one_process_needs_no_start_up():
+    initialize_distributed(environ={"SLURM_STEP_NUM_TASKS": "1", "TPU_WORKER_HOSTNAMES": "localhost"})
+    assert not jax.distributed.is_initialized()
+
+
+def test_a_coordinator_without_the_process_number():
+    with pytest.raises(UserError, match=r"host:1 needs a whole number in JAX_PROCESS_ID; it is None"):
+        initialize_distributed(environ={"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2"})
+
+
+if __name__ == "__main__":
+    main()
