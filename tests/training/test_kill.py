@@ -11,15 +11,16 @@ import random
 import signal
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file
 
+from minimind_jax.config import OptimizerConfig
 from minimind_jax.stages.pretrain import pretrain
 from minimind_jax.stages.sft import sft
 from minimind_jax.training.run import RunFolder
@@ -94,9 +95,12 @@ def comparable(run: RunFolder) -> list[dict]:
 
 
 def final_state(run: RunFolder) -> dict[str, np.ndarray]:
-    with warnings.catch_warnings(), ocp.training.Checkpointer(run.checkpoints) as checkpointer:
-        warnings.simplefilter("ignore")  # that the sharding is the one the file names
-        return {name: np.asarray(array) for name, array in checkpointer.load().items()}
+    """The newest checkpoint by name of the array, read onto one device."""
+    here = SingleDeviceSharding(jax.devices()[0])
+    with ocp.training.Checkpointer(run.checkpoints) as checkpointer:
+        stored = checkpointer.metadata().metadata
+        abstract = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for k, x in stored.items()}
+        return {name: np.asarray(array) for name, array in checkpointer.load(abstract_state=abstract).items()}
 
 
 def check_same(left: RunFolder, right: RunFolder, tolerance: float = 0):
@@ -118,9 +122,11 @@ def check_same(left: RunFolder, right: RunFolder, tolerance: float = 0):
             np.testing.assert_allclose(mine[name], other[name], rtol=0, atol=tolerance * scale, err_msg=name)
 
 
-def check_kills(world, start, tmp_path, stage, kills, tolerance=0, variants=((1, 1),)):
+def check_kills(world, start, tmp_path, stage, kills, tolerance=0, variants=((1, 1),), **changes):
     training = {"steps": (kills + 1) * STEPS_PER_KILL}
-    whole, killed = (getattr(world, stage)(tmp_path / name, training=training) for name in ("whole", "killed"))
+    whole, killed = (
+        getattr(world, stage)(tmp_path / name, training=training, **changes) for name in ("whole", "killed")
+    )
     finish(start(stage, whole), whole)
     train_with_kills(start, stage, killed, kills, variants=variants)
     check_same(RunFolder(whole.run), RunFolder(killed.run), tolerance)
@@ -175,4 +181,15 @@ def test_twenty_kills_with_other_numbers_of_loader_workers(world, start, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
 def test_twenty_kills_with_other_numbers_of_devices(world, start, tmp_path, stage):
-    check_kills(world, start, tmp_path, stage, kills=20, tolerance=1e-6, variants=((1, 1), (2, 1), (8, 1), (4, 1)))
+    # The devices' sums are rounded in another order, and training amplifies that: over these 168 steps to 9e-7 with
+    # pretraining's default learning rate, to 3e-5 with the higher one of the other tests.
+    check_kills(
+        world,
+        start,
+        tmp_path,
+        stage,
+        kills=20,
+        tolerance=1e-6,
+        variants=((1, 1), (2, 1), (8, 1), (4, 1)),
+        optimizer=OptimizerConfig(learning_rate=5e-4),
+    )
