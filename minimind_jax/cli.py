@@ -95,12 +95,15 @@ def _pipeline(prog: str, argv: Sequence[str]) -> int:
 
 
 def _demo(prog: str, argv: Sequence[str]) -> int:
-    _arguments(
-        prog, "trains, chats and exports a small model on text from Python itself; everything in runs/demo", argv
-    )
+    if {"-h", "--help"} & set(argv):
+        print(
+            f"usage: {prog} [--STAGE.key value ...]\n\nTrains a small model on text that comes with Python, asks it "
+            "the questions it learned and exports it, all in runs/demo.\n--STAGE.key changes configs/quickstart.yaml."
+        )
+        return 0
     from minimind_jax.stages.demo import run_demo
 
-    return run_demo()
+    return run_demo(argv)
 
 
 # Tools ----------------------------------------------------------------------------------------------------------------

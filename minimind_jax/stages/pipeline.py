@@ -103,7 +103,7 @@ def _read_stage(item: yaml.Node, loader: yaml.SafeLoader, file: Path) -> tuple[s
         raise UserError(f"{where}: a stage is one key with its settings under it, as in `- pretrain: {{...}}`")
     if name not in STAGES:
         raise UserError(f"{where}: unknown stage {name}; did you mean {settings.nearest(name, STAGES)}?")
-    empty = body is None or (isinstance(body, yaml.ScalarNode) and body.value == "")
+    empty = body is None or body.tag.endswith(":null")
     return name, {} if empty else settings.flatten_yaml(body, loader, str(file))
 
 

@@ -1,0 +1,186 @@
+"""`minimind demo`: a small model learns from real text that every machine can get, answers, and is exported.
+
+The text is collected by `demo_corpus`, the training is the pipeline of configs/quickstart.yaml, and what is printed at
+the end is measured here: bits per byte, answers before and after fine-tuning, the share of the dialogues' questions
+that the model answers word for word, and that the exported folder computes what was trained.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from minimind_jax import settings
+from minimind_jax.config import SFTConfig
+from minimind_jax.convert.hf import load_hf, to_hf
+from minimind_jax.data.documents import encode_prompt
+from minimind_jax.inference.config import SamplingConfig
+from minimind_jax.inference.generate import Generator, load_generator
+from minimind_jax.model.transformer import LanguageModel, Params
+from minimind_jax.sharding import make_mesh, param_shardings
+from minimind_jax.stages import demo_corpus
+from minimind_jax.stages.pipeline import load_pipeline, run_pipeline
+from minimind_jax.training.checkpoint import Checkpoints
+from minimind_jax.training.loop import abstract_state
+from minimind_jax.training.optimizer import make_optimizer
+from minimind_jax.training.run import RunFolder, write_text
+from minimind_jax.training.state import state_shardings
+from minimind_jax.training.tracking import read_metrics
+
+FOLDER = Path("runs/demo")
+SAMPLE_QUESTIONS = ("Hello", "What is a computer?", "Tell me a joke", "你好吗?", "你是谁?", "你喜欢什么书?")
+LARGEST_DIFFERENCE = 1e-4  # of a logit, between the trained and the exported model, both float32
+BATCH = 64
+
+
+class Recall(NamedTuple):
+    """Questions of a language, and how many were answered word for word with one of their answers."""
+
+    language: str
+    questions: int
+    exact: int
+
+    def __str__(self) -> str:
+        return f"{self.language}: {self.exact} of {self.questions} ({self.exact / self.questions:.1%})"
+
+
+def run_demo(overrides: Sequence[str] = ()) -> int:
+    """Collects, trains, measures and exports in runs/demo; 0, or 1 when the export is not what was trained.
+
+    overrides: `--STAGE.key value` arguments over configs/quickstart.yaml.
+    """
+    started = time.perf_counter()
+    print("Collecting text: Python's language reference, docstrings, dialogues")
+    files = collect(FOLDER / "data")
+    for path in files.values():
+        print(f"  {path}: {path.stat().st_size / 1e6:.1f} MB")
+    texts, chats = map(str, files.values())
+    data = ["--tokenizer.data", texts, chats, "--pretrain.data.train", texts, "--sft.data.train", chats]
+    run_pipeline(load_pipeline(["--config", "quickstart", "--name", "demo", *data, *overrides]))
+
+    exported = FOLDER / "model"
+    to_hf(FOLDER / "sft", exported, dtype="float32")
+    difference = export_difference(FOLDER / "sft", exported)
+    pretrained, tuned = load_generator(str(FOLDER / "pretrain")), load_generator(str(exported))
+    before, after = answers(pretrained, SAMPLE_QUESTIONS), answers(tuned, SAMPLE_QUESTIONS)
+    samples = list(zip(SAMPLE_QUESTIONS, before, after, strict=True))
+    print("\nAsking every question of the dialogues")
+    recalls = [recall(tuned, language) for language in demo_corpus.LANGUAGES]
+    facts = [*bits_per_byte(FOLDER / "pretrain"), *recall_lines(recalls), export_line(exported, difference)]
+    report = report_text(facts, samples, time.perf_counter() - started)
+    write_text(FOLDER / "report.md", report)
+    print("\n" + report)
+    return 0 if difference <= LARGEST_DIFFERENCE else 1
+
+
+def collect(folder: Path) -> dict[str, Path]:
+    """The data files, written unless they are there."""
+    files = {name: folder / f"{name}.jsonl" for name in ("pretrain", "sft")}
+    return files if all(file.is_file() for file in files.values()) else demo_corpus.write_data(folder)
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+def greedy(generator: Generator, prompts: Sequence[Sequence[dict]], longest: int) -> list[str]:
+    """Greedy answers of at most `longest` tokens to conversations that end with a question."""
+    ids = [encode_prompt(generator.tokenizer, messages) for messages in prompts]
+    room = generator.room(max(map(len, ids)))
+    sampling = SamplingConfig(max_new_tokens=min(longest, room), temperature=0.0)
+    return [completion.text.strip() for completion in generator.generate(ids, sampling)]
+
+
+def answers(generator: Generator, questions: Sequence[str]) -> list[str]:
+    return greedy(generator, [demo_corpus.messages([question]) for question in questions], 48)
+
+
+def recall(generator: Generator, language: str) -> Recall:
+    """Asks every question of a language's dialogues, with the turns before it; compares answers word for word."""
+    expected = demo_corpus.questions(demo_corpus.dialogues(language))
+    lengths = {q: max(len(generator.tokenizer.encode(a)) for a in found) for q, found in expected.items()}
+    order = sorted(expected, key=lengths.get)  # answers of a batch are about as long, so that none waits for another
+    exact = 0
+    for start in range(0, len(order), BATCH):
+        batch = order[start : start + BATCH]
+        made = greedy(generator, [demo_corpus.messages(q) for q in batch], max(lengths[q] for q in batch) + 1)
+        exact += sum(answer in expected[question] for question, answer in zip(batch, made, strict=True))
+    return Recall(language.capitalize(), len(order), exact)
+
+
+def export_difference(run: Path, exported: Path) -> float:
+    """Largest difference of a logit between the run's last checkpoint and the exported folder, loaded from disk."""
+    config, params = load_hf(exported)
+    model = LanguageModel(config)
+    generator = load_generator(str(exported), "float32")
+    tokens_BT = np.array([encode_prompt(generator.tokenizer, demo_corpus.messages([q]))[:8] for q in SAMPLE_QUESTIONS])
+    trained = checkpoint_params(RunFolder(run), model)
+    logits = [np.asarray(jax.jit(model.apply)(tree, tokens_BT)[0]) for tree in (trained, params)]
+    return float(np.abs(logits[0] - logits[1]).max())
+
+
+def checkpoint_params(run: RunFolder, model: LanguageModel) -> Params:
+    """The parameters of a run's last checkpoint, as training left them."""
+    config = settings.make_settings(SFTConfig, settings.read_yaml(run.config_file))
+    shapes = model.abstract_params()
+    with Checkpoints(run.checkpoints) as checkpoints:
+        step = checkpoints.steps[-1]
+        optimizer = make_optimizer(config.optimizer, step, shapes)
+        placed = param_shardings(make_mesh(config.mesh), model.logical_axes(), shapes)
+        state = abstract_state(optimizer, shapes, state_shardings(optimizer, placed, shapes))
+        return checkpoints.restore(step, state).params
+
+
+def bits_per_byte(run: Path) -> list[str]:
+    """Validation of pretraining at its start and its end."""
+    rows = [row for row in read_metrics(RunFolder(run).metrics_file) if "val_bits_per_byte" in row]
+    first, last = rows[0], rows[-1]
+    share = last["val_bits_per_byte"] / first["val_bits_per_byte"]
+    return [
+        f"pretraining, validation bits per byte: {first['val_bits_per_byte']:.3f} at step {first['step']}, "
+        f"{last['val_bits_per_byte']:.3f} at step {last['step']} ({share:.0%} of it)"
+    ]
+
+
+# Telling --------------------------------------------------------------------------------------------------------------
+
+
+def recall_lines(recalls: Sequence[Recall]) -> list[str]:
+    total = Recall("All", sum(r.questions for r in recalls), sum(r.exact for r in recalls))
+    return [f"questions answered word for word by greedy decoding, {line}" for line in (total, *recalls)]
+
+
+def export_line(exported: Path, difference: float) -> str:
+    verdict = "the same" if difference <= LARGEST_DIFFERENCE else "NOT THE SAME"
+    return f"{exported}, loaded back: {verdict} as the trained model (largest difference of a logit {difference:.1e})"
+
+
+def report_text(facts: Sequence[str], samples: Sequence[tuple[str, str, str]], seconds: float) -> str:
+    """The demo's report: what was measured, answers before and after, and what to type next."""
+    lines = "\n".join(
+        f"- {question}\n  - before fine-tuning: {before[:120]!r}\n  - after: {after[:120]!r}"
+        for question, before, after in samples
+    )
+    return f"""# Demo
+
+{"".join(f"- {fact}{chr(10)}" for fact in facts)}- this command took {seconds / 60:.1f} minutes
+
+## Answers
+
+{lines}
+
+## Next
+
+Talk with it:
+
+    minimind chat --model {FOLDER}/model --temperature 0
+
+Train on your own files (the records are described in docs/data.md):
+
+    minimind pipeline --config quickstart --name mine --tokenizer.data text.jsonl chats.jsonl \\
+      --pretrain.data.train text.jsonl --sft.data.train chats.jsonl
+
+The stages' own reports, with curves: {FOLDER}/pretrain/report.md and {FOLDER}/sft/report.md
+"""

@@ -1,0 +1,153 @@
+"""The pipeline: stages tied together, done ones skipped, changes told; with the real stages on a tiny model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from minimind_jax.errors import UserError
+from minimind_jax.settings import config_names, find_config
+from minimind_jax.stages.pipeline import load_pipeline, run_pipeline
+
+TINY = {
+    "name": "tiny",
+    "shared": {"seed": 3, "data.seq_len": 32, "training.batch_tokens": 128, "data.cache_dir": "cache"},
+    "stages": [
+        {"tokenizer": {"data": ["text.jsonl", "chats.jsonl"], "vocab_size": 400}},
+        {
+            "pretrain": {
+                "model": {
+                    **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 400},
+                    **{"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256},
+                },
+                "data": {"train": ["text.jsonl"], "val_fraction": 0.2},
+                "training": {"steps": 3},
+            }
+        },
+        {"sft": {"data": {"train": ["chats.jsonl"], "val_fraction": 0.0}, "training": {"steps": 2}}},
+    ],
+}
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with a little data, in which `write(pipeline)` writes pipe.yaml."""
+    monkeypatch.chdir(tmp_path)
+    texts = [{"text": f"The {animal} sleeps {n} hours."} for n in range(12) for animal in ("cat", "dog", "owl")]
+    chats = [
+        {"conversations": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}]}
+        for n in range(12)
+    ]
+    for name, records in (("text", texts), ("chats", chats)):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    def write(pipeline=TINY):
+        Path("pipe.yaml").write_text(yaml.safe_dump(pipeline, sort_keys=False))
+        return ["--config", "pipe.yaml"]
+
+    return write
+
+
+def refused(write, pipeline, *arguments):
+    with pytest.raises(UserError) as caught:
+        load_pipeline([*write(pipeline), *arguments])
+    return str(caught.value)
+
+
+def test_stages_are_tied_together_and_shared_settings_reach_those_that_have_them(workplace):
+    tokenizer, pretrain, sft = (stage.config for stage in load_pipeline(workplace()))
+    assert tokenizer.output == pretrain.tokenizer == "runs/tiny/tokenizer"
+    assert (pretrain.run, sft.run, sft.init_from) == ("runs/tiny/pretrain", "runs/tiny/sft", "runs/tiny/pretrain")
+    assert pretrain.seed == sft.seed == 3 and pretrain.data.seq_len == sft.data.seq_len == 32
+    assert sft.data.packing == "best_fit" and pretrain.data.packing == "concat"
+
+
+def test_arguments_win_over_the_file(workplace):
+    arguments = ["--name", "other", "--shared.seed", "9", "--sft.training.steps", "7", "--sft.init_from", "elsewhere"]
+    _, pretrain, sft = (stage.config for stage in load_pipeline([*workplace(), *arguments]))
+    assert (pretrain.seed, pretrain.run, pretrain.training.steps) == (9, "runs/other/pretrain", 3)
+    assert (sft.training.steps, sft.init_from) == (7, "elsewhere")
+
+
+def test_a_stage_may_be_only_a_name(workplace):
+    assert [stage.name for stage in load_pipeline(workplace({"stages": ["pretrain", {"sft": None}]}))] == [
+        "pretrain",
+        "sft",
+    ]
+
+
+@pytest.mark.parametrize(
+    "pipeline, arguments, text",
+    [
+        ({**TINY, "steps": []}, [], "unknown key steps; a pipeline has name, shared and stages"),
+        ({"name": "x"}, [], "is not a pipeline"),
+        ({"stages": ["pretrian"]}, [], "pipe.yaml:2: unknown stage pretrian; did you mean pretrain?"),
+        ({"stages": [{"sft": {}, "pretrain": {}}]}, [], "a stage is one key with its settings under it"),
+        ({"stages": [{"pretrain": {"sed": 1}}]}, [], "pipe.yaml:3: unknown setting sed; did you mean seed?"),
+        ({"shared": {"modl.preset": "x"}, "stages": ["sft"]}, [], "did you mean model.preset?"),
+        ({"stages": ["sft", "sft"]}, [], "two stages write to runs/pipe/sft"),
+        (TINY, ["--sft.training.stepz", "3"], "unknown setting training.stepz; did you mean training.steps?"),
+        (TINY, ["--stf.training.steps", "3"], "unknown setting stf.training.steps; did you mean sft.training.steps?"),
+        (TINY, ["--seed", "3"], "unknown setting seed; did you mean"),
+    ],
+)
+def test_mistakes_name_place_and_nearest(workplace, pipeline, arguments, text):
+    assert text in refused(workplace, pipeline, *arguments)
+
+
+def test_runs_skips_and_tells_changes(workplace, capsys):
+    arguments = workplace()
+    run_pipeline(load_pipeline(arguments))
+    first = capsys.readouterr().out
+    assert "[1/3] tokenizer: runs/tiny/tokenizer" in first and "done" not in first
+    assert Path("runs/tiny/sft/model/model.safetensors").is_file()
+    written = {p: p.stat().st_mtime_ns for p in Path("runs").rglob("*") if p.is_file()}
+
+    run_pipeline(load_pipeline(arguments))
+    second = capsys.readouterr().out
+    assert second.splitlines() == [
+        f"[{number}/3] {name}: done, in runs/tiny/{name}"
+        for number, name in enumerate(("tokenizer", "pretrain", "sft"), 1)
+    ]
+    assert written == {p: p.stat().st_mtime_ns for p in Path("runs").rglob("*") if p.is_file()}
+
+    changed = ["--pretrain.training.steps", "5", "--tokenizer.vocab_size", "350", "--shared.resume", "never"]
+    run_pipeline(load_pipeline([*arguments, *changed]))
+    told = capsys.readouterr().out
+    assert "its settings have changed since: training.steps 3 -> 5\n" in told and "vocab_size 400 -> 350\n" in told
+    assert told.count("it is kept as it is; to make it anew, remove runs/tiny/") == 2
+
+    shutil.rmtree("runs/tiny/pretrain")
+    run_pipeline(load_pipeline(arguments))
+    again = capsys.readouterr().out
+    assert "[2/3] pretrain: runs/tiny/pretrain" in again and "it was made before this pretrain" in again
+
+
+def test_goes_on_where_it_was_cut_off(workplace, capsys):
+    """A run without its exported model is not done: the pipeline resumes it from its checkpoint."""
+    arguments = workplace()
+    run_pipeline(load_pipeline(arguments))
+    metrics = Path("runs/tiny/sft/metrics.jsonl")
+    rows = metrics.read_text().splitlines()
+    metrics.write_text("".join(f"{row}\n" for row in rows[:-1]))  # the last row says that the model was written
+    shutil.rmtree("runs/tiny/sft/model")
+    capsys.readouterr()
+    run_pipeline(load_pipeline(arguments))
+    told = capsys.readouterr().out
+    assert "[2/3] pretrain: done" in told and "[3/3] sft: runs/tiny/sft" in told and "checkpoint of step 2" in told
+    assert Path("runs/tiny/sft/model/config.json").is_file()
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_every_config_that_comes_with_the_package_is_valid(name, tmp_path, monkeypatch):
+    from minimind_jax.settings import load_settings
+    from minimind_jax.stages import STAGES
+
+    if name in STAGES:
+        load_settings(STAGES[name].config, ["--config", name])
+    else:
+        stages = load_pipeline(["--config", name])
+        assert [stage.name for stage in stages] == ["tokenizer", "pretrain", "sft"]
+    assert f"--config {name}" in find_config(name).read_text(), "the comment of a config gives its command"
