@@ -6,6 +6,7 @@ compares what that wrote down.
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -33,13 +34,14 @@ from minimind_jax.training.step import make_train_step
 TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "intermediate_size": 48}  # fmt: skip
 DENSE = LanguageModel(ModelConfig(**TINY))
-# Without the router loss, whose statistics are those of a micro-batch, accumulation would change the result.
 MOE = LanguageModel(ModelConfig(**TINY, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24))
 
+# What the devices' result is compared with: one device, no accumulation.
 CASES = {
-    "dense data 8": (DENSE, MeshConfig(data=8), "adamw", 1),
-    "dense fsdp 8": (DENSE, MeshConfig(data=1, fsdp=8), "adamw", 2),
+    "dense data 8": (DENSE, MeshConfig(data=8), "muon", 1),
+    "dense fsdp 8": (DENSE, MeshConfig(data=1, fsdp=8), "muon", 2),
     "dense data 2 fsdp 2 tensor 2": (DENSE, MeshConfig(data=2, fsdp=2, tensor=2), "muon", 2),
+    # One micro-batch: the router loss is a statistic of it.
     "moe data 2 fsdp 2 expert 2": (MOE, MeshConfig(data=2, fsdp=2, expert=2), "adamw", 1),
 }
 
@@ -71,9 +73,10 @@ def train_on(devices, model, mesh_config, optimizer_name, accumulation_steps):
         accumulation_steps=accumulation_steps, max_grad_norm=1.0, shardings=shardings,
     )  # fmt: skip
     state = create_state(init_params(model, jax.random.key(0), mesh), optimizer, shardings)
-    history = []
+    history, (index, count) = [], data_process(mesh)
     for batch in make_batches():
-        state, metrics = step(state, shard_batch(batch, mesh))
+        local = {name: np.split(rows, count)[index] for name, rows in batch.items()}
+        state, metrics = step(state, shard_batch(local, mesh))
         history.append(metrics)
     lies_right = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, shardings)
     return history, state, all(jax.tree.leaves(lies_right)), step._cache_size()
@@ -81,20 +84,22 @@ def train_on(devices, model, mesh_config, optimizer_name, accumulation_steps):
 
 def main():
     """In the process with eight devices: every case against one device; prints the differences as JSON."""
-    report = {}
+    report, references = {}, {}
     for name, (model, mesh_config, optimizer_name, accumulation_steps) in CASES.items():
+        if model not in references:
+            references[model] = train_on(jax.devices()[:1], model, MeshConfig(), optimizer_name, 1)
+        one, state_one, _, _ = references[model]
         many, state, lies_right, compiled = train_on(
             jax.devices(), model, mesh_config, optimizer_name, accumulation_steps
         )
-        one, state_one, _, _ = train_on(jax.devices()[:1], model, MeshConfig(), optimizer_name, accumulation_steps)
-        close = [
+        errors = [
             np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max()
             for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(state_one.params), strict=True)
         ]
         kernel = state.params["layers"]["attention"]["q_proj"]["kernel"]
         report[name] = {
             "metrics": [[{k: float(v) for k, v in step.items()} for step in run] for run in (many, one)],
-            "params": float(max(close)),
+            "params": float(max(errors)),
             "lies_right": lies_right,
             "compiled": compiled,
             "kernel_shard": kernel.addressable_shards[0].data.shape,
@@ -104,17 +109,40 @@ def main():
     print(json.dumps(report))
 
 
-@pytest.fixture(scope="module")
-def report():
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    result = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
+def main_of_one_process_of_two():
+    """In each of two processes with two devices: rows cut over the processes, and over the devices of each."""
+    initialize_distributed()
+    report = {}
+    for name, sizes in {"data 4": {}, "fsdp 2 tensor 2": {"data": 1, "fsdp": 2, "tensor": 2}}.items():
+        history, _, _, _ = train_on(jax.devices(), DENSE, MeshConfig(**sizes), "adamw", 1)
+        report[name] = [float(metrics["loss"]) for metrics in history]
+    one = make_mesh(MeshConfig(data=1, tensor=4))
+    report["processes"] = [jax.process_index(), jax.process_count(), *data_process(make_mesh(MeshConfig()))]
+    report["shared rows"] = data_process(one)
+    print(json.dumps(report))
+
+
+def start(device_count, *arguments, **environment):
+    # Optimising machine code takes longer than these tiny models run.
+    flags = f"--xla_force_host_platform_device_count={device_count} --xla_backend_optimization_level=0"
+    return subprocess.Popen(
+        [sys.executable, __file__, *arguments],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+
+
+def printed(process):
+    output, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors
+    return json.loads(output.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def report():
+    return printed(start(8))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -139,6 +167,22 @@ def test_kernels_are_cut_over_fsdp_and_tensor(report):
     assert shapes["dense data 8"] == (2, 32, 32)
     assert shapes["dense fsdp 8"] == (2, 4, 32)
     assert shapes["dense data 2 fsdp 2 tensor 2"] == (2, 16, 16)
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    cluster["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
+    processes = [start(2, "cluster", **cluster, JAX_PROCESS_ID=str(index)) for index in range(2)]
+    expected, _, _, _ = train_on(jax.devices()[:1], DENSE, MeshConfig(), "adamw", 1)
+    for index, report in enumerate(map(printed, processes)):
+        assert report["processes"] == [index, 2, index, 2]
+        assert report["shared rows"] == [0, 1]
+        for name in ("data 4", "fsdp 2 tensor 2"):
+            np.testing.assert_allclose(report[name], [metrics["loss"] for metrics in expected], rtol=1e-5, err_msg=name)
 
 
 def test_sizes_of_a_mesh_that_do_not_multiply_to_the_devices():
@@ -174,4 +218,4 @@ def test_a_coordinator_without_the_process_number():
 
 
 if __name__ == "__main__":
-    main()
+    main_of_one_process_of_two() if "cluster" in sys.argv else main()
