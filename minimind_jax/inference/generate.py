@@ -18,7 +18,7 @@ from minimind_jax.inference.decode import Controls, decode, grow, prefill
 from minimind_jax.inference.sampling import SamplingConfig, SamplingValues, row_keys
 from minimind_jax.inference.text import AnswerText
 from minimind_jax.model.config import ComputeConfig, ModelConfig, RopeScaling
-from minimind_jax.model.transformer import LanguageModel, Params, compute_dtype
+from minimind_jax.model.transformer import LanguageModel, Params, compute_dtype, unstack_layers
 from minimind_jax.training.run import resolve_model_folder
 
 Prompt = str | Sequence[int]
@@ -78,7 +78,7 @@ class Generator:
                 f"the tokenizer {tokenizer.folder} has ids up to {tokenizer.vocab_size - 1}, "
                 f"the model only {model.config.vocab_size} (vocab_size); they do not belong together"
             )
-        self.model, self.params, self.tokenizer = model, params, tokenizer
+        self.model, self.params, self.tokenizer = model, unstack_layers(params), tokenizer
         self.eos_ids = tuple(sorted(eos_ids))
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig = DEFAULT) -> list[Completion]:

@@ -6,6 +6,7 @@ The layers' parameters are stacked on a leading L axis and scanned.
 
 import dataclasses
 import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -329,6 +330,8 @@ class LanguageModel:
 
     def _layers(self, layers: Params, x_BTD: Array, context: _Context, cache: KVCache | None, keys_L: Array | None):
         """Scans the layers; returns the residual stream, the cache and the sum of the router losses."""
+        if isinstance(layers, tuple):
+            return self._loose_layers(layers, x_BTD, context, cache, keys_L)
         graph, _ = _split_abstract("layers", self.config, self.compute)
 
         def run(carry, layer):
@@ -345,3 +348,31 @@ class LanguageModel:
         with jax.named_scope("layers"):
             (x_BTD, cache), losses_L = jax.lax.scan(run, (x_BTD, cache), scanned, unroll=self.compute.scan_unroll or L)
         return x_BTD, cache, jnp.sum(losses_L)
+
+    def _loose_layers(self, layers: tuple[Params, ...], x_BTD, context: _Context, cache: KVCache | None, keys_L):
+        """`_layers` of parameters from `unstack_layers`, one after another."""
+        graph, _ = _split_abstract("layers", self.config, self.compute)
+        losses = []
+        for index, params in enumerate(layers):
+            with jax.named_scope("layers"):
+                key = None if keys_L is None else keys_L[index]
+                x_BTD, cache, router_loss = nnx.merge(graph, params)(x_BTD, context, cache, index, key)
+            losses.append(router_loss)
+        return x_BTD, cache, sum(losses)
+
+
+def unstack_layers(params: Params) -> Params:
+    """The same parameters with `layers` a tuple of one tree a layer, which `LanguageModel` takes, too.
+
+    For generation: a scan copies each layer's kernels out of the stack at every token, which takes as long as the
+    products themselves. The program is longer and compiles more slowly.
+    """
+    if isinstance(params["layers"], tuple):
+        return params
+    return {**params, "layers": _unstack(params["layers"])}
+
+
+@jax.jit
+def _unstack(stacked: Params) -> tuple[Params, ...]:
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    return tuple(jax.tree.map(operator.itemgetter(index), stacked) for index in range(count))

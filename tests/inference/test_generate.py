@@ -14,6 +14,7 @@ from minimind_jax.inference.decode import decode, prefill
 from minimind_jax.inference.generate import Generator, bucket, load_generator, load_model
 from minimind_jax.inference.sampling import SamplingConfig
 from minimind_jax.model.config import RopeScaling
+from minimind_jax.model.transformer import unstack_layers
 
 GOLDEN = ("dense", "dense_untied", "dense_headdim", "moe_k1_norm", "moe_k1_nonorm", "moe_k2")
 GREEDY = SamplingConfig(max_new_tokens=24, temperature=0, ignore_eos=True)
@@ -76,6 +77,16 @@ def test_the_seed_decides_the_draws(dense):
     assert first == again
     assert len({tuple(answer.ids) for answer in first}) == 3
     assert first[0].ids != dense.generate(PROMPTS[:1], dataclasses.replace(DRAWN, seed=9))[0].ids
+
+
+def test_layers_apart_compute_what_the_scanned_stack_does(golden_folder):
+    model, params = load_model(golden_folder("moe_k2"))
+    tokens = jnp.asarray([PROMPTS[0]])
+    apart = unstack_layers(params)
+    assert len(apart["layers"]) == 2
+    stacked, loose = (jax.jit(model.apply)(p, tokens) for p in (params, apart))
+    np.testing.assert_allclose(loose[0], stacked[0], atol=1e-5)
+    assert float(loose[1].router_loss) == pytest.approx(float(stacked[1].router_loss))
 
 
 def test_a_strong_penalty_repeats_no_token_of_prompt_or_answer(dense):
