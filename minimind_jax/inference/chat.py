@@ -38,7 +38,9 @@ def chat(generator: Generator, config: ChatConfig, console: Console, lines: Iter
     conversation = Conversation(generator, config)
     with console.status("Compiling ..."):
         conversation.warm_up()
-    console.print(f"{config.model}, context of {generator.room(0)} tokens. /help lists the commands.", style="dim")
+    console.print(
+        f"{config.model}, context of {generator.room(0)} tokens. /help lists the commands.", style="dim", soft_wrap=True
+    )
     for line in read_lines(console) if lines is None else lines:
         line = line.strip()
         if line in ("/exit", "/quit"):
@@ -179,7 +181,7 @@ def _answer(conversation: Conversation, text: str, console: Console, show_speed:
     conversation.keep(splitter.answer, splitter.thinking)
     console.print()
     if show_speed or note:
-        console.print(f"{clock if show_speed else ''}{note}".strip(), style="dim")
+        console.print(f"{clock if show_speed else ''}{note}".strip(), style="dim", soft_wrap=True)
 
 
 def _show(parts: list[tuple[bool, str]], console: Console) -> None:
