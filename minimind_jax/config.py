@@ -123,7 +123,8 @@ class DataConfig:
 class TrainingConfig:
     """How long, how much at once, and what is watched.
 
-    steps, epochs, tokens: the length of the run; set one (tokens counts trained tokens, approximately).
+    steps, epochs, tokens: the length of the run; set one (tokens counts trained tokens, approximately); one epoch
+        if none is set.
     batch_tokens: tokens of one optimizer step over all devices, padding included; a multiple of
         data.seq_len * accumulation_steps.
     accumulation_steps: micro-batches of one optimizer step; it changes the memory used and never the result.
@@ -204,7 +205,7 @@ class CheckpointConfig:
 
     every: steps between two saves; 0 saves only at the end and when the run is stopped.
     keep: newest checkpoints kept.
-    keep_best: keep the one with the lowest validation loss, too.
+    keep_best: of those saved at a step that is evaluated, keep the one with the lowest validation loss, too.
     """
 
     every: int = 500

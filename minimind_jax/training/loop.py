@@ -5,12 +5,14 @@ off between two of them does the rest when it is resumed, so its metrics are tho
 """
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from minimind_jax.config import PretrainConfig
 from minimind_jax.data.batches import Batches
@@ -25,7 +27,7 @@ from minimind_jax.training.plan import check_same_data, data_record, planned_ste
 from minimind_jax.training.progress import TrainingProgress
 from minimind_jax.training.run import RunFolder, package_versions, plain
 from minimind_jax.training.state import TrainState, create_state, state_shardings
-from minimind_jax.training.step import make_eval_step, make_train_step
+from minimind_jax.training.step import TrainStep, make_eval_step, make_train_step
 from minimind_jax.training.stop import StopRequest
 from minimind_jax.training.tracking import MetricsWriter, val_losses
 
@@ -91,6 +93,11 @@ def train(
             )
         )
         start_step = checkpoints.steps[-1] if checkpoints.steps else 0
+        if start_step > total_steps:
+            raise UserError(
+                f"{run.path} is at step {start_step} already, beyond the {total_steps} steps asked for; ask for "
+                "more, or choose another run name"
+            )
         record = checkpoints.record(start_step) if start_step else {}
         warning = check_same_data(record["data"], data_record(train_batches)) if record else None
         if start_step:
@@ -138,11 +145,30 @@ def abstract_state(optimizer, abstract_params: Params, shardings: TrainState) ->
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
+@dataclasses.dataclass
 class Loop:
-    """The parts of one run, and what happens at its steps. Made by `train`."""
+    """The parts of one run, and what happens at its steps. Made by `train`.
 
-    def __init__(self, **parts: Any):
-        self.__dict__.update(parts)
+    losses: step -> validation loss; shared with `checkpoints`. tokens: trained so far.
+    """
+
+    config: PretrainConfig
+    mesh: Mesh
+    train_step: TrainStep
+    eval_step: Callable
+    train_batches: Batches
+    val_batches: Batches | None
+    sample_fn: SampleFn | None
+    total_steps: int
+    checkpoints: Checkpoints
+    writer: MetricsWriter
+    losses: dict[int, float]
+    progress: TrainingProgress
+    stop: StopRequest
+    speed: "Speed"
+    tokens: int
+
+    def __post_init__(self):
         self.training, self.checkpoint = self.config.training, self.config.checkpoint
 
     def run(self, state: TrainState, start_step: int) -> TrainState:

@@ -78,7 +78,12 @@ def report_text(run: RunFolder, config: dict, rows: list[dict], train: list[dict
     samples = [row for row in rows if row.get("samples")]
     if samples:
         sections += ["## Samples", *_samples(samples)]
-    sections += ["## How to go on", _next_steps(run), "## Settings", _code(_yaml(config), "yaml")]
+    sections += [
+        "## How to go on",
+        _next_steps(run, facts.get("stage", "STAGE")),
+        "## Settings",
+        _code(_yaml(config), "yaml"),
+    ]
     return "\n\n".join(sections) + "\n"
 
 
@@ -137,13 +142,13 @@ def _samples(rows: list[dict]) -> list[str]:
     ]
 
 
-def _next_steps(run: RunFolder) -> str:
+def _next_steps(run: RunFolder, stage: str) -> str:
     commands = [
         f"minimind chat --model {run.model}      # talk to it",
         f"minimind sft --init_from {run.path} --data.train YOUR.jsonl --run NAME      # train it further",
     ]
     if not (run.model / "config.json").is_file():
-        commands = [f"minimind STAGE --config {run.config_file}      # resume it"]
+        commands = [f"minimind {stage} --config {run.config_file}      # resume it"]
     return _code("\n".join(commands), "sh")
 
 

@@ -164,10 +164,10 @@ def _swanlab(run: RunFolder, project: str, start_step: int, settings: dict):
     swanlab = _import("swanlab", "swanlab")
     swanlab.init(
         project=project,
-        experiment_name=run.path.name,
+        name=run.path.name,
         id=_tracking_id(run, start_step),
         resume="allow",
-        logdir=str(run.path / "swanlab"),
+        log_dir=str(run.path / "swanlab"),
         config=settings,
     )
     return (lambda step, numbers: swanlab.log(numbers, step=step)), swanlab.finish

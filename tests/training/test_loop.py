@@ -201,6 +201,8 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_refused(copy):
     wider = dataclasses.replace(config, model=dataclasses.replace(config.model, intermediate_size=96))
     with pytest.raises(UserError, match=r"another model or optimizer: params\.layers\.mlp\.\w+\.kernel has shape"):
         pretrain(wider)
+    with pytest.raises(UserError, match="is at step 24 already, beyond the 10 steps asked for"):
+        pretrain(dataclasses.replace(config, training=dataclasses.replace(config.training, steps=10)))
     with pytest.raises(UserError, match="of another model or optimizer: opt_state"):
         pretrain(dataclasses.replace(config, optimizer=OptimizerConfig(name="muon")))
 
