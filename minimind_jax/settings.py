@@ -6,6 +6,7 @@ meant. The types are checked by jsonargparse, which also writes `--help` from th
 
 import dataclasses
 import difflib
+import inspect
 import re
 import types
 import typing
@@ -88,8 +89,8 @@ def _field_help(cls: type) -> dict[str, str]:
     """Texts of the lines `name, other: what it is` in the docstrings of a dataclass and its bases."""
     texts = {}
     for owner in reversed(cls.__mro__):
-        paragraphs = re.sub(r"\n {5,}", " ", owner.__doc__ or "")
-        for names, text in re.findall(r"^ {4}(\w+(?:, \w+)*): (.+(?:\n {4}(?!\w+(?:, \w+)*: ).+)*)", paragraphs, re.M):
+        lines = re.sub(r"\n +", " ", inspect.cleandoc(owner.__doc__ or ""))  # a text goes on in indented lines
+        for names, text in re.findall(r"^(\w+(?:, \w+)*): (.+(?:\n(?!\w+(?:, \w+)*: ).+)*)", lines, re.M):
             texts |= dict.fromkeys(names.split(", "), " ".join(text.split()))
     return texts
 
