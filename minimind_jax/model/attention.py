@@ -1,8 +1,10 @@
 """Causal attention within documents, grouped-query, softmax in float32: one function, two paths.
 
 `reference` is the plain formula over a full boolean mask. `grouped` is the fast one: the G query heads that share a
-key/value head become rows of one matrix product per (batch, key/value head), and a block of queries is multiplied
-only with the keys that the causal mask lets it see.
+key/value head become rows of one matrix product per (batch, key/value head), rows ordered by time (R = T * G, row
+t * G + g), so that a block of queries is a contiguous slice; it is multiplied only with the keys that the causal mask
+lets it see. The backward pass computes the softmax again from its logarithmic sums instead of keeping it, as
+FlashAttention does (arXiv 2205.14135).
 """
 
 import math
@@ -11,9 +13,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
+# Values of the forward pass that recomputation policies keep, because making them again is most of attention's work.
+SAVED_NAMES = ("attention_out", "attention_log_sums")
 Path = Literal["auto", "reference", "grouped"]
-QUERY_BLOCK = 128
 
 
 def choose_path(path: Path, is_cached: bool) -> Path:
@@ -41,59 +45,108 @@ def attention(
     With key positions (a cache): a query at position p sees the keys at positions 0..p; -1 marks an empty slot.
     Query head n uses key/value head n // G, G = N / K.
     """
-    is_cached = key_positions_BS is not None
-    if choose_path(path, is_cached) == "grouped" and not is_cached:
+    if key_positions_BS is not None:
+        is_past_BTS = key_positions_BS[:, None, :] <= query_positions_BT[:, :, None]
+        return _reference(q_BTNH, k_BSKH, v_BSKH, is_past_BTS & (key_positions_BS >= 0)[:, None, :])
+    if choose_path(path, is_cached=False) == "grouped":
         return _grouped(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
-    if is_cached:
-        mask_BTS = (key_positions_BS[:, None, :] >= 0) & (
-            key_positions_BS[:, None, :] <= query_positions_BT[:, :, None]
-        )
-    else:
-        mask_BTS = causal_mask(q_BTNH.shape[1], segment_ids_BT)
-    return _reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+    return _reference(q_BTNH, k_BSKH, v_BSKH, causal_mask(segment_ids_BT, 0, q_BTNH.shape[1]))
 
 
-def causal_mask(length: int, segment_ids_BT: Array | None) -> Array:
-    """Which keys each query sees, boolean (B or 1, T, T)."""
-    causal_TS = jnp.tril(jnp.ones((length, length), bool))
+def causal_mask(segment_ids_BT: Array | None, start: int, stop: int) -> Array:
+    """Which of the keys 0..stop the queries start..stop see, boolean (B or 1, stop - start, stop)."""
+    causal_TS = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
     if segment_ids_BT is None:
         return causal_TS[None]
-    same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-    return causal_TS & same_BTS & (segment_ids_BT > 0)[:, :, None]
+    query_BT1, key_B1S = segment_ids_BT[:, start:stop, None], segment_ids_BT[:, None, :stop]
+    return causal_TS & (query_BT1 == key_B1S) & (query_BT1 > 0)
 
 
-def masked_softmax(scores: Array, mask: Array) -> Array:
-    """Softmax over the last axis in float32 where the mask is true, 0 elsewhere and in rows that are all false."""
-    scores = jnp.where(mask, scores.astype(jnp.float32), -jnp.inf)
-    largest = jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.where(jnp.isfinite(largest), largest, 0)))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return weights / jnp.where(total > 0, total, 1)
+def _softmax_parts(scores: Array, mask: Array) -> tuple[Array, Array, Array]:
+    """exp(score - largest) over the last axis, its sum and the largest score; where the mask hides all, zeros and a
+    sum that is not 0. Finite bounds do it without the comparisons with infinity that break XLA's fused loops."""
+    scores = jnp.where(mask, scores, -1e30)
+    largest = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), -1e29))
+    weights = jnp.exp(scores - largest)
+    return weights, jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-30), largest
+
+
+def _product(subscripts: str, a: Array, b: Array) -> Array:
+    """A matrix product that adds up in float32."""
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
 def _reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    weights_BKGTS = masked_softmax(scores_BKGTS / math.sqrt(H), mask_BTS[:, None, None])
-    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
-    return out_BTKGH.reshape(B, T, N, H)
+    scores_BKGTS = _product("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH) / math.sqrt(H)
+    weights_BKGTS, total_BKGT1, _ = _softmax_parts(scores_BKGTS, mask_BTS[:, None, None])
+    probs_BKGTS = (weights_BKGTS / total_BKGT1).astype(v_BSKH.dtype)
+    return _product("BKGTS,BSKH->BTKGH", probs_BKGTS, v_BSKH).astype(q_BTNH.dtype).reshape(B, T, N, H)
 
 
 def _grouped(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
-    q_BKGTH = (q_BTNH * (1 / math.sqrt(H))).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    q_BTKGH = (q_BTNH * (1 / math.sqrt(H))).reshape(B, T, K, N // K, H)
+    q_BKRH = q_BTKGH.transpose(0, 2, 1, 3, 4).reshape(B, K, -1, H)
     k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
-    mask_BTS = causal_mask(T, segment_ids_BT)
-    blocks = []
-    for start in range(0, T, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, T)
-        scores = jnp.einsum(
-            "BKGTH,BKSH->BKGTS", q_BKGTH[:, :, :, start:stop], k_BKTH[:, :, :stop], preferred_element_type=jnp.float32
-        )
-        weights = masked_softmax(scores, mask_BTS[:, None, None, start:stop, :stop]).astype(v_BTKH.dtype)
-        blocks.append(jnp.einsum("BKGTS,BKSH->BKGTH", weights, v_BKTH[:, :, :stop]))
-    out_BKGTH = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=3)
-    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    out_BKRH = _triangle(q_BKRH, k_BKTH, v_BKTH, segment_ids_BT)
+    return out_BKRH.reshape(B, K, T, N // K, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
+
+
+def _query_blocks(length: int) -> list[tuple[int, int]]:
+    """Equal ranges of about 96 queries, at most 8: more would hide little more and take long to compile."""
+    count = min(8, math.ceil(length / 96))
+    size = math.ceil(length / count)
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _row_mask(segment_ids_BT, start, stop, group):
+    """`causal_mask` for query rows, (B or 1, 1, rows, stop)."""
+    return jnp.repeat(causal_mask(segment_ids_BT, start, stop), group, axis=1)[:, None]
+
+
+@jax.custom_vjp
+def _triangle(q_BKRH, k_BKTH, v_BKTH, segment_ids_BT):
+    """Attention of scaled query rows, block by block of queries."""
+    return _triangle_forward(q_BKRH, k_BKTH, v_BKTH, segment_ids_BT)[0]
+
+
+def _triangle_forward(q_BKRH, k_BKTH, v_BKTH, segment_ids_BT):
+    T = k_BKTH.shape[2]
+    G = q_BKRH.shape[2] // T
+    outs, log_sums = [], []
+    for start, stop in _query_blocks(T):
+        k, v = k_BKTH[:, :, :stop], v_BKTH[:, :, :stop]
+        scores = _product("BKRH,BKSH->BKRS", q_BKRH[:, :, start * G : stop * G], k)
+        weights, total, largest = _softmax_parts(scores, _row_mask(segment_ids_BT, start, stop, G))
+        outs.append((_product("BKRS,BKSH->BKRH", weights.astype(v.dtype), v) / total).astype(q_BKRH.dtype))
+        log_sums.append(largest + jnp.log(total))
+    out_BKRH = checkpoint_name(jnp.concatenate(outs, axis=2), SAVED_NAMES[0])
+    log_sums_BKR1 = checkpoint_name(jnp.concatenate(log_sums, axis=2), SAVED_NAMES[1])
+    return out_BKRH, (q_BKRH, k_BKTH, v_BKTH, segment_ids_BT, out_BKRH, log_sums_BKR1)
+
+
+def _triangle_backward(saved, grad_BKRH):
+    q_BKRH, k_BKTH, v_BKTH, segment_ids_BT, out_BKRH, log_sums_BKR1 = saved
+    dtype, T = q_BKRH.dtype, k_BKTH.shape[2]
+    G = q_BKRH.shape[2] // T
+    # sum_s(probs * grad of probs), the part of the softmax's gradient that all keys share
+    shared_BKR1 = _product("BKRH,BKRH->BKR", grad_BKRH, out_BKRH)[..., None]
+    grad_q, grad_k, grad_v = [], jnp.zeros(k_BKTH.shape, jnp.float32), jnp.zeros(v_BKTH.shape, jnp.float32)
+    for start, stop in _query_blocks(T):
+        rows = slice(start * G, stop * G)
+        q, grad, k, v = q_BKRH[:, :, rows], grad_BKRH[:, :, rows], k_BKTH[:, :, :stop], v_BKTH[:, :, :stop]
+        scores = _product("BKRH,BKSH->BKRS", q, k) - log_sums_BKR1[:, :, rows]
+        probs = jnp.exp(jnp.where(_row_mask(segment_ids_BT, start, stop, G), scores, -jnp.inf))
+        grad_scores = probs * (_product("BKRH,BKSH->BKRS", grad, v) - shared_BKR1[:, :, rows])
+        probs, grad_scores = probs.astype(dtype), grad_scores.astype(dtype)
+        grad_v = grad_v.at[:, :, :stop].add(_product("BKRS,BKRH->BKSH", probs, grad))
+        grad_k = grad_k.at[:, :, :stop].add(_product("BKRS,BKRH->BKSH", grad_scores, q))
+        grad_q.append(_product("BKRS,BKSH->BKRH", grad_scores, k).astype(dtype))
+    return jnp.concatenate(grad_q, axis=2), grad_k.astype(dtype), grad_v.astype(dtype), None
+
+
+_triangle.defvjp(_triangle_forward, _triangle_backward)

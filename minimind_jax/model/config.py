@@ -143,11 +143,12 @@ class ComputeConfig:
     dtype: of activations and matrix products; `auto` is bfloat16 on GPU and TPU, float32 on CPU. Parameters stay
         float32; norms, softmax and losses are always float32.
     remat: `none` keeps activations for the backward pass, `full` recomputes each layer, `dots` keeps matrix products.
-    scan_unroll: layers unrolled per step of the scan over layers; 0 unrolls all of them (slower to compile).
+    scan_unroll: layers unrolled per step of the scan over layers, 0 for all of them; None is all on a CPU, where a
+        scan copies the activations it keeps, if they are at most 16, and 1 elsewhere.
     attention: the attention path; `auto` picks the fastest one for the device, `reference` is the plain formula.
     """
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: Literal["none", "full", "dots"] = "none"
-    scan_unroll: int = 1
+    scan_unroll: int | None = None
     attention: Literal["auto", "reference"] = "auto"

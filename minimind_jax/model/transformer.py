@@ -15,7 +15,7 @@ from flax import nnx
 from jax import Array
 
 from minimind_jax.model import moe, rope
-from minimind_jax.model.attention import attention
+from minimind_jax.model.attention import SAVED_NAMES, attention
 from minimind_jax.model.config import ComputeConfig, ModelConfig
 from minimind_jax.model.kv_cache import KVCache
 
@@ -46,6 +46,13 @@ def compute_dtype(compute: ComputeConfig) -> jnp.dtype:
     if compute.dtype == "auto":
         return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
     return jnp.dtype(compute.dtype)
+
+
+def scan_unroll(compute: ComputeConfig, layers: int) -> int:
+    """Layers unrolled per step of the scan."""
+    if compute.scan_unroll is None:
+        return layers if jax.default_backend() == "cpu" and layers <= 16 else 1
+    return compute.scan_unroll or layers
 
 
 def count_parameters(params: Params) -> int:
@@ -169,11 +176,9 @@ class MoE(nnx.Module):
         is_token_M = None if segment_ids_BT is None else (segment_ids_BT > 0).reshape(-1).astype(jnp.float32)
         # The choice of experts is a step function of these logits: float32 keeps it the same in every compute dtype.
         routing = moe.route(self.config, self.router(x_MD.astype(jnp.float32)), is_token_M)
-        kernels = [
-            linear.kernel[...].astype(x_MD.dtype)
-            for linear in (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj)
-        ]
-        return moe.experts_reference(x_MD, routing, *kernels).reshape(x_BTD.shape), routing.loss
+        experts = (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj)
+        kernels = tuple(linear.kernel[...].astype(x_MD.dtype) for linear in experts)
+        return moe.apply_experts(x_MD, routing, kernels).reshape(x_BTD.shape), routing.loss
 
 
 class Block(nnx.Module):
@@ -227,7 +232,7 @@ class LanguageModel:
     """
 
     config: ModelConfig
-    compute: ComputeConfig = ComputeConfig()
+    compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
 
     def init(self, key: Array) -> Params:
         """Fresh parameters: N(0, initializer_range) for embeddings and kernels, 1 for norms."""
@@ -341,12 +346,18 @@ class LanguageModel:
             return (x_BTD, cache), router_loss
 
         remat, L = self.compute.remat, self.config.num_hidden_layers
-        if remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-            run = jax.checkpoint(run, policy=policy)
+        if remat == "full":
+            run = jax.checkpoint(run)
+        elif remat == "dots":
+            policies = jax.checkpoint_policies
+            keep = policies.save_from_both_policies(
+                policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(*SAVED_NAMES)
+            )
+            run = jax.checkpoint(run, policy=keep)
         scanned = (layers, jnp.arange(L), keys_L)
         with jax.named_scope("layers"):
-            (x_BTD, cache), losses_L = jax.lax.scan(run, (x_BTD, cache), scanned, unroll=self.compute.scan_unroll or L)
+            unroll = scan_unroll(self.compute, L)
+            (x_BTD, cache), losses_L = jax.lax.scan(run, (x_BTD, cache), scanned, unroll=unroll)
         return x_BTD, cache, jnp.sum(losses_L)
 
     def _loose_layers(self, layers: tuple[Params, ...], x_BTD, context: _Context, cache: KVCache | None, keys_L):

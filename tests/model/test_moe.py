@@ -1,0 +1,46 @@
+"""Routing and the ways to apply experts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minimind_jax.model import moe
+from minimind_jax.model.config import ModelConfig
+
+
+def make_config(**changes):
+    return ModelConfig(hidden_size=16, num_attention_heads=2, num_key_value_heads=1, num_experts=4, **changes)
+
+
+def make_case(tokens, k, seed=0, experts=4, width=24):
+    """Rows, router logits and kernels, float32."""
+    keys = jax.random.split(jax.random.key(seed), 5)
+    x_MD = jax.random.normal(keys[0], (tokens, 16))
+    logits_ME = 3 * jax.random.normal(keys[1], (tokens, experts))
+    kernels = tuple(
+        0.3 * jax.random.normal(key, shape)
+        for key, shape in zip(keys[2:], [(experts, 16, width), (experts, 16, width), (experts, width, 16)], strict=True)
+    )
+    return make_config(num_experts_per_tok=k), x_MD, logits_ME, kernels
+
+
+@pytest.mark.parametrize("path", ["ragged", "blocked"])
+@pytest.mark.parametrize(("tokens", "k", "spread"), [(101, 1, 1), (101, 2, 1), (3, 1, 1), (96, 1, 0), (700, 2, 0.3)])
+def test_fast_paths_equal_the_reference_in_value_and_gradient(path, tokens, k, spread):
+    config, x_MD, logits_ME, kernels = make_case(tokens, k)
+    # spread 0 sends every token to the same expert and leaves the others empty
+    logits_ME = logits_ME * spread + jnp.array([0, 0, 1, 0.5])
+
+    @jax.jit
+    def both(x_MD, logits_ME, kernels):
+        def total(path, x_MD, logits_ME, kernels):
+            out_MD = moe.apply_experts(x_MD, moe.route(config, logits_ME, None), kernels, path)
+            return jnp.sum(jnp.sin(out_MD) * jnp.arange(16)), out_MD
+
+        gradient = jax.value_and_grad(total, argnums=(1, 2, 3), has_aux=True)
+        return gradient("reference", x_MD, logits_ME, kernels), gradient(path, x_MD, logits_ME, kernels)
+
+    expected, actual = both(x_MD, logits_ME, kernels)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max()) + 1e-9, rtol=1e-5)
