@@ -1,0 +1,205 @@
+"""The whole network: parameters, packing, router, dropout, and that settings of computing change no result."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minimind_jax.model.config import PRESETS, ComputeConfig, ModelConfig
+from minimind_jax.model.transformer import LanguageModel, count_parameters
+
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.1,
+}
+MOE = {"num_experts": 4, "num_experts_per_tok": 1, "router_aux_loss_coef": 0.01}
+FLOAT32 = ComputeConfig(dtype="float32")
+
+
+@functools.cache
+def make(moe=False, **changes):
+    """A tiny model and its parameters."""
+    model = LanguageModel(ModelConfig(**{**SIZES, **(MOE if moe else {}), **changes}), FLOAT32)
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):  # quicker than compiling `init`
+        mean = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.asarray(mean + 0.1 * rng.standard_normal(leaf.shape), jnp.float32)
+
+    return model, jax.tree_util.tree_map_with_path(draw, model.abstract_params())
+
+
+def tokens_of(shape, seed=1):
+    return jax.random.randint(jax.random.key(seed), shape, 0, SIZES["vocab_size"])
+
+
+def packed_row():
+    """Documents of 9, 6 and 12 tokens and 5 of padding in one row: tokens, positions, segment ids, document bounds."""
+    bounds = [(0, 9), (9, 15), (15, 27)]
+    positions, segments = np.zeros((1, 32), np.int32), np.zeros((1, 32), np.int32)
+    for number, (start, stop) in enumerate(bounds, start=1):
+        positions[0, start:stop], segments[0, start:stop] = np.arange(stop - start), number
+    return tokens_of((1, 32)), jnp.asarray(positions), jnp.asarray(segments), bounds
+
+
+@pytest.mark.parametrize(
+    ("preset", "count"),
+    [
+        ("minimind-3", 63_912_192),
+        ("minimind-3-moe", 198_416_640),
+        ("minimind2-small", 25_829_888 + 8 * 2 * 64),
+        ("minimind2", 104_030_976 + 16 * 2 * 96),
+        ("qwen3-0.6b", 596_049_920),
+    ],
+)
+def test_presets_have_exactly_their_parameters(preset, count):
+    """Of MiniMind2 its own count, which lacks the query and key norms, plus these."""
+    assert count_parameters(LanguageModel(ModelConfig(**PRESETS[preset])).abstract_params()) == count
+
+
+def test_initial_values():
+    model, _ = make(moe=True)
+    params = jax.jit(model.init)(jax.random.key(0))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        assert leaf.dtype == jnp.float32
+        if path[-1].key == "scale":
+            assert jnp.all(leaf == 1)
+        else:
+            assert float(jnp.std(leaf)) == pytest.approx(0.1, rel=4 / np.sqrt(leaf.size))
+            assert abs(float(jnp.mean(leaf))) < 0.5 / np.sqrt(leaf.size)
+    kernel_LDH = params["layers"]["attention"]["q_proj"]["kernel"]
+    assert not jnp.allclose(kernel_LDH[0], kernel_LDH[1])
+
+
+@pytest.mark.parametrize("changes", [{}, {"moe": True, "tie_word_embeddings": False}])
+def test_logical_axes_name_every_axis(changes):
+    model, params = make(**changes)
+    axes = model.logical_axes()
+    names = jax.tree.map(lambda leaf, names: len(names) == leaf.ndim, params, axes)
+    assert all(jax.tree.leaves(names))
+    assert axes["layers"]["attention"]["q_proj"]["kernel"] == ("layers", "embed", "heads")
+    assert axes["embed"]["embedding"] == ("vocab", "embed")
+    if changes:
+        assert axes["layers"]["mlp"]["experts"]["down_proj"]["kernel"] == ("layers", "experts", "mlp", "embed")
+        assert axes["lm_head"]["kernel"] == ("embed", "vocab")
+    else:
+        assert "lm_head" not in axes
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_packed_rows_equal_their_documents_alone(moe):
+    model, params = make(moe=moe)
+    tokens, positions, segments, bounds = packed_row()
+    logits_BTV, _ = jax.jit(model.apply)(params, tokens, positions, segments)
+    assert jnp.all(jnp.isfinite(logits_BTV))
+    for start, stop in bounds:
+        alone_BTV, _ = jax.jit(model.apply)(params, tokens[:, start:stop])
+        np.testing.assert_allclose(logits_BTV[:, start:stop], alone_BTV, atol=1e-5)
+
+
+def test_router_loss_ignores_padding_and_matches_its_formula():
+    model, params = make(moe=True)
+    tokens, positions, segments, _ = packed_row()
+    hidden = jax.jit(model.hidden)
+    loss = hidden(params, tokens, positions, segments).router_loss
+    np.testing.assert_allclose(hidden(params, tokens.at[:, 27:].set(7), positions, segments).router_loss, loss)
+    shorter = hidden(params, tokens[:, :27], positions[:, :27], segments[:, :27]).router_loss
+    np.testing.assert_allclose(shorter, loss, rtol=1e-5)
+    # Of one layer whose router is 0 all probabilities are 1/4, so the loss is coef * E * sum(load) / E = coef.
+    zeros = jax.tree.map(jnp.zeros_like, params["layers"]["mlp"]["router"])
+    params = {**params, "layers": {**params["layers"], "mlp": {**params["layers"]["mlp"], "router": zeros}}}
+    np.testing.assert_allclose(hidden(params, tokens, positions, segments).router_loss, 2 * 0.01, rtol=1e-5)
+
+
+def test_all_padding_gives_no_nan():
+    model, params = make(moe=True)
+    empty = jnp.zeros((2, 8), jnp.int32)
+
+    def total(params):
+        output = model.hidden(params, empty, empty, empty)
+        return jnp.sum(output.hidden_BTD) * 0 + output.router_loss
+
+    loss, gradients = jax.jit(jax.value_and_grad(total))(params)
+    assert loss == 0
+    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))
+
+
+def router_gradient(**changes):
+    """Of the language-model loss alone, with the loss itself."""
+    model, params = make(moe=True, **changes)
+    tokens = tokens_of((2, 16))
+
+    def total(params):
+        log_probs_BTV = jax.nn.log_softmax(model.apply(params, tokens)[0])
+        return -jnp.mean(jnp.take_along_axis(log_probs_BTV[:, :-1], tokens[:, 1:, None], axis=-1))
+
+    loss, gradients = jax.jit(jax.value_and_grad(total))(params)
+    return float(loss), float(jnp.max(jnp.abs(gradients["layers"]["mlp"]["router"]["kernel"])))
+
+
+def test_straight_through_weight_gives_the_top_1_router_a_gradient_and_changes_no_value():
+    loss, gradient = router_gradient()
+    loss_none, gradient_none = router_gradient(router_gradient="none")
+    loss_raw, gradient_raw = router_gradient(norm_topk_prob=False)
+    assert gradient > 1e-4 and gradient_raw > 1e-4 and gradient_none == 0
+    assert loss == pytest.approx(loss_none, rel=1e-6) and abs(loss - loss_raw) > 1e-4
+
+
+def test_dropout_drops_only_with_a_key_and_keeps_the_mean():
+    model, params = make(dropout=0.3)
+    tokens = tokens_of((2, 16))
+    hidden = jax.jit(lambda key: model.hidden(params, tokens, dropout_key=key).hidden_BTD)
+    same = jax.jit(make()[0].hidden)(params, tokens).hidden_BTD
+    np.testing.assert_allclose(hidden(None), same, atol=1e-5)
+    first, again, other = (hidden(jax.random.key(seed)) for seed in (0, 0, 1))
+    assert jnp.array_equal(first, again)
+    assert float(jnp.mean(jnp.abs(first - other))) > 0.05
+    samples = jax.vmap(hidden)(jax.random.split(jax.random.key(2), 400))
+    correlation = np.corrcoef(np.ravel(jnp.mean(samples, axis=0)), np.ravel(same))[0, 1]
+    assert correlation > 0.9
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_remat_and_unrolling_change_no_gradient(moe):
+    model, params = make(moe=moe)
+    tokens = tokens_of((2, 24))
+
+    def gradients(**settings):
+        variant = LanguageModel(model.config, ComputeConfig(dtype="float32", **settings))
+
+        def total(params):
+            logits_BTV, output = variant.apply(params, tokens)
+            return jnp.mean(jnp.square(logits_BTV)) + output.router_loss
+
+        return jax.jit(jax.grad(total))(params)
+
+    expected = gradients(scan_unroll=1)
+    for settings in ({"remat": "full", "scan_unroll": 0}, {"remat": "dots"})[: 1 if moe else 2]:
+        for a, b in zip(jax.tree.leaves(gradients(**settings)), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()), err_msg=str(settings))
+
+
+def test_bfloat16_stays_near_float32():
+    model, params = make()
+    tokens = tokens_of((2, 24))
+    exact_BTV, _ = jax.jit(model.apply)(params, tokens)
+    low = LanguageModel(model.config, ComputeConfig(dtype="bfloat16"))
+    logits_BTV, output = jax.jit(low.apply)(params, tokens)
+    assert output.hidden_BTD.dtype == jnp.bfloat16 and logits_BTV.dtype == jnp.float32
+    assert float(jnp.max(jnp.abs(logits_BTV - exact_BTV)) / jnp.max(jnp.abs(exact_BTV))) < 0.05
+
+
+def test_a_model_is_hashable_and_a_static_argument():
+    model, params = make()
+    apply = jax.jit(lambda model, params, tokens: model.apply(params, tokens)[0], static_argnums=0)
+    tokens = tokens_of((1, 4))
+    assert apply(model, params, tokens).shape == (1, 4, 60)
+    assert apply(LanguageModel(ModelConfig(**SIZES), FLOAT32), params, tokens).shape == (1, 4, 60)
+    assert apply._cache_size() == 1
