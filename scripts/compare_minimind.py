@@ -13,11 +13,16 @@ runs as `minimind pretrain` and `minimind sft` do, padded, with MiniMind's setti
 - MiniMind logs through `swanlab`; a module of that name that writes JSON lines takes its place, so its losses arrive
   in full precision.
 
+MiniMind's load-balancing loss counts padding and ours does not, so with `--moe` take records that fill their rows:
+`--min_bytes 1500`.
+
 Prints one JSON line a stage: the losses of both and the largest difference. Exits with 1 if it is above `--tolerance`.
 """
 
 import argparse
+import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -68,11 +73,11 @@ def log(metrics):
 """
 
 
-def first_records(path: Path, count: int) -> list[str]:
+def first_records(path: Path, count: int, min_bytes: int) -> list[str]:
     with open(path, encoding="utf-8") as file:
-        lines = [line for line, _ in zip(file, range(count), strict=False)]
+        lines = list(itertools.islice((line for line in file if len(line.encode()) >= min_bytes), count))
     if len(lines) < count:
-        raise SystemExit(f"{path} has {len(lines)} records; {count} are needed")
+        raise SystemExit(f"{path} has {len(lines)} records of at least {min_bytes} bytes; {count} are needed")
     return lines
 
 
@@ -146,6 +151,7 @@ def main() -> int:
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--num_hidden_layers", type=int, default=4)
     parser.add_argument("--moe", action="store_true")
+    parser.add_argument("--min_bytes", type=int, default=0, help="take only records of at least this size")
     parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument("--tolerance", type=float, default=1e-4)
     args = parser.parse_args()
@@ -158,12 +164,13 @@ def main() -> int:
             work = Path(folder)
             for part in ("dataset", "model", "trainer"):
                 shutil.copytree(args.minimind / part, work / part)
-            records = first_records(path, args.steps * args.batch_size)
+            records = first_records(path, args.steps * args.batch_size, args.min_bytes)
             theirs, order = run_theirs(args, stage, work, records)
             ours = run_ours(args, stage, work, records, order)
         if len(ours) != len(theirs):
             raise SystemExit(f"{stage}: MiniMind logged {len(theirs)} steps, ours {len(ours)}")
-        difference = max(abs(a - b) for a, b in zip(theirs, ours, strict=True))
+        differences = [abs(a - b) for a, b in zip(theirs, ours, strict=True)]
+        difference = math.inf if any(map(math.isnan, differences)) else max(differences)
         worst = max(worst, difference)
         result = {"stage": stage, "moe": args.moe, "steps": len(ours), "largest_difference": difference}
         print(json.dumps({**result, "minimind": theirs, "ours": ours}), flush=True)
