@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+# Tests compile many tiny programs once each: less optimisation halves their time. Read when JAX is first imported.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
