@@ -6,13 +6,14 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 from minimind_jax.cli import COMMANDS, main
 from minimind_jax.inference.config import ChatConfig, GenerateConfig
 from minimind_jax.settings import config_names, fields_of, find_config
 from minimind_jax.stages import STAGES
 from minimind_jax.stages.demo import report_text
+
+ROOT = Path(__file__).resolve().parent.parent
 
 FILES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("configs/*.yaml"), *ROOT.glob("scripts/*.sh")]
 SETTINGS = {

@@ -5,11 +5,13 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 from minimind_jax.settings import config_folder
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def packages_of_the_project() -> list[str]:
