@@ -4,6 +4,7 @@ Each command imports what it needs when it runs, so that help and mistakes in th
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -31,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"minimind: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output, such as `head`, has left; there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("minimind: stopped", file=sys.stderr)
         return 130
@@ -116,6 +120,12 @@ def _arguments(prog: str, description: str, argv: Sequence[str], *arguments: tup
     return parser.parse_args(argv)
 
 
+def _row_length(text: str) -> int:
+    if not text.isdigit() or int(text) < 4:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of tokens; at least 4")
+    return int(text)
+
+
 def _from_hf(prog: str, argv: Sequence[str]) -> None:
     args = _arguments(
         prog,
@@ -195,7 +205,7 @@ def _inspect(prog: str, argv: Sequence[str]) -> None:
         ("--tokenizer", {"required": True, "help": "a folder with tokenizer.json"}),
         ("--kind", {"choices": ("text", "conversation"), "help": "found from the first record unless given"}),
         ("--rows", {"type": int, "default": 3, "help": "records shown (default: 3)"}),
-        ("--seq_len", {"type": int, "default": 512, "help": "tokens in a row, for the packing (default: 512)"}),
+        ("--seq_len", {"type": _row_length, "default": 512, "help": "tokens in a row, for the packing (default: 512)"}),
         ("--seed", {"type": int, "default": 42, "help": "of the template's draws and the packing (default: 42)"}),
     )
     from minimind_jax.config import DataConfig
@@ -242,7 +252,7 @@ def _perplexity(prog: str, argv: Sequence[str]) -> None:
         argv,
         ("files", {"nargs": "+", "metavar": "FILE", "help": "files, folders or globs of records"}),
         ("--model", {"required": True, "help": "a Hugging Face folder, or a run whose model/ is meant"}),
-        ("--seq_len", {"type": int, "default": 512, "help": "tokens in a row (default: 512)"}),
+        ("--seq_len", {"type": _row_length, "default": 512, "help": "tokens in a row (default: 512)"}),
         ("--kind", {"choices": ("text", "conversation"), "default": "text", "help": "of the records (default: text)"}),
         ("--max_rows", {"type": int, "default": 0, "help": "rows evaluated at most; 0 for all (the default)"}),
     )

@@ -151,19 +151,35 @@ def flatten_yaml(node: yaml.Node, loader: yaml.SafeLoader, file: str, prefix: st
     """Leaves of a YAML mapping as settings that know their file and line."""
     where = f"{file}:{node.start_mark.line + 1}"
     if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{where}: expected `key: value` lines, got {node.value!r}")
+        got = "a list" if isinstance(node, yaml.SequenceNode) else repr(node.value)
+        raise UserError(f"{where}: expected `key: value` lines, got {got}")
     settings = {}
     for key_node, value_node in node.value:
-        key = f"{prefix}{key_node.value}"
+        key = f"{prefix}{scalar_key(key_node, file)}"
         if isinstance(value_node, yaml.MappingNode) and value_node.value:
             new = flatten_yaml(value_node, loader, file, key + ".")
         else:
-            value = loader.construct_object(value_node, deep=True)
+            value = _construct(value_node, loader, file)
             new = {key: Setting(value, f"{file}:{key_node.start_mark.line + 1}")}
         for name in new.keys() & settings.keys():
             raise UserError(f"{new[name].where}: {name} is set twice, first at {settings[name].where}")
         settings |= new
     return settings
+
+
+def scalar_key(node: yaml.Node, file: str) -> str:
+    """The text of a mapping's key. Raises UserError for a key that is a list or a mapping."""
+    if not isinstance(node, yaml.ScalarNode):
+        raise UserError(f"{file}:{node.start_mark.line + 1}: a key has to be a word")
+    return node.value
+
+
+def _construct(node: yaml.Node, loader: yaml.SafeLoader, file: str) -> Any:
+    try:
+        return loader.construct_object(node, deep=True)
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        problem = " ".join(str(error).split())
+        raise UserError(f"{file}:{node.start_mark.line + 1}: not a value: {problem}") from None
 
 
 def read_arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, Setting]]:
@@ -309,7 +325,12 @@ def _as_list(value: Any, key: str) -> Any:
         return value
     if key.split(".")[-1] in TEXT_LISTS:
         return [value]
-    return yaml.load(value, _Loader) if value.startswith("[") else value.split(",")
+    if not value.startswith("["):
+        return value.split(",")
+    try:
+        return yaml.load(value, _Loader)
+    except yaml.YAMLError:
+        raise UserError(f"command line: {key}: {value!r} is not a list; write it as [a, b] or a,b") from None
 
 
 def _whole_number(value: Any) -> Any:

@@ -94,3 +94,8 @@ def test_ctrl_c_is_quiet(monkeypatch, capsys):
     monkeypatch.setitem(COMMANDS, "report", COMMANDS["report"]._replace(run=interrupted))
     assert main(["report", "x"]) == 130
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_module_is_the_command():
+    shown = subprocess.run([sys.executable, "-m", "minimind_jax", "--version"], capture_output=True, text=True)
+    assert shown.stdout.startswith("minimind ")

@@ -31,7 +31,7 @@ def read_torch(path: str | Path) -> dict[str, StoredTensor]:
             f"{path}: refused, because it holds more than tensors and plain values and could run code when loaded; "
             f"save a state dict instead ({str(error).splitlines()[0]})"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # torch raises whatever a damaged file makes its reader raise
         raise UserError(f"{path}: not a complete PyTorch file ({error})") from error
     state = content.get("model", content) if isinstance(content, Mapping) else content
     if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):

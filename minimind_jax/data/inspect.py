@@ -76,7 +76,8 @@ def inspect(
 
 def detect_kind(files: list[Path]) -> Kind:
     """`text` or `conversation`, from the first readable record. Raises UserError if it is neither."""
-    for record in iter_records(files, on_bad=lambda error: None):
+    broken: list[UserError] = []
+    for record in iter_records(files, on_bad=broken.append):
         if "conversations" in record.value:
             return "conversation"
         if "text" in record.value:
@@ -84,7 +85,7 @@ def detect_kind(files: list[Path]) -> Kind:
         raise UserError(
             f"{record.where}: expected a field `text` or `conversations`; found {', '.join(record.value) or 'none'}"
         )
-    raise UserError(f"{', '.join(map(str, files))}: no line is a JSON object")
+    raise UserError(f"{', '.join(map(str, files))}: no line is a JSON object; the first: {broken[0]}")
 
 
 def _pack(cache: TokenCache, data: DataConfig, packing: str, seed: int) -> Packed:

@@ -49,7 +49,7 @@ def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
                 raise UserError(f"{given}: no file matches; expected files ending in {', '.join(SUFFIXES)}")
             files += found
         else:
-            raise UserError(f"{given}: no such file (looked in {Path.cwd()}); check data.train and data.val")
+            raise UserError(f"{given}: no such file (looked in {Path.cwd()}); check the name")
     return files
 
 
@@ -105,6 +105,8 @@ def parse_line(raw: bytes | dict[str, Any], file: Path, line: int) -> Record:
         ) from error
     except RecursionError as error:
         raise UserError(f"{where}: JSON nested too deeply") from error
+    except ValueError as error:  # a number of more digits than Python reads
+        raise UserError(f"{where}: not readable JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f'{where}: a JSON {type(value).__name__}; expected an object, as in {{"text": ...}}')
     return Record(where, file, line, value)

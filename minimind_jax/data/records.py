@@ -130,7 +130,7 @@ def _json_list(value: Any, place: str) -> list[Any]:
 def _loads(text: str, place: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place} is not JSON: {error}") from error
 
 
@@ -148,7 +148,8 @@ def _string(value: Any, place: str) -> str:
 
 
 def _says_something(message: Message) -> bool:
-    return bool(message["content"] or message.get("reasoning_content") or message.get("tool_calls"))
+    texts = message["content"], message.get("reasoning_content") or ""
+    return bool(message.get("tool_calls")) or any(text.strip() for text in texts)
 
 
 def _found(record: Record) -> str:

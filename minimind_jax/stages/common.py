@@ -41,7 +41,10 @@ def start_run(config: PretrainConfig) -> RunFolder:
     enable_compilation_cache()
     run = RunFolder(resolve_run(config.run))
     run.check_resume(config.resume)
-    return run.create()
+    run.create()
+    if jax.process_index() == 0:
+        run.lock()
+    return run
 
 
 def enable_compilation_cache() -> None:

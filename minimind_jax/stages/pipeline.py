@@ -82,14 +82,15 @@ def load_pipeline(argv: Sequence[str]) -> list[Stage]:
 def _read_file(file: Path) -> tuple[str, dict[str, Setting], list[tuple[str, dict[str, Setting]]]]:
     """Name, shared settings, and each stage with its own settings."""
     node, loader = settings.compose_yaml(file)
-    sections = {key.value: value for key, value in node.value} if isinstance(node, yaml.MappingNode) else {}
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    sections = {settings.scalar_key(key, str(file)): value for key, value in pairs}
     for key in sections.keys() - {"name", "shared", "stages"}:
         line = sections[key].start_mark.line + 1
         raise UserError(f"{file}:{line}: unknown key {key}; a pipeline has name, shared and stages")
-    if not isinstance(sections.get("stages"), yaml.SequenceNode):
+    if not isinstance(sections.get("stages"), yaml.SequenceNode) or not sections["stages"].value:
         raise UserError(f"{file} is not a pipeline; it needs {EXAMPLE}")
     shared = settings.flatten_yaml(sections["shared"], loader, str(file)) if "shared" in sections else {}
-    name = sections["name"].value if "name" in sections else file.stem
+    name = settings.scalar_key(sections["name"], str(file)) if "name" in sections else file.stem
     return name, shared, [_read_stage(item, loader, file) for item in sections["stages"].value]
 
 
@@ -98,7 +99,7 @@ def _read_stage(item: yaml.Node, loader: yaml.SafeLoader, file: Path) -> tuple[s
     if isinstance(item, yaml.ScalarNode):
         name, body = item.value, None
     elif isinstance(item, yaml.MappingNode) and len(item.value) == 1:
-        name, body = item.value[0][0].value, item.value[0][1]
+        name, body = settings.scalar_key(item.value[0][0], str(file)), item.value[0][1]
     else:
         raise UserError(f"{where}: a stage is one key with its settings under it, as in `- pretrain: {{...}}`")
     if name not in STAGES:

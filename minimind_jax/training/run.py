@@ -19,6 +19,7 @@ from pathlib import Path
 
 import jax
 import yaml
+from filelock import FileLock, Timeout
 
 from minimind_jax.errors import UserError
 
@@ -67,6 +68,8 @@ class RunFolder:
         self.model = self.path / "model"
         self.report_file = self.path / "report.md"
         self.loss_picture = self.path / "loss.png"
+        # One lock object a folder and process: whoever has it may take it again. It is let go with the last RunFolder.
+        self._lock = FileLock(self.path / ".lock", is_singleton=True)
 
     def create(self) -> "RunFolder":
         try:
@@ -74,6 +77,18 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"cannot create the run folder {self.path}: {error.strerror or error}") from error
         return self
+
+    def lock(self) -> None:
+        """Keeps other processes from training in this folder as long as this object lives.
+
+        Raises UserError when one does already: two writers would mix their metrics and checkpoints.
+        """
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"{self.path} is being trained in by another process; wait for it, stop it, or choose another run name"
+            ) from None
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of the checkpoints that are whole on disk, ascending."""

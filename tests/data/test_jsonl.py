@@ -130,3 +130,10 @@ def test_broken_lines_can_be_skipped_and_seen(tmp_path):
     file = write(tmp_path, "a.jsonl", b'{"text": "a"}\nnope\n{"text": "b"}\n')
     assert [r.value["text"] for r in iter_records([file], errors.append)] == ["a", "b"]
     assert len(errors) == 1 and "a.jsonl:2" in str(errors[0])
+
+
+def test_a_number_of_too_many_digits_is_a_broken_line(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "a"}\n{"text": "b", "n": ' + "1" * 5000 + "}\n")
+    with pytest.raises(UserError, match=r"a\.jsonl:2: not readable JSON: .*digits"):
+        list(iter_records([file]))

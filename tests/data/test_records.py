@@ -86,6 +86,7 @@ def test_list_content_is_joined():
         (said([{"role": ["user"], "content": "q"}]), r"conversations\[0\]: unknown role \['user'\]"),
         (said([{"role": "user"}, ANSWER]), r"conversations\[0\]: missing field `content`"),
         (said([USER, {"role": "assistant"}]), r"conversations\[1\]: missing field `content`"),
+        (said([USER, {"role": "assistant", "content": " \n"}]), r"nothing to train on"),
         (said([{"role": "user", "content": 5}]), r"conversations\[0\]\.content is a number; expected a str"),
         (said([{"role": "user", "content": [{"type": "image_url"}]}]), r"content\[0\] has type 'image_url'"),
         (said([{"role": "user", "content": [{"text": 1}]}]), r"content\[0\] is a number; expected a string"),

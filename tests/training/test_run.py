@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,21 @@ def test_init_from_is_a_model_folder_or_a_run(tmp_path, monkeypatch):
     assert resolve_model_folder("base") == Path("runs/base/model")
     assert resolve_model_folder("runs/base") == Path("runs/base/model")
     assert resolve_model_folder(str(tmp_path / "runs/base/model")) == tmp_path / "runs/base/model"
+
+
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
+    run = RunFolder(tmp_path / "run").create()
+    code = "import sys; from minimind_jax.training.run import RunFolder; RunFolder(sys.argv[1]).lock(); print('locked')"
+
+    def another_process():
+        return subprocess.run([sys.executable, "-c", code, str(run.path)], capture_output=True, text=True)
+
+    run.lock()
+    run.lock()  # the process that has it may go on to a next stage in the same folder
+    assert "is being trained in by another process" in another_process().stderr
+    other = RunFolder(tmp_path / "other").create()
+    assert subprocess.run([sys.executable, "-c", code, str(other.path)], capture_output=True).returncode == 0
+    other.lock()
 
 
 def test_an_unfinished_or_absent_init_from_is_named(tmp_path, monkeypatch):
