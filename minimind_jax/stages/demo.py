@@ -5,8 +5,9 @@ the end is measured here: bits per byte, answers before and after fine-tuning, t
 that the model answers word for word, and that the exported folder computes what was trained.
 """
 
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from minimind_jax.config import SFTConfig
 from minimind_jax.convert.hf import load_hf, to_hf
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.inference.config import SamplingConfig
-from minimind_jax.inference.generate import Generator, load_generator
+from minimind_jax.inference.generate import Generator, bucket, load_generator
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.sharding import make_mesh, param_shardings
 from minimind_jax.stages import demo_corpus
@@ -85,29 +86,42 @@ def collect(folder: Path) -> dict[str, Path]:
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
-def greedy(generator: Generator, prompts: Sequence[Sequence[dict]], longest: int) -> list[str]:
-    """Greedy answers of at most `longest` tokens to conversations that end with a question."""
-    ids = [encode_prompt(generator.tokenizer, messages) for messages in prompts]
-    room = generator.room(max(map(len, ids)))
-    sampling = SamplingConfig(max_new_tokens=min(longest, room), temperature=0.0)
-    return [completion.text.strip() for completion in generator.generate(ids, sampling)]
+def prompt_ids(generator: Generator, turns: Sequence[str]) -> list[int]:
+    return encode_prompt(generator.tokenizer, demo_corpus.messages(turns))
+
+
+def greedy(generator: Generator, prompts: Sequence[Sequence[int]], longest: int) -> list[str]:
+    """Greedy answers of at most `longest` tokens."""
+    sampling = SamplingConfig(max_new_tokens=longest, temperature=0.0)
+    return [completion.text.strip() for completion in generator.generate(prompts, sampling)]
 
 
 def answers(generator: Generator, questions: Sequence[str]) -> list[str]:
-    return greedy(generator, [demo_corpus.messages([question]) for question in questions], 48)
+    return greedy(generator, [prompt_ids(generator, [question]) for question in questions], 48)
 
 
 def recall(generator: Generator, language: str) -> Recall:
     """Asks every question of a language's dialogues, with the turns before it; compares answers word for word."""
     expected = demo_corpus.questions(demo_corpus.dialogues(language))
-    lengths = {q: max(len(generator.tokenizer.encode(a)) for a in found) for q, found in expected.items()}
-    order = sorted(expected, key=lengths.get)  # answers of a batch are about as long, so that none waits for another
+    prompts = {question: prompt_ids(generator, question) for question in expected}
+    longest = {q: max(len(generator.tokenizer.encode(a)) for a in found) for q, found in expected.items()}
     exact = 0
-    for start in range(0, len(order), BATCH):
-        batch = order[start : start + BATCH]
-        made = greedy(generator, [demo_corpus.messages(q) for q in batch], max(lengths[q] for q in batch) + 1)
+    for batch in batches_of_a_size(list(expected), lambda q: len(prompts[q]), longest.get):
+        made = greedy(generator, [prompts[q] for q in batch], max(longest[q] for q in batch) + 1)
         exact += sum(answer in expected[question] for question, answer in zip(batch, made, strict=True))
-    return Recall(language.capitalize(), len(order), exact)
+    return Recall(language.capitalize(), len(expected), exact)
+
+
+def batches_of_a_size(questions: list, prompt_length: Callable, answer_length: Callable) -> Iterator[list]:
+    """Batches of prompts that are padded to the same length, with answers about as long: little work is wasted."""
+
+    def size(question):
+        return bucket(prompt_length(question), smallest=64, multiple=1024)
+
+    for _, group in itertools.groupby(sorted(questions, key=size), key=size):
+        group = sorted(group, key=answer_length)
+        for start in range(0, len(group), BATCH):
+            yield group[start : start + BATCH]
 
 
 def export_difference(run: Path, exported: Path) -> float:
@@ -115,7 +129,7 @@ def export_difference(run: Path, exported: Path) -> float:
     config, params = load_hf(exported)
     model = LanguageModel(config)
     generator = load_generator(str(exported), "float32")
-    tokens_BT = np.array([encode_prompt(generator.tokenizer, demo_corpus.messages([q]))[:8] for q in SAMPLE_QUESTIONS])
+    tokens_BT = np.array([prompt_ids(generator, [question])[:8] for question in SAMPLE_QUESTIONS])
     trained = checkpoint_params(RunFolder(run), model)
     logits = [np.asarray(jax.jit(model.apply)(tree, tokens_BT)[0]) for tree in (trained, params)]
     return float(np.abs(logits[0] - logits[1]).max())
