@@ -46,6 +46,8 @@ def initialize_distributed(
     JAX can find the others by itself (TPU VMs).
     Raises UserError when the coordinator is given and one of the other two is not.
     """
+    if jax.distributed.is_initialized():  # by an earlier stage of a pipeline
+        return
     coordinator = coordinator or environ.get("JAX_COORDINATOR_ADDRESS")
     if coordinator:
         numbers = []

@@ -145,7 +145,8 @@ class ComputeConfig:
     remat: `none` keeps activations for the backward pass, `full` recomputes each layer, `dots` keeps matrix products.
     scan_unroll: layers unrolled per step of the scan over layers, 0 for all of them; None is all on a CPU, where a
         scan copies the activations it keeps, if they are at most 16, and 1 elsewhere.
-    attention: the attention path; `auto` picks the fastest one for the device, `reference` is the plain formula.
+    attention: the attention path; `auto` works in blocks of queries below the causal diagonal, `reference` is the plain
+        formula.
     """
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -31,6 +31,8 @@ SHAPE_FIELDS = (
     *("num_key_value_heads", "head_dim", "tie_word_embeddings", "num_experts", "moe_intermediate_size"),
 )
 
+LENGTH_FIELDS = {"training.steps", "training.epochs", "training.tokens"}
+
 
 def start_run(config: PretrainConfig) -> RunFolder:
     """Joins the run's processes, turns on the compilation cache, and makes the run's folder.
@@ -41,10 +43,36 @@ def start_run(config: PretrainConfig) -> RunFolder:
     enable_compilation_cache()
     run = RunFolder(resolve_run(config.run))
     run.check_resume(config.resume)
+    check_settings(run, config)
     run.create()
     if jax.process_index() == 0:
         run.lock()
     return run
+
+
+def check_settings(run: RunFolder, config: PretrainConfig) -> None:
+    """Says which settings differ from those the run was started with.
+
+    Raises UserError when the weights that are there would not be those the settings describe: another start or kind of
+    model (of other shapes: the checkpoint itself tells), or, in a finished run that is not made longer, another
+    optimizer setting, which could have no effect.
+    """
+    if not run.checkpoint_steps() and not is_exported(run):
+        return
+    changed = run.changed_settings(config)
+    told_later = {"optimizer.name", *(f"model.{name}" for name in SHAPE_FIELDS)}
+    prefixes = ["model.", "init_from", "tokenizer", "seed"]
+    if is_exported(run) and not changed.keys() & LENGTH_FIELDS:
+        prefixes.append("optimizer.")
+    refused = [key for key in changed if key.startswith(tuple(prefixes)) and key not in told_later]
+    if refused:
+        told = "; ".join(f"{key} {changed[key]}" for key in refused)
+        raise UserError(
+            f"{run.path} was {'finished' if is_exported(run) else 'started'} with other settings ({told}); go on with "
+            "those, or choose another run name"
+        )
+    for key, change in changed.items():
+        print(f"changed since the run was started: {key} {change}")
 
 
 def enable_compilation_cache() -> None:
@@ -59,7 +87,7 @@ def enable_compilation_cache() -> None:
 
 def is_finished(run: RunFolder, config: PretrainConfig) -> bool:
     """Whether the run has written its model with these settings; says so."""
-    if config.resume == "never" or not run.has_settings(config) or not is_exported(run):
+    if config.resume == "never" or not is_exported(run) or run.changed_settings(config):
         return False
     print(f"{run.path} is finished; its model is {run.model}. Choose another run name to train again.")
     return True

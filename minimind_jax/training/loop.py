@@ -266,8 +266,10 @@ class Loop:
         for batch in self.val_batches.eval_batches(self.training.eval_rows):
             if self.stop.signal is not None:
                 return
-            sums = self.eval_step(params, shard_batch(batch, self.mesh))
-            total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
+            for part in range(self.training.accumulation_steps):  # no more rows at once than in training
+                rows = {name: array[part :: self.training.accumulation_steps] for name, array in batch.items()}
+                sums = self.eval_step(params, shard_batch(rows, self.mesh))
+                total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
         means = {name: float(top) / max(float(bottom), 1.0) for name, (top, bottom) in jax.device_get(total).items()}
         row = {"val_loss": means.get("nll", means["loss"])}
         if "bits_per_byte" in means:

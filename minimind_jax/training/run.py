@@ -118,10 +118,12 @@ class RunFolder:
         """The settings the run was last started with, or None."""
         return yaml.safe_load(self.config_file.read_text("utf-8")) if self.config_file.is_file() else None
 
-    def has_settings(self, config) -> bool:
-        """Whether the run was last started with `config`; how to resume it does not count."""
-        recorded = self.read_config()
-        return recorded is not None and {**recorded, "resume": None} == {**plain(config), "resume": None}
+    def changed_settings(self, config) -> dict[str, str]:
+        """`old -> new` of every dotted key that differs from the settings the run was last started with; how to resume
+        it and the folder's name do not count. Empty for a run that was never started."""
+        before, now = flat(self.read_config() or {}), flat(plain(config))
+        keys = (now.keys() | before.keys()) - {"resume", "run"} if before else ()
+        return {key: f"{before.get(key)} -> {now.get(key)}" for key in sorted(keys) if before.get(key) != now.get(key)}
 
     def write_environment(self, facts: dict) -> None:
         """environment.json: `environment()` and `facts`, the numbers printed at the start of the run."""
@@ -154,6 +156,14 @@ def package_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+    """{dotted key: value} of nested dictionaries."""
+    pairs = {}
+    for key, value in tree.items():
+        pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return pairs
 
 
 def plain(value):

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from minimind_jax.config import DataConfig, PretrainConfig
+from minimind_jax.config import DataConfig, ModelSettings, OptimizerConfig, PretrainConfig, TrainingConfig
 from minimind_jax.errors import UserError
+from minimind_jax.stages.common import check_settings
 from minimind_jax.training.run import RunFolder, resolve_model_folder, resolve_run
+from minimind_jax.training.tracking import append_export
 
 
 def test_a_bare_name_is_under_runs_and_a_path_is_kept(tmp_path):
@@ -60,11 +62,11 @@ def test_an_unfinished_or_absent_init_from_is_named(tmp_path, monkeypatch):
 def test_config_is_read_back_and_compared_without_resume(tmp_path):
     run = RunFolder(tmp_path / "run").create()
     config = PretrainConfig(data=DataConfig(train=("ü.jsonl", "b")), tokenizer="tok")
-    assert not run.has_settings(config)
+    assert run.changed_settings(config) == {}  # nothing to compare with
     run.write_config(config)
     assert yaml.safe_load(run.config_file.read_text("utf-8"))["data"]["train"] == ["ü.jsonl", "b"]
-    assert run.has_settings(dataclasses.replace(config, resume="must"))
-    assert not run.has_settings(dataclasses.replace(config, seed=7))
+    assert run.changed_settings(dataclasses.replace(config, resume="must")) == {}
+    assert run.changed_settings(dataclasses.replace(config, seed=7)) == {"seed": "42 -> 7"}
 
 
 def test_resume_modes(tmp_path):
@@ -94,3 +96,23 @@ def test_a_run_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot create the run folder"):
         RunFolder(tmp_path / "file" / "run").create()
+
+
+def test_a_run_goes_on_only_with_the_model_and_start_it_has(tmp_path, capsys):
+    run = RunFolder(tmp_path / "run").create()
+    config = PretrainConfig(tokenizer="tok")
+    run.write_config(config)
+    check_settings(run, dataclasses.replace(config, seed=1))  # nothing was saved yet
+    (run.checkpoints / "5").mkdir(parents=True)
+    faster = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=1e-3))
+    check_settings(run, faster)
+    assert "optimizer.learning_rate 0.0005 -> 0.001" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"started with other settings \(model.rope_theta None -> 500.0\)"):
+        check_settings(run, dataclasses.replace(config, model=ModelSettings(rope_theta=500.0)))
+    run.model.mkdir()
+    (run.model / "config.json").write_text("{}")
+    append_export(run, 5, "float32")
+    with pytest.raises(UserError, match=r"finished with other settings \(optimizer.learning_rate"):
+        check_settings(run, faster)
+    check_settings(run, dataclasses.replace(config, export_dtype="float32"))
+    check_settings(run, dataclasses.replace(config, training=TrainingConfig(steps=9)))
