@@ -8,6 +8,8 @@ from typing import Literal
 
 from minimind_jax.model.config import PRESETS, ComputeConfig, ModelConfig, RopeScaling
 
+DEFAULT_PRESET = "minimind-3"
+
 
 def _at_least(owner, minimum, *names):
     for name in names:
@@ -20,8 +22,8 @@ def _at_least(owner, minimum, *names):
 class ModelSettings:
     """A preset and what differs from it.
 
-    preset: one of minimind-3, minimind-3-moe, minimind2-small, minimind2, qwen3-0.6b; null in a field below keeps the
-        preset's value.
+    preset: one of minimind-3, minimind-3-moe, minimind2-small, minimind2, qwen3-0.6b; empty takes init_from's model, or
+        minimind-3. null in a field below keeps the preset's value.
     vocab_size: tokens the model knows; at least the tokenizer's.
     hidden_size: width of the residual stream.
     intermediate_size: width of the feed-forward layer; null derives ceil(hidden_size * pi / 64) * 64.
@@ -42,7 +44,7 @@ class ModelSettings:
     router_aux_loss_coef: weight of the load-balancing loss.
     """
 
-    preset: str = "minimind-3"
+    preset: str = ""
     vocab_size: int | None = None
     hidden_size: int | None = None
     intermediate_size: int | None = None
@@ -65,14 +67,15 @@ class ModelSettings:
     router_aux_loss_coef: float | None = None
 
     def __post_init__(self):
-        if self.preset not in PRESETS:
+        if self.preset and self.preset not in PRESETS:
             raise ValueError(f"model.preset {self.preset!r} is unknown; the presets are {', '.join(PRESETS)}")
         self.resolve()
 
     def resolve(self, **changes) -> ModelConfig:
         """The architecture: the preset, then this object's fields that are set, then `changes`."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "preset"}
-        return ModelConfig(**{**PRESETS[self.preset], **{k: v for k, v in own.items() if v is not None}, **changes})
+        own = {name: value for name, value in own.items() if value is not None}
+        return ModelConfig(**{**PRESETS[self.preset or DEFAULT_PRESET], **own, **changes})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,10 +6,11 @@ placed once, and the compiler inserts the communication (mesh axes are of type A
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from minimind_jax.errors import UserError
@@ -70,6 +71,25 @@ def _started_by_a_cluster(environ: Mapping[str, str]) -> bool:
         or any(int(count) > 1 for count in tasks)
         or "," in environ.get("TPU_WORKER_HOSTNAMES", "")
     )
+
+
+def announce(text: str) -> None:
+    """Prints, on the first process only."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def first_process_says(flag: bool) -> bool:
+    """The first process's `flag`, on all of them: for questions to a disk that changes while they are asked."""
+    return bool(multihost_utils.broadcast_one_to_all(flag)) if jax.process_count() > 1 else flag
+
+
+def run_on_first_process(work: Callable[[], object]) -> None:
+    """Does `work` on the first process; the others wait until it is done."""
+    if jax.process_index() == 0:
+        work()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("run_on_first_process")
 
 
 def make_mesh(config, devices: list[jax.Device] | None = None) -> Mesh:

@@ -19,7 +19,7 @@ from minimind_jax.inference.sampling import SamplingConfig
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.seeds import named_key, named_seed
-from minimind_jax.sharding import init_params, initialize_distributed, make_mesh, param_shardings
+from minimind_jax.sharding import announce, init_params, initialize_distributed, make_mesh, param_shardings
 from minimind_jax.training.loop import SampleFn, TrainResult
 from minimind_jax.training.report import write_report
 from minimind_jax.training.run import RunFolder, resolve_model_folder, resolve_run
@@ -72,7 +72,7 @@ def check_settings(run: RunFolder, config: PretrainConfig) -> None:
             "those, or choose another run name"
         )
     for key, change in changed.items():
-        print(f"changed since the run was started: {key} {change}")
+        announce(f"changed since the run was started: {key} {change}")
 
 
 def enable_compilation_cache() -> None:
@@ -89,7 +89,7 @@ def is_finished(run: RunFolder, config: PretrainConfig) -> bool:
     """Whether the run has written its model with these settings; says so."""
     if config.resume == "never" or not is_exported(run) or run.changed_settings(config):
         return False
-    print(f"{run.path} is finished; its model is {run.model}. Choose another run name to train again.")
+    announce(f"{run.path} is finished; its model is {run.model}. Choose another run name to train again.")
     return True
 
 
@@ -126,14 +126,18 @@ def load_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
 
 
 def _with_settings(architecture: ModelConfig, settings, folder: Path) -> ModelConfig:
-    """`architecture` with the fields that `settings` sets; those that would change a tensor's shape must agree."""
+    """`architecture` with the fields that `settings` sets; those that would change a tensor's shape must agree, and so
+    must a preset's."""
     given = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name != "preset"}
     given = {name: value for name, value in given.items() if value is not None}
+    described = settings.resolve() if settings.preset else None
     for name in SHAPE_FIELDS:
-        if name in given and given[name] != getattr(architecture, name):
+        asked, found = given.get(name, getattr(described, name, None)), getattr(architecture, name)
+        if asked is not None and asked != found:
+            key = f"model.{name}" if name in given else f"model.preset {settings.preset}: its {name}"
             raise UserError(
-                f"model.{name} is {given[name]}, but the model {folder} that init_from means has "
-                f"{getattr(architecture, name)}; leave model.{name} out, or train from scratch"
+                f"{key} is {asked}, but the model {folder} that init_from means has {found}; leave it out, or train "
+                "from scratch"
             )
     return dataclasses.replace(architecture, **given)
 

@@ -165,31 +165,38 @@ def _defaults(name: str, folder: Path, before: Sequence[Stage]) -> dict[str, str
 
 def run_pipeline(stages: Sequence[Stage]) -> None:
     """Runs what is not done, in order. A stage that is asked to stop saves its state and ends the process."""
-    from minimind_jax.training.run import plain, write_text
+    from minimind_jax.sharding import announce, first_process_says, initialize_distributed, run_on_first_process
 
+    initialize_distributed()
     renewed = ""
     for number, stage in enumerate(stages, 1):
         title = f"[{number}/{len(stages)}] {stage.name}"
-        if stage.is_finished:
-            print(f"{title}: done, in {stage.folder}")
-            _tell_changes(stage, renewed)
+        if first_process_says(stage.is_finished):
+            announce(f"{title}: done, in {stage.folder}")
+            for line in _what_changed(stage, renewed):
+                announce(line)
             continue
-        print(f"{title}: {stage.folder}")
-        STAGES[stage.name].load()(stage.config)
+        announce(f"{title}: {stage.folder}")
         if stage.name == "tokenizer":
-            write_text(stage.record, yaml.safe_dump(plain(stage.config), sort_keys=False, allow_unicode=True))
+            run_on_first_process(lambda stage=stage: _make_tokenizer(stage))
+        else:
+            STAGES[stage.name].load()(stage.config)
         renewed = renewed or stage.name
 
 
-def _tell_changes(stage: Stage, renewed: str) -> None:
+def _make_tokenizer(stage: Stage) -> None:
+    from minimind_jax.training.run import plain, write_text
+
+    STAGES[stage.name].load()(stage.config)
+    write_text(stage.record, yaml.safe_dump(plain(stage.config), sort_keys=False, allow_unicode=True))
+
+
+def _what_changed(stage: Stage, renewed: str) -> list[str]:
     """Says what is not as it was when a finished stage was made; `renewed` is a stage before it that ran just now."""
     changed = _changes(stage)
-    if changed:
-        print(f"  its settings have changed since: {'; '.join(changed)}")
-    if renewed:
-        print(f"  it was made before this {renewed}")
-    if changed or renewed:
-        print(f"  it is kept as it is; to make it anew, remove {stage.folder} or set another run")
+    lines = [f"  its settings have changed since: {'; '.join(changed)}"] if changed else []
+    lines += [f"  it was made before this {renewed}"] if renewed else []
+    return lines and [*lines, f"  it is kept as it is; to make it anew, remove {stage.folder} or set another run"]
 
 
 def _changes(stage: Stage) -> list[str]:

@@ -19,7 +19,7 @@ from minimind_jax.data.batches import Batches
 from minimind_jax.errors import UserError
 from minimind_jax.losses import LossFn
 from minimind_jax.model.transformer import LanguageModel, Params
-from minimind_jax.sharding import make_mesh, param_shardings, shard_batch
+from minimind_jax.sharding import data_process, make_mesh, param_shardings, shard_batch
 from minimind_jax.training.checkpoint import Checkpoints
 from minimind_jax.training.flops import flops_per_token, peak_flops
 from minimind_jax.training.optimizer import make_optimizer, make_schedule
@@ -175,13 +175,15 @@ class Loop:
         """From `start_step`, whose state this is, to the end."""
         self.observe(state, start_step)
         unread: tuple[int, dict, int] | None = None
+        _, row_processes = data_process(self.mesh)
         with contextlib.closing(self.train_batches.iterate(start_step, self.total_steps - start_step)) as batches:
             for step, batch in enumerate(batches, start_step + 1):
                 self.stop_if_asked(state, step - 1, unread)
                 state, metrics = self.train_step(state, shard_batch(batch, self.mesh))
                 # Step N is under way before the metrics of N - 1 are read: the device never waits for the host.
                 self.read(unread)
-                unread = (step, metrics, int(np.count_nonzero(batch["segment_ids"])))
+                # Rows of other processes are as full as ours, nearly: asking them would cost a message a step.
+                unread = (step, metrics, int(np.count_nonzero(batch["segment_ids"])) * row_processes)
                 self.checkpoints.poll()
                 is_saved = self.is_due(step, self.checkpoint.every)
                 if is_saved or self.is_watched(step):

@@ -115,11 +115,9 @@ def results(train: list[dict], val: list[dict]) -> dict[str, str]:
 def _machine(recorded: dict) -> dict[str, str]:
     if not recorded:
         return {}
-    devices = recorded["devices"]
     versions = ", ".join(f"{package} {version}" for package, version in recorded["versions"].items())
     return {
-        "devices": f"{len(devices)} x {devices[0]} ({recorded['backend']})",
-        "system": f"{recorded['platform']}, Python {recorded['python']}",
+        "system": f"{recorded['platform']}, Python {recorded['python']}, JAX on {recorded['backend']}",
         "versions": versions,
     }
 

@@ -1,5 +1,6 @@
 """The one place that decides whether a run should stop early: signals, and preemption of a cluster's machines."""
 
+import os
 import signal
 import threading
 
@@ -17,7 +18,8 @@ class Interrupted(SystemExit):
 class StopRequest:
     """Turns the first SIGTERM or SIGINT (Ctrl-C) into a request that the loop asks for; a second one ends the process.
 
-    With several processes JAX's preemption service listens for SIGTERM instead, and all processes agree on the step.
+    With several processes JAX's preemption service listens for SIGTERM instead, which Ctrl-C is turned into, and all
+    processes agree on the step.
     Use as a context manager, in the main thread; elsewhere signals keep their usual effect.
     """
 
@@ -27,8 +29,9 @@ class StopRequest:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
-        if self._is_alone and threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        if threading.current_thread() is threading.main_thread():
+            handlers = dict.fromkeys(SIGNALS, self._on_signal) if self._is_alone else {signal.SIGINT: self._pass_on}
+            self._previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def __exit__(self, *_) -> None:
@@ -45,6 +48,10 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame) -> None:
         self.signal = signal.Signals(number)
+        self._restore()
+
+    def _pass_on(self, number: int, frame) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
         self._restore()
 
     def _restore(self) -> None:
