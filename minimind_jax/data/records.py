@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+import reprlib
 from typing import Any
 
-from minimind_jax.data.jsonl import Record
+from minimind_jax.data.jsonl import Record, decode_json
 from minimind_jax.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -29,7 +30,7 @@ def parse_text(record: Record) -> str:
     if record.value.get("text") is None:
         raise UserError(f"{record.where}: missing field `text`; expected a string, {_found(record)}")
     text = _string(record.value["text"], f"{record.where}: text")
-    if not text:
+    if not text.strip():
         raise UserError(f"{record.where}: text is empty; remove the line, or pass --data.on_error skip")
     return text
 
@@ -64,9 +65,11 @@ def _message(message: Any, place: str) -> Message:
         raise UserError(f"{place} is {_kind(message)}; expected an object with role and content")
     role = message.get("role")
     if role is None:
-        raise UserError(f"{place}: missing field `role`; expected one of {', '.join(ROLES)}")
+        found = field_names(message)
+        raise UserError(f"{place}: missing field `role`; expected one of {', '.join(ROLES)}, found the fields {found}")
     if role not in ROLES:
-        raise UserError(f"{place}: unknown role {role!r}; expected one of {', '.join(ROLES)}")
+        hint = " (in lower case)" if isinstance(role, str) and role.lower() in ROLES else ""
+        raise UserError(f"{place}: unknown role {reprlib.repr(role)}; expected one of {', '.join(ROLES)}{hint}")
     result: Message = {"role": role, "content": _content(message, place)}
     if message.get("reasoning_content") is not None:
         result["reasoning_content"] = _string(message["reasoning_content"], f"{place}.reasoning_content")
@@ -82,12 +85,17 @@ def _content(message: Message, place: str) -> str:
     if content is None:
         if message["role"] == "assistant" and (message.get("tool_calls") or message.get("reasoning_content")):
             return ""
+        if "content" in message:
+            raise UserError(f"{place}.content is null; expected a string")
         raise UserError(f"{place}: missing field `content`; expected a string")
     if not isinstance(content, list):
         return _string(content, f"{place}.content")
     for index, part in enumerate(content):
-        if isinstance(part, dict) and part.get("type", "text") != "text":
-            raise UserError(f"{place}.content[{index}] has type {part['type']!r}; only text parts can be trained on")
+        kind = isinstance(part, dict) and part.get("type")
+        if kind and kind != "text":
+            raise UserError(
+                f"{place}.content[{index}] has type {reprlib.repr(kind)}; only text parts can be trained on"
+            )
         _string(part.get("text") if isinstance(part, dict) else part, f"{place}.content[{index}]")
     return "".join(part if isinstance(part, str) else part["text"] for part in content)
 
@@ -99,6 +107,7 @@ def _tools(message: Message, place: str) -> list[dict[str, Any]]:
     for index, tool in enumerate(tools):
         if not isinstance(tool, dict):
             raise UserError(f"{place}.tools[{index}] is {_kind(tool)}; expected an object (a function's JSON schema)")
+    _check_json(tools, f"{place}.tools")
     return tools
 
 
@@ -116,6 +125,7 @@ def _tool_calls(value: Any, place: str) -> list[dict[str, Any]]:
             arguments = _loads(arguments, f"{here}.arguments")
         if not isinstance(arguments, dict):
             raise UserError(f"{here}.arguments is {_kind(arguments)}; expected an object or its JSON")
+    _check_json(calls, place)
     return calls
 
 
@@ -129,9 +139,17 @@ def _json_list(value: Any, place: str) -> list[Any]:
 
 def _loads(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
+        return decode_json(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place} is not JSON: {error}") from error
+
+
+def _check_json(value: Any, place: str) -> None:
+    """Raises UserError for what the template could not write: half a surrogate pair, a date or NaN out of Parquet."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{place} cannot be written as JSON: {error}") from error
 
 
 def _string(value: Any, place: str) -> str:
@@ -152,14 +170,19 @@ def _says_something(message: Message) -> bool:
     return bool(message.get("tool_calls")) or any(text.strip() for text in texts)
 
 
+def field_names(value: dict[str, Any]) -> str:
+    """The first fields of an object, as one short line without control characters."""
+    names = [repr(name)[1:-1][:40] for name in list(value)[:8]]
+    return ", ".join(names + ["..."] * (len(value) > 8)) or "none"
+
+
 def _found(record: Record) -> str:
-    keys = ", ".join(map(str, record.value)) or "none"
     hint = ""
     if "conversations" in record.value:
         hint = " (this is a conversation: `minimind sft` takes it)"
     elif "text" in record.value:
         hint = " (this is plain text: `minimind pretrain` takes it)"
-    return f"found the fields {keys}{hint}"
+    return f"found the fields {field_names(record.value)}{hint}"
 
 
 def _kind(value: Any) -> str:
@@ -170,5 +193,6 @@ def _kind(value: Any) -> str:
         float: "a number",
         str: "a string",
         dict: "an object",
+        list: "an empty list" if value == [] else "a list",
     }
-    return names.get(type(value), "an empty list" if value == [] else "a list")
+    return names.get(type(value)) or f"of type {type(value).__name__}"  # bytes and dates, out of Parquet

@@ -66,7 +66,11 @@ class Encoder:
         dice = self.dice
         rng = dice and dice_rng(dice.seed, number, dice.epoch)
         chances = (dice.system_prompt_probability, dice.empty_think_removal) if dice else ()
-        document = encode_conversation(self.tokenizer, parse_conversation(record), rng, *chances)
+        conversation = parse_conversation(record)
+        try:
+            document = encode_conversation(self.tokenizer, conversation, rng, *chances)
+        except UserError as error:  # of the tokenizer's own template, which knows no files
+            raise UserError(f"{record.where}: {error}") from error
         if not document.trained.any():
             raise UserError(f"{record.where}: nothing to train on; expected an assistant message with content")
         return document

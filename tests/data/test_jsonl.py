@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import os
 
 import pytest
 
+from minimind_jax.data import jsonl
 from minimind_jax.data.jsonl import expand_paths, iter_records
 from minimind_jax.errors import UserError
 
@@ -43,9 +45,10 @@ def write_parquet(folder):
         write_zst,
         write_parquet,
         lambda f: write(f, "a.jsonl", b"\xef\xbb\xbf" + LINES),
+        lambda f: write(f, "a.jsonl", b"".join(b"\xef\xbb\xbf" + line for line in LINES.splitlines(keepends=True))),
         lambda f: write(f, "a.jsonl", LINES.replace(b"\n", b"\r\n").rstrip()),
     ],
-    ids=["plain", "gzip", "zstd", "parquet", "byte order mark", "CRLF, no last newline"],
+    ids=["plain", "gzip", "zstd", "parquet", "byte order mark", "in every line", "CRLF, no last newline"],
 )
 def test_every_format_gives_the_same_records(tmp_path, make):
     file = make(tmp_path)
@@ -80,17 +83,45 @@ def test_a_name_with_brackets_is_a_file_before_it_is_a_glob(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', r"a\.jsonl:2: not JSON: Expecting ',' delimiter at column"),
         ("a.jsonl", b'{"text": "a"}\n\n[1, 2]\n', r"a\.jsonl:3: a JSON list; expected an object"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl:1: not UTF-8 text \(byte 10 of the line\)"),
+        ("a.jsonl", "{}".encode("utf-16"), r"a\.jsonl:1: not UTF-8 text \(byte 0 of the line\)"),
+        ("a.jsonl", "{}".encode("utf-16-le"), r"a\.jsonl:1: not JSON: .*look like UTF-16, save the file as UTF-8"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: JSON nested too deeply"),
+        ("a.jsonl", b'{"text": "a"}\n{"n": NaN}\n', r"a\.jsonl:2: not readable JSON: NaN is no JSON value"),
+        ("a.jsonl", b'{"n": -Infinity}\n', r"a\.jsonl:1: not readable JSON: -Infinity is no JSON value"),
+        ("a.jsonl", b'{"n": 1e999}\n', r"a\.jsonl:1: not readable JSON: the number 1e999 is too large"),
+        ("a.jsonl", b'{"t": [{"text": "a", "text": "b"}]}\n', r"a\.jsonl:1: .*an object has the field 'text' twice"),
         ("a.jsonl", b"", r"a\.jsonl: the file is empty"),
         ("a.jsonl", b"\n\n", r"a\.jsonl: the file is empty"),
         ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz:1: cannot be read: Not a gzipped file"),
         ("a.jsonl.gz", gzip.compress(LINES * 99)[:-20], r"a\.jsonl\.gz:\d+: cannot be read"),
     ],
-    ids=["half line", "list", "latin-1", "deep", "empty", "blank", "not gzip", "cut gzip"],
+    ids=[
+        "half line",
+        "list",
+        "latin-1",
+        "UTF-16",
+        "UTF-16 without mark",
+        "deep",
+        "NaN",
+        "infinity",
+        "large number",
+        "field twice",
+        "empty",
+        "blank",
+        "not gzip",
+        "cut gzip",
+    ],
 )
 def test_broken_files(tmp_path, name, data, message):
     with pytest.raises(UserError, match=message):
         list(iter_records([write(tmp_path, name, data)]))
+
+
+def test_a_line_without_end_does_not_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "MAX_LINE", 21)
+    file = write(tmp_path, "a.jsonl", b'{"text": "12345678"}\n{"text": "1234567890"}')
+    with pytest.raises(UserError, match=r"a\.jsonl:2: longer than 21 bytes"):
+        list(iter_records([file]))
 
 
 def test_broken_zstd_and_parquet(tmp_path):
@@ -102,11 +133,77 @@ def test_broken_zstd_and_parquet(tmp_path):
         list(iter_records([write(tmp_path, "a.parquet", b"no parquet")]))
 
 
+@pytest.mark.parametrize("cut", [1, 1000])
+def test_a_zstd_file_that_was_cut_off_is_no_shorter_file(tmp_path, cut):
+    zstandard = pytest.importorskip("zstandard")
+    lines = b"".join(b'{"text": "%0100d"}\n' % (i**7) for i in range(5000))
+    compress = zstandard.ZstdCompressor().compress
+    whole = compress(LINES) + compress(lines)
+    assert len(list(iter_records([write(tmp_path, "whole.jsonl.zst", whole)]))) == 5003
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst:\d+: cannot be read: .*middle of a compressed frame"):
+        list(iter_records([write(tmp_path, "a.jsonl.zst", whole[:-cut])], on_bad=lambda error: None))
+
+
+def test_parquet_strings_that_are_no_utf_8(tmp_path):
+    pytest.importorskip("pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
+    column = pyarrow.array([b"fine", b"\xff"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: not a readable Parquet file: 'utf-8' codec"):
+        list(iter_records([tmp_path / "a.parquet"]))
+
+
 @pytest.mark.parametrize(("module", "name"), [("zstandard", "a.jsonl.zst"), ("pyarrow", "a.parquet")])
 def test_a_missing_package_is_named_with_the_command(tmp_path, monkeypatch, module, name):
     monkeypatch.setitem(__import__("sys").modules, module, None)  # what an import of an absent package meets
     with pytest.raises(UserError, match=rf"needs {module}: pip install 'minimind-jax\[formats\]'"):
         list(iter_records([write(tmp_path, name)]))
+
+
+def test_folders_behind_links_are_searched_once_and_hidden_names_are_not(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    for name in ("data/a.jsonl", "data/._a.jsonl", "data/.ipynb_checkpoints/a.jsonl", "elsewhere/b.jsonl"):
+        write(tmp_path, name)
+    (tmp_path / "data" / "far").symlink_to(elsewhere)
+    (tmp_path / "data" / "c.jsonl").symlink_to(elsewhere / "b.jsonl")
+    (elsewhere / "round").symlink_to(tmp_path / "data")
+    found = [str(p.relative_to(tmp_path / "data")) for p in expand_paths([tmp_path / "data"])]
+    assert found == ["a.jsonl", "c.jsonl", "far/b.jsonl"]
+
+
+@pytest.mark.parametrize("given", [".", "*.jsonl"])
+def test_a_link_that_leads_nowhere_is_named(tmp_path, given):
+    write(tmp_path, "a.jsonl")
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(UserError, match=r"b\.jsonl: a link that leads nowhere"):
+        expand_paths([tmp_path / given])
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
+    write(tmp_path, "a.jsonl")
+    write(tmp_path, "deep/b.jsonl")
+    scan = os.scandir
+
+    def closed(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", closed)  # whoever runs the tests may be root, to whom nothing is closed
+    with pytest.raises(UserError, match=r"cannot be read: .*Permission denied.*deep"):
+        expand_paths([tmp_path])
+
+
+def test_names_that_the_system_refuses(tmp_path):
+    with pytest.raises(UserError, match=r"cannot be read: .*too long|no such file"):
+        expand_paths(["a" * 5000 + ".jsonl"])
+    with pytest.raises(UserError, match=r"~nobody-of-this-name/a.jsonl: (cannot be read|no such file)"):
+        expand_paths(["~nobody-of-this-name/a.jsonl"])
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match=r"a\.jsonl: neither a file nor a folder"):
+        expand_paths([tmp_path / "a.jsonl"])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Validation of records: what is accepted, and the message for each thing that is not."""
 
+import datetime
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from minimind_jax.data.records import parse_conversation, parse_text
 from minimind_jax.errors import UserError
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+NAN, NOW = float("nan"), datetime.datetime(2027, 1, 1)  # as Parquet may hold them
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
 
@@ -38,6 +40,9 @@ def test_text():
         ({"text": 3}, r"data\.jsonl:7: text is a number; expected a string"),
         ({"text": ["a"]}, r"text is a list; expected a string"),
         ({"text": ""}, r"text is empty; .*--data.on_error skip"),
+        ({"text": " \n\t\u3000"}, r"text is empty"),
+        ({"text": b"a"}, r"text is of type bytes; expected a string"),
+        ({f"\x1b[2Jfield {i}\n": i for i in range(99)}, r"found the fields \\x1b\[2Jfield 0\\n, .*, \.\.\.$"),
         ({"text": "ab\ud83d"}, r"text has half a surrogate pair \(\\ud83d\) at character 2"),
     ],
 )
@@ -69,8 +74,8 @@ def test_tools_and_calls(encode):
 
 
 def test_list_content_is_joined():
-    parts = [{"type": "text", "text": "a"}, {"text": "b"}, "c"]
-    assert parse_conversation(talk({"role": "user", "content": parts}, ANSWER)).messages[0]["content"] == "abc"
+    parts = [{"type": "text", "text": "a"}, {"text": "b"}, "c", {"type": None, "text": "d"}]
+    assert parse_conversation(talk({"role": "user", "content": parts}, ANSWER)).messages[0]["content"] == "abcd"
 
 
 @pytest.mark.parametrize(
@@ -82,9 +87,14 @@ def test_list_content_is_joined():
         (said("hi"), r"conversations is a string; expected a list"),
         (said([USER, "hi"]), r"conversations\[1\] is a string; expected an object with role and content"),
         (said([{"content": "q"}]), r"conversations\[0\]: missing field `role`; expected one of system, user"),
+        (said([{"from": "gpt", "value": "q"}]), r"conversations\[0\]: missing field `role`; .*the fields from, value$"),
         (said([{"role": "bot", "content": "q"}]), r"conversations\[0\]: unknown role 'bot'; expected one of"),
+        (said([USER, {**ANSWER, "role": "Assistant"}]), r"\[1\]: unknown role 'Assistant'; .*\(in lower case\)$"),
+        (said([{"role": "x" * 999, "content": "q"}]), r"unknown role 'x{1,30}\.\.\.x{1,30}'; expected one of"),
         (said([{"role": ["user"], "content": "q"}]), r"conversations\[0\]: unknown role \['user'\]"),
         (said([{"role": "user"}, ANSWER]), r"conversations\[0\]: missing field `content`"),
+        (said([{"role": "user", "content": None}, ANSWER]), r"conversations\[0\]\.content is null; expected a string"),
+        (said([{"role": "user", "content": [["q"]]}, ANSWER]), r"\[0\]\.content\[0\] is a list; expected a string"),
         (said([USER, {"role": "assistant"}]), r"conversations\[1\]: missing field `content`"),
         (said([USER, {"role": "assistant", "content": " \n"}]), r"nothing to train on"),
         (said([{"role": "user", "content": 5}]), r"conversations\[0\]\.content is a number; expected a str"),
@@ -102,6 +112,12 @@ def test_list_content_is_joined():
         (said([{**ANSWER, "tool_calls": [{"arguments": {}}]}]), r"tool_calls\[0\]: missing field `name`"),
         (said([{**ANSWER, "tool_calls": [{"name": "f"}]}]), r"tool_calls\[0\]\.arguments is null; expected an"),
         (said([{**ANSWER, "tool_calls": [{"name": "f", "arguments": "x"}]}]), r"\.arguments is not JSON"),
+        (said([{**ANSWER, "tool_calls": [{"name": "f", "arguments": '{"x": NaN}'}]}]), r"is not JSON: NaN is no JSON"),
+        (said([{**ANSWER, "tool_calls": '[{"name": "f", "arguments": {"x": NaN}}]'}]), r"is not JSON: NaN is no JSON"),
+        (said([{**ANSWER, "tool_calls": [{"name": "f", "arguments": {"x": NAN}}]}]), r"calls cannot be written as JSO"),
+        (said([{**ANSWER, "tool_calls": [{"name": "\ud83d", "arguments": {}}]}]), r"surrogates not allowed"),
+        (said([{"role": "system", "content": "", "tools": '[{"x": Infinity}]'}]), r"tools is not JSON: Infinity is"),
+        (said([{"role": "system", "content": "", "tools": [{"x": NOW}]}]), r"tools cannot be written as JSON: .*date"),
         (said([{**USER, "tool_calls": [{"name": "f"}]}]), r"\[0\]: tool_calls on a user message"),
     ],
 )  # fmt: skip
