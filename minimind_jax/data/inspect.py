@@ -14,6 +14,7 @@ from minimind_jax.config import DataConfig
 from minimind_jax.data.batches import plan_epoch
 from minimind_jax.data.jsonl import expand_paths, iter_records
 from minimind_jax.data.packing import PackingPlan
+from minimind_jax.data.records import field_names
 from minimind_jax.data.token_cache import TokenCache, build_cache
 from minimind_jax.data.tokenise import Kind
 from minimind_jax.data.tokenizer import Tokenizer
@@ -23,6 +24,10 @@ PACKINGS = ("concat", "best_fit", "pad")
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 SHOWN_ERRORS = 20
 TRAINED_STYLE = "bold green"
+
+# What moves the cursor, clears the screen or turns the order of the letters: C0 and C1, and the marks of direction.
+_CONTROLS = [*range(0x20), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_ESCAPES = {c: f"\\x{c:02x}" if c < 0x100 else f"\\u{c:04x}" for c in _CONTROLS if chr(c) not in "\n\t"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +88,7 @@ def detect_kind(files: list[Path]) -> Kind:
         if "text" in record.value:
             return "text"
         raise UserError(
-            f"{record.where}: expected a field `text` or `conversations`; found {', '.join(record.value) or 'none'}"
+            f"{record.where}: expected a field `text` or `conversations`; found {field_names(record.value)}"
         )
     raise UserError(f"{', '.join(map(str, files))}: no line is a JSON object; the first: {broken[0]}")
 
@@ -96,6 +101,11 @@ def _pack(cache: TokenCache, data: DataConfig, packing: str, seed: int) -> Packe
         cut = np.flatnonzero(cache.lengths > data.seq_len)
         lost += sum(not cache.is_trained(int(document), 0, data.seq_len)[1:].any() for document in cut)
     return Packed(plan, lost)
+
+
+def printable(text: str) -> str:
+    """Text of a record as a terminal may show it: control characters and marks of direction as `\\x1b`, `\\u202e`."""
+    return text.translate(_ESCAPES)
 
 
 def trained_spans(ids: np.ndarray, trained: np.ndarray) -> list[tuple[np.ndarray, bool]]:
@@ -112,7 +122,7 @@ def _print_records(console: Console, cache: TokenCache, tokenizer: Tokenizer, co
         trained[0] = False  # nothing comes before the first token that could predict it
         text = Text()
         for ids, is_trained in trained_spans(cache.ids(document, 0, shown), trained):
-            piece = tokenizer.decode(ids, skip_special_tokens=False)
+            piece = printable(tokenizer.decode(ids, skip_special_tokens=False))
             text.append(f"⟦{piece}⟧" if is_trained and not colours else piece, TRAINED_STYLE if is_trained else "dim")
         if length > shown:
             text.append(f" … and {length - shown:,} more tokens", "italic")
@@ -142,9 +152,9 @@ def _print_counts(console: Console, found: Inspection, tokenizer: Tokenizer, fil
 
 
 def _print_lengths(console: Console, lengths: np.ndarray) -> None:
-    table = _table("tokens of a record, percentiles", *(f"{p} %" for p in PERCENTILES))
+    table = _table(*(f"{p}%" for p in PERCENTILES))
     table.add_row(*(f"{int(n):,}" for n in np.percentile(lengths, PERCENTILES, method="lower")))
-    console.print(table)
+    console.print(Text("tokens of a record, percentiles", "italic"), table, sep="\n")
     powers = np.ceil(np.log2(lengths)).astype(int)
     counts = np.bincount(powers)
     for power in range(int(powers.min()), len(counts)):
@@ -154,20 +164,21 @@ def _print_lengths(console: Console, lengths: np.ndarray) -> None:
 
 def _print_packings(console: Console, found: Inspection, seq_len: int) -> None:
     noun = "conversations" if found.kind == "conversation" else "texts"
-    title = f"\npacking {len(found.lengths):,} {noun} into rows of {seq_len:,} tokens"
-    table = _table(title, "", "rows", "efficiency", "placed", "lost", "cut", "turns cut", "tokens dropped")
+    title = Text(f"\npacking {len(found.lengths):,} {noun} into rows of {seq_len:,} tokens", "italic")
+    table = _table("", "rows", "full", "placed", "lost", "cut", "turns\ncut", "tokens\ndropped")
     for name, packed in found.packings.items():
         plan = packed.plan
         placed = len(found.lengths) - packed.lost
         numbers = (placed, packed.lost, plan.cut_documents, plan.cut_turns, plan.dropped_tokens)
         table.add_row(name, f"{plan.rows:,}", f"{plan.efficiency:.2%}", *(f"{n:,}" for n in numbers))
-    console.print(table)
+    console.print(title, table, sep="\n")
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+def _table(*columns: str) -> Table:
+    """Numbers in millions fit 80 columns."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
-        table.add_column(column, justify="right", overflow="fold")
+        table.add_column(column, justify="right", min_width=5, overflow="fold")
     return table
 
 
@@ -176,6 +187,6 @@ def _print_broken(console: Console, cache: TokenCache) -> None:
     if messages:
         console.print(Text(f"{cache.info['skipped']:,} broken records", "bold red"))
     for message in messages:
-        console.print(f"  {message}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  {printable(message)}", markup=False, highlight=False, soft_wrap=True)
     if cache.info["skipped"] > len(messages):
         console.print(f"  … and {cache.info['skipped'] - len(messages):,} more")

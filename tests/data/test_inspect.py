@@ -8,7 +8,17 @@ import pytest
 from rich.console import Console
 
 from minimind_jax.config import DataConfig
-from minimind_jax.data.inspect import detect_kind, inspect, trained_spans
+from minimind_jax.data.inspect import (
+    Inspection,
+    Packed,
+    _print_lengths,
+    _print_packings,
+    detect_kind,
+    inspect,
+    printable,
+    trained_spans,
+)
+from minimind_jax.data.packing import PackingPlan
 from minimind_jax.data.tokenizer import train_bpe
 from minimind_jax.errors import UserError
 
@@ -136,3 +146,35 @@ def test_trained_spans():
         ([4], False),
         ([5], True),
     ]
+
+
+def test_what_a_record_tells_the_terminal_to_do_is_shown_and_not_done(tmp_path, tokenizer, data):
+    odd = "a\x1b[2J\x07b\tc\nd\r\x9be\u202ef 👩\u200d🚀"
+    file = write(tmp_path / "a.jsonl", [{"text": odd}, {"text": 3, odd: 4}, {odd: 1}])
+    _, text = printed([file], tokenizer, data, kind="text")
+    assert "a\\x1b[2J\\x07b" in text and "c\nd\\r\\x9be\\u202ef 👩\u200d🚀" in text.replace("\\x0d", "\\r")
+    assert not [c for c in "\x1b\x07\r\x9b\u202e" if c in text]
+    with pytest.raises(UserError) as caught:
+        detect_kind([write(tmp_path / "b.jsonl", [{odd: 1}])])
+    assert "\x1b" not in str(caught.value) and "\\x1b" in str(caught.value)
+
+
+def test_printable_leaves_ordinary_text_alone():
+    text = "tab\t, line\n, 中文, عربي, é, 👩\u200d🚀, \\x1b"
+    assert printable(text) == text
+
+
+def test_millions_fit_80_columns():
+    console = Console(file=io.StringIO(), width=80)
+    _print_lengths(console, np.array([1_234_567, 9_876_543]))
+    count = 1_400_000
+    none = np.zeros(0, np.int32)
+    plan = PackingPlan(512, np.zeros(count + 1, np.int64), none, none, none, 1_234_567, 1_234_568, 123_456_789)
+    found = Inspection("conversation", None, np.ones(count), {"best_fit": Packed(plan, 1_000_000)})
+    _print_packings(console, found, 512)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    words = text.split()
+    for number in ("1,234,567", "9,876,543", "1,400,000", "400,000", "1,000,000", "1,234,568", "123,456,789"):
+        assert number in words, f"{number} is broken across lines"
+    assert "tokens of a record, percentiles\n" in text
