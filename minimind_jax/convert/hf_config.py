@@ -5,12 +5,11 @@ theta 10000 when there are only `rope_parameters`). So both spellings of each ar
 `rope_theta` and `rope_parameters`, `num_experts` and `num_local_experts`, `torch_dtype` and `dtype`.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from minimind_jax.errors import UserError
-from minimind_jax.model.config import ModelConfig, RopeScaling
+from minimind_jax.model.config import ModelConfig, RopeScaling, yarn_attention_factor
 
 ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
@@ -44,25 +43,21 @@ _MINIMIND_DEFAULTS = {
     "rope_theta": 1e6,
 }
 # MiniMind's own yarn, which its `inference_rope_scaling` switches on.
-_MINIMIND_YARN = {
-    "rope_type": "yarn",
-    "factor": 16.0,
-    "original_max_position_embeddings": 2048,
-    "attention_factor": 1.0,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-}
+MINIMIND_YARN = RopeScaling("yarn", 16.0, 2048, attention_factor=1.0, beta_fast=32.0, beta_slow=1.0)
+# Of our own: the context of a model with linear or dynamic scaling, where it is not what readers make of the others.
+_CONTEXT_KEY = "extended_max_position_embeddings"
 
 
 def to_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """The `config.json` of a model whose tensors are stored as `dtype` (float32, bfloat16 or float16).
 
     With `linear` and `dynamic` scaling the written `max_position_embeddings` is the original context, because that is
-    where transformers looks for it; with `yarn` it is the extended one. Dropout and the router's gradient are matters
-    of training and are not written.
+    where transformers looks for it, and readers multiply it by the factor; a model with another context has it in a
+    key of its own, which they ignore. With `yarn` it is the extended one. Dropout and the router's gradient are
+    matters of training and are not written.
     """
     scaling = config.rope_scaling
-    extended_by_reader = scaling is not None and scaling.rope_type in ("linear", "dynamic")
+    extended_by_reader = _is_extended_by_reader(scaling)
     rope = {"rope_type": "default"} if scaling is None else _rope_dict(scaling)
     model_type = "qwen3_moe" if config.is_moe else "qwen3"
     values = {
@@ -104,7 +99,17 @@ def to_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
             "router_aux_loss_coef": config.router_aux_loss_coef,
             "output_router_logits": False,
         }
+    if extended_by_reader and config.max_position_embeddings != _extended_context(scaling):
+        values[_CONTEXT_KEY] = config.max_position_embeddings
     return values
+
+
+def _is_extended_by_reader(scaling: RopeScaling | None) -> bool:
+    return scaling is not None and scaling.rope_type in ("linear", "dynamic")
+
+
+def _extended_context(scaling: RopeScaling) -> int:
+    return int(scaling.original_max_position_embeddings * scaling.factor)
 
 
 def to_generation_config(config: ModelConfig, source: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -139,10 +144,8 @@ def from_hf_config(values: Mapping[str, Any], where: str = "config.json") -> Mod
         fields |= _moe_fields(values, where)
     try:
         fields["rope_theta"], fields["rope_scaling"] = _read_rope(values, fields, where)
-        if fields["rope_scaling"] is not None and fields["rope_scaling"].rope_type in ("linear", "dynamic"):
-            fields["max_position_embeddings"] = int(
-                fields["max_position_embeddings"] * fields["rope_scaling"].factor
-            )  # see to_hf_config
+        if _is_extended_by_reader(fields["rope_scaling"]):  # see to_hf_config
+            fields["max_position_embeddings"] = values.get(_CONTEXT_KEY) or _extended_context(fields["rope_scaling"])
         return ModelConfig(**fields)
     except UserError:
         raise
@@ -211,7 +214,7 @@ def _read_rope(values: Mapping[str, Any], fields: Mapping[str, Any], where: str)
     new = dict(values.get("rope_parameters") or {})
     old = dict(values.get("rope_scaling") or {})
     if values["model_type"] == "minimind" and values.get("inference_rope_scaling"):
-        old = dict(_MINIMIND_YARN)
+        old = _rope_dict(MINIMIND_YARN)
     thetas = [t for t in (values.get("rope_theta"), old.pop("rope_theta", None), new.pop("rope_theta", None)) if t]
     if not thetas:
         thetas = [_required(fields, "rope_theta", where)]
@@ -239,26 +242,17 @@ def _read_scaling(rope: Mapping[str, Any], fields: Mapping[str, Any], where: str
     context = fields["max_position_embeddings"]
     if rope_type != "yarn":
         return RopeScaling(rope_type, factor, context)
-    attention_factor = rope.get("attention_factor")
-    if attention_factor is None:
-        attention_factor = _yarn_attention_factor(factor, rope.get("mscale"), rope.get("mscale_all_dim"))
+    attention_factor, mscales = rope.get("attention_factor"), (rope.get("mscale"), rope.get("mscale_all_dim"))
+    if attention_factor is None and all(mscales):  # as transformers does; without them RopeScaling derives it
+        attention_factor = yarn_attention_factor(factor, mscales[0]) / yarn_attention_factor(factor, mscales[1])
     return RopeScaling(
         rope_type="yarn",
         factor=factor,
         original_max_position_embeddings=rope.get("original_max_position_embeddings") or context,
-        attention_factor=float(attention_factor),
+        attention_factor=attention_factor if attention_factor is None else float(attention_factor),
         beta_fast=float(rope.get("beta_fast") or 32),
         beta_slow=float(rope.get("beta_slow") or 1),
     )
-
-
-def _yarn_attention_factor(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:
-    """The paper's 0.1 ln(factor) + 1, or DeepSeek's ratio of two of them, as transformers does when it is not given."""
-
-    def scale(multiplier):
-        return 0.1 * multiplier * math.log(factor) + 1 if factor > 1 else 1.0
-
-    return scale(mscale) / scale(mscale_all_dim) if mscale and mscale_all_dim else scale(1)
 
 
 def _required(values: Mapping[str, Any], name: str, where: str) -> Any:

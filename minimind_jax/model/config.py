@@ -13,15 +13,15 @@ class RopeScaling:
         `original_max_position_embeddings`; `yarn` interpolates low frequencies only (arXiv 2309.00071).
     factor: how many times longer the context becomes.
     original_max_position_embeddings: the context the model was trained at.
-    attention_factor: what the cos and sin tables are multiplied by (yarn). Always explicit: the paper's value is
-        0.1 ln(factor) + 1, MiniMind's is 1.
+    attention_factor: what yarn multiplies the cos and sin tables by; null derives the paper's 0.1 ln(factor) + 1.
+        MiniMind's is 1.
     beta_fast, beta_slow: rotations per context that bound yarn's ramp.
     """
 
     rope_type: Literal["linear", "dynamic", "yarn"]
     factor: float
     original_max_position_embeddings: int
-    attention_factor: float = 1.0
+    attention_factor: float | None = None
     beta_fast: float = 32.0
     beta_slow: float = 1.0
 
@@ -30,6 +30,18 @@ class RopeScaling:
             raise ValueError(f"rope_scaling.rope_type is {self.rope_type!r}; it must be linear, dynamic or yarn")
         if self.factor < 1:
             raise ValueError(f"rope_scaling.factor is {self.factor}; it must be at least 1")
+        if self.attention_factor is None:  # resolved here, so that no reader of an export has to guess it
+            derived = yarn_attention_factor(self.factor) if self.rope_type == "yarn" else 1.0
+            object.__setattr__(self, "attention_factor", derived)
+        if self.rope_type != "yarn" and self.attention_factor != 1:
+            raise ValueError(f"rope_scaling.attention_factor is for yarn; leave it out with {self.rope_type}")
+        if not self.attention_factor > 0:
+            raise ValueError(f"rope_scaling.attention_factor is {self.attention_factor}; it must be above 0")
+
+
+def yarn_attention_factor(factor: float, multiplier: float = 1.0) -> float:
+    """0.1 * multiplier * ln(factor) + 1, from 3.4 of the paper; DeepSeek added the multiplier (`mscale`)."""
+    return 0.1 * multiplier * math.log(factor) + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +98,9 @@ class ModelConfig:
         for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1")
+        for field in ("rope_theta", "rms_norm_eps"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be above 0")
         if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} does not divide by "
@@ -147,9 +162,12 @@ class ComputeConfig:
         scan copies the activations it keeps, if they are at most 16, and 1 elsewhere.
     attention: the attention path; `auto` works in blocks of queries below the causal diagonal, `reference` is the plain
         formula.
+    experts: the path of a mixture of experts; `auto` is `blocked` on CPU and `ragged` elsewhere, both sorting the
+        tokens by expert, and `reference` (every expert on every token) for few tokens.
     """
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: Literal["none", "full", "dots"] = "none"
     scan_unroll: int | None = None
     attention: Literal["auto", "reference"] = "auto"
+    experts: Literal["auto", "reference", "ragged", "blocked"] = "auto"

@@ -71,7 +71,7 @@ def test_moe_adds_both_names_of_the_expert_count():
 
 def test_yarn_is_written_in_both_forms_with_its_attention_factor():
     values = to_hf_config(ModelConfig(rope_scaling=RopeScaling("yarn", 16, 2048)), "bfloat16")
-    yarn = {**YARN, "attention_factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0}
+    yarn = {**YARN, "attention_factor": 0.1 * math.log(16) + 1, "beta_fast": 32.0, "beta_slow": 1.0}
     assert values["rope_scaling"] == {"type": "yarn", **yarn}
     assert values["rope_parameters"] == {"rope_theta": 1e6, **yarn}
     assert values["max_position_embeddings"] == 32768
@@ -83,6 +83,17 @@ def test_linear_and_dynamic_keep_the_original_context_where_transformers_looks(r
     values = to_hf_config(config, "bfloat16")
     assert values["max_position_embeddings"] == 2048
     assert values["rope_parameters"] == {"rope_theta": 1e6, "rope_type": rope_type, "factor": 4.0}
+    assert from_hf_config(values) == config
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic"])
+@pytest.mark.parametrize("context", [100, 8191, 32768])
+def test_a_context_that_is_not_the_scaled_original_comes_back(rope_type, context):
+    """Both transformers keep a top-level key they do not know without a word; 4.57 warns of one in rope_scaling."""
+    config = ModelConfig(max_position_embeddings=context, rope_scaling=RopeScaling(rope_type, 2.5, 2048))
+    values = to_hf_config(config, "bfloat16")
+    assert values["extended_max_position_embeddings"] == context and values["max_position_embeddings"] == 2048
+    assert values["rope_scaling"].keys() == {"type", "rope_type", "factor"}
     assert from_hf_config(values) == config
 
 
@@ -106,6 +117,13 @@ def test_every_form_of_rope_is_read(rope):
     assert config.rope_theta == 5e5
     # transformers' value where the file gives none
     assert config.rope_scaling == RopeScaling("yarn", 16.0, 2048, attention_factor=0.1 * math.log(16) + 1)
+
+
+def test_deepseek_s_two_multipliers_of_the_attention_factor_are_read():
+    yarn = {**YARN, "mscale": 0.7, "mscale_all_dim": 0.5}
+    values = {**to_hf_config(ModelConfig(), "bfloat16"), "rope_scaling": yarn, "rope_parameters": None}
+    expected = (0.07 * math.log(16) + 1) / (0.05 * math.log(16) + 1)
+    assert from_hf_config(values).rope_scaling.attention_factor == pytest.approx(expected)
 
 
 def test_absent_keys_mean_what_they_mean_to_transformers():
@@ -168,6 +186,7 @@ def test_first_of_several_end_tokens():
         ({"rope_scaling": {"rope_type": "yarn"}, "rope_parameters": None}, "rope scaling: factor is missing"),
         ({"rope_scaling": YARN}, "contradict"),
         ({"rope_theta": 1e4}, "contradict"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps is -1e-06; it must be above 0"),
         ({"rope_parameters": {"rope_theta": 1e6, **YARN}}, "contradict"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"rope_theta": None, "rope_parameters": None}, "rope_theta is missing"),

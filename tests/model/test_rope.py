@@ -34,10 +34,19 @@ def test_yarn_tables_are_minimind_s(fixtures_dir):
 
 def test_yarn_multiplies_the_tables_by_its_attention_factor():
     positions_BT = jnp.arange(50)[None]
-    plain = rope.rope_tables(make_config(RopeScaling("yarn", 16.0, 2048)), positions_BT)
+    plain = rope.rope_tables(make_config(RopeScaling("yarn", 16.0, 2048, attention_factor=1.0)), positions_BT)
     scaled = rope.rope_tables(make_config(RopeScaling("yarn", 16.0, 2048, attention_factor=1.25)), positions_BT)
     for a, b in zip(scaled, plain, strict=True):
         np.testing.assert_allclose(a, 1.25 * b, rtol=1e-6)
+
+
+def test_an_attention_factor_that_is_not_given_is_the_paper_s():
+    assert RopeScaling("yarn", 16.0, 2048).attention_factor == pytest.approx(0.1 * np.log(16) + 1)
+    assert RopeScaling("linear", 16.0, 2048).attention_factor == 1.0
+    with pytest.raises(ValueError, match="attention_factor is 0"):
+        RopeScaling("yarn", 16.0, 2048, attention_factor=0)
+    with pytest.raises(ValueError, match="attention_factor is for yarn"):
+        RopeScaling("linear", 16.0, 2048, attention_factor=1.2)
 
 
 def test_linear_scaling_divides_positions():
