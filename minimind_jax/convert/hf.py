@@ -168,6 +168,8 @@ def _replacing(folder: Path) -> Iterator[Path]:
     partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
     try:
         shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not folder.exists():  # a kill between the two renames below
+            old.rename(folder)
         partial.mkdir(parents=True)
         yield partial
         for file in partial.iterdir():
