@@ -166,8 +166,8 @@ class Experts(nnx.Module):
 class MoE(nnx.Module):
     """A router and E experts in place of the MLP; returns the output and the load-balancing loss."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: ModelConfig, path: moe.Path, *, rngs: nnx.Rngs):
+        self.config, self.path = config, path
         self.router = Linear(config, (config.hidden_size, config.num_experts), ("embed", None), rngs=rngs)
         self.experts = Experts(config, rngs=rngs)
 
@@ -178,7 +178,7 @@ class MoE(nnx.Module):
         routing = moe.route(self.config, self.router(x_MD.astype(jnp.float32)), is_token_M)
         experts = (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj)
         kernels = tuple(linear.kernel[...].astype(x_MD.dtype) for linear in experts)
-        return moe.apply_experts(x_MD, routing, kernels).reshape(x_BTD.shape), routing.loss
+        return moe.apply_experts(x_MD, routing, kernels, self.path).reshape(x_BTD.shape), routing.loss
 
 
 class Block(nnx.Module):
@@ -189,7 +189,7 @@ class Block(nnx.Module):
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, compute, rngs=rngs)
         self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = (MoE if config.is_moe else MLP)(config, rngs=rngs)
+        self.mlp = MoE(config, compute.experts, rngs=rngs) if config.is_moe else MLP(config, rngs=rngs)
 
     def __call__(self, x_BTD: Array, context: _Context, cache: KVCache | None, layer, dropout_key):
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)

@@ -5,7 +5,7 @@ import math
 from minimind_jax.config import PretrainConfig, TrainingConfig
 from minimind_jax.data.batches import Batches
 from minimind_jax.errors import UserError
-from minimind_jax.model.attention import choose_path
+from minimind_jax.model import attention, moe
 from minimind_jax.model.transformer import LanguageModel, compute_dtype, count_parameters
 
 
@@ -82,7 +82,10 @@ def run_facts(
         "model": f"{parameters:,} parameters ({shape.num_hidden_layers} layers of width {shape.hidden_size}, "
         f"{shape.vocab_size:,} tokens{experts})",
         "compute": f"{compute_dtype(model.compute).name}, attention path: "
-        f"{choose_path(model.compute.attention, False)}, remat {model.compute.remat}",
+        f"{attention.choose_path(model.compute.attention, False)}, "
+        + f"experts path: {moe.choose_path(model.compute.experts, config.training.batch_tokens // parts)}, "
+        * shape.is_moe
+        + f"remat {model.compute.remat}",
         "devices": f"{devices.size} x {devices[0].device_kind}{f' ({sizes})' if sizes else ''}",
         "training data": describe_data(train_batches),
         "validation data": describe_data(val_batches) if val_batches is not None else "none",

@@ -186,6 +186,19 @@ def test_remat_and_unrolling_change_no_gradient(moe):
             np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()), err_msg=str(settings))
 
 
+def test_the_experts_path_is_the_one_that_is_set():
+    model, params = make(moe=True)
+    tokens = tokens_of((2, 48))
+    programs = {}
+    for path in ("auto", "reference", "ragged", "blocked"):
+        variant = LanguageModel(model.config, ComputeConfig(dtype="float32", experts=path))
+        programs[path] = str(jax.make_jaxpr(lambda tokens, variant=variant: variant.apply(params, tokens)[0])(tokens))
+    is_cpu = jax.default_backend() == "cpu"
+    assert programs["auto"] == programs["blocked" if is_cpu else "ragged"]
+    assert ["ragged_dot" in programs[path] for path in ("reference", "ragged", "blocked")] == [False, True, False]
+    assert programs["reference"] != programs["blocked"]
+
+
 def test_bfloat16_stays_near_float32():
     model, params = make()
     tokens = tokens_of((2, 24))
