@@ -4,6 +4,7 @@ Each command imports what it needs when it runs, so that help and mistakes in th
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -126,6 +127,25 @@ def _row_length(text: str) -> int:
     return int(text)
 
 
+def _above_zero(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
+
+
+def _switch(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
+    return text == "true"
+
+
+SHARDS = ("--max_shard_bytes", {"type": _above_zero, "default": 5e9, "help": "a larger model is split (default: 5e9)"})
+
+
 def _from_hf(prog: str, argv: Sequence[str]) -> None:
     args = _arguments(
         prog,
@@ -135,7 +155,7 @@ def _from_hf(prog: str, argv: Sequence[str]) -> None:
         ("output", {"help": "the folder to write"}),
         ("--dtype", {"choices": DTYPES, "help": "of the tensors; the source's unless given"}),
         ("--tokenizer", {"help": "a folder with tokenizer.json; the source's unless given"}),
-        ("--max_shard_bytes", {"type": float, "default": 5e9, "help": "a larger model is split (default: 5e9)"}),
+        SHARDS,
     )
     from minimind_jax.convert.hf import from_hf
 
@@ -151,7 +171,7 @@ def _to_hf(prog: str, argv: Sequence[str]) -> None:
         ("source", {"help": "a run's folder or a Hugging Face folder"}),
         ("output", {"help": "the folder to write"}),
         ("--dtype", {"choices": DTYPES, "default": "bfloat16", "help": "of the tensors (default: bfloat16)"}),
-        ("--max_shard_bytes", {"type": float, "default": 5e9, "help": "a larger model is split (default: 5e9)"}),
+        SHARDS,
     )
     from minimind_jax.convert.hf import to_hf
     from minimind_jax.training.run import resolve_model_folder
@@ -169,15 +189,26 @@ def _from_torch(prog: str, argv: Sequence[str]) -> None:
         ("output", {"help": "the folder to write"}),
         ("--tokenizer", {"required": True, "help": "a folder with tokenizer.json, such as MiniMind's model/"}),
         ("--dtype", {"choices": DTYPES, "default": "float16", "help": "of the tensors (default: float16, as stored)"}),
-        ("--rope_theta", {"type": float, "help": "if it is not 1e6"}),
+        SHARDS,
+        ("--rope_theta", {"type": _above_zero, "help": "if it is not 1e6"}),
         ("--max_position_embeddings", {"type": int, "help": "if it is not 32768"}),
+        ("--rms_norm_eps", {"type": _above_zero, "help": "if it is not 1e-6"}),
         ("--num_experts_per_tok", {"type": int, "help": "if it is not 1"}),
+        ("--norm_topk_prob", {"type": _switch, "metavar": "true|false", "help": "if it is not true"}),
+        (
+            "--inference_rope_scaling",
+            {"action": "store_true", "help": "extend the context with YaRN (factor 16), as MiniMind's switch does"},
+        ),
     )
+    from minimind_jax.convert.hf_config import MINIMIND_YARN
     from minimind_jax.convert.torch_checkpoint import from_torch
 
-    unseen = ("rope_theta", "max_position_embeddings", "num_experts_per_tok")  # what the tensors' shapes do not tell
+    # What the tensors' shapes do not tell.
+    unseen = ("rope_theta", "max_position_embeddings", "rms_norm_eps", "num_experts_per_tok", "norm_topk_prob")
     overrides = {name: getattr(args, name) for name in unseen if getattr(args, name) is not None}
-    from_torch(args.source, args.output, args.tokenizer, args.dtype, overrides=overrides)
+    if args.inference_rope_scaling:
+        overrides["rope_scaling"] = MINIMIND_YARN
+    from_torch(args.source, args.output, args.tokenizer, args.dtype, args.max_shard_bytes, overrides)
     print(f"wrote {args.output}")
 
 

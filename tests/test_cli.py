@@ -79,6 +79,15 @@ def test_a_mistake_is_one_message_and_status_2(argv, text, capsys, tmp_path, mon
     assert text in printed.err and printed.err.startswith("minimind: ") and "Traceback" not in printed.err
 
 
+@pytest.mark.parametrize("command", ["from-hf", "to-hf", "from-torch"])
+@pytest.mark.parametrize("size", ["0", "-5", "5GB", "nan"])
+def test_a_size_of_shards_that_is_no_number_is_refused(command, size, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["convert", command, "in", "out", f"--max_shard_bytes={size}"])
+    assert end.value.code == 2
+    assert f"argument --max_shard_bytes: {size} is not a number above 0" in capsys.readouterr().err
+
+
 def test_a_mistake_in_the_data_ends_a_real_process_without_traceback(tmp_path):
     (tmp_path / "text.jsonl").write_text(json.dumps({"txt": "no such field"}) + "\n")
     command = [sys.executable, "-c", RUN, "tokenizer", "--data", "text.jsonl", "--output", "out"]

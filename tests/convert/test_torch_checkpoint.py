@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minimind_jax.cli import main
 from minimind_jax.convert.hf import load_hf, save_hf
 from minimind_jax.convert.hf_weights import hf_tensors
 from minimind_jax.convert.torch_checkpoint import from_torch, to_torch
@@ -50,6 +51,18 @@ def test_there_and_back_is_bit_identical(name, make_model, tokenizer, tmp_path):
     to_torch(tmp_path / "model", tmp_path / "out.pth")
     assert_same_tensors(torch.load(tmp_path / "out.pth", weights_only=True), state)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["in.pth", "model", "out.pth"]
+
+
+def test_what_shapes_do_not_tell_is_given_on_the_command_line(make_model, tokenizer, tmp_path):
+    torch.save(state_dict(*make_model("moe_k2")), tmp_path / "in.pth")
+    flags = "--rms_norm_eps 1e-5 --rope_theta 5e4 --num_experts_per_tok 2 --norm_topk_prob false --max_shard_bytes 2e4"
+    command = ["convert", "from-torch", str(tmp_path / "in.pth"), str(tmp_path / "model"), *flags.split()]
+    assert main([*command, "--tokenizer", str(tokenizer.folder), "--inference_rope_scaling"]) == 0
+    config, _ = load_hf(tmp_path / "model")
+    assert (config.rms_norm_eps, config.rope_theta) == (1e-5, 5e4)
+    assert (config.num_experts_per_tok, config.norm_topk_prob) == (2, False)
+    assert config.rope_scaling == RopeScaling("yarn", 16, 2048, attention_factor=1.0)
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
 
 
 def test_tied_head_is_stored_once(make_model, tmp_path):
