@@ -174,9 +174,9 @@ def _to_hf(prog: str, argv: Sequence[str]) -> None:
         SHARDS,
     )
     from minimind_jax.convert.hf import to_hf
-    from minimind_jax.training.run import resolve_model_folder
+    from minimind_jax.folders import resolve_model_folder
 
-    to_hf(resolve_model_folder(args.source), args.output, args.dtype, args.max_shard_bytes)
+    to_hf(resolve_model_folder(args.source, "source"), args.output, args.dtype, args.max_shard_bytes)
     print(f"wrote {args.output}")
 
 
@@ -221,9 +221,9 @@ def _to_torch(prog: str, argv: Sequence[str]) -> None:
         ("output", {"help": "the .pth file to write"}),
     )
     from minimind_jax.convert.torch_checkpoint import to_torch
-    from minimind_jax.training.run import resolve_model_folder
+    from minimind_jax.folders import resolve_model_folder
 
-    to_torch(resolve_model_folder(args.source), args.output)
+    to_torch(resolve_model_folder(args.source, "source"), args.output)
     print(f"wrote {args.output}")
 
 
@@ -260,6 +260,28 @@ def _download(prog: str, argv: Sequence[str]) -> None:
 
     for path in download(args.what, args.target, args.source):
         print(path)
+
+
+def _cache(prog: str, argv: Sequence[str]) -> None:
+    args = _arguments(
+        prog,
+        "lists the caches of tokenised data, or removes them; one that a run has open is never removed",
+        argv,
+        (
+            "--clear",
+            {
+                "nargs": "?",
+                "const": "all",
+                "choices": ("all", "stale"),
+                "help": "remove all (the default), or those whose files have changed or gone",
+            },
+        ),
+        ("--days", {"type": float, "default": 0, "help": "only those not used for so many days (default: 0)"}),
+        ("--cache_dir", {"default": "", "help": "where they are, unless $MINIMIND_CACHE or ~/.cache/minimind_jax"}),
+    )
+    from minimind_jax.data.cache_command import show_caches
+
+    show_caches(args.cache_dir, args.clear, args.days)
 
 
 def _chat(prog: str, argv: Sequence[str]) -> None:
@@ -303,8 +325,8 @@ def _report(prog: str, argv: Sequence[str]) -> None:
         argv,
         ("run_name", {"metavar": "RUN", "help": "a run's name or folder"}),
     )
+    from minimind_jax.folders import resolve_run
     from minimind_jax.training.report import write_report
-    from minimind_jax.training.run import resolve_run
 
     print(f"wrote {write_report(resolve_run(args.run_name))}")
 
@@ -317,6 +339,7 @@ COMMANDS = {
     "pipeline": Command("stages in order from one file; skips what is done, resumes what was cut off", _pipeline),
     "data inspect": Command("records as the model sees them, counts, lengths, packing", _inspect),
     "data download": Command("MiniMind's public data files", _download),
+    "data cache": Command("caches of tokenised data: list, remove", _cache),
     "chat": Command("talk with a model in the terminal", _chat),
     "generate": Command("answers to prompts, or to every record of a file", _generate),
     "evaluate perplexity": Command("how well a model predicts text or answers", _perplexity),

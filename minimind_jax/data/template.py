@@ -8,6 +8,7 @@ a token that runs across a boundary hides or invents spans.
 import dataclasses
 import datetime
 import functools
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -276,6 +277,21 @@ _PROBES: tuple[tuple[list[Message], list[Any] | None], ...] = (
     (_PROBE_TALK[1:], [{"name": "f"}]),
     (_PROBE_TALK[1:], None),
 )
+
+
+def rendering_fingerprint() -> str:
+    """Changes with what this module makes of a conversation: texts, trained pieces, turns, system prompts and draws."""
+    segments = [
+        render_segments(messages, tools, keep_empty_think=keep) for messages, tools in _PROBES for keep in (True, False)
+    ]
+    segments.append(prefix_segments(CHAT_TEMPLATE, _PROBE_TALK[-3:], None, {}))
+    drawn = [apply_dice(Conversation(_PROBE_TALK[1:]), dice_rng(0, record), 0.5, 0.5) for record in range(16)]
+    made = [
+        [[dataclasses.astuple(segment) for segment in pieces] for pieces in segments],
+        [(conversation.messages[0], keeps_think) for conversation, keeps_think in drawn],
+        SYSTEM_PROMPTS,
+    ]
+    return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
 
 
 def prefix_segments(

@@ -1,8 +1,9 @@
 """Every source rendered and tokenised once, into memory-mapped files that every epoch, run and process then shares.
 
 A cache is a folder named after what it was made from: the files (path, size, time of change), the tokenizer with its
-template, and the settings that change tokens. It is written under another name, by one process at a time, and renamed
-when it is whole; so a change of any of these makes a new cache and a killed build leaves nothing that looks like one.
+template, how this version renders conversations, and the settings that change tokens. It is written under another name,
+by one process at a time, and renamed when it is whole; so a change of any of these makes a new cache and a killed build
+leaves nothing that looks like one.
 """
 
 import contextlib
@@ -15,20 +16,29 @@ import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import filelock
 import numpy as np
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from minimind_jax.config import DataConfig
+from minimind_jax.data.cache_folder import (
+    FORMAT_VERSION,
+    cache_root,
+    file_identities,
+    lock_file,
+    open_in_use,
+    rendering,
+    stored_caches,
+)
 from minimind_jax.data.jsonl import expand_paths
 from minimind_jax.data.tokenise import Chunk, Dice, Encoder, Kind, encode_all, process_count, read_chunks
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 
-FORMAT_VERSION = 1
 KEPT_MESSAGES = 100  # of skipped records; all are counted
 
 
@@ -43,6 +53,7 @@ class TokenCache:
     turn_offsets, turn_starts: document d may be cut at turn_starts[turn_offsets[d]:turn_offsets[d + 1]], counted from
         its first token.
     info: what else is known: documents, tokens, trained_tokens, skipped, skipped_messages, eos_id, pad_id, source.
+    in_use: keeps the folder from being removed as long as this object lives.
     """
 
     folder: Path
@@ -54,6 +65,7 @@ class TokenCache:
     turn_offsets: np.ndarray
     turn_starts: np.ndarray
     info: dict[str, Any]
+    in_use: BinaryIO
 
     def __len__(self) -> int:
         return len(self.records)
@@ -106,20 +118,16 @@ def build_cache(
     with _explained_disk_errors(folder):
         if (cache := _open_cache(folder)) is None:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(folder.with_suffix(".lock")):
+            with filelock.FileLock(lock_file(folder)):
                 if (cache := _open_cache(folder)) is None:  # another process may have made it meanwhile
                     cache = _build(folder, files, encoder, tokenizer, source, data.tokenizer_workers, progress)
+                    if progress:
+                        _report_stale(cache, data)
     if cache.info["skipped"] and data.on_error == "stop":  # made with `skip`, where this error was the first
         raise UserError(cache.info["skipped_messages"][0])
     if cache.info["skipped"] and report_skipped:
         _report_skipped(cache)
     return cache
-
-
-def cache_root(data: DataConfig) -> Path:
-    """Folder that holds the caches."""
-    given = data.cache_dir or os.environ.get("MINIMIND_CACHE")
-    return (Path(given).expanduser() if given else Path.home() / ".cache" / "minimind_jax") / "tokens"
 
 
 # What a cache depends on
@@ -137,15 +145,11 @@ def _source(files: list[Path], encoder: "Encoder", tokenizer: Tokenizer) -> dict
     return {
         "format": FORMAT_VERSION,
         "kind": encoder.kind,
-        "files": _identities(files),
+        "files": file_identities(files),
         "tokenizer": tokenizer.fingerprint,
+        "rendering": rendering(encoder.kind),
         "dice": encoder.dice and dataclasses.asdict(encoder.dice),
     }
-
-
-def _identities(files: list[Path]) -> list[list]:
-    stats = [(file.resolve(), file.stat()) for file in files]
-    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 
 
 # Files
@@ -167,7 +171,7 @@ def _build(folder, files, encoder, tokenizer, source, asked_workers, progress) -
             workers = process_count(asked_workers, total)
             for chunk in encode_all(encoder, read_chunks(files, advance), workers):
                 writer.add(chunk)
-        if _identities(files) != source["files"]:
+        if file_identities(files) != source["files"]:
             raise UserError("a data file changed while it was being tokenised; run again when it is complete")
         info = writer.info()
         if not info["documents"]:
@@ -247,7 +251,8 @@ class _CacheWriter:
 def _open_cache(folder: Path) -> TokenCache | None:
     """The cache in a folder, or None if there is no whole one."""
     try:
-        info = json.loads((folder / "info.json").read_text())
+        in_use = open_in_use(folder / "info.json")
+        info = json.loads(in_use.read())
         counts = {
             "tokens": (info["tokens"], np.dtype(info["token_dtype"])),
             "offsets": (info["documents"] + 1, np.dtype(np.int64)),
@@ -262,7 +267,7 @@ def _open_cache(folder: Path) -> TokenCache | None:
         return None
     if any(array is None for array in arrays.values()):
         return None
-    return TokenCache(folder, info["kind"], info=info, **{"trained": None, **arrays})
+    return TokenCache(folder, info["kind"], info=info, in_use=in_use, **{"trained": None, **arrays})
 
 
 def _map(path: Path, count: int, dtype: np.dtype) -> np.ndarray | None:
@@ -307,3 +312,18 @@ def _report_skipped(cache: TokenCache) -> None:
     Console(stderr=True).print(
         f"Skipped {skipped:,} of {skipped + len(cache):,} records, the first: {first}", highlight=False, markup=False
     )
+
+
+def _report_stale(cache: TokenCache, data: DataConfig) -> None:
+    """Says how much space earlier states of these files take, which nothing removes by itself."""
+    files = {path for path, *_ in cache.info["source"]["files"]}
+    earlier = [c for c in stored_caches(cache.folder.parent) if c.stale and files & set(c.files)]
+    if earlier:
+        noun = "cache" if len(earlier) == 1 else "caches"
+        option = f" --cache_dir {data.cache_dir}" if data.cache_dir else ""
+        Console(stderr=True, soft_wrap=True).print(
+            f"{len(earlier)} older {noun} of these files, {decimal(sum(c.size for c in earlier))}, can serve no run "
+            f"any more; `minimind data cache --clear stale{option}` frees the space",
+            highlight=False,
+            markup=False,
+        )

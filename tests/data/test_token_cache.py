@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from minimind_jax.config import DataConfig
+from minimind_jax.data import template
 from minimind_jax.data.documents import encode_conversation, encode_text
 from minimind_jax.data.jsonl import iter_records
 from minimind_jax.data.records import parse_conversation
@@ -145,6 +146,29 @@ def test_another_tokenizer_or_setting_makes_another_cache(tmp_path, tokenizer, d
     assert len(set(folders)) == len(folders)
     assert folder(epoch=4) == folders[0]  # without redraw_each_epoch one cache serves all epochs
     assert folder(seq_len=16, val_fraction=0.5, loader_workers=3, on_error="skip") == folders[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("EMPTY_THINK", "<think></think>"),
+        ("OPEN_THINK", "<think> "),
+        ("_TOOLS_TAIL", "</tools>"),
+        ("SYSTEM_PROMPTS", (*template.SYSTEM_PROMPTS[:-1], "Talk.")),
+        ("SYSTEM_PROMPTS", template.SYSTEM_PROMPTS[::-1]),
+        ("dice_rng", lambda seed, record, epoch=0: np.random.default_rng(record)),
+    ],
+)
+def test_an_edit_of_what_renders_conversations_makes_another_cache(tmp_path, tokenizer, data, monkeypatch, name, value):
+    file = write_lines(tmp_path / "a.jsonl", conversations(3))
+    words = write_lines(tmp_path / "b.jsonl", texts(3))
+    conversation, text = (
+        build_cache(kind, [path], tokenizer, data, seed=1).folder
+        for kind, path in (("conversation", file), ("text", words))
+    )
+    monkeypatch.setattr(template, name, value)
+    assert build_cache("conversation", [file], tokenizer, data, seed=1).folder != conversation
+    assert build_cache("text", [words], tokenizer, data, seed=1).folder == text
 
 
 def test_a_long_text_is_kept_whole(tmp_path, tokenizer, data):

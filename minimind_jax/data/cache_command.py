@@ -1,0 +1,62 @@
+"""`minimind data cache`: the token caches on this machine, and removing them."""
+
+import time
+from typing import Literal
+
+from rich.console import Console
+from rich.filesize import decimal
+
+from minimind_jax.config import DataConfig
+from minimind_jax.data.cache_folder import StoredCache, cache_root, is_in_use, remove_cache, stored_caches
+
+SHOWN_FILES = 3
+DAY = 24 * 60 * 60
+
+
+def show_caches(
+    cache_dir: str = "",
+    clear: Literal["stale", "all"] | None = None,
+    days: float = 0,
+    console: Console | None = None,
+) -> list[StoredCache]:
+    """Prints the caches that were not used for so many days, or removes them: all, or those that are stale.
+
+    None is removed that a process has open. Returns what is left, or was listed. Raises UserError for a cache that
+    cannot be removed.
+    """
+    console = console or Console()
+    root = cache_root(DataConfig(cache_dir=cache_dir))
+    asked = [cache for cache in stored_caches(root) if time.time() - cache.last_used >= days * DAY]
+    if clear:
+        _clear(console, [cache for cache in asked if cache.stale or clear == "all"])
+        return stored_caches(root)
+    _print(console, f"{root}: {_amount(asked)}")
+    for cache in asked:
+        _print(console, _line(cache))
+        if cache.files:
+            more = f" and {len(cache.files) - SHOWN_FILES:,} more" if len(cache.files) > SHOWN_FILES else ""
+            _print(console, f"          {', '.join(cache.files[:SHOWN_FILES])}{more}")
+    return asked
+
+
+def _clear(console: Console, caches: list[StoredCache]) -> None:
+    removed, kept = [], []
+    for cache in caches:
+        (removed if remove_cache(cache) else kept).append(cache)
+    _print(console, f"removed {_amount(removed)}" + (f"; kept {_amount(kept)}, in use" if kept else ""))
+
+
+def _line(cache: StoredCache) -> str:
+    age = int((time.time() - cache.last_used) / DAY)
+    used = "used today" if age < 1 else f"used {age:,} day{'s' * (age > 1)} ago"
+    state = "in use" if is_in_use(cache) else "stale" if cache.stale else ""
+    return f"{cache.key[:8]}  {cache.kind:<12}  {decimal(cache.size):>9}  {used}  {state}".rstrip()
+
+
+def _amount(caches: list[StoredCache]) -> str:
+    noun = "cache" if len(caches) == 1 else "caches"
+    return f"{len(caches):,} {noun}, {decimal(sum(cache.size for cache in caches))}"
+
+
+def _print(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,152 @@
+"""The folder of token caches: which lie in it, which are of no more use, and removing them while runs go on.
+
+An open cache holds a shared lock on its info.json, and whoever makes one holds KEY.lock, so that nothing is removed
+that a process maps or writes. The time of change of info.json is that of the last use.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import filelock
+
+from minimind_jax.config import DataConfig
+from minimind_jax.data.template import rendering_fingerprint
+from minimind_jax.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows, which keeps a file that is mapped from being removed
+    fcntl = None
+
+FORMAT_VERSION = 1  # of the files of a cache, and of what `documents.py` puts into them
+_NAME = re.compile(r"\.?(?P<key>[0-9a-f]{32})(\.\d+\.tmp)?")  # a cache, or what is left of one that was cut off
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredCache:
+    """A cache on disk.
+
+    files: paths of the data it was made from. kind: text, conversation, unfinished (being made, or left by a killed
+        process) or damaged. size: in bytes. last_used: seconds since 1970. stale: no run can use it again.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    kind: str
+    size: int
+    last_used: float
+    stale: bool
+
+    @property
+    def key(self) -> str:
+        return _NAME.fullmatch(self.folder.name)["key"]
+
+
+def cache_root(data: DataConfig) -> Path:
+    """Folder that holds the caches."""
+    given = data.cache_dir or os.environ.get("MINIMIND_CACHE")
+    return (Path(given).expanduser() if given else Path.home() / ".cache" / "minimind_jax") / "tokens"
+
+
+def lock_file(folder: Path) -> Path:
+    """The file that whoever makes or removes this cache holds locked."""
+    return folder.with_name(f"{_NAME.fullmatch(folder.name)['key']}.lock")
+
+
+def file_identities(files: Iterable[str | Path]) -> list[list]:
+    """[path, size, time of change] of each. Raises OSError for a file that is gone."""
+    stats = [(Path(file).resolve(), os.stat(file)) for file in files]
+    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+
+
+def stored_caches(root: Path) -> list[StoredCache]:
+    """All caches of a folder, the last used first."""
+    found = []
+    for folder in root.glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another process removes or renames it
+            if folder.is_dir() and _NAME.fullmatch(folder.name):
+                found.append(_look_at(folder))
+    return sorted(found, key=lambda cache: -cache.last_used)
+
+
+def _look_at(folder: Path) -> StoredCache:
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    if folder.name.startswith("."):
+        return StoredCache(folder, (), "unfinished", size, folder.stat().st_mtime, stale=True)
+    info_file = folder / "info.json"
+    try:
+        info = json.loads(info_file.read_text(encoding="utf-8"))
+        files = tuple(path for path, *_ in info["source"]["files"])
+        return StoredCache(folder, files, info["kind"], size, info_file.stat().st_mtime, _is_stale(info["source"]))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return StoredCache(folder, (), "damaged", size, folder.stat().st_mtime, stale=True)
+
+
+def _is_stale(source: dict[str, Any]) -> bool:
+    """Whether a file is not what it was, or this version of the program would make something else of it."""
+    try:
+        same_files = file_identities(path for path, *_ in source["files"]) == source["files"]
+    except OSError:  # gone, or on a disk that is away; without its files a cache is not found either
+        same_files = False
+    return not same_files or source["format"] != FORMAT_VERSION or source.get("rendering") != rendering(source["kind"])
+
+
+def rendering(kind: str) -> str | None:
+    """What the documents of a cache depend on beyond data, tokenizer and settings."""
+    return rendering_fingerprint() if kind == "conversation" else None
+
+
+def open_in_use(path: Path) -> BinaryIO:
+    """Opens info.json, notes the time, and keeps the cache from being removed until the file is closed."""
+    file = open(path, "rb")
+    with contextlib.suppress(OSError):  # not ours to write
+        os.utime(path)
+    with contextlib.suppress(OSError):  # a file system without locks
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_SH)
+    return file
+
+
+def is_in_use(cache: StoredCache) -> bool:
+    """Whether a process has it open or is making it."""
+    try:
+        with _reserved(cache.folder):
+            return False
+    except (filelock.Timeout, BlockingIOError):
+        return True
+    except OSError:  # not ours to write, so not ours to lock
+        return False
+
+
+def remove_cache(cache: StoredCache) -> bool:
+    """Removes a cache unless it is in use; whether it is gone. Raises UserError if it cannot be removed."""
+    try:
+        with _reserved(cache.folder):
+            doomed = cache.folder.with_name(f".{cache.key}.{os.getpid()}.tmp")  # so that half of it is never opened
+            cache.folder.rename(doomed)
+            shutil.rmtree(doomed)
+    except (filelock.Timeout, BlockingIOError):
+        return False
+    except FileNotFoundError:  # somebody else has removed it meanwhile
+        return True
+    except OSError as error:
+        raise UserError(f"{cache.folder}: cannot be removed: {error}") from error
+    return True
+
+
+@contextlib.contextmanager
+def _reserved(folder: Path) -> Iterator[None]:
+    """Keeps others from opening or making this cache. Raises Timeout or BlockingIOError if one does already."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(filelock.FileLock(lock_file(folder), timeout=0))
+        if fcntl and (folder / "info.json").exists():
+            info = stack.enter_context(open(folder / "info.json", "r+b"))  # NFS locks only what is open for writing
+            fcntl.flock(info, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
