@@ -14,10 +14,10 @@ from minimind_jax.data.batches import Batches
 from minimind_jax.data.token_cache import TokenCache, build_cache
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
+from minimind_jax.folders import resolve_model_folder
 from minimind_jax.inference.generate import load_model
 from minimind_jax.losses.language_model import token_log_probs
 from minimind_jax.model.config import RopeScaling
-from minimind_jax.training.run import resolve_model_folder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,12 +14,12 @@ import numpy as np
 from minimind_jax.convert.hf import load_hf
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
+from minimind_jax.folders import resolve_model_folder
 from minimind_jax.inference.decode import Controls, decode, grow, prefill
 from minimind_jax.inference.sampling import SamplingConfig, SamplingValues, row_keys
 from minimind_jax.inference.text import AnswerText
 from minimind_jax.model.config import ComputeConfig, ModelConfig, RopeScaling
 from minimind_jax.model.transformer import LanguageModel, Params, compute_dtype, unstack_layers
-from minimind_jax.training.run import resolve_model_folder
 
 Prompt = str | Sequence[int]
 DEFAULT = SamplingConfig()

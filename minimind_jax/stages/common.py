@@ -14,6 +14,7 @@ from minimind_jax.convert.hf import load_hf, save_hf
 from minimind_jax.convert.hf_config import from_hf_config
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
+from minimind_jax.folders import resolve_model_folder, resolve_run
 from minimind_jax.inference.generate import Generator
 from minimind_jax.inference.sampling import SamplingConfig
 from minimind_jax.model.config import ModelConfig
@@ -22,7 +23,7 @@ from minimind_jax.seeds import named_key, named_seed
 from minimind_jax.sharding import announce, init_params, initialize_distributed, make_mesh, param_shardings
 from minimind_jax.training.loop import SampleFn, TrainResult
 from minimind_jax.training.report import write_report
-from minimind_jax.training.run import RunFolder, resolve_model_folder, resolve_run
+from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import append_export, is_exported
 
 # Fields of a model that decide the shapes of its tensors; a run cannot change them in a model it starts from.
@@ -99,7 +100,7 @@ def load_tokenizer(config: PretrainConfig) -> Tokenizer:
         raise UserError(
             "a run from scratch needs a tokenizer: give --tokenizer FOLDER, or --init_from a model that has one"
         )
-    return Tokenizer.load(config.tokenizer or resolve_model_folder(config.init_from))
+    return Tokenizer.load(config.tokenizer or resolve_model_folder(config.init_from, "init_from"))
 
 
 def load_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
@@ -110,7 +111,7 @@ def load_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
     """
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
     if config.init_from:
-        folder = resolve_model_folder(config.init_from)
+        folder = resolve_model_folder(config.init_from, "init_from")
         file = folder / "config.json"
         architecture = from_hf_config(json.loads(file.read_text("utf-8")), str(file))
         architecture = dataclasses.replace(architecture, **ids)
@@ -149,7 +150,7 @@ def initial_params(config: PretrainConfig, model: LanguageModel) -> Callable[[],
         return lambda: init_params(model, named_key(config.seed, "init"), mesh)
 
     def load():
-        _, params = load_hf(resolve_model_folder(config.init_from))
+        _, params = load_hf(resolve_model_folder(config.init_from, "init_from"))
         return jax.device_put(params, param_shardings(mesh, model.logical_axes(), model.abstract_params()))
 
     return load

@@ -23,6 +23,7 @@ import yaml
 
 from minimind_jax import settings
 from minimind_jax.errors import UserError
+from minimind_jax.folders import resolve_run
 from minimind_jax.settings import Setting
 from minimind_jax.stages import STAGES
 
@@ -38,8 +39,6 @@ class Stage(NamedTuple):
     @property
     def folder(self) -> Path:
         """What the stage writes: the tokenizer's folder, or the run's."""
-        from minimind_jax.training.run import resolve_run
-
         return Path(self.config.output) if self.name == "tokenizer" else resolve_run(self.config.run)
 
     @property

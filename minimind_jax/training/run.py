@@ -1,4 +1,4 @@
-"""The folder of a run, and how names on the command line become folders.
+"""The folder of a run.
 
 runs/NAME/
   config.yaml        the settings of the run, readable by --config
@@ -23,37 +23,7 @@ from filelock import FileLock, Timeout
 
 from minimind_jax.errors import UserError
 
-RUNS = Path("runs")
 PACKAGES = ("minimind-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
-
-
-def resolve_run(name: str) -> Path:
-    """The folder of the run `name`: runs/NAME for a bare name; a path (with a separator, or `.`) is kept."""
-    if not name:
-        raise UserError("run is empty; give a name (a folder under runs/) or a path")
-    is_path = os.sep in name or "/" in name or name.startswith((".", "~"))
-    return Path(name).expanduser() if is_path else RUNS / name
-
-
-def resolve_model_folder(init_from: str) -> Path:
-    """The Hugging Face folder that `init_from` means: the folder itself, or the model/ of a run (name or path).
-
-    Raises:
-        UserError: nothing is there; the message names the places looked at, and a run that has not finished.
-    """
-    folder, run = Path(init_from).expanduser(), resolve_run(init_from)
-    places = list(dict.fromkeys([folder, folder / "model", run / "model"]))
-    for place in places:
-        if (place / "config.json").is_file():
-            return place
-    for unfinished in (run, folder):
-        if (unfinished / "config.yaml").is_file():
-            raise UserError(
-                f"the run {unfinished} has no model/ yet: it has not finished; run it again to resume it, "
-                "or choose another init_from"
-            )
-    looked = ", ".join(str(place / "config.json") for place in places)
-    raise UserError(f"init_from {init_from!r} is neither a Hugging Face folder nor a run (no {looked})")
 
 
 class RunFolder:

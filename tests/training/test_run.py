@@ -1,10 +1,9 @@
-"""Names become folders, and the folder's files are whole and readable."""
+"""The files of a run's folder are whole and readable, and one process at a time writes them."""
 
 import dataclasses
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -12,27 +11,8 @@ import yaml
 from minimind_jax.config import DataConfig, ModelSettings, OptimizerConfig, PretrainConfig, TrainingConfig
 from minimind_jax.errors import UserError
 from minimind_jax.stages.common import check_settings
-from minimind_jax.training.run import RunFolder, resolve_model_folder, resolve_run
+from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import append_export
-
-
-def test_a_bare_name_is_under_runs_and_a_path_is_kept(tmp_path):
-    assert resolve_run("small") == Path("runs/small")
-    assert resolve_run(str(tmp_path / "x")) == tmp_path / "x"
-    assert resolve_run("./here") == Path("here")
-    with pytest.raises(UserError, match="run is empty"):
-        resolve_run("")
-
-
-def test_init_from_is_a_model_folder_or_a_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for folder in ("hub", "runs/base/model"):
-        Path(folder).mkdir(parents=True)
-        Path(folder, "config.json").write_text("{}")
-    assert resolve_model_folder("hub") == Path("hub")
-    assert resolve_model_folder("base") == Path("runs/base/model")
-    assert resolve_model_folder("runs/base") == Path("runs/base/model")
-    assert resolve_model_folder(str(tmp_path / "runs/base/model")) == tmp_path / "runs/base/model"
 
 
 def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
@@ -48,15 +28,6 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
     other = RunFolder(tmp_path / "other").create()
     assert subprocess.run([sys.executable, "-c", code, str(other.path)], capture_output=True).returncode == 0
     other.lock()
-
-
-def test_an_unfinished_or_absent_init_from_is_named(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    RunFolder("runs/cut").create().write_config(PretrainConfig())
-    with pytest.raises(UserError, match=r"runs/cut has no model/ yet: it has not finished"):
-        resolve_model_folder("cut")
-    with pytest.raises(UserError, match=r"'nothing' is neither .* runs/nothing/model/config.json"):
-        resolve_model_folder("nothing")
 
 
 def test_config_is_read_back_and_compared_without_resume(tmp_path):

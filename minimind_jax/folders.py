@@ -1,0 +1,39 @@
+"""How names on the command line become folders: runs, and the models in them."""
+
+import os
+from pathlib import Path
+
+from minimind_jax.errors import UserError
+
+RUNS = Path("runs")
+
+
+def resolve_run(name: str) -> Path:
+    """The folder of the run `name`: runs/NAME for a bare name; a path (with a separator, or `.`) is kept."""
+    if not name:
+        raise UserError("run is empty; give a name (a folder under runs/) or a path")
+    is_path = os.sep in name or "/" in name or name.startswith((".", "~"))
+    return Path(name).expanduser() if is_path else RUNS / name
+
+
+def resolve_model_folder(name: str, setting: str = "model") -> Path:
+    """The Hugging Face folder that `name` means: the folder itself, or the model/ of a run (name or path).
+
+    setting: what the user gave the name as, for the message.
+
+    Raises:
+        UserError: nothing is there; the message names the places looked at, and a run that has not finished.
+    """
+    folder, run = Path(name).expanduser(), resolve_run(name)
+    places = list(dict.fromkeys([folder, folder / "model", run / "model"]))
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    for unfinished in (run, folder):
+        if (unfinished / "config.yaml").is_file():
+            raise UserError(
+                f"{setting}: the run {unfinished} has no model/ yet: it has not finished; run it again to resume it, "
+                f"or write what it has so far as a model: minimind convert to-hf {name} OUTPUT --checkpoint newest"
+            )
+    looked = ", ".join(str(place / "config.json") for place in places)
+    raise UserError(f"{setting} {name!r} is neither a Hugging Face folder nor a run (no {looked})")
