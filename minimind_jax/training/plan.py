@@ -24,32 +24,38 @@ def planned_steps(training: TrainingConfig, batches: Batches) -> int:
 def data_record(batches: Batches) -> dict[str, str | int | float | bool]:
     """What decides the rows of every step; kept in checkpoints."""
     data, info = batches.data, batches.cache.info
+    # The first cache tells nothing of the draws of later epochs. Text has none.
+    chances = ("redraw_each_epoch", "system_prompt_probability", "empty_think_removal")
     return {
         "cache": batches.cache.folder.name,
         "documents": info["documents"],
         "tokens": info["tokens"],
         "trained tokens": info["trained_tokens"],
+        "tokens of an epoch": batches.plan.tokens,  # fewer or more with another data.val_fraction
         "rows of an epoch": batches.rows_per_epoch,
         "rows of a step": batches.rows_per_step,
         "seq_len": data.seq_len,
         "packing": data.packing,
         "shuffle": data.shuffle,
         "seed": batches.seed,
+        **{name: getattr(data, name) for name in chances if info["kind"] == "conversation"},
     }
 
 
 def check_same_data(before: dict, now: dict) -> str | None:
     """Compares the data record of a checkpoint with that of the run at hand; returns a warning, or None.
 
-    Files that were only moved or touched make another cache of equal size: that is worth a warning.
+    Files that were only moved or touched make another cache of equal size: that is worth a warning. What the checkpoint
+    does not say, since an earlier version of this program wrote it, is not compared.
     Raises:
         UserError: the steps of the checkpoint were made from other batches.
     """
-    changed = {key: (before.get(key), now[key]) for key in now if before.get(key) != now[key]}
+    changed = {key: (before[key], now[key]) for key in now if key in before and before[key] != now[key]}
     if set(changed) <= {"cache"}:
         return (
-            "the data files or the tokenizer are not the very files of the checkpoint (path, size or time differ). "
-            "They hold as many documents and tokens, so the run goes on; it is exact only if their content is the same"
+            "the data files or the tokenizer are not the very files of the checkpoint (path, size or time differ), or "
+            "this version renders conversations differently. They hold as many documents and tokens, so the run goes "
+            "on; it is exact only if their content is the same"
             if changed
             else None
         )
