@@ -78,7 +78,7 @@ class Conversation:
     """
 
     def __init__(self, generator: Generator, config: ChatConfig):
-        self._generator, self._sampling = generator, config.sampling
+        self._generator, self._sampling = generator, config.resolve(generator.sampling)
         self._answers = 0
         self.system, self.thinking = config.system, config.thinking
         self.messages: list[Message] = []

@@ -3,29 +3,34 @@
 import dataclasses
 from typing import Literal
 
+# What a model's generation_config.json decides where the user does not.
+FROM_MODEL = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
 
 @dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-    """How text is generated.
+class SamplingSettings:
+    """How text is generated, as a user says it; what is null is the model's (see `resolve`).
 
     max_new_tokens: at most so many are generated for a prompt.
-    temperature: the logits are divided by it; 0 always takes the likeliest token (greedy).
-    top_k: only the k likeliest tokens may be drawn; 0 for all.
+    temperature: the logits are divided by it; 0 always takes the likeliest token (greedy). null: as the model's
+        generation_config.json says (0 for do_sample false), or 0.85.
+    top_k: only the k likeliest tokens may be drawn; 0 for all. null: generation_config.json, or 0.
     top_p: only the likeliest tokens that together reach this probability, the one that crosses it included; 1 for all.
-    min_p: only tokens at least min_p times as likely as the likeliest; 0 for all.
+        null: generation_config.json, or 0.95.
+    min_p: only tokens at least min_p times as likely as the likeliest; 0 for all. null: generation_config.json, or 0.
     repetition_penalty: positive logits of tokens already in the prompt or the answer are divided by it, negative ones
-        multiplied (arXiv 1909.05858); 1 for none.
+        multiplied (arXiv 1909.05858); 1 for none. null: generation_config.json, or 1.
     stop: generation ends before the first of these strings.
     ignore_eos: go on after an end-of-text token.
     seed: of the draws. The n-th prompt of a call draws with seed + n, so a batch gives what its prompts give alone.
     """
 
     max_new_tokens: int = 512
-    temperature: float = 0.85
-    top_k: int = 0
-    top_p: float = 0.95
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     seed: int = 0
@@ -33,25 +38,37 @@ class SamplingConfig:
     def __post_init__(self):
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         for name, ok, expected in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or above"),
-            ("top_k", self.top_k >= 0, "0 (off) or above"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
-            ("min_p", 0 <= self.min_p <= 1, "between 0 (off) and 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0 (1 is off)"),
-            ("stop", all(self.stop), "strings that are not empty"),
+            ("max_new_tokens", lambda count: count >= 1, "at least 1"),
+            ("temperature", lambda value: value >= 0, "0 (greedy) or above"),
+            ("top_k", lambda count: count >= 0, "0 (off) or above"),
+            ("top_p", lambda share: 0 < share <= 1, "above 0 and at most 1 (off)"),
+            ("min_p", lambda share: 0 <= share <= 1, "between 0 (off) and 1"),
+            ("repetition_penalty", lambda value: value > 0, "above 0 (1 is off)"),
+            ("stop", all, "strings that are not empty"),
         ):
-            if not ok:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {expected}")
+            value = getattr(self, name)
+            if value is not None and not ok(value):
+                raise ValueError(f"{name} is {value!r}; it must be {expected}")
 
-    @property
-    def sampling(self) -> "SamplingConfig":
-        """Only the fields of this class, of a settings class that adds to them."""
-        return SamplingConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingConfig)})
+    def resolve(self, model: "SamplingConfig") -> "SamplingConfig":
+        """How to sample: as these settings say, and as `model`'s own say where they are null."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingConfig)}
+        return dataclasses.replace(model, **{name: value for name, value in own.items() if value is not None})
 
 
 @dataclasses.dataclass(frozen=True)
-class ChatConfig(SamplingConfig):
+class SamplingConfig(SamplingSettings):
+    """The same with a value for every field: what a generator samples with."""
+
+    temperature: float = 0.85
+    top_k: int = 0
+    top_p: float = 0.95
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatConfig(SamplingSettings):
     """A conversation with a model in the terminal.
 
     model: a Hugging Face folder, or a run whose model/ is meant.
@@ -73,7 +90,7 @@ class ChatConfig(SamplingConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateConfig(SamplingConfig):
+class GenerateConfig(SamplingSettings):
     """Answers to prompts on the command line, or to every record of a file.
 
     model: a Hugging Face folder, or a run whose model/ is meant.

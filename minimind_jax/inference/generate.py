@@ -1,9 +1,8 @@
 """Text from a model: whole answers for a batch of prompts, or one answer as a stream."""
 
 import dataclasses
-import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +15,10 @@ from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
 from minimind_jax.inference.decode import Controls, decode, grow, prefill
+from minimind_jax.inference.generation_config import read_generation_config
 from minimind_jax.inference.sampling import SamplingConfig, SamplingValues, row_keys
 from minimind_jax.inference.text import AnswerText
-from minimind_jax.model.config import ComputeConfig, ModelConfig, RopeScaling
+from minimind_jax.model.config import ComputeConfig, RopeScaling
 from minimind_jax.model.transformer import LanguageModel, Params, compute_dtype, unstack_layers
 
 Prompt = str | Sequence[int]
@@ -62,6 +62,7 @@ class Generator:
     Args:
         tokenizer: None works on token ids alone: no text in prompts, completions or stop strings.
         eos_ids: tokens that end an answer; the model's and the tokenizer's end-of-text tokens when None.
+        sampling: what the model's makers mean it to be sampled with; kept for the caller, and used by no method.
     """
 
     def __init__(
@@ -69,7 +70,8 @@ class Generator:
         model: LanguageModel,
         params: Params,
         tokenizer: Tokenizer | None = None,
-        eos_ids: Sequence[int] | None = None,
+        eos_ids: Iterable[int] | None = None,
+        sampling: SamplingConfig = DEFAULT,
     ):
         if eos_ids is None:
             eos_ids = {model.config.eos_token_id, tokenizer.eos_id if tokenizer else None} - {None}
@@ -79,7 +81,7 @@ class Generator:
                 f"the model only {model.config.vocab_size} (vocab_size); they do not belong together"
             )
         self.model, self.params, self.tokenizer = model, unstack_layers(params), tokenizer
-        self.eos_ids = tuple(sorted(eos_ids))
+        self.eos_ids, self.sampling = tuple(sorted(eos_ids)), sampling
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig = DEFAULT) -> list[Completion]:
         """An answer for each prompt, all in one batch.
@@ -254,7 +256,9 @@ def load_generator(name: str, dtype: str = "auto") -> Generator:
     folder = resolve_model_folder(name)
     model, params = load_model(folder, dtype)
     tokenizer = Tokenizer.load(folder)
-    return Generator(model, params, tokenizer, _eos_ids(folder, model.config, tokenizer))
+    defaults = read_generation_config(folder)
+    eos_ids = defaults.eos_ids | ({model.config.eos_token_id, tokenizer.eos_id} - {None})
+    return Generator(model, params, tokenizer, eos_ids, defaults.sampling)
 
 
 def load_model(
@@ -286,15 +290,3 @@ def bucket(count: int, smallest: int, multiple: int) -> int:
 
 def _round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
-
-
-def _eos_ids(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """End-of-text ids of generation_config.json, of the model and of the tokenizer."""
-    file, ids = folder / "generation_config.json", {config.eos_token_id, tokenizer.eos_id}
-    if file.is_file():
-        try:
-            listed = json.loads(file.read_text("utf-8")).get("eos_token_id")
-        except ValueError as error:
-            raise UserError(f"{file}: not JSON: {error}") from error
-        ids |= set(listed) if isinstance(listed, list) else {listed}
-    return tuple(sorted(ids - {None}))

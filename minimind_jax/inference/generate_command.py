@@ -49,7 +49,7 @@ def _print_answers(generator: Generator, config: GenerateConfig) -> None:
         for line, text in enumerate(config.prompt, 1)
     ]
     if len(requests) == 1:
-        for piece in generator.stream(requests[0].ids, config.sampling):
+        for piece in generator.stream(requests[0].ids, config.resolve(generator.sampling)):
             print(piece.text, end="", flush=True)
         print()
         return
@@ -83,10 +83,10 @@ def answer_requests(
     generator: Generator, config: GenerateConfig, requests: Iterator[Request]
 ) -> Iterator[tuple[Request, Completion]]:
     """Each request with its answer, in order. The batch size does not change the answers."""
-    done = 0
+    done, sampling = 0, config.resolve(generator.sampling)
     while batch := list(itertools.islice(requests, config.batch_size)):
-        sampling = dataclasses.replace(config.sampling, seed=config.seed + done)
-        yield from zip(batch, generator.generate([request.ids for request in batch], sampling), strict=True)
+        seeded = dataclasses.replace(sampling, seed=config.seed + done)
+        yield from zip(batch, generator.generate([request.ids for request in batch], seeded), strict=True)
         done += len(batch)
 
 

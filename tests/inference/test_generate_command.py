@@ -53,7 +53,7 @@ def test_every_record_is_kept_and_answered_in_order(config, generator, capsys):
         messages = record.get("conversations") or [{"role": "user", "content": text}]
         asked = [message for message in messages if message["role"] != "assistant"]
         ids = encode_prompt(generator.tokenizer, asked, open_thinking=False)
-        [expected] = generator.generate([ids], dataclasses.replace(config.sampling, seed=3 + index))
+        [expected] = generator.generate([ids], dataclasses.replace(config.resolve(generator.sampling), seed=3 + index))
         assert result == {**record, "completion": expected.text, "finish_reason": expected.finish_reason}
     assert "5 records written" in capsys.readouterr().out
     assert not os.path.exists(config.output + ".partial")
@@ -68,8 +68,8 @@ def test_the_batch_size_does_not_change_the_answers(config):
 
 def test_raw_text_is_continued_after_the_begin_token(config, generator, tmp_path, capsys):
     run(dataclasses.replace(config, input=(), output="", prompt="The cat", raw=True))
-    tokenizer = generator.tokenizer
-    [expected] = generator.generate([[tokenizer.bos_id, *tokenizer.encode("The cat")]], config.sampling)
+    tokenizer, sampling = generator.tokenizer, config.resolve(generator.sampling)
+    [expected] = generator.generate([[tokenizer.bos_id, *tokenizer.encode("The cat")]], sampling)
     assert capsys.readouterr().out == expected.text + "\n"
 
 
@@ -77,7 +77,7 @@ def test_several_prompts_are_printed_with_their_answers(config, generator, capsy
     run(dataclasses.replace(config, input=(), output="", prompt=("one", "two"), system="Be brief."))
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "two"}]
     ids = encode_prompt(generator.tokenizer, messages, open_thinking=False)
-    [expected] = generator.generate([ids], dataclasses.replace(config.sampling, seed=4))
+    [expected] = generator.generate([ids], dataclasses.replace(config.resolve(generator.sampling), seed=4))
     assert f"> two\n{expected.text}\n" in capsys.readouterr().out
 
 

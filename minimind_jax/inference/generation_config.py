@@ -1,0 +1,47 @@
+"""`generation_config.json` of a model's folder: how its makers sample it, and which tokens end an answer."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minimind_jax.errors import UserError
+from minimind_jax.inference.config import FROM_MODEL, SamplingConfig
+
+
+class GenerationConfig(NamedTuple):
+    """sampling: our defaults with the file's values; greedy if it says `do_sample: false`. eos_ids: the file's."""
+
+    sampling: SamplingConfig
+    eos_ids: frozenset[int]
+
+
+def read_generation_config(folder: Path) -> GenerationConfig:
+    """The folder's file, or our defaults without one. Keys that say nothing about sampling are left alone.
+
+    Raises UserError when it is no JSON object or holds a value that makes no sense.
+    """
+    file = folder / "generation_config.json"
+    values = _read(file) if file.is_file() else {}
+    given = {name: values[name] for name in FROM_MODEL if values.get(name) is not None}
+    if values.get("do_sample") is False:
+        given["temperature"] = 0.0
+    ids = values.get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    try:
+        sampling = dataclasses.replace(SamplingConfig(), **given)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file}: {error}") from error
+    if not all(isinstance(token, int) for token in ids):
+        raise UserError(f"{file}: eos_token_id is {ids!r}; expected token ids")
+    return GenerationConfig(sampling, frozenset(ids))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: expected a JSON object, found {type(values).__name__}")
+    return values
