@@ -45,6 +45,8 @@ def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def _expand(given: str | Path) -> list[Path]:
+    if not str(given):  # Path("") is the current folder
+        raise UserError("the name of a data file is empty; give a file, a folder or a glob")
     path = Path(given).expanduser()
     if path.is_dir():
         found = _files_below(path)

@@ -27,7 +27,7 @@ class Conversation:
 
 def parse_text(record: Record) -> str:
     """The text of a pretraining record {"text": str}. Raises UserError."""
-    if record.value.get("text") is None:
+    if "text" not in record.value:
         raise UserError(f"{record.where}: missing field `text`; expected a string, {_found(record)}")
     text = _string(record.value["text"], f"{record.where}: text")
     if not text.strip():
@@ -41,9 +41,9 @@ def parse_conversation(record: Record, for_training: bool = True) -> Conversatio
     tools and tool_calls may be JSON strings or lists; list content is joined. Raises UserError, also for a conversation
     in which the assistant says nothing, unless it is only to be answered (for_training False).
     """
-    turns = record.value.get("conversations")
-    if turns is None:
+    if "conversations" not in record.value:
         raise UserError(f"{record.where}: missing field `conversations`; expected a list of messages, {_found(record)}")
+    turns = record.value["conversations"]
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{record.where}: conversations is {_kind(turns)}; expected a list of messages")
     messages, tools = [], None

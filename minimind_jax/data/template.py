@@ -243,7 +243,7 @@ def render_jinja(source: str, messages: Sequence[Message], tools: Sequence[Any] 
     """A conversation through any Jinja chat template. Raises UserError with what the template complains about."""
     try:
         return _compile(source).render(messages=messages, tools=tools, **{"add_generation_prompt": False, **variables})
-    except (jinja2.TemplateError, TypeError) as error:
+    except Exception as error:  # a template is a program, which may fail in any way
         raise UserError(f"the chat template cannot render these messages: {error}") from error
 
 

@@ -75,7 +75,7 @@ class Tokenizer:
         self._backend = backend
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        self.special_tokens = {name: _special(config, name, vocabulary) for name in _USUAL_NAMES}
+        self.special_tokens = {name: _special(folder, config, name, vocabulary) for name in _USUAL_NAMES}
         self.bos_id, self.eos_id, self.pad_id = (vocabulary.get(token) for token in self.special_tokens.values())
         if self.eos_id is None:
             raise UserError(f"{folder / 'tokenizer_config.json'}: eos_token is missing or not in tokenizer.json")
@@ -261,11 +261,14 @@ def tokenizer_config(backend: tokenizers.Tokenizer, special_tokens: dict[str, st
     }
 
 
-def _special(config: dict[str, Any], name: str, vocabulary: dict[str, int]) -> str | None:
+def _special(folder: Path, config: dict[str, Any], name: str, vocabulary: dict[str, int]) -> str | None:
     """The token the folder names (as a string or {"content": ...}); null means none; unsaid takes a usual name."""
     if name in config:
         token = config[name]
-        return token["content"] if isinstance(token, dict) else token
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None and not isinstance(token, str):
+            raise UserError(f"{folder / 'tokenizer_config.json'}: {name} is no string; expected the token's text")
+        return token
     return next((token for token in _USUAL_NAMES[name] if token in vocabulary), None)
 
 
@@ -273,10 +276,16 @@ def _read_template(folder: Path, config: dict[str, Any]) -> str | None:
     """chat_template.jinja before the field of tokenizer_config.json, as transformers prefers it."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except ValueError as error:
+            raise UserError(f"{file}: not UTF-8 text: {error}") from error
     template = config.get("chat_template")
     if isinstance(template, list):  # several named templates
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[-1].get("template") if named else None
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"{folder / 'tokenizer_config.json'}: chat_template is no string; expected a Jinja template")
     return template
 
 
@@ -284,9 +293,12 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: a JSON {type(content).__name__}; expected an object")
+    return content
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

@@ -201,6 +201,8 @@ def test_names_that_the_system_refuses(tmp_path):
         expand_paths(["a" * 5000 + ".jsonl"])
     with pytest.raises(UserError, match=r"~nobody-of-this-name/a.jsonl: (cannot be read|no such file)"):
         expand_paths(["~nobody-of-this-name/a.jsonl"])
+    with pytest.raises(UserError, match="the name of a data file is empty"):
+        expand_paths([""])
     os.mkfifo(tmp_path / "a.jsonl")
     with pytest.raises(UserError, match=r"a\.jsonl: neither a file nor a folder"):
         expand_paths([tmp_path / "a.jsonl"])

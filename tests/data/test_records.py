@@ -35,7 +35,7 @@ def test_text():
     ("value", "message"),
     [
         ({"txt": "a"}, r"data\.jsonl:7: missing field `text`; expected a string, found the fields txt$"),
-        ({"text": None}, r"data\.jsonl:7: missing field `text`"),
+        ({"text": None}, r"data\.jsonl:7: text is null; expected a string"),
         (said([]), r"missing field `text`.*`minimind sft` takes it"),
         ({"text": 3}, r"data\.jsonl:7: text is a number; expected a string"),
         ({"text": ["a"]}, r"text is a list; expected a string"),
@@ -84,6 +84,7 @@ def test_list_content_is_joined():
         ({"conversation": [USER]}, r"missing field `conversations`; .*found the fields conversation$"),
         ({"text": "a"}, r"missing field `conversations`.*`minimind pretrain` takes it"),
         (said([]), r"conversations is an empty list; expected a list of messages"),
+        (said(None), r"conversations is null; expected a list of messages"),
         (said("hi"), r"conversations is a string; expected a list"),
         (said([USER, "hi"]), r"conversations\[1\] is a string; expected an object with role and content"),
         (said([{"content": "q"}]), r"conversations\[0\]: missing field `role`; expected one of system, user"),

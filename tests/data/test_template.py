@@ -184,6 +184,13 @@ class TestForeignTemplates:
         with pytest.raises(UserError, match=r"not prefix-consistent.*message 2 of 5.*Copy .*chat_template.jinja"):
             prefix_segments(self.forgetful, self.talk, None, {})
 
+    @pytest.mark.parametrize(
+        "source", ["{{ 1 / 0 }}", "{% for i in range(10**9) %}{% endfor %}", "{{ strftime_now(3) }}"]
+    )
+    def test_a_template_that_fails(self, source):
+        with pytest.raises(UserError, match="cannot render these messages"):
+            render_jinja(source, self.talk)
+
     def test_a_template_that_complains(self):
         with pytest.raises(UserError, match="cannot render these messages: no system, please"):
             prefix_segments("{{ raise_exception('no system, please') }}", self.talk, None, {})

@@ -160,6 +160,24 @@ class TestFolders:
         foreign = Tokenizer.load(self.copy(small, tmp_path / "in", chat_template="x"))
         assert len({small.fingerprint, other.fingerprint, foreign.fingerprint}) == 3
 
+    @pytest.mark.parametrize(
+        ("file", "content", "message"),
+        [
+            ("tokenizer_config.json", b"[]", r"tokenizer_config\.json: a JSON list; expected an object"),
+            ("special_tokens_map.json", b"null", r"special_tokens_map\.json: a JSON NoneType; expected an object"),
+            ("tokenizer_config.json", b'{"bos_token": 3}', r"tokenizer_config\.json: bos_token is no string"),
+            ("tokenizer_config.json", b'{"eos_token": {}}', r"tokenizer_config\.json: eos_token is missing"),
+            ("tokenizer_config.json", b'{"chat_template": 5}', r"tokenizer_config\.json: chat_template is no string"),
+            ("chat_template.jinja", "x".encode("utf-16"), r"chat_template\.jinja: not UTF-8 text"),
+        ],
+    )
+    def test_odd_files_are_named(self, small, tmp_path, file, content, message):
+        folder = self.copy(small, tmp_path / "odd")
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        (folder / file).write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            Tokenizer.load(folder)
+
     def test_broken_folders(self, small, tmp_path):
         with pytest.raises(UserError, match=r"tokenizer\.json: no such file; expected a tokenizer folder"):
             Tokenizer.load(tmp_path)
