@@ -25,8 +25,8 @@ from minimind_jax.sharding import make_mesh, param_shardings
 from minimind_jax.stages import demo_corpus
 from minimind_jax.stages.pipeline import load_pipeline, run_pipeline
 from minimind_jax.training.checkpoint import Checkpoints
-from minimind_jax.training.loop import abstract_state
 from minimind_jax.training.optimizer import make_optimizer
+from minimind_jax.training.program import abstract_state
 from minimind_jax.training.run import RunFolder, write_text
 from minimind_jax.training.state import state_shardings
 from minimind_jax.training.tracking import read_metrics

@@ -19,15 +19,15 @@ from minimind_jax.data.batches import Batches
 from minimind_jax.errors import UserError
 from minimind_jax.losses import LossFn
 from minimind_jax.model.transformer import LanguageModel, Params
-from minimind_jax.sharding import data_process, make_mesh, param_shardings, shard_batch
+from minimind_jax.sharding import data_process, make_mesh, shard_batch
 from minimind_jax.training.checkpoint import Checkpoints
 from minimind_jax.training.flops import flops_per_token, peak_flops
-from minimind_jax.training.optimizer import make_optimizer, make_schedule
 from minimind_jax.training.plan import check_same_data, data_record, planned_steps, run_facts
+from minimind_jax.training.program import abstract_state, make_program
 from minimind_jax.training.progress import TrainingProgress
 from minimind_jax.training.run import RunFolder, package_versions, plain
-from minimind_jax.training.state import TrainState, create_state, state_shardings
-from minimind_jax.training.step import TrainStep, make_eval_step, make_train_step
+from minimind_jax.training.state import TrainState, create_state
+from minimind_jax.training.step import TrainStep, make_eval_step
 from minimind_jax.training.stop import StopRequest
 from minimind_jax.training.tracking import MetricsWriter, val_losses
 
@@ -67,21 +67,7 @@ def train(
     run.check_resume(config.resume)
     mesh = make_mesh(config.mesh)
     total_steps = planned_steps(config.training, train_batches)
-    abstract_params = model.abstract_params()
-    schedule = make_schedule(config.optimizer, total_steps)
-    optimizer = make_optimizer(config.optimizer, total_steps, abstract_params)
-    shardings = state_shardings(
-        optimizer, param_shardings(mesh, model.logical_axes(), abstract_params), abstract_params
-    )
-    train_step = make_train_step(
-        loss_fn,
-        optimizer,
-        schedule,
-        accumulation_steps=config.training.accumulation_steps,
-        max_grad_norm=config.training.max_grad_norm,
-        seed=config.seed,
-        shardings=shardings,
-    )
+    program = make_program(config, model, loss_fn, mesh, total_steps)
     is_first = jax.process_index() == 0
     losses: dict[int, float] = {}  # step -> validation loss, as far as known
     with contextlib.ExitStack() as stack:
@@ -101,9 +87,10 @@ def train(
         record = checkpoints.record(start_step) if start_step else {}
         warning = check_same_data(record["data"], data_record(train_batches)) if record else None
         if start_step:
-            state = checkpoints.restore(start_step, abstract_state(optimizer, abstract_params, shardings))
+            shapes = abstract_state(program.optimizer, model.abstract_params(), program.shardings)
+            state = checkpoints.restore(start_step, shapes)
         else:
-            state = create_state(init_params(), optimizer, shardings)
+            state = create_state(init_params(), program.optimizer, program.shardings)
 
         facts = run_facts(config, stage, model, mesh, train_batches, val_batches, total_steps)
         if is_first:
@@ -116,7 +103,7 @@ def train(
         loop = Loop(
             config=config,
             mesh=mesh,
-            train_step=train_step,
+            train_step=program.step,
             eval_step=make_eval_step(loss_fn),
             train_batches=train_batches,
             val_batches=val_batches,
@@ -137,12 +124,6 @@ def train(
         state = loop.run(state, start_step)
         checkpoints.wait()
     return TrainResult(state.params, total_steps, losses[max(losses)] if losses else None)
-
-
-def abstract_state(optimizer, abstract_params: Params, shardings: TrainState) -> TrainState:
-    """Shapes, dtypes and shardings of the train state."""
-    shapes = jax.eval_shape(lambda params: create_state(params, optimizer), abstract_params)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 @dataclasses.dataclass
