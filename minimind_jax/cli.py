@@ -143,6 +143,12 @@ def _switch(text: str) -> bool:
     return text == "true"
 
 
+def _checkpoint(text: str) -> str:
+    if text not in ("newest", "best") and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text} is neither newest, best nor a step")
+    return text
+
+
 SHARDS = ("--max_shard_bytes", {"type": _above_zero, "default": 5e9, "help": "a larger model is split (default: 5e9)"})
 
 
@@ -166,17 +172,31 @@ def _from_hf(prog: str, argv: Sequence[str]) -> None:
 def _to_hf(prog: str, argv: Sequence[str]) -> None:
     args = _arguments(
         prog,
-        "writes a run's model, or any model folder, as a Hugging Face folder of another dtype or shard size",
+        "writes a run's model, one of its checkpoints, or any model folder as a Hugging Face folder",
         argv,
         ("source", {"help": "a run's folder or a Hugging Face folder"}),
         ("output", {"help": "the folder to write"}),
-        ("--dtype", {"choices": DTYPES, "default": "bfloat16", "help": "of the tensors (default: bfloat16)"}),
+        (
+            "--checkpoint",
+            {"type": _checkpoint, "metavar": "newest|best|STEP", "help": "of the run, in place of its model/"},
+        ),
+        (
+            "--dtype",
+            {"choices": DTYPES, "help": "of the tensors (default: bfloat16; the run's export_dtype for a checkpoint)"},
+        ),
         SHARDS,
     )
+    if args.checkpoint:
+        from minimind_jax.stages.export import export_checkpoint
+
+        step = export_checkpoint(args.source, args.output, args.checkpoint, args.dtype, args.max_shard_bytes)
+        print(f"wrote {args.output}, step {step} of {args.source}")
+        return
     from minimind_jax.convert.hf import to_hf
     from minimind_jax.folders import resolve_model_folder
 
-    to_hf(resolve_model_folder(args.source, "source"), args.output, args.dtype, args.max_shard_bytes)
+    source = resolve_model_folder(args.source, "source")
+    to_hf(source, args.output, args.dtype or "bfloat16", args.max_shard_bytes)
     print(f"wrote {args.output}")
 
 
@@ -344,7 +364,7 @@ COMMANDS = {
     "generate": Command("answers to prompts, or to every record of a file", _generate),
     "evaluate perplexity": Command("how well a model predicts text or answers", _perplexity),
     "convert from-hf": Command("a Hugging Face model as a starting point", _from_hf),
-    "convert to-hf": Command("a run's model in another dtype or shard size", _to_hf),
+    "convert to-hf": Command("a run's model or checkpoint, in any dtype or shard size", _to_hf),
     "convert from-torch": Command("a MiniMind .pth as a Hugging Face folder", _from_torch),
     "convert to-torch": Command("a model as a MiniMind .pth", _to_torch),
     "report": Command("report.md and loss.png of a run", _report),

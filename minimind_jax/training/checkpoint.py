@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from minimind_jax.errors import UserError
@@ -123,23 +124,10 @@ class Checkpoints:
             UserError: the checkpoint is of another model or optimizer; the first tensor that differs is named.
         """
         expected = flatten(abstract_state)
-        self._check_tensors(step, expected)
+        _check_tensors(self.folder / str(step), self._checkpointer.metadata(step).metadata, expected)
         restored = self._checkpointer.load(step, expected)
         leaves = [restored[name] for name in expected]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
-
-    def _check_tensors(self, step: int, expected: dict) -> None:
-        stored = self._checkpointer.metadata(step).metadata
-        for name in list(expected) + [name for name in stored if name not in expected]:
-            here, there = expected.get(name), stored.get(name)
-            if here is not None and there is not None and tuple(here.shape) == tuple(there.shape):
-                continue
-            raise UserError(
-                f"the checkpoint {self.folder / str(step)} is of another model or optimizer: {name} "
-                f"{'is not in it' if there is None else f'has shape {tuple(there.shape)} there'} and "
-                f"{'does not exist here' if here is None else f'should have {tuple(here.shape)}'}; use the settings "
-                "of that run, or another run name"
-            )
 
     def _failure(self, error: Exception) -> UserError:
         self._failed = True
@@ -153,6 +141,43 @@ class Checkpoints:
             f"saving a checkpoint to {self.folder} failed: {_reason(error)} ({free / 1e6:,.1f} MB are free there); "
             f"{kept}. Make room for one checkpoint more than is kept (checkpoint.keep, checkpoint.keep_best), then run "
             "the same command again to resume"
+        )
+
+
+def load_params(checkpoint: Path, abstract_params: Any) -> Any:
+    """Only the parameters of the checkpoint in that folder, on the host, whatever mesh and optimizer they come from.
+
+    Unlike `Checkpoints` this takes nothing away, so the run may be saving others meanwhile.
+    Raises:
+        UserError: the checkpoint is of another model, or cannot be read.
+    """
+    expected = {f"params.{name}": leaf for name, leaf in flatten(abstract_params).items()}
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    try:
+        with context:
+            stored = ocp.metadata(checkpoint.resolve()).metadata
+            _check_tensors(checkpoint, {k: v for k, v in stored.items() if k.startswith("params.")}, expected)
+            on_host = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in expected.items()}
+            loaded = ocp.load(checkpoint.resolve(), on_host)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the checkpoint {checkpoint} cannot be read: {_reason(error)}") from error
+    return jax.tree.unflatten(jax.tree.structure(abstract_params), [loaded[name] for name in expected])
+
+
+def _check_tensors(checkpoint: Path, stored: dict, expected: dict) -> None:
+    """Raises UserError for the first tensor that is on one side only or of another shape."""
+    for name in list(expected) + [name for name in stored if name not in expected]:
+        here, there = expected.get(name), stored.get(name)
+        if here is not None and there is not None and tuple(here.shape) == tuple(there.shape):
+            continue
+        raise UserError(
+            f"the checkpoint {checkpoint} is of another model or optimizer: {name} "
+            f"{'is not in it' if there is None else f'has shape {tuple(there.shape)} there'} and "
+            f"{'does not exist here' if here is None else f'should have {tuple(here.shape)}'}; use the settings "
+            "of that run, or another run name"
         )
 
 

@@ -1,0 +1,77 @@
+"""A checkpoint of a run, finished or cut off, as a Hugging Face folder."""
+
+from pathlib import Path
+
+from minimind_jax import settings
+from minimind_jax.config import PretrainConfig
+from minimind_jax.convert.hf import MAX_SHARD_BYTES, save_hf
+from minimind_jax.errors import UserError
+from minimind_jax.folders import resolve_run
+from minimind_jax.stages import STAGES
+from minimind_jax.stages.common import load_model, load_tokenizer
+from minimind_jax.training.checkpoint import load_params
+from minimind_jax.training.run import RunFolder
+from minimind_jax.training.tracking import read_metrics, val_losses
+
+
+def export_checkpoint(
+    name: str,
+    output: str | Path,
+    checkpoint: str,
+    dtype: str | None = None,
+    max_shard_bytes: float = MAX_SHARD_BYTES,
+) -> int:
+    """Writes a checkpoint of the run `name` as the run itself writes its model/ and returns the checkpoint's step.
+
+    checkpoint: `newest`, `best` (of those with a validation loss, the lowest) or a step. dtype: None takes the run's
+    export_dtype. Nothing in the run's folder is changed, so the run may be under way.
+
+    Raises:
+        UserError: no such run or checkpoint, or the tokenizer or model that the run started from is gone.
+    """
+    run = _find_run(name)
+    config = _read_settings(run)
+    step = choose_step(run, checkpoint)
+    tokenizer = load_tokenizer(config)
+    model = load_model(config, tokenizer)
+    params = load_params(run.checkpoints / str(step), model.abstract_params())
+    save_hf(output, model.config, params, tokenizer, dtype or config.export_dtype, max_shard_bytes)
+    return step
+
+
+def choose_step(run: RunFolder, checkpoint: str) -> int:
+    """The step of the run's checkpoint that `newest`, `best` or a number means. Raises UserError if there is none."""
+    steps = run.checkpoint_steps()
+    if not steps:
+        raise UserError(f"{run.checkpoints} holds no checkpoint; run it again until it has saved one")
+    if checkpoint == "newest":
+        return steps[-1]
+    there = f"{run.checkpoints} holds those of the steps {', '.join(map(str, steps))}"
+    if checkpoint == "best":
+        losses = val_losses(read_metrics(run.metrics_file))
+        known = [step for step in steps if step in losses]
+        if not known:
+            raise UserError(f"no checkpoint was saved at a step with a validation loss; {there}")
+        return min(known, key=lambda step: (losses[step], step))
+    if int(checkpoint) not in steps:
+        raise UserError(f"there is no checkpoint of step {checkpoint}; {there}")
+    return int(checkpoint)
+
+
+def _find_run(name: str) -> RunFolder:
+    places = list(dict.fromkeys([resolve_run(name), Path(name).expanduser()]))
+    for place in places:
+        if (place / "config.yaml").is_file():
+            return RunFolder(place)
+    looked = ", ".join(str(place / "config.yaml") for place in places)
+    raise UserError(f"source {name!r} is not a run (no {looked}), and only runs have checkpoints")
+
+
+def _read_settings(run: RunFolder) -> PretrainConfig:
+    stage = run.read_environment().get("run", {}).get("stage")
+    if stage not in STAGES:
+        raise UserError(
+            f"{run.environment_file} should name the run's stage ({', '.join(STAGES)}), and says {stage}; run it again "
+            "with this version"
+        )
+    return settings.make_settings(STAGES[stage].config, settings.read_yaml(run.config_file))
