@@ -89,7 +89,7 @@ def test_linear_and_dynamic_keep_the_original_context_where_transformers_looks(r
 @pytest.mark.parametrize("rope_type", ["linear", "dynamic"])
 @pytest.mark.parametrize("context", [100, 8191, 32768])
 def test_a_context_that_is_not_the_scaled_original_comes_back(rope_type, context):
-    """Both transformers keep a top-level key they do not know without a word; 4.57 warns of one in rope_scaling."""
+    """Both transformers keep a top-level key they do not know without a word, and warn of one in rope_scaling."""
     config = ModelConfig(max_position_embeddings=context, rope_scaling=RopeScaling(rope_type, 2.5, 2048))
     values = to_hf_config(config, "bfloat16")
     assert values["extended_max_position_embeddings"] == context and values["max_position_embeddings"] == 2048
