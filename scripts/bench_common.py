@@ -1,0 +1,94 @@
+"""What the benchmarks share: sides that live in processes of their own and are asked in turn, and the line they print.
+
+Machines drift, and two frameworks in one process share its threads. So each side is a process that stays up, the two
+are asked A B A B ..., and what is quoted is the median of the ratios pair by pair.
+"""
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+HERE = Path(__file__).resolve().parent
+
+
+class Side:
+    """A process that answers JSON lines."""
+
+    def __init__(self, command: list[str], cwd: Path | None = None):
+        self._process = subprocess.Popen(
+            command, cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{' '.join(self._process.args[:3])} ended:\n{self._process.stderr.read()[-3000:]}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def ours(script: str, settings: dict) -> Side:
+    """A benchmark's own script, started again to serve our side."""
+    return Side([sys.executable, str(HERE / script), "--serve", json.dumps(settings)])
+
+
+def minimind(checkout: Path, python: str, settings: dict) -> Side:
+    """MiniMind's side, in its checkout."""
+    if not (checkout / "model" / "model_minimind.py").is_file():
+        raise SystemExit(f"{checkout} is not a checkout of jingyaogong/minimind: it has no model/model_minimind.py")
+    return Side([python, str(HERE / "bench_minimind.py"), json.dumps(settings)], cwd=checkout)
+
+
+def serve(handlers: dict[str, Callable[[int], dict]]) -> None:
+    """Answers {name: count} requests on the standard input until it ends."""
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        ((name, count),) = json.loads(line).items()
+        os.write(answers, (json.dumps(handlers[name](count)) + "\n").encode())
+
+
+def interleave(sides: dict[str, Side], pairs: int, **request: int) -> dict[str, list[dict]]:
+    """The sides' answers, asked in turn `pairs` times, after one request to each that does not count (it compiles)."""
+    for side in sides.values():
+        side.ask(**dict.fromkeys(request, 1))
+        side.ask(**request)
+    answers = {name: [] for name in sides}
+    for _ in range(pairs):
+        for name, side in sides.items():
+            answers[name].append(side.ask(**request))
+    return answers
+
+
+def rates(answers: dict[str, list[dict]], key: str) -> dict[str, Any]:
+    """Median rate of each side in `key` per second, and the median of ours / theirs pair by pair."""
+    per_second = {name: [a[key] / a["seconds"] for a in found] for name, found in answers.items()}
+    result: dict[str, Any] = {name: round(statistics.median(values), 1) for name, values in per_second.items()}
+    for name in per_second:
+        if name != "ours":
+            pairs = zip(per_second["ours"], per_second[name], strict=True)
+            result[f"ours / {name}"] = [round(a / b, 3) for a, b in pairs]
+            result[f"median ours / {name}"] = round(statistics.median(result[f"ours / {name}"]), 3)
+    return result
+
+
+def print_result(benchmark: str, settings: dict, **results: Any) -> None:
+    """One JSON line: what was measured, where and when."""
+    device = jax.devices()[0]
+    machine = f"{os.cpu_count()} cores, {platform.machine()}" if device.platform == "cpu" else device.device_kind
+    about = {"date": str(datetime.date.today()), "machine": machine, "jax": jax.__version__}
+    print(json.dumps({"benchmark": benchmark, **about, **settings, **results}), flush=True)

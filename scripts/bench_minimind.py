@@ -1,0 +1,107 @@
+"""MiniMind's side of the benchmarks: run inside a checkout of jingyaogong/minimind by a Python that has torch,
+transformers and datasets. Takes requests as JSON lines on its input and answers each with a JSON line.
+
+    {"train": 3}     three steps of its training loop -> seconds, tokens (all positions), useful (not padding)
+    {"generate": 64} its `generate`, 64 new tokens a prompt -> seconds, tokens
+
+The training step is that of trainer/train_pretrain.py without the loop around it: forward with labels, backward, clip,
+AdamW, zero_grad. Only `bench_train.py` and `bench_decode.py` start this.
+"""
+
+import json
+import os
+import sys
+import time
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+answers = os.dup(1)
+os.dup2(2, 1)  # what MiniMind prints is no answer
+sys.path.insert(0, ".")
+
+import torch  # noqa: E402
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM  # noqa: E402
+
+REQUEST = json.loads(sys.argv[1])
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make_model():
+    torch.manual_seed(0)
+    if REQUEST.get("threads"):
+        torch.set_num_threads(REQUEST["threads"])
+    config = MiniMindConfig(
+        hidden_size=REQUEST["hidden_size"], num_hidden_layers=REQUEST["layers"], use_moe=REQUEST["moe"]
+    )
+    return MiniMindForCausalLM(config).to(DEVICE)
+
+
+def make_batches():
+    """Endless (input_ids, labels): full rows of random tokens, or MiniMind's own datasets on a file."""
+    rows, length = REQUEST["rows"], REQUEST["seq_len"]
+    if not REQUEST.get("data"):
+        ids = torch.randint(3, 6400, (rows, length))
+        while True:
+            yield ids, ids
+    from dataset.lm_dataset import PretrainDataset, SFTDataset
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained("model")
+    dataset = {"text": PretrainDataset, "conversation": SFTDataset}[REQUEST["kind"]]
+    dataset = dataset(REQUEST["data"], tokenizer, max_length=length)
+    while True:
+        order = torch.randperm(len(dataset)).tolist()
+        yield from torch.utils.data.DataLoader(dataset, batch_size=rows, sampler=order, drop_last=True)
+
+
+def make_train():
+    model = make_model()
+    if REQUEST.get("compile"):
+        model = torch.compile(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+    batches = make_batches()
+    autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda")
+
+    def train(steps):
+        started, tokens, useful = time.perf_counter(), 0, 0
+        for _ in range(steps):
+            input_ids, labels = (array.to(DEVICE) for array in next(batches))
+            with autocast:
+                result = model(input_ids, labels=labels)
+                loss = result.loss + result.aux_loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            tokens += input_ids.numel()
+            useful += int((input_ids != 0).sum())  # 0 is MiniMind's padding
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return {"seconds": time.perf_counter() - started, "tokens": tokens, "useful": useful}
+
+    return train
+
+
+def make_generate():
+    model = make_model().eval()
+    prompts = torch.randint(3, 6400, (REQUEST["rows"], REQUEST["prompt_len"]), device=DEVICE)
+
+    def generate(count):
+        started = time.perf_counter()
+        out = model.generate(
+            inputs=prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=count, do_sample=False,
+            temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None,
+        )  # fmt: skip
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        assert out.shape[1] == prompts.shape[1] + count
+        return {"seconds": time.perf_counter() - started, "tokens": prompts.shape[0] * count}
+
+    return generate
+
+
+made = {}
+for line in sys.stdin:
+    ((name, count),) = json.loads(line).items()
+    if name not in made:
+        made[name] = {"train": make_train, "generate": make_generate}[name]()
+    os.write(answers, (json.dumps(made[name](count)) + "\n").encode())
