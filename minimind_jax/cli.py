@@ -28,6 +28,9 @@ class Command(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `minimind ARGUMENTS` and returns the exit status: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show Chinese gets \u4f60, and the run goes on
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return _dispatch(argv)
     except UserError as error:

@@ -108,3 +108,10 @@ def test_ctrl_c_is_quiet(monkeypatch, capsys):
 def test_the_module_is_the_command():
     shown = subprocess.run([sys.executable, "-m", "minimind_jax", "--version"], capture_output=True, text=True)
     assert shown.stdout.startswith("minimind ")
+
+
+def test_a_terminal_without_chinese_gets_escapes():
+    arguments = [sys.executable, "-m", "minimind_jax", "chat", "--model", "你好"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, encoding="ascii")
+    assert done.returncode == 2 and "\\u4f60\\u597d" in done.stderr and "Traceback" not in done.stderr
