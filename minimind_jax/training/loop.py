@@ -104,7 +104,7 @@ def train(
             config=config,
             mesh=mesh,
             train_step=program.step,
-            eval_step=make_eval_step(loss_fn),
+            eval_step=make_eval_step(loss_fn, mesh),
             train_batches=train_batches,
             val_batches=val_batches,
             sample_fn=sample_fn,

@@ -1,12 +1,13 @@
 """The one training step that all stages share, and its evaluation twin."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from minimind_jax.errors import UserError
 from minimind_jax.losses import Batch, LossFn, Metrics
@@ -72,24 +73,35 @@ def make_train_step(
     if shardings is None:
         return jax.jit(train_step, donate_argnums=0)
     return jax.jit(
-        train_step,
+        _with_mesh(train_step, shardings.step.mesh),
         donate_argnums=0,
         in_shardings=(shardings, batch_sharding(shardings.step.mesh)),
         out_shardings=(shardings, shardings.step),
     )
 
 
-def make_eval_step(loss_fn: LossFn) -> Callable[[Any, Batch], Metrics]:
+def make_eval_step(loss_fn: LossFn, mesh: Mesh | None = None) -> Callable[[Any, Batch], Metrics]:
     """A jitted `(params, batch) -> sums`: `loss` and the loss function's metrics, each a (numerator, denominator).
 
-    No dropout. Add the sums over batches, then divide.
+    No dropout. Add the sums over batches, then divide. mesh: on which params and batch lie, if on one.
     """
 
     def eval_step(params: Any, batch: Batch) -> Metrics:
         numerator, denominator, metrics = loss_fn(params, batch, None)
         return {**metrics, "loss": (numerator, denominator)}
 
-    return jax.jit(eval_step)
+    return jax.jit(eval_step if mesh is None else _with_mesh(eval_step, mesh))
+
+
+def _with_mesh(function: Callable, mesh: Mesh) -> Callable:
+    """`function`, which finds `mesh` in `sharding.current_mesh` while it is traced: kernels and experts need it."""
+
+    @functools.wraps(function)
+    def run(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return run
 
 
 def _micro_batches(batch: Batch, count: int, shardings: TrainState | None) -> Batch:
