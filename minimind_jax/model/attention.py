@@ -1,31 +1,76 @@
-"""Causal attention within documents, grouped-query, softmax in float32: one function, two paths.
+"""Causal attention within documents, grouped-query, softmax in float32: one function, four paths.
 
-`reference` is the plain formula over a full boolean mask. `grouped` is the fast one: the G query heads that share a
-key/value head become rows of one matrix product per (batch, key/value head), rows ordered by time (R = T * G, row
-t * G + g), so that a block of queries is a contiguous slice; it is multiplied only with the keys that the causal mask
-lets it see. The backward pass computes the softmax again from its logarithmic sums instead of keeping it, as
-FlashAttention does (arXiv 2205.14135).
+`reference` is the plain formula over a full boolean mask. `grouped` is the fast one on a CPU and lean anywhere: the G
+query heads that share a key/value head become rows of one matrix product per (batch, key/value head), rows ordered by
+time (R = T * G, row t * G + g), so that a block of queries is a contiguous slice; it is multiplied only with the keys
+that the causal mask lets it see. The backward pass computes the softmax again from its logarithmic sums instead of
+keeping it, as FlashAttention does (arXiv 2205.14135). `cudnn` and `splash` are kernels of GPUs and TPUs, in
+`attention_kernels`.
 """
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AbstractMesh, Mesh
+
+from minimind_jax.errors import UserError
+from minimind_jax.model import attention_kernels as kernels
 
 # Values of the forward pass that recomputation policies keep, because making them again is most of attention's work.
-SAVED_NAMES = ("attention_out", "attention_log_sums")
-Path = Literal["auto", "reference", "grouped"]
+# (cuDNN's have no name: with such a policy its forward pass runs twice.)
+SAVED_NAMES = ("attention_out", "attention_log_sums", kernels.SPLASH_SAVED_NAME)
+Path = Literal["auto", "reference", "grouped", "cudnn", "splash"]
 
 
-def choose_path(path: Path, is_cached: bool) -> Path:
-    """The path that `auto` stands for: `grouped` for whole rows; with a cache, whose mask is not a triangle, the
-    plain formula."""
-    if path == "auto":
-        return "reference" if is_cached else "grouped"
-    return path
+class Choice(NamedTuple):
+    """path: the one taken. reason: why not the kernel of this platform, None where it is taken or there is none."""
+
+    path: Path
+    reason: str | None = None
+
+
+def choose_path(
+    path: Path,
+    query_shape: tuple[int, int, int, int],
+    kv_heads: int,
+    dtype: jnp.dtype,
+    mesh: Mesh | AbstractMesh | None = None,
+) -> Choice:
+    """The path for whole rows, queries being (B, T, N, H); with a cache it is always the plain formula.
+
+    `auto` depends on where the computation runs: on the devices of `mesh`, else on JAX's default ones.
+
+    Raises UserError when a kernel is asked for that cannot run there.
+    """
+    platform = _platform(mesh)
+    kernel = {"gpu": "cudnn", "tpu": "splash"}.get(platform)
+    if path == "auto" and kernel is not None:
+        obstacle = _obstacle(kernel, query_shape, kv_heads, dtype, mesh)
+        return Choice(kernel) if obstacle is None else Choice("grouped", f"not {kernel}: {obstacle}")
+    if path in ("cudnn", "splash"):
+        obstacle = f"this is a {platform}" if path != kernel else _obstacle(path, query_shape, kv_heads, dtype, mesh)
+        if obstacle is not None:
+            raise UserError(f"compute.attention {path} cannot run here: {obstacle}; auto takes a path that can")
+    return Choice("grouped" if path == "auto" else path)
+
+
+def _platform(mesh) -> str:
+    device = None if mesh is None or mesh.empty else mesh.abstract_mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def _obstacle(kernel: Path, query_shape, kv_heads, dtype, mesh) -> str | None:
+    """Why `kernel` cannot do it on its platform."""
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it takes bfloat16, not {jnp.dtype(dtype).name}"
+    tensor = 1 if mesh is None or mesh.empty else mesh.shape["tensor"]
+    if kv_heads % tensor:
+        return f"{kv_heads} key/value heads do not divide by mesh.tensor {tensor}"
+    return kernels.cudnn_obstacle(query_shape[-1]) if kernel == "cudnn" else None
 
 
 def attention(
@@ -48,9 +93,14 @@ def attention(
     if key_positions_BS is not None:
         is_past_BTS = key_positions_BS[:, None, :] <= query_positions_BT[:, :, None]
         return _reference(q_BTNH, k_BSKH, v_BSKH, is_past_BTS & (key_positions_BS >= 0)[:, None, :])
-    if choose_path(path, is_cached=False) == "grouped":
+    mesh = jax.sharding.get_abstract_mesh()
+    path = choose_path(path, q_BTNH.shape, k_BSKH.shape[2], q_BTNH.dtype, mesh).path
+    if path == "grouped":
         return _grouped(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
-    return _reference(q_BTNH, k_BSKH, v_BSKH, causal_mask(segment_ids_BT, 0, q_BTNH.shape[1]))
+    if path == "reference":
+        return _reference(q_BTNH, k_BSKH, v_BSKH, causal_mask(segment_ids_BT, 0, q_BTNH.shape[1]))
+    kernel = kernels.cudnn if path == "cudnn" else kernels.splash
+    return kernels.on_mesh(kernel, mesh)(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
 
 
 def causal_mask(segment_ids_BT: Array | None, start: int, stop: int) -> Array:

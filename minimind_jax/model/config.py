@@ -160,8 +160,9 @@ class ComputeConfig:
     remat: `none` keeps activations for the backward pass, `full` recomputes each layer, `dots` keeps matrix products.
     scan_unroll: layers unrolled per step of the scan over layers, 0 for all of them; None is all on a CPU, where a
         scan copies the activations it keeps, if they are at most 16, and 1 elsewhere.
-    attention: the attention path; `auto` works in blocks of queries below the causal diagonal, `reference` is the plain
-        formula.
+    attention: the attention path; `auto` is cuDNN's flash attention on a GPU (`cudnn`), splash attention on a TPU
+        (`splash`), and elsewhere, or where these cannot run, `grouped`: blocks of queries below the causal diagonal.
+        `reference` is the plain formula.
     experts: the path of a mixture of experts; `auto` is `blocked` on CPU and `ragged` elsewhere, both sorting the
         tokens by expert, and `reference` (every expert on every token) for few tokens.
     """
@@ -169,5 +170,5 @@ class ComputeConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: Literal["none", "full", "dots"] = "none"
     scan_unroll: int | None = None
-    attention: Literal["auto", "reference"] = "auto"
+    attention: Literal["auto", "reference", "grouped", "cudnn", "splash"] = "auto"
     experts: Literal["auto", "reference", "ragged", "blocked"] = "auto"

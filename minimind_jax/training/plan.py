@@ -82,13 +82,15 @@ def run_facts(
     sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     experts = f", {shape.num_experts} experts, {shape.num_experts_per_tok} used" if shape.is_moe else ""
     parts = config.training.accumulation_steps
+    dtype = compute_dtype(model.compute)
+    rows = (config.rows_per_step // parts, config.data.seq_len, shape.num_attention_heads, shape.head_dim)
+    path, reason = attention.choose_path(model.compute.attention, rows, shape.num_key_value_heads, dtype, mesh)
     epochs = total_steps / train_batches.steps_per_epoch
     return {
         "stage": stage,
         "model": f"{parameters:,} parameters ({shape.num_hidden_layers} layers of width {shape.hidden_size}, "
         f"{shape.vocab_size:,} tokens{experts})",
-        "compute": f"{compute_dtype(model.compute).name}, attention path: "
-        f"{attention.choose_path(model.compute.attention, False)}, "
+        "compute": f"{dtype.name}, attention path: {path}{f' ({reason})' if reason else ''}, "
         + f"experts path: {moe.choose_path(model.compute.experts, config.training.batch_tokens // parts)}, "
         * shape.is_moe
         + f"remat {model.compute.remat}",

@@ -1,11 +1,25 @@
-"""Attention: both paths against a formula in float64 NumPy, in value and gradient."""
+"""Attention: each path against a formula in float64 NumPy or the plain one, in value and gradient.
+
+The kernels run as far as they do without their device: splash attention interpreted, what is asked of cuDNN computed by
+XLA. `test_attention_compiled` compiles both.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minimind_jax.model.attention import attention
+from minimind_jax.errors import UserError
+from minimind_jax.model import attention_kernels as kernels
+from minimind_jax.model.attention import Choice, attention, choose_path
+from minimind_jax.sharding import MESH_AXES
 
 
 def make_inputs(B, T, N, K, H, seed=0):
@@ -107,3 +121,136 @@ def test_cache_positions_say_what_is_seen():
     keys, values = all_k[1:, 2:4], all_v[1:, 2:4]  # what the query at position 1 of the second row sees
     weights = jax.nn.softmax(jnp.einsum("NH,SH->NS", q[1, 0], keys[0, :, 0]) / np.sqrt(8))
     np.testing.assert_allclose(out_BTNH[1, 0], weights @ values[0, :, 0], atol=1e-6)
+
+
+def abstract_mesh(platform, **sizes):
+    device = jax.sharding.AbstractDevice(device_kind=platform, num_cores=None, platform=platform)
+    return jax.sharding.AbstractMesh(
+        tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES, abstract_device=device
+    )  # fmt: skip
+
+
+NO_MESH = jax.sharding.AbstractMesh((), ())
+
+
+def cudnn_by_xla(monkeypatch):
+    plain = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *inputs, implementation, **options: plain(*inputs, **options)
+    )
+    return kernels.cudnn
+
+
+@pytest.mark.parametrize(
+    ("name", "T", "H", "packed"),
+    [("splash", 150, 96, True), ("splash", 128, 16, False), ("cudnn", 31, 16, True), ("cudnn", 31, 16, False)],
+)
+def test_kernels_agree_with_the_reference_in_value_and_gradient(monkeypatch, name, T, H, packed):
+    kernel = functools.partial(kernels.splash, interpret=True) if name == "splash" else cudnn_by_xla(monkeypatch)
+    inputs = make_inputs(2, T, 4, 2, H)
+    segment_ids_BT = make_segments(2, T) if packed else None
+    weights_BTNH = jax.random.normal(jax.random.key(1), inputs[0].shape)
+    reference = functools.partial(attention, path="reference")
+
+    def total(function, *inputs):
+        out_BTNH = function(*inputs)
+        return jnp.sum(out_BTNH * weights_BTNH), out_BTNH
+
+    gradient = jax.grad(total, argnums=(1, 2, 3), has_aux=True)
+    kernel = kernels.on_mesh(kernel, NO_MESH)
+    actual = jax.jit(lambda *inputs: gradient(lambda *qkv: kernel(*qkv, segment_ids_BT), *inputs))(*inputs)
+    expected = gradient(lambda *qkv: reference(*qkv, segment_ids_BT=segment_ids_BT), *inputs)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1, float(jnp.abs(b).max())))
+    if packed:
+        assert not jnp.any(actual[1][1, : T // 8])  # padding
+
+
+@pytest.mark.parametrize(("length", "block", "padded"), [(1, 128, 128), (340, 384, 384), (768, 384, 768),
+                                                         (1100, 384, 1152), (2048, 512, 2048)])  # fmt: skip
+def test_splash_pads_little(length, block, padded):
+    assert kernels.splash_block(length) == block
+    assert -(-length // block) * block == padded
+
+
+SHAPE = (8, 64, 8, 96)
+
+
+@pytest.mark.parametrize(
+    ("platform", "sizes", "dtype", "head_dim", "expected"),
+    [
+        ("cpu", {}, "float32", 96, Choice("grouped")),
+        ("gpu", {}, "bfloat16", 96, Choice("cudnn")),
+        ("gpu", {}, "float32", 96, Choice("grouped", "not cudnn: it takes bfloat16, not float32")),
+        ("gpu", {"tensor": 4, "data": 2}, "bfloat16", 128, Choice("cudnn")),
+        ("gpu", {}, "bfloat16", 100,
+         Choice("grouped", "not cudnn: it takes heads whose width is a multiple of 8 up to 128, not 100")),
+        ("tpu", {"fsdp": 8}, "bfloat16", 100, Choice("splash")),
+        ("tpu", {"tensor": 8}, "bfloat16", 96,
+         Choice("grouped", "not splash: 4 key/value heads do not divide by mesh.tensor 8")),
+    ],
+)  # fmt: skip
+def test_auto_takes_the_kernel_of_the_mesh_s_platform_or_says_why_not(platform, sizes, dtype, head_dim, expected):
+    shape = (*SHAPE[:-1], head_dim)
+    assert choose_path("auto", shape, 4, jnp.dtype(dtype), abstract_mesh(platform, **sizes)) == expected
+
+
+def test_without_a_mesh_the_default_devices_count(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert choose_path("auto", SHAPE, 4, jnp.bfloat16) == Choice("cudnn")
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability="7.5")])
+    expected = "not cudnn: it needs an NVIDIA GPU of compute capability 8.0 or more, not 7.5"
+    assert choose_path("auto", SHAPE, 4, jnp.bfloat16) == Choice("grouped", expected)
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability="gfx942")])
+    assert choose_path("auto", SHAPE, 4, jnp.bfloat16).path == "grouped"
+
+
+def test_a_kernel_asked_for_where_it_cannot_run():
+    with pytest.raises(UserError, match=r"compute\.attention splash cannot run here: this is a cpu; auto takes"):
+        attention(*make_inputs(1, 8, 2, 1, 8), path="splash")
+    with pytest.raises(UserError, match=r"compute\.attention cudnn cannot run here: it takes bfloat16"):
+        choose_path("cudnn", SHAPE, 4, jnp.float32, abstract_mesh("gpu"))
+
+
+def main():
+    """In a process with eight devices: `grouped`, cut as a kernel is, against the reference; prints the differences."""
+    from minimind_jax.config import MeshConfig
+    from minimind_jax.model.attention import _grouped
+    from minimind_jax.sharding import batch_sharding, make_mesh
+
+    inputs, segment_ids_BT = make_inputs(8, 16, 4, 2, 8), make_segments(8, 16)
+    report = {}
+
+    def total(function, *inputs):
+        out_BTNH = function(*inputs)
+        return jnp.sum(out_BTNH * jnp.sin(out_BTNH)), out_BTNH
+
+    gradient = jax.grad(total, argnums=(1, 2, 3), has_aux=True)
+    for sizes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 4, "expert": 2}, {"data": 1, "fsdp": 8}):
+        mesh = make_mesh(MeshConfig(**sizes))
+        for ids in (segment_ids_BT, None):
+
+            def cut(*qkv, mesh=mesh, ids=ids):
+                with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                    return kernels.on_mesh(_grouped, jax.sharding.get_abstract_mesh())(*qkv, ids)
+
+            actual = jax.jit(functools.partial(gradient, cut))(*jax.device_put(inputs, batch_sharding(mesh)))
+            expected = gradient(functools.partial(attention, segment_ids_BT=ids, path="reference"), *inputs)
+            errors = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), actual, expected)
+            report[f"{sizes} {ids is None}"] = max(jax.tree.leaves(errors))
+    print(json.dumps(report))
+
+
+def test_kernels_on_a_mesh_give_what_one_device_gives():
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    done = subprocess.run(
+        [sys.executable, __file__], capture_output=True, text=True, timeout=600,
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert len(report) == 6 and max(report.values()) < 1e-4, report
+
+
+if __name__ == "__main__":
+    main()
