@@ -1,8 +1,10 @@
 """The terminal chat: history, commands, trimming, thinking, interruption, pipes."""
 
 import io
+import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,10 +177,14 @@ def test_a_pipe_is_answered_line_by_line(model_folder):
     assert done.stdout.count("[5 tokens") == 2
 
 
-def test_in_a_terminal_control_c_stops_an_answer_and_control_d_leaves(model_folder):
+def test_in_a_terminal_control_c_stops_an_answer_and_control_d_leaves(model_folder, tmp_path):
+    # An answer that outlasts any pause of this process.
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 100_000}
+    (folder / "config.json").write_text(json.dumps(config))
     main, child = pty.openpty()
     program = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(model_folder), "500"],
+        [sys.executable, "-c", PROGRAM, str(folder), "90000"],
         stdin=child,
         stdout=child,
         stderr=child,
@@ -191,7 +197,7 @@ def test_in_a_terminal_control_c_stops_an_answer_and_control_d_leaves(model_fold
         screen.wait_for("> ")
         os.write(main, b"hello\n")
         screen.wait_for("hello\r\n")
-        screen.wait_for_more()  # the answer of 500 tokens is under way
+        screen.wait_for_more()  # the answer is under way
         program.send_signal(signal.SIGINT)
         screen.wait_for("(stopped)")
         screen.wait_for("> ")
