@@ -341,6 +341,12 @@ def _perplexity(prog: str, argv: Sequence[str]) -> None:
     )
 
 
+def _plan(prog: str, argv: Sequence[str]) -> None:
+    from minimind_jax.plan import command
+
+    command.run(prog, argv)
+
+
 def _report(prog: str, argv: Sequence[str]) -> None:
     args = _arguments(
         prog,
@@ -370,5 +376,6 @@ COMMANDS = {
     "convert to-hf": Command("a run's model or checkpoint, in any dtype or shard size", _to_hf),
     "convert from-torch": Command("a MiniMind .pth as a Hugging Face folder", _from_torch),
     "convert to-torch": Command("a model as a MiniMind .pth", _to_torch),
+    "plan": Command("memory, time and price of a run on a GPU or TPU that need not be there", _plan),
     "report": Command("report.md and loss.png of a run", _report),
 }

@@ -38,7 +38,8 @@ def known_keys(name: str, capsys) -> set[str]:
         return {"config", "name", *stages}
     with pytest.raises(SystemExit):
         main([*name.split(), "--help"])
-    return set(re.findall(r"--(\w+)", capsys.readouterr().out))
+    options = set(re.findall(r"--(\w+)", capsys.readouterr().out))
+    return options | known_keys("pretrain", capsys) if name == "plan" else options
 
 
 def check(words: list[str], capsys) -> None:

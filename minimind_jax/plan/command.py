@@ -1,0 +1,281 @@
+"""`minimind plan`: what a run needs on a named GPU or TPU, told before it is rented."""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from minimind_jax.plan import compile as compiler
+
+DESCRIPTION = """What a run needs on a GPU or TPU that need not be there: its real training step goes through the real
+compiler. Everything else is a setting of the stage, as for `minimind pretrain`: --config FILE or the name of a config,
+then --key value; of a pipeline's file --stage says which stage. Without a config: --model.preset NAME and the defaults.
+
+  minimind plan --config pretrain --device h100
+  minimind plan --config zero --stage sft --device tpu-v5e --topology 2x4 --data sft.jsonl --price 1.20
+  minimind plan --model.preset qwen3-0.6b --device tpu-v5e --topology 4x4 --mesh.data 1 --mesh.fsdp 16"""
+
+
+def run(prog: str, argv: Sequence[str]) -> None:
+    """Plans and prints. Raises UserError."""
+    args, rest = _parser(prog).parse_known_args(argv)
+    compiler.prepare_process()
+    plan = make_plan(args, rest)
+    print(json.dumps(plan, indent=1, ensure_ascii=False) if args.json else "\n".join(describe(plan)))
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    def share(text: str) -> float:
+        if not 0 < float(text) <= 1:
+            raise ValueError
+        return float(text)
+
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--device", required=True, help="h100, a100, rtx3090, rtx4090, tpu-v4, tpu-v5e, tpu-v5p or tpu-v6e"
+    )
+    parser.add_argument("--topology", help="8 GPUs, or a TPU slice such as 2x4; the smallest there is if absent")
+    parser.add_argument("--stage", choices=("pretrain", "sft"), help="which stage of a pipeline, or kind of training")
+    parser.add_argument("--data", nargs="+", default=[], metavar="FILE", help="the training data, to count its tokens")
+    parser.add_argument("--tokens", type=float, help="tokens that are trained, in place of --data")
+    parser.add_argument("--mfu", type=share, default=0.4, help="share of the peak FLOP/s that training reaches (0.4)")
+    parser.add_argument("--price", type=float, help="of one device for an hour, in any currency; hours only without")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+# Planning -------------------------------------------------------------------------------------------------------------
+
+
+def make_plan(args: argparse.Namespace, argv: Sequence[str]) -> dict:
+    """Everything that is printed, as JSON has it: sizes in bytes, times in hours."""
+    from minimind_jax.model.transformer import LanguageModel
+    from minimind_jax.plan import devices, estimate, inputs, products
+    from minimind_jax.sharding import make_mesh
+    from minimind_jax.training.flops import flops_per_token
+
+    device = devices.find_device(args.device)
+    topology = devices.parse_topology(device, args.topology or device.smallest)
+    planned = inputs.load_planned(argv, args.stage)
+    tokens = inputs.planned_tokens(planned, args.data, args.tokens and round(args.tokens))
+    config = planned.config
+    package = devices.installed_compiler(device)
+    if package:
+        found = compiler.compile_only_devices(device, topology)
+    else:
+        found = compiler.emulated_devices(topology.count)
+    mesh = make_mesh(config.mesh, found)
+    model = LanguageModel(planned.architecture, config.compute)
+    traced, state = compiler.trace_step(config, model, mesh, device.platform)
+    params, opt_state, whole = compiler.state_bytes(state)
+
+    formula = flops_per_token(model.config, config.data.seq_len)
+    plan = {
+        "model": _model_facts(planned, model),
+        "step": _step_facts(config, model, device.platform, mesh if package else None),
+        "device": {
+            "name": args.device,
+            "topology": args.topology or device.smallest,
+            "count": topology.count,
+            "memory": device.memory,
+            "peak_flops": device.peak_flops,
+            "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        },
+        "flops_per_token": {
+            "formula": formula,
+            "matrix_products_of_the_step": products.product_flops(traced.jaxpr.jaxpr) / config.training.batch_tokens,
+        },
+        "state": {"parameters": params, "optimizer": opt_state, "share": (params + opt_state) / whole},
+    }
+    if package:
+        plan |= _compiled_facts(traced, package, device.platform, topology.count, config.training.batch_tokens)
+    else:
+        plan["compiler"] = {"name": None, "install": devices.install_command(device)}
+        guess = estimate.estimate_memory(config, model.config, dict(mesh.shape), params + opt_state, params)
+        plan["memory"] = {**guess._asdict(), "total": guess.total}
+    needed = plan["memory"]["total"]
+    fits, sentence = estimate.fit(device, needed) if needed is not None else (False, "does not fit")
+    change = []
+    if not fits:
+        change = estimate.advice(config, dict(mesh.shape), device.memory, params + opt_state, needed)
+    plan["fit"] = {"fits": fits, "sentence": sentence, "change": change}
+    plan["time"] = _time_facts(args, config, tokens, formula, device.peak_flops, topology.count)
+    return plan
+
+
+def _model_facts(planned, model) -> dict:
+    from minimind_jax.model.transformer import count_parameters
+
+    shape = planned.architecture
+    return {
+        "stage": planned.stage,
+        "parameters": count_parameters(model.abstract_params()),
+        "layers": shape.num_hidden_layers,
+        "hidden_size": shape.hidden_size,
+        "vocab_size": shape.vocab_size,
+        "experts": shape.num_experts,
+        "note": planned.note,
+    }
+
+
+def _step_facts(config, model, platform: str, mesh) -> dict:
+    """mesh: of the target's devices; None where there are none to compile for."""
+    from minimind_jax.model import attention
+    from minimind_jax.model.transformer import compute_dtype
+
+    shape, parts = model.config, config.training.accumulation_steps
+    queries = (config.rows_per_step // parts, config.data.seq_len, shape.num_attention_heads, shape.head_dim)
+    with compiler.on_platform(platform):
+        dtype = compute_dtype(model.compute)
+        choice = attention.choose_path(model.compute.attention, queries, shape.num_key_value_heads, dtype, mesh)
+        return {
+            "tokens": config.training.batch_tokens,
+            "rows": config.rows_per_step,
+            "seq_len": config.data.seq_len,
+            "accumulation_steps": parts,
+            "dtype": dtype.name,
+            "remat": config.compute.remat,
+            "attention_path": choice.path,
+            "attention_reason": choice.reason,
+        }
+
+
+def _compiled_facts(traced, package: str, platform: str, count: int, batch_tokens: int) -> dict:
+    """What the compiler has to say: memory, kernels, collectives, its own FLOPs."""
+    from minimind_jax.plan.module import ATTENTION_KERNELS, read_module
+
+    started = time.monotonic()
+    step = compiler.compile_step(traced, platform)
+    facts = {
+        "compiler": {
+            "name": f"{package} {version(package)}, jax {version('jax')}",
+            "seconds": round(time.monotonic() - started, 1),
+        }
+    }
+    if step.memory is None:
+        return {**facts, "memory": {"total": step.needed, "refused": True}}
+    module = read_module(step.text)
+    is_attention = {name: any(name.startswith(kernel) for kernel in ATTENTION_KERNELS) for name in module.kernels}
+    return {
+        **facts,
+        "memory": {**step.memory._asdict(), "total": step.memory.total},
+        "cost_analysis_flops_per_token": step.flops and step.flops * count / batch_tokens,
+        "attention_kernels": {
+            name: {"count": calls, "runs": runs} for name, (calls, runs) in module.kernels.items() if is_attention[name]
+        },
+        "collectives": {kind: vars(found) for kind, found in sorted(module.collectives.items())},
+        "loops_of_unknown_length": module.unknown_loops,
+    }
+
+
+def _time_facts(args, config, tokens, formula: float, peak: float, count: int) -> dict:
+    from minimind_jax.plan.estimate import cost
+
+    if config.compute.dtype == "float32":
+        return {"note": "no time: the peak is known for bfloat16 only, and compute.dtype is float32"}
+    told = cost(tokens.count if tokens else 10**9, formula, peak, count, args.mfu, args.price)
+    return {
+        "tokens": tokens.count if tokens else 10**9,
+        "source": tokens.source if tokens else "no data is named; for a billion tokens (--data FILE, --tokens N)",
+        "mfu": args.mfu,
+        **told._asdict(),
+    }
+
+
+# Telling --------------------------------------------------------------------------------------------------------------
+
+
+def describe(plan: dict) -> list[str]:
+    """The plan in lines of text."""
+    model, step, device, flops = plan["model"], plan["step"], plan["device"], plan["flops_per_token"]
+    mesh = ", ".join(f"{axis} {size}" for axis, size in device["mesh"].items()) or "one device"
+    experts = f", {model['experts']} experts" if model["experts"] else ""
+    parts = step["accumulation_steps"]
+    lines = [
+        ("model", f"{model['parameters']:,} parameters ({model['layers']} layers of width {model['hidden_size']}, "
+                  f"{model['vocab_size']:,} tokens{experts}), stage {model['stage']}"),
+        ("", model["note"]),
+        ("step", f"{step['tokens']:,} tokens: {step['rows']} rows of {step['seq_len']}"
+                 + f" in {parts} parts" * (parts > 1) + f", {step['dtype']}, remat {step['remat']}"),
+        ("device", f"{device['count']} x {device['name']} ({mesh}): {gib(device['memory'])} and "
+                   f"{device['peak_flops'] / 1e12:,.0f} TFLOP/s each in bfloat16"),
+        *_compiler_lines(plan["compiler"]),
+        ("FLOPs", f"{flops['formula'] / 1e6:,.1f} million a token by the formula, "
+                  f"{flops['matrix_products_of_the_step'] / 1e6:,.1f} in the step's matrix products, kernels not"),
+        ("", _compiler_flops(plan)),
+        ("state", f"parameters {gib(plan['state']['parameters'])}, optimizer {gib(plan['state']['optimizer'])} on each "
+                  f"device ({plan['state']['share']:.1%} of all)"),
+        ("memory", _memory_line(plan)),
+        *[("", f"try {change}") for change in plan["fit"]["change"]],
+        *_program_lines(plan),
+        *_time_lines(plan["time"], device["count"]),
+    ]  # fmt: skip
+    return [f"{name:<12} {text}" for name, text in lines if text]
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
+
+
+def _compiler_lines(told: dict) -> list[tuple[str, str]]:
+    if told["name"] is None:
+        return [
+            ("compiler", "NOT INSTALLED: memory is estimated by formulas, and there are no kernels and collectives"),
+            ("", f"install it with: {told['install']}"),
+        ]
+    return [("compiler", f"{told['name']}, no device present; {told['seconds']:.0f} s")]
+
+
+def _compiler_flops(plan: dict) -> str:
+    if (flops := plan.get("cost_analysis_flops_per_token")) is None:
+        return ""
+    return f"the compiler's cost analysis: {flops / 1e6:,.1f} million, in which a loop's body counts once"
+
+
+def _memory_line(plan: dict) -> str:
+    memory, sentence = dict(plan["memory"]), plan["fit"]["sentence"]
+    total = memory.pop("total")
+    if memory.pop("refused", False):
+        need = f"{gib(total)} or more" if total else "more than there is"
+        return f"the compiler finds that the step needs {need}: {sentence}"
+    parts = ", ".join(f"{name} {gib(size)}" for name, size in memory.items())
+    about = "" if plan["compiler"]["name"] else "about "
+    return f"{about}{gib(total)} on each device: {sentence} ({parts})"
+
+
+def _program_lines(plan: dict) -> list[tuple[str, str]]:
+    reason = plan["step"]["attention_reason"]
+    path = f"path {plan['step']['attention_path']}" + (f" ({reason})" if reason else "")
+    if "collectives" not in plan:
+        return [("attention", path)]
+    kernels = ", ".join(f"{found['count']} x {name}" for name, found in plan["attention_kernels"].items())
+    lines = [("attention", f"{path}; kernels in the program: {kernels or 'none'}")]
+    for kind, found in plan["collectives"].items():
+        lines.append((
+            "collectives" if len(lines) == 1 else "",
+            f"{kind}: {found['count']} in the program, {found['runs']} and {gib(found['bytes'])} a device and step",
+        ))  # fmt: skip
+    if len(lines) == 1:
+        lines.append(("collectives", "none"))
+    if plan["loops_of_unknown_length"]:
+        lines.append(("", f"{plan['loops_of_unknown_length']} loops of unknown length count as one round"))
+    return lines
+
+
+def _time_lines(told: dict, count: int) -> list[tuple[str, str]]:
+    if "note" in told:
+        return [("time", told["note"])]
+    hours = told["hours"]
+    length = f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.1f} minutes"
+    price = "" if told["price"] is None else f", price {told['price']:,.2f}"
+    return [
+        ("time", f"{length} for {told['tokens']:,} tokens at {told['tokens_per_second']:,.0f} tokens/s "
+                 f"(--mfu {told['mfu']:g}), {hours * count:,.1f} device hours{price}"),
+        ("", told["source"]),
+    ]  # fmt: skip

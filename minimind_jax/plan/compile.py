@@ -1,0 +1,164 @@
+"""The training step of a run, compiled by the compiler of a GPU or TPU that need not be there.
+
+The order in a process: `prepare_process` before JAX starts, `compile_only_devices`, `trace_step`, `compile_step`.
+"""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+
+from minimind_jax.config import PretrainConfig
+from minimind_jax.errors import UserError
+from minimind_jax.plan.devices import Device, Topology
+
+# The host computes nothing and asks no cloud what it is; libtpu's lock is for processes that use a TPU.
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+# Silences the compilers' searches for a device.
+QUIET = {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost", "TF_CPP_MIN_LOG_LEVEL": "3"}
+
+TYPICAL_STEPS = 1000  # the schedule's length is a constant in the program, no part of its size
+
+
+class Memory(NamedTuple):
+    """Bytes on each device, from the compiler. aliased: of the outputs that take the place of donated arguments."""
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    code: int
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+
+
+class CompiledStep(NamedTuple):
+    """memory, text (of the optimised program), flops (of `cost_analysis`, on one device, loop bodies counted once).
+
+    All None where the compiler found that the step needs more memory than there is; then `needed` is what it says of
+    it. flops is None for a GPU, too, whose compiler counts only on a device.
+    """
+
+    memory: Memory | None
+    text: str | None
+    flops: float | None
+    needed: int | None
+
+
+def prepare_process() -> None:
+    """Keeps JAX from taking a device of this machine. Call it before JAX computes anything."""
+    os.environ.update(ENVIRONMENT)
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
+
+
+def compile_only_devices(device: Device, topology: Topology) -> list:
+    """Devices that can be compiled for and nothing else. Raises UserError with the compiler's own words."""
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(topology.name, platform=device.platform, **topology.options).devices)
+    except Exception as error:  # RuntimeError, NotImplementedError, JaxRuntimeError: each plugin has its own
+        asked = topology.name or f"{topology.count} x {device.peak}"
+        raise UserError(f"the compiler does not take {asked}: {_first_line(error)}") from error
+
+
+def emulated_devices(count: int) -> list:
+    """Devices of this machine's CPU, where no compiler is installed for the true ones: what lies where is the same."""
+    import jax
+
+    if count > 1:
+        jax.config.update("jax_num_cpu_devices", count)
+    return jax.devices("cpu")[:count]
+
+
+@contextlib.contextmanager
+def on_platform(platform: str) -> Iterator[None]:
+    """Whatever asks JAX for its platform while a step is traced hears that of the target.
+
+    The model chooses dtype, attention, experts and unrolling by `jax.default_backend()`; so the program is the one that
+    the device would run.
+    """
+    with mock.patch("jax.default_backend", lambda: {"cuda": "gpu"}.get(platform, platform)):
+        yield
+
+
+def abstract_batch(config: PretrainConfig):
+    """Shapes of a batch (see `data.batches.pack_row`)."""
+    import jax
+
+    shape = (config.rows_per_step, config.data.seq_len)
+    names = ("tokens", "targets", "positions", "segment_ids", "target_bytes")
+    batch = {name: jax.ShapeDtypeStruct(shape, np.int32) for name in names}
+    return {**batch, "loss_weights": jax.ShapeDtypeStruct(shape, np.float32)}
+
+
+def trace_step(config: PretrainConfig, model, mesh, platform: str):
+    """The training step of pretraining and fine-tuning as `training.loop.train` builds it, traced for a mesh."""
+    from minimind_jax.losses.language_model import make_language_model_loss
+    from minimind_jax.training.program import abstract_state, make_program
+
+    with on_platform(platform):
+        loss_fn = make_language_model_loss(model, config.training.z_loss)
+        steps = config.training.steps or max(TYPICAL_STEPS, config.optimizer.warmup_steps + 1)
+        program = make_program(config, model, loss_fn, mesh, steps)
+        state = abstract_state(program.optimizer, model.abstract_params(), program.shardings)
+        return program.step.trace(state, abstract_batch(config)), state
+
+
+def compile_step(traced, platform: str) -> CompiledStep:
+    """Compiles a traced step. Raises UserError when the compiler refuses it for another reason than memory."""
+    import jax
+
+    # Without a device nothing can be timed, so kernels are taken as the compiler's model ranks them.
+    options = {"xla_gpu_autotune_level": "0"} if platform == "cuda" else None
+    try:
+        with on_platform(platform):
+            compiled = traced.lower().compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise UserError(f"the compiler refused the step: {_first_line(error)}") from error
+        return CompiledStep(None, None, None, needed_memory(str(error)))
+    stats, costs = compiled.memory_analysis(), compiled.cost_analysis()
+    memory = Memory(
+        stats.argument_size_in_bytes,
+        stats.output_size_in_bytes,
+        stats.alias_size_in_bytes,
+        stats.temp_size_in_bytes,
+        stats.generated_code_size_in_bytes,
+    )
+    return CompiledStep(memory, compiled.as_text(), (costs or {}).get("flops"), None)
+
+
+def needed_memory(message: str) -> int | None:
+    """Bytes the TPU compiler says a program needs when there are not as many; None if it does not say."""
+    match = re.search(r"Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds available", message)
+    if match is None:
+        return None
+    number, unit = (match[1], match[2]) if match[1] else (match[3], match[4])
+    return int(float(number) * 1024 ** ("KMGT".index(unit) + 1))
+
+
+def state_bytes(state) -> tuple[int, int, int]:
+    """Bytes of parameters and of the optimizer's state on each device, and of both on a device that has all."""
+    import jax
+
+    def per_device(tree) -> int:
+        leaves = jax.tree.leaves(tree)
+        return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in leaves)
+
+    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.params, state.opt_state)))
+    return per_device(state.params), per_device(state.opt_state), whole
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

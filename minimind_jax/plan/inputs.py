@@ -1,0 +1,173 @@
+"""What is planned: a stage's settings and model from the command line, and the tokens it will train."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from minimind_jax import settings
+from minimind_jax.config import PretrainConfig
+from minimind_jax.convert.hf_config import from_hf_config
+from minimind_jax.data.cache_folder import cache_root, stored_caches
+from minimind_jax.data.jsonl import expand_paths
+from minimind_jax.data.tokenise import Encoder, Kind, read_chunks
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.errors import UserError
+from minimind_jax.folders import resolve_model_folder
+from minimind_jax.model.config import ModelConfig
+from minimind_jax.stages import STAGES
+from minimind_jax.stages.pipeline import Stage, load_pipeline
+
+PLANNED: dict[str, Kind] = {"pretrain": "text", "sft": "conversation"}  # stages, and the records they train on
+
+# Bytes of a line for each token of MiniMind's tokenizer (6,400 tokens): 3.02 on the first 2.1 MB of a file of English
+# and Chinese text for pretraining, 3.16 on conversations (2026-11-25).
+BYTES_PER_TOKEN = 3.1
+SAMPLE_CHUNKS = 4  # of data.tokenise.CHUNK_BYTES
+
+
+class Planned(NamedTuple):
+    """note: what had to be assumed about the model, or empty."""
+
+    stage: str
+    config: PretrainConfig
+    architecture: ModelConfig
+    note: str
+
+
+class Tokens(NamedTuple):
+    """count: tokens that are trained, over all epochs. source: where the number is from, in words."""
+
+    count: int
+    source: str
+
+
+# Settings -------------------------------------------------------------------------------------------------------------
+
+
+def load_planned(argv: Sequence[str], stage: str | None) -> Planned:
+    """The settings of `--config` and the overrides in argv: of a stage's file, or of one stage of a pipeline's.
+
+    stage: which; else the one a file is named after, a pipeline's first training stage, or pretrain.
+    Raises UserError.
+    """
+    configs, _ = settings.read_arguments(argv)
+    if len(configs) == 1 and _is_pipeline(settings.find_config(configs[0])):
+        return _of_pipeline(argv, stage)
+    name = stage or next((stem for stem in map(_stem, configs) if stem in PLANNED), "pretrain")
+    config = settings.load_settings(STAGES[name].config, argv, "minimind plan")
+    return Planned(name, config, *_architecture(config, []))
+
+
+def _stem(config: str) -> str:
+    return Path(config).name.removesuffix(".yaml")
+
+
+def _is_pipeline(file: Path) -> bool:
+    node, _ = settings.compose_yaml(file)
+    return isinstance(node, yaml.MappingNode) and any(key.value == "stages" for key, _ in node.value)
+
+
+def _of_pipeline(argv: Sequence[str], stage: str | None) -> Planned:
+    """Overrides may leave out the stage's name: they are of the stage that is planned."""
+    names = [made.name for made in load_pipeline(_config_only(argv))]
+    chosen = stage or next((name for name in names if name in PLANNED), "")
+    if chosen not in names:
+        raise UserError(f"the pipeline has no stage {stage or 'to train'}; its stages are {', '.join(names)}")
+    heads = {*names, "shared", "name", "config"}
+    full = [f"--{chosen}.{word[2:]}" if word.startswith("--") and _head(word) not in heads else word for word in argv]
+    stages = load_pipeline(full)
+    position = next(i for i, made in enumerate(stages) if made.name == chosen)
+    config = stages[position].config
+    return Planned(chosen, config, *_architecture(config, stages[:position]))
+
+
+def _head(option: str) -> str:
+    return option[2:].partition("=")[0].partition(".")[0]
+
+
+def _config_only(argv: Sequence[str]) -> list[str]:
+    configs, _ = settings.read_arguments(argv)
+    return ["--config", *configs]
+
+
+def _architecture(config: PretrainConfig, before: Sequence[Stage]) -> tuple[ModelConfig, str]:
+    """The model that the stage will have, and what had to be assumed.
+
+    That of init_from where it is there; of a pipeline's stage before, which will make it; else what `model` says.
+    """
+    if not config.init_from:
+        return config.model.resolve(), ""
+    maker = next((made for made in before if getattr(made.config, "run", None) == config.init_from), None)
+    try:
+        file = resolve_model_folder(config.init_from, "init_from") / "config.json"
+    except UserError:
+        if maker is not None:
+            return _architecture(maker.config, before[: before.index(maker)])
+        return config.model.resolve(), f"init_from {config.init_from} is not there yet; taken as the preset in `model`"
+    given = {f.name: getattr(config.model, f.name) for f in dataclasses.fields(config.model) if f.name != "preset"}
+    given = {name: value for name, value in given.items() if value is not None}
+    architecture = from_hf_config(json.loads(file.read_text("utf-8")), str(file))
+    return dataclasses.replace(architecture, **given), ""
+
+
+# Tokens ---------------------------------------------------------------------------------------------------------------
+
+
+def planned_tokens(planned: Planned, data: Sequence[str], tokens: int | None) -> Tokens | None:
+    """Tokens of the run: `tokens`, those of the files `data` times the epochs, or what the settings say.
+
+    None where nothing says. Raises UserError for files that are not there or whose tokens cannot be estimated.
+    """
+    training, config = planned.config.training, planned.config
+    if tokens is not None:
+        return Tokens(tokens, "as given")
+    if not data and training.steps is not None:
+        return Tokens(training.steps * training.batch_tokens, f"training.steps {training.steps:,}")
+    if not data and training.tokens is not None:
+        return Tokens(training.tokens, "training.tokens")
+    files = list(data) or [name for name in config.data.train if Path(name).exists()]
+    if not files:
+        return None
+    count, source = count_tokens(files, PLANNED[planned.stage], config)
+    epochs = 1 if training.epochs is None else training.epochs
+    return Tokens(round(count * epochs), f"{source}, {epochs:g} epoch{'s' * (epochs != 1)}")
+
+
+def count_tokens(paths: Sequence[str], kind: Kind, config: PretrainConfig) -> Tokens:
+    """Tokens of data files: from the cache that tokenising them left, from a sample, or from their size alone."""
+    files = expand_paths(paths)
+    names = {str(file.resolve()) for file in files}
+    for cache in stored_caches(cache_root(config.data)):
+        if not cache.stale and cache.kind == kind and set(cache.files) == names:
+            info = json.loads((cache.folder / "info.json").read_text("utf-8"))
+            return Tokens(info["tokens"], f"{info['tokens']:,} tokens counted in the token cache")
+    if packed := [file for file in files if file.suffix != ".jsonl"]:
+        raise UserError(
+            f"{packed[0]}: the tokens of compressed and Parquet files cannot be told from their size; give --tokens N"
+        )
+    size = sum(file.stat().st_size for file in files)
+    folder = _tokenizer_folder(config)
+    if folder is None:
+        count = round(size / BYTES_PER_TOKEN)
+        return Tokens(count, f"about {count:,} tokens, guessed from the size at {BYTES_PER_TOKEN} bytes a token")
+    encoder = Encoder(kind, str(folder), None, skip=True)
+    found = read = 0
+    for lines in itertools.islice(read_chunks(files, lambda _: None), SAMPLE_CHUNKS):
+        found += len(encoder.encode(lines).tokens)
+        read += sum(len(line[3]) + 1 for line in lines)
+    count = round(found / read * size)
+    return Tokens(count, f"about {count:,} tokens, estimated from the first {min(1, read / size):.1%}")
+
+
+def _tokenizer_folder(config: PretrainConfig) -> Path | None:
+    """The folder of the run's tokenizer if it is there already."""
+    try:
+        folder = Path(config.tokenizer) if config.tokenizer else resolve_model_folder(config.init_from or "-")
+        return Tokenizer.load(folder).folder
+    except UserError:
+        return None

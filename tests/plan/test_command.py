@@ -1,0 +1,83 @@
+"""`minimind plan` where no compiler is installed, in its words and as JSON; and what it advises."""
+
+import json
+import os
+
+import pytest
+
+from minimind_jax.cli import main
+from minimind_jax.config import MeshConfig, PretrainConfig, TrainingConfig
+from minimind_jax.plan import devices
+from minimind_jax.plan.compile import needed_memory
+from minimind_jax.plan.estimate import advice, cost, fit
+
+TINY = "--model.hidden_size 64 --model.num_hidden_layers 2 --model.num_attention_heads 4 --model.vocab_size 512".split()
+
+
+@pytest.fixture(autouse=True)
+def no_compiler(monkeypatch):
+    monkeypatch.setattr(devices, "installed_compiler", lambda device: None)
+    for name in ("JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+
+
+def plan(capsys, *arguments):
+    status = main(["plan", *TINY, *arguments])
+    return status, capsys.readouterr()
+
+
+def test_without_the_compiler_the_extra_is_named_and_formulas_are_called_that(capsys):
+    status, printed = plan(capsys, "--device", "tpu-v5e", "--tokens", "1e9", "--price", "2")
+    assert status == 0
+    assert "NOT INSTALLED: memory is estimated by formulas" in printed.out
+    assert "pip install 'minimind-jax[tpu]'" in printed.out
+    assert "1,000,000,000 tokens" in printed.out and "price" in printed.out
+
+
+def test_json_holds_what_is_printed(capsys):
+    _, printed = plan(capsys, "--device", "tpu-v5e", "--tokens", "1e9", "--json", "--mfu", "0.5")
+    told = json.loads(printed.out)
+    assert told["compiler"] == {"name": None, "install": "pip install 'minimind-jax[tpu]'"}
+    assert told["fit"]["fits"] and told["memory"]["total"] > told["state"]["parameters"] * 3
+    hours = 1e9 * told["flops_per_token"]["formula"] / (0.5 * 197e12) / 3600
+    assert told["time"]["hours"] == pytest.approx(hours) and told["time"]["price"] is None
+
+
+def test_mistakes_are_told(capsys):
+    status, printed = plan(capsys, "--device", "h200")
+    assert status == 2 and "did you mean h100" in printed.err
+    status, printed = plan(capsys, "--device", "tpu-v5e", "--mesh.data", "3")
+    assert status == 2 and "do not fit 1 devices" in printed.err
+
+
+def test_what_does_not_fit_gets_advice_that_applies():
+    shape = {"data": 8, "fsdp": 1, "tensor": 1, "expert": 1}
+    config = PretrainConfig(training=TrainingConfig(batch_tokens=512 * 64), mesh=MeshConfig())
+    unknown = advice(config, shape, memory=100, state=1, needed=None)
+    assert unknown[0].startswith("--training.accumulation_steps 2:")
+    assert any("--compute.remat full" in line for line in unknown)
+    # 8 rows a device: 300 / 89 parts do not divide them, 4 do.
+    assert advice(config, shape, memory=100, state=1, needed=301)[0].startswith("--training.accumulation_steps 4:")
+    assert advice(config, shape, 100, state=1, needed=10_000)[0].startswith("--training.accumulation_steps 8:")
+    assert advice(config, shape, 100, state=50, needed=None)[0].startswith("--mesh.data 1 --mesh.fsdp 8")
+
+
+def test_a_gpu_that_is_nearly_full_needs_jaxs_share_raised():
+    h100, v5e = devices.DEVICES["h100"], devices.DEVICES["tpu-v5e"]
+    assert fit(h100, 10 * 2**30)[0] and "XLA_PYTHON" not in fit(h100, 10 * 2**30)[1]
+    assert fit(h100, 70 * 2**30)[0] and "XLA_PYTHON_CLIENT_MEM_FRACTION" in fit(h100, 70 * 2**30)[1]
+    assert not fit(h100, 79 * 2**30)[0]
+    assert fit(v5e, 15 * 2**30)[0] and not fit(v5e, 16 * 2**30)[0]
+
+
+def test_hours_and_price():
+    assert cost(3600, 100.0, 1000.0, 2, 0.5, 3.0) == (0.1, 10.0, pytest.approx(0.6))
+
+
+def test_what_the_tpu_compiler_says_a_program_needs():
+    said = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (670.63G) exceeds"
+    )
+    assert needed_memory(f"{said} available HBM (15.75G).") == int(670.63 * 2**30)
+    assert needed_memory("Used 21.95G of 15.48G hbm. Exceeded hbm capacity by 6.47G.") == int(21.95 * 2**30)
+    assert needed_memory("RESOURCE_EXHAUSTED") is None

@@ -1,0 +1,76 @@
+"""Which stage, model and tokens are planned."""
+
+import json
+
+import pytest
+
+from minimind_jax.config import DataConfig, PretrainConfig, SFTConfig, TrainingConfig
+from minimind_jax.errors import UserError
+from minimind_jax.plan import inputs
+from minimind_jax.plan.devices import find_device, parse_topology, target_config
+from minimind_jax.plan.inputs import Planned, count_tokens, load_planned, planned_tokens
+
+
+def test_a_stages_file_is_known_by_its_name_and_overrides_hold():
+    planned = load_planned(["--config", "sft", "--model.preset", "minimind2-small", "--data.seq_len", "384"], None)
+    assert planned.stage == "sft" and isinstance(planned.config, SFTConfig)
+    assert planned.config.data.seq_len == 384 and planned.architecture.hidden_size == 512
+    assert load_planned(["--model.preset", "qwen3-0.6b"], None).stage == "pretrain"
+
+
+def test_a_stage_of_a_pipeline_has_the_model_of_the_stage_before_it():
+    planned = load_planned(["--config", "moe", "--training.accumulation_steps", "2"], "sft")
+    assert planned.stage == "sft" and planned.config.data.seq_len == 768
+    assert planned.config.training.accumulation_steps == 2
+    assert planned.architecture.num_experts == 4 and not planned.note
+    assert load_planned(["--config", "zero"], None).stage == "pretrain"
+
+
+def test_a_start_that_is_not_there_is_said(tmp_path):
+    planned = load_planned(["--config", "sft", "--init_from", str(tmp_path / "none")], None)
+    assert "is not there yet" in planned.note and planned.architecture.hidden_size == 768
+
+
+def test_settings_that_are_wrong_are_told_as_anywhere():
+    with pytest.raises(UserError, match=r"unknown setting data.seqlen; did you mean data.seq_len"):
+        load_planned(["--config", "pretrain", "--data.seqlen", "3"], None)
+    with pytest.raises(UserError, match=r"unknown setting data.seqlen; did you mean data.seq_len"):
+        load_planned(["--config", "zero", "--data.seqlen", "3"], None)
+
+
+def write_texts(path, count):
+    path.write_text("".join(json.dumps({"text": "a mat, a cat"}) + "\n" for _ in range(count)))
+    return path
+
+
+def test_tokens_are_given_set_or_guessed_from_the_size(tmp_path):
+    file = write_texts(tmp_path / "text.jsonl", 100)
+    config = PretrainConfig(data=DataConfig(cache_dir=str(tmp_path)), training=TrainingConfig(epochs=2))
+    planned = Planned("pretrain", config, config.model.resolve(), "")
+    assert planned_tokens(planned, [], 5).count == 5
+    assert planned_tokens(planned, [], None) is None
+    told = planned_tokens(planned, [str(file)], None)
+    assert told.count == pytest.approx(2 * file.stat().st_size / inputs.BYTES_PER_TOKEN, rel=0.01)
+    assert "guessed from the size" in told.source and "2 epochs" in told.source
+    steps = planned._replace(config=PretrainConfig(training=TrainingConfig(steps=10)))
+    assert planned_tokens(steps, [], None).count == 10 * 16384
+
+
+def test_compressed_files_need_a_number(tmp_path):
+    (tmp_path / "text.jsonl.gz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"text.jsonl.gz: .* give --tokens N"):
+        count_tokens([str(tmp_path / "text.jsonl.gz")], "text", PretrainConfig())
+
+
+def test_devices_and_topologies():
+    assert parse_topology(find_device("h100"), "x8").options["topology"] == "1x1x8"
+    assert parse_topology(find_device("h100"), "16").options["topology"] == "1x2x8"
+    assert parse_topology(find_device("tpu-v5e"), "4x4")[:2] == ("v5e:4x4", 16)
+    assert parse_topology(find_device("tpu-v5e"), "1x1").options["chips_per_host_bounds"] == (1, 1, 1)
+    assert parse_topology(find_device("tpu-v4"), "2x2x1")[:2] == ("v4:2x2x1", 4)
+    assert "minor: 6" in target_config(find_device("rtx3090"))
+    for device, topology in (("h100", "2x4"), ("h100", "0"), ("h100", "9"), ("tpu-v4", "2x4"), ("tpu-v5e", "8")):
+        with pytest.raises(UserError, match=f"--topology {topology}"):
+            parse_topology(find_device(device), topology)
+    with pytest.raises(UserError, match="did you mean tpu-v5e"):
+        find_device("v5e")
