@@ -1,0 +1,85 @@
+"""Attention's gradient through the real compilers of GPUs and TPUs, without such a device: which kernels they are given
+and how much memory these take.
+
+The compilers come with `minimind-jax[cuda12]` and `[tpu]`; $MINIMIND_CUDA_PYTHON and $MINIMIND_TPU_PYTHON name another
+interpreter that has them.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("compile_attention.py")
+COMPILERS = {
+    "cuda": ("MINIMIND_CUDA_PYTHON", "cuda12", ("jax_cuda12_plugin", "jax_cuda13_plugin")),
+    "tpu": ("MINIMIND_TPU_PYTHON", "tpu", ("libtpu",)),
+}
+CUDNN = ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+CUDNN_MASKED = ["__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"]
+SPLASH = ["tpu_custom_call"] * 3  # forward, queries' gradient, keys' and values'
+SHAPE = (8, 2048, 8, 4, 96)
+FSDP_8, ALL_THREE = {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def compile_cases(platform: str, device: str, topology: str, cases: list[tuple]) -> list[dict]:
+    """What `compile_attention` prints; cases are (mesh sizes, (B, T, N, K, H), packed)."""
+    variable, extra, modules = COMPILERS[platform]
+    python = os.environ.get(variable)
+    if python is None and not any(map(importlib.util.find_spec, modules)):
+        pytest.skip(f"no compiler for {platform}: pip install 'minimind-jax[{extra}]', or set ${variable}")
+    cases = [dict(zip(("sizes", "shape", "packed"), case, strict=True)) for case in cases]
+    root = str(SCRIPT.parents[2])
+    done = subprocess.run(
+        [python or sys.executable, SCRIPT, device, topology, json.dumps(cases)],
+        capture_output=True, text=True, timeout=1200, cwd=root, env={**os.environ, "PYTHONPATH": root},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_one_gpu_runs_cudnn_and_holds_no_scores():
+    plain, packed, odd = compile_cases(
+        "cuda", "h100", "1", [({}, SHAPE, False), ({}, SHAPE, True), ({}, (8, 341, 8, 2, 64), True)]
+    )  # fmt: skip
+    assert plain["kernels"] == CUDNN and packed["kernels"] == odd["kernels"] == CUDNN_MASKED
+    B, T, N, _, _ = SHAPE
+    assert plain["temporaries"] < 0.1 * 4 * B * N * T * T
+    # The mask and, until jax 0.12, its gradient: two bytes for each pair of positions, shared by the heads.
+    assert packed["temporaries"] < plain["temporaries"] + 2.2 * (2 * B * T * T)
+
+
+def test_eight_gpus_each_run_cudnn_on_their_own_part():
+    cases = [({"data": 8}, (64, *SHAPE[1:]), True), (FSDP_8, SHAPE, True), (ALL_THREE, SHAPE, True)]
+    whole, *parts = compile_cases("cuda", "h100", "8", cases)
+    for part in parts:
+        assert part["kernels"] == CUDNN_MASKED
+        assert part["temporaries"] < 0.3 * whole["temporaries"]
+
+
+def test_eight_tpus_each_run_splash_on_their_own_part():
+    (part,) = compile_cases("tpu", "tpu-v5e", "2x4", [(ALL_THREE, (8, 256, 8, 4, 96), True)])
+    assert part["kernels"] == SPLASH
+
+
+@pytest.mark.slow
+def test_splash_for_every_width_and_length():
+    widths = [({}, (*SHAPE[:-1], head_dim), True) for head_dim in (64, 96, 128)]
+    B, T, N, _, _ = SHAPE
+    for result in compile_cases("tpu", "tpu-v5e", "1x1", [*widths, ({}, SHAPE, False), ({}, (4, 340, 8, 2, 64), True)]):
+        assert result["kernels"] == SPLASH
+        assert result["temporaries"] < 0.2 * 4 * B * N * T * T
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [("cuda", "h100", "8"), ("tpu", "tpu-v5e", "2x4")], ids=lambda target: target[0])
+def test_on_every_mesh_and_where_heads_do_not_divide(target):
+    meshes = [FSDP_8, ALL_THREE, {"data": 4, "expert": 2}, {"data": 1, "tensor": 8}]
+    *parts, not_divided = compile_cases(*target, [(sizes, SHAPE, True) for sizes in meshes])
+    for part in parts:
+        assert part["kernels"] == (SPLASH if target[0] == "tpu" else CUDNN_MASKED)
+    assert not_divided["kernels"] == []  # 4 key/value heads over 8 devices
