@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from minimind_jax.errors import UserError
+from minimind_jax.paths import as_path, local_folder
 
 RUNS = Path("runs")
 
@@ -13,22 +14,23 @@ def resolve_run(name: str) -> Path:
     if not name:
         raise UserError("run is empty; give a name (a folder under runs/) or a path")
     is_path = os.sep in name or "/" in name or name.startswith((".", "~"))
-    return Path(name).expanduser() if is_path else RUNS / name
+    return as_path(name).expanduser() if is_path else RUNS / name
 
 
 def resolve_model_folder(name: str, setting: str = "model") -> Path:
-    """The Hugging Face folder that `name` means: the folder itself, or the model/ of a run (name or path).
+    """The Hugging Face folder that `name` means: the folder itself, or the model/ of a run (name or path); of one in
+    an object store, a copy on this machine.
 
     setting: what the user gave the name as, for the message.
 
     Raises:
         UserError: nothing is there; the message names the places looked at, and a run that has not finished.
     """
-    folder, run = Path(name).expanduser(), resolve_run(name)
+    folder, run = as_path(name).expanduser(), resolve_run(name)
     places = list(dict.fromkeys([folder, folder / "model", run / "model"]))
     for place in places:
         if (place / "config.json").is_file():
-            return place
+            return local_folder(place)
     for unfinished in (run, folder):
         if (unfinished / "config.yaml").is_file():
             raise UserError(

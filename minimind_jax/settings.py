@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from minimind_jax.errors import UserError
+from minimind_jax.paths import as_path
 
 RUN_LENGTHS = {"training.steps", "training.epochs", "training.tokens"}  # a run has one of them
 
@@ -139,7 +140,7 @@ def read_yaml(path: str | Path) -> dict[str, Setting]:
 def compose_yaml(path: str | Path) -> tuple[yaml.Node | None, yaml.SafeLoader]:
     """The parsed nodes of a YAML file, which know their lines, and the loader that gives their values."""
     try:
-        loader = _Loader(Path(path).read_text(encoding="utf-8"))
+        loader = _Loader(as_path(path).read_text(encoding="utf-8"))
         return loader.get_single_node(), loader
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.transformer import Params
+from minimind_jax.paths import absolute, as_path, is_remote, local_folder, upload_folder
 
 MAX_SHARD_BYTES = 5e9
 
@@ -53,7 +55,7 @@ def save_hf(
         UserError: the tokenizer has more tokens than the model, the folder holds something other than a model, a
             tensor does not fit float16, or the disk is full.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     check_dtype(dtype)
     config = _with_token_ids(config, tokenizer)
     with _replacing(folder) as partial:
@@ -75,7 +77,7 @@ def load_hf(folder: str | Path) -> tuple[ModelConfig, Params]:
         UserError: a file is missing or damaged, the model has a feature that is not supported, or its tensors are not
             those of its configuration.
     """
-    config, stored = _open_hf(Path(folder))
+    config, stored = _open_hf(local_folder(as_path(folder)))
     return config, params_from_hf(config, stored, str(folder))
 
 
@@ -91,9 +93,10 @@ def from_hf(
     dtype: None keeps the source's, so that every tensor stays the same bit for bit. tokenizer: a folder; None takes the
     source's. The source's generation settings are kept.
     """
-    source, output = Path(source), Path(output)
-    if source.resolve() == output.resolve():
+    source, output = as_path(source), as_path(output)
+    if absolute(source) == absolute(output):
         raise UserError(f"{output}: source and output are the same folder; choose another output")
+    source = local_folder(source)
     config, stored = _open_hf(source)
     dtypes = {tensor.dtype for tensor in stored.values()}
     if dtype is None:
@@ -118,7 +121,7 @@ def to_hf(
     max_shard_bytes: float = MAX_SHARD_BYTES,
 ) -> ModelConfig:
     """Writes a model, or the `model/` of a run's folder, again with another dtype or size of shards."""
-    source = Path(run_or_folder)
+    source = as_path(run_or_folder)
     if not (source / "config.json").is_file() and (source / "model" / "config.json").is_file():
         source = source / "model"
     return from_hf(source, output, dtype, max_shard_bytes=max_shard_bytes)
@@ -162,6 +165,10 @@ def _open_hf(folder: Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:
 @contextlib.contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder` that takes its place at the end, or vanishes if the body fails."""
+    if is_remote(folder):
+        with _uploading(folder) as partial:
+            yield partial
+        return
     folder = folder.resolve()  # through a link, and with a name of its own if it was given as "."
     if folder.exists() and not (folder.is_dir() and ((folder / "config.json").exists() or not any(folder.iterdir()))):
         raise UserError(f"{folder} exists and is not a model folder (no config.json); choose another output")
@@ -185,6 +192,19 @@ def _replacing(folder: Path) -> Iterator[Path]:
         raise UserError(f"{folder}: the model could not be written: {reason}{kept}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _uploading(folder: Path) -> Iterator[Path]:
+    """An empty folder on this machine whose files replace those of `folder`, in an object store, at the end."""
+    if folder.is_dir() and not (folder / "config.json").exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} exists and is not a model folder (no config.json); choose another output")
+    try:
+        with tempfile.TemporaryDirectory(prefix="minimind-") as partial:
+            yield Path(partial)
+            upload_folder(Path(partial), folder, last="config.json")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: the model could not be written: {error}") from error
 
 
 def _flush_to_disk(file: Path):

@@ -27,6 +27,7 @@ from minimind_jax.data.template import (
     renders_as_ours,
 )
 from minimind_jax.errors import UserError
+from minimind_jax.paths import as_path, local_folder
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -87,7 +88,7 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
         """Raises UserError if the folder has no tokenizer.json, or one of its files cannot be read."""
-        folder = Path(folder)
+        folder = local_folder(as_path(folder))
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise UserError(f"{file}: no such file; expected a tokenizer folder (`minimind tokenizer` makes one)")

@@ -7,6 +7,7 @@ from minimind_jax.config import PretrainConfig
 from minimind_jax.convert.hf import MAX_SHARD_BYTES, save_hf
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_run
+from minimind_jax.paths import as_path
 from minimind_jax.stages import STAGES
 from minimind_jax.stages.common import load_model, load_tokenizer
 from minimind_jax.training.checkpoint import load_params
@@ -59,7 +60,7 @@ def choose_step(run: RunFolder, checkpoint: str) -> int:
 
 
 def _find_run(name: str) -> RunFolder:
-    places = list(dict.fromkeys([resolve_run(name), Path(name).expanduser()]))
+    places = list(dict.fromkeys([resolve_run(name), as_path(name).expanduser()]))
     for place in places:
         if (place / "config.yaml").is_file():
             return RunFolder(place)

@@ -3,7 +3,8 @@
 One checkpoint is a folder checkpoints/STEP written by Orbax: first under a temporary name in the background, then
 renamed, so a kill at any moment leaves either the old set of checkpoints or the new one. The state is stored flat,
 one array a name (`params.embed.embedding`, `opt_state.0.mu...`), so that it can be compared by name with the state of
-the model at hand and be restored onto any mesh.
+the model at hand and be restored onto any mesh. In Google Cloud Storage, where nothing can be renamed, Orbax writes a
+last object into a checkpoint that is whole.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from minimind_jax.errors import UserError
+from minimind_jax.paths import absolute, as_path, is_remote
 
 TEMPORARY = "*.orbax-checkpoint-tmp*"
 
@@ -54,7 +56,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | Path, *, keep: int = 2, val_losses: dict[int, float] | None = None):
-        self.folder = Path(folder).resolve()
+        self.folder = absolute(as_path(folder))
         # Orbax logs every phase of a save, and a failure once for each of its threads; failures are raised below.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         policy = NewestAndBest(keep, val_losses is not None, {} if val_losses is None else val_losses)
@@ -131,6 +133,11 @@ class Checkpoints:
 
     def _failure(self, error: Exception) -> UserError:
         self._failed = True
+        if is_remote(self.folder):
+            return UserError(
+                f"saving a checkpoint to {self.folder} failed: {_reason(error)}; older checkpoints are intact. Mend "
+                "that, then run the same command again to resume"
+            )
         if jax.process_index() == 0:
             for leftover in self.folder.glob(TEMPORARY):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -156,10 +163,10 @@ def load_params(checkpoint: Path, abstract_params: Any) -> Any:
     context.pytree.loading.partial_load = True
     try:
         with context:
-            stored = ocp.metadata(checkpoint.resolve()).metadata
+            stored = ocp.metadata(absolute(checkpoint)).metadata
             _check_tensors(checkpoint, {k: v for k, v in stored.items() if k.startswith("params.")}, expected)
             on_host = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in expected.items()}
-            loaded = ocp.load(checkpoint.resolve(), on_host)
+            loaded = ocp.load(absolute(checkpoint), on_host)
     except UserError:
         raise
     except Exception as error:

@@ -218,6 +218,7 @@ class Loop:
             "versions": package_versions(),
         }
         with self.speed.pause():
+            self.writer.sync()  # the metrics up to a checkpoint are there when it is
             self.checkpoints.save(step, state, record)
 
     def stop_if_asked(self, state: TrainState, step: int, unread: tuple[int, dict, int] | None) -> None:

@@ -51,7 +51,8 @@ def draw_losses(train: list[dict], val: list[dict], picture: Path) -> None:
     rates.set_ylabel("learning rate")
     rates.set_xlabel("step")
     rates.grid(alpha=0.3)
-    figure.savefig(picture, dpi=120)
+    with picture.open("wb") as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def smoothed(values: list[float], share: float = 0.05) -> list[float]:

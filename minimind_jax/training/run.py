@@ -1,4 +1,4 @@
-"""The folder of a run.
+"""The folder of a run, on a disk or in an object store (gs://, see `paths`).
 
 runs/NAME/
   config.yaml        the settings of the run, readable by --config
@@ -15,13 +15,14 @@ import json
 import os
 import platform
 import sys
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import jax
 import yaml
 from filelock import FileLock, Timeout
 
 from minimind_jax.errors import UserError
+from minimind_jax.paths import as_path, is_remote, write_object
 
 PACKAGES = ("minimind-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
@@ -30,7 +31,9 @@ class RunFolder:
     """The files of one run. Nothing is created before `create`."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = as_path(path)
+        if is_remote(self.path) and not str(self.path).startswith("gs://"):
+            raise UserError(f"{self.path}: checkpoints can be kept on a disk or in Google Cloud Storage (gs://)")
         self.config_file = self.path / "config.yaml"
         self.environment_file = self.path / "environment.json"
         self.metrics_file = self.path / "metrics.jsonl"
@@ -39,7 +42,7 @@ class RunFolder:
         self.report_file = self.path / "report.md"
         self.loss_picture = self.path / "loss.png"
         # One lock object a folder and process: whoever has it may take it again. It is let go with the last RunFolder.
-        self._lock = FileLock(self.path / ".lock", is_singleton=True)
+        self._lock = None if is_remote(self.path) else FileLock(self.path / ".lock", is_singleton=True)
 
     def create(self) -> "RunFolder":
         try:
@@ -51,8 +54,11 @@ class RunFolder:
     def lock(self) -> None:
         """Keeps other processes from training in this folder as long as this object lives.
 
-        Raises UserError when one does already: two writers would mix their metrics and checkpoints.
+        Raises UserError when one does already: two writers would mix their metrics and checkpoints. An object store
+        has no locks; there it is up to the user.
         """
+        if self._lock is None:
+            return
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -64,7 +70,10 @@ class RunFolder:
         """Steps of the checkpoints that are whole on disk, ascending."""
         if not self.checkpoints.is_dir():
             return []
-        return sorted(int(path.name) for path in self.checkpoints.iterdir() if path.name.isdigit())
+        steps = [path for path in self.checkpoints.iterdir() if path.name.isdigit()]
+        if is_remote(self.checkpoints):  # where a checkpoint cannot be renamed when it is whole
+            steps = [path for path in steps if (path / "commit_success.txt").exists()]
+        return sorted(int(path.name) for path in steps)
 
     def check_resume(self, resume: str) -> None:
         """Raises UserError when `resume` (auto, must, never) does not allow what the folder holds."""
@@ -144,11 +153,17 @@ def plain(value):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
-    return str(value) if isinstance(value, Path) else value
+    return str(value) if isinstance(value, PurePath) else value
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces `path` by `text` in one step: a reader, or a kill, sees the old file or the new one."""
+    """Replaces `path` by `text` in one step: a reader, or a kill, sees the old file or the new one.
+
+    Raises UserError when it cannot be written.
+    """
+    if is_remote(path):
+        write_object(path, text)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")

@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import tempfile
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from minimind_jax.config import TrackingConfig
 from minimind_jax.errors import UserError
+from minimind_jax.paths import GrowingObject, as_path, is_remote
 from minimind_jax.training.run import RunFolder, write_text
 
 WALL_CLOCK = ("seconds", "tokens_per_second", "mfu")
@@ -29,7 +31,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         UserError: another line is not a JSON object with `step`.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.is_file():
         return []
     lines = path.read_bytes().split(b"\n")
@@ -55,8 +57,12 @@ def val_losses(rows: list[dict[str, Any]]) -> dict[int, float]:
 
 def append_export(run: RunFolder, step: int, dtype: str) -> None:
     """The last row of a finished run: its model is written."""
+    row = _line({"step": step, "exported": dtype})
+    if is_remote(run.metrics_file):
+        write_text(run.metrics_file, run.metrics_file.read_text("utf-8") + row)
+        return
     with run.metrics_file.open("a", encoding="utf-8") as file:
-        file.write(_line({"step": step, "exported": dtype}))
+        file.write(row)
 
 
 def is_exported(run: RunFolder) -> bool:
@@ -93,9 +99,12 @@ class MetricsWriter:
             multihost_utils.sync_global_devices("metrics.jsonl")
         if not active:
             return
-        write_text(self.path, "".join(_line(row) for row in self.rows))
+        text = "".join(_line(row) for row in self.rows)
+        write_text(self.path, text)
         self._loggers = [LOGGERS[name](run, tracking.project, start_step, settings) for name in tracking.loggers]
-        self._file = self.path.open("a", encoding="utf-8")
+        # Line by line onto a disk; into an object store now and then, and at `sync`.
+        is_object = is_remote(self.path)
+        self._file = GrowingObject(self.path, text) if is_object else self.path.open("a", encoding="utf-8", buffering=1)
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -106,6 +115,11 @@ class MetricsWriter:
                 self._file.close()
         for _, close in self._loggers:
             close()
+
+    def sync(self) -> None:
+        """Returns once every row is where a later process finds it; for before a checkpoint."""
+        if self._file is not None:
+            self._file.flush()
 
     def has(self, step: int, key: str) -> bool:
         """Whether a row of `step` with `key` is written already (before the run was cut off)."""
@@ -119,7 +133,6 @@ class MetricsWriter:
             return
         try:
             self._file.write(_line(row))
-            self._file.flush()
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}; make room and run again to resume") from error
         numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
@@ -154,7 +167,7 @@ def _wandb(run: RunFolder, project: str, start_step: int, settings: dict):
         name=run.path.name,
         id=_tracking_id(run, start_step),
         resume="allow",
-        dir=str(run.path),
+        dir=_log_folder(run),
         config=settings,
     )
     return (lambda step, numbers: session.log(numbers, step=step)), session.finish
@@ -167,7 +180,7 @@ def _swanlab(run: RunFolder, project: str, start_step: int, settings: dict):
         name=run.path.name,
         id=_tracking_id(run, start_step),
         resume="allow",
-        log_dir=str(run.path / "swanlab"),
+        log_dir=os.path.join(_log_folder(run), "swanlab"),
         config=settings,
     )
     return (lambda step, numbers: swanlab.log(numbers, step=step)), swanlab.finish
@@ -182,6 +195,11 @@ def _trackio(run: RunFolder, project: str, start_step: int, settings: dict):
 
 
 LOGGERS = {"tensorboard": _tensorboard, "wandb": _wandb, "swanlab": _swanlab, "trackio": _trackio}
+
+
+def _log_folder(run: RunFolder) -> str:
+    """Where a tracking service's client keeps its own files: the run's folder, or a temporary one of this machine."""
+    return tempfile.mkdtemp(prefix="minimind-") if is_remote(run.path) else str(run.path)
 
 
 def _import(module: str, logger: str):

@@ -1,0 +1,131 @@
+"""Folders on this machine's disks (pathlib) and in object stores (`gs://bucket/...`, etils.epath), told apart here.
+
+An object store has neither rename, append nor lock. One object is replaced in one step; a folder is whole when the
+object that is written last is there; a file that grows is written anew as a whole now and then.
+"""
+
+import functools
+import os
+import tempfile
+import time
+from pathlib import Path, PurePath
+
+from minimind_jax.errors import UserError
+
+UPLOAD_SECONDS = 30
+
+
+def as_path(name: str | os.PathLike) -> Path:
+    """A pathlib.Path, or an epath.Path (the same methods) for a name such as gs://bucket/folder.
+
+    Raises UserError for a store that is unknown or whose package is not installed.
+    """
+    text = os.fspath(name)
+    if "://" not in text:
+        return Path(text)
+    from etils import epath  # imported here: most runs are on a disk
+
+    try:
+        path = epath.Path(text)
+    except KeyError:
+        raise UserError(
+            f"{text}: this kind of path is not known; a folder on a disk or in Google Cloud Storage (gs://) is"
+        ) from None
+    _check_store("/".join(text.split("/")[:3]))
+    return path
+
+
+@functools.cache
+def _check_store(bucket: str) -> None:
+    from etils import epath
+
+    try:
+        epath.Path(bucket).exists()
+    except Exception as error:
+        hint = "; gs:// needs the gcs extra (pip install 'minimind-jax[gcs]')" if bucket.startswith("gs://") else ""
+        raise UserError(f"{bucket} cannot be used: {error}{hint}") from error
+
+
+def is_remote(path: PurePath) -> bool:
+    """Whether a path of `as_path` is in an object store."""
+    return "://" in os.fspath(path)
+
+
+def absolute(path: PurePath) -> Path:
+    """The path from the root on, links followed; paths in object stores are."""
+    return path if is_remote(path) else Path(path).resolve()
+
+
+@functools.cache
+def local_folder(folder: Path) -> Path:
+    """`folder`, or for one in an object store a copy of its files that lives as long as this process."""
+    if not is_remote(folder):
+        return folder
+    copy = _temporary_folder(folder)
+    try:
+        for file in folder.iterdir():
+            if file.is_file():
+                file.copy(copy / file.name)
+    except Exception as error:
+        raise UserError(f"{folder} could not be read: {error}") from error
+    return copy
+
+
+_copies: list[tempfile.TemporaryDirectory] = []  # each is removed when the process ends
+
+
+def _temporary_folder(folder: Path) -> Path:
+    _copies.append(tempfile.TemporaryDirectory(prefix=f"minimind-{folder.name}-"))
+    return Path(_copies[-1].name)
+
+
+def upload_folder(source: Path, folder: Path, last: str) -> None:
+    """Replaces the files of `folder`, in an object store, by those of `source`.
+
+    last: the file without which the folder is not whole: it is removed first and written last.
+    Raises UserError.
+    """
+    from etils import epath
+
+    names = sorted((file.name for file in source.iterdir()), key=lambda name: (name == last, name))
+    try:
+        (folder / last).unlink(missing_ok=True)
+        if folder.is_dir():
+            for file in folder.iterdir():
+                if file.name not in names:
+                    file.unlink()
+        for name in names:
+            epath.Path(source / name).copy(folder / name, overwrite=True)
+    except Exception as error:  # every store has errors of its own
+        raise UserError(f"{folder} could not be written: {error}") from error
+    local_folder.cache_clear()
+
+
+def write_object(path: Path, text: str) -> None:
+    """Replaces an object in one step. Raises UserError when it cannot be written."""
+    try:
+        path.write_text(text)
+    except Exception as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+
+
+class GrowingObject:
+    """A text in an object store that grows: the whole of it is written anew, at most every UPLOAD_SECONDS, and by
+    `flush` and `close`."""
+
+    def __init__(self, path: Path, text: str):
+        self._path, self._parts = path, [text]
+        self._uploaded, self._uploaded_at = 1, time.monotonic()
+
+    def write(self, text: str) -> None:
+        self._parts.append(text)
+        if time.monotonic() - self._uploaded_at > UPLOAD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._uploaded == len(self._parts):
+            return
+        write_object(self._path, "".join(self._parts))
+        self._uploaded, self._uploaded_at = len(self._parts), time.monotonic()
+
+    close = flush
