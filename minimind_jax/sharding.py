@@ -6,12 +6,12 @@ placed once, and the compiler inserts the communication (mesh axes are of type A
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from minimind_jax.errors import UserError
 
@@ -95,7 +95,9 @@ def run_on_first_process(work: Callable[[], object]) -> None:
 def make_mesh(config, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh (data, fsdp, tensor, expert) over `devices`, all by default, of the sizes in a `MeshConfig`.
 
-    Raises UserError when the sizes do not multiply to the number of devices.
+    Where the devices form several slices (TPU slices, GPU nodes: what a fast network joins), `data` is cut over the
+    slices, `fsdp` if `data` is too small, and the other axes stay inside of one.
+    Raises UserError when the sizes do not multiply to the number of devices, or not to the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in MESH_AXES]
@@ -107,7 +109,31 @@ def make_mesh(config, devices: list[jax.Device] | None = None) -> Mesh:
             f"{asked} do not fit {len(devices)} devices: the sizes must multiply to it; "
             "set one of them to -1 to take the devices that are left"
         )
-    return jax.make_mesh(filled, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    return Mesh(arrange_devices(filled, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def arrange_devices(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices in an array (data, fsdp, tensor, expert) of these sizes, neighbours where the network is fast."""
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    data, fsdp, tensor, expert = sizes
+    outer_data = math.gcd(data, slices)
+    outer_fsdp = slices // outer_data
+    if fsdp % outer_fsdp:
+        raise UserError(
+            f"mesh.data {data} and mesh.fsdp {fsdp} cannot be cut over {slices} slices (or nodes); make mesh.data a "
+            f"multiple of {slices}"
+        )
+    inner = (data // outer_data, fsdp // outer_fsdp, tensor, expert)
+    if slices == 1:
+        return mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
+    outer = (outer_data, outer_fsdp, 1, 1)
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+
+
+def current_mesh() -> AbstractMesh | None:
+    """The mesh of `jax.set_mesh`, for code below a jitted step; None without one, or with a single device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
 
 
 def param_shardings(mesh: Mesh, logical_axes, abstract):
@@ -156,14 +182,23 @@ def data_process(mesh: Mesh) -> tuple[int, int]:
     """(index, count): this process loads part `index` of `count` equal parts of every batch's rows.
 
     The process index and count where each process has rows of its own; processes that share their rows (a tensor
-    axis that spans them) get the same index.
+    axis that spans them) get the same index. On a TPU slice the devices of a process need not be neighbours in the
+    mesh; then its rows are not neighbours in the global array, which changes no sum over them.
+
+    Raises UserError when processes share some of their rows, and not all.
     """
     shards = row_shards(mesh)
-    indices = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
-    own = sorted({rows.start or 0 for (rows,) in indices})
-    if own != list(range(own[0], own[0] + len(own))) or own[0] % len(own) or shards % len(own):
-        raise UserError(f"this process holds the row parts {own} of {shards}: the mesh must give it neighbouring ones")
-    return own[0] // len(own), shards // len(own)
+    shard_of = np.arange(shards).reshape(mesh.shape["data"], mesh.shape["fsdp"], 1, 1)
+    held: dict[int, set[int]] = {}
+    for device, shard in zip(mesh.devices.flat, np.broadcast_to(shard_of, mesh.devices.shape).flat, strict=True):
+        held.setdefault(device.process_index, set()).add(int(shard))
+    shares = sorted({tuple(sorted(own)) for own in held.values()})
+    if sum(map(len, shares)) != shards or len({len(share) for share in shares}) != 1:
+        raise UserError(
+            f"the processes cannot divide the rows of a step: they hold the parts {shares} of {shards}; choose "
+            "mesh.tensor and mesh.expert so that they multiply to a divisor or a multiple of a process's devices"
+        )
+    return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
 
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -4,11 +4,13 @@ The devices must be asked for before JAX starts, so this file runs itself in a p
 compares what that wrote down.
 """
 
+import dataclasses
 import json
 import os
 import socket
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -20,6 +22,8 @@ from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.sharding import (
+    MESH_AXES,
+    arrange_devices,
     data_process,
     init_params,
     initialize_distributed,
@@ -210,6 +214,59 @@ def test_a_parameter_that_does_not_divide_is_named(sizes, message):
 def test_one_process_needs_no_start_up():
     initialize_distributed(environ={"SLURM_STEP_NUM_TASKS": "1", "TPU_WORKER_HOSTNAMES": "localhost"})
     assert not jax.distributed.is_initialized()
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh asks a device of a cluster for."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "H100"
+
+
+CLUSTER = [Device(index, index // 4, index // 8) for index in range(16)]  # two slices of two processes
+
+
+@pytest.mark.parametrize(
+    ("sizes", "apart", "share"),
+    [
+        ((16, 1, 1, 1), "data", (1, 4)),
+        ((2, 8, 1, 1), "data", (1, 4)),
+        ((2, 4, 2, 1), "data", (1, 4)),
+        ((2, 1, 8, 1), "data", (0, 2)),  # the two processes of a slice share its rows
+        ((1, 16, 1, 1), "fsdp", (1, 4)),
+    ],
+)
+def test_slices_are_cut_over_data_and_everything_else_stays_in_one(sizes, apart, share, monkeypatch):
+    devices = arrange_devices(sizes, CLUSTER[::-1])
+    assert devices.shape == sizes and set(devices.flat) == set(CLUSTER)
+    inside = np.moveaxis(devices, MESH_AXES.index(apart), 0)
+    for half, part in enumerate(np.split(inside, 2)):
+        assert {device.slice_index for device in part.flat} == {half}
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert data_process(types.SimpleNamespace(devices=devices, shape=dict(zip(MESH_AXES, sizes, strict=True)))) == share
+
+
+def test_slices_that_do_not_divide():
+    with pytest.raises(UserError, match=r"cannot be cut over 2 slices .*; make mesh.data a multiple of 2"):
+        arrange_devices((1, 1, 16, 1), CLUSTER)
+
+
+def test_processes_whose_rows_are_not_neighbours(monkeypatch):
+    """As on a TPU v5e 4x4, whose ring of devices comes back to the first host."""
+
+    def share(owners, process):
+        monkeypatch.setattr(jax, "process_index", lambda: process)
+        devices = np.array([Device(0, owner, 0) for owner in owners]).reshape(-1, 1, 1, 1)
+        return data_process(types.SimpleNamespace(devices=devices, shape={"data": len(owners), "fsdp": 1}))
+
+    assert [share([0, 1, 1, 0], process) for process in (0, 1)] == [(0, 2), (1, 2)]
+    assert [share([1, 1, 0, 0], process) for process in (0, 1)] == [(1, 2), (0, 2)]
+    with pytest.raises(UserError, match="cannot divide the rows"):
+        share([0, 1, 1], 0)
 
 
 def test_a_coordinator_without_the_process_number():
