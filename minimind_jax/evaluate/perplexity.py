@@ -16,7 +16,7 @@ from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
 from minimind_jax.inference.generate import load_model
-from minimind_jax.losses.language_model import token_log_probs
+from minimind_jax.losses.vocabulary import token_scores
 from minimind_jax.model.config import RopeScaling
 
 
@@ -92,7 +92,7 @@ def evaluate_perplexity(
     @jax.jit
     def sums(params, batch):
         output = network.hidden(params, batch["tokens"], batch["positions"], batch["segment_ids"])
-        log_probs_BT = token_log_probs(network.logits(params, output.hidden_BTD), batch["targets"])
+        log_probs_BT = token_scores(output.hidden_BTD, network.head_kernel(params), batch["targets"]).log_probs_BT
         at_position = jnp.zeros(seq_len, jnp.float32).at[batch["positions"]]
         nll_T = at_position.add(-log_probs_BT * batch["loss_weights"])
         return nll_T, at_position.add(batch["loss_weights"])

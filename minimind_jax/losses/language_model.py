@@ -4,14 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from minimind_jax.losses import Batch, LossFn, Metrics
+from minimind_jax.losses.vocabulary import token_scores
 from minimind_jax.model.transformer import LanguageModel, Params
-
-
-def token_log_probs(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """log p(target) of each position, (B, T) float32: logits[target] - logsumexp(logits), whatever dtype comes in."""
-    logits_BTV = logits_BTV.astype(jnp.float32)
-    chosen_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
 
 
 def make_language_model_loss(model: LanguageModel, z_loss: float = 0.0) -> LossFn:
@@ -32,14 +26,15 @@ def make_language_model_loss(model: LanguageModel, z_loss: float = 0.0) -> LossF
 
     def loss_fn(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array, Metrics]:
         output = model.hidden(params, batch["tokens"], batch["positions"], batch["segment_ids"], dropout_key=key)
-        logits_BTV = model.logits(params, output.hidden_BTD)
+        with jax.named_scope("head"):
+            scores = token_scores(output.hidden_BTD, model.head_kernel(params), batch["targets"])
         weights_BT = batch["loss_weights"].astype(jnp.float32)
-        nll = -jnp.sum(weights_BT * token_log_probs(logits_BTV, batch["targets"]))
+        nll = -jnp.sum(weights_BT * scores.log_probs_BT)
         count = jnp.sum(weights_BT)
         router_loss = output.router_loss * count
         numerator = nll + router_loss
         if z_loss:
-            numerator += z_loss * jnp.sum(weights_BT * jnp.square(jax.nn.logsumexp(logits_BTV, axis=-1)))
+            numerator += z_loss * jnp.sum(weights_BT * jnp.square(scores.log_sums_BT))
         metrics = {"nll": (nll, count), "router_loss": (router_loss, count)}
         if "target_bytes" in batch:
             metrics["bits_per_byte"] = (nll / jnp.log(2.0), jnp.sum(weights_BT * batch["target_bytes"]))

@@ -298,12 +298,13 @@ class LanguageModel:
     def logits(self, params: Params, hidden_BTD: Array) -> Array:
         """Scores of the next token, float32 (B, T, V)."""
         with jax.named_scope("head"):
-            outer, dtype = self._surroundings(params), hidden_BTD.dtype
-            if self.config.tie_word_embeddings:
-                kernel_VD = outer.embed.embedding[...].astype(dtype)
-                return jnp.einsum("BTD,VD->BTV", hidden_BTD, kernel_VD, preferred_element_type=jnp.float32)
-            kernel_DV = outer.lm_head.kernel[...].astype(dtype)
-            return jnp.einsum("BTD,DV->BTV", hidden_BTD, kernel_DV, preferred_element_type=jnp.float32)
+            kernel_VD = self.head_kernel(params).astype(hidden_BTD.dtype)
+            return jnp.einsum("BTD,VD->BTV", hidden_BTD, kernel_VD, preferred_element_type=jnp.float32)
+
+    def head_kernel(self, params: Params) -> Array:
+        """What hidden states are multiplied with, (V, D) float32: the embedding when tied."""
+        outer = self._surroundings(params)
+        return outer.embed.embedding[...] if self.config.tie_word_embeddings else outer.lm_head.kernel[...].T
 
     def apply(
         self,

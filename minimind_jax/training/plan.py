@@ -5,8 +5,10 @@ import math
 from minimind_jax.config import PretrainConfig, TrainingConfig
 from minimind_jax.data.batches import Batches
 from minimind_jax.errors import UserError
+from minimind_jax.losses.vocabulary import piece_size
 from minimind_jax.model import attention, moe
 from minimind_jax.model.transformer import LanguageModel, compute_dtype, count_parameters
+from minimind_jax.sharding import row_shards
 
 
 def planned_steps(training: TrainingConfig, batches: Batches) -> int:
@@ -85,6 +87,8 @@ def run_facts(
     dtype = compute_dtype(model.compute)
     rows = (config.rows_per_step // parts, config.data.seq_len, shape.num_attention_heads, shape.head_dim)
     path, reason = attention.choose_path(model.compute.attention, rows, shape.num_key_value_heads, dtype, mesh)
+    vocab = shape.vocab_size // mesh.shape["tensor"]
+    piece = piece_size(rows[0] * config.data.seq_len // row_shards(mesh), vocab)
     epochs = total_steps / train_batches.steps_per_epoch
     return {
         "stage": stage,
@@ -94,6 +98,7 @@ def run_facts(
         + f"experts path: {moe.choose_path(model.compute.experts, config.training.batch_tokens // parts)}, "
         * shape.is_moe
         + f"remat {model.compute.remat}",
+        "loss": f"logits of {piece:,} of {vocab:,} words at once on a device",
         "devices": f"{devices.size} x {devices[0].device_kind}{f' ({sizes})' if sizes else ''}",
         "training data": describe_data(train_batches),
         "validation data": describe_data(val_batches) if val_batches is not None else "none",
