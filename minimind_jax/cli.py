@@ -15,6 +15,13 @@ from minimind_jax.errors import UserError
 from minimind_jax.inference.config import ChatConfig, GenerateConfig
 from minimind_jax.stages import STAGES
 
+# Flags of every stage that say which of several processes this is, and where `initialize_distributed` looks for them.
+PROCESS_FLAGS = {
+    "--coordinator_address": "JAX_COORDINATOR_ADDRESS",
+    "--num_processes": "JAX_NUM_PROCESSES",
+    "--process_id": "JAX_PROCESS_ID",
+}
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -75,6 +82,7 @@ def overview() -> str:
         "minimind: train a small language model from raw text to a model you can chat with\n\n"
         "usage: minimind COMMAND [--config FILE] [--key value ...]    minimind COMMAND --help    minimind --version\n\n"
         + "\n".join(lines)
+        + "\n\nStages in several processes: --coordinator_address HOST:PORT --num_processes N --process_id 0 ... N-1"
         + f"\n\nConfigs that come with it: {', '.join(settings.config_names())}\n"
     )
 
@@ -86,10 +94,24 @@ def _stage(name: str) -> Callable[[str, Sequence[str]], None]:
     """A stage's command: its settings from the arguments, then its function."""
 
     def run(prog: str, argv: Sequence[str]) -> None:
-        config = settings.load_settings(STAGES[name].config, argv, prog)
+        config = settings.load_settings(STAGES[name].config, _take_process_flags(argv), prog)
         STAGES[name].load()(config)
 
     return run
+
+
+def _take_process_flags(argv: Sequence[str]) -> list[str]:
+    """The arguments without PROCESS_FLAGS, which go into the environment."""
+    left, words = [], iter(argv)
+    for word in words:
+        flag, given, value = word.partition("=")
+        if flag not in PROCESS_FLAGS:
+            left.append(word)
+        elif value := value if given else next(words, ""):
+            os.environ[PROCESS_FLAGS[flag]] = value
+        else:
+            raise UserError(f"{flag} needs a value")
+    return left
 
 
 def _pipeline(prog: str, argv: Sequence[str]) -> int:
@@ -98,7 +120,7 @@ def _pipeline(prog: str, argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(pipeline.__doc__)
         return 0
-    pipeline.run_pipeline(pipeline.load_pipeline(argv))
+    pipeline.run_pipeline(pipeline.load_pipeline(_take_process_flags(argv)))
     return 0
 
 

@@ -8,9 +8,10 @@ import time
 
 import pytest
 
-from minimind_jax import __version__
+from minimind_jax import __version__, cli
 from minimind_jax.cli import COMMANDS, main
 from minimind_jax.config import PretrainConfig
+from minimind_jax.errors import UserError
 from minimind_jax.settings import fields_of
 
 RUN = "import sys; from minimind_jax.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -115,3 +116,13 @@ def test_a_terminal_without_chinese_gets_escapes():
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, encoding="ascii")
     assert done.returncode == 2 and "\\u4f60\\u597d" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_flags_of_several_processes_go_where_jax_is_started_from(monkeypatch):
+    for variable in cli.PROCESS_FLAGS.values():
+        monkeypatch.setenv(variable, "before")
+    words = ["--run", "a", "--coordinator_address", "host:1", "--process_id=0", "--num_processes", "2", "--seed", "3"]
+    assert cli._take_process_flags(words) == ["--run", "a", "--seed", "3"]
+    assert [os.environ[name] for name in cli.PROCESS_FLAGS.values()] == ["host:1", "2", "0"]
+    with pytest.raises(UserError, match="--process_id needs a value"):
+        cli._take_process_flags(["--process_id"])

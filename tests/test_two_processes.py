@@ -57,16 +57,11 @@ def start_pair(folder, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    cluster = {
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_NUM_PROCESSES": "2",
-        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-        "JAX_PLATFORMS": "cpu",
-    }
+    cluster = ["--coordinator_address", f"127.0.0.1:{port}", "--num_processes", "2"]
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "minimind_jax", *arguments],
-            env={**os.environ, **cluster, "JAX_PROCESS_ID": str(index)},
+            [sys.executable, "-m", "minimind_jax", *arguments, *cluster, "--process_id", str(index)],
+            env={**os.environ, "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "JAX_PLATFORMS": "cpu"},
             cwd=folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
