@@ -138,6 +138,8 @@ class TrainingConfig:
     eval_every, sample_every: in steps; 0 for never. The last step always evaluates.
     eval_rows: validation rows used at most; 0 for all.
     stop_on_nan: stop with the last good checkpoint kept when the loss or the gradient is not finite.
+    profile_steps: steps traced into the run's profile/, for Perfetto and XProf; 0 for none.
+    profile_start: steps before the trace; the first compiles.
     """
 
     steps: int | None = None
@@ -152,6 +154,8 @@ class TrainingConfig:
     eval_rows: int = 256
     sample_every: int = 0
     stop_on_nan: bool = True
+    profile_steps: int = 0
+    profile_start: int = 5
 
     def __post_init__(self):
         given = [n for n in ("steps", "epochs", "tokens") if getattr(self, n) is not None]
@@ -162,6 +166,7 @@ class TrainingConfig:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; it must be above 0")
         _at_least(self, 1, "batch_tokens", "accumulation_steps", "log_every")
         _at_least(self, 0, "eval_every", "eval_rows", "sample_every", "max_grad_norm", "z_loss")
+        _at_least(self, 0, "profile_steps", "profile_start")
 
 
 @dataclasses.dataclass(frozen=True)

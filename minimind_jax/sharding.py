@@ -42,9 +42,9 @@ def initialize_distributed(
     """Join the processes of a run; does nothing when there is only one. Call it before any computation.
 
     Given `coordinator` ("host:port" of process 0), the other two are needed as well; each defaults to
-    $JAX_COORDINATOR_ADDRESS, $JAX_NUM_PROCESSES, $JAX_PROCESS_ID, which the command's flags set. Without a coordinator, Slurm, Open MPI and TPU pods
-    on GKE are recognised when they started more than one process; $MINIMIND_DISTRIBUTED=1 says so anywhere else where
-    JAX can find the others by itself (TPU VMs).
+    $JAX_COORDINATOR_ADDRESS, $JAX_NUM_PROCESSES, $JAX_PROCESS_ID, which the command's flags set. Without a coordinator,
+    Slurm, Open MPI and TPU pods on GKE are recognised when they started more than one process;
+    $MINIMIND_DISTRIBUTED=1 says so anywhere else where JAX can find the others by itself (TPU VMs).
     Raises UserError when the coordinator is given and one of the other two is not.
     """
     if jax.distributed.is_initialized():  # by an earlier stage of a pipeline

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from minimind_jax import STARTED
 from minimind_jax.config import PretrainConfig
 from minimind_jax.data.batches import Batches
 from minimind_jax.errors import UserError
@@ -23,6 +24,7 @@ from minimind_jax.sharding import data_process, make_mesh, shard_batch
 from minimind_jax.training.checkpoint import Checkpoints
 from minimind_jax.training.flops import flops_per_token, peak_flops
 from minimind_jax.training.plan import check_same_data, data_record, planned_steps, run_facts
+from minimind_jax.training.profile import Profiler
 from minimind_jax.training.program import abstract_state, make_program
 from minimind_jax.training.progress import TrainingProgress
 from minimind_jax.training.run import RunFolder, package_versions, plain
@@ -100,6 +102,8 @@ def train(
             MetricsWriter(run, config.tracking, start_step=start_step, settings=plain(config), active=is_first)
         )
         losses.update(val_losses(writer.rows))
+        progress = stack.enter_context(TrainingProgress(stage, total_steps, start_step, active=is_first))
+        profiler = Profiler(run, config.training, start_step, progress.say, active=is_first)
         loop = Loop(
             config=config,
             mesh=mesh,
@@ -112,7 +116,8 @@ def train(
             checkpoints=checkpoints,
             writer=writer,
             losses=losses,
-            progress=stack.enter_context(TrainingProgress(stage, total_steps, start_step, active=is_first)),
+            progress=progress,
+            profiler=stack.enter_context(profiler),
             stop=stack.enter_context(StopRequest()),
             speed=Speed(model, config.data.seq_len, record.get("seconds", 0.0)),
             tokens=record.get("tokens", 0),
@@ -145,6 +150,7 @@ class Loop:
     writer: MetricsWriter
     losses: dict[int, float]
     progress: TrainingProgress
+    profiler: Profiler
     stop: StopRequest
     speed: "Speed"
     tokens: int
@@ -160,7 +166,7 @@ class Loop:
         with contextlib.closing(self.train_batches.iterate(start_step, self.total_steps - start_step)) as batches:
             for step, batch in enumerate(batches, start_step + 1):
                 self.stop_if_asked(state, step - 1, unread)
-                state, metrics = self.train_step(state, shard_batch(batch, self.mesh))
+                state, metrics = self.profiler.step(step, self.train_step, state, shard_batch(batch, self.mesh))
                 # Step N is under way before the metrics of N - 1 are read: the device never waits for the host.
                 self.read(unread)
                 # Rows of other processes are as full as ours, nearly: asking them would cost a message a step.
@@ -188,6 +194,9 @@ class Loop:
             return
         step, metrics, batch_tokens = unread
         metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        if not self.speed.has_begun:
+            seconds = time.perf_counter() - STARTED
+            self.progress.say(f"step {step}, the first here, was done {seconds:.1f} s after the program started")
         if not metrics.pop("finite") and self.training.stop_on_nan:
             raise self.not_finite(step, metrics)
         self.tokens += round(metrics.pop("tokens"))
@@ -288,6 +297,11 @@ class Speed:
     def seconds(self) -> float:
         """Since the run was first started, pauses included, time between a kill and the resume not."""
         return time.perf_counter() - self._started
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a step was added."""
+        return self._since is not None
 
     def add(self, tokens: int) -> None:
         """A step with this many tokens (padding not counted) is done."""

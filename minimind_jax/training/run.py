@@ -5,6 +5,7 @@ runs/NAME/
   environment.json   versions, devices, and the facts printed at the start
   metrics.jsonl      one JSON object a line, in the order of the steps
   checkpoints/       Orbax, only for resuming
+  profile/           a trace, where training.profile_steps asks for one
   model/             the Hugging Face folder, written at the end
   report.md, loss.png
 """

@@ -49,17 +49,18 @@ def make_train_step(
         grads, numerator, denominator, metrics = _summed_gradients(loss_fn, state, micro_batches, seed)
         divisor = jnp.maximum(denominator, 1)
         loss = numerator / divisor
-        grads = jax.tree.map(lambda grad: grad / divisor, grads)
-        grad_norm = optax.tree.norm(grads)
-        if max_grad_norm:
-            grads = jax.tree.map(lambda grad: grad * jnp.minimum(max_grad_norm / (grad_norm + 1e-6), 1), grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
-        params = optax.apply_updates(state.params, updates)
-
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
-        )
+        with jax.named_scope("clip"):
+            grads = jax.tree.map(lambda grad: grad / divisor, grads)
+            grad_norm = optax.tree.norm(grads)
+            if max_grad_norm:
+                grads = jax.tree.map(lambda grad: grad * jnp.minimum(max_grad_norm / (grad_norm + 1e-6), 1), grads)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
+            params = optax.apply_updates(state.params, updates)
+            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+            )
         metrics = {
             **{name: total / jnp.maximum(count, 1) for name, (total, count) in metrics.items()},
             "loss": loss,
@@ -133,7 +134,8 @@ def _summed_gradients(loss_fn: LossFn, state: TrainState, micro_batches: Batch, 
     step_key = named_key(seed, "dropout", state.step)
 
     def numerator_fn(params, batch, key):
-        numerator, denominator, metrics = loss_fn(params, batch, key)
+        with jax.named_scope("loss"):
+            numerator, denominator, metrics = loss_fn(params, batch, key)
         return numerator, (denominator, metrics)
 
     def add_gradient(grads, inputs):
