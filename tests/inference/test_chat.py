@@ -157,9 +157,9 @@ def test_the_clock_times_the_first_token_apart(monkeypatch):
     assert str(clock) == "[9 tokens, 8.0 tokens/s, first after 2.00 s]"
 
 
-PROGRAM = (
-    "from minimind_jax.inference.chat import run; from minimind_jax.inference.config import ChatConfig; import sys; "
-)
+# Tests that a shell runs in the background inherit an ignored Ctrl-C; a program in a terminal does not.
+PROGRAM = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+PROGRAM += "from minimind_jax.inference.chat import run; from minimind_jax.inference.config import ChatConfig; "
 PROGRAM += "run(ChatConfig(model=sys.argv[1], max_new_tokens=int(sys.argv[2]), ignore_eos=True))"
 
 
