@@ -18,7 +18,7 @@ import pytest
 from minimind_jax import paths
 from minimind_jax.config import PretrainConfig, TrackingConfig
 from minimind_jax.convert.hf import load_hf, save_hf
-from minimind_jax.data.tokenizer import train_bpe
+from minimind_jax.data.tokenizer import Tokenizer, train_bpe
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder, resolve_run
 from minimind_jax.model.config import ModelConfig
@@ -103,6 +103,7 @@ def test_a_model_is_replaced_whole_and_comes_back(bucket, tmp_path):
     found = resolve_model_folder(f"{bucket}/runs/a")
     assert not is_remote(found) and json.loads((found / "config.json").read_text())["hidden_size"] == 32
     jax.tree.map(np.testing.assert_array_equal, load_hf(str(folder))[1], jax.device_get(params))
+    assert Tokenizer.load(str(folder)).vocab_size == tokenizer.vocab_size
     other = as_path(f"{bucket}/other")
     (other / "file").write_text("")
     with pytest.raises(UserError, match="is not a model folder"):
