@@ -5,21 +5,26 @@ compares what that wrote down.
 """
 
 import dataclasses
+import itertools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from minimind_jax.config import MeshConfig, OptimizerConfig
 from minimind_jax.errors import UserError
+from minimind_jax.losses import vocabulary
 from minimind_jax.losses.language_model import make_language_model_loss
-from minimind_jax.model.config import ModelConfig
+from minimind_jax.model import moe
+from minimind_jax.model.config import ComputeConfig, ModelConfig
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.sharding import (
     MESH_AXES,
@@ -37,20 +42,38 @@ from minimind_jax.training.step import make_train_step
 
 TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "intermediate_size": 48}  # fmt: skip
-DENSE = LanguageModel(ModelConfig(**TINY))
-MOE = LanguageModel(ModelConfig(**TINY, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24))
-
-# What the devices' result is compared with: one device, no accumulation.
-CASES = {
-    "dense data 8": (DENSE, MeshConfig(data=8), "muon", 1),
-    "dense fsdp 8": (DENSE, MeshConfig(data=1, fsdp=8), "muon", 2),
-    "dense data 2 fsdp 2 tensor 2": (DENSE, MeshConfig(data=2, fsdp=2, tensor=2), "muon", 2),
-    # One micro-batch: the router loss is a statistic of it.
-    "moe data 2 fsdp 2 expert 2": (MOE, MeshConfig(data=2, fsdp=2, expert=2), "adamw", 1),
+DENSE = LanguageModel(ModelConfig(**TINY), ComputeConfig(scan_unroll=1))
+MOE = {
+    f"moe k {k}": LanguageModel(
+        ModelConfig(**TINY, num_experts=4, num_experts_per_tok=k, moe_intermediate_size=24),
+        ComputeConfig(experts=path, scan_unroll=1),
+    )
+    for k, path in ((1, "blocked"), (2, "ragged"))
 }
+# Model, optimizer and micro-batches: one where there are experts, whose router loss is a statistic of it.
+MODELS = {"dense": (DENSE, "muon", 2), **{name: (model, "adamw", 1) for name, model in MOE.items()}}
+MESHES = {
+    "data 8": MeshConfig(data=8),
+    "fsdp 8": MeshConfig(data=1, fsdp=8),
+    "data 2 fsdp 2 tensor 2": MeshConfig(data=2, fsdp=2, tensor=2),
+    "fsdp 4 expert 2": MeshConfig(data=1, fsdp=4, expert=2),
+    "data 2 expert 4": MeshConfig(data=2, expert=4),
+    "fsdp 2 tensor 2 expert 2": MeshConfig(data=1, fsdp=2, tensor=2, expert=2),
+}
+# The other pairs are slow.
+FAST = [
+    ("dense", "fsdp 8"),
+    ("dense", "data 2 fsdp 2 tensor 2"),
+    ("moe k 1", "data 2 expert 4"),
+    ("moe k 2", "data 8"),
+    ("moe k 2", "fsdp 2 tensor 2 expert 2"),
+]
+PIECES_ON = ("data 2 fsdp 2 tensor 2", "fsdp 4 expert 2")
+SLOW = [pair for pair in itertools.product(MODELS, MESHES) if pair not in FAST]
+STEPS = 5
 
 
-def make_batches(steps=2, rows=16, length=12):
+def make_batches(steps=STEPS, rows=16, length=12):
     rng = np.random.default_rng(0)
     segments = np.tile(np.repeat([1, 2, 0], [5, 4, 3]), (rows, 1)).astype(np.int32)
     positions = np.tile(np.r_[0:5, 0:4, 0, 0, 0].astype(np.int32), (rows, 1))
@@ -65,12 +88,12 @@ def make_batches(steps=2, rows=16, length=12):
 
 
 def train_on(devices, model, mesh_config, optimizer_name, accumulation_steps):
-    """Two steps from the same seed; the metrics of each, the parameters, and the shardings before and after."""
+    """Steps from the same seed; the metrics of each, the parameters, and the shardings before and after."""
     mesh = make_mesh(mesh_config, devices)
     # eps is raised so that Adam's division does not blow up the rounding of gradients near zero.
     config = OptimizerConfig(name=optimizer_name, learning_rate=1e-2, eps=1e-4)
     abstract = model.abstract_params()
-    optimizer, schedule = make_optimizer(config, 2, abstract), make_schedule(config, 2)
+    optimizer, schedule = make_optimizer(config, STEPS, abstract), make_schedule(config, STEPS)
     shardings = state_shardings(optimizer, param_shardings(mesh, model.logical_axes(), abstract), abstract)
     step = make_train_step(
         make_language_model_loss(model), optimizer, schedule,
@@ -86,31 +109,83 @@ def train_on(devices, model, mesh_config, optimizer_name, accumulation_steps):
     return history, state, all(jax.tree.leaves(lies_right)), step._cache_size()
 
 
-def main():
+def main(pairs):
     """In the process with eight devices: every case against one device; prints the differences as JSON."""
     report, references = {}, {}
-    for name, (model, mesh_config, optimizer_name, accumulation_steps) in CASES.items():
-        if model not in references:
-            references[model] = train_on(jax.devices()[:1], model, MeshConfig(), optimizer_name, 1)
-        one, state_one, _, _ = references[model]
+    for name, mesh_name in pairs:
+        model, optimizer_name, accumulation_steps = MODELS[name]
+        if name not in references:
+            references[name] = train_on(jax.devices()[:1], model, MeshConfig(), optimizer_name, 1)
+        one, state_one, _, _ = references[name]
         many, state, lies_right, compiled = train_on(
-            jax.devices(), model, mesh_config, optimizer_name, accumulation_steps
+            jax.devices(), model, MESHES[mesh_name], optimizer_name, accumulation_steps
         )
-        errors = [
-            np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max()
-            for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(state_one.params), strict=True)
-        ]
         kernel = state.params["layers"]["attention"]["q_proj"]["kernel"]
-        report[name] = {
+        report[f"{name}, {mesh_name}"] = {
             "metrics": [[{k: float(v) for k, v in step.items()} for step in run] for run in (many, one)],
-            "params": float(max(errors)),
+            "params": largest_difference(state.params, state_one.params),
+            # Sums of gradients and of their squares.
+            "optimizer": largest_difference(state.opt_state, state_one.opt_state),
             "lies_right": lies_right,
             "compiled": compiled,
             "kernel_shard": kernel.addressable_shards[0].data.shape,
             "devices": len(kernel.sharding.device_set),
-            "process": data_process(make_mesh(mesh_config)),
+            "process": data_process(make_mesh(MESHES[mesh_name])),
         }
+    if pairs == FAST:
+        report["collectives"] = collectives_of_experts()
+        report["pieces"] = {name: difference_of_pieces(MESHES[name]) for name in PIECES_ON}
     print(json.dumps(report))
+
+
+def largest_difference(tree, expected):
+    """The largest difference in an array, as a part of its largest value."""
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True)
+    return max(float(np.abs(np.asarray(a) - b).max() / max(np.abs(b).max(), 1e-30)) for a, b in pairs)
+
+
+def collectives_of_experts():
+    """Shapes of what is gathered or added up over the devices for a layer of experts, rows cut over all eight."""
+    mesh = make_mesh(MESHES["data 8"])
+
+    def loss(x_MD, kernels, logits_ME):
+        out_MD, router_loss = moe.mixture(MOE["moe k 2"].config, x_MD, logits_ME, None, kernels, "ragged")
+        return jnp.sum(out_MD**2) + router_loss
+
+    def shape(*sizes, rows=None):
+        spec = jax.P(rows)
+        return jax.ShapeDtypeStruct(sizes, "float32", sharding=jax.NamedSharding(mesh, spec))
+
+    kernels = (shape(4, 32, 24), shape(4, 32, 24), shape(4, 24, 32))
+    rows = ("data", "fsdp")
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+        text = gradient.lower(shape(1024, 32, rows=rows), kernels, shape(1024, 4, rows=rows)).compile().as_text()
+    return re.findall(r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\(", text)
+
+
+def difference_of_pieces(mesh_config):
+    """Of `token_scores` over pieces of a large vocabulary on a mesh, and its gradients, to the whole on one device."""
+
+    def run():
+        keys = jax.random.split(jax.random.key(0), 4)
+        weights_BT = jax.random.normal(keys[3], (8, 6))
+        targets_BT = jax.random.randint(keys[2], (8, 6), 0, 600)
+
+        def total(hidden_BTD, kernel_VD):
+            scores = vocabulary.token_scores(hidden_BTD, kernel_VD, targets_BT)
+            return jnp.sum(weights_BT * (scores.log_probs_BT + scores.log_sums_BT**2)), scores
+
+        inputs = jax.random.normal(keys[0], (8, 6, 32)), jax.random.normal(keys[1], (600, 32))
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(*inputs)
+
+    whole = run()
+    limits = vocabulary.WHOLE_BYTES, vocabulary.PIECE_BYTES
+    vocabulary.WHOLE_BYTES = vocabulary.PIECE_BYTES = 0
+    with jax.set_mesh(make_mesh(mesh_config)):
+        pieces = run()
+    vocabulary.WHOLE_BYTES, vocabulary.PIECE_BYTES = limits
+    return largest_difference(pieces, whole)
 
 
 def main_of_one_process_of_two():
@@ -146,31 +221,55 @@ def printed(process):
 
 @pytest.fixture(scope="module")
 def report():
-    return printed(start(8))
+    return printed(start(8, "fast"))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_eight_devices_give_what_one_gives(report, case):
-    many, one = report[case]["metrics"]
+@pytest.fixture(scope="module")
+def slow_report():
+    return printed(start(8, "slow"))
+
+
+def check_case(case):
+    many, one = case["metrics"]
     for got, expected in zip(many, one, strict=True):
         assert got.keys() == expected.keys()
         for name, value in expected.items():
             np.testing.assert_allclose(got[name], value, rtol=1e-5, err_msg=name)
-    assert report[case]["params"] < 1e-5
-    assert report[case]["devices"] == 8
+    assert len(one) == STEPS
+    assert case["params"] < 1e-5 and case["optimizer"] < 1e-5
+    assert case["devices"] == 8
+    # The state keeps its place, and the step is compiled once.
+    assert case["lies_right"] and case["compiled"] == 1
+    assert case["process"] == [0, 1]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_state_keeps_its_place_and_is_compiled_once(report, case):
-    assert report[case]["lies_right"] and report[case]["compiled"] == 1
-    assert report[case]["process"] == [0, 1]
+@pytest.mark.parametrize("case", [", ".join(pair) for pair in FAST])
+def test_eight_devices_give_what_one_gives(report, case):
+    check_case(report[case])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [", ".join(pair) for pair in SLOW])
+def test_every_model_on_every_mesh(slow_report, case):
+    check_case(slow_report[case])
 
 
 def test_kernels_are_cut_over_fsdp_and_tensor(report):
-    shapes = {case: tuple(values["kernel_shard"]) for case, values in report.items()}
-    assert shapes["dense data 8"] == (2, 32, 32)
-    assert shapes["dense fsdp 8"] == (2, 4, 32)
-    assert shapes["dense data 2 fsdp 2 tensor 2"] == (2, 16, 16)
+    shapes = {case: tuple(report[case]["kernel_shard"]) for case in [", ".join(pair) for pair in FAST]}
+    assert shapes["moe k 2, data 8"] == (2, 32, 32)
+    assert shapes["dense, fsdp 8"] == (2, 4, 32)
+    assert shapes["dense, data 2 fsdp 2 tensor 2"] == (2, 16, 16)
+
+
+def test_no_device_gathers_the_tokens_of_others_for_its_experts(report):
+    """1,024 tokens, 128 a device: only kernels' gradients and sums over tokens are added up."""
+    assert report["collectives"]
+    assert not [shape for shape in report["collectives"] if re.search(r"\b(1024|2048)\b", shape)]
+
+
+@pytest.mark.parametrize("mesh", PIECES_ON)
+def test_pieces_of_the_vocabulary_on_a_mesh(report, mesh):
+    assert report["pieces"][mesh] < 2e-6
 
 
 @pytest.mark.slow
@@ -208,7 +307,7 @@ def test_a_parameter_that_does_not_divide_is_named(sizes, message):
         tuple({"data": 1, "fsdp": 1, "tensor": 1, "expert": 1, **sizes}.values()), ("data", "fsdp", "tensor", "expert")
     )
     with pytest.raises(UserError, match=message):
-        param_shardings(mesh, MOE.logical_axes(), MOE.abstract_params())
+        param_shardings(mesh, MOE["moe k 2"].logical_axes(), MOE["moe k 2"].abstract_params())
 
 
 def test_one_process_needs_no_start_up():
@@ -275,4 +374,4 @@ def test_a_coordinator_without_the_process_number():
 
 
 if __name__ == "__main__":
-    main_of_one_process_of_two() if "cluster" in sys.argv else main()
+    {"cluster": main_of_one_process_of_two, "fast": lambda: main(FAST), "slow": lambda: main(SLOW)}[sys.argv[1]]()

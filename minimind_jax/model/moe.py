@@ -3,18 +3,28 @@
 Three ways to apply the experts, equal in value and gradient: `reference` runs every expert on every token; `ragged`
 sorts the tokens by expert for `jax.lax.ragged_dot`, right for GPU and TPU; `blocked` does the same on a CPU, where
 `ragged_dot` costs as much as `reference`, with matrix products over blocks of the sorted rows.
+
+On a mesh each device works on its own rows with its own experts (`mixture`): left to the compiler, every device would
+gather and sort the rows of all.
 """
 
+import functools
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from minimind_jax.model.config import ModelConfig
+from minimind_jax.sharding import ROW_AXES, RULES, current_mesh
 
 Path = Literal["auto", "reference", "ragged", "blocked"]
 Kernels = tuple[Array, Array, Array]  # gate_EDF, up_EDF, down_EFD
+
+# The mesh axes over which kernels are cut.
+EXPERT, EMBED, MLP = (RULES[axis] for axis in ("experts", "embed", "mlp"))
+DATA = tuple(axis for axis in ROW_AXES if axis != EMBED)  # axes of the rows over which they are not
 
 
 class Routing(NamedTuple):
@@ -26,13 +36,46 @@ class Routing(NamedTuple):
     loss: Array
 
 
-def route(config: ModelConfig, logits_ME: Array, is_token_M: Array | None) -> Routing:
+def mixture(
+    config: ModelConfig, x_MD: Array, logits_ME: Array, is_token_M: Array | None, kernels: Kernels, path: Path = "auto"
+) -> tuple[Array, Array]:
+    """Routes M tokens by the router's logits and applies their experts: (M, D) in the dtype of x, load-balancing loss.
+
+    On a mesh (`jax.set_mesh`) M is cut over data x fsdp. The devices of an expert axis have the same rows; each applies
+    its own experts to those of their tokens that chose them, and the outputs are summed. No token is dropped.
+    """
+    if is_token_M is None:
+        is_token_M = jnp.ones(x_MD.shape[0])
+    if current_mesh() is None:
+        routing = route(config, logits_ME, is_token_M)
+        return apply_experts(x_MD, routing, kernels, path), routing.loss
+    rows, into, out_of = PartitionSpec(ROW_AXES), PartitionSpec(EXPERT, EMBED, MLP), PartitionSpec(EXPERT, MLP, EMBED)
+    part = functools.partial(_mixture_part, config, path)
+    on_mesh = jax.shard_map(part, in_specs=(rows, rows, rows, (into, into, out_of)), out_specs=(rows, PartitionSpec()))
+    return on_mesh(x_MD, logits_ME, is_token_M, kernels)
+
+
+def _mixture_part(config, path, x_MD, logits_ME, is_token_M, kernels):
+    """`mixture` on one device of a mesh: its rows, its part of the kernels, gathered over fsdp."""
+    routing = route(config, logits_ME, is_token_M, ROW_AXES)
+    gate_EDF, up_EDF = (jax.lax.all_gather(kernel, EMBED, axis=1, tiled=True) for kernel in kernels[:2])
+    down_EFD = jax.lax.all_gather(kernels[2], EMBED, axis=2, tiled=True)
+    # Marked as different on all devices, each gradient is summed over the axes on which the value was the same.
+    vary = functools.partial(jax.lax.pcast, to="varying")
+    kernels = tuple(vary(kernel, DATA) for kernel in (gate_EDF, up_EDF, down_EFD))
+    x_MD, experts_Mk, weights_Mk = (vary(array, (EXPERT, MLP)) for array in (x_MD, *routing[:2]))
+    own_Mk = experts_Mk - jax.lax.axis_index(EXPERT) * gate_EDF.shape[0]
+    out_MD = apply_experts(x_MD, Routing(own_Mk, weights_Mk, routing.loss), kernels, path)
+    return jax.lax.psum(out_MD, (EXPERT, MLP)), routing.loss
+
+
+def route(config: ModelConfig, logits_ME: Array, is_token_M: Array, axes: tuple[str, ...] = ()) -> Routing:
     """Chooses experts from the router's logits.
 
     Weights are the chosen probabilities, divided by their sum when norm_topk_prob. With one expert a token that is
     always 1, so by default p / stop_gradient(p) stands in for it: 1 in value, with p's gradient.
-    Loss: coef * E * sum_e(load_e * mean_probability_e) over the real tokens (is_token_M; None means all), load_e
-    being the share of tokens that chose e, summed over the k choices (Switch, arXiv 2101.03961, eq. 4).
+    Loss: coef * E * sum_e(load_e * mean_probability_e) over the tokens (is_token_M is 1) of all devices along `axes`,
+    load_e being the share of tokens that chose e, summed over the k choices (Switch, arXiv 2101.03961, eq. 4).
     """
     probs_ME = jax.nn.softmax(logits_ME.astype(jnp.float32), axis=-1)
     weights_Mk, experts_Mk = jax.lax.top_k(probs_ME, config.num_experts_per_tok)
@@ -42,16 +85,15 @@ def route(config: ModelConfig, logits_ME: Array, is_token_M: Array | None) -> Ro
         weights_Mk = weights_Mk / jax.lax.stop_gradient(weights_Mk)
     elif config.norm_topk_prob:
         weights_Mk = jnp.ones_like(weights_Mk)
-    return Routing(experts_Mk, weights_Mk, _balance_loss(config, probs_ME, experts_Mk, is_token_M))
+    return Routing(experts_Mk, weights_Mk, _balance_loss(config, probs_ME, experts_Mk, is_token_M, axes))
 
 
-def _balance_loss(config: ModelConfig, probs_ME, experts_Mk, is_token_M):
+def _balance_loss(config: ModelConfig, probs_ME, experts_Mk, is_token_M, axes):
     chosen_ME = jnp.sum(jax.nn.one_hot(experts_Mk, config.num_experts, dtype=jnp.float32), axis=1)
-    if is_token_M is None:
-        is_token_M = jnp.ones(probs_ME.shape[0])
-    share_M = is_token_M / jnp.maximum(jnp.sum(is_token_M), 1)
-    load_E, mean_probability_E = share_M @ chosen_ME, share_M @ probs_ME
-    return config.router_aux_loss_coef * config.num_experts * jnp.sum(load_E * mean_probability_E)
+    sums = (jnp.sum(is_token_M), is_token_M @ chosen_ME, is_token_M @ probs_ME)
+    tokens, load_E, probability_E = jax.lax.psum(sums, axes) if axes else sums
+    tokens = jnp.maximum(tokens, 1)
+    return config.router_aux_loss_coef * config.num_experts * jnp.sum((load_E / tokens) * (probability_E / tokens))
 
 
 def choose_path(path: Path, tokens: int) -> Path:
@@ -64,19 +106,25 @@ def choose_path(path: Path, tokens: int) -> Path:
 
 
 def apply_experts(x_MD: Array, routing: Routing, kernels: Kernels, path: Path = "auto") -> Array:
-    """sum_j weights_Mj * down_e(silu(gate_e(x)) * up_e(x)), e = experts_Mj, in the dtype of x; (M, D)."""
+    """sum_j weights_Mj * down_e(silu(gate_e(x)) * up_e(x)), e = experts_Mj, in the dtype of x; (M, D).
+
+    Experts that are none of the E in `kernels` (those of other devices) add nothing.
+    """
     path = choose_path(path, x_MD.shape[0])
     if path == "reference":
         return _reference(x_MD, routing, *kernels)
     M, k = routing.experts_Mk.shape
     E, D, _ = kernels[0].shape
-    order_P = jnp.argsort(routing.experts_Mk.reshape(-1), stable=True)
+    is_own_Mk = (routing.experts_Mk >= 0) & (routing.experts_Mk < E)
+    experts_P = jnp.where(is_own_Mk, routing.experts_Mk, E).reshape(-1)  # others' rows go behind the own
+    order_P = jnp.argsort(experts_P, stable=True)
     place_P = jnp.argsort(order_P, stable=True)  # where each (token, choice) went
-    sizes_E = jnp.bincount(routing.experts_Mk.reshape(-1), length=E)
+    sizes_E = jnp.sum(experts_P[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
     sorted_PD = _permute(jnp.repeat(x_MD, k, axis=0), order_P, place_P)
     out_PD = (_ragged if path == "ragged" else _blocked)(sorted_PD, sizes_E, *kernels)
     out_MkD = _permute(out_PD, place_P, order_P).reshape(M, k, D)
-    return jnp.einsum("Mk,MkD->MD", routing.weights_Mk.astype(x_MD.dtype), out_MkD)
+    weights_Mk = jnp.where(is_own_Mk, routing.weights_Mk, 0)
+    return jnp.einsum("Mk,MkD->MD", weights_Mk.astype(x_MD.dtype), out_MkD)
 
 
 def _reference(x_MD, routing, gate_EDF, up_EDF, down_EFD):
@@ -87,8 +135,11 @@ def _reference(x_MD, routing, gate_EDF, up_EDF, down_EFD):
 
 
 def _ragged(x_PD, sizes_E, gate_EDF, up_EDF, down_EFD):
+    # What ragged_dot makes of rows behind the last group is not specified, in neither direction.
+    is_own_P1 = jnp.arange(x_PD.shape[0])[:, None] < jnp.sum(sizes_E)
+    x_PD = jnp.where(is_own_P1, x_PD, 0)
     hidden_PF = jax.nn.silu(jax.lax.ragged_dot(x_PD, gate_EDF, sizes_E)) * jax.lax.ragged_dot(x_PD, up_EDF, sizes_E)
-    return jax.lax.ragged_dot(hidden_PF, down_EFD, sizes_E)
+    return jnp.where(is_own_P1, jax.lax.ragged_dot(hidden_PF, down_EFD, sizes_E), 0)
 
 
 @jax.custom_vjp
@@ -131,7 +182,7 @@ def _set_rows(array, rows, first):
 
 @jax.custom_vjp
 def _blocked(x_PD, sizes_E, gate_EDF, up_EDF, down_EFD):
-    """The experts on rows sorted by expert, sizes_E rows each.
+    """The experts on rows sorted by expert, sizes_E rows each; rows behind these get any finite values.
 
     Experts are taken in order. An expert's last block runs into the rows of the next one, which overwrites what was
     put there; so nothing needs padding between experts, only one block behind the last row.
@@ -158,7 +209,7 @@ def _blocked_forward(x_PD, sizes_E, gate_EDF, up_EDF, down_EFD):
         return _for_blocks(start, size, blocks, body, carry), None
 
     starts_E = jnp.cumsum(sizes_E) - sizes_E
-    empty_PF = jnp.zeros((P + blocks[0], F), x_PD.dtype)
+    empty_PF = jnp.zeros_like(padded_PD, shape=(P + blocks[0], F))
     carry = (empty_PF, empty_PF, jnp.zeros_like(padded_PD))
     (gates_PF, ups_PF, out_PD), _ = jax.lax.scan(expert, carry, (starts_E, sizes_E, gate_EDF, up_EDF, down_EFD))
     return out_PD[:P], (padded_PD, sizes_E, gates_PF, ups_PF, gate_EDF, up_EDF, down_EFD)
@@ -183,7 +234,7 @@ def _blocked_backward(saved, grad_PD):
             grad_x_PD = _set_rows(grad_x_PD, grad_gates @ gate_DF.T + grad_ups @ up_DF.T, first)
             return grad_x_PD, grad_gate + x.T @ grad_gates, grad_up + x.T @ grad_ups, grad_down + hidden.T @ grad
 
-        zeros = [jnp.zeros(kernel.shape, jnp.float32) for kernel in (gate_DF, up_DF, down_FD)]
+        zeros = [jnp.zeros_like(kernel, jnp.float32) for kernel in (gate_DF, up_DF, down_FD)]
         grad_x_PD, *grads = _for_blocks(start, size, blocks, body, (grad_x_PD, *zeros))
         return grad_x_PD, [grad.astype(dtype) for grad in grads]
 

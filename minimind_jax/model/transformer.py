@@ -175,10 +175,11 @@ class MoE(nnx.Module):
         x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
         is_token_M = None if segment_ids_BT is None else (segment_ids_BT > 0).reshape(-1).astype(jnp.float32)
         # The choice of experts is a step function of these logits: float32 keeps it the same in every compute dtype.
-        routing = moe.route(self.config, self.router(x_MD.astype(jnp.float32)), is_token_M)
+        logits_ME = self.router(x_MD.astype(jnp.float32))
         experts = (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj)
         kernels = tuple(linear.kernel[...].astype(x_MD.dtype) for linear in experts)
-        return moe.apply_experts(x_MD, routing, kernels, self.path).reshape(x_BTD.shape), routing.loss
+        out_MD, loss = moe.mixture(self.config, x_MD, logits_ME, is_token_M, kernels, self.path)
+        return out_MD.reshape(x_BTD.shape), loss
 
 
 class Block(nnx.Module):

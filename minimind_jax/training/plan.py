@@ -95,7 +95,7 @@ def run_facts(
         "model": f"{parameters:,} parameters ({shape.num_hidden_layers} layers of width {shape.hidden_size}, "
         f"{shape.vocab_size:,} tokens{experts})",
         "compute": f"{dtype.name}, attention path: {path}{f' ({reason})' if reason else ''}, "
-        + f"experts path: {moe.choose_path(model.compute.experts, config.training.batch_tokens // parts)}, "
+        + f"experts path: {moe.choose_path(model.compute.experts, config.training.batch_tokens // parts // row_shards(mesh))}, "
         * shape.is_moe
         + f"remat {model.compute.remat}",
         "loss": f"logits of {piece:,} of {vocab:,} words at once on a device",

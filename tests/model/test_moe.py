@@ -43,11 +43,34 @@ def test_fast_paths_equal_the_reference_in_value_and_gradient(path, tokens, k, s
     @jax.jit
     def both(x_MD, logits_ME, kernels):
         def total(path, x_MD, logits_ME, kernels):
-            out_MD = moe.apply_experts(x_MD, moe.route(config, logits_ME, None), kernels, path)
+            out_MD = moe.apply_experts(x_MD, moe.route(config, logits_ME, jnp.ones(tokens)), kernels, path)
             return jnp.sum(jnp.sin(out_MD) * jnp.arange(16)), out_MD
 
         gradient = jax.value_and_grad(total, argnums=(1, 2, 3), has_aux=True)
         return gradient("reference", x_MD, logits_ME, kernels), gradient(path, x_MD, logits_ME, kernels)
+
+    expected, actual = both(x_MD, logits_ME, kernels)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max()) + 1e-9, rtol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["reference", "ragged", "blocked"])
+def test_devices_with_a_part_of_the_experts_add_up_to_all_of_them(path):
+    config, x_MD, logits_ME, kernels = make_case(96, 2)
+
+    @jax.jit
+    def both(x_MD, logits_ME, kernels):
+        def total(parts, x_MD, logits_ME, kernels):
+            routing = moe.route(config, logits_ME, jnp.ones(96))
+            out_MD = 0
+            for first in range(0, 4, 4 // parts):
+                own = routing._replace(experts_Mk=routing.experts_Mk - first)
+                own_kernels = tuple(kernel[first : first + 4 // parts] for kernel in kernels)
+                out_MD += moe.apply_experts(x_MD, own, own_kernels, path)
+            return jnp.sum(jnp.sin(out_MD) * jnp.arange(16)), out_MD
+
+        gradient = jax.value_and_grad(total, argnums=(1, 2, 3), has_aux=True)
+        return gradient(1, x_MD, logits_ME, kernels), gradient(2, x_MD, logits_ME, kernels)
 
     expected, actual = both(x_MD, logits_ME, kernels)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
