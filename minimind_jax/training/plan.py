@@ -88,15 +88,15 @@ def run_facts(
     rows = (config.rows_per_step // parts, config.data.seq_len, shape.num_attention_heads, shape.head_dim)
     path, reason = attention.choose_path(model.compute.attention, rows, shape.num_key_value_heads, dtype, mesh)
     vocab = shape.vocab_size // mesh.shape["tensor"]
-    piece = piece_size(rows[0] * config.data.seq_len // row_shards(mesh), vocab)
+    tokens = rows[0] * config.data.seq_len // row_shards(mesh)  # of a micro-batch on a device
+    piece = piece_size(tokens, vocab)
     epochs = total_steps / train_batches.steps_per_epoch
     return {
         "stage": stage,
         "model": f"{parameters:,} parameters ({shape.num_hidden_layers} layers of width {shape.hidden_size}, "
         f"{shape.vocab_size:,} tokens{experts})",
         "compute": f"{dtype.name}, attention path: {path}{f' ({reason})' if reason else ''}, "
-        + f"experts path: {moe.choose_path(model.compute.experts, config.training.batch_tokens // parts // row_shards(mesh))}, "
-        * shape.is_moe
+        + f"experts path: {moe.choose_path(model.compute.experts, tokens)}, " * shape.is_moe
         + f"remat {model.compute.remat}",
         "loss": f"logits of {piece:,} of {vocab:,} words at once on a device",
         "devices": f"{devices.size} x {devices[0].device_kind}{f' ({sizes})' if sizes else ''}",
