@@ -48,7 +48,7 @@ MOE = {
         ModelConfig(**TINY, num_experts=4, num_experts_per_tok=k, moe_intermediate_size=24),
         ComputeConfig(experts=path, scan_unroll=1),
     )
-    for k, path in ((1, "blocked"), (2, "ragged"))
+    for k, path in ((1, "blocked"), (2, "tiled"))
 }
 # Model, optimizer and micro-batches: one where there are experts, whose router loss is a statistic of it.
 MODELS = {"dense": (DENSE, "muon", 2), **{name: (model, "adamw", 1) for name, model in MOE.items()}}

@@ -163,12 +163,12 @@ class ComputeConfig:
     attention: the attention path; `auto` is cuDNN's flash attention on a GPU (`cudnn`), splash attention on a TPU
         (`splash`), and elsewhere, or where these cannot run, `grouped`: blocks of queries below the causal diagonal.
         `reference` is the plain formula.
-    experts: the path of a mixture of experts; `auto` is `blocked` on CPU and `ragged` elsewhere, both sorting the
-        tokens by expert, and `reference` (every expert on every token) for few tokens.
+    experts: the path of a mixture of experts; `auto` is `blocked` on CPU, `tiled` on GPU and `ragged` on TPU, all
+        sorting the tokens by expert, and `reference` (every expert on every token) for few tokens.
     """
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: Literal["none", "full", "dots"] = "none"
     scan_unroll: int | None = None
     attention: Literal["auto", "reference", "grouped", "cudnn", "splash"] = "auto"
-    experts: Literal["auto", "reference", "ragged", "blocked"] = "auto"
+    experts: Literal["auto", "reference", "ragged", "tiled", "blocked"] = "auto"

@@ -1,8 +1,9 @@
 """Mixture of experts as in Qwen3-MoE: a softmax router, the k best experts of each token, no token dropped.
 
-Three ways to apply the experts, equal in value and gradient: `reference` runs every expert on every token; `ragged`
-sorts the tokens by expert for `jax.lax.ragged_dot`, right for GPU and TPU; `blocked` does the same on a CPU, where
-`ragged_dot` costs as much as `reference`, with matrix products over blocks of the sorted rows.
+Four ways to apply the experts, equal in value and gradient: `reference` runs every expert on every token; the others
+sort the tokens by expert. `ragged` is `jax.lax.ragged_dot`, a kernel of its own on TPUs; on GPUs and CPUs it costs as
+much as `reference`. `tiled` is for GPUs, with a loop over tiles of the sorted rows whose length is fixed, so that the
+GPU need not ask the host; `blocked` is for CPUs, with blocks of two sizes that leave little over.
 
 On a mesh each device works on its own rows with its own experts (`mixture`): left to the compiler, every device would
 gather and sort the rows of all.
@@ -19,7 +20,7 @@ from jax.sharding import PartitionSpec
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.sharding import ROW_AXES, RULES, current_mesh
 
-Path = Literal["auto", "reference", "ragged", "blocked"]
+Path = Literal["auto", "reference", "ragged", "tiled", "blocked"]
 Kernels = tuple[Array, Array, Array]  # gate_EDF, up_EDF, down_EFD
 
 # The mesh axes over which kernels are cut.
@@ -65,7 +66,8 @@ def _mixture_part(config, path, x_MD, logits_ME, is_token_M, kernels):
     kernels = tuple(vary(kernel, DATA) for kernel in (gate_EDF, up_EDF, down_EFD))
     x_MD, experts_Mk, weights_Mk = (vary(array, (EXPERT, MLP)) for array in (x_MD, *routing[:2]))
     own_Mk = experts_Mk - jax.lax.axis_index(EXPERT) * gate_EDF.shape[0]
-    out_MD = apply_experts(x_MD, Routing(own_Mk, weights_Mk, routing.loss), kernels, path)
+    is_part = gate_EDF.shape[0] < config.num_experts
+    out_MD = apply_experts(x_MD, Routing(own_Mk, weights_Mk, routing.loss), kernels, path, is_part=is_part)
     return jax.lax.psum(out_MD, (EXPERT, MLP)), routing.loss
 
 
@@ -102,13 +104,13 @@ def choose_path(path: Path, tokens: int) -> Path:
         return path
     if tokens < 64:
         return "reference"
-    return "blocked" if jax.default_backend() == "cpu" else "ragged"
+    return {"cpu": "blocked", "tpu": "ragged"}.get(jax.default_backend(), "tiled")
 
 
-def apply_experts(x_MD: Array, routing: Routing, kernels: Kernels, path: Path = "auto") -> Array:
+def apply_experts(x_MD: Array, routing: Routing, kernels: Kernels, path: Path = "auto", is_part: bool = False) -> Array:
     """sum_j weights_Mj * down_e(silu(gate_e(x)) * up_e(x)), e = experts_Mj, in the dtype of x; (M, D).
 
-    Experts that are none of the E in `kernels` (those of other devices) add nothing.
+    is_part: experts_Mk may name experts that are none of the E in `kernels` (those of other devices); they add nothing.
     """
     path = choose_path(path, x_MD.shape[0])
     if path == "reference":
@@ -121,7 +123,8 @@ def apply_experts(x_MD: Array, routing: Routing, kernels: Kernels, path: Path = 
     place_P = jnp.argsort(order_P, stable=True)  # where each (token, choice) went
     sizes_E = jnp.sum(experts_P[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
     sorted_PD = _permute(jnp.repeat(x_MD, k, axis=0), order_P, place_P)
-    out_PD = (_ragged if path == "ragged" else _blocked)(sorted_PD, sizes_E, *kernels)
+    apply = {"ragged": _ragged, "tiled": functools.partial(_tiled, is_part), "blocked": _blocked}[path]
+    out_PD = apply(sorted_PD, sizes_E, *kernels)
     out_MkD = _permute(out_PD, place_P, order_P).reshape(M, k, D)
     weights_Mk = jnp.where(is_own_Mk, routing.weights_Mk, 0)
     return jnp.einsum("Mk,MkD->MD", weights_Mk.astype(x_MD.dtype), out_MkD)
@@ -152,6 +155,20 @@ _permute.defvjp(
     lambda x_PD, order_P, inverse_P: (x_PD[order_P], inverse_P),
     lambda inverse_P, grad_PD: (grad_PD[inverse_P], None, None),
 )
+
+
+def _expert(x_PD, gate_DF, up_DF, down_FD):
+    """gates, ups and the output of one expert."""
+    gates_PF, ups_PF = x_PD @ gate_DF, x_PD @ up_DF
+    return gates_PF, ups_PF, (jax.nn.silu(gates_PF) * ups_PF) @ down_FD
+
+
+def _expert_gradients(x_PD, gates_PF, ups_PF, grad_PD, gate_DF, up_DF, down_FD):
+    """Of one expert's rows and of its kernels."""
+    hidden_PF, swiglu_vjp = jax.vjp(lambda gates, ups: jax.nn.silu(gates) * ups, gates_PF, ups_PF)
+    grad_gates, grad_ups = swiglu_vjp(grad_PD @ down_FD.T)
+    grad_x_PD = grad_gates @ gate_DF.T + grad_ups @ up_DF.T
+    return grad_x_PD, x_PD.T @ grad_gates, x_PD.T @ grad_ups, hidden_PF.T @ grad_PD
 
 
 def _block_sizes(rows: int, experts: int) -> tuple[int, int]:
@@ -201,9 +218,7 @@ def _blocked_forward(x_PD, sizes_E, gate_EDF, up_EDF, down_EFD):
 
         def body(block, first, carry):
             gates_PF, ups_PF, out_PD = carry
-            x = _rows(padded_PD, first, block)
-            gates, ups = x @ gate_DF, x @ up_DF
-            out = (jax.nn.silu(gates) * ups) @ down_FD
+            gates, ups, out = _expert(_rows(padded_PD, first, block), gate_DF, up_DF, down_FD)
             return _set_rows(gates_PF, gates, first), _set_rows(ups_PF, ups, first), _set_rows(out_PD, out, first)
 
         return _for_blocks(start, size, blocks, body, carry), None
@@ -229,10 +244,9 @@ def _blocked_backward(saved, grad_PD):
             is_own = (first + jnp.arange(block) < start + size)[:, None]
             x, gates, ups = _rows(padded_PD, first, block), _rows(gates_PF, first, block), _rows(ups_PF, first, block)
             grad = jnp.where(is_own, _rows(grad_PD, first, block), 0)
-            hidden, swiglu_vjp = jax.vjp(lambda gates, ups: jax.nn.silu(gates) * ups, gates, ups)
-            grad_gates, grad_ups = swiglu_vjp(grad @ down_FD.T)
-            grad_x_PD = _set_rows(grad_x_PD, grad_gates @ gate_DF.T + grad_ups @ up_DF.T, first)
-            return grad_x_PD, grad_gate + x.T @ grad_gates, grad_up + x.T @ grad_ups, grad_down + hidden.T @ grad
+            grad_x, *grads = _expert_gradients(x, gates, ups, grad, gate_DF, up_DF, down_FD)
+            sums = [total + grad for total, grad in zip((grad_gate, grad_up, grad_down), grads, strict=True)]
+            return _set_rows(grad_x_PD, grad_x, first), *sums
 
         zeros = [jnp.zeros_like(kernel, jnp.float32) for kernel in (gate_DF, up_DF, down_FD)]
         grad_x_PD, *grads = _for_blocks(start, size, blocks, body, (grad_x_PD, *zeros))
@@ -245,3 +259,76 @@ def _blocked_backward(saved, grad_PD):
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
+
+
+class _Tiles(NamedTuple):
+    """Pieces of `size` sorted rows, each of one expert, in order. The last of an expert runs into the rows of the next,
+    which overwrites what was put there; tiles not needed lie behind all rows. experts_N, firsts_N, stops_N: the expert,
+    its first row in the tile, and where its rows end. count: the loop's length; an int unless is_part, where most tiles
+    may not be needed."""
+
+    size: int
+    count: int | Array
+    experts_N: Array
+    firsts_N: Array
+    stops_N: Array
+
+
+def _make_tiles(sizes_E, rows: int, is_part: bool) -> _Tiles:
+    E = sizes_E.shape[0]
+    size = max(1, min(2048, rows // (8 * E)))  # so that an eighth of the work is wasted at most
+    size -= size % 128 if size > 128 else 0
+    needed_E = -(-sizes_E // size)
+    ends_E, starts_E = jnp.cumsum(needed_E), jnp.cumsum(sizes_E) - sizes_E
+    tiles_N = jnp.arange(rows // size + E)
+    experts_N = jnp.minimum(jnp.searchsorted(ends_E, tiles_N, side="right", method="compare_all"), E - 1)
+    firsts_N = starts_E[experts_N] + (tiles_N - (ends_E - needed_E)[experts_N]) * size
+    firsts_N = jnp.where(tiles_N < ends_E[-1], firsts_N, rows)
+    count = ends_E[-1] if is_part else len(tiles_N)
+    return _Tiles(size, count, experts_N, firsts_N, (starts_E + sizes_E)[experts_N])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tiled(is_part, x_PD, sizes_E, gate_EDF, up_EDF, down_EFD):
+    """The experts on rows sorted by expert, sizes_E rows each; rows behind these get any finite values."""
+    return _tiled_forward(is_part, x_PD, sizes_E, gate_EDF, up_EDF, down_EFD)[0]
+
+
+def _tiled_forward(is_part, x_PD, sizes_E, *kernels):
+    P, F = x_PD.shape[0], kernels[0].shape[2]
+    tiles = _make_tiles(sizes_E, P, is_part)
+    padded_PD = jnp.pad(x_PD, ((0, tiles.size), (0, 0)))
+
+    def body(tile, carry):
+        first, expert = tiles.firsts_N[tile], tiles.experts_N[tile]
+        made = _expert(_rows(padded_PD, first, tiles.size), *(kernel[expert] for kernel in kernels))
+        return tuple(_set_rows(array, rows, first) for array, rows in zip(carry, made, strict=True))
+
+    empty_PF = jnp.zeros_like(padded_PD, shape=(P + tiles.size, F))
+    gates_PF, ups_PF, out_PD = jax.lax.fori_loop(0, tiles.count, body, (empty_PF, empty_PF, jnp.zeros_like(padded_PD)))
+    return out_PD[:P], (padded_PD, sizes_E, gates_PF, ups_PF, kernels)
+
+
+def _tiled_backward(is_part, saved, grad_PD):
+    padded_PD, sizes_E, gates_PF, ups_PF, kernels = saved
+    P = grad_PD.shape[0]
+    tiles = _make_tiles(sizes_E, P, is_part)
+    grad_PD = jnp.pad(grad_PD, ((0, tiles.size), (0, 0)))
+
+    def body(tile, carry):
+        grad_x_PD, *totals = carry
+        first, expert = tiles.firsts_N[tile], tiles.experts_N[tile]
+        x, gates, ups, grad = (_rows(array, first, tiles.size) for array in (padded_PD, gates_PF, ups_PF, grad_PD))
+        is_own = (first + jnp.arange(tiles.size) < tiles.stops_N[tile])[:, None]
+        grad_x, *grads = _expert_gradients(
+            x, gates, ups, jnp.where(is_own, grad, 0), *(kernel[expert] for kernel in kernels)
+        )
+        totals = (total.at[expert].add(grad) for total, grad in zip(totals, grads, strict=True))
+        return _set_rows(grad_x_PD, grad_x, first), *totals
+
+    zeros = [jnp.zeros_like(kernel, jnp.float32) for kernel in kernels]
+    grad_x_PD, *grads = jax.lax.fori_loop(0, tiles.count, body, (jnp.zeros_like(grad_PD), *zeros))
+    return grad_x_PD[:P], None, *(grad.astype(grad_PD.dtype) for grad in grads)
+
+
+_tiled.defvjp(_tiled_forward, _tiled_backward)

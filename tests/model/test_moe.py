@@ -33,6 +33,10 @@ def make_case(tokens, k, seed=0, experts=4, width=24):
         ("blocked", 96, 1, 0),
         ("blocked", 700, 2, 0.3),
         ("ragged", 96, 2, 1),
+        ("tiled", 101, 1, 1),
+        ("tiled", 3, 1, 1),
+        ("tiled", 96, 1, 0),
+        ("tiled", 700, 2, 0.3),
     ],
 )
 def test_fast_paths_equal_the_reference_in_value_and_gradient(path, tokens, k, spread):
@@ -54,7 +58,7 @@ def test_fast_paths_equal_the_reference_in_value_and_gradient(path, tokens, k, s
         np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max()) + 1e-9, rtol=1e-5)
 
 
-@pytest.mark.parametrize("path", ["reference", "ragged", "blocked"])
+@pytest.mark.parametrize("path", ["reference", "ragged", "tiled", "blocked"])
 def test_devices_with_a_part_of_the_experts_add_up_to_all_of_them(path):
     config, x_MD, logits_ME, kernels = make_case(96, 2)
 
@@ -66,7 +70,7 @@ def test_devices_with_a_part_of_the_experts_add_up_to_all_of_them(path):
             for first in range(0, 4, 4 // parts):
                 own = routing._replace(experts_Mk=routing.experts_Mk - first)
                 own_kernels = tuple(kernel[first : first + 4 // parts] for kernel in kernels)
-                out_MD += moe.apply_experts(x_MD, own, own_kernels, path)
+                out_MD += moe.apply_experts(x_MD, own, own_kernels, path, is_part=parts > 1)
             return jnp.sum(jnp.sin(out_MD) * jnp.arange(16)), out_MD
 
         gradient = jax.value_and_grad(total, argnums=(1, 2, 3), has_aux=True)
