@@ -101,7 +101,7 @@ def test_runs_skips_and_tells_changes(workplace, capsys):
     arguments = workplace()
     run_pipeline(load_pipeline(arguments))
     first = capsys.readouterr().out
-    assert "[1/3] tokenizer: runs/tiny/tokenizer" in first and "done" not in first
+    assert "[1/3] tokenizer: runs/tiny/tokenizer" in first and "done, in" not in first
     assert Path("runs/tiny/sft/model/model.safetensors").is_file()
     written = {p: p.stat().st_mtime_ns for p in Path("runs").rglob("*") if p.is_file()}
 
