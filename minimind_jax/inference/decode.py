@@ -105,17 +105,10 @@ def decode(
 def grow(state: DecodeState, slots: int) -> DecodeState:
     """The same state with room for more tokens."""
     more = slots - state.tokens_BS.shape[1]
-
-    def pad(x, axis, value=0):
-        return jnp.pad(x, [(0, more if a == axis else 0) for a in range(x.ndim)], constant_values=value)
-
-    cache = state.cache
     return state._replace(
-        cache=cache._replace(
-            k_LBSKH=pad(cache.k_LBSKH, 2), v_LBSKH=pad(cache.v_LBSKH, 2), positions_BS=pad(cache.positions_BS, 1, -1)
-        ),
-        tokens_BS=pad(state.tokens_BS, 1),
-        logprobs_BS=pad(state.logprobs_BS, 1),
+        cache=state.cache.grow(slots),
+        tokens_BS=jnp.pad(state.tokens_BS, ((0, 0), (0, more))),
+        logprobs_BS=jnp.pad(state.logprobs_BS, ((0, 0), (0, more))),
     )
 
 

@@ -75,32 +75,36 @@ def _obstacle(kernel: Path, query_shape, kv_heads, dtype, mesh) -> str | None:
 
 def attention(
     q_BTNH: Array,
-    k_BSKH: Array,
-    v_BSKH: Array,
+    k_BTKH: Array,
+    v_BTKH: Array,
     *,
     segment_ids_BT: Array | None = None,
-    query_positions_BT: Array | None = None,
-    key_positions_BS: Array | None = None,
     path: Path = "auto",
 ) -> Array:
     """softmax(q k^T / sqrt(H)) v over the keys a query may see, (B, T, N, H); 0 for a query that sees none.
 
-    Without key positions (S = T): query t sees keys s <= t of its own segment, and nothing in segment 0 (padding);
-    all of a row is one segment when segment_ids_BT is None.
-    With key positions (a cache): a query at position p sees the keys at positions 0..p; -1 marks an empty slot.
-    Query head n uses key/value head n // G, G = N / K.
+    Query t sees keys s <= t of its own segment, and nothing in segment 0 (padding); all of a row is one segment when
+    segment_ids_BT is None. Query head n uses key/value head n // G, G = N / K.
     """
-    if key_positions_BS is not None:
-        is_past_BTS = key_positions_BS[:, None, :] <= query_positions_BT[:, :, None]
-        return _reference(q_BTNH, k_BSKH, v_BSKH, is_past_BTS & (key_positions_BS >= 0)[:, None, :])
     mesh = jax.sharding.get_abstract_mesh()
-    path = choose_path(path, q_BTNH.shape, k_BSKH.shape[2], q_BTNH.dtype, mesh).path
+    path = choose_path(path, q_BTNH.shape, k_BTKH.shape[2], q_BTNH.dtype, mesh).path
     if path == "grouped":
-        return _grouped(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
+        return _grouped(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
     if path == "reference":
-        return _reference(q_BTNH, k_BSKH, v_BSKH, causal_mask(segment_ids_BT, 0, q_BTNH.shape[1]))
+        k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
+        return _reference(q_BTNH, k_BKTH, v_BKTH, causal_mask(segment_ids_BT, 0, q_BTNH.shape[1]))
     kernel = kernels.cudnn if path == "cudnn" else kernels.splash
-    return kernels.on_mesh(kernel, mesh)(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
+    return kernels.on_mesh(kernel, mesh)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+
+def cached_attention(
+    q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, query_positions_BT: Array, key_positions_BS: Array
+) -> Array:
+    """`attention` over the slots of a cache: a query at position p sees the keys at positions 0..p; -1 marks an empty
+    slot. Always the plain formula, in the dtype of the queries."""
+    is_past_BTS = key_positions_BS[:, None, :] <= query_positions_BT[:, :, None]
+    mask_BTS = is_past_BTS & (key_positions_BS >= 0)[:, None, :]
+    return _reference(q_BTNH, k_BKSH.astype(q_BTNH.dtype), v_BKSH.astype(q_BTNH.dtype), mask_BTS)
 
 
 def causal_mask(segment_ids_BT: Array | None, start: int, stop: int) -> Array:
@@ -126,14 +130,14 @@ def _product(subscripts: str, a: Array, b: Array) -> Array:
     return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
-def _reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
+def _reference(q_BTNH, k_BKSH, v_BKSH, mask_BTS):
     B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
+    K = k_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = _product("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH) / math.sqrt(H)
+    scores_BKGTS = _product("BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH) / math.sqrt(H)
     weights_BKGTS, total_BKGT1, _ = _softmax_parts(scores_BKGTS, mask_BTS[:, None, None])
-    probs_BKGTS = (weights_BKGTS / total_BKGT1).astype(v_BSKH.dtype)
-    return _product("BKGTS,BSKH->BTKGH", probs_BKGTS, v_BSKH).astype(q_BTNH.dtype).reshape(B, T, N, H)
+    probs_BKGTS = (weights_BKGTS / total_BKGT1).astype(v_BKSH.dtype)
+    return _product("BKGTS,BKSH->BTKGH", probs_BKGTS, v_BKSH).astype(q_BTNH.dtype).reshape(B, T, N, H)
 
 
 def _grouped(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):

@@ -15,9 +15,10 @@ from flax import nnx
 from jax import Array
 
 from minimind_jax.model import moe, rope
-from minimind_jax.model.attention import SAVED_NAMES, attention
+from minimind_jax.model.attention import SAVED_NAMES, attention, cached_attention
 from minimind_jax.model.config import ComputeConfig, ModelConfig
-from minimind_jax.model.kv_cache import KVCache
+from minimind_jax.model.kv_cache import KVCache, LayerCache
+from minimind_jax.model.linear import TransposedKernel, multiply
 
 Params = dict[str, Any]
 
@@ -38,6 +39,7 @@ class _Context(NamedTuple):
     sin_BTh: Array
     positions_BT: Array
     segment_ids_BT: Array | None
+    cache_positions_BS: Array | None
     write_index: Array | int | None
 
 
@@ -77,7 +79,7 @@ class Linear(nnx.Module):
         self.kernel = _normal(rngs, config, shape, axes)
 
     def __call__(self, x: Array) -> Array:
-        return x @ self.kernel[...].astype(x.dtype)
+        return multiply(x, self.kernel[...])
 
 
 class Embedding(nnx.Module):
@@ -115,7 +117,7 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(H, config.rms_norm_eps)
         self.k_norm = RMSNorm(H, config.rms_norm_eps)
 
-    def __call__(self, x_BTD: Array, context: _Context, cache: KVCache | None, layer) -> tuple[Array, KVCache | None]:
+    def __call__(self, x_BTD: Array, context: _Context, cache: LayerCache | None) -> tuple[Array, LayerCache | None]:
         B, T, _ = x_BTD.shape
         H = self.config.head_dim
         q_BTNH = self.q_norm(self.q_proj(x_BTD).reshape(B, T, -1, H))
@@ -123,20 +125,12 @@ class Attention(nnx.Module):
         v_BTKH = self.v_proj(x_BTD).reshape(B, T, -1, H)
         q_BTNH = rope.apply_rope(q_BTNH, context.cos_BTh, context.sin_BTh)
         k_BTKH = rope.apply_rope(k_BTKH, context.cos_BTh, context.sin_BTh)
-        path = self.compute.attention
         if cache is None:
+            path = self.compute.attention
             out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=context.segment_ids_BT, path=path)
         else:
-            cache = cache.write_layer(layer, k_BTKH, v_BTKH, context.write_index)
-            k_BSKH, v_BSKH = cache.read_layer(layer)
-            out_BTNH = attention(
-                q_BTNH,
-                k_BSKH.astype(q_BTNH.dtype),
-                v_BSKH.astype(q_BTNH.dtype),
-                query_positions_BT=context.positions_BT,
-                key_positions_BS=cache.positions_BS,
-                path=path,
-            )
+            cache = cache.write(k_BTKH, v_BTKH, context.write_index)
+            out_BTNH = cached_attention(q_BTNH, *cache, context.positions_BT, context.cache_positions_BS)
         return self.o_proj(out_BTNH.reshape(B, T, -1)), cache
 
 
@@ -192,10 +186,10 @@ class Block(nnx.Module):
         self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config, compute.experts, rngs=rngs) if config.is_moe else MLP(config, rngs=rngs)
 
-    def __call__(self, x_BTD: Array, context: _Context, cache: KVCache | None, layer, dropout_key):
+    def __call__(self, x_BTD: Array, context: _Context, cache: LayerCache | None, dropout_key: Array | None):
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         with jax.named_scope("attention"):
-            update_BTD, cache = self.attention(self.input_norm(x_BTD), context, cache, layer)
+            update_BTD, cache = self.attention(self.input_norm(x_BTD), context, cache)
             x_BTD = x_BTD + _dropout(update_BTD, self.rate, keys[0])
         with jax.named_scope("mlp"):
             update_BTD, router_loss = self.mlp(self.post_attention_norm(x_BTD), context.segment_ids_BT)
@@ -299,8 +293,7 @@ class LanguageModel:
     def logits(self, params: Params, hidden_BTD: Array) -> Array:
         """Scores of the next token, float32 (B, T, V)."""
         with jax.named_scope("head"):
-            kernel_VD = self.head_kernel(params).astype(hidden_BTD.dtype)
-            return jnp.einsum("BTD,VD->BTV", hidden_BTD, kernel_VD, preferred_element_type=jnp.float32)
+            return multiply(hidden_BTD, TransposedKernel(self.head_kernel(params)), jnp.float32)
 
     def head_kernel(self, params: Params) -> Array:
         """What hidden states are multiplied with, (V, D) float32: the embedding when tied."""
@@ -333,19 +326,19 @@ class LanguageModel:
             length_BT = rope.document_length(seen, segment_ids_BT)
             length_BT = length_BT if cache is None else length_BT[:, :1]
         cos_BTh, sin_BTh = rope.rope_tables(self.config, positions_BT, length_BT)
-        return _Context(cos_BTh, sin_BTh, positions_BT, segment_ids_BT, write_index), cache
+        seen_BS = None if cache is None else cache.positions_BS
+        return _Context(cos_BTh, sin_BTh, positions_BT, segment_ids_BT, seen_BS, write_index), cache
 
     def _layers(self, layers: Params, x_BTD: Array, context: _Context, cache: KVCache | None, keys_L: Array | None):
         """Scans the layers; returns the residual stream, the cache and the sum of the router losses."""
-        if isinstance(layers, tuple):
+        if cache is not None or isinstance(layers, tuple):
             return self._loose_layers(layers, x_BTD, context, cache, keys_L)
         graph, _ = _split_abstract("layers", self.config, self.compute)
 
-        def run(carry, layer):
-            x_BTD, cache = carry
-            params, index, key = layer
-            x_BTD, cache, router_loss = nnx.merge(graph, params)(x_BTD, context, cache, index, key)
-            return (x_BTD, cache), router_loss
+        def run(x_BTD, layer):
+            params, key = layer
+            x_BTD, _, router_loss = nnx.merge(graph, params)(x_BTD, context, None, key)
+            return x_BTD, router_loss
 
         remat, L = self.compute.remat, self.config.num_hidden_layers
         if remat == "full":
@@ -356,36 +349,50 @@ class LanguageModel:
                 policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(*SAVED_NAMES)
             )
             run = jax.checkpoint(run, policy=keep)
-        scanned = (layers, jnp.arange(L), keys_L)
         with jax.named_scope("layers"):
-            unroll = scan_unroll(self.compute, L)
-            (x_BTD, cache), losses_L = jax.lax.scan(run, (x_BTD, cache), scanned, unroll=unroll)
-        return x_BTD, cache, jnp.sum(losses_L)
+            x_BTD, losses_L = jax.lax.scan(run, x_BTD, (layers, keys_L), unroll=scan_unroll(self.compute, L))
+        return x_BTD, None, jnp.sum(losses_L)
 
-    def _loose_layers(self, layers: tuple[Params, ...], x_BTD, context: _Context, cache: KVCache | None, keys_L):
-        """`_layers` of parameters from `unstack_layers`, one after another."""
+    def _loose_layers(self, layers, x_BTD, context: _Context, cache: KVCache | None, keys_L):
+        """`_layers` one after another, of parameters from `unstack_layers`, or of stacked ones with a cache."""
         graph, _ = _split_abstract("layers", self.config, self.compute)
-        losses = []
+        layers = layers if isinstance(layers, tuple) else _unstack(layers)
+        losses, caches = [], []
         for index, params in enumerate(layers):
             with jax.named_scope("layers"):
                 key = None if keys_L is None else keys_L[index]
-                x_BTD, cache, router_loss = nnx.merge(graph, params)(x_BTD, context, cache, index, key)
-            losses.append(router_loss)
-        return x_BTD, cache, sum(losses)
+                layer_cache = None if cache is None else cache.layers[index]
+                x_BTD, layer_cache, loss = nnx.merge(graph, params)(x_BTD, context, layer_cache, key)
+            losses.append(loss)
+            caches.append(layer_cache)
+        return x_BTD, cache and cache._replace(layers=tuple(caches)), sum(losses)
 
 
 def unstack_layers(params: Params) -> Params:
-    """The same parameters with `layers` a tuple of one tree a layer, which `LanguageModel` takes, too.
+    """The same parameters for generation, which `LanguageModel` takes, too: `layers` is a tuple of one tree a layer,
+    and on a CPU the layers' kernels are stored as (out, in).
 
-    For generation: a scan copies each layer's kernels out of the stack at every token, which takes as long as the
-    products themselves. The program is longer and compiles more slowly.
+    A scan copies each layer's kernels out of the stack at every token, which takes as long as the products themselves.
+    The program is longer and compiles more slowly.
     """
     if isinstance(params["layers"], tuple):
         return params
-    return {**params, "layers": _unstack(params["layers"])}
+    layers = _unstack(params["layers"])
+    return {**params, "layers": _transpose_kernels(layers) if jax.default_backend() == "cpu" else layers}
 
 
 @jax.jit
 def _unstack(stacked: Params) -> tuple[Params, ...]:
     count = jax.tree.leaves(stacked)[0].shape[0]
     return tuple(jax.tree.map(operator.itemgetter(index), stacked) for index in range(count))
+
+
+@jax.jit
+def _transpose_kernels(layers: tuple[Params, ...]) -> tuple[Params, ...]:
+    """Experts' kernels and the router's stay as they are: the mixture does not multiply row by row."""
+
+    def transpose(path, leaf):
+        names = {key.key for key in path[1:]}
+        return TransposedKernel(leaf.T) if "kernel" in names and "router" not in names and leaf.ndim == 2 else leaf
+
+    return jax.tree_util.tree_map_with_path(transpose, layers)

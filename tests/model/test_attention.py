@@ -18,7 +18,7 @@ import pytest
 
 from minimind_jax.errors import UserError
 from minimind_jax.model import attention_kernels as kernels
-from minimind_jax.model.attention import Choice, attention, choose_path
+from minimind_jax.model.attention import Choice, attention, cached_attention, choose_path
 from minimind_jax.sharding import MESH_AXES
 
 
@@ -111,11 +111,10 @@ def test_bfloat16_stays_near_float32_with_large_scores(path):
 def test_cache_positions_say_what_is_seen():
     q, k, v = make_inputs(2, 3, 2, 1, 8)
     all_k, all_v = (jnp.concatenate((x, x + 1), axis=1) for x in (k, v))
+    k_BKSH, v_BKSH = all_k.transpose(0, 2, 1, 3), all_v.transpose(0, 2, 1, 3)
     key_positions_BS = jnp.array([[0, 1, 2, -1, -1, -1], [-1, -1, 0, 1, 2, 3]])
     query_positions_BT = jnp.array([[0, 1, 2], [1, 2, 3]])
-    out_BTNH = attention(
-        q, all_k, all_v, query_positions_BT=query_positions_BT, key_positions_BS=key_positions_BS, path="reference"
-    )
+    out_BTNH = cached_attention(q, k_BKSH, v_BKSH, query_positions_BT, key_positions_BS)
     first = attention(q[:1], k[:1], v[:1], path="reference")
     np.testing.assert_allclose(out_BTNH[0], first[0], atol=1e-6)
     keys, values = all_k[1:, 2:4], all_v[1:, 2:4]  # what the query at position 1 of the second row sees

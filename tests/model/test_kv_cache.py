@@ -61,6 +61,6 @@ def test_left_padded_prompts_then_single_tokens_equal_the_whole_pass(name):
 
 def test_new_cache_is_empty_and_has_the_dtype_asked_for():
     cache = KVCache.create(MODELS["dense"], 2, 5, jnp.bfloat16)
-    assert cache.k_LBSKH.shape == cache.v_LBSKH.shape == (2, 2, 5, 2, 8)
-    assert cache.k_LBSKH.dtype == jnp.bfloat16
+    assert [(k.shape, v.shape) for k, v in cache.layers] == [((2, 2, 5, 8), (2, 2, 5, 8))] * 2
+    assert cache.layers[0].k_BKSH.dtype == jnp.bfloat16
     assert cache.positions_BS.tolist() == [[-1] * 5] * 2

@@ -1,0 +1,39 @@
+"""Matrix products with the kernels of linear layers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+# Up to so many rows the product with a kernel stored as (out, in) is made as kernel times columns.
+FEW_ROWS = 64
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TransposedKernel:
+    """A kernel stored as (out, in), in place of the (in, out) array.
+
+    For generation on a CPU, where XLA is half as fast with a few rows times (in, out): 16 rows, 12 times 512 to 1,408
+    and back, take 18.6 ms, and 9.5 with this.
+    """
+
+    kernel_OI: Array
+
+    def __getitem__(self, _) -> "TransposedKernel":
+        return self  # as nnx.Param reads its array
+
+
+def multiply(x: Array, kernel: Array | TransposedKernel, preferred_element_type: jnp.dtype | None = None) -> Array:
+    """x (..., in) times the kernel, in the dtype of x: (..., out)."""
+    if not isinstance(kernel, TransposedKernel):
+        return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=preferred_element_type)
+    kernel_OI = kernel.kernel_OI.astype(x.dtype)
+    rows = x.size // x.shape[-1]
+    if rows > FEW_ROWS or jax.default_backend() != "cpu":
+        return jnp.einsum("...I,OI->...O", x, kernel_OI, preferred_element_type=preferred_element_type)
+    # The barriers keep XLA from folding the transpositions into the product, which makes it slow again.
+    columns_IM = jax.lax.optimization_barrier(x.reshape(rows, -1).T)
+    out_OM = jnp.matmul(kernel_OI, columns_IM, preferred_element_type=preferred_element_type)
+    return jax.lax.optimization_barrier(out_OM).T.reshape(*x.shape[:-1], -1)

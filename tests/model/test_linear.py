@@ -1,0 +1,25 @@
+"""Products with kernels stored as (out, in)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minimind_jax.model.linear import FEW_ROWS, TransposedKernel, multiply
+
+
+@pytest.mark.parametrize("rows", [1, 5, FEW_ROWS, FEW_ROWS + 1])
+def test_transposed_kernel_gives_the_product_of_the_plain_one(rows):
+    x = jax.random.normal(jax.random.key(0), (rows, 1, 24))
+    kernel_IO = jax.random.normal(jax.random.key(1), (24, 40))
+    expected = np.asarray(x, np.float64) @ np.asarray(kernel_IO, np.float64)
+    for kernel in (kernel_IO, TransposedKernel(kernel_IO.T)):
+        out = jax.jit(multiply)(x, kernel)
+        assert out.shape == (rows, 1, 40)
+        np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_product_is_in_the_dtype_of_the_rows_unless_asked_otherwise():
+    x, kernel = jnp.ones((2, 4), jnp.bfloat16), TransposedKernel(jnp.ones((3, 4)))
+    assert multiply(x, kernel).dtype == jnp.bfloat16
+    assert multiply(x, kernel, jnp.float32).dtype == jnp.float32
