@@ -35,6 +35,7 @@ class ModelSettings:
     rms_norm_eps: added to the mean square in RMSNorm.
     tie_word_embeddings: the output layer is the transposed embedding.
     initializer_range: standard deviation of the initial weights.
+    zero_init_outputs: the projections that add to the residual stream start at 0.
     dropout: probability, in training only.
     num_experts: experts of a layer; 0 for a dense model.
     num_experts_per_tok: experts that each token goes through.
@@ -58,6 +59,7 @@ class ModelSettings:
     rms_norm_eps: float | None = None
     tie_word_embeddings: bool | None = None
     initializer_range: float | None = None
+    zero_init_outputs: bool | None = None
     dropout: float | None = None
     num_experts: int | None = None
     num_experts_per_tok: int | None = None
@@ -180,6 +182,7 @@ class OptimizerConfig:
     momentum: Muon's.
     weight_decay: decoupled; times the learning rate at each step.
     decay: `all` parameters as MiniMind does, or `matrices` only (no norms, no embeddings).
+    cautious_decay: a weight decays only in a step that moves it towards 0 anyway (arXiv 2510.12402).
     schedule: `cosine` from the peak to final_fraction (MiniMind: 0.1); `linear` to final_fraction; `wsd` stays at the
         peak and goes linearly to final_fraction over the last decay_fraction of the run; `constant`.
     warmup_steps: linear from 0, before the schedule.
@@ -196,6 +199,7 @@ class OptimizerConfig:
     momentum: float = 0.95
     weight_decay: float = 0.01
     decay: Literal["all", "matrices"] = "matrices"
+    cautious_decay: bool = False
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     warmup_steps: int = 0
     final_fraction: float = 0.1

@@ -50,6 +50,8 @@ class ModelConfig:
 
     Fields have their Hugging Face names. Derived when None: `head_dim` = hidden_size / num_attention_heads,
     `intermediate_size` = ceil(hidden_size * pi / 64) * 64, `moe_intermediate_size` = intermediate_size.
+    zero_init_outputs: the projections that add to the residual stream (o_proj, down_proj) start at 0, so that a fresh
+        layer changes nothing; the other kernels start at N(0, initializer_range).
     router_gradient: how the language-model loss reaches a renormalised top-1 router, whose weight is always 1.
         `straight_through`: the weight is p / stop_gradient(p), 1 in value with p's gradient. `none`: MiniMind's, no
         gradient. Only used when norm_topk_prob is true and num_experts_per_tok is 1.
@@ -68,6 +70,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
+    zero_init_outputs: bool = False
     dropout: float = 0.0
     num_experts: int = 0
     num_experts_per_tok: int = 1

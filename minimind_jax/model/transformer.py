@@ -68,15 +68,19 @@ def _dropout(x: Array, rate: float, key: Array | None) -> Array:
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
-def _normal(rngs: nnx.Rngs, config: ModelConfig, shape: tuple[int, ...], axes: tuple) -> nnx.Param:
-    return nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+def _normal(rngs: nnx.Rngs, std: float, shape: tuple[int, ...], axes: tuple) -> nnx.Param:
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
 
 
 class Linear(nnx.Module):
-    """x @ kernel in the dtype of x; the kernel is (in, out), or (E, in, out) for a stack of experts."""
+    """x @ kernel in the dtype of x; the kernel is (in, out), or (E, in, out) for a stack of experts.
 
-    def __init__(self, config: ModelConfig, shape: tuple[int, ...], axes: tuple, *, rngs: nnx.Rngs):
-        self.kernel = _normal(rngs, config, shape, axes)
+    is_output: the result is added to the residual stream.
+    """
+
+    def __init__(self, config: ModelConfig, shape: tuple[int, ...], axes: tuple, is_output=False, *, rngs: nnx.Rngs):
+        std = 0.0 if is_output and config.zero_init_outputs else config.initializer_range
+        self.kernel = _normal(rngs, std, shape, axes)
 
     def __call__(self, x: Array) -> Array:
         return multiply(x, self.kernel[...])
@@ -84,7 +88,9 @@ class Linear(nnx.Module):
 
 class Embedding(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.embedding = _normal(rngs, config, (config.vocab_size, config.hidden_size), ("vocab", "embed"))
+        self.embedding = _normal(
+            rngs, config.initializer_range, (config.vocab_size, config.hidden_size), ("vocab", "embed")
+        )
 
     def __call__(self, tokens_BT: Array, dtype: jnp.dtype) -> Array:
         return jnp.take(self.embedding[...], tokens_BT, axis=0).astype(dtype)
@@ -113,7 +119,7 @@ class Attention(nnx.Module):
         self.q_proj = Linear(config, (D, query_width), ("embed", "heads"), rngs=rngs)
         self.k_proj = Linear(config, (D, key_width), ("embed", "kv_heads"), rngs=rngs)
         self.v_proj = Linear(config, (D, key_width), ("embed", "kv_heads"), rngs=rngs)
-        self.o_proj = Linear(config, (query_width, D), ("heads", "embed"), rngs=rngs)
+        self.o_proj = Linear(config, (query_width, D), ("heads", "embed"), is_output=True, rngs=rngs)
         self.q_norm = RMSNorm(H, config.rms_norm_eps)
         self.k_norm = RMSNorm(H, config.rms_norm_eps)
 
@@ -141,7 +147,7 @@ class MLP(nnx.Module):
         D, F = config.hidden_size, config.intermediate_size
         self.gate_proj = Linear(config, (D, F), ("embed", "mlp"), rngs=rngs)
         self.up_proj = Linear(config, (D, F), ("embed", "mlp"), rngs=rngs)
-        self.down_proj = Linear(config, (F, D), ("mlp", "embed"), rngs=rngs)
+        self.down_proj = Linear(config, (F, D), ("mlp", "embed"), is_output=True, rngs=rngs)
 
     def __call__(self, x_BTD: Array, segment_ids_BT: Array | None) -> tuple[Array, Array]:
         return self.down_proj(jax.nn.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)), jnp.zeros((), jnp.float32)
@@ -154,7 +160,7 @@ class Experts(nnx.Module):
         E, D, F = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_proj = Linear(config, (E, D, F), ("experts", "embed", "mlp"), rngs=rngs)
         self.up_proj = Linear(config, (E, D, F), ("experts", "embed", "mlp"), rngs=rngs)
-        self.down_proj = Linear(config, (E, F, D), ("experts", "mlp", "embed"), rngs=rngs)
+        self.down_proj = Linear(config, (E, F, D), ("experts", "mlp", "embed"), is_output=True, rngs=rngs)
 
 
 class MoE(nnx.Module):
@@ -230,7 +236,8 @@ class LanguageModel:
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
 
     def init(self, key: Array) -> Params:
-        """Fresh parameters: N(0, initializer_range) for embeddings and kernels, 1 for norms."""
+        """Fresh parameters: N(0, initializer_range) for embeddings and kernels, 1 for norms; 0 for the kernels that add
+        to the residual stream, with zero_init_outputs."""
 
         def initial(kind, key):
             return nnx.to_pure_dict(nnx.state(_make(kind, self.config, self.compute, key), nnx.Param))

@@ -73,8 +73,22 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, params: Params) ->
         muon_rate = _scale_by_schedule(make_schedule(config, total_steps, config.muon_learning_rate))
         direction = optax.partition({"muon": scale_by_muon(config.momentum), "adam": adam}, labels)
         rate = optax.partition({"muon": muon_rate, "adam": adam_rate}, labels)
-    decay = optax.add_decayed_weights(config.weight_decay, decay_mask(params, config.decay))
+    add_decay = add_cautious_decay if config.cautious_decay else optax.add_decayed_weights
+    decay = add_decay(config.weight_decay, decay_mask(params, config.decay))
     return optax.chain(direction, decay, rate)
+
+
+def add_cautious_decay(weight_decay: float, mask: Params) -> optax.GradientTransformation:
+    """direction + weight_decay * w where the mask is True and both have the same sign, so that the step w -= rate *
+    direction makes w smaller; the direction alone elsewhere (cautious weight decay, arXiv 2510.12402)."""
+
+    def add(directions, params):
+        def decayed(direction, w, masked):
+            return direction + weight_decay * jnp.where(direction * w > 0, w, 0) if masked else direction
+
+        return jax.tree.map(decayed, directions, params, mask)
+
+    return optax.stateless(add)
 
 
 def decay_mask(params: Params, decay: str) -> Params:

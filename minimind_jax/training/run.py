@@ -100,8 +100,10 @@ class RunFolder:
 
     def changed_settings(self, config) -> dict[str, str]:
         """`old -> new` of every dotted key that differs from the settings the run was last started with; how to resume
-        it and the folder's name do not count. Empty for a run that was never started."""
+        it and the folder's name do not count. Empty for a run that was never started. A setting that did not exist then
+        had its default."""
         before, now = flat(self.read_config() or {}), flat(plain(config))
+        before = before and {**flat(plain(type(config)())), **before}
         keys = (now.keys() | before.keys()) - {"resume", "run"} if before else ()
         return {key: f"{before.get(key)} -> {now.get(key)}" for key in sorted(keys) if before.get(key) != now.get(key)}
 

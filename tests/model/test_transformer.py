@@ -78,6 +78,19 @@ def test_initial_values():
     assert not jnp.allclose(kernel_LDH[0], kernel_LDH[1])
 
 
+@pytest.mark.parametrize("moe", [False, True])
+def test_layers_with_zero_outputs_change_nothing_at_first(moe):
+    model, _ = make(moe=moe, zero_init_outputs=True)
+    params = jax.jit(model.init)(jax.random.key(0))
+    mlp = params["layers"]["mlp"]["experts"] if moe else params["layers"]["mlp"]
+    assert not jnp.any(params["layers"]["attention"]["o_proj"]["kernel"]) and not jnp.any(mlp["down_proj"]["kernel"])
+    assert jnp.all(jnp.std(mlp["up_proj"]["kernel"], axis=(-2, -1)) > 0.05)
+    tokens_BT = tokens_of((2, 8))
+    embedded_BTD = params["embed"]["embedding"][tokens_BT]
+    rms_BT1 = jnp.sqrt(jnp.mean(embedded_BTD**2, axis=-1, keepdims=True))
+    np.testing.assert_allclose(jax.jit(model.hidden)(params, tokens_BT).hidden_BTD, embedded_BTD / rms_BT1, rtol=1e-4)
+
+
 @pytest.mark.parametrize("changes", [{}, {"moe": True, "tie_word_embeddings": False}])
 def test_logical_axes_name_every_axis(changes):
     model, params = make(**changes)

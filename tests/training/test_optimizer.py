@@ -197,3 +197,20 @@ def test_muon_goes_in_torch_s_direction():
     cosine = (ours * theirs).sum() / np.linalg.norm(ours) / np.linalg.norm(theirs)
     # Not equal: torch iterates in bfloat16 and does not correct the momentum's bias.
     assert cosine > 0.99 and abs(np.linalg.norm(ours) / np.linalg.norm(theirs) - 1) < 0.05
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_cautious_decay_shrinks_only_what_the_step_makes_smaller(name):
+    rng = np.random.default_rng(5)
+    params, grads = toy_params(rng), toy_params(rng)
+    settings = {"name": name, "learning_rate": 1e-2, "schedule": "constant", "decay": "matrices"}
+    plain = train(OptimizerConfig(**settings, weight_decay=0.0), params, [grads])
+    cautious = train(OptimizerConfig(**settings, weight_decay=0.5, cautious_decay=True), params, [grads])
+
+    def check(w, without, found, masked):
+        shrinks = np.abs(np.sign(w) * (w - without)) * (np.sign(w - without) == np.sign(w)) > 0
+        expected = without - np.where(shrinks & masked, 1e-2 * 0.5 * w, 0)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+    jax.tree.map(check, params, plain, cautious, decay_mask(params, "matrices"))
+    assert any(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(cautious), strict=True))

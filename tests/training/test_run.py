@@ -40,6 +40,18 @@ def test_config_is_read_back_and_compared_without_resume(tmp_path):
     assert run.changed_settings(dataclasses.replace(config, seed=7)) == {"seed": "42 -> 7"}
 
 
+def test_a_setting_that_the_older_version_did_not_have_counts_as_its_default(tmp_path):
+    run = RunFolder(tmp_path / "run").create()
+    config = PretrainConfig(tokenizer="tok")
+    run.write_config(config)
+    written = yaml.safe_load(run.config_file.read_text("utf-8"))
+    del written["optimizer"]["cautious_decay"]
+    run.config_file.write_text(yaml.safe_dump(written), "utf-8")
+    assert run.changed_settings(config) == {}
+    cautious = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, cautious_decay=True))
+    assert run.changed_settings(cautious) == {"optimizer.cautious_decay": "False -> True"}
+
+
 def test_resume_modes(tmp_path):
     run = RunFolder(tmp_path / "run")
     run.check_resume("auto")
