@@ -87,11 +87,20 @@ def enable_compilation_cache() -> None:
 
 
 def is_finished(run: RunFolder, config: PretrainConfig) -> bool:
-    """Whether the run has written its model with these settings; says so."""
-    if config.resume == "never" or not is_exported(run) or run.changed_settings(config):
-        return False
-    announce(f"{run.path} is finished; its model is {run.model}. Choose another run name to train again.")
-    return True
+    """Whether the run has written its model with these settings; says so.
+
+    Raises UserError when there is a model to write over, but no checkpoint of it to go on from.
+    """
+    if config.resume != "never" and is_exported(run) and not run.changed_settings(config):
+        announce(f"{run.path} is finished; its model is {run.model}. Choose another run name to train again.")
+        return True
+    if (run.model / "config.json").is_file() and not run.checkpoint_steps():
+        raise UserError(
+            f"{run.model} is there, but {run.checkpoints} holds no checkpoint to go on from, and training from the "
+            f"start would write over it; choose another run name (with --init_from {run.path} to start from that "
+            "model), or remove the folder"
+        )
+    return False
 
 
 def load_tokenizer(config: PretrainConfig) -> Tokenizer:

@@ -95,12 +95,13 @@ def train(
             state = create_state(init_params(), program.optimizer, program.shardings)
 
         facts = run_facts(config, stage, model, mesh, train_batches, val_batches, total_steps)
-        if is_first:
-            run.write_config(config)
-            run.write_environment(facts)
+        # Before the settings: while metrics.jsonl says that the model is written, they are those it was written with.
         writer = stack.enter_context(
             MetricsWriter(run, config.tracking, start_step=start_step, settings=plain(config), active=is_first)
         )
+        if is_first:
+            run.write_config(config)
+            run.write_environment(facts)
         losses.update(val_losses(writer.rows))
         progress = stack.enter_context(TrainingProgress(stage, total_steps, start_step, active=is_first))
         profiler = Profiler(run, config.training, start_step, progress.say, active=is_first)

@@ -77,8 +77,14 @@ class RunFolder:
         return sorted(int(path.name) for path in steps)
 
     def check_resume(self, resume: str) -> None:
-        """Raises UserError when `resume` (auto, must, never) does not allow what the folder holds."""
+        """Raises UserError when `resume` (auto, must, never) does not allow what the folder holds, or no run made it."""
         steps = self.checkpoint_steps()
+        made_by_run = steps or self.metrics_file.is_file() or self.environment_file.is_file()
+        if self.config_file.is_file() and not made_by_run:
+            raise UserError(
+                f"{self.config_file} is not of a run (no {self.metrics_file.name} and no {self.environment_file.name} "
+                "beside it) and would be overwritten; choose another run name, or move that file"
+            )
         if resume == "must" and not steps:
             raise UserError(
                 f"resume=must, but {self.checkpoints} holds no checkpoint; check the run's name, or use resume=auto "

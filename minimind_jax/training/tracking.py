@@ -66,7 +66,8 @@ def append_export(run: RunFolder, step: int, dtype: str) -> None:
 
 
 def is_exported(run: RunFolder) -> bool:
-    """Whether the run has written its model and has not been trained further since."""
+    """Whether the run has written its model and no training has gone on since: one that does removes the `exported` row
+    before it writes anything else (see `MetricsWriter`), so a longer run that is cut off is not taken for finished."""
     rows = read_metrics(run.metrics_file)
     return bool(rows) and "exported" in rows[-1] and (run.model / "config.json").is_file()
 
@@ -77,7 +78,8 @@ class MetricsWriter:
     Args:
         run: the run's folder.
         tracking: the loggers.
-        start_step: the checkpoint's step the run goes on from, 0 at its start; rows of later steps are removed first.
+        start_step: the checkpoint's step the run goes on from, 0 at its start; rows of later steps are removed first,
+            and so is the `exported` row: the run is not finished until it has written its model again.
         settings: a plain dict that loggers show beside the curves.
         active: false on all processes but the first, which write nothing.
 
@@ -93,7 +95,8 @@ class MetricsWriter:
         self._file = None
         self._loggers: list[tuple[Callable[[int, dict], None], Callable[[], None]]] = []
         # A run that starts anew writes its step 0 again; a resumed one keeps what was measured there.
-        self.rows = [row for row in read_metrics(self.path) if row["step"] <= start_step] if start_step else []
+        rows = read_metrics(self.path) if start_step else []
+        self.rows = [row for row in rows if row["step"] <= start_step and "exported" not in row]
         if jax.process_count() > 1:
             # All processes must know the same rows (what is done, what is not) before the first one adds to them.
             multihost_utils.sync_global_devices("metrics.jsonl")

@@ -22,7 +22,7 @@ from minimind_jax.stages.common import initial_params, load_model, load_tokenize
 from minimind_jax.stages.pretrain import pretrain
 from minimind_jax.stages.sft import sft
 from minimind_jax.training.flops import flops_per_token
-from minimind_jax.training.loop import train
+from minimind_jax.training.loop import Loop, train
 from minimind_jax.training.plan import check_same_data, planned_steps
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.stop import Interrupted
@@ -117,6 +117,36 @@ def test_a_finished_run_is_not_run_again(whole, config, capsys):
     assert pretrain(config) == whole.path
     assert "is finished; its model is" in capsys.readouterr().out
     assert whole.metrics_file.stat().st_mtime_ns == before
+
+
+def longer(config, steps=26, **changes):
+    training = dataclasses.replace(config.training, steps=steps, log_every=1000)
+    return dataclasses.replace(config, training=training, **changes)
+
+
+def test_a_longer_run_that_is_cut_off_is_not_taken_for_the_finished_one(copy, monkeypatch):
+    run, config = copy
+
+    def cut_off(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Loop, "run", cut_off)
+        pretrain(longer(config))
+    pretrain(longer(config, optimizer=OptimizerConfig(learning_rate=1e-4)))
+    assert [row["step"] for row in comparable(run) if "exported" in row] == [26]
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_over(copy, capsys):
+    run, config = copy
+    shutil.rmtree(run.checkpoints)
+    before = run.metrics_file.read_bytes()
+    pretrain(config)
+    assert "is finished" in capsys.readouterr().out
+    for resume in ("auto", "never"):
+        with pytest.raises(UserError, match=r"model is there, but .*checkpoints holds no checkpoint to go on from"):
+            pretrain(longer(config, resume=resume))
+    assert run.metrics_file.read_bytes() == before
 
 
 @pytest.mark.parametrize("step", [15, 24])

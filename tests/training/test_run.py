@@ -67,6 +67,15 @@ def test_resume_modes(tmp_path):
         run.check_resume("never")
 
 
+def test_a_config_that_no_run_wrote_is_not_overwritten(tmp_path):
+    run = RunFolder(tmp_path / "run").create()
+    run.config_file.write_text("seed: 1\n")
+    with pytest.raises(UserError, match=r"config\.yaml is not of a run .* would be overwritten"):
+        run.check_resume("auto")
+    run.metrics_file.write_text("")
+    run.check_resume("auto")
+
+
 def test_environment_holds_versions_devices_and_facts(tmp_path):
     run = RunFolder(tmp_path).create()
     run.write_environment({"parameters": 12, "files": ("a",)})
