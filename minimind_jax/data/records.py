@@ -25,13 +25,13 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
 
 
-def parse_text(record: Record) -> str:
-    """The text of a pretraining record {"text": str}. Raises UserError."""
+def parse_text(record: Record, flag: str = "--data.on_error") -> str:
+    """The text of a pretraining record {"text": str}. Raises UserError, which names the flag that skips records."""
     if "text" not in record.value:
         raise UserError(f"{record.where}: missing field `text`; expected a string, {_found(record)}")
     text = _string(record.value["text"], f"{record.where}: text")
     if not text.strip():
-        raise UserError(f"{record.where}: text is empty; remove the line, or pass --data.on_error skip")
+        raise UserError(f"{record.where}: text is empty; remove the line, or pass {flag} skip")
     return text
 
 

@@ -4,11 +4,12 @@ MiniMind's own tokenizer is what makes models compatible with its releases; trai
 demonstration.
 """
 
+import contextlib
 import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from minimind_jax.config import TokenizerConfig
@@ -39,21 +40,27 @@ def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """Reads the records, trains, checks itself and puts the folder in place; prints what it finds.
 
     A folder that is cut off half way never appears under config.output. Raises UserError for broken records (or skips
-    and counts them, as config.on_error says) and for an output folder that holds other files.
+    and counts them, as config.on_error says) and for an output folder that holds other files or cannot be written.
     """
     output = Path(config.output)
     _check_replaceable(output)
-    skipped: list[UserError] = []
-    on_bad = skipped.append if config.on_error == "skip" else None
-    records = _round_robin([iter_records([file], on_bad) for file in _files(config)])
-    records = itertools.islice(records, config.max_records or None)
+    skipped: dict[str, None] = {}  # messages, each once although a file may be read again
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    workplace = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    def skip(error: UserError) -> None:
+        if config.on_error == "stop":
+            raise error
+        skipped[str(error)] = None
+
+    records = _some_of_each(_files(config), config.max_records, skip)
     try:
-        tokenizer = train_bpe(_texts(records, skipped, config), workplace / "new", config.vocab_size)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        workplace = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    except OSError as error:
+        raise UserError(f"cannot write output {output}: {error.strerror or error}; choose another folder") from error
+    try:
+        tokenizer = train_bpe(_texts(records, skip, skipped, config.data), workplace / "new", config.vocab_size)
         if skipped:
-            print(f"{len(skipped)} records skipped; the first: {skipped[0]}")
+            print(f"{len(skipped)} records skipped; the first: {next(iter(skipped))}")
         if tokenizer.vocab_size < config.vocab_size:
             print(
                 f"The text holds too few different words for {config.vocab_size} tokens: "
@@ -83,37 +90,52 @@ def _check_replaceable(output: Path) -> None:
         raise UserError(f"{output} holds other files ({', '.join(others[:3])}); choose a new folder as output")
 
 
-def _round_robin(iterators: list[Iterator[Record]]) -> Iterator[Record]:
-    """One record of each file in turn, so that max_records does not leave the later files out."""
-    while iterators:
-        left = []
-        for iterator in iterators:
-            record = next(iterator, None)
-            if record is not None:
-                yield record
-                left.append(iterator)
-        iterators = left
+def _some_of_each(files: list[Path], limit: int, on_bad: Callable[[UserError], None]) -> Iterator[Record]:
+    """Up to `limit` records (0 for all), as many of each file as there are, so that none is left out.
+
+    One file is open at a time. What short files leave of the limit, the longer ones get when they are read again.
+    """
+    if not limit:
+        yield from iter_records(files, on_bad)
+        return
+    taken = 0  # of each of the files
+    while files:
+        share, longer = max(1, limit // len(files)), []
+        for file in files:
+            count = 0
+            with contextlib.closing(iter_records([file], on_bad)) as records:
+                for record in itertools.islice(records, taken, taken + min(share, limit)):
+                    yield record
+                    count += 1
+            limit -= count
+            if not limit:
+                return
+            if count == share:
+                longer.append(file)
+        files, taken = longer, taken + share
 
 
-def _texts(records: Iterator[Record], skipped: list[UserError], config: TokenizerConfig) -> Iterator[str]:
+def _texts(
+    records: Iterator[Record], on_bad: Callable[[UserError], None], skipped: Iterable[str], data: Sequence[str]
+) -> Iterator[str]:
     used = 0
     for record in records:
         try:
             text = _text(record)
         except UserError as error:
-            if config.on_error == "stop":
-                raise
-            skipped.append(error)
+            on_bad(error)
             continue
         used += 1
         yield text
     if not used:
-        raise UserError(f"no usable record in {', '.join(config.data)}; the first was skipped because of {skipped[0]}")
+        raise UserError(
+            f"no usable record in {', '.join(data)}; the first was skipped because of {next(iter(skipped))}"
+        )
 
 
 def _text(record: Record) -> str:
     if "conversations" not in record.value:
-        return parse_text(record)
+        return parse_text(record, "--on_error")
     messages = parse_conversation(record).messages
     return "\n".join(part for m in messages for part in (m.get("reasoning_content"), m["content"]) if part)
 

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,7 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, *, keep: int = 2, val_losses: dict[int, float] | None = None):
         self.folder = absolute(as_path(folder))
-        # Orbax logs every phase of a save, and a failure once for each of its threads; failures are raised below.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        _quieten()
         policy = NewestAndBest(keep, val_losses is not None, {} if val_losses is None else val_losses)
         self._checkpointer = ocp.training.Checkpointer(
             self.folder, preservation_policy=policy, cleanup_tmp_directories=True
@@ -116,18 +116,24 @@ class Checkpoints:
             raise self._failure(error) from error
 
     def record(self, step: int) -> dict:
-        """What `save` was given as record."""
-        return self._checkpointer.metadata(step).custom_metadata
+        """What `save` was given as record, which must not have been empty. Raises UserError if it cannot be read."""
+        with _reading(self.folder / str(step)):
+            record = self._checkpointer.metadata(step).custom_metadata
+            if not record:  # all that Orbax makes of an emptied file
+                raise ValueError("its record is empty")
+        return record
 
     def restore(self, step: int, abstract_state: Any) -> Any:
         """Checkpoint `step` as a pytree like `abstract_state` (ShapeDtypeStructs with shardings).
 
         Raises:
-            UserError: the checkpoint is of another model or optimizer; the first tensor that differs is named.
+            UserError: the checkpoint is of another model or optimizer (the first tensor that differs is named), or it
+                cannot be read.
         """
-        expected = flatten(abstract_state)
-        _check_tensors(self.folder / str(step), self._checkpointer.metadata(step).metadata, expected)
-        restored = self._checkpointer.load(step, expected)
+        expected, checkpoint = flatten(abstract_state), self.folder / str(step)
+        with _reading(checkpoint):
+            _check_tensors(checkpoint, self._checkpointer.metadata(step).metadata, expected)
+            restored = self._checkpointer.load(step, expected)
         leaves = [restored[name] for name in expected]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
 
@@ -161,21 +167,42 @@ def load_params(checkpoint: Path, abstract_params: Any) -> Any:
     expected = {f"params.{name}": leaf for name, leaf in flatten(abstract_params).items()}
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    try:
-        with context:
-            stored = ocp.metadata(absolute(checkpoint)).metadata
-            _check_tensors(checkpoint, {k: v for k, v in stored.items() if k.startswith("params.")}, expected)
-            on_host = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in expected.items()}
-            loaded = ocp.load(absolute(checkpoint), on_host)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"the checkpoint {checkpoint} cannot be read: {_reason(error)}") from error
+    _quieten()
+    with _reading(checkpoint), context:
+        _check_tensors(checkpoint, ocp.metadata(absolute(checkpoint)).metadata, expected, prefix="params.")
+        on_host = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in expected.items()}
+        loaded = ocp.load(absolute(checkpoint), on_host)
     return jax.tree.unflatten(jax.tree.structure(abstract_params), [loaded[name] for name in expected])
 
 
-def _check_tensors(checkpoint: Path, stored: dict, expected: dict) -> None:
-    """Raises UserError for the first tensor that is on one side only or of another shape."""
+def _quieten() -> None:
+    """Orbax logs every phase of a save, and a failure once for each of its threads; failures are raised here."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+@contextlib.contextmanager
+def _reading(checkpoint: Path) -> Iterator[None]:
+    """Makes whatever Orbax raises for a damaged checkpoint a UserError that says what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        names = [path.name for path in checkpoint.parent.iterdir()]
+        older = [int(name) for name in names if name.isdigit() and int(name) < int(checkpoint.name)]
+        then = f"the one of step {max(older)} is used" if older else "there is none before it, so start another run"
+        raise UserError(
+            f"the checkpoint {checkpoint} cannot be read: {_reason(error)}; if it is damaged, remove that folder: "
+            f"{then}"
+        ) from error
+
+
+def _check_tensors(checkpoint: Path, stored: dict | None, expected: dict, prefix: str = "") -> None:
+    """Raises UserError for the first tensor that is on one side only or of another shape, of those with that prefix."""
+    if stored is None:  # all that Orbax makes of an emptied file
+        raise ValueError("its list of tensors is missing or damaged")
+    stored = {name: tensor for name, tensor in stored.items() if name.startswith(prefix)}
     for name in list(expected) + [name for name in stored if name not in expected]:
         here, there = expected.get(name), stored.get(name)
         if here is not None and there is not None and tuple(here.shape) == tuple(there.shape):

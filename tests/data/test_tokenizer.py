@@ -1,7 +1,10 @@
 """Tokenizers: MiniMind's ids, training, files that transformers loads, streaming."""
 
+import dataclasses
 import json
 import re
+import resource
+import shutil
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from minimind_jax.config import TokenizerConfig
 from minimind_jax.data.template import CHAT_TEMPLATE
 from minimind_jax.data.tokenizer import RESERVED_TOKENS, StreamDecoder, Tokenizer, train_bpe
 from minimind_jax.errors import UserError
-from minimind_jax.stages.tokenizer import train_tokenizer
+from minimind_jax.stages.tokenizer import _some_of_each, train_tokenizer
 
 CORPUS = [
     "the cat sat on the mat. 猫坐在垫子上。\n\n\nnext 12345",
@@ -253,7 +256,35 @@ class TestStage:
         with pytest.raises(UserError, match="no usable record in"):
             train_tokenizer(config)
 
+    def test_an_empty_text_names_the_stage_s_own_flag(self, tmp_path):
+        (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+        with pytest.raises(UserError, match="text is empty; remove the line, or pass --on_error skip"):
+            train_tokenizer(self.config(tmp_path, data=(str(tmp_path / "empty.jsonl"),)))
+
+    def test_every_file_gives_its_share_and_one_is_open_at_a_time(self, tmp_path):
+        config = self.config(tmp_path)
+        files = []
+        for number, rows in enumerate((1, 5, 0, 9)):
+            files.append(tmp_path / f"{number}.jsonl")
+            lines = [json.dumps({"text": f"{number}{row}"}) for row in range(rows)]
+            files[-1].write_text("".join(f"{line}\n" for line in ["broken", *lines]))
+        bad = []
+        for limit, expected in ((3, "00 10 30"), (8, "00 10 11 30 31 12 32 13"), (99, None), (0, None)):
+            found = [record.value["text"] for record in _some_of_each(files, limit, bad.append)]
+            assert " ".join(found) == expected or (expected is None and len(found) == 15)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        for number in range(300):
+            shutil.copy(tmp_path / "a.jsonl", tmp_path / f"c{number}.jsonl")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        try:
+            train_tokenizer(dataclasses.replace(config, data=(str(tmp_path / "c*.jsonl"),)))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
     def test_outputs_that_are_refused(self, tmp_path):
+        config = self.config(tmp_path)
+        with pytest.raises(UserError, match=r"cannot write output .*a\.jsonl/tok: "):
+            train_tokenizer(dataclasses.replace(config, output=str(tmp_path / "a.jsonl" / "tok")))
         with pytest.raises(UserError, match="holds other files"):
             train_tokenizer(self.config(tmp_path, output=str(tmp_path)))
         with pytest.raises(UserError, match="is a file"):
