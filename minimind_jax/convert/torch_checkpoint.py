@@ -59,7 +59,8 @@ def infer_config(stored: Mapping[str, StoredTensor], where: str, overrides: Mapp
     """The architecture that a MiniMind state dict has; `overrides` wins over what is inferred.
 
     Raises:
-        UserError: a tensor that tells a size is missing, as in MiniMind2, which has no query and key norms.
+        UserError: a tensor that tells a size is missing, as in MiniMind2, which has no query and key norms, or
+            `overrides` has what such a model cannot have.
     """
 
     def shape(name: str) -> tuple[int, ...]:
@@ -85,6 +86,11 @@ def infer_config(stored: Mapping[str, StoredTensor], where: str, overrides: Mapp
         fields["moe_intermediate_size"] = shape(f"{layer}.mlp.experts.0.gate_proj.weight")[0]
     else:
         fields["intermediate_size"] = shape(f"{layer}.mlp.gate_proj.weight")[0]
+    if "num_experts_per_tok" in overrides and "num_experts" not in fields:
+        raise UserError(f"{where}: num_experts_per_tok is given, but the model has no experts; leave it out")
+    if overrides.get("max_position_embeddings", 1) < 1:
+        context = overrides["max_position_embeddings"]
+        raise UserError(f"{where}: max_position_embeddings is {context}; it must be at least 1")
     try:
         return ModelConfig(**{**fields, **overrides})
     except (TypeError, ValueError) as error:

@@ -1,5 +1,6 @@
 """PyTorch files of tensors, read without running anything that is in them."""
 
+import contextlib
 import os
 import pickle
 from collections.abc import Mapping
@@ -55,7 +56,8 @@ def write_torch(path: str | Path, tensors: Mapping[str, np.ndarray], aliases: Ma
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path}: could not be written: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # its folder is a file: the user has been told
+            partial.unlink(missing_ok=True)
 
 
 def _import_torch() -> Any:

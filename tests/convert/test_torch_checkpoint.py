@@ -133,6 +133,26 @@ def test_override_that_shapes_contradict(make_model, tmp_path):
         from_torch(tmp_path / "in.pth", tmp_path / "model", None, overrides={"num_layers": 2})
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"max_position_embeddings": -5}, "max_position_embeddings is -5; it must be at least 1"),
+        ({"num_experts_per_tok": 2}, "num_experts_per_tok is given, but the model has no experts"),
+    ],
+)
+def test_overrides_that_make_no_sense(overrides, message, make_model, tmp_path):
+    torch.save(state_dict(*make_model("dense")), tmp_path / "in.pth")
+    with pytest.raises(UserError, match=message):
+        from_torch(tmp_path / "in.pth", tmp_path / "model", None, overrides=overrides)
+
+
+def test_a_place_that_cannot_be_written_is_told(make_model, tmp_path):
+    save_hf(tmp_path / "model", *make_model("dense"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/x\.pth: could not be written: "):
+        to_torch(tmp_path / "model", tmp_path / "file" / "x.pth")
+
+
 def test_absent_and_cut_files(make_model, tmp_path):
     with pytest.raises(UserError, match=r"none\.pth: no such file"):
         from_torch(tmp_path / "none.pth", tmp_path / "model", None)
