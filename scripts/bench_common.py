@@ -18,15 +18,22 @@ from typing import Any
 import jax
 
 HERE = Path(__file__).resolve().parent
+START = """
+import runpy, sys
+from minimind_jax.huge_pages import use_huge_pages
+use_huge_pages()
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 class Side:
     """A process that answers JSON lines."""
 
     def __init__(self, command: list[str], cwd: Path | None = None):
-        self._process = subprocess.Popen(
-            command, cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, cwd=cwd, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
     def ask(self, **request: Any) -> dict[str, Any]:
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -42,8 +49,8 @@ class Side:
 
 
 def ours(script: str, settings: dict) -> Side:
-    """A benchmark's own script, started again to serve our side."""
-    return Side([sys.executable, str(HERE / script), "--serve", json.dumps(settings)])
+    """A benchmark's own script, started again to serve our side; with huge pages, as `minimind` runs."""
+    return Side([sys.executable, "-c", START, str(HERE / script), "--serve", json.dumps(settings)])
 
 
 def minimind(checkout: Path, python: str, settings: dict) -> Side:

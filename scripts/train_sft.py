@@ -2,6 +2,6 @@
 
 import sys
 
-from minimind_jax.cli import main
+from minimind_jax.__main__ import program
 
-sys.exit(main(["sft", *sys.argv[1:]]))
+sys.exit(program("sft"))

@@ -101,7 +101,7 @@ def test_both_readmes_show_the_same_commands():
 
 def test_every_stage_has_a_script_and_a_config():
     for stage in STAGES:
-        assert f'main(["{stage}"' in (ROOT / "scripts" / f"train_{stage}.py").read_text()
+        assert f'program("{stage}")' in (ROOT / "scripts" / f"train_{stage}.py").read_text()
         assert stage in config_names()
 
 

@@ -1,4 +1,4 @@
-"""Matrix products with the kernels of linear layers."""
+"""Matrix products with the kernels of linear layers, arranged as XLA multiplies fast on a CPU."""
 
 import dataclasses
 
@@ -26,9 +26,9 @@ class TransposedKernel:
 
 
 def multiply(x: Array, kernel: Array | TransposedKernel, preferred_element_type: jnp.dtype | None = None) -> Array:
-    """x (..., in) times the kernel, in the dtype of x: (..., out)."""
+    """x (..., in) times the kernel, in the dtype of x: (..., out). preferred_element_type: for a TransposedKernel."""
     if not isinstance(kernel, TransposedKernel):
-        return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=preferred_element_type)
+        return _product(x, kernel.astype(x.dtype))
     kernel_OI = kernel.kernel_OI.astype(x.dtype)
     rows = x.size // x.shape[-1]
     if rows > FEW_ROWS or jax.default_backend() != "cpu":
@@ -37,3 +37,31 @@ def multiply(x: Array, kernel: Array | TransposedKernel, preferred_element_type:
     columns_IM = jax.lax.optimization_barrier(x.reshape(rows, -1).T)
     out_OM = jnp.matmul(kernel_OI, columns_IM, preferred_element_type=preferred_element_type)
     return jax.lax.optimization_barrier(out_OM).T.reshape(*x.shape[:-1], -1)
+
+
+@jax.custom_vjp
+def _product(x, kernel_IO):
+    return x @ kernel_IO
+
+
+def _product_forward(x, kernel_IO):
+    return x @ kernel_IO, (x, kernel_IO)
+
+
+def _product_backward(saved, grad):
+    """The kernel's gradient contracts the rows of both operands, for which XLA on a CPU transposes the first.
+
+    That is x, which is narrow and shared by the kernels that read it, but for down_proj, whose x is the wide one. JAX's
+    own rule puts the gradient first: a step of the 29M model then takes 12 % more time.
+    """
+    x, kernel_IO = saved
+    rows = tuple(range(x.ndim - 1))
+    numbers = ((rows, rows), ((), ()))
+    if x.shape[-1] <= 2 * grad.shape[-1]:
+        grad_IO = jax.lax.dot_general(x, grad, numbers)
+    else:  # the barrier keeps XLA from swapping the operands back
+        grad_IO = jax.lax.optimization_barrier(jax.lax.dot_general(grad, x, numbers)).T
+    return grad @ kernel_IO.T, grad_IO
+
+
+_product.defvjp(_product_forward, _product_backward)

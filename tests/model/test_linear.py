@@ -23,3 +23,14 @@ def test_product_is_in_the_dtype_of_the_rows_unless_asked_otherwise():
     x, kernel = jnp.ones((2, 4), jnp.bfloat16), TransposedKernel(jnp.ones((3, 4)))
     assert multiply(x, kernel).dtype == jnp.bfloat16
     assert multiply(x, kernel, jnp.float32).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("inner", "outer"), [(8, 24), (24, 24), (24, 8)])
+def test_gradients_of_the_plain_product(inner, outer):
+    x = jax.random.normal(jax.random.key(0), (3, 5, inner))
+    kernel_IO = jax.random.normal(jax.random.key(1), (inner, outer))
+    weights = jax.random.normal(jax.random.key(2), (3, 5, outer))
+    found = jax.jit(jax.grad(lambda x, k: jnp.sum(multiply(x, k) * weights), (0, 1)))(x, kernel_IO)
+    expected = np.einsum("bto,io->bti", weights, kernel_IO), np.einsum("bti,bto->io", x, weights)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
