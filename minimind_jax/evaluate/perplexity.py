@@ -11,6 +11,7 @@ import numpy as np
 
 from minimind_jax.config import DataConfig
 from minimind_jax.data.batches import Batches
+from minimind_jax.data.jsonl import expand_paths
 from minimind_jax.data.token_cache import TokenCache, build_cache
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
@@ -18,6 +19,8 @@ from minimind_jax.folders import resolve_model_folder
 from minimind_jax.inference.generate import load_model
 from minimind_jax.losses.vocabulary import token_scores
 from minimind_jax.model.config import RopeScaling
+
+DEFAULT_SEQ_LEN = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Perplexity:
 def evaluate_perplexity(
     model: str,
     paths: Sequence[str],
-    seq_len: int,
+    seq_len: int | None = None,
     *,
     kind: Literal["text", "conversation"] = "text",
     min_document_tokens: int = 0,
@@ -73,19 +76,24 @@ def evaluate_perplexity(
     Args:
         model: a Hugging Face folder, or a run (name or path).
         paths: files, folders or globs.
+        seq_len: tokens in a row; None takes 512, or the model's context if that is less.
         min_document_tokens: shorter documents are left out; at seq_len, every piece but the last of a document is
             full, which is what a comparison of context lengths needs.
         max_rows: rows evaluated at most; 0 for all.
         rope_scaling: replaces the model's own, when given.
 
     Raises:
-        UserError: no such model or file, a broken record, no document that is long enough, or seq_len above the
-            model's context.
+        UserError: no such model or file, a broken record, no document that is long enough, nothing to predict in the
+            rows, seq_len above the model's context, or max_rows below 0.
     """
+    if max_rows < 0:
+        raise UserError(f"max_rows is {max_rows}; it must be at least 0 (0 for all rows)")
     folder = resolve_model_folder(model)
+    expand_paths(paths)  # a file that is missing is told before the model is loaded
     network, params = load_model(folder, dtype, rope_scaling)
-    if seq_len > network.config.max_position_embeddings:
-        limit = network.config.max_position_embeddings
+    limit = network.config.max_position_embeddings
+    seq_len = min(DEFAULT_SEQ_LEN, limit) if seq_len is None else seq_len
+    if seq_len > limit:
         raise UserError(f"seq_len {seq_len} is above the model's context of {limit} tokens (max_position_embeddings)")
     batches = _open(folder, paths, seq_len, kind, min_document_tokens, rows_per_step, cache_dir)
 
@@ -103,6 +111,11 @@ def evaluate_perplexity(
         batch_nll_T, batch_tokens_T = sums(params, batch)
         nll_T += np.asarray(batch_nll_T)
         tokens_T += np.asarray(batch_tokens_T)
+    if not tokens_T.any():
+        raise UserError(
+            f"{', '.join(map(str, paths))}: the rows evaluated hold no token to predict (of conversations, only the "
+            "assistant's count); give other records, a larger seq_len, or more max_rows"
+        )
     return Perplexity(nll_T, tokens_T, byte_count)
 
 

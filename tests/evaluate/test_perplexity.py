@@ -104,8 +104,23 @@ def test_of_conversations_only_the_assistant_s_words_count(folder):
     [
         ({"seq_len": 512}, "seq_len 512 is above the model's context of 128"),
         ({"min_document_tokens": 10_000}, "the longest of .*text.jsonl has"),
+        ({"max_rows": -1}, "max_rows is -1; it must be at least 0"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(folder, options, message):
     with pytest.raises(UserError, match=message):
         evaluate(folder, **options)
+
+
+def test_rows_without_a_token_to_predict_are_told(folder):
+    messages = [{"role": "user", "content": "What is a cat? " * 200}, {"role": "assistant", "content": "A cat."}]
+    (folder / "question.jsonl").write_text(json.dumps({"conversations": messages}) + "\n")
+    options = {"kind": "conversation", "rows_per_step": 1, "max_rows": 1, "cache_dir": str(folder / "cache")}
+    with pytest.raises(UserError, match=r"question\.jsonl: the rows evaluated hold no token to predict"):
+        evaluate_perplexity(str(folder / "model"), [str(folder / "question.jsonl")], 32, **options)
+
+
+def test_a_missing_file_is_told_before_a_row_length_and_the_default_fits_the_model(folder):
+    with pytest.raises(UserError, match=r"gone\.jsonl: no such file"):
+        evaluate_perplexity(str(folder / "model"), [str(folder / "gone.jsonl")], 512)
+    assert len(evaluate(folder, None).nll_by_position_T) == 128

@@ -7,10 +7,11 @@ import os
 import pytest
 
 from minimind_jax.data.documents import encode_prompt
+from minimind_jax.data.jsonl import iter_records
 from minimind_jax.errors import UserError
 from minimind_jax.inference.config import ChatConfig, GenerateConfig
 from minimind_jax.inference.generate import load_generator
-from minimind_jax.inference.generate_command import run
+from minimind_jax.inference.generate_command import _request, answer_requests, run
 
 RECORDS = [
     {"prompt": "The cat", "id": 7},
@@ -94,7 +95,12 @@ def test_without_output_the_records_are_printed(config, capsys):
         ({"conversations": [{"role": "user", "content": "a"}]}, {"raw": True}, "in.jsonl:1: .*drop raw"),
         ({"conversations": [{"role": "assistant", "content": "a"}]}, {}, "in.jsonl:1: .*expected a question"),
         ({"conversations": [{"role": "robot", "content": "a"}]}, {}, "in.jsonl:1: .*unknown role 'robot'"),
-        ({"prompt": "xyz " * 500}, {}, "in.jsonl:1: a prompt of .* tokens leaves .* context of 640"),
+        ({"prompt": "xyz " * 500}, {}, "in.jsonl:1: a prompt of .* tokens leaves no room .* context of 640"),
+        (
+            {"prompt": "x"},
+            {"max_new_tokens": 640},
+            "in.jsonl:1: a prompt of .* leaves 6.. in .*, fewer than max_new_tok",
+        ),
     ],
 )
 def test_a_record_that_cannot_be_answered_is_named(config, record, changes, message):
@@ -112,9 +118,34 @@ def test_records_answered_before_an_error_are_not_lost(config):
     assert [r["id"] for r in lines(config.output + ".partial") if "id" in r] == [7]
 
 
-def test_an_output_folder_that_does_not_exist_is_named_before_the_work(config):
-    with pytest.raises(UserError, match="there is no folder"):
-        run(dataclasses.replace(config, output="/nowhere/at/all.jsonl"))
+def test_an_output_that_cannot_be_written_is_named_before_the_work(config, tmp_path):
+    for output, message in (("/nowhere/at/all.jsonl", "there is no folder"), (str(tmp_path), "is a folder")):
+        with pytest.raises(UserError, match=message):
+            run(dataclasses.replace(config, output=output, model="not looked at"))
+    with pytest.raises(UserError, match=r"cannot write .*File name too long"):
+        run(dataclasses.replace(config, output=str(tmp_path / ("x" * 250))))
+
+
+def test_without_a_number_an_answer_takes_the_room_that_is_left(config, generator, tmp_path):
+    with open(config.input[0], "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"prompt": "cat " * n}) + "\n" for n in (1, 150, 2))
+    lengths = []
+    for batch_size in (1, 3):
+        open_ended = dataclasses.replace(config, max_new_tokens=None, ignore_eos=True, batch_size=batch_size)
+        requests = [_request(generator, open_ended, record) for record in iter_records(open_ended.input)]
+        answers = [answer for _, answer in answer_requests(generator, open_ended, iter(requests))]
+        lengths.append([answer.text for answer in answers])
+        counts = [len(answer.ids) for answer in answers]
+        assert counts == [min(512, generator.room(len(request.ids))) for request in requests]
+    assert counts[0] == counts[2] == 512 > counts[1] and lengths[0] == lengths[1]
+
+
+def test_bytes_that_are_no_text_become_replacement_characters(config, capsys):
+    bad = os.fsdecode(b"a\xff\xe4b")
+    made = dataclasses.replace(config, input=(), output="", prompt=bad, system=bad, stop=bad)
+    assert made.prompt == made.stop == ("a\ufffd\ufffdb",) and made.system == made.prompt[0]
+    run(made)
+    assert capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
