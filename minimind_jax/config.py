@@ -4,7 +4,7 @@ A stage's YAML file and the command line fill these in (see `settings.py`); the 
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from minimind_jax.model.config import PRESETS, ComputeConfig, ModelConfig, RopeScaling
 
@@ -30,7 +30,8 @@ class ModelSettings:
     num_hidden_layers: number of layers.
     num_attention_heads, num_key_value_heads: query heads, and the key and value heads they share.
     head_dim: width of a head; null derives hidden_size / num_attention_heads.
-    max_position_embeddings: context length written into the exported config.
+    max_position_embeddings: context length written into the exported config; null keeps the model's, made longer by a
+        rope_scaling that is set: to its original_max_position_embeddings * factor.
     rope_theta: base of the rotary position embedding.
     rms_norm_eps: added to the mean square in RMSNorm.
     tie_word_embeddings: the output layer is the transposed embedding.
@@ -75,9 +76,20 @@ class ModelSettings:
 
     def resolve(self, **changes) -> ModelConfig:
         """The architecture: the preset, then this object's fields that are set, then `changes`."""
+        preset = PRESETS[self.preset or DEFAULT_PRESET]
+        context = preset.get("max_position_embeddings", ModelConfig.max_position_embeddings)
+        return ModelConfig(**{**preset, **self.changes(context), **changes})
+
+    def changes(self, context: int) -> dict[str, Any]:
+        """The fields that are set, for a model of that context, which a rope_scaling alone makes longer."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "preset"}
         own = {name: value for name, value in own.items() if value is not None}
-        return ModelConfig(**{**PRESETS[self.preset or DEFAULT_PRESET], **own, **changes})
+        if self.rope_scaling is not None and self.max_position_embeddings is None:
+            scaling = self.rope_scaling
+            own["max_position_embeddings"] = max(
+                context, int(scaling.original_max_position_embeddings * scaling.factor)
+            )
+        return own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,6 +288,15 @@ class SampleConfig:
     temperature: float = 0.0
     top_p: float = 1.0
 
+    def __post_init__(self):
+        for name, ok, expected in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 (greedy) or above"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+        ):
+            if not ok:
+                raise ValueError(f"samples.{name} is {getattr(self, name)}; it must be {expected}")
+
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
@@ -313,6 +334,8 @@ class PretrainConfig:
                 f"training.batch_tokens {self.training.batch_tokens} does not divide by data.seq_len x "
                 f"training.accumulation_steps = {rows}; try {max(1, round(self.training.batch_tokens / rows)) * rows}"
             )
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; it must be between -2**63 and 2**63 - 1")
         if self.resume not in ("auto", "must", "never"):
             raise ValueError(f"resume is {self.resume!r}; it must be auto, must or never")
 

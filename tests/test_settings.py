@@ -179,6 +179,17 @@ def test_what_a_dataclass_refuses_has_its_key_and_place(config_file):
     assert "set one of steps, epochs, tokens" in message("--training.steps", "3", "--training.epochs", "1")
 
 
+@pytest.mark.parametrize("key, value", [("max_new_tokens", 0), ("temperature", -1), ("top_p", 0), ("top_p", 1.5)])
+def test_samples_that_could_not_be_drawn_are_refused(key, value):
+    assert f"samples.{key} is {value}" in message(f"--samples.{key}", str(value)).replace(".0;", ";")
+
+
+def test_a_seed_has_64_bits():
+    assert message("--seed", str(2**63)) == f"command line: seed is {2**63}; it must be between -2**63 and 2**63 - 1"
+    assert load_settings(PretrainConfig, ["--seed", str(-(2**63))]).seed == -(2**63)
+    assert "seed is" in message("--model", "m", "--seed", str(2**63), cls=ChatConfig)
+
+
 def test_a_class_without_usable_defaults():
     assert load_settings(ChatConfig, ["--model", "m", "--stop", ","]) == ChatConfig(model="m", stop=(",",))
     assert "model is empty" in message(cls=ChatConfig)

@@ -109,10 +109,8 @@ def _architecture(config: PretrainConfig, before: Sequence[Stage]) -> tuple[Mode
         if maker is not None:
             return _architecture(maker.config, before[: before.index(maker)])
         return config.model.resolve(), f"init_from {config.init_from} is not there yet; taken as the preset in `model`"
-    given = {f.name: getattr(config.model, f.name) for f in dataclasses.fields(config.model) if f.name != "preset"}
-    given = {name: value for name, value in given.items() if value is not None}
     architecture = from_hf_config(json.loads(file.read_text("utf-8")), str(file))
-    return dataclasses.replace(architecture, **given), ""
+    return dataclasses.replace(architecture, **config.model.changes(architecture.max_position_embeddings)), ""
 
 
 # Tokens ---------------------------------------------------------------------------------------------------------------

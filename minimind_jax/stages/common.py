@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
-from minimind_jax.config import PretrainConfig, SampleConfig
+from minimind_jax.config import ModelSettings, PretrainConfig, SampleConfig
 from minimind_jax.convert.hf import load_hf, save_hf
 from minimind_jax.convert.hf_config import from_hf_config
 from minimind_jax.data.tokenizer import Tokenizer
@@ -135,11 +135,20 @@ def load_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
     return LanguageModel(architecture, config.compute)
 
 
-def _with_settings(architecture: ModelConfig, settings, folder: Path) -> ModelConfig:
+def check_context(config: PretrainConfig, model: LanguageModel) -> None:
+    """Raises UserError for rows longer than the context that the exported model says it has."""
+    context, seq_len = model.config.max_position_embeddings, config.data.seq_len
+    if seq_len > context:
+        raise UserError(
+            f"data.seq_len {seq_len} is above the model's context of {context} tokens (model.max_position_embeddings); "
+            f"set data.seq_len {context} or less, or model.max_position_embeddings {seq_len} to train a longer context"
+        )
+
+
+def _with_settings(architecture: ModelConfig, settings: ModelSettings, folder: Path) -> ModelConfig:
     """`architecture` with the fields that `settings` sets; those that would change a tensor's shape must agree, and so
     must a preset's."""
-    given = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name != "preset"}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = settings.changes(architecture.max_position_embeddings)
     described = settings.resolve() if settings.preset else None
     for name in SHAPE_FIELDS:
         asked, found = given.get(name, getattr(described, name, None)), getattr(architecture, name)
@@ -168,10 +177,23 @@ def initial_params(config: PretrainConfig, model: LanguageModel) -> Callable[[],
 def sampler(
     model: LanguageModel, tokenizer: Tokenizer, samples: SampleConfig, seed: int, encode: Callable[[str], Sequence[int]]
 ) -> SampleFn | None:
-    """Writes on from each of `samples.prompts`; `encode` makes a prompt's tokens. None without prompts."""
+    """Writes on from each of `samples.prompts`; `encode` makes a prompt's tokens. None without prompts.
+
+    Raises UserError for a prompt that is empty or too long, now and not when the model could not be exported for it.
+    """
     if not samples.prompts:
         return None
     prompts = [list(encode(prompt)) for prompt in samples.prompts]
+    context = model.config.max_position_embeddings
+    for prompt, ids in zip(samples.prompts, prompts, strict=True):
+        if not ids:
+            raise UserError("samples.prompts: a prompt is empty, and the tokenizer has no token to begin a text with")
+        if len(ids) + samples.max_new_tokens > context:
+            raise UserError(
+                f"samples.prompts: the {len(ids)} tokens of {prompt[:40]!r} and samples.max_new_tokens "
+                f"{samples.max_new_tokens} exceed the model's context of {context} tokens; shorten the prompt or ask "
+                "for fewer"
+            )
     sampling = SamplingConfig(
         max_new_tokens=samples.max_new_tokens,
         temperature=samples.temperature,

@@ -7,6 +7,7 @@ from minimind_jax.data.batches import open_data
 from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.sharding import data_process, make_mesh
 from minimind_jax.stages.common import (
+    check_context,
     finish_run,
     initial_params,
     is_finished,
@@ -35,11 +36,13 @@ def pretrain(config: PretrainConfig) -> Path:
 
     tokenizer = load_tokenizer(config)
     model = load_model(config, tokenizer)
-    train_batches, val_batches = open_data("text", config, tokenizer, *data_process(make_mesh(config.mesh)))
+    check_context(config, model)
 
     def encode(prompt: str) -> list[int]:
         return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt)
 
+    sample_fn = sampler(model, tokenizer, config.samples, config.seed, encode)
+    train_batches, val_batches = open_data("text", config, tokenizer, *data_process(make_mesh(config.mesh)))
     result = train(
         config,
         stage="pretrain",
@@ -49,7 +52,7 @@ def pretrain(config: PretrainConfig) -> Path:
         train_batches=train_batches,
         val_batches=val_batches,
         run=run,
-        sample_fn=sampler(model, tokenizer, config.samples, config.seed, encode),
+        sample_fn=sample_fn,
     )
     hint = f"  minimind sft --init_from {run.path} --data.train YOUR_CONVERSATIONS.jsonl --run NAME"
     return finish_run(run, config, model, tokenizer, result, hint)

@@ -8,6 +8,7 @@ from minimind_jax.data.documents import encode_prompt
 from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.sharding import data_process, make_mesh
 from minimind_jax.stages.common import (
+    check_context,
     finish_run,
     initial_params,
     is_finished,
@@ -37,11 +38,13 @@ def sft(config: SFTConfig) -> Path:
 
     tokenizer = load_tokenizer(config)
     model = load_model(config, tokenizer)
-    train_batches, val_batches = open_data("conversation", config, tokenizer, *data_process(make_mesh(config.mesh)))
+    check_context(config, model)
 
     def encode(prompt: str) -> list[int]:
         return encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
 
+    sample_fn = sampler(model, tokenizer, config.samples, config.seed, encode)
+    train_batches, val_batches = open_data("conversation", config, tokenizer, *data_process(make_mesh(config.mesh)))
     result = train(
         config,
         stage="sft",
@@ -51,7 +54,7 @@ def sft(config: SFTConfig) -> Path:
         train_batches=train_batches,
         val_batches=val_batches,
         run=run,
-        sample_fn=sampler(model, tokenizer, config.samples, config.seed, encode),
+        sample_fn=sample_fn,
     )
     hint = f"  minimind generate --model {run.model} --prompt 'Hello'"
     return finish_run(run, config, model, tokenizer, result, hint)

@@ -13,10 +13,12 @@ import pytest
 
 from minimind_jax.config import CheckpointConfig, ModelSettings, OptimizerConfig, SampleConfig, TrainingConfig
 from minimind_jax.convert.hf import load_hf
+from minimind_jax.convert.hf_config import from_hf_config, to_hf_config
 from minimind_jax.data.batches import open_data
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.losses.language_model import make_language_model_loss
+from minimind_jax.model.config import RopeScaling
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.stages.common import initial_params, load_model, load_tokenizer
 from minimind_jax.stages.pretrain import pretrain
@@ -289,6 +291,14 @@ def test_sft_starts_from_a_run_and_trains_the_answers(whole, world, tmp_path):
             r"model\.hidden_size is 64, but the model .* 32",
         ),
         ({"init_from": "nowhere"}, "neither a Hugging Face folder nor a run"),
+        (
+            {"data": {"seq_len": 512}, "training": {"batch_tokens": 512}},
+            r"data\.seq_len 512 is above the model's context of 256 tokens \(model\.max_position_embeddings\); set",
+        ),
+        (
+            {"samples": SampleConfig(prompts=("a",), max_new_tokens=300)},
+            r"of 'a' and samples\.max_new_tokens 300 exceed the model's context of 256",
+        ),
     ],
 )
 def test_what_does_not_fit_together_is_named(whole, world, tmp_path, changes, message):
@@ -296,6 +306,21 @@ def test_what_does_not_fit_together_is_named(whole, world, tmp_path, changes, me
         changes = {**changes, "init_from": str(whole.path)}
     with pytest.raises(UserError, match=message):
         pretrain(world.pretrain(tmp_path / "run", **changes))
+
+
+@pytest.mark.parametrize(("rope_type", "original"), [("yarn", 256), ("linear", 256), ("dynamic", 64)])
+def test_a_rope_scaling_makes_the_context_of_the_model_that_is_there_longer(
+    whole, world, tmp_path, rope_type, original
+):
+    def context(**settings):
+        model = ModelSettings(rope_scaling=RopeScaling(rope_type, 2.0, original), **settings)
+        config = world.sft(tmp_path / "sft", init_from=str(whole.path), tokenizer="", model=model)
+        architecture = load_model(config, load_tokenizer(config)).config
+        assert from_hf_config(to_hf_config(architecture, "float32")) == architecture
+        return architecture.max_position_embeddings
+
+    assert context() == max(256, 2 * original)
+    assert context(max_position_embeddings=300) == 300
 
 
 class Plan:
