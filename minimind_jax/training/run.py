@@ -77,7 +77,7 @@ class RunFolder:
         return sorted(int(path.name) for path in steps)
 
     def check_resume(self, resume: str) -> None:
-        """Raises UserError when `resume` (auto, must, never) does not allow what the folder holds, or no run made it."""
+        """Raises UserError when `resume` (auto, must, never) does not allow what is there, or no run wrote it."""
         steps = self.checkpoint_steps()
         made_by_run = steps or self.metrics_file.is_file() or self.environment_file.is_file()
         if self.config_file.is_file() and not made_by_run:

@@ -118,6 +118,22 @@ def test_a_checkpoint_of_another_model_names_the_first_tensor_that_differs(tmp_p
         checkpoints.restore(1, abstract(change(make_state())))
 
 
+@pytest.mark.parametrize("emptied", ["_CHECKPOINT_METADATA", "state/manifest.ocdbt", "state/d", "*"])
+def test_a_damaged_checkpoint_is_told_with_the_one_before_it(tmp_path, emptied, caplog):
+    save_all(tmp_path, [1, 2])
+    for path in (tmp_path / "2").glob(emptied):
+        for file in [path, *path.rglob("*")]:
+            if file.is_file():
+                file.write_bytes(b"")
+    message = r"2 cannot be read: .*; if it is damaged, remove that folder: the one of step 1 is used$"
+    with pytest.raises(UserError, match=message) as told, Checkpoints(tmp_path) as checkpoints:
+        checkpoints.record(2)
+        checkpoints.restore(2, abstract(make_state()))
+    assert "\n" not in str(told.value) and not caplog.text
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_same(checkpoints.restore(1, abstract(make_state())), make_state(1))
+
+
 def test_names_are_dotted_paths():
     assert list(flatten(make_state())) == [
         "step", "params.bias", "params.layer.kernel", "opt_state.0.bias", "opt_state.0.layer.kernel"

@@ -120,4 +120,6 @@ def test_a_damaged_checkpoint_is_told(copy, tmp_path, capsys):
         if file.is_file() and file.parent.name == "d":
             file.write_bytes(b"")
     assert to_hf(copy, tmp_path / "out", "--checkpoint", "4") == 2
-    assert "4 cannot be read: " in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "4 cannot be read: " in told and "remove that folder: the one of step 2 is used" in told
+    assert "Traceback" not in told and len(told.splitlines()) == 1
