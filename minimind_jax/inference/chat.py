@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -52,8 +53,13 @@ def chat(generator: Generator, config: ChatConfig, console: Console, lines: Iter
 
 
 def read_lines(console: Console) -> Iterator[str]:
-    """Lines the user types, with editing and history in a terminal; ends at Ctrl-D. Lines of a pipe are shown."""
+    """Lines the user types, with editing and history in a terminal; ends at Ctrl-D. Lines of a pipe are shown.
+
+    Bytes that are no text become U+FFFD.
+    """
     interactive = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  gives input() line editing

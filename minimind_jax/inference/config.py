@@ -1,6 +1,7 @@
 """Settings of everything that generates text; no heavy imports, so that `--help` answers at once."""
 
 import dataclasses
+import re
 from typing import Literal
 
 # What a model's generation_config.json decides where the user does not.
@@ -11,7 +12,8 @@ FROM_MODEL = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 class SamplingSettings:
     """How text is generated, as a user says it; what is null is the model's (see `resolve`).
 
-    max_new_tokens: at most so many are generated for a prompt.
+    max_new_tokens: at most so many are generated for a prompt. null: 512, or what the prompt leaves of the model's
+        context if that is less.
     temperature: the logits are divided by it; 0 always takes the likeliest token (greedy). null: as the model's
         generation_config.json says (0 for do_sample false), or 0.85.
     top_k: only the k likeliest tokens may be drawn; 0 for all. null: generation_config.json, or 0.
@@ -25,7 +27,7 @@ class SamplingSettings:
     seed: of the draws. The n-th prompt of a call draws with seed + n, so a batch gives what its prompts give alone.
     """
 
-    max_new_tokens: int = 512
+    max_new_tokens: int | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -36,7 +38,7 @@ class SamplingSettings:
     seed: int = 0
 
     def __post_init__(self):
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        _set_texts(self, "stop")
         for name, ok, expected in (
             ("max_new_tokens", lambda count: count >= 1, "at least 1"),
             ("temperature", lambda value: value >= 0, "0 (greedy) or above"),
@@ -45,6 +47,7 @@ class SamplingSettings:
             ("min_p", lambda share: 0 <= share <= 1, "between 0 (off) and 1"),
             ("repetition_penalty", lambda value: value > 0, "above 0 (1 is off)"),
             ("stop", all, "strings that are not empty"),
+            ("seed", lambda seed: abs(seed) <= 2**62, "between -2**62 and 2**62"),  # seed + n has 64 bits, too
         ):
             value = getattr(self, name)
             if value is not None and not ok(value):
@@ -60,6 +63,7 @@ class SamplingSettings:
 class SamplingConfig(SamplingSettings):
     """The same with a value for every field: what a generator samples with."""
 
+    max_new_tokens: int = 512
     temperature: float = 0.85
     top_k: int = 0
     top_p: float = 0.95
@@ -87,6 +91,7 @@ class ChatConfig(SamplingSettings):
     def __post_init__(self):
         super().__post_init__()
         _require_model(self)
+        object.__setattr__(self, "system", readable(self.system))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +125,9 @@ class GenerateConfig(SamplingSettings):
     def __post_init__(self):
         super().__post_init__()
         _require_model(self)
-        for name in ("prompt", "input"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        object.__setattr__(self, "input", (self.input,) if isinstance(self.input, str) else tuple(self.input))
+        object.__setattr__(self, "system", readable(self.system))
+        _set_texts(self, "prompt")
         if bool(self.prompt) == bool(self.input):
             given = "both given" if self.prompt else "both empty"
             raise ValueError(f"prompt and input are {given}; give one of them: --prompt TEXT, or --input FILE.jsonl")
@@ -132,6 +137,17 @@ class GenerateConfig(SamplingSettings):
             raise ValueError("raw leaves the chat template out, so system and thinking have no meaning; drop them")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
+
+
+def readable(text: str) -> str:
+    """`text` with U+FFFD for every byte that was not UTF-8, which Python keeps as half a surrogate pair."""
+    return re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
+
+
+def _set_texts(config, name):
+    """A field of texts as a tuple; one text may be given by itself."""
+    value = getattr(config, name)
+    object.__setattr__(config, name, tuple(map(readable, [value] if isinstance(value, str) else value)))
 
 
 def _require_model(config):

@@ -32,6 +32,8 @@ def run(config: GenerateConfig) -> None:
         UserError: no such model or file, a record without a prompt, or a prompt that does not fit the model. Records
             that were answered before it stay in OUTPUT.partial.
     """
+    if config.output:
+        _check_writable(Path(config.output))
     generator = load_generator(config.model, config.dtype)
     if config.prompt:
         _print_answers(generator, config)
@@ -44,12 +46,15 @@ def run(config: GenerateConfig) -> None:
 
 def _print_answers(generator: Generator, config: GenerateConfig) -> None:
     """Streams a single answer; several are made together and printed under their prompts."""
+    names = ["--prompt"] if len(config.prompt) == 1 else [f"--prompt {n + 1}" for n in range(len(config.prompt))]
     requests = [
-        _request(generator, config, Record("--prompt", Path(), line, {"prompt": text}))
-        for line, text in enumerate(config.prompt, 1)
+        _request(generator, config, Record(name, Path(), line, {"prompt": text}))
+        for line, (name, text) in enumerate(zip(names, config.prompt, strict=True), 1)
     ]
     if len(requests) == 1:
-        for piece in generator.stream(requests[0].ids, config.resolve(generator.sampling)):
+        sampling = config.resolve(generator.sampling)
+        count = min(sampling.max_new_tokens, generator.room(len(requests[0].ids)))
+        for piece in generator.stream(requests[0].ids, dataclasses.replace(sampling, max_new_tokens=count)):
             print(piece.text, end="", flush=True)
         print()
         return
@@ -57,12 +62,24 @@ def _print_answers(generator: Generator, config: GenerateConfig) -> None:
         print(f"> {request.record['prompt']}\n{answer.text}\n")
 
 
-def _write_answers(generator: Generator, config: GenerateConfig) -> int:
-    output = Path(config.output)
+def _check_writable(output: Path) -> None:
+    """Raises UserError, before any work, for an output that could not be written at its end."""
     if not output.parent.is_dir():
         raise UserError(f"output {output}: there is no folder {output.parent}; create it first")
+    if output.is_dir():
+        raise UserError(f"output {output} is a folder; give the name of a file")
+    if not os.access(output.parent, os.W_OK):
+        raise UserError(f"output {output}: nothing can be written into {output.parent}; choose another place")
+
+
+def _write_answers(generator: Generator, config: GenerateConfig) -> int:
+    output = Path(config.output)
     partial = output.with_name(output.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    try:
+        file = partial.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"output {output}: cannot write {partial}: {error.strerror}; choose another place") from error
+    with file:
         count = _answer_records(generator, config, file)
     os.replace(partial, output)
     return count
@@ -82,12 +99,21 @@ def _answer_records(generator: Generator, config: GenerateConfig, file: TextIO) 
 def answer_requests(
     generator: Generator, config: GenerateConfig, requests: Iterator[Request]
 ) -> Iterator[tuple[Request, Completion]]:
-    """Each request with its answer, in order. The batch size does not change the answers."""
+    """Each request with its answer, in order. The batch size does not change the answers.
+
+    Only neighbours that may get as many new tokens are answered at the same time: all but very long prompts.
+    """
     done, sampling = 0, config.resolve(generator.sampling)
+
+    def count(request: Request) -> int:
+        return min(sampling.max_new_tokens, generator.room(len(request.ids)))
+
     while batch := list(itertools.islice(requests, config.batch_size)):
-        seeded = dataclasses.replace(sampling, seed=config.seed + done)
-        yield from zip(batch, generator.generate([request.ids for request in batch], seeded), strict=True)
-        done += len(batch)
+        for max_new_tokens, group in itertools.groupby(batch, count):
+            group = list(group)
+            own = dataclasses.replace(sampling, max_new_tokens=max_new_tokens, seed=config.seed + done)
+            yield from zip(group, generator.generate([request.ids for request in group], own), strict=True)
+            done += len(group)
 
 
 def _request(generator: Generator, config: GenerateConfig, record: Record) -> Request:
@@ -95,10 +121,16 @@ def _request(generator: Generator, config: GenerateConfig, record: Record) -> Re
         ids = generator.encode(_prompt_ids(generator, config, record))
     except UserError as error:
         raise error if record.where in str(error) else UserError(f"{record.where}: {error}") from error
-    if config.max_new_tokens > generator.room(len(ids)):
+    room, context = generator.room(len(ids)), generator.room(0)
+    if room < 1:
         raise UserError(
-            f"{record.where}: a prompt of {len(ids)} tokens leaves {generator.room(len(ids))} in the model's context "
-            f"of {generator.room(0)}, fewer than max_new_tokens {config.max_new_tokens}; shorten it, or ask for fewer"
+            f"{record.where}: a prompt of {len(ids)} tokens leaves no room for an answer in the model's context of "
+            f"{context}; shorten it"
+        )
+    if config.max_new_tokens is not None and config.max_new_tokens > room:
+        raise UserError(
+            f"{record.where}: a prompt of {len(ids)} tokens leaves {room} in the model's context of {context}, fewer "
+            f"than max_new_tokens {config.max_new_tokens}; shorten it, or ask for fewer"
         )
     return Request(record.where, record.value, ids)
 

@@ -166,15 +166,15 @@ PROGRAM += "run(ChatConfig(model=sys.argv[1], max_new_tokens=int(sys.argv[2]), i
 def test_a_pipe_is_answered_line_by_line(model_folder):
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(model_folder), "5"],
-        input="hello\n/nothink\n\n你好\n",
+        input="hello\n/nothink\n\n你好\n".encode() + b"\xff bad\n",
         capture_output=True,
-        text=True,
         timeout=300,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "utf-8"},
     )
     assert done.returncode == 0, done.stderr
-    assert "> hello" in done.stdout and "> 你好" in done.stdout
-    assert done.stdout.count("[5 tokens") == 2
+    printed = done.stdout.decode()
+    assert "> hello" in printed and "> 你好" in printed and "> \ufffd bad" in printed
+    assert printed.count("[5 tokens") == 3
 
 
 def test_in_a_terminal_control_c_stops_an_answer_and_control_d_leaves(model_folder, tmp_path):
