@@ -27,11 +27,13 @@ class TransposedKernel:
 
 def multiply(x: Array, kernel: Array | TransposedKernel, preferred_element_type: jnp.dtype | None = None) -> Array:
     """x (..., in) times the kernel, in the dtype of x: (..., out). preferred_element_type: for a TransposedKernel."""
+    on_cpu = jax.default_backend() == "cpu"
     if not isinstance(kernel, TransposedKernel):
-        return _product(x, kernel.astype(x.dtype))
+        kernel_IO = kernel.astype(x.dtype)
+        return _product(x, kernel_IO) if on_cpu else x @ kernel_IO
     kernel_OI = kernel.kernel_OI.astype(x.dtype)
     rows = x.size // x.shape[-1]
-    if rows > FEW_ROWS or jax.default_backend() != "cpu":
+    if rows > FEW_ROWS or not on_cpu:
         return jnp.einsum("...I,OI->...O", x, kernel_OI, preferred_element_type=preferred_element_type)
     # The barriers keep XLA from folding the transpositions into the product, which makes it slow again.
     columns_IM = jax.lax.optimization_barrier(x.reshape(rows, -1).T)
