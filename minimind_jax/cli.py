@@ -350,7 +350,7 @@ def _perplexity(prog: str, argv: Sequence[str]) -> None:
         argv,
         ("files", {"nargs": "+", "metavar": "FILE", "help": "files, folders or globs of records"}),
         ("--model", {"required": True, "help": "a Hugging Face folder, or a run whose model/ is meant"}),
-        ("--seq_len", {"type": _row_length, "default": 512, "help": "tokens in a row (default: 512)"}),
+        ("--seq_len", {"type": _row_length, "help": "tokens in a row (default: 512, or the model's context)"}),
         ("--kind", {"choices": ("text", "conversation"), "default": "text", "help": "of the records (default: text)"}),
         ("--max_rows", {"type": int, "default": 0, "help": "rows evaluated at most; 0 for all (the default)"}),
     )

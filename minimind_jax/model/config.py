@@ -175,3 +175,7 @@ class ComputeConfig:
     scan_unroll: int | None = None
     attention: Literal["auto", "reference", "grouped", "cudnn", "splash"] = "auto"
     experts: Literal["auto", "reference", "ragged", "tiled", "blocked"] = "auto"
+
+    def __post_init__(self):
+        if self.scan_unroll is not None and self.scan_unroll < 0:
+            raise ValueError(f"compute.scan_unroll is {self.scan_unroll}; it must be at least 0")
