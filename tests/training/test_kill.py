@@ -104,8 +104,11 @@ def final_state(run: RunFolder) -> dict[str, np.ndarray]:
 
 
 def check_same(left: RunFolder, right: RunFolder, tolerance: float = 0):
-    """Metrics, the exported model, and the last checkpoint with the optimizer's state. tolerance: relative to the
-    largest value of an array."""
+    """Metrics, the exported model, and the last checkpoint with the optimizer's state.
+
+    tolerance: relative to the largest value of an array; three times as much for the optimizer's, which are averages of
+    gradients: they cancel, and rounding is relative to what is added up.
+    """
     rows = comparable(left), comparable(right)
     assert [(row["step"], list(row)) for row in rows[0]] == [(row["step"], list(row)) for row in rows[1]]
     if not tolerance:
@@ -118,7 +121,7 @@ def check_same(left: RunFolder, right: RunFolder, tolerance: float = 0):
         mine, other = read(left), read(right)
         assert mine.keys() == other.keys()
         for name in mine:
-            scale = np.abs(mine[name]).max(initial=0)
+            scale = np.abs(mine[name]).max(initial=0) * (3 if name.startswith("opt_state") else 1)
             np.testing.assert_allclose(mine[name], other[name], rtol=0, atol=tolerance * scale, err_msg=name)
 
 
