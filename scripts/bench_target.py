@@ -5,7 +5,7 @@
 
 MiniMind's trainer/train_pretrain.py runs unchanged (in a copy of its checkout) on the first `--steps` x 8 records;
 what its model reaches on the held-out file (held_out.py) is the target. Without `--minimind` the target is a number.
-Ours is `minimind pretrain` on the whole file for `--our_steps` steps, with the settings of RECIPE below and those
+Ours is `minimind pretrain` on the whole file for `--our_steps` steps, with the settings of recipe.py's MUON and those
 given after `--`. Times are of whole commands: start of Python, reading and tokenising the file, compilation, training,
 export. Prints one JSON line.
 """
@@ -20,24 +20,9 @@ from pathlib import Path
 
 import bench_common as bench
 from held_out import bits_per_byte
+from recipe import MUON, flags
 
 from minimind_jax.convert.torch_checkpoint import from_torch
-
-RECIPE = {
-    "training.batch_tokens": 4 * 340,
-    "optimizer.name": "muon",
-    "optimizer.learning_rate": 6e-3,
-    "optimizer.muon_learning_rate": 1e-2,
-    "optimizer.b2": 0.95,
-    "optimizer.weight_decay": 0.1,
-    "optimizer.schedule": "linear",
-    "optimizer.final_fraction": 0.0,
-    "optimizer.warmup_steps": 10,
-}
-
-
-def flags(settings: dict) -> list[str]:
-    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
 
 
 def timed(command: list[str], cwd: Path | None = None) -> float:
@@ -68,7 +53,7 @@ def run_ours(args: argparse.Namespace, work: Path) -> dict:
         "run": work / "ours", "tokenizer": args.tokenizer or work / "model", "data.train": args.train,
         "data.val_fraction": 0, "data.seq_len": args.seq_len, "data.cache_dir": work / "cache",
         "model.hidden_size": args.hidden_size, "model.num_hidden_layers": args.layers, "export_dtype": "float32",
-        "training.steps": args.our_steps, "training.eval_every": 0, "checkpoint.every": 0, **RECIPE,
+        "training.steps": args.our_steps, "training.eval_every": 0, "checkpoint.every": 0, **MUON,
     }  # fmt: skip
     command = [sys.executable, "-m", "minimind_jax", "pretrain", *flags(settings), *args.settings]
     return {"seconds": timed(command), "steps": args.our_steps, "bits per byte": measure(args, work / "ours")}

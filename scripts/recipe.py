@@ -63,7 +63,12 @@ RUNGS: dict[str, dict] = {
 }
 
 
-def packed_share(train: str, tokenizer: str, seq_len: int) -> float:
+def flags(settings: dict) -> list[str]:
+    """Settings as the arguments of `minimind`."""
+    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+
+
+def used_share(train: str, tokenizer: str, seq_len: int) -> float:
     """Share of the positions of padded rows that are no padding, over the first 4,000 records."""
     from minimind_jax.data.tokenizer import Tokenizer
 
@@ -79,7 +84,7 @@ def run_rung(name: str, settings: dict, args: argparse.Namespace) -> dict:
     result_file = run / "result.json"
     if result_file.is_file():
         return json.loads(result_file.read_text())
-    share = packed_share(args.train, args.tokenizer, args.seq_len) if settings["data.packing"] == "pad" else 1.0
+    share = used_share(args.train, args.tokenizer, args.seq_len) if settings["data.packing"] == "pad" else 1.0
     steps = round(args.tokens / (settings["training.batch_tokens"] * share))
     sizes = {"hidden_size": args.hidden_size, "num_hidden_layers": args.layers}
     settings = {
@@ -89,9 +94,10 @@ def run_rung(name: str, settings: dict, args: argparse.Namespace) -> dict:
         "training.steps": steps, "training.eval_every": 0, "checkpoint.every": 0, "checkpoint.keep": 1,
         **settings,
     }  # fmt: skip
-    flags = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "minimind_jax", "pretrain", *flags], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "minimind_jax", "pretrain", *flags(settings)], check=True, stdout=subprocess.DEVNULL
+    )
     seconds = time.perf_counter() - started
     measured = bits_per_byte(str(run), args.val, window=args.seq_len - 2)
     result = {"rung": name, "bits per byte": round(measured, 4), "steps": steps, "seconds": round(seconds, 1)}

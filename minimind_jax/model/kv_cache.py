@@ -10,8 +10,8 @@ from minimind_jax.model.config import ModelConfig
 
 
 class LayerCache(NamedTuple):
-    """Rotated keys and values of one layer, in the compute dtype. Slots before heads' width and after heads: a
-    query's products then read each head's keys in one run."""
+    """Rotated keys and values of one layer, in the compute dtype. The slots of a head lie next to each other, so that a
+    query reads each head's keys in one run."""
 
     k_BKSH: Array
     v_BKSH: Array
