@@ -11,10 +11,10 @@ SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def use_huge_pages() -> None:
     """Starts this program anew, as the same process, with GLIBC_TUNABLES=glibc.malloc.hugetlb=1.
 
-    XLA takes and gives back the buffers of every step, and with pages of 4 KiB the system clears and maps them each time:
-    a step of the 29M model takes 15 % longer. glibc reads the setting at its start only. Nothing
-    happens where Linux does not leave the choice to programs ("madvise"), without glibc 2.35 or newer, where the
-    variable sets it already, or with MINIMIND_HUGE_PAGES=0.
+    XLA takes and gives back the buffers of every step, and with pages of 4 KiB the system clears and maps them each
+    time: a step of the 29M model takes 15 % longer. glibc reads the setting at its start only. Nothing happens where
+    Linux does not leave the choice to programs ("madvise"), without glibc 2.35 or newer, where the variable sets it
+    already, or with MINIMIND_HUGE_PAGES=0.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if TUNABLE in tunables or os.environ.get("MINIMIND_HUGE_PAGES") == "0" or not _is_possible():
