@@ -104,11 +104,8 @@ def final_state(run: RunFolder) -> dict[str, np.ndarray]:
 
 
 def check_same(left: RunFolder, right: RunFolder, tolerance: float = 0):
-    """Metrics, the exported model, and the last checkpoint with the optimizer's state.
-
-    tolerance: relative to the largest value of an array; three times as much for the optimizer's, which are averages of
-    gradients: they cancel, and rounding is relative to what is added up.
-    """
+    """Metrics, the exported model, and the last checkpoint with the optimizer's state. tolerance: relative to the
+    largest value of an array."""
     rows = comparable(left), comparable(right)
     assert [(row["step"], list(row)) for row in rows[0]] == [(row["step"], list(row)) for row in rows[1]]
     if not tolerance:
@@ -121,7 +118,7 @@ def check_same(left: RunFolder, right: RunFolder, tolerance: float = 0):
         mine, other = read(left), read(right)
         assert mine.keys() == other.keys()
         for name in mine:
-            scale = np.abs(mine[name]).max(initial=0) * (3 if name.startswith("opt_state") else 1)
+            scale = np.abs(mine[name]).max(initial=0)
             np.testing.assert_allclose(mine[name], other[name], rtol=0, atol=tolerance * scale, err_msg=name)
 
 
@@ -184,8 +181,8 @@ def test_twenty_kills_with_other_numbers_of_loader_workers(world, start, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
 def test_twenty_kills_with_other_numbers_of_devices(world, start, tmp_path, stage):
-    # The devices' sums are rounded in another order, and training amplifies that: over these 168 steps to 9e-7 with
-    # pretraining's default learning rate, to 3e-5 with the higher one of the other tests.
+    # The devices' sums are rounded in another order, and training amplifies that: over these 168 steps to 1.01e-6 (in
+    # Adam's averages) with pretraining's default learning rate, to 3e-5 with the higher one of the other tests.
     check_kills(
         world,
         start,
@@ -194,5 +191,5 @@ def test_twenty_kills_with_other_numbers_of_devices(world, start, tmp_path, stag
         kills=20,
         tolerance=1e-6,
         variants=((1, 1), (2, 1), (8, 1), (4, 1)),
-        optimizer=OptimizerConfig(learning_rate=5e-4),
+        optimizer=OptimizerConfig(learning_rate=2e-4),
     )
