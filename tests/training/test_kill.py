@@ -181,8 +181,9 @@ def test_twenty_kills_with_other_numbers_of_loader_workers(world, start, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
 def test_twenty_kills_with_other_numbers_of_devices(world, start, tmp_path, stage):
-    # The devices' sums are rounded in another order, and training amplifies that: over these 168 steps to 1.01e-6 (in
-    # Adam's averages) with pretraining's default learning rate, to 3e-5 with the higher one of the other tests.
+    # The devices' sums are rounded in another order, and Adam makes most of it where a gradient is next to nothing: its
+    # first steps are as long as any. Over these 168 steps: 3e-7 so (parameters 1.6e-7, Adam's averages 2.8e-7), 1.3e-6
+    # with the default learning rate from the first step on. A step left out or done twice would show as 8e-5.
     check_kills(
         world,
         start,
@@ -191,5 +192,5 @@ def test_twenty_kills_with_other_numbers_of_devices(world, start, tmp_path, stag
         kills=20,
         tolerance=1e-6,
         variants=((1, 1), (2, 1), (8, 1), (4, 1)),
-        optimizer=OptimizerConfig(learning_rate=2e-4),
+        optimizer=OptimizerConfig(learning_rate=5e-5, warmup_steps=40),
     )
