@@ -91,20 +91,23 @@ def attention(
     if path == "grouped":
         return _grouped(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
     if path == "reference":
-        k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
-        return _reference(q_BTNH, k_BKTH, v_BKTH, causal_mask(segment_ids_BT, 0, q_BTNH.shape[1]))
+        k_BKHT, v_BKTH = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)
+        return _reference(q_BTNH, k_BKHT, v_BKTH, causal_mask(segment_ids_BT, 0, q_BTNH.shape[1]))
     kernel = kernels.cudnn if path == "cudnn" else kernels.splash
     return kernels.on_mesh(kernel, mesh)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
 
 def cached_attention(
-    q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, query_positions_BT: Array, key_positions_BS: Array
+    q_BTNH: Array, k_BKHS: Array, v_BKSH: Array, query_positions_BT: Array, key_positions_BS: Array
 ) -> Array:
     """`attention` over the slots of a cache: a query at position p sees the keys at positions 0..p; -1 marks an empty
     slot. Always the plain formula, in the dtype of the queries."""
     is_past_BTS = key_positions_BS[:, None, :] <= query_positions_BT[:, :, None]
     mask_BTS = is_past_BTS & (key_positions_BS >= 0)[:, None, :]
-    return _reference(q_BTNH, k_BKSH.astype(q_BTNH.dtype), v_BKSH.astype(q_BTNH.dtype), mask_BTS)
+    k_BKHS, v_BKSH = k_BKHS.astype(q_BTNH.dtype), v_BKSH.astype(q_BTNH.dtype)
+    if q_BTNH.shape[1] == 1 and jax.default_backend() == "cpu":
+        return _single_query(q_BTNH, k_BKHS, v_BKSH, mask_BTS)
+    return _reference(q_BTNH, k_BKHS, v_BKSH, mask_BTS)
 
 
 def causal_mask(segment_ids_BT: Array | None, start: int, stop: int) -> Array:
@@ -127,17 +130,31 @@ def _softmax_parts(scores: Array, mask: Array) -> tuple[Array, Array, Array]:
 
 def _product(subscripts: str, a: Array, b: Array) -> Array:
     """A matrix product that adds up in float32."""
+    if jax.default_backend() == "cpu":  # where XLA lacks bfloat16 x bfloat16 -> float32 for some layouts
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
-def _reference(q_BTNH, k_BKSH, v_BKSH, mask_BTS):
+def _reference(q_BTNH, k_BKHS, v_BKSH, mask_BTS):
     B, T, N, H = q_BTNH.shape
-    K = k_BKSH.shape[1]
+    K = k_BKHS.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = _product("BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH) / math.sqrt(H)
+    scores_BKGTS = _product("BTKGH,BKHS->BKGTS", q_BTKGH, k_BKHS) / math.sqrt(H)
     weights_BKGTS, total_BKGT1, _ = _softmax_parts(scores_BKGTS, mask_BTS[:, None, None])
     probs_BKGTS = (weights_BKGTS / total_BKGT1).astype(v_BKSH.dtype)
     return _product("BKGTS,BKSH->BTKGH", probs_BKGTS, v_BKSH).astype(q_BTNH.dtype).reshape(B, T, N, H)
+
+
+def _single_query(q_B1NH, k_BKHS, v_BKSH, mask_B1S):
+    """`_reference` for one query a row, as sums of products: XLA on a CPU spreads them over its cores, where it runs so
+    small a batched product on one."""
+    B, _, N, H = q_B1NH.shape
+    K = k_BKHS.shape[1]
+    q_BKGH = q_B1NH.astype(jnp.float32).reshape(B, K, N // K, H) / math.sqrt(H)
+    scores_BKGS = jnp.sum(q_BKGH[..., None] * k_BKHS[:, :, None], axis=-2)
+    weights_BKGS, total_BKG1, _ = _softmax_parts(scores_BKGS, mask_B1S[:, None])
+    out_BKGH = jnp.sum((weights_BKGS / total_BKG1)[..., None] * v_BKSH[:, :, None], axis=-2)
+    return out_BKGH.astype(q_B1NH.dtype).reshape(B, 1, N, H)
 
 
 def _grouped(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):

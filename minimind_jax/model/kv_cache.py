@@ -10,20 +10,24 @@ from minimind_jax.model.config import ModelConfig
 
 
 class LayerCache(NamedTuple):
-    """Rotated keys and values of one layer, in the compute dtype. The slots of a head lie next to each other, so that a
-    query reads each head's keys in one run."""
+    """Rotated keys and values of one layer, in the compute dtype. Keys have their slots last and values their features:
+    a single query's products then add up whole vectors, in both."""
 
-    k_BKSH: Array
+    k_BKHS: Array
     v_BKSH: Array
 
     def write(self, k_BTKH: Array, v_BTKH: Array, index) -> "LayerCache":
         """The cache with the keys and values of T tokens in slots index..index+T of every row."""
+        k_BKHT = k_BTKH.transpose(0, 2, 3, 1).astype(self.k_BKHS.dtype)
+        v_BKTH = v_BTKH.transpose(0, 2, 1, 3).astype(self.v_BKSH.dtype)
+        write = jax.lax.dynamic_update_slice_in_dim
+        return LayerCache(write(self.k_BKHS, k_BKHT, index, axis=3), write(self.v_BKSH, v_BKTH, index, axis=2))
 
-        def put(all_BKSH, new_BTKH):
-            new_BKTH = new_BTKH.transpose(0, 2, 1, 3).astype(all_BKSH.dtype)
-            return jax.lax.dynamic_update_slice(all_BKSH, new_BKTH, (0, 0, index, 0))
-
-        return LayerCache(put(self.k_BKSH, k_BTKH), put(self.v_BKSH, v_BTKH))
+    def grow(self, more: int) -> "LayerCache":
+        """The cache with `more` empty slots behind its own."""
+        first_three = ((0, 0), (0, 0), (0, 0))
+        k_BKHS = jnp.pad(self.k_BKHS, (*first_three, (0, more)))
+        return LayerCache(k_BKHS, jnp.pad(self.v_BKSH, ((0, 0), (0, 0), (0, more), (0, 0))))
 
 
 class KVCache(NamedTuple):
@@ -39,9 +43,12 @@ class KVCache(NamedTuple):
     @classmethod
     def create(cls, config: ModelConfig, batch: int, slots: int, dtype=jnp.float32) -> "KVCache":
         """An empty cache for `batch` rows of at most `slots` tokens, padding included."""
-        shape = (batch, config.num_key_value_heads, slots, config.head_dim)
-        layers = (LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers))
-        return cls(tuple(layers), jnp.full((batch, slots), -1, jnp.int32))
+        K, H = config.num_key_value_heads, config.head_dim
+        layers = tuple(
+            LayerCache(jnp.zeros((batch, K, H, slots), dtype), jnp.zeros((batch, K, slots, H), dtype))
+            for _ in range(config.num_hidden_layers)
+        )
+        return cls(layers, jnp.full((batch, slots), -1, jnp.int32))
 
     def write_positions(self, positions_BT: Array, index) -> "KVCache":
         """The cache with T tokens announced in slots index..index+T of every row."""
@@ -51,5 +58,5 @@ class KVCache(NamedTuple):
     def grow(self, slots: int) -> "KVCache":
         """The cache with that many slots in all, the new ones empty."""
         more = slots - self.positions_BS.shape[1]
-        layers = jax.tree.map(lambda x_BKSH: jnp.pad(x_BKSH, ((0, 0), (0, 0), (0, more), (0, 0))), self.layers)
+        layers = tuple(layer.grow(more) for layer in self.layers)
         return KVCache(layers, jnp.pad(self.positions_BS, ((0, 0), (0, more)), constant_values=-1))

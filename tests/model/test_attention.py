@@ -111,15 +111,30 @@ def test_bfloat16_stays_near_float32_with_large_scores(path):
 def test_cache_positions_say_what_is_seen():
     q, k, v = make_inputs(2, 3, 2, 1, 8)
     all_k, all_v = (jnp.concatenate((x, x + 1), axis=1) for x in (k, v))
-    k_BKSH, v_BKSH = all_k.transpose(0, 2, 1, 3), all_v.transpose(0, 2, 1, 3)
+    k_BKHS, v_BKSH = all_k.transpose(0, 2, 3, 1), all_v.transpose(0, 2, 1, 3)
     key_positions_BS = jnp.array([[0, 1, 2, -1, -1, -1], [-1, -1, 0, 1, 2, 3]])
     query_positions_BT = jnp.array([[0, 1, 2], [1, 2, 3]])
-    out_BTNH = cached_attention(q, k_BKSH, v_BKSH, query_positions_BT, key_positions_BS)
+    out_BTNH = cached_attention(q, k_BKHS, v_BKSH, query_positions_BT, key_positions_BS)
     first = attention(q[:1], k[:1], v[:1], path="reference")
     np.testing.assert_allclose(out_BTNH[0], first[0], atol=1e-6)
     keys, values = all_k[1:, 2:4], all_v[1:, 2:4]  # what the query at position 1 of the second row sees
     weights = jax.nn.softmax(jnp.einsum("NH,SH->NS", q[1, 0], keys[0, :, 0]) / np.sqrt(8))
     np.testing.assert_allclose(out_BTNH[1, 0], weights @ values[0, :, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_one_query_at_a_time_equals_all_of_them(dtype):
+    q, k, v = (x.astype(dtype) for x in make_inputs(2, 6, 4, 2, 8))
+    k_BKHS, v_BKSH = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+    positions_BT = jnp.array([[0, 1, 2, 3, 4, 5], [-1, -1, 0, 1, 2, 3]])
+    together = cached_attention(q, k_BKHS, v_BKSH, positions_BT, positions_BT)
+    for t in range(6):
+        alone = cached_attention(q[:, t : t + 1], k_BKHS, v_BKSH, positions_BT[:, t : t + 1], positions_BT)
+        assert alone.dtype == dtype
+        # the probabilities of many queries are rounded to bfloat16, and so are both outputs
+        tolerance = 1e-6 if dtype == jnp.float32 else 0.01
+        pair = (np.asarray(x, np.float32) for x in (alone[:, 0], together[:, t]))
+        np.testing.assert_allclose(*pair, rtol=tolerance, atol=tolerance)
 
 
 def abstract_mesh(platform, **sizes):

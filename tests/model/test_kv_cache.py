@@ -61,6 +61,17 @@ def test_left_padded_prompts_then_single_tokens_equal_the_whole_pass(name):
 
 def test_new_cache_is_empty_and_has_the_dtype_asked_for():
     cache = KVCache.create(MODELS["dense"], 2, 5, jnp.bfloat16)
-    assert [(k.shape, v.shape) for k, v in cache.layers] == [((2, 2, 5, 8), (2, 2, 5, 8))] * 2
-    assert cache.layers[0].k_BKSH.dtype == jnp.bfloat16
+    assert [(k.shape, v.shape) for k, v in cache.layers] == [((2, 2, 8, 5), (2, 2, 5, 8))] * 2
+    assert cache.layers[0].k_BKHS.dtype == jnp.bfloat16
     assert cache.positions_BS.tolist() == [[-1] * 5] * 2
+
+
+def test_more_slots_are_empty_and_keep_what_was_there():
+    config, rng = MODELS["dense"], np.random.default_rng(0)
+    k_BTKH, v_BTKH = jnp.asarray(rng.standard_normal((2, 2, 3, 2, 8)), jnp.float32)
+    small, large = (KVCache.create(config, 2, slots).layers[0] for slots in (5, 9))
+    grown, expected = small.write(k_BTKH, v_BTKH, 1).grow(4), large.write(k_BTKH, v_BTKH, 1)
+    np.testing.assert_array_equal(grown.k_BKHS, expected.k_BKHS)
+    np.testing.assert_array_equal(grown.v_BKSH, expected.v_BKSH)
+    cache = KVCache.create(config, 2, 5).write_positions(jnp.array([[0, 1], [-1, 0]]), 2).grow(9)
+    assert cache.positions_BS.tolist() == [[-1, -1, 0, 1, *[-1] * 5], [-1, -1, -1, 0, *[-1] * 5]]
