@@ -25,12 +25,15 @@ def read_torch(path: str | Path) -> dict[str, StoredTensor]:
     torch, path = _import_torch(), Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        if not file.read(2).startswith((b"PK", b"\x80")):  # a zip archive, or a pickle as torch once saved
+            raise UserError(f"{path}: not a PyTorch file; from-torch reads a state dict saved by torch.save")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: refused, because it holds more than tensors and plain values and could run code when loaded; "
-            f"save a state dict instead ({str(error).splitlines()[0]})"
+            "save a state dict instead"
         ) from error
     except Exception as error:  # torch raises whatever a damaged file makes its reader raise
         raise UserError(f"{path}: not a complete PyTorch file ({error})") from error

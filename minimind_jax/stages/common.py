@@ -38,11 +38,16 @@ LENGTH_FIELDS = {"training.steps", "training.epochs", "training.tokens"}
 def start_run(config: PretrainConfig) -> RunFolder:
     """Joins the run's processes, turns on the compilation cache, and makes the run's folder.
 
-    Raises UserError when `config.resume` does not allow what the folder holds.
+    Raises UserError when `config.resume` does not allow what the folder holds, or it is a Hugging Face model itself.
     """
     initialize_distributed()
     enable_compilation_cache()
     run = RunFolder(resolve_run(config.run))
+    if (run.path / "config.json").is_file() and (run.path / "tokenizer.json").is_file():
+        raise UserError(
+            f"{run.path} is a Hugging Face model, not the folder of a run; choose another run name (with --init_from "
+            f"{run.path} to start from that model)"
+        )
     run.check_resume(config.resume)
     check_settings(run, config)
     run.create()

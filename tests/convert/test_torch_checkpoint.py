@@ -100,12 +100,21 @@ class _Attack:
 def test_code_in_a_file_is_not_run(save, make_model, tmp_path):
     state = {**state_dict(*make_model("dense")), "model.extra": _Attack(tmp_path / "owned")}
     save(state, tmp_path / "bad.pth")
-    with pytest.raises(UserError, match=r"bad\.pth: refused, because it holds more than tensors"):
+    with pytest.raises(UserError, match=r"bad\.pth: refused, because it holds more than tensors") as caught:
         from_torch(tmp_path / "bad.pth", tmp_path / "model", None)
+    assert "weights_only" not in str(caught.value)  # PyTorch's own advice is to load it unsafely
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.pth"]
     with contextlib.suppress(RuntimeError):  # a bare pickle is no PyTorch file, which it finds out after running it
         torch.load(tmp_path / "bad.pth", weights_only=False)
     assert (tmp_path / "owned").exists(), "the attack itself does not work, so nothing was tested"
+
+
+@pytest.mark.parametrize("content", [b"", b"A letter, no weights.\n"])
+def test_file_that_is_not_from_torch_is_told(content, tmp_path):
+    (tmp_path / "letter.pth").write_bytes(content)
+    with pytest.raises(UserError, match=r"letter\.pth: not a PyTorch file") as caught:
+        from_torch(tmp_path / "letter.pth", tmp_path / "model", None)
+    assert "weights_only" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,14 @@ def test_a_finished_run_without_checkpoints_is_not_trained_over(copy, capsys):
     assert run.metrics_file.read_bytes() == before
 
 
+def test_a_model_folder_is_not_trained_in(whole, config, tmp_path):
+    folder = str(shutil.copytree(whole.model, tmp_path / "model"))
+    before = sorted(os.listdir(folder))
+    with pytest.raises(UserError, match=r"model is a Hugging Face model, not the folder of a run"):
+        pretrain(dataclasses.replace(config, run=folder, init_from=folder))
+    assert sorted(os.listdir(folder)) == before
+
+
 @pytest.mark.parametrize("step", [15, 24])
 def test_a_run_cut_off_between_save_and_evaluation_ends_as_if_it_had_not_been(whole, config, tmp_path, step):
     path = tmp_path / "cut"
