@@ -3,16 +3,14 @@
 Each command imports what it needs when it runs, so that help and mistakes in the arguments answer at once.
 """
 
-import argparse
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from minimind_jax import __version__, settings
+from minimind_jax import tool_commands as tools
 from minimind_jax.errors import UserError
-from minimind_jax.inference.config import ChatConfig, GenerateConfig
 from minimind_jax.stages import STAGES
 
 # Flags of every stage that say which of several processes this is, and where `initialize_distributed` looks for them.
@@ -21,8 +19,6 @@ PROCESS_FLAGS = {
     "--num_processes": "JAX_NUM_PROCESSES",
     "--process_id": "JAX_PROCESS_ID",
 }
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Command(NamedTuple):
@@ -136,268 +132,31 @@ def _demo(prog: str, argv: Sequence[str]) -> int:
     return run_demo(argv)
 
 
-# Tools ----------------------------------------------------------------------------------------------------------------
-
-
-def _arguments(prog: str, description: str, argv: Sequence[str], *arguments: tuple[str, dict]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=prog, description=description)
-    for flag, options in arguments:
-        parser.add_argument(flag, **options)
-    return parser.parse_args(argv)
-
-
-def _row_length(text: str) -> int:
-    if not text.isdigit() or int(text) < 4:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of tokens; at least 4")
-    return int(text)
-
-
-def _above_zero(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return number
-
-
-def _switch(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
-    return text == "true"
-
-
-def _checkpoint(text: str) -> str:
-    if text not in ("newest", "best") and not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text} is neither newest, best nor a step")
-    return text
-
-
-SHARDS = ("--max_shard_bytes", {"type": _above_zero, "default": 5e9, "help": "a larger model is split (default: 5e9)"})
-
-
-def _from_hf(prog: str, argv: Sequence[str]) -> None:
-    args = _arguments(
-        prog,
-        "checks a MiniMind-3, Qwen3 or Qwen3-MoE folder and writes it in the form that training starts from",
-        argv,
-        ("source", {"help": "a Hugging Face folder"}),
-        ("output", {"help": "the folder to write"}),
-        ("--dtype", {"choices": DTYPES, "help": "of the tensors; the source's unless given"}),
-        ("--tokenizer", {"help": "a folder with tokenizer.json; the source's unless given"}),
-        SHARDS,
-    )
-    from minimind_jax.convert.hf import from_hf
-
-    from_hf(args.source, args.output, args.dtype, args.tokenizer, args.max_shard_bytes)
-    print(f"wrote {args.output}")
-
-
-def _to_hf(prog: str, argv: Sequence[str]) -> None:
-    args = _arguments(
-        prog,
-        "writes a run's model, one of its checkpoints, or any model folder as a Hugging Face folder",
-        argv,
-        ("source", {"help": "a run's folder or a Hugging Face folder"}),
-        ("output", {"help": "the folder to write"}),
-        (
-            "--checkpoint",
-            {"type": _checkpoint, "metavar": "newest|best|STEP", "help": "of the run, in place of its model/"},
-        ),
-        (
-            "--dtype",
-            {"choices": DTYPES, "help": "of the tensors (default: bfloat16; the run's export_dtype for a checkpoint)"},
-        ),
-        SHARDS,
-    )
-    if args.checkpoint:
-        from minimind_jax.stages.export import export_checkpoint
-
-        step = export_checkpoint(args.source, args.output, args.checkpoint, args.dtype, args.max_shard_bytes)
-        print(f"wrote {args.output}, step {step} of {args.source}")
-        return
-    from minimind_jax.convert.hf import to_hf
-    from minimind_jax.folders import resolve_model_folder
-
-    source = resolve_model_folder(args.source, "source")
-    to_hf(source, args.output, args.dtype or "bfloat16", args.max_shard_bytes)
-    print(f"wrote {args.output}")
-
-
-def _from_torch(prog: str, argv: Sequence[str]) -> None:
-    args = _arguments(
-        prog,
-        "turns a MiniMind .pth into a Hugging Face folder; pickled code in it is never run",
-        argv,
-        ("source", {"help": "MiniMind's .pth file"}),
-        ("output", {"help": "the folder to write"}),
-        ("--tokenizer", {"required": True, "help": "a folder with tokenizer.json, such as MiniMind's model/"}),
-        ("--dtype", {"choices": DTYPES, "default": "float16", "help": "of the tensors (default: float16, as stored)"}),
-        SHARDS,
-        ("--rope_theta", {"type": _above_zero, "help": "if it is not 1e6"}),
-        ("--max_position_embeddings", {"type": int, "help": "if it is not 32768"}),
-        ("--rms_norm_eps", {"type": _above_zero, "help": "if it is not 1e-6"}),
-        ("--num_experts_per_tok", {"type": int, "help": "if it is not 1"}),
-        ("--norm_topk_prob", {"type": _switch, "metavar": "true|false", "help": "if it is not true"}),
-        (
-            "--inference_rope_scaling",
-            {"action": "store_true", "help": "extend the context with YaRN (factor 16), as MiniMind's switch does"},
-        ),
-    )
-    from minimind_jax.convert.hf_config import MINIMIND_YARN
-    from minimind_jax.convert.torch_checkpoint import from_torch
-
-    # What the tensors' shapes do not tell.
-    unseen = ("rope_theta", "max_position_embeddings", "rms_norm_eps", "num_experts_per_tok", "norm_topk_prob")
-    overrides = {name: getattr(args, name) for name in unseen if getattr(args, name) is not None}
-    if args.inference_rope_scaling:
-        overrides["rope_scaling"] = MINIMIND_YARN
-    from_torch(args.source, args.output, args.tokenizer, args.dtype, args.max_shard_bytes, overrides)
-    print(f"wrote {args.output}")
-
-
-def _to_torch(prog: str, argv: Sequence[str]) -> None:
-    args = _arguments(
-        prog,
-        "writes a model as the .pth that MiniMind's own scripts load",
-        argv,
-        ("source", {"help": "a run's folder or a Hugging Face folder"}),
-        ("output", {"help": "the .pth file to write"}),
-    )
-    from minimind_jax.convert.torch_checkpoint import to_torch
-    from minimind_jax.folders import resolve_model_folder
-
-    to_torch(resolve_model_folder(args.source, "source"), args.output)
-    print(f"wrote {args.output}")
-
-
-def _inspect(prog: str, argv: Sequence[str]) -> None:
-    args = _arguments(
-        prog,
-        "shows records as the model sees them, the trained tokens coloured, then counts, lengths and packing",
-        argv,
-        ("files", {"nargs": "+", "metavar": "FILE", "help": "files, folders or globs of records"}),
-        ("--tokenizer", {"required": True, "help": "a folder with tokenizer.json"}),
-        ("--kind", {"choices": ("text", "conversation"), "help": "found from the first record unless given"}),
-        ("--rows", {"type": int, "default": 3, "help": "records shown (default: 3)"}),
-        ("--seq_len", {"type": _row_length, "default": 512, "help": "tokens in a row, for the packing (default: 512)"}),
-        ("--seed", {"type": int, "default": 42, "help": "of the template's draws and the packing (default: 42)"}),
-    )
-    from minimind_jax.config import DataConfig
-    from minimind_jax.data.inspect import inspect
-    from minimind_jax.data.tokenizer import Tokenizer
-
-    data = DataConfig(seq_len=args.seq_len)
-    inspect(args.files, Tokenizer.load(args.tokenizer), data, args.kind, args.rows, args.seed)
-
-
-def _download(prog: str, argv: Sequence[str]) -> None:
-    args = _arguments(
-        prog,
-        "downloads MiniMind's public data; HF_ENDPOINT and MODELSCOPE_ENDPOINT name mirrors",
-        argv,
-        ("what", {"nargs": "*", "default": ["mini"], "help": "mini (the default), all, or names of files"}),
-        ("--target", {"default": "data", "help": "the folder to write (default: data)"}),
-        ("--source", {"choices": ("huggingface", "modelscope"), "default": "huggingface", "help": "where from"}),
-    )
-    from minimind_jax.data.download import download
-
-    for path in download(args.what, args.target, args.source):
-        print(path)
-
-
-def _cache(prog: str, argv: Sequence[str]) -> None:
-    args = _arguments(
-        prog,
-        "lists the caches of tokenised data, or removes them; one that a run has open is never removed",
-        argv,
-        (
-            "--clear",
-            {
-                "nargs": "?",
-                "const": "all",
-                "choices": ("all", "stale"),
-                "help": "remove all (the default), or those whose files have changed or gone",
-            },
-        ),
-        ("--days", {"type": float, "default": 0, "help": "only those not used for so many days (default: 0)"}),
-        ("--cache_dir", {"default": "", "help": "where they are, unless $MINIMIND_CACHE or ~/.cache/minimind_jax"}),
-    )
-    from minimind_jax.data.cache_command import show_caches
-
-    show_caches(args.cache_dir, args.clear, args.days)
-
-
-def _chat(prog: str, argv: Sequence[str]) -> None:
-    config = settings.load_settings(ChatConfig, argv, prog)
-    from minimind_jax.inference import chat
-
-    chat.run(config)
-
-
-def _generate(prog: str, argv: Sequence[str]) -> None:
-    config = settings.load_settings(GenerateConfig, argv, prog)
-    from minimind_jax.inference import generate_command
-
-    generate_command.run(config)
-
-
-def _perplexity(prog: str, argv: Sequence[str]) -> None:
-    args = _arguments(
-        prog,
-        "perplexity and bits per byte of a model on text, or on the assistant's words of conversations",
-        argv,
-        ("files", {"nargs": "+", "metavar": "FILE", "help": "files, folders or globs of records"}),
-        ("--model", {"required": True, "help": "a Hugging Face folder, or a run whose model/ is meant"}),
-        ("--seq_len", {"type": _row_length, "help": "tokens in a row (default: 512, or the model's context)"}),
-        ("--kind", {"choices": ("text", "conversation"), "default": "text", "help": "of the records (default: text)"}),
-        ("--max_rows", {"type": int, "default": 0, "help": "rows evaluated at most; 0 for all (the default)"}),
-    )
-    from minimind_jax.evaluate.perplexity import evaluate_perplexity
-
-    found = evaluate_perplexity(args.model, args.files, args.seq_len, kind=args.kind, max_rows=args.max_rows)
-    print(
-        f"{found.tokens:,} tokens: loss {found.nll:.4f}, perplexity {found.perplexity:.3f}, "
-        f"bits per byte {found.bits_per_byte:.4f}"
-    )
-
-
-def _plan(prog: str, argv: Sequence[str]) -> None:
-    from minimind_jax.plan import command
-
-    command.run(prog, argv)
-
-
-def _report(prog: str, argv: Sequence[str]) -> None:
-    args = _arguments(
-        prog,
-        "writes report.md and loss.png of a run, finished or not",
-        argv,
-        ("run_name", {"metavar": "RUN", "help": "a run's name or folder"}),
-    )
-    from minimind_jax.folders import resolve_run
-    from minimind_jax.training.report import write_report
-
-    print(f"wrote {write_report(resolve_run(args.run_name))}")
-
-
 COMMANDS = {
     "demo": Command("a small model learns from real text on this machine, and answers", _demo),
     "tokenizer": Command("train a byte-level BPE tokenizer", _stage("tokenizer")),
     "pretrain": Command("next-token training on plain text", _stage("pretrain")),
     "sft": Command("supervised fine-tuning on conversations", _stage("sft")),
+    "dpo": Command("learn from pairs of answers, chosen and rejected", _stage("dpo")),
+    "distill": Command("learn from a larger model's probabilities", _stage("distill")),
+    "reward": Command("train a model that scores answers", _stage("reward")),
+    "classify": Command("train a classifier of texts", _stage("classify")),
     "pipeline": Command("stages in order from one file; skips what is done, resumes what was cut off", _pipeline),
-    "data inspect": Command("records as the model sees them, counts, lengths, packing", _inspect),
-    "data download": Command("MiniMind's public data files", _download),
-    "data cache": Command("caches of tokenised data: list, remove", _cache),
-    "chat": Command("talk with a model in the terminal", _chat),
-    "generate": Command("answers to prompts, or to every record of a file", _generate),
-    "evaluate perplexity": Command("how well a model predicts text or answers", _perplexity),
-    "convert from-hf": Command("a Hugging Face model as a starting point", _from_hf),
-    "convert to-hf": Command("a run's model or checkpoint, in any dtype or shard size", _to_hf),
-    "convert from-torch": Command("a MiniMind .pth as a Hugging Face folder", _from_torch),
-    "convert to-torch": Command("a model as a MiniMind .pth", _to_torch),
-    "plan": Command("memory, time and price of a run on a GPU or TPU that need not be there", _plan),
-    "report": Command("report.md and loss.png of a run", _report),
+    "data inspect": Command("records as the model sees them, counts, lengths, packing", tools.inspect_command),
+    "data download": Command("MiniMind's public data files", tools.download_command),
+    "data cache": Command("caches of tokenised data: list, remove", tools.cache_command),
+    "chat": Command("talk with a model in the terminal", tools.chat_command),
+    "generate": Command("answers to prompts, or to every record of a file", tools.generate_command),
+    "classify predict": Command("labels for the texts of a file or of the standard input", tools.predict_command),
+    "score": Command("a reward model's scores for the conversations of a file", tools.score_command),
+    "evaluate perplexity": Command("how well a model predicts text or answers", tools.perplexity_command),
+    "evaluate choices": Command("multiple choice: how often the right choice is the likeliest", tools.choices_command),
+    "evaluate lm-eval": Command("EleutherAI's harness, with --model minimind_jax", tools.lm_eval_command),
+    "convert from-hf": Command("a Hugging Face model as a starting point", tools.from_hf_command),
+    "convert to-hf": Command("a run's model or checkpoint, in any dtype or shard size", tools.to_hf_command),
+    "convert from-torch": Command("a MiniMind .pth as a Hugging Face folder", tools.from_torch_command),
+    "convert to-torch": Command("a model as a MiniMind .pth", tools.to_torch_command),
+    "convert merge-lora": Command("an adapter and its base model as one model", tools.merge_lora_command),
+    "plan": Command("memory, time and price of a run on a GPU or TPU that need not be there", tools.plan_command),
+    "report": Command("report.md and loss.png of a run", tools.report_command),
 }

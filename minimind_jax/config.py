@@ -11,7 +11,8 @@ from minimind_jax.model.config import PRESETS, ComputeConfig, ModelConfig, RopeS
 DEFAULT_PRESET = "minimind-3"
 
 
-def _at_least(owner, minimum, *names):
+def at_least(owner, minimum: float, *names: str) -> None:
+    """Raises ValueError when one of these fields is set and below the minimum."""
     for name in names:
         value = getattr(owner, name)
         if value is not None and value < minimum:
@@ -127,8 +128,8 @@ class DataConfig:
     redraw_each_epoch: bool = False
 
     def __post_init__(self):
-        _at_least(self, 4, "seq_len")
-        _at_least(self, 0, "tokenizer_workers", "loader_workers")
+        at_least(self, 4, "seq_len")
+        at_least(self, 0, "tokenizer_workers", "loader_workers")
         for name in ("val_fraction", "system_prompt_probability", "empty_think_removal"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be between 0 and 1")
@@ -151,6 +152,8 @@ class TrainingConfig:
     log_every: steps between two lines of metrics.
     eval_every, sample_every: in steps; 0 for never. The last step always evaluates.
     eval_rows: validation rows used at most; 0 for all.
+    patience: evaluations without a lower validation loss after which the run ends; the model written is then that of
+        the lowest. A checkpoint is saved at every evaluation. 0 for never.
     stop_on_nan: stop with the last good checkpoint kept when the loss or the gradient is not finite.
     profile_steps: steps traced into the run's profile/, for Perfetto and XProf; 0 for none.
     profile_start: steps before the trace; the first compiles.
@@ -167,6 +170,7 @@ class TrainingConfig:
     eval_every: int = 200
     eval_rows: int = 256
     sample_every: int = 0
+    patience: int = 0
     stop_on_nan: bool = True
     profile_steps: int = 0
     profile_start: int = 5
@@ -178,9 +182,9 @@ class TrainingConfig:
         for name in given:
             if getattr(self, name) <= 0:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; it must be above 0")
-        _at_least(self, 1, "batch_tokens", "accumulation_steps", "log_every")
-        _at_least(self, 0, "eval_every", "eval_rows", "sample_every", "max_grad_norm", "z_loss")
-        _at_least(self, 0, "profile_steps", "profile_start")
+        at_least(self, 1, "batch_tokens", "accumulation_steps", "log_every")
+        at_least(self, 0, "eval_every", "eval_rows", "sample_every", "patience", "max_grad_norm", "z_loss")
+        at_least(self, 0, "profile_steps", "profile_start")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,10 +222,53 @@ class OptimizerConfig:
     decay_fraction: float = 0.2
 
     def __post_init__(self):
-        _at_least(self, 0, "learning_rate", "weight_decay", "warmup_steps")
+        at_least(self, 0, "learning_rate", "weight_decay", "warmup_steps")
         for name in ("b1", "b2", "momentum", "final_fraction", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters (LoRA, arXiv 2106.09685): only they are trained, saved and held in the optimizer.
+
+    rank: of the adapters; 0 trains the model itself.
+    alpha: the adapters' output is scaled by alpha / rank; null takes 2 * rank.
+    rslora: scaled by alpha / sqrt(rank) instead (arXiv 2312.03732).
+    dropout: of the adapters' input, in training only.
+    targets: projections that get one: `all-linear`, `minimind` (q_proj and o_proj), names (q_proj,
+        layers.3.mlp.up_proj) or regular expressions.
+    ranks: other ranks for some of them, as PATTERN=RANK: layers.7=32, or v_proj=4.
+    base_dtype: of the matrices that stay as they are; `auto` is bfloat16 where the run computes in it.
+    """
+
+    rank: int = 0
+    alpha: float | None = None
+    rslora: bool = False
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("all-linear",)
+    ranks: tuple[str, ...] = ()
+    base_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self):
+        at_least(self, 0, "rank")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ValueError(f"lora.alpha is {self.alpha}; it must be above 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout is {self.dropout}; it must be at least 0 and below 1")
+        if self.rank and not self.targets:
+            raise ValueError("lora.targets is empty; name a projection, or all-linear")
+        self.own_ranks()
+
+    def own_ranks(self) -> dict[str, int]:
+        """`ranks` as pattern -> rank."""
+        found = {}
+        for text in self.ranks:
+            pattern, _, rank = text.rpartition("=")
+            if not pattern or not rank.isdigit() or not int(rank):
+                raise ValueError(f"lora.ranks has {text!r}; expected PATTERN=RANK with a rank of at least 1: v_proj=4")
+            found[pattern] = int(rank)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,8 +285,8 @@ class CheckpointConfig:
     keep_best: bool = True
 
     def __post_init__(self):
-        _at_least(self, 0, "every")
-        _at_least(self, 1, "keep")
+        at_least(self, 0, "every")
+        at_least(self, 1, "keep")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,6 +368,7 @@ class PretrainConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
@@ -374,5 +422,5 @@ class TokenizerConfig:
     on_error: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self):
-        _at_least(self, 36 + 256, "vocab_size")
-        _at_least(self, 0, "max_records")
+        at_least(self, 36 + 256, "vocab_size")
+        at_least(self, 0, "max_records")

@@ -8,6 +8,18 @@ from minimind_jax.paths import as_path, local_folder
 
 RUNS = Path("runs")
 
+ADAPTER_CONFIG = "adapter_config.json"  # what makes a folder a low-rank adapter, as peft writes them
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder holds a model: a Hugging Face one, or an adapter of one."""
+    return any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a low-rank adapter and no whole model."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
 
 def resolve_run(name: str) -> Path:
     """The folder of the run `name`: runs/NAME for a bare name; a path (with a separator, or `.`) is kept."""
@@ -18,8 +30,8 @@ def resolve_run(name: str) -> Path:
 
 
 def resolve_model_folder(name: str, setting: str = "model") -> Path:
-    """The Hugging Face folder that `name` means: the folder itself, or the model/ of a run (name or path); of one in
-    an object store, a copy on this machine.
+    """The folder of the model, or of the adapter, that `name` means: the folder itself, or the model/ of a run (name
+    or path); of one in an object store, a copy on this machine.
 
     setting: what the user gave the name as, for the message.
 
@@ -29,7 +41,7 @@ def resolve_model_folder(name: str, setting: str = "model") -> Path:
     folder, run = as_path(name).expanduser(), resolve_run(name)
     places = list(dict.fromkeys([folder, folder / "model", run / "model"]))
     for place in places:
-        if (place / "config.json").is_file():
+        if holds_model(place):
             return local_folder(place)
     for unfinished in (run, folder):
         if (unfinished / "config.yaml").is_file():

@@ -30,7 +30,7 @@ from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.seeds import named_key
 from minimind_jax.sharding import init_params, make_mesh, shard_batch
 from minimind_jax.training.program import make_program
-from minimind_jax.training.state import create_state
+from minimind_jax.training.state import Parameters, create_state
 
 
 def our_batches(settings: dict, config: PretrainConfig):
@@ -60,9 +60,9 @@ def serve_ours(settings: dict) -> None:
         ModelConfig(hidden_size=settings["hidden_size"], num_hidden_layers=settings["layers"], **shape), config.compute
     )
     mesh = make_mesh(config.mesh)
-    program = make_program(config, model, make_language_model_loss(model), mesh, 10**6)
-    params = init_params(model, named_key(0, "init"), mesh)
-    state = create_state(params, program.optimizer, program.shardings)
+    parameters = Parameters.of(model, lambda: init_params(model, named_key(0, "init"), mesh))
+    program = make_program(config, parameters, make_language_model_loss(model), mesh, 10**6)
+    state = create_state(parameters.load(), program.optimizer, program.shardings)
     batches = our_batches(settings, config)
 
     def train(steps: int) -> dict:

@@ -4,19 +4,18 @@ A folder holds `config.json`, `generation_config.json`, `model.safetensors` (or 
 It appears, or replaces an older one, in one step when it is complete.
 """
 
-import contextlib
 import dataclasses
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-
-from minimind_jax.convert.hf_config import from_hf_config, to_generation_config, to_hf_config
+from minimind_jax.convert.hf_config import (
+    from_hf_config,
+    head_config,
+    read_labels,
+    to_generation_config,
+    to_hf_config,
+)
 from minimind_jax.convert.hf_weights import (
     StoredTensor,
     check_dtype,
@@ -25,14 +24,23 @@ from minimind_jax.convert.hf_weights import (
     read_safetensors,
     write_safetensors,
 )
+from minimind_jax.convert.replace import read_json, replacing, write_json
 from minimind_jax.convert.torch_file import read_torch
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
+from minimind_jax.folders import holds_model
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.transformer import Params
-from minimind_jax.paths import absolute, as_path, is_remote, local_folder, upload_folder
+from minimind_jax.paths import absolute, as_path, local_folder
 
 MAX_SHARD_BYTES = 5e9
+
+
+class Labels(NamedTuple):
+    """Of a model with a head of scores: their names, and whether a text may have several of them."""
+
+    names: tuple[str, ...]
+    several: bool = False
 
 
 def save_hf(
@@ -43,12 +51,14 @@ def save_hf(
     dtype: str = "bfloat16",
     max_shard_bytes: float = MAX_SHARD_BYTES,
     generation_config: Mapping[str, Any] | None = None,
+    labels: Labels | None = None,
 ) -> Path:
     """Writes a model as a Hugging Face folder; an older model there is replaced only when the new one is complete.
 
     dtype: float32, bfloat16 or float16, of all tensors. tokenizer: its files are copied, and its ids of the begin, end
     and padding tokens go into the configuration. max_shard_bytes: larger weights are cut into several files.
     generation_config: sampling settings of the model this one comes from; None writes MiniMind's.
+    labels: of the head of scores that `params` has; None for a language model.
     Besides `params` about one shard is held in memory.
 
     Raises:
@@ -58,9 +68,11 @@ def save_hf(
     folder = as_path(folder)
     check_dtype(dtype)
     config = _with_token_ids(config, tokenizer)
-    with _replacing(folder) as partial:
-        _write_json(partial / "config.json", to_hf_config(config, dtype))
-        _write_json(partial / "generation_config.json", to_generation_config(config, generation_config))
+    with replacing(folder) as partial:
+        headed = head_config(config, labels.names, labels.several) if labels else {}
+        write_json(partial / "config.json", {**to_hf_config(config, dtype), **headed})
+        if not labels:
+            write_json(partial / "generation_config.json", to_generation_config(config, generation_config))
         if tokenizer is not None:
             tokenizer.save(partial)
             _make_readable_by_transformers_4(partial / "tokenizer_config.json")
@@ -109,7 +121,8 @@ def from_hf(
         Tokenizer.load(tokenizer or source),
         dtype,
         max_shard_bytes,
-        generation_config=_read_json(generation_file) if generation_file.is_file() else None,
+        generation_config=read_json(generation_file) if generation_file.is_file() else None,
+        labels=load_labels(source),
     )
     return config
 
@@ -122,7 +135,7 @@ def to_hf(
 ) -> ModelConfig:
     """Writes a model, or the `model/` of a run's folder, again with another dtype or size of shards."""
     source = as_path(run_or_folder)
-    if not (source / "config.json").is_file() and (source / "model" / "config.json").is_file():
+    if not holds_model(source) and holds_model(source / "model"):
         source = source / "model"
     return from_hf(source, output, dtype, max_shard_bytes=max_shard_bytes)
 
@@ -142,85 +155,33 @@ def _with_token_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelCo
 def _make_readable_by_transformers_4(tokenizer_config: Path):
     """Undoes what transformers 5 writes when it saves a tokenizer anew and 4 cannot load: a class that 4 does not have,
     and a list where 4 wants a dict."""
-    values = _read_json(tokenizer_config)
+    values = read_json(tokenizer_config)
     if values.get("tokenizer_class") != "TokenizersBackend":
         return
     values["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(values.get("extra_special_tokens"), list):
         values["additional_special_tokens"] = values.pop("extra_special_tokens")
-    _write_json(tokenizer_config, values)
+    write_json(tokenizer_config, values)
+
+
+def read_hf_config(folder: str | Path) -> ModelConfig:
+    """The configuration of a Hugging Face folder. Raises UserError when it has none, or one that is not supported."""
+    file = local_folder(as_path(folder)) / "config.json"
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; expected a Hugging Face model folder")
+    return from_hf_config(read_json(file), str(file))
+
+
+def load_labels(folder: str | Path) -> Labels | None:
+    """Of the model with a head of scores in a folder; None for a language model."""
+    found = read_labels(read_json(local_folder(as_path(folder)) / "config.json"))
+    return found and Labels(*found)
 
 
 def _open_hf(folder: Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder / 'config.json'}: no such file; expected a Hugging Face model folder")
-    config = from_hf_config(_read_json(folder / "config.json"), str(folder / "config.json"))
+    config = read_hf_config(folder)
     if any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
         return config, read_safetensors(folder)
     if (folder / "pytorch_model.bin").exists():  # how MiniMind writes its own architecture
         return config, read_torch(folder / "pytorch_model.bin")
     raise UserError(f"{folder}: neither model.safetensors, model.safetensors.index.json nor pytorch_model.bin is there")
-
-
-@contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder` that takes its place at the end, or vanishes if the body fails."""
-    if is_remote(folder):
-        with _uploading(folder) as partial:
-            yield partial
-        return
-    folder = folder.resolve()  # through a link, and with a name of its own if it was given as "."
-    if folder.exists() and not (folder.is_dir() and ((folder / "config.json").exists() or not any(folder.iterdir()))):
-        raise UserError(f"{folder} exists and is not a model folder (no config.json); choose another output")
-    partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        if old.exists() and not folder.exists():  # a kill between the two renames below
-            old.rename(folder)
-        partial.mkdir(parents=True)
-        yield partial
-        for file in partial.iterdir():
-            _flush_to_disk(file)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        kept = "; the older model there is unchanged" if folder.exists() else ""
-        raise UserError(f"{folder}: the model could not be written: {reason}{kept}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _uploading(folder: Path) -> Iterator[Path]:
-    """An empty folder on this machine whose files replace those of `folder`, in an object store, at the end."""
-    if folder.is_dir() and not (folder / "config.json").exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and is not a model folder (no config.json); choose another output")
-    try:
-        with tempfile.TemporaryDirectory(prefix="minimind-") as partial:
-            yield Path(partial)
-            upload_folder(Path(partial), folder, last="config.json")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: the model could not be written: {error}") from error
-
-
-def _flush_to_disk(file: Path):
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
-
-
-def _write_json(path: Path, values: Mapping[str, Any]):
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@ theta 10000 when there are only `rope_parameters`). So both spellings of each ar
 `rope_theta` and `rope_parameters`, `num_experts` and `num_local_experts`, `torch_dtype` and `dtype`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minimind_jax.errors import UserError
@@ -16,6 +16,8 @@ ARCHITECTURES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "minimind": "MiniMindForCausalLM",
 }
+# With a head of scores in place of the language model's: reward models and classifiers.
+HEADED = {"qwen3": "Qwen3ForSequenceClassification", "qwen3_moe": "Qwen3MoeForSequenceClassification"}
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -112,6 +114,30 @@ def _extended_context(scaling: RopeScaling) -> int:
     return int(scaling.original_max_position_embeddings * scaling.factor)
 
 
+def head_config(config: ModelConfig, labels: Sequence[str], several: bool) -> dict[str, Any]:
+    """What the `config.json` of a model with a head of scores has beside and instead of the language model's.
+
+    labels: of the scores. several: a text may have any number of them.
+    """
+    kind = "multi_label_classification" if several else "single_label_classification"
+    return {
+        "architectures": [HEADED["qwen3_moe" if config.is_moe else "qwen3"]],
+        "num_labels": len(labels),
+        "id2label": {str(number): label for number, label in enumerate(labels)},
+        "label2id": {label: number for number, label in enumerate(labels)},
+        "problem_type": kind if len(labels) > 1 else "regression",
+    }
+
+
+def read_labels(values: Mapping[str, Any]) -> tuple[tuple[str, ...], bool] | None:
+    """(labels, whether a text may have several) of the `config.json` of a model with a head of scores; else None."""
+    if not set(values.get("architectures") or ()) & set(HEADED.values()):
+        return None
+    labels = {int(number): str(label) for number, label in (values.get("id2label") or {}).items()}
+    several = values.get("problem_type") == "multi_label_classification"
+    return tuple(labels[number] for number in sorted(labels)), several
+
+
 def to_generation_config(config: ModelConfig, source: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The `generation_config.json`: the model's token ids and either `source`'s settings or MiniMind's sampling."""
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -186,7 +212,9 @@ def _refuse_unsupported(values: Mapping[str, Any], where: str):
         "decoder_sparse_step": values.get("decoder_sparse_step", 1) != 1,
         "partial_rotary_factor": values.get("partial_rotary_factor") not in (None, 1.0),
         "quantization_config": bool(values.get("quantization_config")),
-        "architectures": any(name not in ARCHITECTURES.values() for name in values.get("architectures") or ()),
+        "architectures": any(
+            name not in (*ARCHITECTURES.values(), *HEADED.values()) for name in values.get("architectures") or ()
+        ),
     } | {name: bool(value) for name, value in values.items() if "shared_expert" in name}
     for name, bad in refused.items():
         if bad:

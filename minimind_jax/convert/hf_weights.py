@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import ModelConfig
+from minimind_jax.model.heads import SCORE
 from minimind_jax.model.transformer import LanguageModel, Params
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -51,7 +52,8 @@ class StoredTensor:
 
 
 def hf_tensors(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
-    """Every tensor of the checkpoint under its Hugging Face name and in torch's layout, without a copy.
+    """Every tensor of the checkpoint under its Hugging Face name and in torch's layout, without a copy; of a model with
+    a head of scores (see `model.heads`) that head in place of the language model's.
 
     The values are views of `params`, writable if those are NumPy arrays. There is no `lm_head.weight` in a tied model.
     """
@@ -65,7 +67,9 @@ def hf_tensors(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
             tensors[f"{prefix}.{name}"] = array.T if path[-1] == "kernel" else array
         tensors |= {f"{prefix}.mlp.{name}": array for name, array in _mlp_tensors(config, layers["mlp"], layer)}
     tensors["model.norm.weight"] = host["norm"]["scale"]
-    if not config.tie_word_embeddings:
+    if SCORE in host:
+        tensors["score.weight"] = host[SCORE]["kernel"].T
+    elif not config.tie_word_embeddings:
         tensors["lm_head.weight"] = host["lm_head"]["kernel"].T
     return tensors
 
@@ -98,6 +102,8 @@ def params_from_hf(config: ModelConfig, stored: Mapping[str, StoredTensor], wher
     """
     stored = _unfuse_experts(stored)
     params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), LanguageModel(config).abstract_params())
+    if "score.weight" in stored:
+        params[SCORE] = {"kernel": np.empty(stored["score.weight"].shape[::-1], np.float32)}
     views = hf_tensors(config, params)
     if config.tie_word_embeddings and "lm_head.weight" in stored:
         _check_tied_head(stored, where)
@@ -208,7 +214,7 @@ def _plan_shards(sizes: Mapping[str, int], max_shard_bytes: float) -> list[list[
 def read_safetensors(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of `model.safetensors` or of the shards that `model.safetensors.index.json` names."""
     if (folder / "model.safetensors").exists():
-        return _read_file(folder / "model.safetensors")
+        return read_safetensors_file(folder / "model.safetensors")
     index = folder / "model.safetensors.index.json"
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -218,11 +224,16 @@ def read_safetensors(folder: Path) -> dict[str, StoredTensor]:
     for file in sorted(set(weight_map.values())):
         if not (folder / file).exists():
             raise UserError(f"{folder / file}: no such file, but {index.name} names it; download it again")
-        result |= {name: tensor for name, tensor in _read_file(folder / file).items() if weight_map.get(name) == file}
+        result |= {
+            name: tensor
+            for name, tensor in read_safetensors_file(folder / file).items()
+            if weight_map.get(name) == file
+        }
     return result
 
 
-def _read_file(path: Path) -> dict[str, StoredTensor]:
+def read_safetensors_file(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file. Raises UserError when it is damaged or holds another type than those in `DTYPES`."""
     with _readable(path):
         file = safe_open(path, framework="numpy")
         result = {}

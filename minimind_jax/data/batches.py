@@ -14,14 +14,18 @@ import grain
 import numpy as np
 
 from minimind_jax.config import DataConfig, PretrainConfig
-from minimind_jax.data.packing import PackingPlan, plan_best_fit, plan_concat, plan_pad
+from minimind_jax.data.labels import Classes
+from minimind_jax.data.packing import PackingPlan, plan_best_fit, plan_concat, plan_heads, plan_pad, plan_pairs
 from minimind_jax.data.token_cache import TokenCache, build_cache
-from minimind_jax.data.tokenise import Kind
+from minimind_jax.data.tokenise import RENDERED, Kind
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.seeds import named_seed
 
 Batch = dict[str, np.ndarray]
+
+# Of a cache and the documents of a row's pieces in order: more arrays for the row, of one shape for all rows.
+Annotate = Callable[[TokenCache, list[int]], Batch]
 
 READ_AHEAD = 4  # steps
 
@@ -31,7 +35,7 @@ class Epoch:
     """The rows of one epoch.
 
     documents: (n,) documents of the cache the plan is about. order: row of the plan at each place of the epoch.
-    padded: rows are MiniMind's (`pad_row`).
+    padded: rows are MiniMind's (`pad_row`). annotate: adds to a row what belongs to its pieces.
     """
 
     cache: TokenCache
@@ -39,15 +43,17 @@ class Epoch:
     plan: PackingPlan
     order: grain.MapDataset
     padded: bool
+    annotate: "Annotate | None" = None
 
     def row(self, index: int, token_bytes: np.ndarray) -> Batch:
         """Row `index` of the epoch: arrays (T,), all padding beyond the last row."""
-        if index >= self.plan.rows:
-            return pack_row(self.cache, [], self.plan.seq_len, token_bytes)
-        pieces = [(int(self.documents[d]), start, stop) for d, start, stop in self.plan.pieces(self.order[index])]
-        if self.padded:
+        pieces: list[tuple[int, int, int]] = []
+        if index < self.plan.rows:
+            pieces = [(int(self.documents[d]), start, stop) for d, start, stop in self.plan.pieces(self.order[index])]
+        if self.padded and pieces:
             return pad_row(self.cache, pieces[0][0], self.plan.seq_len, token_bytes)
-        return pack_row(self.cache, pieces, self.plan.seq_len, token_bytes)
+        row = pack_row(self.cache, pieces, self.plan.seq_len, token_bytes)
+        return row | self.annotate(self.cache, [document for document, *_ in pieces]) if self.annotate else row
 
 
 def pack_row(
@@ -103,7 +109,7 @@ class Batches:
 
     cache: of epoch 0. rows_per_step: over all processes. token_bytes: (V,) of `Tokenizer.token_bytes`.
     select: the documents of a cache that are meant (all by default). redraw: the cache of a later epoch, where the
-    template's chances are drawn anew for each (the same cache by default).
+    template's chances are drawn anew for each (the same cache by default). annotate: see `Epoch`.
 
     The last step of an epoch is filled up with rows of padding. An epoch of a redrawn cache may be some rows longer
     or shorter than epoch 0, which `rows_per_epoch` and `steps_per_epoch` speak of.
@@ -123,6 +129,7 @@ class Batches:
         *,
         select: Callable[[TokenCache], np.ndarray] | None = None,
         redraw: Callable[[int], TokenCache] | None = None,
+        annotate: Annotate | None = None,
     ):
         if rows_per_step % process_count:
             raise UserError(
@@ -132,13 +139,14 @@ class Batches:
         self.cache, self.data, self.rows_per_step, self.seed = cache, data, rows_per_step, seed
         self.token_bytes, self.process_index, self.process_count = token_bytes, process_index, process_count
         self._select = select or (lambda cache: np.arange(len(cache)))
-        self._redraw = redraw
+        self._redraw, self._annotate = redraw, annotate
         self._lock = threading.RLock()  # loader threads share the plans
         self._epochs: dict[int, Epoch] = {}
         self._first_steps = [0]
         self.plan = self.epoch(0).plan
         if not self.plan.rows:
-            raise UserError("no document is left to train on; lower data.val_fraction or give more data")
+            short = f" ({self.plan.left_out} pairs have answers longer than data.seq_len)" if self.plan.left_out else ""
+            raise UserError(f"no document is left to train on{short}; lower data.val_fraction or give more data")
 
     @property
     def rows_per_epoch(self) -> int:
@@ -159,8 +167,12 @@ class Batches:
             if epoch not in self._epochs:
                 cache = self._redraw(epoch) if self._redraw and epoch else self.cache
                 self._epochs = {e: kept for e, kept in self._epochs.items() if e >= epoch - 1}
-                self._epochs[epoch] = plan_epoch(cache, self._select(cache), self.data, self.seed, epoch)
+                self._epochs[epoch] = self._plan(cache, self.data, self.seed, epoch)
             return self._epochs[epoch]
+
+    def _plan(self, cache: TokenCache, data: DataConfig, seed: int, epoch: int) -> Epoch:
+        planned = plan_epoch(cache, self._select(cache), data, seed, epoch)
+        return dataclasses.replace(planned, annotate=self._annotate)
 
     def locate(self, step: int) -> tuple[int, int]:
         """(epoch, step within it) of a step of the run."""
@@ -198,7 +210,7 @@ class Batches:
     @functools.cached_property
     def _evaluation(self) -> Epoch:
         shuffled = dataclasses.replace(self.data, shuffle=True)  # so that the first rows stand for all
-        return plan_epoch(self.cache, self._select(self.cache), shuffled, seed=0, epoch=0)
+        return self._plan(self.cache, shuffled, seed=0, epoch=0)
 
     def _read(self, row: Callable[[int], Batch], first: int, last: int) -> Iterator[Batch]:
         """Rows [first, last) in steps, of each step this process's slice, read ahead by `loader_workers` threads."""
@@ -232,7 +244,11 @@ class _RowSource:
 def plan_epoch(cache: TokenCache, documents: np.ndarray, data: DataConfig, seed: int, epoch: int) -> Epoch:
     """Packs these documents of a cache for one epoch and draws the order of the rows."""
     lengths = cache.lengths[documents]
-    if data.packing == "concat":
+    if cache.kind == "preference":
+        plan = plan_pairs(lengths, functools.partial(_turns, cache, documents), data.seq_len, seed, epoch, data.shuffle)
+    elif cache.kind == "labelled":
+        plan = plan_heads(lengths, data.seq_len, seed, epoch, data.shuffle)
+    elif data.packing == "concat":
         plan = plan_concat(lengths, data.seq_len, seed, epoch, data.shuffle)
     elif data.packing == "best_fit":
         turns = functools.partial(_turns, cache, documents)
@@ -242,7 +258,7 @@ def plan_epoch(cache: TokenCache, documents: np.ndarray, data: DataConfig, seed:
     order = grain.MapDataset.range(plan.rows)
     if data.shuffle and plan.rows:
         order = order.shuffle(seed=named_seed(seed, "rows", epoch) % 2**32)
-    return Epoch(cache, documents, plan, order, padded=data.packing == "pad")
+    return Epoch(cache, documents, plan, order, padded=data.packing == "pad" and cache.kind in ("text", "conversation"))
 
 
 def _turns(cache: TokenCache, documents: np.ndarray, index: int) -> np.ndarray:
@@ -276,13 +292,16 @@ def open_data(
     tokenizer: Tokenizer,
     process_index: int = 0,
     process_count: int = 1,
+    *,
+    classes: Classes | None = None,
+    annotate: Annotate | None = None,
 ) -> tuple[Batches, Batches | None]:
     """A stage's training and validation batches; the latter None without `data.val` and `data.val_fraction`.
 
     Builds the caches if there are none yet. Raises UserError for what is wrong with the data.
     """
     data, seed = config.data, config.seed
-    cache = build_cache(kind, data.train, tokenizer, data, seed)
+    cache = build_cache(kind, data.train, tokenizer, data, seed, classes=classes)
     fraction = 0.0 if data.val else data.val_fraction
     make = functools.partial(
         Batches,
@@ -292,6 +311,7 @@ def open_data(
         token_bytes=tokenizer.token_bytes(),
         process_index=process_index,
         process_count=process_count,
+        annotate=annotate,
     )
 
     def redraw(epoch: int) -> TokenCache:
@@ -300,10 +320,10 @@ def open_data(
     train = make(
         cache,
         select=lambda c: split_documents(c, fraction, seed)[0],
-        redraw=redraw if data.redraw_each_epoch and kind == "conversation" else None,
+        redraw=redraw if data.redraw_each_epoch and kind in RENDERED else None,
     )
     if data.val:
-        return train, make(build_cache(kind, data.val, tokenizer, data, seed))
+        return train, make(build_cache(kind, data.val, tokenizer, data, seed, classes=classes))
     if not len(split_documents(cache, fraction, seed)[1]):
         return train, None
     return train, make(cache, select=lambda c: split_documents(c, fraction, seed)[1])

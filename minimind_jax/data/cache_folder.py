@@ -33,7 +33,7 @@ _NAME = re.compile(r"\.?(?P<key>[0-9a-f]{32})(\.\d+\.tmp)?")  # a cache, or what
 class StoredCache:
     """A cache on disk.
 
-    files: paths of the data it was made from. kind: text, conversation, unfinished (being made, or left by a killed
+    files: paths of the data it was made from. kind: of `tokenise.Kind`, unfinished (being made, or left by a killed
         process) or damaged. size: in bytes. last_used: seconds since 1970. stale: no run can use it again.
     """
 
@@ -100,7 +100,7 @@ def _is_stale(source: dict[str, Any]) -> bool:
 
 def rendering(kind: str) -> str | None:
     """What the documents of a cache depend on beyond data, tokenizer and settings."""
-    return rendering_fingerprint() if kind == "conversation" else None
+    return rendering_fingerprint() if kind in ("conversation", "preference") else None
 
 
 def open_in_use(path: Path) -> BinaryIO:

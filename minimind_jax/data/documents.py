@@ -1,12 +1,14 @@
 """Records as token ids with their trained marks: what the token cache stores."""
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from minimind_jax.data.records import Conversation
+from minimind_jax.data.labels import Classes, LabelledText
+from minimind_jax.data.records import Conversation, Preference
 from minimind_jax.data.template import Segment, apply_dice
 from minimind_jax.data.tokenizer import Tokenizer
 
@@ -17,11 +19,14 @@ class Document:
 
     ids: int32 (n,). trained: bool (n,), True where this token is a target of the loss.
     turn_starts: offsets, 0 first, at which the document may be cut: where a new message follows the assistant's answer.
+        Of a pair: 0, the length of the prompt both sides begin with, and where the second side begins.
+    values: numbers that belong to it: of a pair its margin, of a labelled text its label.
     """
 
     ids: np.ndarray
     trained: np.ndarray
     turn_starts: list[int]
+    values: tuple[float, ...] = ()
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> Document:
@@ -49,6 +54,42 @@ def encode_conversation(
     if rng is not None:
         conversation, keep_empty_think = apply_dice(conversation, rng, system_prompt_probability, empty_think_removal)
     return _encode(tokenizer, tokenizer.segments(conversation.messages, conversation.tools, keep_empty_think))
+
+
+def encode_labelled(tokenizer: Tokenizer, text: LabelledText, classes: Classes) -> Document:
+    """A text as the tokenizer writes it, without begin and end tokens: what transformers gives a classifier.
+
+    values: the class's number, or with several labels a 0 or 1 for each class.
+    """
+    ids = np.array(tokenizer.encode(text.text), dtype=np.int32)
+    return Document(ids, np.ones(len(ids), dtype=bool), [0], classes.values(text.labels))
+
+
+def encode_preference(
+    tokenizer: Tokenizer,
+    preference: Preference,
+    rng: Callable[[], np.random.Generator] | None = None,
+    system_prompt_probability: float = 0.0,
+    empty_think_removal: float = 0.0,
+) -> Document:
+    """Both sides of a pair end to end, the chosen one first; trained are the assistant's words where they differ.
+
+    rng: makes the generator of this record's dice; both sides get the same draws.
+    """
+    sides = []
+    for conversation in (preference.chosen, preference.rejected):
+        keep_empty_think = True
+        if rng is not None:
+            chances = (system_prompt_probability, empty_think_removal)
+            conversation, keep_empty_think = apply_dice(conversation, rng(), *chances)
+        sides.append(tokenizer.segments(conversation.messages, conversation.tools, keep_empty_think))
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*sides, strict=False)))
+    prompt = _encode(tokenizer, sides[0][:shared])
+    documents = [_encode(tokenizer, side) for side in sides]
+    for document in documents:
+        document.trained[: len(prompt.ids)] = False
+    ids, trained = (np.concatenate([getattr(side, name) for side in documents]) for name in ("ids", "trained"))
+    return Document(ids, trained, [0, len(prompt.ids), len(documents[0].ids)], (preference.margin,))
 
 
 def encode_prompt(

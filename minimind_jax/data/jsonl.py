@@ -1,5 +1,6 @@
-"""Records from files: JSON lines (plain, gzip, zstd) and Parquet, each with the place it came from."""
+"""Records from files: JSON lines (plain, gzip, zstd), CSV and Parquet, each with the place it came from."""
 
+import csv
 import dataclasses
 import glob
 import gzip
@@ -14,7 +15,7 @@ from typing import Any
 
 from minimind_jax.errors import UserError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".csv", ".parquet")
 MAX_LINE = 1 << 28  # bytes; more is no record but a file without line ends, and would fill the memory
 _BOM = b"\xef\xbb\xbf"
 
@@ -109,9 +110,12 @@ def iter_records(paths: Iterable[str | Path], on_bad: Callable[[UserError], None
 
 
 def iter_lines(file: Path) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
-    """(line number from 1, line) of one file without its blank lines; the row as a dict for Parquet."""
+    """(line number from 1, line) of one file without its blank lines; the row as a dict for CSV and Parquet."""
     if file.name.endswith(".parquet"):
         yield from enumerate(_parquet_rows(file), start=1)
+        return
+    if file.name.endswith(".csv"):
+        yield from _csv_rows(file)
         return
     line = 0
     try:
@@ -239,6 +243,22 @@ def _zstd_errors() -> tuple[type[Exception], ...]:
     except ImportError:
         return ()
     return (zstandard.ZstdError,)
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows under the header, each with the number of its last line."""
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, strict=True)
+            for row in reader:
+                if None in row or None in row.values():
+                    raise UserError(
+                        f"{file}:{reader.line_num}: {len(row)} columns, and the header has {len(reader.fieldnames)}; "
+                        "text with commas or line ends stands in double quotes"
+                    )
+                yield reader.line_num, row
+    except (csv.Error, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{file}: not a readable CSV file in UTF-8: {error}") from error
 
 
 def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """Which tokens of which document go into which row: plans made from lengths alone, before a token is read.
 
 A plan is a pure function of its arguments. A row is a list of pieces, a piece the tokens [start, stop) of a document.
-`plan_concat` is for pretraining, `plan_best_fit` for conversations, `plan_pad` is MiniMind's one document a row.
+`plan_concat` is for pretraining, `plan_best_fit` for conversations, `plan_pairs` for preferences, `plan_heads` for
+labelled texts, `plan_pad` is MiniMind's one document a row.
 """
 
 import dataclasses
@@ -20,7 +21,8 @@ class PackingPlan:
     documents, starts, stops: (pieces,) tokens [start, stop) of that document.
     cut_documents: documents that are in more than one piece, or lost their tail.
     cut_turns: turns longer than a row, which had to be cut inside (`plan_best_fit`).
-    dropped_tokens: tokens in no piece (only `plan_pad` drops any).
+    dropped_tokens: tokens in no piece (`plan_concat` and `plan_best_fit` drop none).
+    left_out: documents in no row (`plan_pairs`).
     """
 
     seq_len: int
@@ -31,6 +33,7 @@ class PackingPlan:
     cut_documents: int = 0
     cut_turns: int = 0
     dropped_tokens: int = 0
+    left_out: int = 0
 
     @property
     def rows(self) -> int:
@@ -131,6 +134,67 @@ def plan_pad(lengths: np.ndarray, seq_len: int) -> PackingPlan:
         stops=stops,
         cut_documents=int((lengths > seq_len).sum()),
         dropped_tokens=int((lengths - stops).sum()),
+    )
+
+
+def plan_pairs(
+    lengths: np.ndarray,
+    bounds: Callable[[int], np.ndarray],
+    seq_len: int,
+    seed: int,
+    epoch: int,
+    shuffle: bool = True,
+) -> PackingPlan:
+    """Pairs of answers, both sides of one in the same row as two pieces, the chosen one first; packed by best fit.
+
+    Where a pair is longer than a row, the beginning of the prompt is cut away on both sides alike, so that the answers
+    survive. A pair whose answers leave no room for a token of the prompt is left out.
+
+    lengths: (documents,) tokens of both sides. bounds: of a document's number, (0, tokens of the shared prompt, tokens
+    of the chosen side).
+    """
+    lengths = np.asarray(lengths, np.int64)
+    cut = -(-np.maximum(lengths - seq_len, 0) // 2)
+    turns = np.array([bounds(document) for document in range(len(lengths))], np.int64).reshape(-1, 3)
+    kept = np.flatnonzero(cut < np.maximum(turns[:, 1], 1))
+    middle = turns[kept, 2]
+    starts = np.stack([cut[kept], middle + cut[kept]], axis=1)
+    stops = np.stack([middle, lengths[kept]], axis=1)
+    plan = _plan_groups(kept, starts, stops, seq_len, seed, epoch, shuffle)
+    return dataclasses.replace(
+        plan,
+        cut_documents=int((cut[kept] > 0).sum()),
+        dropped_tokens=int(lengths.sum() - plan.tokens),
+        left_out=len(lengths) - len(kept),
+    )
+
+
+def plan_heads(lengths: np.ndarray, seq_len: int, seed: int, epoch: int, shuffle: bool = True) -> PackingPlan:
+    """Documents as one piece each, cut at `seq_len`, packed by best fit; for texts with labels."""
+    lengths = np.asarray(lengths, np.int64)
+    stops = np.minimum(lengths, seq_len)[:, None]
+    plan = _plan_groups(np.arange(len(lengths)), np.zeros_like(stops), stops, seq_len, seed, epoch, shuffle)
+    return dataclasses.replace(
+        plan,
+        cut_documents=int((lengths > seq_len).sum()),
+        dropped_tokens=int(lengths.sum() - plan.tokens),
+    )
+
+
+def _plan_groups(documents, starts, stops, seq_len: int, seed: int, epoch: int, shuffle: bool) -> PackingPlan:
+    """Best fit of groups that stay together: documents (groups,), the pieces' starts and stops (groups, pieces)."""
+    sizes = (stops - starts).sum(axis=1)
+    order = _document_order(len(documents), seed, epoch, shuffle)
+    order = order[np.argsort(-sizes[order], kind="stable")]
+    rows = _best_fit_decreasing(sizes[order], seq_len)
+    by_row = np.argsort(rows, kind="stable")
+    order, pieces = order[by_row], starts.shape[1]
+    return _plan(
+        seq_len,
+        rows=np.repeat(rows[by_row], pieces),
+        documents=np.repeat(documents[order], pieces),
+        starts=starts[order].ravel(),
+        stops=stops[order].ravel(),
     )
 
 

@@ -1,6 +1,7 @@
 """One validated parser per record format; every error names the file, the line, the field and what was expected."""
 
 import dataclasses
+import itertools
 import json
 import reprlib
 from typing import Any
@@ -25,6 +26,15 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """Two conversations with one beginning, of which the first goes on better. margin: by how much, 0 if unsaid."""
+
+    chosen: Conversation
+    rejected: Conversation
+    margin: float = 0.0
+
+
 def parse_text(record: Record, flag: str = "--data.on_error") -> str:
     """The text of a pretraining record {"text": str}. Raises UserError, which names the flag that skips records."""
     if "text" not in record.value:
@@ -43,20 +53,48 @@ def parse_conversation(record: Record, for_training: bool = True) -> Conversatio
     """
     if "conversations" not in record.value:
         raise UserError(f"{record.where}: missing field `conversations`; expected a list of messages, {_found(record)}")
-    turns = record.value["conversations"]
-    if not isinstance(turns, list) or not turns:
-        raise UserError(f"{record.where}: conversations is {_kind(turns)}; expected a list of messages")
-    messages, tools = [], None
-    for index, message in enumerate(turns):
-        place = f"{record.where}: conversations[{index}]"
-        messages.append(_message(message, place))
-        if message.get("tools"):
-            tools = _tools(message, place)
-    if for_training and not any(m["role"] == "assistant" and _says_something(m) for m in messages):
+    conversation = _conversation(record.value["conversations"], f"{record.where}: conversations")
+    if for_training and not any(m["role"] == "assistant" and _says_something(m) for m in conversation.messages):
         raise UserError(
             f"{record.where}: nothing to train on; expected at least one assistant message with content, "
             "reasoning_content or tool_calls"
         )
+    return conversation
+
+
+def parse_preference(record: Record) -> Preference:
+    """The pair of a record {"chosen": [message, ...], "rejected": [message, ...]}, optionally with a number `margin`.
+
+    Raises UserError, also for a pair that is the same on both sides, or in which a side has no answer of its own.
+    """
+    sides = []
+    for name in ("chosen", "rejected"):
+        if name not in record.value:
+            raise UserError(f"{record.where}: missing field `{name}`; expected a list of messages, {_found(record)}")
+        sides.append(_conversation(record.value[name], f"{record.where}: {name}"))
+    chosen, rejected = sides
+    if chosen == rejected:
+        raise UserError(f"{record.where}: chosen and rejected are the same; there is nothing to prefer")
+    pairs = zip(chosen.messages, rejected.messages, strict=False)
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    for name, side in zip(("chosen", "rejected"), sides, strict=True):
+        own = side.messages[shared:]
+        if not any(message["role"] == "assistant" and _says_something(message) for message in own):
+            raise UserError(f"{record.where}: {name} has no answer of its own (an assistant's message with content)")
+    margin = record.value.get("margin", 0.0)
+    if isinstance(margin, bool) or not isinstance(margin, int | float):
+        raise UserError(f"{record.where}: margin is {_kind(margin)}; expected a number")
+    return Preference(chosen, rejected, float(margin))
+
+
+def _conversation(turns: Any, place: str) -> Conversation:
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f"{place} is {_kind(turns)}; expected a list of messages")
+    messages, tools = [], None
+    for index, message in enumerate(turns):
+        messages.append(_message(message, f"{place}[{index}]"))
+        if message.get("tools"):
+            tools = _tools(message, f"{place}[{index}]")
     return Conversation(messages, tools)
 
 
@@ -180,6 +218,8 @@ def _found(record: Record) -> str:
     hint = ""
     if "conversations" in record.value:
         hint = " (this is a conversation: `minimind sft` takes it)"
+    elif "chosen" in record.value:
+        hint = " (this is a pair of answers: `minimind dpo` and `minimind reward` take it)"
     elif "text" in record.value:
         hint = " (this is plain text: `minimind pretrain` takes it)"
     return f"found the fields {field_names(record.value)}{hint}"

@@ -35,10 +35,12 @@ from minimind_jax.data.cache_folder import (
     stored_caches,
 )
 from minimind_jax.data.jsonl import expand_paths
-from minimind_jax.data.tokenise import Chunk, Dice, Encoder, Kind, encode_all, process_count, read_chunks
+from minimind_jax.data.labels import Classes
+from minimind_jax.data.tokenise import RENDERED, Chunk, Dice, Encoder, Kind, encode_all, process_count, read_chunks
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 
+VALUED: tuple[Kind, ...] = ("preference", "labelled")  # kinds whose documents have values
 KEPT_MESSAGES = 100  # of skipped records; all are counted
 
 
@@ -52,6 +54,7 @@ class TokenCache:
     records: (documents,) number of the record in the files, counted from 0 over all of them.
     turn_offsets, turn_starts: document d may be cut at turn_starts[turn_offsets[d]:turn_offsets[d + 1]], counted from
         its first token.
+    values: (documents, width) numbers that belong to each (see `documents.Document`), float32.
     info: what else is known: documents, tokens, trained_tokens, skipped, skipped_messages, eos_id, pad_id, source.
     in_use: keeps the folder from being removed as long as this object lives.
     """
@@ -64,6 +67,7 @@ class TokenCache:
     records: np.ndarray
     turn_offsets: np.ndarray
     turn_starts: np.ndarray
+    values: np.ndarray
     info: dict[str, Any]
     in_use: BinaryIO
 
@@ -99,11 +103,13 @@ def build_cache(
     epoch: int = 0,
     progress: bool = True,
     report_skipped: bool = True,
+    classes: Classes | None = None,
 ) -> TokenCache:
     """The cache of these files; made if there is none yet, by `data.tokenizer_workers` processes.
 
     The chances of the template are drawn from the seed and a record's number (and the epoch, with
     `data.redraw_each_epoch`), so the number of processes never changes the result. Memory does not grow with the files.
+    classes: of labelled texts.
 
     Raises UserError with file and line for a broken record (unless `data.on_error` is skip), for files without any
     usable record, for a cache folder that cannot be written and when a file changes meanwhile.
@@ -111,7 +117,7 @@ def build_cache(
     files = expand_paths(paths)
     if not files:
         raise UserError("no training data: data.train is empty; give it files, folders or globs")
-    encoder = Encoder(kind, str(tokenizer.folder), _dice(kind, data, seed, epoch), data.on_error == "skip")
+    encoder = Encoder(kind, str(tokenizer.folder), _dice(kind, data, seed, epoch), data.on_error == "skip", classes)
     source = _source(files, encoder, tokenizer)
     key = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_root(data) / key
@@ -135,7 +141,7 @@ def build_cache(
 
 def _dice(kind: Kind, data: DataConfig, seed: int, epoch: int) -> Dice | None:
     """None where nothing is drawn, so that the seed does not matter."""
-    if kind == "text" or not (data.system_prompt_probability or data.empty_think_removal):
+    if kind not in RENDERED or not (data.system_prompt_probability or data.empty_think_removal):
         return None
     epoch = epoch if data.redraw_each_epoch else 0
     return Dice(seed, epoch, data.system_prompt_probability, data.empty_think_removal)
@@ -149,6 +155,7 @@ def _source(files: list[Path], encoder: "Encoder", tokenizer: Tokenizer) -> dict
         "tokenizer": tokenizer.fingerprint,
         "rendering": rendering(encoder.kind),
         "dice": encoder.dice and dataclasses.asdict(encoder.dice),
+        **({"classes": dataclasses.asdict(encoder.classes)} if encoder.classes else {}),
     }
 
 
@@ -198,9 +205,15 @@ class _CacheWriter:
     def __init__(self, folder: Path, kind: Kind, tokenizer: Tokenizer):
         self.kind, self.tokenizer = kind, tokenizer
         self.token_dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-        names = ["tokens", *_ARRAYS, *(["trained"] if kind == "conversation" else [])]
+        names = [
+            "tokens",
+            *_ARRAYS,
+            *(["trained"] if kind in RENDERED else []),
+            *(["values"] if kind in VALUED else []),
+        ]
         self.files = {name: open(folder / f"{name}.bin", "wb") for name in names}
         self.documents = self.tokens = self.turns = self.trained_tokens = self.skipped = 0
+        self.values_each = 0
         self.messages: list[str] = []
         self._append("offsets", [0])
         self._append("turn_offsets", [0])
@@ -215,7 +228,8 @@ class _CacheWriter:
             file.close()
 
     def _append(self, name: str, values) -> None:
-        dtype = {"tokens": self.token_dtype, "trained": np.dtype(np.uint8)}.get(name) or _ARRAYS[name]
+        own = {"tokens": self.token_dtype, "trained": np.dtype(np.uint8), "values": np.dtype(np.float32)}
+        dtype = own.get(name) or _ARRAYS[name]
         self.files[name].write(np.asarray(values).astype(dtype).tobytes())
 
     def add(self, chunk: Chunk) -> None:
@@ -224,8 +238,11 @@ class _CacheWriter:
         self._append("records", chunk.records)
         self._append("turn_offsets", self.turns + np.cumsum(chunk.turn_counts))
         self._append("turn_starts", chunk.turn_starts)
-        if self.kind == "conversation":
+        if self.kind in RENDERED:
             self._append("trained", chunk.trained)
+        if self.kind in VALUED and len(chunk.lengths):
+            self._append("values", chunk.values)
+            self.values_each = chunk.values.shape[1]
         self.documents += len(chunk.lengths)
         self.tokens += len(chunk.tokens)
         self.turns += len(chunk.turn_starts)
@@ -242,6 +259,7 @@ class _CacheWriter:
             "trained_tokens": self.trained_tokens,
             "skipped": self.skipped,
             "skipped_messages": self.messages,
+            **({"values_each": self.values_each} if self.kind in VALUED else {}),
             "token_dtype": self.token_dtype.name,
             "eos_id": self.tokenizer.eos_id,
             "pad_id": self.tokenizer.pad_id,
@@ -260,14 +278,17 @@ def _open_cache(folder: Path) -> TokenCache | None:
             "turn_offsets": (info["documents"] + 1, np.dtype(np.int64)),
             "turn_starts": (info["turns"], np.dtype(np.int32)),
         }
-        if info["kind"] == "conversation":
+        if info["kind"] in VALUED:
+            counts["values"] = (info["documents"] * info["values_each"], np.dtype(np.float32))
+        if info["kind"] in RENDERED:
             counts["trained"] = (info["tokens"], np.dtype(np.uint8))
         arrays = {name: _map(folder / f"{name}.bin", count, dtype) for name, (count, dtype) in counts.items()}
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, KeyError):
         return None
     if any(array is None for array in arrays.values()):
         return None
-    return TokenCache(folder, info["kind"], info=info, in_use=in_use, **{"trained": None, **arrays})
+    values = arrays.pop("values", np.zeros(0, np.float32)).reshape(info["documents"], -1)
+    return TokenCache(folder, info["kind"], values=values, info=info, in_use=in_use, **{"trained": None, **arrays})
 
 
 def _map(path: Path, count: int, dtype: np.dtype) -> np.ndarray | None:

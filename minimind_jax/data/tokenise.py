@@ -18,14 +18,23 @@ from typing import Literal
 
 import numpy as np
 
-from minimind_jax.data.documents import Document, encode_conversation, encode_text
+from minimind_jax.data.documents import (
+    Document,
+    encode_conversation,
+    encode_labelled,
+    encode_preference,
+    encode_text,
+)
 from minimind_jax.data.jsonl import iter_lines, parse_line
-from minimind_jax.data.records import parse_conversation, parse_text
+from minimind_jax.data.labels import Classes, parse_labelled
+from minimind_jax.data.records import parse_conversation, parse_preference, parse_text
 from minimind_jax.data.template import dice_rng
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 
-Kind = Literal["text", "conversation"]
+# text: of pretraining. conversation: of fine-tuning. preference: pairs of conversations. labelled: texts with labels.
+Kind = Literal["text", "conversation", "preference", "labelled"]
+RENDERED: tuple[Kind, ...] = ("conversation", "preference")  # by the chat template
 
 CHUNK_BYTES = 1 << 19  # of raw lines a process gets at once
 BYTES_PER_PROCESS = 4 << 20  # less than this is not worth a process of its own
@@ -52,6 +61,7 @@ class Encoder:
     tokenizer_folder: str
     dice: Dice | None
     skip: bool
+    classes: Classes | None = None
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -63,12 +73,16 @@ class Encoder:
         record = parse_line(raw, file, line_number)
         if self.kind == "text":
             return encode_text(self.tokenizer, parse_text(record))
+        if self.kind == "labelled":
+            return encode_labelled(self.tokenizer, parse_labelled(record, self.classes), self.classes)
         dice = self.dice
-        rng = dice and dice_rng(dice.seed, number, dice.epoch)
+        rng = dice and functools.partial(dice_rng, dice.seed, number, dice.epoch)
         chances = (dice.system_prompt_probability, dice.empty_think_removal) if dice else ()
-        conversation = parse_conversation(record)
+        parsed = parse_conversation(record) if self.kind == "conversation" else parse_preference(record)
         try:
-            document = encode_conversation(self.tokenizer, conversation, rng, *chances)
+            if self.kind == "preference":
+                return encode_preference(self.tokenizer, parsed, rng, *chances)
+            document = encode_conversation(self.tokenizer, parsed, rng and rng(), *chances)
         except UserError as error:  # of the tokenizer's own template, which knows no files
             raise UserError(f"{record.where}: {error}") from error
         if not document.trained.any():
@@ -86,7 +100,7 @@ class Encoder:
                 if not self.skip:
                     raise
                 errors.append(str(error))
-        turns = [d.turn_starts if self.kind == "conversation" else [] for d in documents]
+        turns = [d.turn_starts if self.kind in RENDERED else [] for d in documents]
         return Chunk(
             tokens=np.concatenate([d.ids for d in documents] or [np.zeros(0, np.int32)]),
             trained=np.concatenate([d.trained for d in documents] or [np.zeros(0, bool)]),
@@ -94,6 +108,7 @@ class Encoder:
             records=np.array(numbers, np.int64),
             turn_counts=np.array([len(t) for t in turns], np.int64),
             turn_starts=np.concatenate([np.asarray(t, np.int64) for t in turns] or [np.zeros(0, np.int64)]),
+            values=np.array([d.values for d in documents], np.float32),
             errors=errors,
         )
 
@@ -108,6 +123,7 @@ class Chunk:
     records: np.ndarray
     turn_counts: np.ndarray
     turn_starts: np.ndarray
+    values: np.ndarray
     errors: list[str]
 
 

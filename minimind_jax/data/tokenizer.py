@@ -101,6 +101,10 @@ class Tokenizer:
         config = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
         return cls(folder, backend, config, _read_template(folder, config))
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's id."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
     def encode(self, text: str) -> list[int]:
         """Token ids; special tokens spelled in the text are recognised, none are added."""
         return self._backend.encode(text, add_special_tokens=False).ids

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minimind_jax.config import DataConfig
+from minimind_jax.convert.load import tokenizer_folder
 from minimind_jax.data.batches import Batches
 from minimind_jax.data.jsonl import expand_paths
 from minimind_jax.data.token_cache import TokenCache, build_cache
@@ -120,7 +121,7 @@ def evaluate_perplexity(
 
 
 def _open(folder, paths, seq_len, kind, min_document_tokens, rows_per_step, cache_dir) -> Batches:
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(tokenizer_folder(folder))
     data = DataConfig(
         train=tuple(paths),
         seq_len=seq_len,

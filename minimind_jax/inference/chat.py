@@ -12,6 +12,7 @@ from rich.console import Console
 
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.errors import UserError
+from minimind_jax.inference.adapters import SwitchedGenerator, load_switched
 from minimind_jax.inference.config import ChatConfig
 from minimind_jax.inference.generate import Generator, Piece, load_generator
 from minimind_jax.inference.text import ThinkSplitter
@@ -22,12 +23,17 @@ HELP = """\
 /clear        forget the conversation
 /think        think before answering        /nothink   answer at once
 /system TEXT  set the system prompt and forget the conversation; without TEXT, remove it
+/adapter NAME answer with another adapter, or `off`; without NAME, list them
 /exit         leave (or Ctrl-D); Ctrl-C stops an answer"""
 
 
 def run(config: ChatConfig) -> None:
     """Loads the model and talks until the user leaves. Raises UserError if there is no such model."""
-    chat(load_generator(config.model, config.dtype), config, Console(markup=False, emoji=False, highlight=False))
+    if config.adapters:
+        generator = load_switched(config.model, config.adapters, config.dtype)
+    else:
+        generator = load_generator(config.model, config.dtype)
+    chat(generator, config, Console(markup=False, emoji=False, highlight=False))
 
 
 def chat(generator: Generator, config: ChatConfig, console: Console, lines: Iterable[str] | None = None) -> None:
@@ -98,10 +104,22 @@ class Conversation:
         if name in ("/think", "/nothink"):
             self.thinking = name == "/think"
             return "thinks before answering" if self.thinking else "answers at once"
+        if name == "/adapter":
+            return self._adapter(text.strip())
         if name == "/system":
             self.system, self.messages = text.strip(), []
             return "new system prompt; the conversation is forgotten" if self.system else "no system prompt"
         return HELP if name == "/help" else f"unknown command {name}\n{HELP}"
+
+    def _adapter(self, name: str) -> str:
+        if not isinstance(self._generator, SwitchedGenerator):
+            return "there are no adapters; --adapters NAME ... loads some"
+        if name:
+            try:
+                self._generator.use(name)
+            except UserError as error:
+                return str(error)
+        return f"answers with {self._generator.active}; there are {', '.join(self._generator.adapters)}"
 
     def ask(self, text: str) -> int:
         """Adds the user's message and drops the oldest turns until the conversation fits; the number of those.

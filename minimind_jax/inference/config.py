@@ -76,6 +76,7 @@ class ChatConfig(SamplingSettings):
     """A conversation with a model in the terminal.
 
     model: a Hugging Face folder, or a run whose model/ is meant.
+    adapters: low-rank adapters of the model, folders or runs; the first answers, /adapter NAME chooses another.
     system: the system prompt; empty for none.
     thinking: let the model think before it answers; /think and /nothink switch it.
     show_speed: a line with tokens per second and the time to the first token after each answer.
@@ -83,6 +84,7 @@ class ChatConfig(SamplingSettings):
     """
 
     model: str = ""
+    adapters: tuple[str, ...] = ()
     system: str = ""
     thinking: bool = False
     show_speed: bool = True

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minimind_jax.convert.hf import load_hf
+from minimind_jax.convert.load import base_folder, load_merged, tokenizer_folder
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
-from minimind_jax.folders import resolve_model_folder
+from minimind_jax.folders import is_adapter, resolve_model_folder
 from minimind_jax.inference.decode import Controls, decode, grow, prefill
 from minimind_jax.inference.generation_config import read_generation_config
 from minimind_jax.inference.sampling import SamplingConfig, SamplingValues, row_keys
@@ -255,8 +255,8 @@ def load_generator(name: str, dtype: str = "auto") -> Generator:
     """
     folder = resolve_model_folder(name)
     model, params = load_model(folder, dtype)
-    tokenizer = Tokenizer.load(folder)
-    defaults = read_generation_config(folder)
+    tokenizer = Tokenizer.load(tokenizer_folder(folder))
+    defaults = read_generation_config(base_folder(folder) if is_adapter(folder) else folder)
     eos_ids = defaults.eos_ids | ({model.config.eos_token_id, tokenizer.eos_id} - {None})
     return Generator(model, params, tokenizer, eos_ids, defaults.sampling)
 
@@ -264,11 +264,11 @@ def load_generator(name: str, dtype: str = "auto") -> Generator:
 def load_model(
     folder: str | Path, dtype: str = "auto", rope_scaling: RopeScaling | None = None
 ) -> tuple[LanguageModel, Params]:
-    """A model and its parameters in the compute dtype (norms and routers stay float32).
+    """A model and its parameters in the compute dtype (norms and routers stay float32); an adapter is merged in.
 
     rope_scaling: replaces the folder's, when given.
     """
-    config, params = load_hf(folder)
+    config, params = load_merged(folder)
     if rope_scaling is not None:
         config = dataclasses.replace(config, rope_scaling=rope_scaling)
     model = LanguageModel(config, ComputeConfig(dtype=dtype))

@@ -105,14 +105,14 @@ def abstract_batch(config: PretrainConfig):
 def trace_step(config: PretrainConfig, model, mesh, platform: str):
     """The training step of pretraining and fine-tuning as `training.loop.train` builds it, traced for a mesh."""
     from minimind_jax.losses.language_model import make_language_model_loss
-    from minimind_jax.training.program import abstract_state, make_program
+    from minimind_jax.training.program import make_program
+    from minimind_jax.training.state import Parameters
 
     with on_platform(platform):
         loss_fn = make_language_model_loss(model, config.training.z_loss)
         steps = config.training.steps or max(TYPICAL_STEPS, config.optimizer.warmup_steps + 1)
-        program = make_program(config, model, loss_fn, mesh, steps)
-        state = abstract_state(program.optimizer, model.abstract_params(), program.shardings)
-        return program.step.trace(state, abstract_batch(config)), state
+        program = make_program(config, Parameters.of(model, load=dict), loss_fn, mesh, steps)
+        return program.step.trace(program.abstract, abstract_batch(config)), program.abstract
 
 
 def compile_step(traced, platform: str) -> CompiledStep:
@@ -149,15 +149,17 @@ def needed_memory(message: str) -> int | None:
 
 
 def state_bytes(state) -> tuple[int, int, int]:
-    """Bytes of parameters and of the optimizer's state on each device, and of both on a device that has all."""
+    """Bytes of the parameters, frozen ones included, and of the optimizer's state on each device, and of both on a
+    device that has all."""
     import jax
 
     def per_device(tree) -> int:
         leaves = jax.tree.leaves(tree)
         return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in leaves)
 
-    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.params, state.opt_state)))
-    return per_device(state.params), per_device(state.opt_state), whole
+    params = (state.params, state.frozen)
+    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, state.opt_state)))
+    return per_device(params), per_device(state.opt_state), whole
 
 
 def _first_line(error: Exception) -> str:

@@ -11,7 +11,7 @@ import yaml
 
 from minimind_jax import settings
 from minimind_jax.config import PretrainConfig
-from minimind_jax.convert.hf_config import from_hf_config
+from minimind_jax.convert.load import read_config
 from minimind_jax.data.cache_folder import cache_root, stored_caches
 from minimind_jax.data.jsonl import expand_paths
 from minimind_jax.data.tokenise import Encoder, Kind, read_chunks
@@ -104,12 +104,12 @@ def _architecture(config: PretrainConfig, before: Sequence[Stage]) -> tuple[Mode
         return config.model.resolve(), ""
     maker = next((made for made in before if getattr(made.config, "run", None) == config.init_from), None)
     try:
-        file = resolve_model_folder(config.init_from, "init_from") / "config.json"
+        folder = resolve_model_folder(config.init_from, "init_from")
     except UserError:
         if maker is not None:
             return _architecture(maker.config, before[: before.index(maker)])
         return config.model.resolve(), f"init_from {config.init_from} is not there yet; taken as the preset in `model`"
-    architecture = from_hf_config(json.loads(file.read_text("utf-8")), str(file))
+    architecture = read_config(folder)
     return dataclasses.replace(architecture, **config.model.changes(architecture.max_position_embeddings)), ""
 
 

@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from minimind_jax.adapt_config import ClassifyConfig, DistillConfig, DPOConfig, RewardConfig
 from minimind_jax.config import PretrainConfig, SFTConfig, TokenizerConfig
 
 
@@ -22,4 +23,8 @@ STAGES = {
     "tokenizer": StageKind(TokenizerConfig, "minimind_jax.stages.tokenizer:train_tokenizer"),
     "pretrain": StageKind(PretrainConfig, "minimind_jax.stages.pretrain:pretrain"),
     "sft": StageKind(SFTConfig, "minimind_jax.stages.sft:sft"),
+    "dpo": StageKind(DPOConfig, "minimind_jax.stages.dpo:dpo"),
+    "distill": StageKind(DistillConfig, "minimind_jax.stages.distill:distill"),
+    "reward": StageKind(RewardConfig, "minimind_jax.stages.reward:reward"),
+    "classify": StageKind(ClassifyConfig, "minimind_jax.stages.classify:classify"),
 }

@@ -1,7 +1,6 @@
 """What the training stages share: where a run starts from, what it writes at its end."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,20 +9,24 @@ import jax
 from jax.experimental import multihost_utils
 
 from minimind_jax.config import ModelSettings, PretrainConfig, SampleConfig
-from minimind_jax.convert.hf import load_hf, save_hf
-from minimind_jax.convert.hf_config import from_hf_config
+from minimind_jax.convert.hf import Labels, load_hf, save_hf
+from minimind_jax.convert.load import load_merged, read_config, tokenizer_folder
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
-from minimind_jax.folders import resolve_model_folder, resolve_run
+from minimind_jax.folders import holds_model, resolve_model_folder, resolve_run
 from minimind_jax.inference.generate import Generator
 from minimind_jax.inference.sampling import SamplingConfig
 from minimind_jax.model.config import ModelConfig
+from minimind_jax.model.heads import SCORE, without_head
+from minimind_jax.model.lora import LEAVES, join, make_adapter, merge, split
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.seeds import named_key, named_seed
 from minimind_jax.sharding import announce, init_params, initialize_distributed, make_mesh, param_shardings
+from minimind_jax.stages.adapters import frozen_dtype, load_with_adapters, plan_adapters, save_adapters
 from minimind_jax.training.loop import SampleFn, TrainResult
 from minimind_jax.training.report import write_report
 from minimind_jax.training.run import RunFolder
+from minimind_jax.training.state import Parameters
 from minimind_jax.training.tracking import append_export, is_exported
 
 # Fields of a model that decide the shapes of its tensors; a run cannot change them in a model it starts from.
@@ -43,7 +46,7 @@ def start_run(config: PretrainConfig) -> RunFolder:
     initialize_distributed()
     enable_compilation_cache()
     run = RunFolder(resolve_run(config.run))
-    if (run.path / "config.json").is_file() and (run.path / "tokenizer.json").is_file():
+    if holds_model(run.path) and (run.path / "tokenizer.json").is_file():
         raise UserError(
             f"{run.path} is a Hugging Face model, not the folder of a run; choose another run name (with --init_from "
             f"{run.path} to start from that model)"
@@ -99,7 +102,7 @@ def is_finished(run: RunFolder, config: PretrainConfig) -> bool:
     if config.resume != "never" and is_exported(run) and not run.changed_settings(config):
         announce(f"{run.path} is finished; its model is {run.model}. Choose another run name to train again.")
         return True
-    if (run.model / "config.json").is_file() and not run.checkpoint_steps():
+    if holds_model(run.model) and not run.checkpoint_steps():
         raise UserError(
             f"{run.model} is there, but {run.checkpoints} holds no checkpoint to go on from, and training from the "
             f"start would write over it; choose another run name (with --init_from {run.path} to start from that "
@@ -114,7 +117,7 @@ def load_tokenizer(config: PretrainConfig) -> Tokenizer:
         raise UserError(
             "a run from scratch needs a tokenizer: give --tokenizer FOLDER, or --init_from a model that has one"
         )
-    return Tokenizer.load(config.tokenizer or resolve_model_folder(config.init_from, "init_from"))
+    return Tokenizer.load(config.tokenizer or tokenizer_folder(resolve_model_folder(config.init_from, "init_from")))
 
 
 def load_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
@@ -126,9 +129,7 @@ def load_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
     if config.init_from:
         folder = resolve_model_folder(config.init_from, "init_from")
-        file = folder / "config.json"
-        architecture = from_hf_config(json.loads(file.read_text("utf-8")), str(file))
-        architecture = dataclasses.replace(architecture, **ids)
+        architecture = dataclasses.replace(read_config(folder), **ids)
         architecture = _with_settings(architecture, config.model, folder)
     else:
         architecture = config.model.resolve(**ids)
@@ -137,7 +138,9 @@ def load_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
             f"the tokenizer {tokenizer.folder} has {tokenizer.vocab_size} tokens, more than the model's vocabulary of "
             f"{architecture.vocab_size}; set model.vocab_size {tokenizer.vocab_size}, or take the model's own tokenizer"
         )
-    return LanguageModel(architecture, config.compute)
+    plan = plan_adapters(config, architecture)
+    adapter = plan and make_adapter(plan.table, plan.dropout)
+    return LanguageModel(architecture, config.compute, adapter)
 
 
 def check_context(config: PretrainConfig, model: LanguageModel) -> None:
@@ -166,17 +169,28 @@ def _with_settings(architecture: ModelConfig, settings: ModelSettings, folder: P
     return dataclasses.replace(architecture, **given)
 
 
-def initial_params(config: PretrainConfig, model: LanguageModel) -> Callable[[], Params]:
-    """Loads the parameters of `config.init_from`, or draws them from the seed, onto the mesh."""
+def run_parameters(config: PretrainConfig, model: LanguageModel, has_head: bool = False) -> Parameters:
+    """What the run trains: the parameters of `config.init_from`, or drawn from the seed, or adapters over them.
+
+    has_head: init_from may be a model with a head of scores, which is left out.
+    """
     mesh = make_mesh(config.mesh)
     if not config.init_from:
-        return lambda: init_params(model, named_key(config.seed, "init"), mesh)
+        return Parameters.of(model, lambda: init_params(model, named_key(config.seed, "init"), mesh))
+    plan, dtype = plan_adapters(config, model.config), frozen_dtype(config)
 
-    def load():
-        _, params = load_hf(resolve_model_folder(config.init_from, "init_from"))
-        return jax.device_put(params, param_shardings(mesh, model.logical_axes(), model.abstract_params()))
+    def load() -> Params:
+        if plan is None:
+            _, params = load_merged(resolve_model_folder(config.init_from, "init_from"))
+        else:
+            params = load_with_adapters(config, plan, dtype)
+        if SCORE in params and not has_head:
+            raise UserError(f"init_from {config.init_from} is a classifier or reward model, and cannot write text")
+        params = {name: tree for name, tree in params.items() if name in parameters.abstract}
+        return jax.device_put(params, param_shardings(mesh, parameters.axes, parameters.abstract))
 
-    return load
+    parameters = Parameters.of(model, load, dtype)
+    return parameters
 
 
 def sampler(
@@ -214,18 +228,39 @@ def sampler(
 
 
 def finish_run(
-    run: RunFolder, config: PretrainConfig, model: LanguageModel, tokenizer: Tokenizer, result: TrainResult, hint: str
+    run: RunFolder,
+    config: PretrainConfig,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    result: TrainResult,
+    hint: str,
+    labels: Labels | None = None,
 ) -> Path:
-    """Writes model/, report.md and loss.png, says what to type next (`hint` ends it), and returns the run's folder."""
-    params = result.params
+    """Writes model/, report.md and loss.png, says what to type next (`hint`), and returns the run's folder.
+
+    Adapters are written as such, unless the model has a head of scores, with `labels`: then they are merged.
+    """
+    plan, params = plan_adapters(config, model.config), result.params
+    if plan is not None:
+        params, _ = split(params, lambda path: path[-1] in LEAVES or path[0] == SCORE)
     if jax.process_count() > 1:
         params = multihost_utils.process_allgather(params, tiled=True)
     if jax.process_index() == 0:
-        save_hf(run.model, model.config, params, tokenizer, dtype=config.export_dtype)
+        if plan is not None and labels is not None:
+            params = merge(join(_body(load_hf(plan.base)[1]), params))
+        if plan is None or labels is not None:
+            save_hf(run.model, model.config, params, tokenizer, dtype=config.export_dtype, labels=labels)
+        else:
+            save_adapters(run.model, params, plan, tokenizer)
+            hint += f"\n  minimind convert merge-lora {run.path} OUTPUT      # one whole model"
         append_export(run, result.step, config.export_dtype)
         write_report(run)
-        print(f"The model is {run.model}, the report {run.report_file}. Next:")
-        print(f"  minimind chat --model {run.model}\n{hint}")
+        print(f"The model is {run.model}, the report {run.report_file}. Next:\n{hint}")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("model")
     return run.path
+
+
+def _body(params: Params) -> Params:
+    """A model's parameters without any head of its own."""
+    return {name: tree for name, tree in without_head(params).items() if name != "lm_head"}

@@ -14,21 +14,15 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from minimind_jax import settings
-from minimind_jax.config import SFTConfig
 from minimind_jax.convert.hf import load_hf, to_hf
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.inference.config import SamplingConfig
 from minimind_jax.inference.generate import Generator, bucket, load_generator
 from minimind_jax.model.transformer import LanguageModel, Params
-from minimind_jax.sharding import make_mesh, param_shardings
 from minimind_jax.stages import demo_corpus
 from minimind_jax.stages.pipeline import load_pipeline, run_pipeline
-from minimind_jax.training.checkpoint import Checkpoints
-from minimind_jax.training.optimizer import make_optimizer
-from minimind_jax.training.program import abstract_state
+from minimind_jax.training.checkpoint import load_params
 from minimind_jax.training.run import RunFolder, write_text
-from minimind_jax.training.state import state_shardings
 from minimind_jax.training.tracking import read_metrics
 
 FOLDER = Path("runs/demo")
@@ -137,14 +131,7 @@ def export_difference(run: Path, exported: Path) -> float:
 
 def checkpoint_params(run: RunFolder, model: LanguageModel) -> Params:
     """The parameters of a run's last checkpoint, as training left them."""
-    config = settings.make_settings(SFTConfig, settings.read_yaml(run.config_file))
-    shapes = model.abstract_params()
-    with Checkpoints(run.checkpoints) as checkpoints:
-        step = checkpoints.steps[-1]
-        optimizer = make_optimizer(config.optimizer, step, shapes)
-        placed = param_shardings(make_mesh(config.mesh), model.logical_axes(), shapes)
-        state = abstract_state(optimizer, shapes, state_shardings(optimizer, placed, shapes))
-        return checkpoints.restore(step, state).params
+    return load_params(run.checkpoints / str(run.checkpoint_steps()[-1]), model.abstract_params())
 
 
 def bits_per_byte(run: Path) -> list[str]:

@@ -7,9 +7,10 @@ from minimind_jax.config import PretrainConfig
 from minimind_jax.convert.hf import MAX_SHARD_BYTES, save_hf
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_run
+from minimind_jax.model.lora import join, merge
 from minimind_jax.paths import as_path
 from minimind_jax.stages import STAGES
-from minimind_jax.stages.common import load_model, load_tokenizer
+from minimind_jax.stages.common import load_model, load_tokenizer, run_parameters
 from minimind_jax.training.checkpoint import load_params
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import read_metrics, val_losses
@@ -22,10 +23,11 @@ def export_checkpoint(
     dtype: str | None = None,
     max_shard_bytes: float = MAX_SHARD_BYTES,
 ) -> int:
-    """Writes a checkpoint of the run `name` as the run itself writes its model/ and returns the checkpoint's step.
+    """Writes a checkpoint of the run `name` as a whole model and returns the checkpoint's step.
 
     checkpoint: `newest`, `best` (of those with a validation loss, the lowest) or a step. dtype: None takes the run's
-    export_dtype. Nothing in the run's folder is changed, so the run may be under way.
+    export_dtype. Adapters are merged into the model that they were trained over. Nothing in the run's folder is
+    changed, so the run may be under way.
 
     Raises:
         UserError: no such run or checkpoint, or the tokenizer or model that the run started from is gone.
@@ -35,7 +37,11 @@ def export_checkpoint(
     step = choose_step(run, checkpoint)
     tokenizer = load_tokenizer(config)
     model = load_model(config, tokenizer)
-    params = load_params(run.checkpoints / str(step), model.abstract_params())
+    parameters = run_parameters(config, model)
+    trained, frozen = parameters.split(parameters.abstract)
+    params = load_params(run.checkpoints / str(step), trained)
+    if frozen:
+        params = merge(join(parameters.split(parameters.load())[1], params))
     save_hf(output, model.config, params, tokenizer, dtype or config.export_dtype, max_shard_bytes)
     return step
 

@@ -11,8 +11,8 @@
           data: {train: [dialogues.jsonl]}
 
 A finished stage is skipped and one that was cut off is resumed, so the same command can be repeated until all is done.
-Unless set, a stage writes to runs/NAME/STAGE, takes the tokenizer of the tokenizer stage, and `sft` starts from the
-training stage before it. `--STAGE.key value`, `--shared.key value` and `--name NAME` override the file.
+Unless set, a stage writes to runs/NAME/STAGE, takes the tokenizer of the tokenizer stage, and all but `pretrain` start
+from the language model before them. `--STAGE.key value`, `--shared.key value` and `--name NAME` override the file.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,6 +26,8 @@ from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_run
 from minimind_jax.settings import Setting
 from minimind_jax.stages import STAGES
+
+ENDS = ("reward", "classify")  # stages whose models no other stage starts from
 
 EXAMPLE = "name: NAME, then stages: with a list of `- tokenizer:`, `- pretrain:`, `- sft:`"
 
@@ -150,9 +152,9 @@ def _defaults(name: str, folder: Path, before: Sequence[Stage]) -> dict[str, str
     if name == "tokenizer":
         return {"output": str(folder / name)}
     tokenizers = [str(stage.folder) for stage in before if stage.name == "tokenizer"]
-    runs = [str(stage.folder) for stage in before if stage.name != "tokenizer"]
+    runs = [str(stage.folder) for stage in before if stage.name not in ("tokenizer", *ENDS)]
     defaults = {"run": str(folder / name)}
-    if name == "sft" and runs:
+    if name != "pretrain" and runs:
         defaults["init_from"] = runs[-1]
     elif tokenizers:
         defaults["tokenizer"] = tokenizers[-1]

@@ -9,10 +9,10 @@ from minimind_jax.sharding import data_process, make_mesh
 from minimind_jax.stages.common import (
     check_context,
     finish_run,
-    initial_params,
     is_finished,
     load_model,
     load_tokenizer,
+    run_parameters,
     sampler,
     start_run,
 )
@@ -47,12 +47,15 @@ def pretrain(config: PretrainConfig) -> Path:
         config,
         stage="pretrain",
         model=model,
-        init_params=initial_params(config, model),
+        parameters=run_parameters(config, model),
         loss_fn=make_language_model_loss(model, config.training.z_loss),
         train_batches=train_batches,
         val_batches=val_batches,
         run=run,
         sample_fn=sample_fn,
     )
-    hint = f"  minimind sft --init_from {run.path} --data.train YOUR_CONVERSATIONS.jsonl --run NAME"
+    hint = (
+        f"  minimind chat --model {run.model}\n"
+        f"  minimind sft --init_from {run.path} --data.train YOUR_CONVERSATIONS.jsonl --run NAME"
+    )
     return finish_run(run, config, model, tokenizer, result, hint)

@@ -10,10 +10,10 @@ from minimind_jax.sharding import data_process, make_mesh
 from minimind_jax.stages.common import (
     check_context,
     finish_run,
-    initial_params,
     is_finished,
     load_model,
     load_tokenizer,
+    run_parameters,
     sampler,
     start_run,
 )
@@ -49,12 +49,12 @@ def sft(config: SFTConfig) -> Path:
         config,
         stage="sft",
         model=model,
-        init_params=initial_params(config, model),
+        parameters=run_parameters(config, model),
         loss_fn=make_language_model_loss(model, config.training.z_loss),
         train_batches=train_batches,
         val_batches=val_batches,
         run=run,
         sample_fn=sample_fn,
     )
-    hint = f"  minimind generate --model {run.model} --prompt 'Hello'"
+    hint = f"  minimind chat --model {run.model}\n  minimind generate --model {run.model} --prompt 'Hello'"
     return finish_run(run, config, model, tokenizer, result, hint)

@@ -25,19 +25,21 @@ from minimind_jax.training.checkpoint import Checkpoints
 from minimind_jax.training.flops import flops_per_token, peak_flops
 from minimind_jax.training.plan import check_same_data, data_record, planned_steps, run_facts
 from minimind_jax.training.profile import Profiler
-from minimind_jax.training.program import abstract_state, make_program
+from minimind_jax.training.program import Program, make_program
 from minimind_jax.training.progress import TrainingProgress
 from minimind_jax.training.run import RunFolder, package_versions, plain
-from minimind_jax.training.state import TrainState, create_state
+from minimind_jax.training.state import Parameters, TrainState, create_state, fingerprint
 from minimind_jax.training.step import TrainStep, make_eval_step
 from minimind_jax.training.stop import StopRequest
 from minimind_jax.training.tracking import MetricsWriter, val_losses
+
+UNWATCHED = {"loss", "nll", "router_loss", "tokens"}  # metrics whose validation value is not written
 
 SampleFn = Callable[[Params], list[tuple[str, str]]]
 
 
 class TrainResult(NamedTuple):
-    """params: float32, on the mesh. step: optimizer steps done. val_loss: at the end, None without validation."""
+    """params: all of them, on the mesh. step: optimizer steps done. val_loss: at the end, None without validation."""
 
     params: Params
     step: int
@@ -49,17 +51,17 @@ def train(
     *,
     stage: str,
     model: LanguageModel,
-    init_params: Callable[[], Params],
+    parameters: Parameters,
     loss_fn: LossFn,
     train_batches: Batches,
     val_batches: Batches | None,
     run: RunFolder,
     sample_fn: SampleFn | None = None,
 ) -> TrainResult:
-    """Trains all parameters for the steps that `config.training` plans, going on from the run's newest checkpoint.
+    """Trains for the steps that `config.training` plans, going on from the run's newest checkpoint.
 
-    init_params: makes or loads the parameters; only called when there is no checkpoint.
-    loss_fn: see `losses`. sample_fn: (prompt, text) pairs written by the model with these parameters.
+    parameters: what is trained, and what `loss_fn` (see `losses`) reads beside it. sample_fn: (prompt, text) pairs
+    written by the model with these parameters.
 
     Writes metrics.jsonl, environment.json, config.yaml and checkpoints into the run's folder.
     Raises:
@@ -69,7 +71,7 @@ def train(
     run.check_resume(config.resume)
     mesh = make_mesh(config.mesh)
     total_steps = planned_steps(config.training, train_batches)
-    program = make_program(config, model, loss_fn, mesh, total_steps)
+    program = make_program(config, parameters, loss_fn, mesh, total_steps)
     is_first = jax.process_index() == 0
     losses: dict[int, float] = {}  # step -> validation loss, as far as known
     with contextlib.ExitStack() as stack:
@@ -77,7 +79,7 @@ def train(
             Checkpoints(
                 run.checkpoints,
                 keep=config.checkpoint.keep,
-                val_losses=losses if config.checkpoint.keep_best else None,
+                val_losses=losses if config.checkpoint.keep_best or config.training.patience else None,
             )
         )
         start_step = checkpoints.steps[-1] if checkpoints.steps else 0
@@ -88,11 +90,13 @@ def train(
             )
         record = checkpoints.record(start_step) if start_step else {}
         warning = check_same_data(record["data"], data_record(train_batches)) if record else None
-        if start_step:
-            shapes = abstract_state(program.optimizer, model.abstract_params(), program.shardings)
-            state = checkpoints.restore(start_step, shapes)
-        else:
-            state = create_state(init_params(), program.optimizer, program.shardings)
+        state = start_state(parameters, program, checkpoints, start_step)
+        base = fingerprint(state.frozen)
+        if record.get("base", base) != base:
+            raise UserError(
+                f"the model that {run.path} started from has changed since the checkpoint of step {start_step}, and "
+                "its weights are part of what is trained; restore it, or start another run"
+            )
 
         facts = run_facts(config, stage, model, mesh, train_batches, val_batches, total_steps)
         # Before the settings: while metrics.jsonl says that the model is written, they are those it was written with.
@@ -122,6 +126,7 @@ def train(
             stop=stack.enter_context(StopRequest()),
             speed=Speed(model, config.data.seq_len, record.get("seconds", 0.0)),
             tokens=record.get("tokens", 0),
+            base=base,
         )
         resumed = {"resumed": f"from the checkpoint of step {start_step}"} if start_step else {}
         loop.progress.facts({**facts, "run": str(run.path), **resumed})
@@ -129,14 +134,29 @@ def train(
             loop.progress.say(f"[bold red]warning:[/] {warning}")
         state = loop.run(state, start_step)
         checkpoints.wait()
-    return TrainResult(state.params, total_steps, losses[max(losses)] if losses else None)
+        step = int(state.step)
+        if config.training.patience and (known := losses.keys() & set(checkpoints.steps)):
+            best = min(known, key=lambda step: (losses[step], step))
+            loop.progress.say(f"the model is that of step {best}, whose validation loss is the lowest")
+            state = checkpoints.restore(best, program.abstract._replace(frozen={}))._replace(frozen=state.frozen)
+    return TrainResult(state.all_params(), step, losses[max(losses)] if losses else None)
+
+
+def start_state(parameters: Parameters, program: Program, checkpoints: Checkpoints, step: int) -> TrainState:
+    """The state of the checkpoint `step`, or of a run's start when it is 0."""
+    if not step:
+        trained, frozen = parameters.split(parameters.load())
+        return create_state(trained, program.optimizer, program.shardings, frozen)
+    state = checkpoints.restore(step, program.abstract._replace(frozen={}))
+    return state._replace(frozen=parameters.split(parameters.load())[1] if program.abstract.frozen else {})
 
 
 @dataclasses.dataclass
 class Loop:
     """The parts of one run, and what happens at its steps. Made by `train`.
 
-    losses: step -> validation loss; shared with `checkpoints`. tokens: trained so far.
+    losses: step -> validation loss; shared with `checkpoints`. tokens: trained so far. base: fingerprint of the frozen
+    parameters.
     """
 
     config: PretrainConfig
@@ -155,13 +175,16 @@ class Loop:
     stop: StopRequest
     speed: "Speed"
     tokens: int
+    base: str
 
     def __post_init__(self):
         self.training, self.checkpoint = self.config.training, self.config.checkpoint
 
     def run(self, state: TrainState, start_step: int) -> TrainState:
-        """From `start_step`, whose state this is, to the end."""
+        """From `start_step`, whose state this is, to the end, or until patience is lost."""
         self.observe(state, start_step)
+        if self.has_lost_patience():
+            return state
         unread: tuple[int, dict, int] | None = None
         _, row_processes = data_process(self.mesh)
         with contextlib.closing(self.train_batches.iterate(start_step, self.total_steps - start_step)) as batches:
@@ -173,15 +196,25 @@ class Loop:
                 # Rows of other processes are as full as ours, nearly: asking them would cost a message a step.
                 unread = (step, metrics, int(np.count_nonzero(batch["segment_ids"])) * row_processes)
                 self.checkpoints.poll()
-                is_saved = self.is_due(step, self.checkpoint.every)
+                is_saved = self.is_due(step, self.checkpoint.every) or (
+                    self.training.patience > 0 and self.is_due(step, self.training.eval_every)
+                )
                 if is_saved or self.is_watched(step):
                     self.read(unread)
                     unread = None
                     if is_saved:
                         self.save(state, step)
                     self.observe(state, step)
-        self.stop_if_asked(state, self.total_steps, unread)
+                    if self.has_lost_patience():
+                        break
+        self.stop_if_asked(state, int(state.step), unread)
         return state
+
+    def has_lost_patience(self) -> bool:
+        """Whether `training.patience` evaluations in a row were no better than the best before them."""
+        ordered = [self.losses[step] for step in sorted(self.losses) if step]  # the start is no result
+        since_best = len(ordered) - 1 - ordered.index(min(ordered)) if ordered else 0
+        return 0 < self.training.patience <= since_best
 
     def is_due(self, step: int, every: int) -> bool:
         return step == self.total_steps or (every > 0 and step % every == 0)
@@ -222,6 +255,7 @@ class Loop:
     def save(self, state: TrainState, step: int) -> None:
         record = {
             "data": data_record(self.train_batches),
+            "base": self.base,
             "tokens": self.tokens,
             "seconds": self.speed.seconds(),
             "config": plain(self.config),
@@ -229,7 +263,7 @@ class Loop:
         }
         with self.speed.pause():
             self.writer.sync()  # the metrics up to a checkpoint are there when it is
-            self.checkpoints.save(step, state, record)
+            self.checkpoints.save(step, state._replace(frozen={}), record)
 
     def stop_if_asked(self, state: TrainState, step: int, unread: tuple[int, dict, int] | None) -> None:
         if not self.stop.should_stop(step):
@@ -249,13 +283,14 @@ class Loop:
         with self.speed.pause():
             if self.val_batches is not None and self.is_due(step, self.training.eval_every):
                 if not self.writer.has(step, "val_loss"):
-                    self.evaluate(state.params, step)
+                    self.evaluate(state.all_params(), step)
             if self.sample_fn is not None and self.is_due(step, self.training.sample_every):
                 if not self.writer.has(step, "samples"):
-                    self.sample(state.params, step)
+                    self.sample(state.all_params(), step)
 
     def evaluate(self, params: Params, step: int) -> None:
-        """Writes val_loss (nats per target) and val_bits_per_byte; left out when the run is asked to stop meanwhile."""
+        """Writes val_loss (of language models in nats per target) and the loss function's other metrics as val_NAME;
+        left out when the run is asked to stop meanwhile."""
         total: dict | None = None
         for batch in self.val_batches.eval_batches(self.training.eval_rows):
             if self.stop.signal is not None:
@@ -266,8 +301,7 @@ class Loop:
                 total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
         means = {name: float(top) / max(float(bottom), 1.0) for name, (top, bottom) in jax.device_get(total).items()}
         row = {"val_loss": means.get("nll", means["loss"])}
-        if "bits_per_byte" in means:
-            row["val_bits_per_byte"] = means["bits_per_byte"]
+        row |= {f"val_{name}": value for name, value in means.items() if name not in UNWATCHED}
         self.writer.write(step, **row)
         self.losses[step] = row["val_loss"]
         numbers = "  ".join(f"{name.removeprefix('val_').replace('_', ' ')} {value:.4f}" for name, value in row.items())

@@ -13,6 +13,7 @@ import optax
 
 from minimind_jax.config import OptimizerConfig
 from minimind_jax.errors import UserError
+from minimind_jax.model.lora import TRAINED
 from minimind_jax.model.transformer import Params
 
 
@@ -92,15 +93,15 @@ def add_cautious_decay(weight_decay: float, mask: Params) -> optax.GradientTrans
 
 
 def decay_mask(params: Params, decay: str) -> Params:
-    """True where weight decay applies: `all`, or `matrices`, the kernels (no norms, no embedding, tied or not).
+    """True where weight decay applies: `all`, or `matrices`: kernels and adapters; no norms, no embedding.
 
     Decided by name: the stacked scales of a norm, (L, D), have two axes and are no matrix.
     """
-    return _map_names(lambda path: decay == "all" or path[-1] == "kernel", params)
+    return _map_names(lambda path: decay == "all" or path[-1] in ("kernel", *TRAINED), params)
 
 
 def muon_mask(params: Params) -> Params:
-    """True for the matrices inside the layers, experts' included; not the router, the embedding and the head."""
+    """True for the kernels inside the layers, experts' included; not for routers, adapters, embedding and head."""
     return _map_names(lambda path: path[0] == "layers" and path[-1] == "kernel" and "router" not in path, params)
 
 

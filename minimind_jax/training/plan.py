@@ -4,9 +4,11 @@ import math
 
 from minimind_jax.config import PretrainConfig, TrainingConfig
 from minimind_jax.data.batches import Batches
+from minimind_jax.data.tokenise import RENDERED
 from minimind_jax.errors import UserError
 from minimind_jax.losses.vocabulary import piece_size
 from minimind_jax.model import attention, moe
+from minimind_jax.model.lora import TRAINED, split, without_adapters
 from minimind_jax.model.transformer import LanguageModel, compute_dtype, count_parameters
 from minimind_jax.sharding import row_shards
 
@@ -40,7 +42,7 @@ def data_record(batches: Batches) -> dict[str, str | int | float | bool]:
         "packing": data.packing,
         "shuffle": data.shuffle,
         "seed": batches.seed,
-        **{name: getattr(data, name) for name in chances if info["kind"] == "conversation"},
+        **{name: getattr(data, name) for name in chances if info["kind"] in RENDERED},
     }
 
 
@@ -80,7 +82,7 @@ def run_facts(
 ) -> dict[str, str]:
     """What is printed at the start and kept in environment.json."""
     devices, shape = mesh.devices.ravel(), model.config
-    parameters = count_parameters(model.abstract_params())
+    parameters = count_parameters(without_adapters(model.abstract_params()))
     sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     experts = f", {shape.num_experts} experts, {shape.num_experts_per_tok} used" if shape.is_moe else ""
     parts = config.training.accumulation_steps
@@ -95,6 +97,7 @@ def run_facts(
         "stage": stage,
         "model": f"{parameters:,} parameters ({shape.num_hidden_layers} layers of width {shape.hidden_size}, "
         f"{shape.vocab_size:,} tokens{experts})",
+        **_adapter_facts(model, parameters),
         "compute": f"{dtype.name}, attention path: {path}{f' ({reason})' if reason else ''}, "
         + f"experts path: {moe.choose_path(model.compute.experts, tokens)}, " * shape.is_moe
         + f"remat {model.compute.remat}",
@@ -107,8 +110,20 @@ def run_facts(
     }
 
 
+def _adapter_facts(model: LanguageModel, parameters: int) -> dict[str, str]:
+    if model.adapter is None:
+        return {}
+    trained = count_parameters(split(model.abstract_params(), lambda path: path[-1] in TRAINED)[0])
+    ranks = ", ".join(f"{name} {rank}" for name, rank in model.adapter.ranks)
+    return {"adapters": f"ranks {ranks}; {trained:,} parameters trained ({trained / parameters:.2%})"}
+
+
 def describe_data(batches: Batches) -> str:
     """`1,234 documents, 56,789 tokens in 120 rows, packed 98.7 % full`."""
     plan = batches.plan
     documents = len(batches.epoch(0).documents)
-    return f"{documents:,} documents, {plan.tokens:,} tokens in {plan.rows:,} rows, packed {plan.efficiency:.1%} full"
+    cut = f", {plan.cut_documents:,} prompts cut, {plan.left_out:,} left out for want of room"
+    return (
+        f"{documents:,} documents, {plan.tokens:,} tokens in {plan.rows:,} rows, packed {plan.efficiency:.1%} full"
+        + cut * (batches.cache.kind == "preference" and bool(plan.cut_documents + plan.left_out))
+    )

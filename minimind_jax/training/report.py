@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from minimind_jax.errors import UserError
+from minimind_jax.folders import holds_model
 from minimind_jax.training.run import RunFolder, write_text
 from minimind_jax.training.tracking import read_metrics
 
@@ -74,6 +75,8 @@ def report_text(run: RunFolder, config: dict, rows: list[dict], train: list[dict
         "## Run",
         _table({**facts, **_machine(recorded)}),
     ]
+    if run.results_file.is_file():
+        sections += ["## Held-out results", run.results_file.read_text("utf-8").strip()]
     if val:
         sections += ["## Validation", _validation(val)]
     samples = [row for row in rows if row.get("samples")]
@@ -146,7 +149,7 @@ def _next_steps(run: RunFolder, stage: str) -> str:
         f"minimind chat --model {run.model}      # talk to it",
         f"minimind sft --init_from {run.path} --data.train YOUR.jsonl --run NAME      # train it further",
     ]
-    if not (run.model / "config.json").is_file():
+    if not holds_model(run.model):
         commands = [f"minimind {stage} --config {run.config_file}      # resume it"]
     return _code("\n".join(commands), "sh")
 

@@ -7,6 +7,7 @@ runs/NAME/
   checkpoints/       Orbax, only for resuming
   profile/           a trace, where training.profile_steps asks for one
   model/             the Hugging Face folder, written at the end
+  results.md         what a stage found about its model, part of the report
   report.md, loss.png
 """
 
@@ -41,6 +42,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.report_file = self.path / "report.md"
+        self.results_file = self.path / "results.md"
         self.loss_picture = self.path / "loss.png"
         # One lock object a folder and process: whoever has it may take it again. It is let go with the last RunFolder.
         self._lock = None if is_remote(self.path) else FileLock(self.path / ".lock", is_singleton=True)

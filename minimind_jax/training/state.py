@@ -1,34 +1,124 @@
-"""What training changes: the step, the parameters and the optimizer's state."""
+"""What training changes: the step, the parameters and the optimizer's state; and what it only reads."""
 
+import hashlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from minimind_jax.model.lora import TRAINED, Path, join, split
+from minimind_jax.model.transformer import LanguageModel, Params
+
+
+class Parameters(NamedTuple):
+    """The parameters of a run, as nested dicts: those that are trained, and those that its loss only reads.
+
+    abstract, axes: shapes and dtypes, and logical axes, of all. load: makes or loads all of them, onto the mesh. It is
+    called when there is no checkpoint, and for the frozen ones at every start, since checkpoints do not hold them.
+    is_trained: of a parameter's path.
+    """
+
+    abstract: Params
+    axes: Params
+    load: Callable[[], Params]
+    is_trained: Callable[[Path], bool] = lambda path: True
+
+    def split(self, tree: Params) -> tuple[Params, Params]:
+        """(trained, frozen) of a tree of all parameters."""
+        return split(tree, self.is_trained)
+
+    @classmethod
+    def of(cls, model: LanguageModel, load: Callable[[], Params], frozen_dtype: str = "float32") -> "Parameters":
+        """All parameters of a model: trained, or with adapters only these. frozen_dtype: of matrices that are not."""
+        abstract, axes = model.abstract_params(), model.logical_axes()
+        if model.adapter is None:
+            return cls(abstract, axes, load)
+
+        def is_trained(path: Path) -> bool:
+            return path[-1] in TRAINED
+
+        trained, frozen = split(abstract, is_trained)
+        shapes = jax.eval_shape(lambda params: cast_matrices(params, frozen_dtype), frozen)
+        return cls(join(trained, shapes), axes, load, is_trained)
+
 
 class TrainState(NamedTuple):
-    """step: int32 scalar, optimizer steps done. params: float32. opt_state: of the optax optimizer, float32."""
+    """step: int32 scalar, optimizer steps done. params: those that are trained, float32. opt_state: of the optax
+    optimizer, float32. frozen: parameters that the loss reads beside them; no part of a checkpoint."""
 
     step: jax.Array
-    params: Any
+    params: Params
     opt_state: Any
+    frozen: Params = {}  # noqa: RUF012  never changed in place, as no pytree is
+
+    def all_params(self) -> Params:
+        """What the loss is given."""
+        return join(self.frozen, self.params)
 
 
-def create_state(params: Any, optimizer: optax.GradientTransformation, shardings: TrainState | None = None):
-    """The state before the first step. The optimizer's arrays are made where `shardings` puts them."""
+def cast_matrices(params: Params, dtype: str) -> Params:
+    """The same parameters with their kernels and embeddings in another dtype; norms and routers stay float32."""
+
+    def cast(path, leaf):
+        names = [key.key for key in path]
+        return leaf.astype(dtype) if names[-1] in ("kernel", "embedding") and "router" not in names else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def fingerprint(params: Params) -> str:
+    """Tells other values from the same ones, wherever they lie on a mesh: a hash of sums of their bits. "" for none.
+
+    Sums of integers do not depend on their order, and so not on the mesh.
+    """
+    if not params:
+        return ""
+
+    def sums(params):
+        def total(leaf):
+            bits = jax.lax.bitcast_convert_type(leaf, jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32)
+            place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, bits.ndim - 1) if bits.ndim else jnp.uint32(0)
+            return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
+
+        return jnp.stack([total(leaf) for leaf in jax.tree.leaves(params)])
+
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    on_every_device = jax.jit(sums, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return hashlib.sha256(np.asarray(on_every_device(params)).tobytes()).hexdigest()[:16]
+
+
+def create_state(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState | None = None,
+    frozen: Params | None = None,
+) -> TrainState:
+    """The state before the first step. The optimizer's arrays are made where `shardings` puts them.
+
+    params: those that are trained. frozen: the others, which are kept as they are.
+    """
 
     def create(params):
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    return jax.jit(create, out_shardings=shardings)(params)
+    out = shardings and shardings._replace(frozen={})
+    return jax.jit(create, out_shardings=out)(params)._replace(frozen=frozen or {})
 
 
-def state_shardings(optimizer: optax.GradientTransformation, param_shardings: Any, abstract_params: Any) -> TrainState:
+def state_shardings(
+    optimizer: optax.GradientTransformation,
+    param_shardings: Params,
+    abstract_params: Params,
+    frozen_shardings: Params | None = None,
+) -> TrainState:
     """A TrainState of shardings: the optimizer's arrays lie as their parameters do, everything else is on all devices.
 
-    param_shardings, abstract_params: trees of NamedSharding and of shapes (see `sharding.param_shardings`).
+    param_shardings, abstract_params: trees of NamedSharding and of shapes (see `sharding.param_shardings`), of the
+    parameters that are trained. frozen_shardings: of the others.
     """
     whole = NamedSharding(jax.tree.leaves(param_shardings)[0].mesh, PartitionSpec())
 
@@ -43,4 +133,4 @@ def state_shardings(optimizer: optax.GradientTransformation, param_shardings: An
         transform_non_params=lambda _: whole,
         is_leaf=is_masked,
     )
-    return TrainState(whole, param_shardings, opt_shardings)
+    return TrainState(whole, param_shardings, opt_shardings, frozen_shardings or {})

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from minimind_jax.errors import UserError
 from minimind_jax.losses import Batch, LossFn, Metrics
+from minimind_jax.model.lora import join
 from minimind_jax.seeds import named_key
 from minimind_jax.sharding import ROW_AXES, batch_sharding, row_shards
 from minimind_jax.training.state import TrainState
@@ -30,8 +31,9 @@ def make_train_step(
 ) -> TrainStep:
     """A jitted `(state, batch) -> (state, metrics)`. The state is donated: its arrays are gone after the call.
 
-    loss_fn: sums over one micro-batch (see `losses`). The numerators' gradients and the denominators are summed over
-    `accumulation_steps` micro-batches and all devices and divided once, so that how a batch is cut changes nothing.
+    loss_fn: sums over one micro-batch (see `losses`), given all parameters; the gradient is of those that are trained.
+    The numerators' gradients and the denominators are summed over `accumulation_steps` micro-batches and all devices
+    and divided once, so that how a batch is cut changes nothing.
     schedule: of the learning rate, for the metrics; the optimizer is given the step and applies its own.
     max_grad_norm: global norm the gradient is scaled down to, as torch's clip_grad_norm_ does; 0 for no clipping.
     seed: the dropout key of a micro-batch is derived from it, the step and the micro-batch's number.
@@ -40,8 +42,8 @@ def make_train_step(
     A loss or gradient that is not finite leaves params and opt_state as they were; the step still counts, so that the
     run gets past the batch if it goes on.
 
-    Metrics, scalars on the device: loss, grad_norm (before clipping), learning_rate, tokens (the denominator), finite
-    (1 or 0), and the loss function's own, divided.
+    Metrics, scalars on the device: loss, grad_norm (before clipping), learning_rate, tokens (the denominator, if the
+    loss function does not say), finite (1 or 0), and the loss function's own, divided.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -62,14 +64,14 @@ def make_train_step(
                 lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
             )
         metrics = {
+            "tokens": denominator,
             **{name: total / jnp.maximum(count, 1) for name, (total, count) in metrics.items()},
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": schedule(state.step),
-            "tokens": denominator,
             "finite": finite.astype(jnp.int32),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, state.frozen), metrics
 
     if shardings is None:
         return jax.jit(train_step, donate_argnums=0)
@@ -135,7 +137,7 @@ def _summed_gradients(loss_fn: LossFn, state: TrainState, micro_batches: Batch, 
 
     def numerator_fn(params, batch, key):
         with jax.named_scope("loss"):
-            numerator, denominator, metrics = loss_fn(params, batch, key)
+            numerator, denominator, metrics = loss_fn(join(state.frozen, params), batch, key)
         return numerator, (denominator, metrics)
 
     def add_gradient(grads, inputs):

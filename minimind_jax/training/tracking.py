@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from minimind_jax.config import TrackingConfig
 from minimind_jax.errors import UserError
+from minimind_jax.folders import holds_model
 from minimind_jax.paths import GrowingObject, as_path, is_remote
 from minimind_jax.training.run import RunFolder, write_text
 
@@ -69,7 +70,7 @@ def is_exported(run: RunFolder) -> bool:
     """Whether the run has written its model and no training has gone on since: one that does removes the `exported` row
     before it writes anything else (see `MetricsWriter`), so a longer run that is cut off is not taken for finished."""
     rows = read_metrics(run.metrics_file)
-    return bool(rows) and "exported" in rows[-1] and (run.model / "config.json").is_file()
+    return bool(rows) and "exported" in rows[-1] and holds_model(run.model)
 
 
 class MetricsWriter:

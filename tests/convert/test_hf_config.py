@@ -172,7 +172,7 @@ def test_first_of_several_end_tokens():
     ("changes", "message"),
     [
         ({"model_type": "llama"}, r"model_type 'llama' is not supported; it must be qwen3, qwen3_moe or minimind"),
-        ({"architectures": ["Qwen3ForSequenceClassification"]}, "architectures is .*Classification"),
+        ({"architectures": ["Qwen3ForTokenClassification"]}, "architectures is .*Classification"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"attention_bias": True}, "attention_bias is True"),

@@ -20,7 +20,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.model.config import RopeScaling
 from minimind_jax.model.transformer import LanguageModel
-from minimind_jax.stages.common import initial_params, load_model, load_tokenizer
+from minimind_jax.stages.common import load_model, load_tokenizer, run_parameters
 from minimind_jax.stages.pretrain import pretrain
 from minimind_jax.stages.sft import sft
 from minimind_jax.training.flops import flops_per_token
@@ -182,7 +182,7 @@ def train_directly(config, sample_fn=None, loss_fn=None):
         config,
         stage="test",
         model=model,
-        init_params=initial_params(config, model),
+        parameters=run_parameters(config, model),
         loss_fn=loss_fn or make_language_model_loss(model),
         train_batches=train_batches,
         val_batches=val_batches,

@@ -1,0 +1,103 @@
+"""A model from its folder, whatever kind it is: a Hugging Face folder, or a low-rank adapter over one."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from minimind_jax.convert.hf import MAX_SHARD_BYTES, load_hf, read_hf_config, save_hf
+from minimind_jax.convert.peft import StoredAdapter, load_peft, read_adapter_config
+from minimind_jax.convert.replace import read_json
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.errors import UserError
+from minimind_jax.folders import ADAPTER_CONFIG, holds_model, is_adapter, resolve_model_folder
+from minimind_jax.model.config import ModelConfig
+from minimind_jax.model.lora import join, merge
+from minimind_jax.model.transformer import Params
+from minimind_jax.paths import as_path, local_folder
+
+
+class Loaded(NamedTuple):
+    """params: float32 on the host (NumPy), an adapter not merged in. base: folder of the whole model. adapter: None
+    where the folder is one."""
+
+    config: ModelConfig
+    params: Params
+    base: Path
+    adapter: StoredAdapter | None
+
+
+def read_config(folder: str | Path, base: str = "") -> ModelConfig:
+    """The configuration of the model in a folder, or of the base model of the adapter in it (see `base_folder`)."""
+    folder = as_path(folder)
+    return read_hf_config(base_folder(folder, base) if is_adapter(folder) else folder)
+
+
+def load_parts(folder: str | Path, base: str = "") -> Loaded:
+    """The model in a folder, and the adapter, if it is one of those. Raises UserError."""
+    folder = as_path(folder)
+    if not is_adapter(folder):
+        return Loaded(*load_hf(folder), folder, None)
+    whole = base_folder(folder, base)
+    adapter = load_peft(folder, read_hf_config(whole))
+    return Loaded(*load_hf(whole), whole, adapter)
+
+
+def load_merged(folder: str | Path, base: str = "") -> tuple[ModelConfig, Params]:
+    """The model in a folder as configuration and float32 parameters (NumPy), with the adapter, if it is one, merged."""
+    loaded = load_parts(folder, base)
+    if loaded.adapter is None:
+        return loaded.config, loaded.params
+    return loaded.config, jax.tree.map(np.asarray, merge(join(loaded.params, loaded.adapter.tree)))
+
+
+def base_folder(adapter: Path, base: str = "") -> Path:
+    """The folder of the model that an adapter belongs to: `base` (a folder or a run) if given, else what its
+    configuration names. Raises UserError when it is not there."""
+    named = read_adapter_config(adapter)["base_model_name_or_path"]
+    for place in () if base else (as_path(named).expanduser(), adapter / named):
+        if holds_model(place) and not is_adapter(place):
+            return local_folder(place)
+    try:
+        folder = resolve_model_folder(base or named, "base")
+    except UserError as error:
+        raise UserError(
+            f"{adapter / ADAPTER_CONFIG}: the base model {named} is not there; put it there, change "
+            f"base_model_name_or_path, or make a whole model with another copy of it: minimind convert merge-lora "
+            f"{adapter} OUTPUT --base FOLDER ({error})"
+        ) from error
+    if is_adapter(folder):
+        raise UserError(f"{folder} is an adapter itself; a base model must be whole")
+    return folder
+
+
+def tokenizer_folder(folder: Path, base: str = "") -> Path:
+    """Where the tokenizer of a model is: in its folder, or with the base model of an adapter that has none."""
+    if is_adapter(folder) and not (folder / "tokenizer.json").is_file():
+        return base_folder(folder, base)
+    return folder
+
+
+def merge_lora(
+    adapter: str | Path,
+    output: str | Path,
+    base: str = "",
+    dtype: str = "bfloat16",
+    max_shard_bytes: float = MAX_SHARD_BYTES,
+) -> ModelConfig:
+    """Writes an adapter and its base model as one Hugging Face folder.
+
+    dtype: of the tensors. The sum is rounded once, so float32 keeps the merged model within rounding of the two.
+    Raises UserError when the folder holds no adapter.
+    """
+    folder = as_path(adapter)
+    if not is_adapter(folder):
+        raise UserError(f"{folder} holds no adapter (no {ADAPTER_CONFIG}, or a whole model beside it)")
+    config, params = load_merged(folder, base)
+    generation_file = base_folder(folder, base) / "generation_config.json"
+    save_hf(
+        output, config, params, Tokenizer.load(tokenizer_folder(folder, base)), dtype, max_shard_bytes,
+        generation_config=read_json(generation_file) if generation_file.is_file() else None,
+    )  # fmt: skip
+    return config

@@ -1,0 +1,265 @@
+"""Low-rank adapters as the folders that `peft` writes and reads: adapter_config.json and adapter_model.safetensors.
+
+An adapter is small and useless without its base model, whose folder its configuration names.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from minimind_jax.convert.hf_weights import StoredTensor, read_safetensors_file
+from minimind_jax.convert.replace import read_json, replacing, write_json
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.errors import UserError
+from minimind_jax.folders import ADAPTER_CONFIG
+from minimind_jax.model.config import ModelConfig
+from minimind_jax.model.lora import PROJECTIONS, Params, RankTable, scale_of
+from minimind_jax.paths import as_path, local_folder
+
+WEIGHTS = "adapter_model.safetensors"
+ALL_LINEAR = "all-linear"
+PRESETS = {"minimind": ("q_proj", "o_proj")}  # what MiniMind's rule, square matrices only, means at its sizes
+_PREFIX = "base_model.model."
+_BLOCKS = {"attention": "self_attn", "mlp": "mlp"}
+# Features of peft whose absence is expected, and the values that mean it.
+_UNSUPPORTED = {
+    "bias": ("none", None),
+    "use_dora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "modules_to_save": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None,),
+    "lora_bias": (False, None),
+    "layer_replication": (None,),
+    "alora_invocation_tokens": (None,),
+}
+
+
+class StoredAdapter(NamedTuple):
+    """An adapter as it lies in a folder.
+
+    base: folder of the model it belongs to, as its configuration names it. table: its ranks. tree: its parameters, of
+    which `lora_scale` is a number for each layer (NumPy, float32; see `model.lora`). dropout, rslora: of its training.
+    """
+
+    base: str
+    table: RankTable
+    tree: Params
+    dropout: float
+    rslora: bool
+
+
+# Which projections, and their ranks -----------------------------------------------------------------------------------
+
+
+def module_name(layer: int, projection: str) -> str:
+    """What transformers calls a projection: model.layers.3.self_attn.q_proj."""
+    return f"model.layers.{layer}.{_BLOCKS[PROJECTIONS[projection][0]]}.{projection}"
+
+
+def rank_table(config: ModelConfig, rank: int, targets: Sequence[str], ranks: Mapping[str, int]) -> RankTable:
+    """The rank of every projection in every layer, 0 where it has no adapter.
+
+    targets: `all-linear`, `minimind`, or whole words of a module's name (`q_proj`, `layers.3`, `layers.3.mlp.up_proj`),
+    or regular expressions for them. ranks: others than `rank`, for modules that such a pattern stands for.
+
+    Raises UserError for a target that is nowhere in the model. The experts of a MoE have no adapters.
+    """
+    there = [name for name, (block, _) in PROJECTIONS.items() if block == "attention" or not config.is_moe]
+    layers = range(config.num_hidden_layers)
+    wanted = [name for target in targets for name in PRESETS.get(target, (target,))]
+    _check_targets([*wanted, *ranks], [module_name(layer, name) for layer in layers for name in there], config)
+
+    def rank_of(layer: int, name: str) -> int:
+        module = module_name(layer, name)
+        if not any(target == ALL_LINEAR or _matches(target, module) for target in wanted):
+            return 0
+        return next((r for pattern, r in ranks.items() if _matches(pattern, module)), rank)
+
+    return {name: tuple(rank_of(layer, name) for layer in layers) for name in there}
+
+
+def _matches(target: str, module: str) -> bool:
+    """Whether `target`, a name or a pattern, stands for the module or for something that the module is in."""
+    return f".{target}." in f".{module}." or re.fullmatch(rf"(.*\.)?({target})(\..*)?", module) is not None
+
+
+def _check_targets(targets: Sequence[str], modules: Sequence[str], config: ModelConfig) -> None:
+    for target in targets:
+        try:
+            if target == ALL_LINEAR or any(_matches(target, module) for module in modules):
+                continue
+        except re.error as error:
+            raise UserError(f"lora: {target!r} is neither a name nor a regular expression: {error}") from error
+        names = sorted({module.rpartition(".")[2] for module in modules})
+        experts = "; the experts of a mixture have no adapters" if config.is_moe else ""
+        raise UserError(
+            f"lora: {target!r} is no projection of this model; there are {', '.join(names)}, in "
+            f"{config.num_hidden_layers} layers ({modules[0]} ...){experts}"
+        )
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def save_peft(
+    folder: str | Path,
+    params: Params,
+    table: RankTable,
+    *,
+    base: str | Path,
+    tokenizer: Tokenizer | None = None,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    task: str = "CAUSAL_LM",
+) -> Path:
+    """Writes the adapters in `params`, in float32; an older model there is replaced only when this is complete.
+
+    table: their ranks. base: the folder of the model they were trained over. rslora: whether alpha is to be divided by
+    the root of the rank; the scales themselves are those in `params`.
+    Raises UserError as `convert.hf.save_hf` does.
+    """
+    tensors, ranks, alphas = {}, {}, {}
+    for layer, name, rank in _modules(table):
+        block, _ = PROJECTIONS[name]
+        leaf = {key: np.asarray(value)[layer] for key, value in params["layers"][block][name].items() if "lora" in key}
+        module = module_name(layer, name)
+        ranks[module] = rank
+        alphas[module] = float(f"{leaf['lora_scale'] / scale_of(rank, 1, rslora):.6g}")
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(leaf["lora_a"][:, :rank].T, np.float32)
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(leaf["lora_b"][:rank].T, np.float32)
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    config = {
+        "peft_type": "LORA",
+        "task_type": task,
+        "base_model_name_or_path": str(base),
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": rslora,
+        "lora_dropout": dropout,
+        "target_modules": _target_names(table),
+        "rank_pattern": {module: r for module, r in ranks.items() if r != rank},
+        "alpha_pattern": {module: a for module, a in alphas.items() if a != alpha},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+    folder = as_path(folder)
+    with replacing(folder) as partial:
+        write_json(partial / ADAPTER_CONFIG, config)
+        if tokenizer is not None:
+            tokenizer.save(partial)
+        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+def _modules(table: RankTable):
+    """(layer, projection, rank) of every adapter, layer by layer."""
+    for layer in range(len(next(iter(table.values())))):
+        for name, ranks in table.items():
+            if ranks[layer]:
+                yield layer, name, ranks[layer]
+
+
+def _target_names(table: RankTable) -> list[str]:
+    """Names as peft takes them: of the projection where all its layers have an adapter, of the modules where not."""
+    whole = [name for name, ranks in table.items() if all(ranks)]
+    return whole + [module_name(layer, name) for layer, name, _ in _modules(table) if name not in whole]
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def read_adapter_config(folder: str | Path) -> dict[str, Any]:
+    """adapter_config.json. Raises UserError when it is no LoRA, or has a feature that is not supported."""
+    file = local_folder(as_path(folder)) / ADAPTER_CONFIG
+    config = read_json(file)
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{file}: peft_type is {config.get('peft_type')!r}; only LORA adapters are supported")
+    for name, absent in _UNSUPPORTED.items():
+        if config.get(name, absent[0]) not in absent:
+            raise UserError(f"{file}: {name} {config[name]!r} is not supported; only plain LoRA is")
+    if not isinstance(config.get("base_model_name_or_path"), str):
+        raise UserError(f"{file}: base_model_name_or_path does not name the model that the adapter belongs to")
+    return config
+
+
+def load_peft(folder: str | Path, config: ModelConfig) -> StoredAdapter:
+    """The adapter in a folder, for a model of that configuration.
+
+    Raises UserError when a file is missing or damaged, or the adapter belongs to a model of another shape.
+    """
+    folder = local_folder(as_path(folder))
+    settings = read_adapter_config(folder)
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{folder / WEIGHTS}: no such file, but {ADAPTER_CONFIG} is there; download or train it again")
+    stored = read_safetensors_file(folder / WEIGHTS)
+    where, layers = str(folder), range(config.num_hidden_layers)
+    pairs = {
+        (layer, name): [stored.pop(f"{_PREFIX}{module_name(layer, name)}.lora_{part}.weight", None) for part in "AB"]
+        for layer in layers
+        for name in PROJECTIONS
+    }
+    if stored:
+        raise UserError(
+            f"{where}: {next(iter(stored))} fits no projection of the base model {settings['base_model_name_or_path']} "
+            f"({config.num_hidden_layers} layers of width {config.hidden_size}); the adapter belongs to another model"
+        )
+    there = {place: pair for place, pair in pairs.items() if any(pair)}
+    if not there:
+        raise UserError(f"{where}: {WEIGHTS} holds no adapter")
+    table = {
+        name: tuple(_rank(there.get((layer, name)), layer, name, config, where) for layer in layers)
+        for name in PROJECTIONS
+        if any((layer, name) in there for layer in layers)
+    }
+    tree: Params = {}
+    for name, ranks in table.items():
+        block, _ = PROJECTIONS[name]
+        tree.setdefault(block, {})[name] = _stack(there, name, ranks, config, settings)
+    dropout, rslora = float(settings.get("lora_dropout") or 0), bool(settings.get("use_rslora"))
+    return StoredAdapter(settings["base_model_name_or_path"], table, {"layers": tree}, dropout, rslora)
+
+
+def _rank(pair: list[StoredTensor | None] | None, layer: int, name: str, config: ModelConfig, where: str) -> int:
+    if pair is None:
+        return 0
+    width, out = _shape(name, config)
+    found = [tensor and tensor.shape for tensor in pair]
+    rank = found[0][0] if found[0] else 0
+    if found != [(rank, width), (out, rank)] or not rank:
+        raise UserError(
+            f"{where}: {module_name(layer, name)} has the adapter shapes {found}; this base model's projection is "
+            f"{width} to {out}, so (rank, {width}) and ({out}, rank) are expected: the adapter belongs to another model"
+        )
+    return rank
+
+
+def _shape(name: str, config: ModelConfig) -> tuple[int, int]:
+    """(in, out) of a projection."""
+    D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * H, config.num_key_value_heads * H
+    shapes = {"q_proj": (D, queries), "k_proj": (D, keys), "v_proj": (D, keys), "o_proj": (queries, D)}
+    return shapes.get(name) or ((F, D) if name == "down_proj" else (D, F))
+
+
+def _stack(there: Mapping, name: str, ranks: tuple[int, ...], config: ModelConfig, settings: Mapping) -> Params:
+    L, rank, (width, out) = len(ranks), max(ranks), _shape(name, config)
+    a, b = np.zeros((L, width, rank), np.float32), np.zeros((L, rank, out), np.float32)
+    scales = np.zeros(L, np.float32)
+    patterns = settings.get("alpha_pattern") or {}
+    for layer, own in enumerate(ranks):
+        if own:
+            tensors = there[layer, name]
+            a[layer, :, :own], b[layer, :own] = (np.asarray(tensor.read(...), np.float32).T for tensor in tensors)
+            module = module_name(layer, name)
+            alpha = next((v for key, v in patterns.items() if _matches(key, module)), settings.get("lora_alpha", 8))
+            scales[layer] = scale_of(own, alpha, bool(settings.get("use_rslora")))
+    return {"lora_a": a, "lora_b": b, "lora_scale": scales}

@@ -1,0 +1,176 @@
+"""Multiple choice: which of its choices a model finds likeliest after a question."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minimind_jax.convert.load import tokenizer_folder
+from minimind_jax.data.jsonl import Record, iter_records
+from minimind_jax.data.records import field_names
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.errors import UserError
+from minimind_jax.folders import resolve_model_folder
+from minimind_jax.inference.generate import load_model
+from minimind_jax.inference.likelihood import LikelihoodScorer, Request
+
+ENGLISH = "Question: {question}\nAnswer:"
+CHINESE = "问题：{question}\n答案："
+
+
+class Question(NamedTuple):
+    """answer: number of the right choice. task: which questions are counted together."""
+
+    where: str
+    task: str
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ChoiceResult:
+    """Of n questions: whether the likeliest choice is right, and whether that with the highest likelihood a byte is.
+
+    chance: expected share of right answers of a guess.
+    """
+
+    task: str
+    right: np.ndarray
+    right_by_length: np.ndarray
+    chance: float
+
+    def describe(self) -> str:
+        n = len(self.right)
+        accuracy, by_length = float(self.right.mean()), float(self.right_by_length.mean())
+        error = math.sqrt(max(accuracy * (1 - accuracy), 1e-12) / max(n - 1, 1))
+        return (
+            f"{self.task}: {n:,} questions, accuracy {accuracy:.4f} +- {error:.4f}, "
+            f"normalised by length {by_length:.4f}, by chance {self.chance:.4f}"
+        )
+
+
+def parse_question(record: Record) -> Question:
+    """A record {"question": str, "choices": [str, ...], "answer": number from 0, letter or choice, "task"?: str}.
+
+    Raises UserError.
+    """
+    value = record.value
+    question, choices, answer = value.get("question"), value.get("choices"), value.get("answer")
+    if not isinstance(question, str) or not isinstance(choices, list) or len(choices) < 2:
+        raise UserError(
+            f"{record.where}: expected `question` (text) and `choices` (a list of two or more), found the fields "
+            f"{field_names(value)}"
+        )
+    texts = tuple(str(choice) for choice in choices)
+    if not all(text.strip() for text in texts):
+        raise UserError(f"{record.where}: a choice is empty")
+    return Question(record.where, str(value.get("task", "choices")), question, texts, _number(answer, texts, record))
+
+
+def _number(answer: Any, choices: Sequence[str], record: Record) -> int:
+    if isinstance(answer, str):
+        if answer in choices:
+            return choices.index(answer)
+        letter = answer.strip().upper()
+        answer = ord(letter) - ord("A") if len(letter) == 1 else answer
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise UserError(
+            f"{record.where}: answer is {str(answer)[:40]!r}; expected the right choice's number from 0 to "
+            f"{len(choices) - 1}, its letter, or the choice itself"
+        )
+    return answer
+
+
+def evaluate_choices(
+    model: str,
+    paths: Sequence[str],
+    *,
+    shots: Sequence[str] = (),
+    shot_count: int = 0,
+    prompt: str = "",
+    max_questions: int = 0,
+    batch_size: int = 16,
+    dtype: str = "auto",
+) -> list[ChoiceResult]:
+    """Results for each task in the files, in the order in which they first appear.
+
+    A choice is scored as the continuation of the prompt, " " and the choice; without the space where the prompt does
+    not end in a letter or colon of a script with spaces. The question's own answer is never among the examples.
+
+    Args:
+        shots: files of questions shown with their answers before each question; the files themselves if not given.
+        shot_count: how many of the same task are shown.
+        prompt: with {question}; empty takes "Question: ... Answer:", in Chinese for Chinese questions.
+        max_questions: of each task at most; 0 for all.
+
+    Raises:
+        UserError: no such model or file, a broken record, too few examples, or a prompt without {question}.
+    """
+    if prompt and "{question}" not in prompt:
+        raise UserError(f"prompt {prompt!r} has no {{question}}")
+    questions = _by_task([parse_question(record) for record in iter_records(paths)])
+    examples = _by_task([parse_question(record) for record in iter_records(shots)]) if shots else questions
+    folder = resolve_model_folder(model)
+    network, params = load_model(folder, dtype)
+    tokenizer = Tokenizer.load(tokenizer_folder(folder))
+    scorer = LikelihoodScorer(network, params, batch_size)
+    results = []
+    for task, asked in questions.items():
+        asked = asked[:max_questions] if max_questions else asked
+        requests, groups = [], []
+        for question in asked:
+            shown = [other for other in examples.get(task, []) if other[2:] != question[2:]][:shot_count]
+            if len(shown) < shot_count:
+                raise UserError(f"{task}: {shot_count} examples are asked for, and there are {len(shown)}")
+            context = "".join(_filled(prompt, other) + _spaced(prompt, other, other.answer) + "\n\n" for other in shown)
+            context += _filled(prompt, question)
+            own = [_request(tokenizer, context, _spaced(prompt, question, n)) for n in range(len(question.choices))]
+            requests += own
+            groups.append((question, len(own)))
+        results.append(_result(task, groups, scorer.score(requests)))
+    return results
+
+
+def _by_task(questions: Sequence[Question]) -> dict[str, list[Question]]:
+    found: dict[str, list[Question]] = {}
+    for question in questions:
+        found.setdefault(question.task, []).append(question)
+    return found
+
+
+def _is_chinese(text: str) -> bool:
+    return any("\u4e00" <= character <= "\u9fff" for character in text)
+
+
+def _filled(prompt: str, question: Question) -> str:
+    chosen = prompt or (CHINESE if _is_chinese(question.question) else ENGLISH)
+    return chosen.replace("{question}", question.question)
+
+
+def _spaced(prompt: str, question: Question, number: int) -> str:
+    """The choice as it stands behind the prompt."""
+    before = _filled(prompt, question)
+    return ("" if before[-1:].isspace() or before.endswith("：") else " ") + question.choices[number]
+
+
+def _request(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
+    """Both encoded as one text and cut where the context alone ends, as lm_eval does; a begin token before them."""
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    context_ids = tokenizer.encode(context)
+    whole = tokenizer.encode(context + continuation)
+    return [*begin, *whole[: len(context_ids)]], whole[len(context_ids) :]
+
+
+def _result(task: str, groups: list[tuple[Question, int]], likelihoods: list) -> ChoiceResult:
+    right, by_length, chance, place = [], [], [], 0
+    for question, count in groups:
+        log_probs = np.array([found.log_prob for found in likelihoods[place : place + count]])
+        sizes = np.array([len(choice.encode()) for choice in question.choices])
+        right.append(int(log_probs.argmax()) == question.answer)
+        by_length.append(int((log_probs / sizes).argmax()) == question.answer)
+        chance.append(1 / count)
+        place += count
+    return ChoiceResult(task, np.array(right), np.array(by_length), float(np.mean(chance)))

@@ -1,0 +1,143 @@
+"""How good a classifier is on labelled texts: accuracy, F1, calibration, and who is taken for whom."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minimind_jax.convert.hf import Labels
+
+BINS = 10  # of confidence
+SHOWN = 40  # classes that a picture of the confusion matrix can name
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassificationResult:
+    """Of n texts and C classes.
+
+    truth, found: (n, C) bool. confidence (n,): probability of the class found, or with several labels the mean, over
+    classes, of that of the answer given.
+    """
+
+    labels: Labels
+    truth: np.ndarray
+    found: np.ndarray
+    confidence: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the texts whose label, or set of labels, is right."""
+        return float((self.truth == self.found).all(axis=1).mean())
+
+    def per_class(self) -> list[dict[str, Any]]:
+        """label, texts (which have it), precision, recall, f1 of each class; 0 where they are not defined."""
+        both, found, truth = ((a).sum(axis=0) for a in (self.truth & self.found, self.found, self.truth))
+        precision, recall = both / np.maximum(found, 1), both / np.maximum(truth, 1)
+        f1 = 2 * both / np.maximum(found + truth, 1)
+        return [
+            {"label": label, "texts": int(n), "precision": float(p), "recall": float(r), "f1": float(f)}
+            for label, n, p, r, f in zip(self.labels.names, truth, precision, recall, f1, strict=True)
+        ]
+
+    @property
+    def macro_f1(self) -> float:
+        """Mean F1 over the classes that occur, in truth or among the answers (as scikit-learn has it)."""
+        occurs = (self.truth | self.found).any(axis=0)
+        return float(np.mean([row["f1"] for row, there in zip(self.per_class(), occurs, strict=True) if there]))
+
+    def calibration(self) -> list[dict[str, float]]:
+        """For bins of confidence: texts, mean confidence, accuracy."""
+        right = (self.truth == self.found).all(axis=1)
+        bins = np.minimum((self.confidence * BINS).astype(int), BINS - 1)
+        return [
+            {
+                "texts": int((bins == b).sum()),
+                "confidence": float(self.confidence[bins == b].mean()),
+                "accuracy": float(right[bins == b].mean()),
+            }
+            for b in range(BINS)
+            if (bins == b).any()
+        ]
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error: mean distance of confidence and accuracy over the bins (arXiv 1706.04599)."""
+        rows = self.calibration()
+        return sum(row["texts"] * abs(row["confidence"] - row["accuracy"]) for row in rows) / len(self.truth)
+
+    def confusion(self) -> np.ndarray:
+        """(C, C) texts of class i taken for class j; of texts with one label."""
+        matrix = np.zeros((len(self.labels.names),) * 2, np.int64)
+        np.add.at(matrix, (self.truth.argmax(axis=1), self.found.argmax(axis=1)), 1)
+        return matrix
+
+    def summary(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return {
+            "texts": len(self.truth),
+            "accuracy": self.accuracy,
+            "macro_f1": self.macro_f1,
+            "calibration_error": self.calibration_error,
+            "classes": self.per_class(),
+            "calibration": self.calibration(),
+        }
+
+
+def classify_logits(logits: np.ndarray, several: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(found (n, C) bool, probabilities (n, C)) of logits: the likeliest class, or every class above one half."""
+    logits = logits.astype(np.float64)
+    if several:
+        probabilities = 1 / (1 + np.exp(-np.clip(logits, -700, 700)))
+        return probabilities > 0.5, probabilities
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    found = np.arange(logits.shape[1]) == logits.argmax(axis=1)[:, None]
+    return found, shifted / shifted.sum(axis=1, keepdims=True)
+
+
+def evaluate_logits(logits: np.ndarray, truth: Sequence[Sequence[str]], labels: Labels) -> ClassificationResult:
+    """logits (n, C) of texts whose true labels are `truth`."""
+    found, probabilities = classify_logits(logits, labels.several)
+    is_true = np.array([[name in own for name in labels.names] for own in truth], bool)
+    given = np.where(found, probabilities, 1 - probabilities)
+    confidence = given.mean(axis=1) if labels.several else probabilities.max(axis=1)
+    return ClassificationResult(labels, is_true, found, confidence)
+
+
+def draw_confusion(result: ClassificationResult, picture: Path) -> None:
+    """The confusion matrix, each row as shares of a true class, and the reliability curve beside it."""
+    from matplotlib.figure import Figure
+
+    matrix, names = result.confusion(), result.labels.names
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    confusion, reliability = figure.subplots(1, 2, width_ratios=(2, 1))
+    image = confusion.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    figure.colorbar(image, ax=confusion, shrink=0.6, label="share of the true class")
+    if len(names) <= SHOWN:
+        confusion.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        confusion.set_yticks(range(len(names)), names, fontsize=7)
+    confusion.set(xlabel="answer", ylabel="truth")
+    rows = result.calibration()
+    reliability.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    reliability.plot([row["confidence"] for row in rows], [row["accuracy"] for row in rows], "o-")
+    reliability.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    reliability.grid(alpha=0.3)
+    with picture.open("wb") as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def describe(result: ClassificationResult) -> str:
+    """Markdown: the figures, and the classes from the worst on."""
+    lines = [
+        f"{len(result.truth):,} texts: accuracy {result.accuracy:.4f}, macro F1 {result.macro_f1:.4f}, expected "
+        f"calibration error {result.calibration_error:.4f}",
+        "",
+        "| class | texts | precision | recall | F1 |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in sorted(result.per_class(), key=lambda row: row["f1"]):
+        label = row["label"].replace("|", "\\|")
+        lines.append(f"| {label} | {row['texts']} | {row['precision']:.3f} | {row['recall']:.3f} | {row['f1']:.3f} |")
+    return "\n".join(lines)

@@ -1,0 +1,153 @@
+"""Our models in lm_eval, EleutherAI's evaluation harness: `--model minimind_jax`.
+
+    minimind evaluate lm-eval --model minimind_jax --model_args pretrained=runs/sft --tasks arc_easy
+
+takes lm_eval's own arguments; so does `lm_eval` itself from the release on that finds plugins. Requests are encoded as
+its `hf` model encodes them, so both agree on every log-likelihood.
+
+model_args: pretrained (a Hugging Face folder or a run), dtype (auto, float32 or bfloat16), max_length, max_gen_toks,
+add_bos_token, enable_thinking (of the chat template).
+"""
+
+import itertools
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import lm_eval.models  # noqa: F401  registers lm_eval's own, which it would not do after ours
+from lm_eval import utils
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from tqdm import tqdm
+
+from minimind_jax.errors import UserError
+from minimind_jax.inference.config import SamplingConfig
+from minimind_jax.inference.generate import load_generator
+from minimind_jax.inference.likelihood import LikelihoodScorer
+
+DEFAULT_BATCH = 16
+
+
+@register_model("minimind_jax")
+class MiniMindJax(TemplateLM):
+    """A model of ours, or any Qwen3 folder, behind lm_eval's interface."""
+
+    def __init__(
+        self,
+        pretrained: str = "",
+        batch_size: int | str = DEFAULT_BATCH,
+        dtype: str = "auto",
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        add_bos_token: bool = False,
+        enable_thinking: bool = False,
+        **_: Any,
+    ):
+        super().__init__()
+        if not pretrained:
+            raise UserError("minimind_jax needs a model: --model_args pretrained=FOLDER")
+        self.batch_size = int(batch_size) if str(batch_size).isdigit() else DEFAULT_BATCH  # `auto` is lm_eval's word
+        self.generator = load_generator(str(pretrained), dtype)
+        self.scorer = LikelihoodScorer(self.generator.model, self.generator.params, self.batch_size)
+        self.max_length = min(int(max_length or self.scorer.context), self.scorer.context)
+        self.max_gen_toks, self.add_bos_token = int(max_gen_toks), _is_true(add_bos_token)
+        self.enable_thinking, self.name = _is_true(enable_thinking), str(pretrained)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.name.replace("/", "__")
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.generator.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context: the begin token, or the end token where there is none."""
+        bos = self.generator.tokenizer.bos_id
+        return self.eot_token_id if bos is None else bos
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        tokenizer = self.generator.tokenizer
+        ids = tokenizer.encode(string)
+        wanted = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        is_there = bool(ids) and ids[0] == tokenizer.bos_id
+        return [tokenizer.bos_id, *ids] if wanted and tokenizer.bos_id is not None and not is_there else ids
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        segments = self.generator.tokenizer.prompt_segments(
+            chat_history, add_generation_prompt=add_generation_prompt, open_thinking=self.enable_thinking
+        )
+        text = "".join(segment.text for segment in segments)
+        # To be continued: lm_eval adds the beginning of an answer, whose turn must stay open.
+        return text if add_generation_prompt else text.rstrip().removesuffix("<|im_end|>")
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        found = []
+        for first in tqdm(range(0, len(pairs), 64 * self.batch_size), disable=len(pairs) < 64 * self.batch_size):
+            found += self.scorer.score(pairs[first : first + 64 * self.batch_size])
+        return [(likelihood.log_prob, likelihood.is_greedy) for likelihood in found]
+
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+        """Of whole texts, in windows as long as the model's context, each token predicted once."""
+        windows, counts = [], []
+        for (text,) in (request.args for request in requests):
+            parts = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            own = [utils.make_disjoint_window(part) for part in parts]
+            windows += own
+            counts.append(len(own))
+        log_probs = iter(likelihood.log_prob for likelihood in self.scorer.score(windows))
+        return [sum(itertools.islice(log_probs, count)) for count in counts]
+
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+        """Greedy unless the task says otherwise; a stop string ends an answer and is not part of it."""
+        found: list[str] = [""] * len(requests)
+        order = sorted(range(len(requests)), key=lambda n: (str(requests[n].args[1]), -len(requests[n].args[0])))
+        groups = itertools.groupby(order, key=lambda n: str(requests[n].args[1]))
+        batches = [list(batch) for _, group in groups for batch in _batched(list(group), self.batch_size)]
+        for batch in tqdm(batches, disable=disable_tqdm):
+            sampling = self._sampling(requests[batch[0]].args[1])
+            room = self.max_length - sampling.max_new_tokens
+            if room < 1:
+                raise UserError(
+                    f"max_gen_toks {sampling.max_new_tokens} leaves no room for a prompt in {self.max_length} tokens"
+                )
+            prompts = [self.tok_encode(requests[n].args[0])[-room:] for n in batch]
+            for n, completion in zip(batch, self.generator.generate(prompts, sampling), strict=True):
+                found[n] = completion.text
+        return found
+
+    def _sampling(self, options: dict[str, Any]) -> SamplingConfig:
+        stop = options.get("until") or ()
+        greedy = not options.get("do_sample", bool(options.get("temperature")))
+        return SamplingConfig(
+            max_new_tokens=int(options.get("max_gen_toks") or options.get("max_new_tokens") or self.max_gen_toks),
+            temperature=0.0 if greedy else float(options.get("temperature") or 1.0),
+            top_p=float(options.get("top_p") or 1.0),
+            top_k=int(options.get("top_k") or 0),
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        )
+
+
+def _batched(numbers: Sequence[int], size: int):
+    return (numbers[first : first + size] for first in range(0, len(numbers), size))
+
+
+def _is_true(value: bool | str) -> bool:
+    return str(value).lower() in ("true", "1", "yes")
+
+
+def run(arguments: Sequence[str]) -> None:
+    """lm_eval's own command with these arguments, our model registered."""
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.argv = ["lm_eval", *arguments]
+    cli_evaluate()

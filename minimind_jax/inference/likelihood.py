@@ -1,0 +1,85 @@
+"""Log-likelihoods of continuations, in batches: for multiple choice and lm_eval."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minimind_jax.inference.generate import bucket
+from minimind_jax.model.transformer import LanguageModel, Params
+
+
+class Likelihood(NamedTuple):
+    """log_prob: of the continuation after the context, in nats, summed over its tokens. tokens: how many they are.
+    is_greedy: whether each of them is the likeliest."""
+
+    log_prob: float
+    tokens: int
+    is_greedy: bool
+
+
+Request = tuple[Sequence[int], Sequence[int]]  # token ids of a context, which is not empty, and of its continuation
+
+
+class LikelihoodScorer:
+    """A language model ready to judge continuations. The head is only applied to the tokens of a continuation."""
+
+    def __init__(self, model: LanguageModel, params: Params, batch_size: int = 16):
+        self.model, self.params, self.batch_size = model, params, batch_size
+
+        @jax.jit
+        def score(params, tokens_BT, lengths_B, targets_BC, places_BC):
+            segments_BT = (jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]).astype(jnp.int32)
+            hidden_BTD = model.hidden(params, tokens_BT, None, segments_BT).hidden_BTD
+            hidden_BCD = jnp.take_along_axis(hidden_BTD, places_BC[..., None], axis=1)
+            logits_BCV = model.logits(params, hidden_BCD)
+            log_probs_BCV = jax.nn.log_softmax(logits_BCV)
+            chosen_BC = jnp.take_along_axis(log_probs_BCV, targets_BC[..., None], axis=-1)[..., 0]
+            return chosen_BC, jnp.argmax(logits_BCV, axis=-1) == targets_BC
+
+        self._score = score
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model reads at most."""
+        return self.model.config.max_position_embeddings
+
+    def score(self, requests: Sequence[Request]) -> list[Likelihood]:
+        """The likelihood of each continuation.
+
+        A request longer than the model's context loses the beginning of its context; a continuation that is longer
+        itself loses its own beginning, as in lm_eval.
+        """
+        found: list[Likelihood | None] = [None] * len(requests)
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][0]) - len(requests[i][1]))
+        for first in range(0, len(order), self.batch_size):
+            chosen = order[first : first + self.batch_size]
+            for index, likelihood in zip(chosen, self._batch([requests[i] for i in chosen]), strict=True):
+                found[index] = likelihood
+        return found
+
+    def _batch(self, requests: Sequence[Request]) -> Iterator[Likelihood]:
+        """The last token of a continuation is predicted and not read, so a row has one token fewer than the request."""
+        rows = []
+        for context, continuation in requests:
+            whole = [*context, *continuation][-(self.context + 1) :]
+            rows.append((whole, min(len(continuation), len(whole) - 1)))
+        width = bucket(max(len(whole) - 1 for whole, _ in rows), smallest=16, multiple=128)
+        most = bucket(max(max(count for _, count in rows), 1), smallest=4, multiple=64)
+        tokens_BT = np.zeros((self.batch_size, width), np.int32)
+        targets_BC, places_BC = (np.zeros((self.batch_size, most), np.int32) for _ in range(2))
+        lengths_B = np.ones(self.batch_size, np.int32)
+        for row, (whole, count) in enumerate(rows):
+            lengths_B[row] = len(whole) - 1
+            tokens_BT[row, : len(whole) - 1] = whole[:-1]
+            if count:
+                targets_BC[row, :count] = whole[-count:]
+                places_BC[row, :count] = np.arange(len(whole) - 1 - count, len(whole) - 1)
+        log_probs_BC, is_likeliest_BC = map(
+            np.asarray, self._score(self.params, tokens_BT, lengths_B, targets_BC, places_BC)
+        )
+        for row, (_, count) in enumerate(rows):
+            total = float(log_probs_BC[row, :count].astype(np.float64).sum())
+            yield Likelihood(total, count, bool(is_likeliest_BC[row, :count].all()))

@@ -1,0 +1,76 @@
+"""Scores from a model with a head of them: a classifier's logits, a reward model's score."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minimind_jax.convert.hf import Labels, load_labels
+from minimind_jax.convert.load import tokenizer_folder
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.errors import UserError
+from minimind_jax.folders import is_adapter, resolve_model_folder
+from minimind_jax.inference.generate import bucket, load_model
+from minimind_jax.model.heads import SCORE, scores, without_head
+
+
+class Scorer:
+    """A model with a head of scores, ready to score texts and conversations.
+
+    name: a folder, or a run whose model/ is meant. dtype: as for `load_model`. max_tokens: longer texts are cut at
+    their end, longer conversations at their beginning; None takes the model's context.
+    Raises UserError when it is no such model.
+    """
+
+    def __init__(self, name: str, dtype: str = "auto", max_tokens: int | None = None):
+        folder = resolve_model_folder(name)
+        labels = None if is_adapter(folder) else load_labels(folder)
+        if labels is None:
+            raise UserError(
+                f"{folder} is a language model; `minimind classify` and `minimind reward` make models that score"
+            )
+        self.labels: Labels = labels
+        self.model, self.params = load_model(folder, dtype)
+        if SCORE not in self.params or self.params[SCORE]["kernel"].shape[1] != len(labels.names):
+            raise UserError(f"{folder}: config.json names {len(labels.names)} labels, and the weights hold others")
+        self.tokenizer = Tokenizer.load(tokenizer_folder(folder))
+        self.max_tokens = min(max_tokens or self.model.config.max_position_embeddings, 1 << 30)
+
+        @jax.jit
+        def last_scores(params, tokens_BT, lengths_B):
+            segments_BT = (jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]).astype(jnp.int32)
+            output = self.model.hidden(without_head(params), tokens_BT, None, segments_BT)
+            last_B1D = jnp.take_along_axis(output.hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)
+            return scores(params, last_B1D[:, 0])
+
+        self._last_scores = last_scores
+
+    def texts(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
+        """(texts, labels) logits, as transformers' pipeline computes them: no special tokens are added."""
+        return self.score_ids([self.tokenizer.encode(text)[: self.max_tokens] for text in texts], batch_size)
+
+    def conversations(self, conversations: Sequence[tuple[list[dict], Any]], batch_size: int = 32) -> np.ndarray:
+        """(conversations, labels) scores of (messages, tools) in the chat template."""
+        prompts = []
+        for messages, tools in conversations:
+            segments = self.tokenizer.segments(messages, tools)
+            prompts.append([i for piece in self.tokenizer.encode_batch([s.text for s in segments]) for i in piece])
+        return self.score_ids([ids[-self.max_tokens :] for ids in prompts], batch_size)
+
+    def score_ids(self, prompts: Sequence[Sequence[int]], batch_size: int = 32) -> np.ndarray:
+        """(prompts, labels) scores of token ids. Neighbours in length share a batch, so that little is padding."""
+        found = np.zeros((len(prompts), len(self.labels.names)), np.float32)
+        if any(not ids for ids in prompts):
+            raise UserError("a text is empty; there is nothing to score")
+        order = np.argsort([len(ids) for ids in prompts], kind="stable")
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size]
+            width = bucket(max(len(prompts[i]) for i in chosen), smallest=16, multiple=256)
+            tokens_BT = np.zeros((batch_size, width), np.int32)
+            lengths_B = np.ones(batch_size, np.int32)
+            for row, i in enumerate(chosen):
+                tokens_BT[row, : len(prompts[i])], lengths_B[row] = prompts[i], len(prompts[i])
+            found[chosen] = np.asarray(self._last_scores(self.params, tokens_BT, lengths_B))[: len(chosen)]
+        return found

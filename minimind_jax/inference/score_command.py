@@ -1,0 +1,104 @@
+"""`minimind classify predict` and `minimind score`: what a classifier or a reward model says of a file's records."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from minimind_jax.data.jsonl import Record, iter_records
+from minimind_jax.data.labels import parse_unlabelled
+from minimind_jax.data.records import parse_conversation
+from minimind_jax.errors import UserError
+from minimind_jax.evaluate.classification import classify_logits
+from minimind_jax.inference.score import Scorer
+
+CHUNK = 512  # records read at a time
+
+
+def predict(
+    model: str, paths: Sequence[str], output: str = "", text_field: str = "text", top: int = 1, dtype: str = "auto"
+) -> int:
+    """Writes every record with its `label` and `probability`, or the `top` likeliest labels; the number of records.
+
+    paths: files of records, or none for lines of text on the standard input. output: a file; "" prints.
+    Of a classifier with several labels a text: `labels`, and `probabilities` of all.
+    """
+    scorer = Scorer(model, dtype)
+    records = iter_records(paths) if paths else _input_lines(text_field)
+
+    def rows(chunk: list[Record]) -> Iterator[dict[str, Any]]:
+        texts = [parse_unlabelled(record, text_field) for record in chunk]
+        found, probabilities = classify_logits(scorer.texts(texts), scorer.labels.several)
+        for record, is_found, likely in zip(chunk, found, probabilities, strict=True):
+            yield {**record.value, **_answer(scorer.labels.names, is_found, likely, scorer.labels.several, top)}
+
+    return _write(records, rows, output)
+
+
+def score(model: str, paths: Sequence[str], output: str = "", dtype: str = "auto") -> int:
+    """Writes every conversation with its `score` by a reward model; the number of records."""
+    scorer = Scorer(model, dtype)
+    if len(scorer.labels.names) != 1:
+        raise UserError(f"{model} is a classifier ({len(scorer.labels.names)} labels); use minimind classify predict")
+
+    def rows(chunk: list[Record]) -> Iterator[dict[str, Any]]:
+        parsed = [parse_conversation(record, for_training=False) for record in chunk]
+        scores = scorer.conversations([(conversation.messages, conversation.tools) for conversation in parsed])
+        for record, value in zip(chunk, scores[:, 0], strict=True):
+            yield {**record.value, "score": round(float(value), 6)}
+
+    return _write(iter_records(paths), rows, output)
+
+
+def _answer(names: Sequence[str], found: np.ndarray, likely: np.ndarray, several: bool, top: int) -> dict[str, Any]:
+    order = np.argsort(-likely, kind="stable")
+    if several:
+        return {
+            "labels": [names[i] for i in order if found[i]],
+            "probabilities": {names[i]: round(float(likely[i]), 6) for i in order},
+        }
+    best = order[0]
+    answer = {"label": names[best], "probability": round(float(likely[best]), 6)}
+    if top > 1:
+        answer["top"] = [{"label": names[i], "probability": round(float(likely[i]), 6)} for i in order[:top]]
+    return answer
+
+
+def _input_lines(text_field: str) -> Iterator[Record]:
+    for number, line in enumerate(sys.stdin, 1):
+        if line.strip():
+            yield Record(f"standard input:{number}", Path(), number, {text_field: line.rstrip("\n")})
+
+
+def _write(records: Iterable[Record], rows, output: str) -> int:
+    count = 0
+    records = iter(records)
+    with _writing(output) as file:
+        while chunk := list(islice(records, CHUNK if output else 1)):  # what is printed comes as soon as it is known
+            for row in rows(chunk):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+            file.flush()
+    return count
+
+
+@contextlib.contextmanager
+def _writing(output: str) -> Iterator[TextIO]:
+    """The standard output, or a file that takes its name when it is whole."""
+    if not output:
+        yield sys.stdout
+        return
+    partial = Path(output + ".partial")
+    try:
+        file = partial.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"output {output}: cannot be written: {error.strerror}; choose another place") from error
+    with file:
+        yield file
+    os.replace(partial, output)

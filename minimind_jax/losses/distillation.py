@@ -1,0 +1,101 @@
+"""Distillation: cross entropy of the data, and the divergence of a student's probabilities from a teacher's."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from minimind_jax.losses import Batch, LossFn, Metrics
+from minimind_jax.model.transformer import LanguageModel, Params
+
+Divergence = Literal["forward", "reverse", "jsd"]
+TEACHER = "teacher"  # the key of the teacher's parameters
+
+PIECE_BYTES = 2**28  # logits of one model made at once
+
+
+def divergences(student: Array, teacher: Array, kind: Divergence, temperature: float = 1.0, beta: float = 0.5) -> Array:
+    """The divergence of each token, float32 (...,), of logits (..., V) divided by the temperature.
+
+    With t and s the teacher's and student's probabilities, forward: KL(t || s). reverse: KL(s || t). jsd, with
+    m = beta t + (1 - beta) s: beta KL(t || m) + (1 - beta) KL(s || m) (arXiv 2306.13649, equation 1).
+    The teacher's extra words, which a padded vocabulary has, are left out.
+    """
+    teacher = teacher[..., : student.shape[-1]]
+    log_s, log_t = (jax.nn.log_softmax(logits.astype(jnp.float32) / temperature) for logits in (student, teacher))
+    if kind == "forward":
+        return _kl(log_t, log_s)
+    if kind == "reverse":
+        return _kl(log_s, log_t)
+    log_m = jnp.logaddexp(log_t + jnp.log(beta), log_s + jnp.log1p(-beta))
+    return beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m)
+
+
+def _kl(log_p: Array, log_q: Array) -> Array:
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def make_distillation_loss(
+    model: LanguageModel,
+    teacher: Callable[[Params], tuple[LanguageModel, Params]],
+    *,
+    alpha: float = 0.5,
+    temperature: float = 1.5,
+    divergence: Divergence = "forward",
+    jsd_beta: float = 0.5,
+) -> LossFn:
+    """The loss of a student on packed rows, per trained token:
+
+        alpha * cross entropy + (1 - alpha) * temperature^2 * divergence + router_loss
+
+    teacher: of all parameters, the teacher's model and parameters; no gradient reaches them. Logits of both, their
+    softmaxes and sums are float32; they are made for a piece of the rows at a time, and again for the gradient.
+    Batch and metrics as in `language_model`, and the metric `divergence` (not times temperature^2).
+    """
+
+    def loss_fn(params: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
+        arrays = batch["tokens"], batch["positions"], batch["segment_ids"]
+        own = {name: tree for name, tree in params.items() if name != TEACHER}
+        output = model.hidden(own, *arrays, dropout_key=key)
+        with jax.named_scope("teacher"):
+            teacher_model, teacher_params = teacher(jax.lax.stop_gradient(params))
+            known_BTD = jax.lax.stop_gradient(teacher_model.hidden(teacher_params, *arrays).hidden_BTD)
+        weights_BT = batch["loss_weights"].astype(jnp.float32)
+
+        @jax.checkpoint
+        def piece(hidden_BTD, known_BTD, targets_BT):
+            logits_BTV = model.logits(own, hidden_BTD)
+            known_BTV = jax.lax.stop_gradient(teacher_model.logits(teacher_params, known_BTD))
+            log_probs_BTV = jax.nn.log_softmax(logits_BTV)
+            nll_BT = -jnp.take_along_axis(log_probs_BTV, targets_BT[..., None], axis=-1)[..., 0]
+            return nll_BT, divergences(logits_BTV, known_BTV, divergence, temperature, jsd_beta)
+
+        vocab = max(model.config.vocab_size, teacher_model.config.vocab_size)
+        nll_BT, divergence_BT = _by_columns(piece, vocab, output.hidden_BTD, known_BTD, batch["targets"])
+        nll, apart = jnp.sum(weights_BT * nll_BT), jnp.sum(weights_BT * divergence_BT)
+        count = jnp.sum(weights_BT)
+        router_loss = output.router_loss * count
+        numerator = alpha * nll + (1 - alpha) * temperature**2 * apart + router_loss
+        metrics = {"nll": (nll, count), "divergence": (apart, count), "router_loss": (router_loss, count)}
+        if "target_bytes" in batch:
+            metrics["bits_per_byte"] = (nll / jnp.log(2.0), jnp.sum(weights_BT * batch["target_bytes"]))
+        return numerator, count, metrics
+
+    return loss_fn
+
+
+def _by_columns(function: Callable, vocab: int, *arrays: Array) -> tuple[Array, ...]:
+    """function(*arrays), (B, T) each, over as many columns T at a time as make PIECE_BYTES of logits; they divide T."""
+    B, T = arrays[0].shape[:2]
+    most = max(1, PIECE_BYTES // (4 * B * vocab))
+    columns = max(size for size in range(1, T + 1) if T % size == 0 and size <= most)
+    if columns == T:
+        return function(*arrays)
+
+    def pieces(array: Array) -> Array:  # (T / columns, B, columns, ...): rows stay where they are on a mesh
+        return jnp.moveaxis(array.reshape(B, T // columns, columns, *array.shape[2:]), 1, 0)
+
+    found = jax.lax.map(lambda each: function(*each), tuple(map(pieces, arrays)))
+    return tuple(jnp.moveaxis(array, 0, 1).reshape(B, T) for array in found)

@@ -1,0 +1,216 @@
+"""The parts of the network: NNX modules of one layer, and of what stands around the layers.
+
+Norms before attention and feed-forward, RMS-normalised query and key heads, rotary positions, SwiGLU, no biases.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from minimind_jax.model import moe, rope
+from minimind_jax.model.attention import attention, cached_attention
+from minimind_jax.model.config import ComputeConfig, ModelConfig
+from minimind_jax.model.kv_cache import LayerCache
+from minimind_jax.model.linear import multiply
+from minimind_jax.model.lora import Adapter
+
+
+class Context(NamedTuple):
+    """What all layers share in one forward pass."""
+
+    cos_BTh: Array
+    sin_BTh: Array
+    positions_BT: Array
+    segment_ids_BT: Array | None
+    cache_positions_BS: Array | None
+    write_index: Array | int | None
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+
+
+def _split_key(key: Array | None, count: int) -> tuple[Array | None, ...]:
+    return (None,) * count if key is None else tuple(jax.random.split(key, count))
+
+
+def _fold(key: Array | None, number: int) -> Array | None:
+    return None if key is None else jax.random.fold_in(key, number)
+
+
+def _normal(rngs: nnx.Rngs, std: float, shape: tuple[int, ...], axes: tuple) -> nnx.Param:
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+class Linear(nnx.Module):
+    """x @ kernel in the dtype of x; the kernel is (in, out), or (E, in, out) for a stack of experts.
+
+    is_output: the result is added to the residual stream.
+    """
+
+    def __init__(self, config: ModelConfig, shape: tuple[int, ...], axes: tuple, is_output=False, *, rngs: nnx.Rngs):
+        std = 0.0 if is_output and config.zero_init_outputs else config.initializer_range
+        self.kernel = _normal(rngs, std, shape, axes)
+
+    def __call__(self, x: Array) -> Array:
+        return multiply(x, self.kernel[...])
+
+
+class Projection(Linear):
+    """A linear layer of the trunk, with a low-rank adapter where `adapter` has one for it (see `lora`)."""
+
+    def __init__(self, config: ModelConfig, adapter: Adapter | None, name: str, shape, axes, is_output=False, *, rngs):
+        super().__init__(config, shape, axes, is_output, rngs=rngs)
+        self.rank = adapter.rank(name) if adapter else 0
+        if self.rank:  # values come from `lora.init_adapters` or a file
+            self.dropout = adapter.dropout
+            self.lora_a = nnx.Param(jnp.zeros((shape[0], self.rank), jnp.float32), axes=(axes[0], None))
+            self.lora_b = nnx.Param(jnp.zeros((self.rank, shape[1]), jnp.float32), axes=(None, axes[1]))
+            self.lora_scale = nnx.Param(jnp.ones((), jnp.float32), axes=())
+
+    def __call__(self, x: Array, dropout_key: Array | None = None) -> Array:
+        out = super().__call__(x)
+        if not self.rank:
+            return out
+        low = multiply(dropout(x, self.dropout, dropout_key), self.lora_a[...])
+        return out + multiply(low, self.lora_b[...]) * self.lora_scale[...].astype(out.dtype)
+
+
+class Embedding(nnx.Module):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.embedding = _normal(
+            rngs, config.initializer_range, (config.vocab_size, config.hidden_size), ("vocab", "embed")
+        )
+
+    def __call__(self, tokens_BT: Array, dtype: jnp.dtype) -> Array:
+        return jnp.take(self.embedding[...], tokens_BT, axis=0).astype(dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale, float32 inside (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32), axes=(None,))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (x32 * inverse_rms * self.scale[...]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with normalised, rotated query and key heads."""
+
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, adapter: Adapter | None, *, rngs: nnx.Rngs):
+        self.config, self.compute = config, compute
+        D, H = config.hidden_size, config.head_dim
+        query_width, key_width = config.num_attention_heads * H, config.num_key_value_heads * H
+        project = functools.partial(Projection, config, adapter, rngs=rngs)
+        self.q_proj = project("q_proj", (D, query_width), ("embed", "heads"))
+        self.k_proj = project("k_proj", (D, key_width), ("embed", "kv_heads"))
+        self.v_proj = project("v_proj", (D, key_width), ("embed", "kv_heads"))
+        self.o_proj = project("o_proj", (query_width, D), ("heads", "embed"), is_output=True)
+        self.q_norm = RMSNorm(H, config.rms_norm_eps)
+        self.k_norm = RMSNorm(H, config.rms_norm_eps)
+
+    def __call__(
+        self, x_BTD: Array, context: Context, cache: LayerCache | None, dropout_key: Array | None
+    ) -> tuple[Array, LayerCache | None]:
+        B, T, _ = x_BTD.shape
+        H = self.config.head_dim
+        keys = _split_key(dropout_key, 4)
+        q_BTNH = self.q_norm(self.q_proj(x_BTD, keys[0]).reshape(B, T, -1, H))
+        k_BTKH = self.k_norm(self.k_proj(x_BTD, keys[1]).reshape(B, T, -1, H))
+        v_BTKH = self.v_proj(x_BTD, keys[2]).reshape(B, T, -1, H)
+        q_BTNH = rope.apply_rope(q_BTNH, context.cos_BTh, context.sin_BTh)
+        k_BTKH = rope.apply_rope(k_BTKH, context.cos_BTh, context.sin_BTh)
+        if cache is None:
+            path = self.compute.attention
+            out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=context.segment_ids_BT, path=path)
+        else:
+            cache = cache.write(k_BTKH, v_BTKH, context.write_index)
+            out_BTNH = cached_attention(q_BTNH, *cache, context.positions_BT, context.cache_positions_BS)
+        return self.o_proj(out_BTNH.reshape(B, T, -1), keys[3]), cache
+
+
+class MLP(nnx.Module):
+    """down(silu(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202); no router loss."""
+
+    def __init__(self, config: ModelConfig, adapter: Adapter | None, *, rngs: nnx.Rngs):
+        D, F = config.hidden_size, config.intermediate_size
+        project = functools.partial(Projection, config, adapter, rngs=rngs)
+        self.gate_proj = project("gate_proj", (D, F), ("embed", "mlp"))
+        self.up_proj = project("up_proj", (D, F), ("embed", "mlp"))
+        self.down_proj = project("down_proj", (F, D), ("mlp", "embed"), is_output=True)
+
+    def __call__(self, x_BTD: Array, segment_ids_BT: Array | None, dropout_key: Array | None) -> tuple[Array, Array]:
+        keys = _split_key(dropout_key, 3)
+        gated_BTF = jax.nn.silu(self.gate_proj(x_BTD, keys[0])) * self.up_proj(x_BTD, keys[1])
+        return self.down_proj(gated_BTF, keys[2]), jnp.zeros((), jnp.float32)
+
+
+class Experts(nnx.Module):
+    """The kernels of E SwiGLU experts, stacked."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        E, D, F = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_proj = Linear(config, (E, D, F), ("experts", "embed", "mlp"), rngs=rngs)
+        self.up_proj = Linear(config, (E, D, F), ("experts", "embed", "mlp"), rngs=rngs)
+        self.down_proj = Linear(config, (E, F, D), ("experts", "mlp", "embed"), is_output=True, rngs=rngs)
+
+
+class MoE(nnx.Module):
+    """A router and E experts in place of the MLP; returns the output and the load-balancing loss."""
+
+    def __init__(self, config: ModelConfig, path: moe.Path, *, rngs: nnx.Rngs):
+        self.config, self.path = config, path
+        self.router = Linear(config, (config.hidden_size, config.num_experts), ("embed", None), rngs=rngs)
+        self.experts = Experts(config, rngs=rngs)
+
+    def __call__(self, x_BTD: Array, segment_ids_BT: Array | None, _: Array | None) -> tuple[Array, Array]:
+        x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        is_token_M = None if segment_ids_BT is None else (segment_ids_BT > 0).reshape(-1).astype(jnp.float32)
+        # The choice of experts is a step function of these logits: float32 keeps it the same in every compute dtype.
+        logits_ME = self.router(x_MD.astype(jnp.float32))
+        experts = (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj)
+        kernels = tuple(linear.kernel[...].astype(x_MD.dtype) for linear in experts)
+        out_MD, loss = moe.mixture(self.config, x_MD, logits_ME, is_token_M, kernels, self.path)
+        return out_MD.reshape(x_BTD.shape), loss
+
+
+class Block(nnx.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, adapter: Adapter | None, *, rngs: nnx.Rngs):
+        self.rate = config.dropout
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, compute, adapter, rngs=rngs)
+        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MoE(config, compute.experts, rngs=rngs) if config.is_moe else MLP(config, adapter, rngs=rngs)
+
+    def __call__(self, x_BTD: Array, context: Context, cache: LayerCache | None, dropout_key: Array | None):
+        keys, adapter_keys = _split_key(dropout_key, 2), _split_key(_fold(dropout_key, 1), 2)
+        with jax.named_scope("attention"):
+            update_BTD, cache = self.attention(self.input_norm(x_BTD), context, cache, adapter_keys[0])
+            x_BTD = x_BTD + dropout(update_BTD, self.rate, keys[0])
+        with jax.named_scope("mlp"):
+            update_BTD, router_loss = self.mlp(self.post_attention_norm(x_BTD), context.segment_ids_BT, adapter_keys[1])
+            x_BTD = x_BTD + dropout(update_BTD, self.rate, keys[1])
+        return x_BTD, cache, router_loss
+
+
+class Surroundings(nnx.Module):
+    """What stands around the layers: the embedding, the last norm and, when untied, the head."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.embed = Embedding(config, rngs=rngs)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config, (config.hidden_size, config.vocab_size), ("embed", "vocab"), rngs=rngs)

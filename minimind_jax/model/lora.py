@@ -1,0 +1,136 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on the projections of the layers.
+
+A projection with an adapter computes x W + scale (dropout(x) A) B, with A (in, r), B (r, out) and scale = alpha / r, or
+alpha / sqrt(r) (rsLoRA, arXiv 2312.03732). In the tree of parameters `lora_a`, `lora_b` and `lora_scale` lie beside the
+projection's `kernel`; like it they are stacked over the layers.
+
+Layers may have different ranks: a projection's stack has the largest, and what is beyond a layer's own rank is 0 in A
+and B, which both gradients keep at 0.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+Params = dict[str, Any]
+Path = tuple[str, ...]
+
+# The projections of a layer that can have an adapter: where they lie in the tree of a layer.
+PROJECTIONS = {
+    **{name: ("attention", name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+    **{name: ("mlp", name) for name in ("gate_proj", "up_proj", "down_proj")},
+}
+TRAINED = ("lora_a", "lora_b")
+LEAVES = (*TRAINED, "lora_scale")
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """What a network must know of its adapters: a static argument, while their scales and weights are arrays.
+
+    ranks: (projection, its largest rank over the layers), for those that have an adapter. dropout: of their inputs.
+    """
+
+    ranks: tuple[tuple[str, int], ...]
+    dropout: float = 0.0
+
+    def rank(self, projection: str) -> int:
+        """0 without an adapter."""
+        return dict(self.ranks).get(projection, 0)
+
+
+# Ranks of one adapter: projection -> its rank in each layer, 0 where it has none.
+RankTable = Mapping[str, tuple[int, ...]]
+
+
+def make_adapter(table: RankTable, dropout: float = 0.0) -> Adapter:
+    """The static description of adapters with these ranks."""
+    return Adapter(tuple((name, max(ranks)) for name, ranks in table.items() if max(ranks)), dropout)
+
+
+def scale_of(rank: int, alpha: float, rslora: bool) -> float:
+    """alpha / rank, or alpha / sqrt(rank); 0 for rank 0."""
+    return alpha / (rank**0.5 if rslora else rank) if rank else 0.0
+
+
+def init_adapters(key: Array, kernels: Params, table: RankTable, alpha: float, rslora: bool) -> Params:
+    """Fresh adapters, which change nothing yet: A uniform in +-1 / sqrt(in), as peft draws it, and B = 0.
+
+    kernels: the parameters of the model, or their shapes. Returns the tree of the adapters alone (see `join`).
+    """
+    layers: Params = {}
+    for number, (name, ranks) in enumerate(table.items()):
+        if not max(ranks):
+            continue
+        block, _ = PROJECTIONS[name]
+        L, width, out = kernels["layers"][block][name]["kernel"].shape
+        bound, rank = width**-0.5, max(ranks)
+        a = jax.random.uniform(jax.random.fold_in(key, number), (L, width, rank), jnp.float32, -bound, bound)
+        has_rank = np.arange(rank) < np.array(ranks)[:, None, None]
+        layers.setdefault(block, {})[name] = {
+            "lora_a": jnp.where(has_rank, a, 0),
+            "lora_b": jnp.zeros((L, rank, out), jnp.float32),
+            "lora_scale": jnp.array([scale_of(r, alpha, rslora) for r in ranks], jnp.float32),
+        }
+    return {"layers": layers}
+
+
+def merge(params: Params) -> Params:
+    """The parameters with every adapter added into its kernel: W + scale A B, computed in float32.
+
+    params: arrays of NumPy or JAX, stacked. Returns a tree without adapters.
+    """
+
+    def merged(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        kept = {name: merged(child) for name, child in node.items() if name not in LEAVES}
+        if "lora_a" in node:
+            a, b, scale = (jnp.asarray(node[name], jnp.float32) for name in LEAVES)
+            delta = jnp.einsum("lir,lro,l->lio", a, b, scale, precision=jax.lax.Precision.HIGHEST)
+            kept["kernel"] = (jnp.asarray(node["kernel"], jnp.float32) + delta).astype(node["kernel"].dtype)
+        return kept
+
+    return merged(params)
+
+
+def without_adapters(params: Params) -> Params:
+    """The model as it is with its adapters off: the same arrays."""
+    return split(params, lambda path: path[-1] not in LEAVES)[0]
+
+
+# Trees of parameters: nested dicts ------------------------------------------------------------------------------------
+
+
+def split(tree: Params, keep: Callable[[Path], bool], path: Path = ()) -> tuple[Params, Params]:
+    """(leaves whose path `keep` takes, the others), each in the dicts they come from; empty dicts vanish."""
+    parts: tuple[Params, Params] = ({}, {})
+    for name, child in tree.items():
+        here = (*path, name)
+        if isinstance(child, dict):
+            for part, found in zip(parts, split(child, keep, here), strict=True):
+                if found:
+                    part[name] = found
+        else:
+            parts[0 if keep(here) else 1][name] = child
+    return parts
+
+
+def join(*trees: Params) -> Params:
+    """One tree of trees that have no leaf in common; what `split` took apart."""
+    return functools.reduce(_join, trees, {})
+
+
+def _join(first: Params, second: Params) -> Params:
+    joined = dict(first)
+    for name, child in second.items():
+        if name in joined and not (isinstance(child, dict) and isinstance(joined[name], dict)):
+            raise ValueError(f"{name} is in both trees")
+        joined[name] = _join(joined[name], child) if name in joined else child
+    return joined

@@ -1,0 +1,85 @@
+"""Low-rank adapters of a run: which there are, where they start from, and the folder they are written to."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from minimind_jax.config import PretrainConfig
+from minimind_jax.convert.hf import load_hf
+from minimind_jax.convert.load import base_folder
+from minimind_jax.convert.peft import load_peft, rank_table, save_peft
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.errors import UserError
+from minimind_jax.folders import is_adapter, resolve_model_folder
+from minimind_jax.model.config import ModelConfig
+from minimind_jax.model.lora import RankTable, init_adapters, join
+from minimind_jax.model.transformer import Params, compute_dtype
+from minimind_jax.paths import absolute
+from minimind_jax.seeds import named_key
+from minimind_jax.training.state import cast_matrices
+
+
+class AdapterPlan(NamedTuple):
+    """base: folder of the model below. stored: parameters of the adapter that the run goes on training, None for new
+    ones. The rest as in `LoRAConfig` and `convert.peft.rank_table`."""
+
+    base: Path
+    table: RankTable
+    stored: Params | None
+    alpha: float
+    rslora: bool
+    dropout: float
+
+
+def plan_adapters(config: PretrainConfig, architecture: ModelConfig) -> AdapterPlan | None:
+    """The adapters that `config.lora` asks for; None without any. Those in `init_from` are trained further.
+
+    Raises UserError for targets that the model does not have, another rank than the adapter in init_from has, and a run
+    from scratch.
+    """
+    lora = config.lora
+    if not lora.rank:
+        return None
+    if not config.init_from:
+        raise UserError("lora.rank is set, but there is no model to adapt; give --init_from, or leave lora.rank out")
+    folder = resolve_model_folder(config.init_from, "init_from")
+    alpha = 2 * lora.rank if lora.alpha is None else lora.alpha
+    table = rank_table(architecture, lora.rank, lora.targets, lora.own_ranks())
+    if not is_adapter(folder):
+        return AdapterPlan(folder, table, None, alpha, lora.rslora, lora.dropout)
+    stored = load_peft(folder, architecture)
+    if {name: ranks for name, ranks in table.items() if any(ranks)} != stored.table:
+        raise UserError(
+            f"the adapter {folder}, which init_from means, has the ranks {_told(stored.table)}, and lora asks for "
+            f"{_told(table)}; ask for the same to train it further, or train new adapters over the whole model: "
+            f"minimind convert merge-lora {folder} OUTPUT, then --init_from OUTPUT"
+        )
+    return AdapterPlan(base_folder(folder), stored.table, stored.tree, alpha, stored.rslora, lora.dropout)
+
+
+def _told(table: RankTable) -> str:
+    def ranks(found: tuple[int, ...]) -> str:
+        return str(found[0]) if len(set(found)) == 1 else ",".join(map(str, found))
+
+    return ", ".join(f"{name} {ranks(found)}" for name, found in table.items() if any(found))
+
+
+def frozen_dtype(config: PretrainConfig) -> str:
+    """Of the matrices below the adapters."""
+    return str(compute_dtype(config.compute)) if config.lora.base_dtype == "auto" else config.lora.base_dtype
+
+
+def load_with_adapters(config: PretrainConfig, plan: AdapterPlan, dtype: str) -> Params:
+    """The base model, its matrices in that dtype, with the adapters: new ones, or those of the plan."""
+    _, params = load_hf(plan.base)
+    adapters = plan.stored
+    if adapters is None:
+        adapters = init_adapters(named_key(config.seed, "lora"), params, plan.table, plan.alpha, plan.rslora)
+    return join(cast_matrices(params, dtype), adapters)
+
+
+def save_adapters(folder: Path, params: Params, plan: AdapterPlan, tokenizer: Tokenizer) -> None:
+    """Writes the adapters in `params` as a folder of `peft`."""
+    save_peft(
+        folder, params, plan.table,
+        base=absolute(plan.base), tokenizer=tokenizer, dropout=plan.dropout, rslora=plan.rslora,
+    )  # fmt: skip

@@ -1,0 +1,112 @@
+"""Stage: a classifier of texts, of one label a text or any number of them."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minimind_jax.adapt_config import ClassifyConfig
+from minimind_jax.convert.hf import Labels
+from minimind_jax.data.batches import Batches, open_data
+from minimind_jax.data.labels import Classes, find_classes
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.evaluate.classification import ClassificationResult, describe, draw_confusion, evaluate_logits
+from minimind_jax.inference.score import Scorer
+from minimind_jax.losses.classification import make_classification_loss
+from minimind_jax.losses.sequences import piece_room
+from minimind_jax.sharding import announce, data_process, make_mesh
+from minimind_jax.stages.common import check_context, finish_run, is_finished, load_tokenizer, start_run
+from minimind_jax.stages.heads import load_body, values_of_pieces, with_head
+from minimind_jax.training.loop import train
+from minimind_jax.training.report import write_report
+from minimind_jax.training.run import RunFolder, write_text
+
+
+def classify(config: ClassifyConfig) -> Path:
+    """Trains a classifier on the labelled texts of `config.data` and returns the run's folder.
+
+    Data: records with a text and a label, or a list of labels; a label is any text. Loss: cross entropy of the label at
+    the text's last token, or of every label's yes and no (see `losses.classification`). Trained: all parameters, or
+    adapters, and the head. Written: the run's folder, whose model/ is a Qwen3ForSequenceClassification with the labels'
+    names; adapters are merged. results.md and confusion.png show how it does on the held-out texts. A run that was cut
+    off goes on; a finished one returns at once.
+
+    Raises:
+        UserError: anything in the settings, the data or the machine that the user can mend.
+        Interrupted: the run was asked to stop and has saved its state.
+    """
+    run = start_run(config)
+    if is_finished(run, config):
+        return run.path
+
+    tokenizer = load_tokenizer(config)
+    model = load_body(config, tokenizer, "classify")
+    check_context(config, model)
+    wanted = config.classify
+    classes = find_classes(config.data.train, wanted.text_field, wanted.label_field, config.data.on_error == "skip")
+    announce(f"{len(classes.names)} labels{', any number of them a text' if classes.several else ''}")
+    annotate = values_of_pieces("values", piece_room(config.data.seq_len, shortest=1))
+    train_batches, val_batches = open_data(
+        "labelled", config, tokenizer, *data_process(make_mesh(config.mesh)), classes=classes, annotate=annotate
+    )
+    balanced = wanted.class_weights == "balanced"
+    weights = class_weights(train_batches, classes) if balanced else np.ones(len(classes.names))
+    result = train(
+        config,
+        stage="classify",
+        model=model,
+        parameters=with_head(config, model, len(classes.names)),
+        loss_fn=make_classification_loss(
+            model,
+            jnp.asarray(weights, jnp.float32),
+            several=classes.several,
+            label_smoothing=wanted.label_smoothing,
+        ),
+        train_batches=train_batches,
+        val_batches=val_batches,
+        run=run,
+    )
+    labels = Labels(classes.names, classes.several)
+    hint = f"  minimind classify predict --model {run.path} --input YOUR_TEXTS.jsonl"
+    finish_run(run, config, model, tokenizer, result, hint, labels)
+    if val_batches is not None and jax.process_index() == 0:
+        found = evaluate_batches(run, val_batches, tokenizer, labels, config.data.seq_len)
+        write_results(run, found)
+        print(describe(found).splitlines()[0])
+    return run.path
+
+
+def class_weights(batches: Batches, classes: Classes) -> np.ndarray:
+    """(C,) n / (C n_c) of one label a text, so that the mean over texts is 1; the ratio of no to yes of several."""
+    values = batches.cache.values[batches.epoch(0).documents]
+    if classes.several:
+        yes = values.sum(axis=0)
+        return (len(values) - yes) / np.maximum(yes, 1)
+    counts = np.bincount(values[:, 0].astype(int), minlength=len(classes.names))
+    return len(values) / (len(classes.names) * np.maximum(counts, 1))
+
+
+def evaluate_batches(
+    run: RunFolder, batches: Batches, tokenizer: Tokenizer, labels: Labels, seq_len: int
+) -> ClassificationResult:
+    """How the model that the run has written does on all documents of `batches`."""
+    cache, documents = batches.cache, batches.epoch(0).documents
+    scorer = Scorer(str(run.path), max_tokens=seq_len)
+    logits = scorer.score_ids([cache.ids(int(d), 0, seq_len).tolist() for d in documents])
+    names = np.array(labels.names, object)
+    values = cache.values[documents]
+    truth = [names[row > 0.5].tolist() for row in values] if labels.several else names[values.astype(int)].tolist()
+    return evaluate_logits(logits, truth, labels)
+
+
+def write_results(run: RunFolder, found: ClassificationResult) -> None:
+    """results.json and results.md, the confusion matrix as a picture, and the report with them."""
+    write_text(run.path / "results.json", json.dumps(found.summary(), ensure_ascii=False, indent=1) + "\n")
+    text = describe(found)
+    if not found.labels.several:
+        draw_confusion(found, run.path / "confusion.png")
+        text = f"![confusion matrix and calibration](confusion.png)\n\n{text}"
+    write_text(run.results_file, text + "\n")
+    write_report(run)

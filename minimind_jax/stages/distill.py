@@ -1,0 +1,127 @@
+"""Stage: distillation; a student learns from conversations and from a larger model's probabilities at once."""
+
+from pathlib import Path
+
+import jax
+
+from minimind_jax.adapt_config import DistillConfig
+from minimind_jax.convert.load import load_merged, read_config, tokenizer_folder
+from minimind_jax.data.batches import open_data
+from minimind_jax.data.documents import encode_prompt
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.errors import UserError
+from minimind_jax.folders import resolve_model_folder
+from minimind_jax.losses.distillation import TEACHER, make_distillation_loss
+from minimind_jax.model.transformer import LanguageModel, Params, compute_dtype
+from minimind_jax.sharding import data_process, make_mesh, param_shardings
+from minimind_jax.stages.common import (
+    check_context,
+    finish_run,
+    is_finished,
+    load_model,
+    load_tokenizer,
+    run_parameters,
+    sampler,
+    start_run,
+)
+from minimind_jax.training.loop import train
+from minimind_jax.training.state import Parameters, cast_matrices
+
+
+def distill(config: DistillConfig) -> Path:
+    """Trains a student on the conversations of `config.data` and `config.teacher`, and returns the run's folder.
+
+    Data: as in fine-tuning. Loss: cross entropy of the assistant's tokens and the divergence from the teacher's
+    probabilities of them (see `losses.distillation`). Trained: all parameters, or adapters; the teacher is cut over the
+    mesh as the student is. Written: the run's folder (see `training.run`). A run that was cut off goes on; a finished
+    one returns at once.
+
+    Raises:
+        UserError: anything in the settings, the data or the machine that the user can mend, such as a teacher with
+            another vocabulary.
+        Interrupted: the run was asked to stop and has saved its state.
+    """
+    run = start_run(config)
+    if is_finished(run, config):
+        return run.path
+
+    tokenizer = load_tokenizer(config)
+    model = load_model(config, tokenizer)
+    check_context(config, model)
+    teacher, folder = load_teacher(config, tokenizer)
+
+    def encode(prompt: str) -> list[int]:
+        return encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
+
+    sample_fn = sampler(model, tokenizer, config.samples, config.seed, encode)
+    train_batches, val_batches = open_data("conversation", config, tokenizer, *data_process(make_mesh(config.mesh)))
+    wanted = config.teacher
+    result = train(
+        config,
+        stage="distill",
+        model=model,
+        parameters=with_teacher(config, run_parameters(config, model), teacher, folder),
+        loss_fn=make_distillation_loss(
+            model,
+            lambda params: (teacher, params[TEACHER]),
+            alpha=wanted.alpha,
+            temperature=wanted.temperature,
+            divergence=wanted.divergence,
+            jsd_beta=wanted.jsd_beta,
+        ),
+        train_batches=train_batches,
+        val_batches=val_batches,
+        run=run,
+        sample_fn=sample_fn and (lambda params: sample_fn(without_teacher(params))),
+    )
+    result = result._replace(params=without_teacher(result.params))
+    hint = f"  minimind chat --model {run.model}"
+    return finish_run(run, config, model, tokenizer, result, hint)
+
+
+def load_teacher(config: DistillConfig, tokenizer: Tokenizer) -> tuple[LanguageModel, Path]:
+    """The teacher's network, and its folder. Raises UserError when its tokens are not the student's."""
+    if not config.teacher.model:
+        raise UserError("distill needs a teacher: give --teacher.model, a Hugging Face folder or a run")
+    folder = resolve_model_folder(config.teacher.model, "teacher.model")
+    theirs = Tokenizer.load(tokenizer_folder(folder))
+    if theirs.vocabulary() != tokenizer.vocabulary():
+        raise UserError(
+            f"teacher.model {folder} has another vocabulary ({theirs.vocab_size:,} tokens) than the student's "
+            f"tokenizer {tokenizer.folder} ({tokenizer.vocab_size:,}): their probabilities cannot be compared. Let it "
+            "answer instead (minimind generate --model TEACHER --input PROMPTS.jsonl), and fine-tune on the answers"
+        )
+    model = LanguageModel(read_config(folder), config.compute)
+    if model.config.vocab_size < tokenizer.vocab_size:
+        raise UserError(f"teacher.model {folder}: its vocab_size {model.config.vocab_size} is below its tokenizer's")
+    if config.data.seq_len > model.config.max_position_embeddings:
+        raise UserError(
+            f"data.seq_len {config.data.seq_len} is above the teacher's context of "
+            f"{model.config.max_position_embeddings} tokens"
+        )
+    return model, folder
+
+
+def with_teacher(config: DistillConfig, parameters: Parameters, teacher: LanguageModel, folder: Path) -> Parameters:
+    """The parameters with the teacher's, which are never trained and lie in the compute dtype."""
+    dtype = str(compute_dtype(config.compute))
+    axes = teacher.logical_axes()
+    abstract = jax.eval_shape(lambda params: cast_matrices(params, dtype), teacher.abstract_params())
+
+    def load() -> Params:
+        _, known = load_merged(folder)
+        known = {name: tree for name, tree in known.items() if name in abstract}
+        lies = param_shardings(make_mesh(config.mesh), axes, abstract)
+        return {**parameters.load(), TEACHER: jax.device_put(cast_matrices(known, dtype), lies)}
+
+    return Parameters(
+        {**parameters.abstract, TEACHER: abstract},
+        {**parameters.axes, TEACHER: axes},
+        load,
+        lambda path: path[0] != TEACHER and parameters.is_trained(path),
+    )
+
+
+def without_teacher(params: Params) -> Params:
+    """The student's own parameters."""
+    return {name: tree for name, tree in params.items() if name != TEACHER}

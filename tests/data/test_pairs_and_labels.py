@@ -1,0 +1,159 @@
+"""Pairs of answers and labelled texts: parsing, encoding, packing, and what a row is given beside its tokens."""
+
+import json
+
+import numpy as np
+import pytest
+
+from minimind_jax.config import DataConfig
+from minimind_jax.data.batches import Batches
+from minimind_jax.data.documents import encode_conversation, encode_preference
+from minimind_jax.data.jsonl import Record, iter_records
+from minimind_jax.data.labels import Classes, find_classes, parse_labelled
+from minimind_jax.data.packing import plan_heads, plan_pairs
+from minimind_jax.data.records import parse_preference
+from minimind_jax.data.template import dice_rng
+from minimind_jax.data.token_cache import build_cache
+from minimind_jax.data.tokenizer import train_bpe
+from minimind_jax.errors import UserError
+
+USER = {"role": "user", "content": "what does the cat do"}
+
+
+def answer(text):
+    return {"role": "assistant", "content": text}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return train_bpe(["the cat sat on a mat while dogs run"] * 5, tmp_path_factory.mktemp("tokenizer"), 320)
+
+
+def record(value):
+    return Record("pairs.jsonl:1", None, 1, value)
+
+
+def test_a_pair_is_encoded_as_its_two_conversations(tokenizer):
+    history = [USER, answer("it sat"), USER]
+    preference = parse_preference(
+        record({"chosen": [*history, answer("a mat")], "rejected": [*history, answer("dogs run")]})
+    )
+    document = encode_preference(tokenizer, preference)
+    sides = [encode_conversation(tokenizer, side) for side in (preference.chosen, preference.rejected)]
+    np.testing.assert_array_equal(document.ids, np.concatenate([side.ids for side in sides]))
+    start, prompt, middle = document.turn_starts
+    assert (start, middle) == (0, len(sides[0].ids))
+    for first, side in zip((0, middle), sides, strict=True):
+        trained = document.trained[first : first + len(side.ids)]
+        assert not trained[:prompt].any()  # the answer in the history is the same on both sides
+        np.testing.assert_array_equal(trained[prompt:], side.trained[prompt:])
+        assert trained.any()
+
+
+def test_both_sides_of_a_pair_get_the_same_draws(tokenizer):
+    """MiniMind draws for each side by itself, and 32 % of its pairs differ by an empty think block."""
+    preference = parse_preference(record({"chosen": [USER, answer("a mat")], "rejected": [USER, answer("dogs")]}))
+    empty = tokenizer.encode("<think>\n\n</think>\n\n")
+    seen = set()
+    for number in range(40):
+        document = encode_preference(tokenizer, preference, lambda number=number: dice_rng(0, number), 0.3, 0.5)
+        middle = document.turn_starts[2]
+        sides = [document.ids[:middle].tolist(), document.ids[middle:].tolist()]
+        has_block = [any(ids[i : i + len(empty)] == empty for i in range(len(ids))) for ids in sides]
+        prompt = document.turn_starts[1]
+        assert has_block[0] == has_block[1] and sides[0][:prompt] == sides[1][:prompt]
+        seen.add((has_block[0], len(sides[0])))
+    assert len(seen) > 4  # with and without block, with and without one of ten system prompts
+
+
+def pairs_of(*sizes):
+    """lengths and bounds of pairs (prompt, chosen answer, rejected answer)."""
+    lengths = np.array([2 * p + c + r for p, c, r in sizes])
+    return lengths, lambda document: np.array([0, sizes[document][0], sizes[document][0] + sizes[document][1]])
+
+
+def test_pairs_stay_together_and_long_prompts_lose_their_beginning():
+    lengths, bounds = pairs_of((4, 3, 5), (30, 4, 7), (2, 2, 2), (1, 30, 30), (10, 2, 2))
+    plan = plan_pairs(lengths, bounds, 32, seed=0, epoch=0)
+    assert (plan.left_out, plan.cut_documents) == (1, 1)
+    seen = {}
+    for row in range(plan.rows):
+        pieces = plan.pieces(row)
+        assert sum(stop - start for _, start, stop in pieces) <= 32 and len(pieces) % 2 == 0
+        for (document, start, stop), (other, rejected_start, rejected_stop) in zip(
+            pieces[::2], pieces[1::2], strict=True
+        ):
+            assert document == other
+            middle = bounds(document)[2]
+            assert stop == middle and rejected_stop == lengths[document]
+            assert start == rejected_start - middle < bounds(document)[1]
+            seen[document] = start
+    assert seen == {0: 0, 1: 20, 2: 0, 4: 0}
+
+
+def test_long_texts_keep_their_heads():
+    plan = plan_heads(np.array([5, 40, 3]), 16, seed=0, epoch=0)
+    assert plan.cut_documents == 1 and plan.dropped_tokens == 24
+    pieces = sorted(piece for row in range(plan.rows) for piece in plan.pieces(row))
+    assert pieces == [(0, 0, 5), (1, 0, 16), (2, 0, 3)]
+
+
+def test_a_row_of_pairs(tokenizer, tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    pairs = [{"chosen": [USER, answer("a mat")], "rejected": [USER, answer("dogs run")], "margin": n} for n in range(5)]
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    data = DataConfig(train=(str(file),), seq_len=160, cache_dir=str(tmp_path), system_prompt_probability=0.0)
+    cache = build_cache("preference", data.train, tokenizer, data, seed=0)
+    np.testing.assert_array_equal(cache.values, np.arange(5)[:, None])
+
+    def annotate(cache, documents):
+        found = np.full(8, -1)
+        found[: len(documents)] = documents
+        return {"documents": found}
+
+    batches = Batches(cache, data, 1, 0, tokenizer.token_bytes(), annotate=annotate)
+    row = batches.row(0)
+    count = int(row["segment_ids"].max())
+    documents = row["documents"][:count]
+    np.testing.assert_array_equal(documents[::2], documents[1::2])
+    for segment in range(1, count + 1):
+        here = row["segment_ids"] == segment
+        np.testing.assert_array_equal(row["positions"][here], np.arange(here.sum()))
+        assert row["loss_weights"][here].sum() >= 2  # an answer and its end
+        assert row["loss_weights"][here][-1] == 0  # nothing predicts the other side's first token
+
+
+def test_labels_are_counted_from_their_names(tmp_path):
+    file = tmp_path / "labels.csv"
+    file.write_text('text,label\n"one, two",b\nthree,a\n"four ""five""",b\n', "utf-8-sig")
+    classes = find_classes([file], "text", "label")
+    assert classes == Classes(("a", "b"))
+    records = [parse_labelled(each, classes) for each in iter_records([file])]
+    assert [each.text for each in records] == ["one, two", "three", 'four "five"']
+    assert [classes.values(each.labels) for each in records] == [(1.0,), (0.0,), (1.0,)]
+
+
+def test_lists_of_labels_make_several(tmp_path):
+    file = tmp_path / "labels.jsonl"
+    file.write_text(
+        '{"text": "x", "label": "a"}\n{"text": "y", "label": ["b", "a", "b"]}\n{"text": "z", "label": []}\n'
+    )
+    classes = find_classes([file], "text", "label")
+    assert classes.several and classes.names == ("a", "b")
+    found = [classes.values(parse_labelled(each, classes).labels) for each in iter_records([file])]
+    assert found == [(1.0, 0.0), (1.0, 1.0), (0.0, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text,label\na,b,c\n", "bad.csv:2: .*double quotes"),
+        ("text,label\na\n", "bad.csv:2: .*double quotes"),
+        ('text,label\n"a,b\n', "bad.csv: not a readable CSV file"),
+        ("text,label\n", "the file is empty"),
+    ],
+)
+def test_broken_csv_is_told(content, message, tmp_path):
+    (tmp_path / "bad.csv").write_text(content)
+    with pytest.raises(UserError, match=message):
+        list(iter_records([tmp_path / "bad.csv"]))

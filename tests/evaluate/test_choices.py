@@ -1,0 +1,200 @@
+"""Log-likelihoods of continuations against the whole forward pass; multiple choice; agreement with lm_eval's hf."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from minimind_jax.convert.hf import save_hf
+from minimind_jax.data.tokenizer import Tokenizer, train_bpe
+from minimind_jax.errors import UserError
+from minimind_jax.evaluate.choices import evaluate_choices
+from minimind_jax.inference.generate import load_generator, load_model
+from minimind_jax.inference.likelihood import LikelihoodScorer
+from minimind_jax.model.config import ModelConfig
+from minimind_jax.model.transformer import LanguageModel
+
+TEXTS = ["the cat sat on a mat while dogs run over green hills", "where do birds sing? on a hill, 你好 世界"] * 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of random weights whose context is 64 tokens."""
+    place = tmp_path_factory.mktemp("model")
+    tokenizer = train_bpe(TEXTS, place / "tokenizer", 340)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, max_position_embeddings=64,
+    )  # fmt: skip
+    return save_hf(place / "hf", config, LanguageModel(config).init(jax.random.key(0)), tokenizer, "float32")
+
+
+def log_probs(folder, ids):
+    """log p of each token but the first, by one pass over all."""
+    model, params = load_model(folder)
+    logits = np.asarray(model.apply(params, np.array([ids]))[0][0], np.float64)[:-1]
+    found = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return found[np.arange(len(ids) - 1), ids[1:]], logits.argmax(-1) == np.array(ids[1:])
+
+
+def test_likelihoods_are_those_of_the_whole_pass(folder):
+    rng = np.random.default_rng(0)
+    sizes = (5, 3), (1, 9), (30, 1), (12, 20)
+    requests = [tuple(rng.integers(3, 300, size).tolist() for size in pair) for pair in sizes]
+    greedy = load_generator(str(folder)).generate([[7, 8, 9]], _greedy(4))[0].ids
+    requests.append(([7, 8, 9], greedy))
+    found = LikelihoodScorer(*load_model(folder), batch_size=2).score(requests)
+    for (context, continuation), likelihood in zip(requests, found, strict=True):
+        expected, likeliest = log_probs(folder, [*context, *continuation])
+        assert likelihood.log_prob == pytest.approx(expected[-len(continuation) :].sum(), abs=1e-4)
+        assert likelihood.tokens == len(continuation)
+        assert likelihood.is_greedy == likeliest[-len(continuation) :].all()
+    assert found[-1].is_greedy
+
+
+def _greedy(count):
+    from minimind_jax.inference.config import SamplingConfig
+
+    return SamplingConfig(max_new_tokens=count, temperature=0.0, ignore_eos=True)
+
+
+def test_what_is_longer_than_the_context_loses_its_beginning(folder):
+    rng = np.random.default_rng(1)
+    context, continuation = rng.integers(3, 300, 100).tolist(), rng.integers(3, 300, 8).tolist()
+    found = LikelihoodScorer(*load_model(folder)).score([(context, continuation)])[0]
+    expected, _ = log_probs(folder, [*context, *continuation][-65:])
+    assert found.log_prob == pytest.approx(expected[-8:].sum(), abs=1e-4)
+
+
+@pytest.fixture
+def questions(tmp_path):
+    first = {"task": "animals", "question": "where does the cat sit?", "choices": ["on a mat", "over green hills"]}
+    rows = [
+        {**first, "answer": 0},
+        {"task": "animals", "question": "who runs?", "choices": ["dogs", "mats", "hills"], "answer": "A"},
+        {"task": "zh", "question": "你好", "choices": ["世界", "猫"], "answer": "世界"},
+    ]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return rows, str(file)
+
+
+def test_the_likeliest_choice_is_the_answer(folder, questions):
+    rows, file = questions
+    results = evaluate_choices(str(folder), [file])
+    assert [(result.task, len(result.right)) for result in results] == [("animals", 2), ("zh", 1)]
+    assert results[0].chance == pytest.approx((1 / 2 + 1 / 3) / 2)
+    tokenizer = Tokenizer.load(folder)
+    scores = []
+    for choice in rows[0]["choices"]:
+        prompt = "Question: where does the cat sit?\nAnswer:"
+        ids = [tokenizer.bos_id, *tokenizer.encode(f"{prompt} {choice}")]
+        own = len(ids) - 1 - len(tokenizer.encode(prompt))
+        scores.append(log_probs(folder, ids)[0][-own:].sum())
+    assert results[0].right[0] == (np.argmax(scores) == 0)
+    by_length = np.array(scores) / [len(choice) for choice in rows[0]["choices"]]
+    assert results[0].right_by_length[0] == (np.argmax(by_length) == 0)
+    one_by_one = evaluate_choices(str(folder), [file], batch_size=1)
+    np.testing.assert_array_equal(one_by_one[0].right, results[0].right)
+
+
+def test_examples_are_other_questions(folder, questions):
+    _, file = questions
+    with pytest.raises(UserError, match="zh: 1 examples are asked for, and there are 0"):
+        evaluate_choices(str(folder), [file], shot_count=1)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "q", "choices": ["a"], "answer": 0}, "two or more"),
+        ({"question": "q", "choices": ["a", "b"], "answer": 2}, "from 0 to 1"),
+        ({"question": "q", "choices": ["a", "b"], "answer": True}, "answer is 'True'"),
+        ({"question": "q", "choices": ["a", " "], "answer": 0}, "a choice is empty"),
+        ({"text": "q"}, "expected `question`"),
+    ],
+)
+def test_broken_questions_are_told(row, message, folder, tmp_path):
+    (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=rf"bad.jsonl:1: .*{message}"):
+        evaluate_choices(str(folder), [str(tmp_path / "bad.jsonl")])
+
+
+# lm_eval --------------------------------------------------------------------------------------------------------------
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: {output}
+doc_to_text: "{text}"
+doc_to_target: "{target}"
+{more}
+"""
+CHOOSING = """
+doc_to_choice: "{{choices}}"
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+ROLLING = "metric_list: [{metric: byte_perplexity}]"
+WRITING = """
+generation_kwargs: {until: ["\\n"], max_gen_toks: 8}
+metric_list: [{metric: exact_match}]
+"""
+
+
+@pytest.fixture
+def tasks(questions, tmp_path):
+    """A multiple choice, a rolling and a generating task on local files."""
+    _, file = questions
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    plain = tmp_path / "text.jsonl"
+    plain.write_text("".join(json.dumps({"text": text * 6}, ensure_ascii=False) + "\n" for text in TEXTS[:2]))
+    one = tmp_path / "one.jsonl"  # answers of one type
+    rows = [json.loads(line) for line in open(file, encoding="utf-8")]
+    one.write_text("".join(json.dumps({**row, "answer": 0}, ensure_ascii=False) + "\n" for row in rows))
+    asked = {"text": "{{question}}", "target": "{{answer}}"}
+    texts = {
+        "choice": TASK.format(name="choice", file=one, output="multiple_choice", **asked, more=CHOOSING),
+        "rolling": TASK.format(
+            name="rolling", file=plain, output="loglikelihood_rolling", text="", target="{{text}}", more=ROLLING
+        ),
+        "writing": TASK.format(name="writing", file=one, output="generate_until", **asked, more=WRITING),
+    }
+    for name, text in texts.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+@pytest.mark.oracle
+def test_lm_eval_agrees_with_hf_on_every_request(folder, tasks, monkeypatch):
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    from minimind_jax.evaluate import lm_eval_adapter  # noqa: F401  registers itself
+
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    found = {}
+    for name in ("minimind_jax", "hf"):
+        found[name] = lm_eval.simple_evaluate(
+            model=name, model_args=f"pretrained={folder},dtype=float32", tasks=["choice", "rolling", "writing"],
+            task_manager=manager, batch_size=2, device="cpu", log_samples=True, bootstrap_iters=0,
+        )  # fmt: skip
+    compared = 0
+    for task, samples in found["hf"]["samples"].items():
+        for theirs, ours in zip(samples, found["minimind_jax"]["samples"][task], strict=True):
+            for a, b in zip(theirs["resps"], ours["resps"], strict=True):
+                if task == "writing":
+                    assert a == b
+                    continue
+                a, b = (np.ravel(np.array(x, dtype=object)) for x in (a, b))
+                assert float(a[0]) == pytest.approx(float(b[0]), abs=1e-3)
+                compared += 1
+                if task == "choice":
+                    assert str(a[1]) == str(b[1])
+    assert compared >= 9

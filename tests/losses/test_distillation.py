@@ -1,0 +1,100 @@
+"""Divergences in float64, the loss of a student, and that pieces of the rows change nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minimind_jax.losses import distillation
+from minimind_jax.losses.distillation import TEACHER, divergences, make_distillation_loss
+from minimind_jax.losses.language_model import make_language_model_loss
+from minimind_jax.model.config import ComputeConfig, ModelConfig
+from minimind_jax.model.transformer import LanguageModel
+
+SIZES = {
+    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "initializer_range": 0.2,
+}  # fmt: skip
+FLOAT32 = ComputeConfig(dtype="float32")
+STUDENT = LanguageModel(ModelConfig(**SIZES), FLOAT32)
+TEACHERS = {
+    "dense": LanguageModel(ModelConfig(**{**SIZES, "hidden_size": 48, "num_hidden_layers": 3}), FLOAT32),
+    "moe": LanguageModel(ModelConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24), FLOAT32),
+    "padded": LanguageModel(ModelConfig(**{**SIZES, "vocab_size": 64}), FLOAT32),
+}
+
+
+def expected(student, teacher, kind, temperature, beta):
+    teacher = teacher[..., : student.shape[-1]]
+
+    def softmax(logits):
+        e = np.exp(logits.astype(np.float64) / temperature)
+        return e / e.sum(-1, keepdims=True)
+
+    def kl(p, q):
+        return (p * np.log(p / q)).sum(-1)
+
+    s, t = softmax(student), softmax(teacher)
+    m = beta * t + (1 - beta) * s
+    return {"forward": kl(t, s), "reverse": kl(s, t), "jsd": beta * kl(t, m) + (1 - beta) * kl(s, m)}[kind]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.5])
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
+def test_divergences_are_their_formulas(kind, temperature):
+    rng = np.random.default_rng(0)
+    student, teacher = rng.standard_normal((2, 30, 12)).astype(np.float32) * 6
+    found = divergences(jnp.asarray(student), jnp.asarray(teacher), kind, temperature, 0.3)
+    np.testing.assert_allclose(found, expected(student, teacher, kind, temperature, 0.3), rtol=1e-4, atol=1e-6)
+    assert np.abs(divergences(jnp.asarray(student), jnp.asarray(student), kind, temperature, 0.3)).max() < 1e-6
+
+
+def test_forward_divergence_is_torch_s():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(1)
+    student, teacher = (torch.tensor(rng.standard_normal((8, 20)), dtype=torch.float32) for _ in range(2))
+    theirs = torch.nn.functional.kl_div(
+        torch.log_softmax(student / 1.5, -1), torch.softmax(teacher / 1.5, -1), reduction="batchmean"
+    )
+    ours = divergences(jnp.asarray(student.numpy()), jnp.asarray(teacher.numpy()), "forward", 1.5).mean()
+    assert float(ours) == pytest.approx(theirs.item(), abs=1e-6)
+
+
+def make_batch():
+    rng = np.random.default_rng(2)
+    segments = np.array([[1] * 7 + [2] * 7 + [0] * 2, [1] * 16])
+    positions = np.array([[*range(7), *range(7), 0, 0], [*range(16)]])
+    tokens, targets = rng.integers(0, 50, (2, 2, 16))
+    return {
+        "tokens": tokens, "targets": targets, "positions": positions, "segment_ids": segments,
+        "loss_weights": ((segments > 0) & (rng.random((2, 16)) > 0.3)).astype(np.float32),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_the_loss_of_a_student(kind):
+    teacher, batch = TEACHERS[kind], make_batch()
+    params, known = STUDENT.init(jax.random.key(0)), teacher.init(jax.random.key(1))
+    loss_fn = make_distillation_loss(STUDENT, lambda p: (teacher, p[TEACHER]), alpha=0.25, temperature=1.5)
+    numerator, count, metrics = loss_fn({**params, TEACHER: known}, batch, None)
+    arrays = [batch[name] for name in ("tokens", "positions", "segment_ids")]
+    logits = [np.asarray(model.apply(p, *arrays)[0], np.float64) for model, p in ((STUDENT, params), (teacher, known))]
+    apart = expected(*logits, "forward", 1.5, 0.5)
+    weights = batch["loss_weights"]
+    nll = make_language_model_loss(STUDENT)(params, batch, None)[0]
+    np.testing.assert_allclose(metrics["nll"][0], nll, rtol=1e-5)
+    np.testing.assert_allclose(metrics["divergence"][0], (weights * apart).sum(), rtol=1e-4)
+    np.testing.assert_allclose(numerator, 0.25 * nll + 0.75 * 2.25 * (weights * apart).sum(), rtol=1e-4)
+    assert float(count) == weights.sum()
+
+
+def test_pieces_of_the_rows_change_nothing(monkeypatch):
+    teacher, batch = TEACHERS["dense"], make_batch()
+    params = {**STUDENT.init(jax.random.key(0)), TEACHER: teacher.init(jax.random.key(1))}
+    loss_fn = make_distillation_loss(STUDENT, lambda p: (teacher, p[TEACHER]), divergence="jsd")
+    loss = jax.value_and_grad(lambda p: loss_fn(p, batch, None)[0])
+    whole = loss(params)
+    monkeypatch.setattr(distillation, "PIECE_BYTES", 4 * 2 * 50 * 4)  # four columns
+    pieces = loss(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), pieces, whole)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(whole[1][TEACHER]))
