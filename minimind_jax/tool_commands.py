@@ -174,7 +174,10 @@ def inspect_command(prog: str, argv: Sequence[str]) -> None:
         argv,
         ("files", {"nargs": "+", "metavar": "FILE", "help": "files, folders or globs of records"}),
         ("--tokenizer", {"required": True, "help": "a folder with tokenizer.json"}),
-        ("--kind", {"choices": ("text", "conversation"), "help": "found from the first record unless given"}),
+        (
+            "--kind",
+            {"choices": ("text", "conversation", "preference"), "help": "found from the first record unless given"},
+        ),
         ("--rows", {"type": int, "default": 3, "help": "records shown (default: 3)"}),
         ("--seq_len", {"type": _row_length, "default": 512, "help": "tokens in a row, for the packing (default: 512)"}),
         ("--seed", {"type": int, "default": 42, "help": "of the template's draws and the packing (default: 42)"}),

@@ -70,7 +70,8 @@ def inspect(
     files = expand_paths(paths)
     kind = kind or detect_kind(files)
     cache = build_cache(kind, files, tokenizer, dataclasses.replace(data, on_error="skip"), seed, report_skipped=False)
-    found = Inspection(kind, cache, cache.lengths, {name: _pack(cache, data, name, seed) for name in PACKINGS})
+    packings = ("pairs",) if kind == "preference" else PACKINGS
+    found = Inspection(kind, cache, cache.lengths, {name: _pack(cache, data, name, seed) for name in packings})
     _print_records(console, cache, tokenizer, min(rows, len(cache)), data.seq_len)
     _print_counts(console, found, tokenizer, files)
     _print_lengths(console, found.lengths)
@@ -80,21 +81,23 @@ def inspect(
 
 
 def detect_kind(files: list[Path]) -> Kind:
-    """`text` or `conversation`, from the first readable record. Raises UserError if it is neither."""
+    """`text`, `conversation` or `preference`, from the first readable record. Raises UserError if it is none."""
     broken: list[UserError] = []
     for record in iter_records(files, on_bad=broken.append):
         if "conversations" in record.value:
             return "conversation"
+        if "chosen" in record.value:
+            return "preference"
         if "text" in record.value:
             return "text"
         raise UserError(
-            f"{record.where}: expected a field `text` or `conversations`; found {field_names(record.value)}"
+            f"{record.where}: expected a field `text`, `conversations` or `chosen`; found {field_names(record.value)}"
         )
     raise UserError(f"{', '.join(map(str, files))}: no line is a JSON object; the first: {broken[0]}")
 
 
 def _pack(cache: TokenCache, data: DataConfig, packing: str, seed: int) -> Packed:
-    settings = dataclasses.replace(data, packing=packing)
+    settings = data if packing == "pairs" else dataclasses.replace(data, packing=packing)
     plan = plan_epoch(cache, np.arange(len(cache)), settings, seed, epoch=0).plan
     lost = len(cache) - len(np.unique(plan.documents))
     if packing == "pad":
@@ -163,7 +166,7 @@ def _print_lengths(console: Console, lengths: np.ndarray) -> None:
 
 
 def _print_packings(console: Console, found: Inspection, seq_len: int) -> None:
-    noun = "conversations" if found.kind == "conversation" else "texts"
+    noun = {"conversation": "conversations", "preference": "pairs"}.get(found.kind, "texts")
     title = Text(f"\npacking {len(found.lengths):,} {noun} into rows of {seq_len:,} tokens", "italic")
     table = _table("", "rows", "full", "placed", "lost", "cut", "turns\ncut", "tokens\ndropped")
     for name, packed in found.packings.items():

@@ -132,8 +132,10 @@ def test_long_records_are_cut_in_print(tmp_path, tokenizer, data):
 
 
 def test_unknown_fields_and_unreadable_files_are_errors(tmp_path):
-    with pytest.raises(UserError, match=r"a\.jsonl:1: expected a field `text` or `conversations`; found chosen"):
-        detect_kind([write(tmp_path / "a.jsonl", [{"chosen": []}])])
+    with pytest.raises(
+        UserError, match=r"a\.jsonl:1: expected a field `text`, `conversations` or `chosen`; found prompt"
+    ):
+        detect_kind([write(tmp_path / "a.jsonl", [{"prompt": []}])])
     with pytest.raises(UserError, match=r"b\.jsonl: no line is a JSON object"):
         detect_kind([write(tmp_path / "b.jsonl", ["no", "JSON"])])
 
@@ -178,3 +180,15 @@ def test_millions_fit_80_columns():
     for number in ("1,234,567", "9,876,543", "1,400,000", "400,000", "1,000,000", "1,234,568", "123,456,789"):
         assert number in words, f"{number} is broken across lines"
     assert "tokens of a record, percentiles\n" in text
+
+
+def test_pairs_are_shown_with_their_trained_answers(tmp_path, tokenizer, capsys):
+    prompt = {"role": "user", "content": "q"}
+    sides = [[prompt, {"role": "assistant", "content": text}] for text in ("good", "bad")]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps(dict(zip(("chosen", "rejected"), sides, strict=True))) + "\n")
+    data = DataConfig(seq_len=256, cache_dir=str(tmp_path), system_prompt_probability=0.0)
+    found = inspect([file], tokenizer, data)
+    told = capsys.readouterr().out
+    assert found.kind == "preference" and list(found.packings) == ["pairs"]
+    assert told.count("⟦") == 3 and "good" in told and "bad" in told
