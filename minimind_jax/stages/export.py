@@ -4,13 +4,15 @@ from pathlib import Path
 
 from minimind_jax import settings
 from minimind_jax.config import PretrainConfig
-from minimind_jax.convert.hf import MAX_SHARD_BYTES, save_hf
+from minimind_jax.convert.hf import MAX_SHARD_BYTES, Labels, save_hf
+from minimind_jax.data.labels import find_classes
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_run
 from minimind_jax.model.lora import join, merge
 from minimind_jax.paths import as_path
 from minimind_jax.stages import STAGES
 from minimind_jax.stages.common import load_model, load_tokenizer, run_parameters
+from minimind_jax.stages.heads import load_body, with_head
 from minimind_jax.training.checkpoint import load_params
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import read_metrics, val_losses
@@ -33,17 +35,32 @@ def export_checkpoint(
         UserError: no such run or checkpoint, or the tokenizer or model that the run started from is gone.
     """
     run = _find_run(name)
-    config = _read_settings(run)
+    stage, config = _read_settings(run)
     step = choose_step(run, checkpoint)
-    tokenizer = load_tokenizer(config)
-    model = load_model(config, tokenizer)
-    parameters = run_parameters(config, model)
+    tokenizer, labels = load_tokenizer(config), _labels(stage, config)
+    if labels is None:
+        model = load_model(config, tokenizer)
+        parameters = run_parameters(config, model)
+    else:
+        model = load_body(config, tokenizer, stage)
+        parameters = with_head(config, model, len(labels.names))
     trained, frozen = parameters.split(parameters.abstract)
     params = load_params(run.checkpoints / str(step), trained)
     if frozen:
         params = merge(join(parameters.split(parameters.load())[1], params))
-    save_hf(output, model.config, params, tokenizer, dtype or config.export_dtype, max_shard_bytes)
+    save_hf(output, model.config, params, tokenizer, dtype or config.export_dtype, max_shard_bytes, labels=labels)
     return step
+
+
+def _labels(stage: str, config: PretrainConfig) -> Labels | None:
+    """Of the stages whose models have a head of scores."""
+    if stage == "reward":
+        return Labels(("reward",))
+    if stage != "classify":
+        return None
+    wanted = config.classify
+    classes = find_classes(config.data.train, wanted.text_field, wanted.label_field, config.data.on_error == "skip")
+    return Labels(classes.names, classes.several)
 
 
 def choose_step(run: RunFolder, checkpoint: str) -> int:
@@ -74,11 +91,12 @@ def _find_run(name: str) -> RunFolder:
     raise UserError(f"source {name!r} is not a run (no {looked}), and only runs have checkpoints")
 
 
-def _read_settings(run: RunFolder) -> PretrainConfig:
+def _read_settings(run: RunFolder) -> tuple[str, PretrainConfig]:
+    """The run's stage, and its settings."""
     stage = run.read_environment().get("run", {}).get("stage")
     if stage not in STAGES:
         raise UserError(
             f"{run.environment_file} should name the run's stage ({', '.join(STAGES)}), and says {stage}; run it again "
             "with this version"
         )
-    return settings.make_settings(STAGES[stage].config, settings.read_yaml(run.config_file))
+    return stage, settings.make_settings(STAGES[stage].config, settings.read_yaml(run.config_file))

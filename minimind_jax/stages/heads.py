@@ -7,12 +7,12 @@ import jax
 import numpy as np
 
 from minimind_jax.config import PretrainConfig
-from minimind_jax.convert.load import load_merged
+from minimind_jax.convert.hf import load_hf, load_labels
 from minimind_jax.data.batches import Batch
 from minimind_jax.data.token_cache import TokenCache
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
-from minimind_jax.folders import resolve_model_folder
+from minimind_jax.folders import is_adapter, resolve_model_folder
 from minimind_jax.model.heads import SCORE, head_axes, init_head
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.seeds import named_key
@@ -36,10 +36,11 @@ def with_head(config: PretrainConfig, model: LanguageModel, scores: int) -> Para
     shardings = param_shardings(make_mesh(config.mesh), head_axes(), abstract)
 
     def load() -> Params:
-        _, stored = load_merged(resolve_model_folder(config.init_from, "init_from"))
-        head = {name: tree for name, tree in stored.items() if name == SCORE}
-        if not head or head[SCORE]["kernel"].shape != abstract[SCORE]["kernel"].shape:
-            head = init_head(named_key(config.seed, "head"), model.config.hidden_size, scores)
+        folder = resolve_model_folder(config.init_from, "init_from")
+        head = init_head(named_key(config.seed, "head"), model.config.hidden_size, scores)
+        if not is_adapter(folder) and load_labels(folder) is not None:  # it has a head of its own
+            own = load_hf(folder)[1][SCORE]
+            head = {SCORE: own} if own["kernel"].shape == head[SCORE]["kernel"].shape else head
         return {**parameters.load(), **jax.device_put(head, shardings)}
 
     return Parameters(

@@ -324,7 +324,7 @@ class Speed:
     def __init__(self, model: LanguageModel, seq_len: int, seconds_before: float):
         self._started = time.perf_counter() - seconds_before
         peak = peak_flops(model.compute)
-        self._mfu_per_token = flops_per_token(model.config, seq_len) / peak if peak else None
+        self._mfu_per_token = flops_per_token(model.config, seq_len, model.adapter is not None) / peak if peak else None
         self._since: float | None = None  # start of the window that `read` ends
         self._tokens = self._window_steps = 0
         self._steps, self._active = 0, 0.0

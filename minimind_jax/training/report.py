@@ -145,10 +145,16 @@ def _samples(rows: list[dict]) -> list[str]:
 
 
 def _next_steps(run: RunFolder, stage: str) -> str:
-    commands = [
-        f"minimind chat --model {run.model}      # talk to it",
-        f"minimind sft --init_from {run.path} --data.train YOUR.jsonl --run NAME      # train it further",
-    ]
+    commands = {
+        "classify": [f"minimind classify predict --model {run.path} --input YOUR_TEXTS.jsonl      # labels"],
+        "reward": [f"minimind score --model {run.path} --input YOUR_CONVERSATIONS.jsonl      # scores"],
+    }.get(
+        stage,
+        [
+            f"minimind chat --model {run.model}      # talk to it",
+            f"minimind sft --init_from {run.path} --data.train YOUR.jsonl --run NAME      # train it further",
+        ],
+    )
     if not holds_model(run.model):
         commands = [f"minimind {stage} --config {run.config_file}      # resume it"]
     return _code("\n".join(commands), "sh")

@@ -350,6 +350,15 @@ def test_a_classifier_is_transformers_own(make, tmp_path):
     np.testing.assert_allclose(Scorer(str(run.path)).texts(texts), theirs, atol=1e-4)
 
 
+def test_a_checkpoint_of_a_classifier_is_exported(make, tmp_path):
+    config = make(ClassifyConfig, tmp_path / "classify", "labels", checkpoint=KEEP_ALL, lora=ADAPTERS)
+    run = RunFolder(classify(config))
+    assert export_checkpoint(str(run.path), tmp_path / "out", "newest", "float32") == 24
+    assert load_labels(tmp_path / "out") == load_labels(run.model)
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        np.testing.assert_allclose(tensor, load_file(run.model / "model.safetensors")[name], atol=1e-6, err_msg=name)
+
+
 def test_several_labels(make, tmp_path):
     config = make(ClassifyConfig, tmp_path / "several", "several", training={"steps": 40}, rate=1e-2)
     run = RunFolder(classify(config))
