@@ -71,11 +71,11 @@ def make_plan(args: argparse.Namespace, argv: Sequence[str]) -> dict:
     else:
         found = compiler.emulated_devices(topology.count)
     mesh = make_mesh(config.mesh, found)
-    model = LanguageModel(planned.architecture, config.compute)
+    model = LanguageModel(planned.architecture, config.compute, inputs.planned_adapter(planned))
     traced, state = compiler.trace_step(config, model, mesh, device.platform)
     params, opt_state, whole = compiler.state_bytes(state)
 
-    formula = flops_per_token(model.config, config.data.seq_len)
+    formula = flops_per_token(model.config, config.data.seq_len, model.adapter is not None)
     plan = {
         "model": _model_facts(planned, model),
         "step": _step_facts(config, model, device.platform, mesh if package else None),
@@ -97,7 +97,8 @@ def make_plan(args: argparse.Namespace, argv: Sequence[str]) -> dict:
         plan |= _compiled_facts(traced, package, device.platform, topology.count, config.training.batch_tokens)
     else:
         plan["compiler"] = {"name": None, "install": devices.install_command(device)}
-        guess = estimate.estimate_memory(config, model.config, dict(mesh.shape), params + opt_state, params)
+        gradients = compiler.bytes_per_device(state.params)
+        guess = estimate.estimate_memory(config, model.config, dict(mesh.shape), params + opt_state, gradients)
         plan["memory"] = {**guess._asdict(), "total": guess.total}
     needed = plan["memory"]["total"]
     fits, sentence = estimate.fit(device, needed) if needed is not None else (False, "does not fit")
@@ -110,12 +111,14 @@ def make_plan(args: argparse.Namespace, argv: Sequence[str]) -> dict:
 
 
 def _model_facts(planned, model) -> dict:
+    from minimind_jax.model.lora import without_adapters
     from minimind_jax.model.transformer import count_parameters
 
     shape = planned.architecture
     return {
         "stage": planned.stage,
-        "parameters": count_parameters(model.abstract_params()),
+        "parameters": count_parameters(without_adapters(model.abstract_params())),
+        "adapters": None if model.adapter is None else dict(model.adapter.ranks),
         "layers": shape.num_hidden_layers,
         "hidden_size": shape.hidden_size,
         "vocab_size": shape.vocab_size,
@@ -196,10 +199,11 @@ def describe(plan: dict) -> list[str]:
     model, step, device, flops = plan["model"], plan["step"], plan["device"], plan["flops_per_token"]
     mesh = ", ".join(f"{axis} {size}" for axis, size in device["mesh"].items()) or "one device"
     experts = f", {model['experts']} experts" if model["experts"] else ""
+    adapters = f", adapters of rank {max(model['adapters'].values())} trained" if model["adapters"] else ""
     parts = step["accumulation_steps"]
     lines = [
         ("model", f"{model['parameters']:,} parameters ({model['layers']} layers of width {model['hidden_size']}, "
-                  f"{model['vocab_size']:,} tokens{experts}), stage {model['stage']}"),
+                  f"{model['vocab_size']:,} tokens{experts}), stage {model['stage']}{adapters}"),
         ("", model["note"]),
         ("step", f"{step['tokens']:,} tokens: {step['rows']} rows of {step['seq_len']}"
                  + f" in {parts} parts" * (parts > 1) + f", {step['dtype']}, remat {step['remat']}"),

@@ -105,13 +105,15 @@ def abstract_batch(config: PretrainConfig):
 def trace_step(config: PretrainConfig, model, mesh, platform: str):
     """The training step of pretraining and fine-tuning as `training.loop.train` builds it, traced for a mesh."""
     from minimind_jax.losses.language_model import make_language_model_loss
+    from minimind_jax.stages.adapters import frozen_dtype
     from minimind_jax.training.program import make_program
     from minimind_jax.training.state import Parameters
 
     with on_platform(platform):
         loss_fn = make_language_model_loss(model, config.training.z_loss)
         steps = config.training.steps or max(TYPICAL_STEPS, config.optimizer.warmup_steps + 1)
-        program = make_program(config, Parameters.of(model, load=dict), loss_fn, mesh, steps)
+        parameters = Parameters.of(model, load=dict, frozen_dtype=frozen_dtype(config))
+        program = make_program(config, parameters, loss_fn, mesh, steps)
         return program.step.trace(program.abstract, abstract_batch(config)), program.abstract
 
 
@@ -153,13 +155,17 @@ def state_bytes(state) -> tuple[int, int, int]:
     device that has all."""
     import jax
 
-    def per_device(tree) -> int:
-        leaves = jax.tree.leaves(tree)
-        return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in leaves)
-
     params = (state.params, state.frozen)
     whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, state.opt_state)))
-    return per_device(params), per_device(state.opt_state), whole
+    return bytes_per_device(params), bytes_per_device(state.opt_state), whole
+
+
+def bytes_per_device(tree) -> int:
+    """Of a tree of shapes with shardings."""
+    import jax
+
+    leaves = jax.tree.leaves(tree)
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in leaves)
 
 
 def _first_line(error: Exception) -> str:

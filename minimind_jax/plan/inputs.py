@@ -12,6 +12,7 @@ import yaml
 from minimind_jax import settings
 from minimind_jax.config import PretrainConfig
 from minimind_jax.convert.load import read_config
+from minimind_jax.convert.peft import rank_table
 from minimind_jax.data.cache_folder import cache_root, stored_caches
 from minimind_jax.data.jsonl import expand_paths
 from minimind_jax.data.tokenise import Encoder, Kind, read_chunks
@@ -19,6 +20,7 @@ from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
 from minimind_jax.model.config import ModelConfig
+from minimind_jax.model.lora import Adapter, make_adapter
 from minimind_jax.stages import STAGES
 from minimind_jax.stages.pipeline import Stage, load_pipeline
 
@@ -111,6 +113,14 @@ def _architecture(config: PretrainConfig, before: Sequence[Stage]) -> tuple[Mode
         return config.model.resolve(), f"init_from {config.init_from} is not there yet; taken as the preset in `model`"
     architecture = read_config(folder)
     return dataclasses.replace(architecture, **config.model.changes(architecture.max_position_embeddings)), ""
+
+
+def planned_adapter(planned: Planned) -> Adapter | None:
+    """The adapters that `lora` asks for. Raises UserError for targets that the model does not have."""
+    lora = planned.config.lora
+    if not lora.rank:
+        return None
+    return make_adapter(rank_table(planned.architecture, lora.rank, lora.targets, lora.own_ranks()), lora.dropout)
 
 
 # Tokens ---------------------------------------------------------------------------------------------------------------

@@ -43,6 +43,18 @@ def test_json_holds_what_is_printed(capsys):
     assert told["time"]["hours"] == pytest.approx(hours) and told["time"]["price"] is None
 
 
+def test_adapters_need_less(capsys):
+    def told(*arguments):
+        return json.loads(plan(capsys, "--device", "h100", "--tokens", "1e9", "--json", *arguments)[1].out)
+
+    whole, adapters = told(), told("--lora.rank", "8")
+    assert adapters["model"]["parameters"] == whole["model"]["parameters"]
+    assert adapters["model"]["adapters"]["q_proj"] == 8 and whole["model"]["adapters"] is None
+    assert adapters["state"]["optimizer"] < whole["state"]["optimizer"] / 20
+    assert adapters["memory"]["total"] < whole["memory"]["total"]
+    assert adapters["flops_per_token"]["formula"] < 0.7 * whole["flops_per_token"]["formula"]
+
+
 def test_mistakes_are_told(capsys):
     status, printed = plan(capsys, "--device", "h200")
     assert status == 2 and "did you mean h100" in printed.err
