@@ -50,9 +50,9 @@ def test_adapters_need_less(capsys):
     whole, adapters = told(), told("--lora.rank", "8")
     assert adapters["model"]["parameters"] == whole["model"]["parameters"]
     assert adapters["model"]["adapters"]["q_proj"] == 8 and whole["model"]["adapters"] is None
-    assert adapters["state"]["optimizer"] < whole["state"]["optimizer"] / 20
+    assert adapters["state"]["optimizer"] < whole["state"]["optimizer"] / 5
     assert adapters["memory"]["total"] < whole["memory"]["total"]
-    assert adapters["flops_per_token"]["formula"] < 0.7 * whole["flops_per_token"]["formula"]
+    assert adapters["flops_per_token"]["formula"] < 0.8 * whole["flops_per_token"]["formula"]
 
 
 def test_mistakes_are_told(capsys):
