@@ -39,6 +39,9 @@ class PreferenceConfig:
         if self.precompute_reference and not self.has_reference:
             raise ValueError(f"preference.precompute_reference is set, and the loss {self.loss} has no reference")
 
+        if self.label_smoothing and self.loss in ("hinge", "ipo", "orpo"):
+            raise ValueError(f"preference.label_smoothing is set, and the loss {self.loss} has none")
+
     @property
     def has_reference(self) -> bool:
         return self.loss not in REFERENCE_FREE
@@ -60,6 +63,14 @@ class DPOConfig(PretrainConfig):
     )
     training: TrainingConfig = dataclasses.field(default_factory=lambda: TrainingConfig(batch_tokens=8192))
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=1e-6))
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.preference.precompute_reference and self.data.redraw_each_epoch:
+            raise ValueError(
+                "preference.precompute_reference computes for one rendering of the pairs, and data.redraw_each_epoch "
+                "makes another for every epoch; leave one of them out"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,13 +116,16 @@ class LabelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ClassifyConfig(PretrainConfig):
-    """A classifier of texts, from a model. Other fields as in pretraining; data.seq_len cuts longer texts."""
+    """A classifier of texts, from a model. Other fields as in pretraining; data.seq_len cuts longer texts.
+
+    Without training.steps, epochs or tokens it trains for three epochs.
+    """
 
     run: str = "classifier"
     init_from: str = "pretrain"
     classify: LabelConfig = dataclasses.field(default_factory=LabelConfig)
     data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(seq_len=256, val_fraction=0.1))
-    training: TrainingConfig = dataclasses.field(default_factory=lambda: TrainingConfig(batch_tokens=2048, epochs=3))
+    training: TrainingConfig = dataclasses.field(default_factory=lambda: TrainingConfig(batch_tokens=2048))
     optimizer: OptimizerConfig = dataclasses.field(
         default_factory=lambda: OptimizerConfig(learning_rate=1e-4, schedule="linear", final_fraction=0.0)
     )

@@ -97,7 +97,7 @@ class ModelSettings:
 class DataConfig:
     """Where the records are and how they become rows of tokens.
 
-    train: files, folders or globs (.jsonl, .jsonl.gz, .jsonl.zst, .parquet).
+    train: files, folders or globs (.jsonl, .jsonl.gz, .jsonl.zst, .csv, .parquet).
     val: held-out files; empty takes `val_fraction` of the training records instead.
     val_fraction: share of the training records held out when `val` is empty; 0 for no validation.
     seq_len: tokens in a row.

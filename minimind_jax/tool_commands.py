@@ -24,6 +24,18 @@ def _row_length(text: str) -> int:
     return int(text)
 
 
+def _natural(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number; 0 or more")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
 def _above_zero(text: str) -> float:
     try:
         number = float(text)
@@ -251,10 +263,11 @@ def predict_command(prog: str, argv: Sequence[str]) -> None:
         OUTPUT,
         ("--text_field", {"default": "text", "help": "where records hold the text (default: text)"}),
         ("--top", {"type": int, "default": 1, "help": "labels told, with their probabilities (default: 1)"}),
+        ("--seq_len", {"type": _row_length, "help": "longer texts are cut there (default: as the run was trained)"}),
     )
     from minimind_jax.inference.score_command import predict
 
-    count = predict(args.model, args.input, args.output, args.text_field, args.top)
+    count = predict(args.model, args.input, args.output, args.text_field, args.top, args.seq_len)
     _say_written(count, args.output)
 
 
@@ -308,14 +321,17 @@ def choices_command(prog: str, argv: Sequence[str]) -> None:
         argv,
         ("files", {"nargs": "+", "metavar": "FILE", "help": "records with question, choices, answer and maybe task"}),
         ("--model", {"required": True, "help": "a Hugging Face folder, or a run whose model/ is meant"}),
-        ("--shots", {"type": int, "default": 0, "help": "questions of the task shown with their answers (default: 0)"}),
+        (
+            "--shots",
+            {"type": _natural, "default": 0, "help": "questions of the task shown with their answers (default: 0)"},
+        ),
         (
             "--shots_from",
             {"nargs": "+", "default": [], "metavar": "FILE", "help": "where those come from (default: FILE)"},
         ),
         ("--prompt", {"default": "", "help": "with {question}; 'Question: ... Answer:' or its Chinese unless given"}),
-        ("--max_questions", {"type": int, "default": 0, "help": "of a task at most; 0 for all (the default)"}),
-        ("--batch_size", {"type": int, "default": 16, "help": "choices scored at once (default: 16)"}),
+        ("--max_questions", {"type": _natural, "default": 0, "help": "of a task at most; 0 for all (the default)"}),
+        ("--batch_size", {"type": _count, "default": 16, "help": "choices scored at once (default: 16)"}),
     )
     from minimind_jax.evaluate.choices import evaluate_choices
 

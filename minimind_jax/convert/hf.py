@@ -28,7 +28,7 @@ from minimind_jax.convert.replace import read_json, replacing, write_json
 from minimind_jax.convert.torch_file import read_torch
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
-from minimind_jax.folders import holds_model
+from minimind_jax.folders import holds_model, is_adapter
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.transformer import Params
 from minimind_jax.paths import absolute, as_path, local_folder
@@ -109,6 +109,8 @@ def from_hf(
     if absolute(source) == absolute(output):
         raise UserError(f"{output}: source and output are the same folder; choose another output")
     source = local_folder(source)
+    if is_adapter(source):
+        raise UserError(f"{source} is an adapter; minimind convert merge-lora makes a whole model of it")
     config, stored = _open_hf(source)
     dtypes = {tensor.dtype for tensor in stored.values()}
     if dtype is None:

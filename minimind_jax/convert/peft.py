@@ -70,7 +70,7 @@ def rank_table(config: ModelConfig, rank: int, targets: Sequence[str], ranks: Ma
 
     Raises UserError for a target that is nowhere in the model. The experts of a MoE have no adapters.
     """
-    there = [name for name, (block, _) in PROJECTIONS.items() if block == "attention" or not config.is_moe]
+    there = _projections(config)
     layers = range(config.num_hidden_layers)
     wanted = [name for target in targets for name in PRESETS.get(target, (target,))]
     _check_targets([*wanted, *ranks], [module_name(layer, name) for layer in layers for name in there], config)
@@ -82,6 +82,11 @@ def rank_table(config: ModelConfig, rank: int, targets: Sequence[str], ranks: Ma
         return next((r for pattern, r in ranks.items() if _matches(pattern, module)), rank)
 
     return {name: tuple(rank_of(layer, name) for layer in layers) for name in there}
+
+
+def _projections(config: ModelConfig) -> list[str]:
+    """Those of a model that can have adapters."""
+    return [name for name, (block, _) in PROJECTIONS.items() if block == "attention" or not config.is_moe]
 
 
 def _matches(target: str, module: str) -> bool:
@@ -205,7 +210,7 @@ def load_peft(folder: str | Path, config: ModelConfig) -> StoredAdapter:
     pairs = {
         (layer, name): [stored.pop(f"{_PREFIX}{module_name(layer, name)}.lora_{part}.weight", None) for part in "AB"]
         for layer in layers
-        for name in PROJECTIONS
+        for name in _projections(config)
     }
     if stored:
         raise UserError(
@@ -217,7 +222,7 @@ def load_peft(folder: str | Path, config: ModelConfig) -> StoredAdapter:
         raise UserError(f"{where}: {WEIGHTS} holds no adapter")
     table = {
         name: tuple(_rank(there.get((layer, name)), layer, name, config, where) for layer in layers)
-        for name in PROJECTIONS
+        for name in _projections(config)
         if any((layer, name) in there for layer in layers)
     }
     tree: Params = {}

@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from minimind_jax.convert.hf import MAX_SHARD_BYTES, load_hf, save_hf
+from minimind_jax.convert.hf import MAX_SHARD_BYTES, save_hf
 from minimind_jax.convert.hf_weights import StoredTensor, hf_tensors, params_from_hf
+from minimind_jax.convert.load import load_merged
 from minimind_jax.convert.torch_file import read_torch, write_torch
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import ModelConfig
+from minimind_jax.model.heads import SCORE
 
 
 def from_torch(
@@ -47,9 +49,11 @@ def from_torch(
 def to_torch(folder: str | Path, pth: str | Path) -> ModelConfig:
     """Writes the float16 state dict that MiniMind's own code loads strictly, `lm_head.weight` of a tied model included.
 
-    The file has no configuration: MiniMind's scripts must be told sizes that are not their defaults.
+    An adapter is merged. The file has no configuration: MiniMind's scripts must be told what is not their default.
     """
-    config, params = load_hf(folder)
+    config, params = load_merged(folder)
+    if SCORE in params:
+        raise UserError(f"{folder} is a classifier or reward model, which MiniMind's scripts cannot load")
     aliases = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
     write_torch(pth, hf_tensors(config, params), aliases)
     return config

@@ -145,8 +145,12 @@ class Batches:
         self._first_steps = [0]
         self.plan = self.epoch(0).plan
         if not self.plan.rows:
-            short = f" ({self.plan.left_out} pairs have answers longer than data.seq_len)" if self.plan.left_out else ""
-            raise UserError(f"no document is left to train on{short}; lower data.val_fraction or give more data")
+            if self.plan.left_out:
+                raise UserError(
+                    f"the {self.plan.left_out} pairs of the training or the validation data have answers longer than "
+                    f"data.seq_len {data.seq_len}; raise it"
+                )
+            raise UserError("no document is left to train on; lower data.val_fraction or give more data")
 
     @property
     def rows_per_epoch(self) -> int:

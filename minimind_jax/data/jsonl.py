@@ -9,6 +9,7 @@ import json
 import math
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from minimind_jax.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".csv", ".parquet")
 MAX_LINE = 1 << 28  # bytes; more is no record but a file without line ends, and would fill the memory
+_EXTRA, _MISSING = "\0more columns", "\0no column"  # marks of a row of CSV that does not fit its header
+csv.field_size_limit(MAX_LINE)
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -135,6 +138,11 @@ def parse_line(raw: bytes | dict[str, Any], file: Path, line: int) -> Record:
     """A line as `iter_lines` gives it -> Record. Raises UserError if it is not UTF-8, not JSON or not an object."""
     where = f"{file}:{line}"
     if isinstance(raw, dict):
+        if _EXTRA in raw or _MISSING in raw.values():
+            raise UserError(
+                f"{where}: {'more' if _EXTRA in raw else 'fewer'} columns than the header has; text with commas or "
+                "line ends stands in double quotes"
+            )
         return Record(where, file, line, raw)
     try:
         value = _RECORDS.decode(raw.decode("utf-8"))
@@ -249,13 +257,11 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows under the header, each with the number of its last line."""
     try:
         with open(file, encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, strict=True)
+            reader = csv.DictReader(stream, restkey=_EXTRA, restval=_MISSING, strict=True)
+            twice = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
+            if twice:
+                raise UserError(f"{file}:1: the header has the column {twice[0][:40]!r} twice; rename one")
             for row in reader:
-                if None in row or None in row.values():
-                    raise UserError(
-                        f"{file}:{reader.line_num}: {len(row)} columns, and the header has {len(reader.fieldnames)}; "
-                        "text with commas or line ends stands in double quotes"
-                    )
                 yield reader.line_num, row
     except (csv.Error, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{file}: not a readable CSV file in UTF-8: {error}") from error

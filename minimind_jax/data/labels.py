@@ -63,10 +63,10 @@ def parse_unlabelled(record: Record, text_field: str = "text") -> str:
     if not isinstance(text, str):
         raise UserError(
             f"{record.where}: expected a field `{text_field}` with the text, found the fields "
-            f"{field_names(record.value)} (classify.text_field names another)"
+            f"{field_names(record.value)} (text_field names another)"
         )
     if not text.strip():
-        raise UserError(f"{record.where}: {text_field} is empty; remove the line, or pass --data.on_error skip")
+        raise UserError(f"{record.where}: {text_field} is empty; remove the line, or in training skip it")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -75,15 +75,20 @@ def parse_unlabelled(record: Record, text_field: str = "text") -> str:
 
 
 def _label(label: object, record: Record, classes: Classes) -> str:
-    if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
+    if isinstance(label, bool):
+        return str(label).lower()
+    if isinstance(label, float) and label.is_integer():  # how Parquet has whole numbers of which some are missing
+        label = int(label)
+    if not isinstance(label, str | int) or not str(label).strip():
         raise UserError(
-            f"{record.where}: {classes.label_field} holds {str(label)[:40]!r}; expected a label (text or a number)"
+            f"{record.where}: {classes.label_field} holds {str(label)[:40]!r}; expected text or a whole number"
         )
     return str(label).strip()
 
 
 def find_classes(paths: Sequence[str | Path], text_field: str, label_field: str, skip: bool = False) -> Classes:
-    """The classes of training data: its labels in alphabetical order; several a text where any record has a list.
+    """The classes of training data: its labels in order, of numbers or of the alphabet; several a text where any
+    record has a list.
 
     skip: broken records are passed over. Raises UserError, also when there are fewer than two labels.
     """
@@ -101,4 +106,5 @@ def find_classes(paths: Sequence[str | Path], text_field: str, label_field: str,
     if len(names) < 2:
         found = f"only the label {next(iter(names))!r}" if names else "no label"
         raise UserError(f"{', '.join(map(str, paths))}: {found}; a classifier needs at least two")
-    return Classes(tuple(sorted(names)), several, text_field, label_field)
+    are_numbers = all(name.lstrip("-").isdecimal() for name in names)
+    return Classes(tuple(sorted(names, key=int if are_numbers else str)), several, text_field, label_field)

@@ -65,13 +65,21 @@ def parse_conversation(record: Record, for_training: bool = True) -> Conversatio
 def parse_preference(record: Record) -> Preference:
     """The pair of a record {"chosen": [message, ...], "rejected": [message, ...]}, optionally with a number `margin`.
 
-    Raises UserError, also for a pair that is the same on both sides, or in which a side has no answer of its own.
+    A `prompt`, a list of messages or a text, stands before both sides; a side may then be a text, too.
+    Raises UserError, also for a pair that is the same on both sides, without a question, or in which a side has no
+    answer of its own.
     """
+    prompt = record.value.get("prompt") or []
+    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     sides = []
     for name in ("chosen", "rejected"):
         if name not in record.value:
             raise UserError(f"{record.where}: missing field `{name}`; expected a list of messages, {_found(record)}")
-        sides.append(_conversation(record.value[name], f"{record.where}: {name}"))
+        own = record.value[name]
+        own = [{"role": "assistant", "content": own}] if isinstance(own, str) and prompt else own
+        if isinstance(own, list) and isinstance(prompt, list) and own[: len(prompt)] != prompt:
+            own = [*prompt, *own]
+        sides.append(_conversation(own, f"{record.where}: {name}"))
     chosen, rejected = sides
     if chosen == rejected:
         raise UserError(f"{record.where}: chosen and rejected are the same; there is nothing to prefer")
@@ -81,6 +89,11 @@ def parse_preference(record: Record) -> Preference:
         own = side.messages[shared:]
         if not any(message["role"] == "assistant" and _says_something(message) for message in own):
             raise UserError(f"{record.where}: {name} has no answer of its own (an assistant's message with content)")
+    if not any(message["role"] in ("user", "tool") for message in chosen.messages[:shared]):
+        raise UserError(
+            f"{record.where}: chosen and rejected have no question in common; expected the same messages before both "
+            "answers, or a field `prompt`"
+        )
     margin = record.value.get("margin", 0.0)
     if isinstance(margin, bool) or not isinstance(margin, int | float):
         raise UserError(f"{record.where}: margin is {_kind(margin)}; expected a number")

@@ -71,17 +71,18 @@ def parse_question(record: Record) -> Question:
 
 
 def _number(answer: Any, choices: Sequence[str], record: Record) -> int:
+    number = answer
     if isinstance(answer, str):
         if answer in choices:
             return choices.index(answer)
         letter = answer.strip().upper()
-        answer = ord(letter) - ord("A") if len(letter) == 1 else answer
-    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        number = "ABCDEFGHIJKLMNOPQRSTUVWXYZ".find(letter) if len(letter) == 1 else -1
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(choices):
         raise UserError(
             f"{record.where}: answer is {str(answer)[:40]!r}; expected the right choice's number from 0 to "
             f"{len(choices) - 1}, its letter, or the choice itself"
         )
-    return answer
+    return number
 
 
 def evaluate_choices(

@@ -48,8 +48,9 @@ class MiniMindJax(TemplateLM):
             raise UserError("minimind_jax needs a model: --model_args pretrained=FOLDER")
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else DEFAULT_BATCH  # `auto` is lm_eval's word
         self.generator = load_generator(str(pretrained), dtype)
-        self.scorer = LikelihoodScorer(self.generator.model, self.generator.params, self.batch_size)
-        self.max_length = min(int(max_length or self.scorer.context), self.scorer.context)
+        limit = int(max_length) if max_length else None
+        self.scorer = LikelihoodScorer(self.generator.model, self.generator.params, self.batch_size, limit)
+        self.max_length = self.scorer.context
         self.max_gen_toks, self.add_bos_token = int(max_gen_toks), _is_true(add_bos_token)
         self.enable_thinking, self.name = _is_true(enable_thinking), str(pretrained)
 

@@ -59,6 +59,8 @@ def load_switched(model: str, names: Sequence[str], dtype: str = "auto") -> Swit
         if short in stored or short == OFF:
             raise UserError(f"adapters: two are called {short}; rename a folder")
         stored[short] = load_peft(place, generator.model.config)
+        if Path(stored[short].base).resolve() != folder.resolve():
+            print(f"warning: the adapter {short} was trained over {stored[short].base}, not over {folder}")
     return switched(generator, stored)
 
 

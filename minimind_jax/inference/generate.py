@@ -19,6 +19,7 @@ from minimind_jax.inference.generation_config import read_generation_config
 from minimind_jax.inference.sampling import SamplingConfig, SamplingValues, row_keys
 from minimind_jax.inference.text import AnswerText
 from minimind_jax.model.config import ComputeConfig, RopeScaling
+from minimind_jax.model.heads import SCORE
 from minimind_jax.model.transformer import LanguageModel, Params, compute_dtype, unstack_layers
 
 Prompt = str | Sequence[int]
@@ -262,13 +263,19 @@ def load_generator(name: str, dtype: str = "auto") -> Generator:
 
 
 def load_model(
-    folder: str | Path, dtype: str = "auto", rope_scaling: RopeScaling | None = None
+    folder: str | Path, dtype: str = "auto", rope_scaling: RopeScaling | None = None, has_head: bool = False
 ) -> tuple[LanguageModel, Params]:
     """A model and its parameters in the compute dtype (norms and routers stay float32); an adapter is merged in.
 
-    rope_scaling: replaces the folder's, when given.
+    rope_scaling: replaces the folder's, when given. has_head: it may be a classifier or reward model.
+    Raises UserError.
     """
     config, params = load_merged(folder)
+    if SCORE in params and not has_head:
+        raise UserError(
+            f"{folder} is a classifier or reward model and has no words to say; use minimind classify predict, or "
+            "minimind score"
+        )
     if rope_scaling is not None:
         config = dataclasses.replace(config, rope_scaling=rope_scaling)
     model = LanguageModel(config, ComputeConfig(dtype=dtype))

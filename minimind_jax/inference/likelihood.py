@@ -24,10 +24,14 @@ Request = tuple[Sequence[int], Sequence[int]]  # token ids of a context, which i
 
 
 class LikelihoodScorer:
-    """A language model ready to judge continuations. The head is only applied to the tokens of a continuation."""
+    """A language model ready to judge continuations. The head is only applied to the tokens of a continuation.
 
-    def __init__(self, model: LanguageModel, params: Params, batch_size: int = 16):
+    context: tokens that are read at most, those of the model or `max_length`.
+    """
+
+    def __init__(self, model: LanguageModel, params: Params, batch_size: int = 16, max_length: int | None = None):
         self.model, self.params, self.batch_size = model, params, batch_size
+        self.context = min(max_length or (1 << 30), model.config.max_position_embeddings)
 
         @jax.jit
         def score(params, tokens_BT, lengths_B, targets_BC, places_BC):
@@ -40,11 +44,6 @@ class LikelihoodScorer:
             return chosen_BC, jnp.argmax(logits_BCV, axis=-1) == targets_BC
 
         self._score = score
-
-    @property
-    def context(self) -> int:
-        """Tokens that the model reads at most."""
-        return self.model.config.max_position_embeddings
 
     def score(self, requests: Sequence[Request]) -> list[Likelihood]:
         """The likelihood of each continuation.

@@ -15,6 +15,9 @@ from minimind_jax.folders import is_adapter, resolve_model_folder
 from minimind_jax.inference.generate import bucket, load_model
 from minimind_jax.model.heads import SCORE, scores, without_head
 
+BATCH_TOKENS = 1 << 14  # scored at once, padding included
+MAX_ROWS = 64
+
 
 class Scorer:
     """A model with a head of scores, ready to score texts and conversations.
@@ -32,7 +35,7 @@ class Scorer:
                 f"{folder} is a language model; `minimind classify` and `minimind reward` make models that score"
             )
         self.labels: Labels = labels
-        self.model, self.params = load_model(folder, dtype)
+        self.model, self.params = load_model(folder, dtype, has_head=True)
         if SCORE not in self.params or self.params[SCORE]["kernel"].shape[1] != len(labels.names):
             raise UserError(f"{folder}: config.json names {len(labels.names)} labels, and the weights hold others")
         self.tokenizer = Tokenizer.load(tokenizer_folder(folder))
@@ -47,29 +50,31 @@ class Scorer:
 
         self._last_scores = last_scores
 
-    def texts(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
         """(texts, labels) logits, as transformers' pipeline computes them: no special tokens are added."""
-        return self.score_ids([self.tokenizer.encode(text)[: self.max_tokens] for text in texts], batch_size)
+        return self.score_ids([self.tokenizer.encode(text)[: self.max_tokens] for text in texts])
 
-    def conversations(self, conversations: Sequence[tuple[list[dict], Any]], batch_size: int = 32) -> np.ndarray:
+    def conversations(self, conversations: Sequence[tuple[list[dict], Any]]) -> np.ndarray:
         """(conversations, labels) scores of (messages, tools) in the chat template."""
         prompts = []
         for messages, tools in conversations:
             segments = self.tokenizer.segments(messages, tools)
             prompts.append([i for piece in self.tokenizer.encode_batch([s.text for s in segments]) for i in piece])
-        return self.score_ids([ids[-self.max_tokens :] for ids in prompts], batch_size)
+        return self.score_ids([ids[-self.max_tokens :] for ids in prompts])
 
-    def score_ids(self, prompts: Sequence[Sequence[int]], batch_size: int = 32) -> np.ndarray:
+    def score_ids(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """(prompts, labels) scores of token ids. Neighbours in length share a batch, so that little is padding."""
         found = np.zeros((len(prompts), len(self.labels.names)), np.float32)
         if any(not ids for ids in prompts):
             raise UserError("a text is empty; there is nothing to score")
         order = np.argsort([len(ids) for ids in prompts], kind="stable")
-        for first in range(0, len(order), batch_size):
-            chosen = order[first : first + batch_size]
-            width = bucket(max(len(prompts[i]) for i in chosen), smallest=16, multiple=256)
-            tokens_BT = np.zeros((batch_size, width), np.int32)
-            lengths_B = np.ones(batch_size, np.int32)
+        while len(order):
+            # From the longest on, as many as make BATCH_TOKENS, in powers of two: few sizes are few programs.
+            width = bucket(len(prompts[order[-1]]), smallest=16, multiple=256)
+            most = min(MAX_ROWS, max(1, BATCH_TOKENS // width), bucket(len(order), smallest=1, multiple=MAX_ROWS))
+            rows = 1 << (most.bit_length() - 1)
+            order, chosen = order[:-rows], order[-rows:]
+            tokens_BT, lengths_B = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)
             for row, i in enumerate(chosen):
                 tokens_BT[row, : len(prompts[i])], lengths_B[row] = prompts[i], len(prompts[i])
             found[chosen] = np.asarray(self._last_scores(self.params, tokens_BT, lengths_B))[: len(chosen)]

@@ -16,20 +16,33 @@ from minimind_jax.data.labels import parse_unlabelled
 from minimind_jax.data.records import parse_conversation
 from minimind_jax.errors import UserError
 from minimind_jax.evaluate.classification import classify_logits
+from minimind_jax.folders import resolve_run
 from minimind_jax.inference.score import Scorer
+from minimind_jax.training.run import RunFolder
 
 CHUNK = 512  # records read at a time
 
 
 def predict(
-    model: str, paths: Sequence[str], output: str = "", text_field: str = "text", top: int = 1, dtype: str = "auto"
+    model: str,
+    paths: Sequence[str],
+    output: str = "",
+    text_field: str = "text",
+    top: int = 1,
+    seq_len: int | None = None,
+    dtype: str = "auto",
 ) -> int:
-    """Writes every record with its `label` and `probability`, or the `top` likeliest labels; the number of records.
+    """Writes every record with what is `predicted` and its `probability`, or the `top` likeliest labels; the number of
+    records.
 
     paths: files of records, or none for lines of text on the standard input. output: a file; "" prints.
-    Of a classifier with several labels a text: `labels`, and `probabilities` of all.
+    seq_len: longer texts are cut there; None takes the data.seq_len of the run, or the model's context.
+    Of a classifier with several labels a text: a list `predicted`, and `probabilities` of all.
     """
-    scorer = Scorer(model, dtype)
+    _check_output(output)
+    scorer = Scorer(model, dtype, seq_len or _trained_length(model))
+    if len(scorer.labels.names) == 1:
+        raise UserError(f"{model} is a reward model; use minimind score")
     records = iter_records(paths) if paths else _input_lines(text_field)
 
     def rows(chunk: list[Record]) -> Iterator[dict[str, Any]]:
@@ -43,6 +56,7 @@ def predict(
 
 def score(model: str, paths: Sequence[str], output: str = "", dtype: str = "auto") -> int:
     """Writes every conversation with its `score` by a reward model; the number of records."""
+    _check_output(output)
     scorer = Scorer(model, dtype)
     if len(scorer.labels.names) != 1:
         raise UserError(f"{model} is a classifier ({len(scorer.labels.names)} labels); use minimind classify predict")
@@ -60,14 +74,26 @@ def _answer(names: Sequence[str], found: np.ndarray, likely: np.ndarray, several
     order = np.argsort(-likely, kind="stable")
     if several:
         return {
-            "labels": [names[i] for i in order if found[i]],
+            "predicted": [names[i] for i in order if found[i]],
             "probabilities": {names[i]: round(float(likely[i]), 6) for i in order},
         }
     best = order[0]
-    answer = {"label": names[best], "probability": round(float(likely[best]), 6)}
+    answer = {"predicted": names[best], "probability": round(float(likely[best]), 6)}
     if top > 1:
         answer["top"] = [{"label": names[i], "probability": round(float(likely[i]), 6)} for i in order[:top]]
     return answer
+
+
+def _trained_length(model: str) -> int | None:
+    """What texts were cut at when the run was trained; None for another folder."""
+    config = RunFolder(resolve_run(model)).read_config() if resolve_run(model).is_dir() else None
+    return config and config.get("data", {}).get("seq_len")
+
+
+def _check_output(output: str) -> None:
+    """Raises UserError, before any work, for an output that could not be written at its end."""
+    if output and Path(output).is_dir():
+        raise UserError(f"output {output} is a folder; give the name of a file")
 
 
 def _input_lines(text_field: str) -> Iterator[Record]:
@@ -82,7 +108,7 @@ def _write(records: Iterable[Record], rows, output: str) -> int:
     with _writing(output) as file:
         while chunk := list(islice(records, CHUNK if output else 1)):  # what is printed comes as soon as it is known
             for row in rows(chunk):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")  # dates, out of Parquet
                 count += 1
             file.flush()
     return count

@@ -29,7 +29,7 @@ def class_losses(logits: Array, values: Array, weights: Array, several: bool, la
     return -((1 - label_smoothing) * jnp.take(weights, classes) * own + label_smoothing * smooth)
 
 
-def text_logits(model: LanguageModel, params: Params, batch: Batch, shortest: int = 2, key: Array | None = None):
+def text_logits(model: LanguageModel, params: Params, batch: Batch, shortest: int = 1, key: Array | None = None):
     """(logits of every document of packed rows, (B, S, C) float32, which places hold one, (B, S), the model's output).
 
     The logits are those of a document's last token, as in transformers' Qwen3ForSequenceClassification.

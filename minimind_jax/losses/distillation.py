@@ -21,9 +21,10 @@ def divergences(student: Array, teacher: Array, kind: Divergence, temperature: f
 
     With t and s the teacher's and student's probabilities, forward: KL(t || s). reverse: KL(s || t). jsd, with
     m = beta t + (1 - beta) s: beta KL(t || m) + (1 - beta) KL(s || m) (arXiv 2306.13649, equation 1).
-    The teacher's extra words, which a padded vocabulary has, are left out.
+    Extra words of a vocabulary that is padded are left out.
     """
-    teacher = teacher[..., : student.shape[-1]]
+    words = min(student.shape[-1], teacher.shape[-1])
+    student, teacher = student[..., :words], teacher[..., :words]
     log_s, log_t = (jax.nn.log_softmax(logits.astype(jnp.float32) / temperature) for logits in (student, teacher))
     if kind == "forward":
         return _kl(log_t, log_s)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from minimind_jax.losses import Batch, LossFn, Metrics
-from minimind_jax.losses.sequences import piece_room, sum_by_segment
+from minimind_jax.losses.sequences import pair_room, sum_by_segment
 from minimind_jax.losses.vocabulary import token_scores
 from minimind_jax.model.transformer import LanguageModel, ModelOutput, Params
 
@@ -96,7 +96,7 @@ def answer_log_probs(
     output = model.hidden(params, batch["tokens"], batch["positions"], batch["segment_ids"], dropout_key=key)
     with jax.named_scope("head"):
         scores = token_scores(output.hidden_BTD, model.head_kernel(params), batch["targets"])
-    weights_BT, room = batch["loss_weights"], piece_room(batch["tokens"].shape[1])
+    weights_BT, room = batch["loss_weights"], pair_room(batch["tokens"].shape[1])
     sums_BS = sum_by_segment(weights_BT * scores.log_probs_BT, batch["segment_ids"], room)
     counts_BS = sum_by_segment(weights_BT, batch["segment_ids"], room)
     return Answers(sums_BS[:, 0::2], sums_BS[:, 1::2], counts_BS[:, 0::2], counts_BS[:, 1::2]), output

@@ -60,7 +60,10 @@ def load_planned(argv: Sequence[str], stage: str | None) -> Planned:
     configs, _ = settings.read_arguments(argv)
     if len(configs) == 1 and _is_pipeline(settings.find_config(configs[0])):
         return _of_pipeline(argv, stage)
-    name = stage or next((stem for stem in map(_stem, configs) if stem in PLANNED), "pretrain")
+    stems = ["sft" if stem == "lora" else stem for stem in map(_stem, configs)]
+    if other := next((stem for stem in stems if stem in STAGES and stem not in PLANNED), None):
+        raise UserError(f"plan knows the stages {', '.join(PLANNED)}, and not {other}, whose step has more in it")
+    name = stage or next((stem for stem in stems if stem in PLANNED), "pretrain")
     config = settings.load_settings(STAGES[name].config, argv, "minimind plan")
     return Planned(name, config, *_architecture(config, []))
 

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from minimind_jax.config import PretrainConfig
 from minimind_jax.convert.hf import load_hf
 from minimind_jax.convert.load import base_folder
@@ -11,7 +13,7 @@ from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter, resolve_model_folder
 from minimind_jax.model.config import ModelConfig
-from minimind_jax.model.lora import RankTable, init_adapters, join
+from minimind_jax.model.lora import RankTable, init_adapters, join, scale_of
 from minimind_jax.model.transformer import Params, compute_dtype
 from minimind_jax.paths import absolute
 from minimind_jax.seeds import named_key
@@ -53,7 +55,18 @@ def plan_adapters(config: PretrainConfig, architecture: ModelConfig) -> AdapterP
             f"{_told(table)}; ask for the same to train it further, or train new adapters over the whole model: "
             f"minimind convert merge-lora {folder} OUTPUT, then --init_from OUTPUT"
         )
+    wanted = {name: [scale_of(rank, alpha, lora.rslora) for rank in ranks] for name, ranks in stored.table.items()}
+    if (lora.alpha is not None or lora.rslora) and not _has_scales(stored.tree, wanted):
+        raise UserError(
+            f"the adapter {folder}, which init_from means, has another alpha than lora.alpha {alpha:g} (lora.rslora "
+            f"{str(lora.rslora).lower()}); leave both out to train it further as it is"
+        )
     return AdapterPlan(base_folder(folder), stored.table, stored.tree, alpha, stored.rslora, lora.dropout)
+
+
+def _has_scales(tree: Params, wanted: dict[str, list[float]]) -> bool:
+    found = {name: leaf["lora_scale"] for block in tree["layers"].values() for name, leaf in block.items()}
+    return all(np.allclose(found[name], scales) for name, scales in wanted.items())
 
 
 def _told(table: RankTable) -> str:

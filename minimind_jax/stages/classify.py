@@ -1,5 +1,6 @@
 """Stage: a classifier of texts, of one label a text or any number of them."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from minimind_jax.training.loop import train
 from minimind_jax.training.report import write_report
 from minimind_jax.training.run import RunFolder, write_text
 
+EPOCHS = 3
+
 
 def classify(config: ClassifyConfig) -> Path:
     """Trains a classifier on the labelled texts of `config.data` and returns the run's folder.
@@ -37,6 +40,8 @@ def classify(config: ClassifyConfig) -> Path:
         UserError: anything in the settings, the data or the machine that the user can mend.
         Interrupted: the run was asked to stop and has saved its state.
     """
+    if config.training.steps is None and config.training.epochs is None and config.training.tokens is None:
+        config = dataclasses.replace(config, training=dataclasses.replace(config.training, epochs=EPOCHS))
     run = start_run(config)
     if is_finished(run, config):
         return run.path
@@ -57,7 +62,7 @@ def classify(config: ClassifyConfig) -> Path:
         config,
         stage="classify",
         model=model,
-        parameters=with_head(config, model, len(classes.names)),
+        parameters=with_head(config, model, classes.names),
         loss_fn=make_classification_loss(
             model,
             jnp.asarray(weights, jnp.float32),

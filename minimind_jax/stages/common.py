@@ -70,7 +70,8 @@ def check_settings(run: RunFolder, config: PretrainConfig) -> None:
         return
     changed = run.changed_settings(config)
     told_later = {"optimizer.name", *(f"model.{name}" for name in SHAPE_FIELDS)}
-    prefixes = ["model.", "init_from", "tokenizer", "seed"]
+    prefixes = ["model.", "init_from", "tokenizer", "seed", "lora.", "teacher.model"]
+    prefixes += ["preference.loss", "preference.precompute_reference"]
     if is_exported(run) and not changed.keys() & LENGTH_FIELDS:
         prefixes.append("optimizer.")
     refused = [key for key in changed if key.startswith(tuple(prefixes)) and key not in told_later]
@@ -253,7 +254,7 @@ def finish_run(
         else:
             save_adapters(run.model, params, plan, tokenizer)
             hint += f"\n  minimind convert merge-lora {run.path} OUTPUT      # one whole model"
-        append_export(run, result.step, config.export_dtype)
+        append_export(run, result.step, config.export_dtype, result.model_step)
         write_report(run)
         print(f"The model is {run.model}, the report {run.report_file}. Next:\n{hint}")
     if jax.process_count() > 1:

@@ -5,12 +5,13 @@ from pathlib import Path
 import jax
 
 from minimind_jax.adapt_config import DistillConfig
+from minimind_jax.convert.hf import load_labels
 from minimind_jax.convert.load import load_merged, read_config, tokenizer_folder
 from minimind_jax.data.batches import open_data
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
-from minimind_jax.folders import resolve_model_folder
+from minimind_jax.folders import is_adapter, resolve_model_folder
 from minimind_jax.losses.distillation import TEACHER, make_distillation_loss
 from minimind_jax.model.transformer import LanguageModel, Params, compute_dtype
 from minimind_jax.sharding import data_process, make_mesh, param_shardings
@@ -84,6 +85,8 @@ def load_teacher(config: DistillConfig, tokenizer: Tokenizer) -> tuple[LanguageM
     if not config.teacher.model:
         raise UserError("distill needs a teacher: give --teacher.model, a Hugging Face folder or a run")
     folder = resolve_model_folder(config.teacher.model, "teacher.model")
+    if not is_adapter(folder) and load_labels(folder) is not None:
+        raise UserError(f"teacher.model {folder} is a classifier or reward model; a teacher must be a language model")
     theirs = Tokenizer.load(tokenizer_folder(folder))
     if theirs.vocabulary() != tokenizer.vocabulary():
         raise UserError(

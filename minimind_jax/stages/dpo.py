@@ -1,5 +1,7 @@
 """Stage: learning from pairs of answers, chosen and rejected (DPO and its relatives)."""
 
+import io
+import zipfile
 from pathlib import Path
 
 import jax
@@ -12,9 +14,10 @@ from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.losses.preference import REFERENCE, answer_log_probs, make_preference_loss, without_reference
-from minimind_jax.losses.sequences import piece_room
+from minimind_jax.losses.sequences import pair_room
 from minimind_jax.model.lora import TRAINED, join, split, without_adapters
-from minimind_jax.model.transformer import LanguageModel, Params
+from minimind_jax.model.transformer import LanguageModel, Params, compute_dtype
+from minimind_jax.paths import is_remote
 from minimind_jax.sharding import announce, data_process, make_mesh, shard_batch
 from minimind_jax.stages.adapters import plan_adapters
 from minimind_jax.stages.common import (
@@ -147,23 +150,24 @@ class Precomputed:
     def __init__(
         self, config: DPOConfig, model: LanguageModel, parameters: Parameters, tokenizer: Tokenizer, run: RunFolder
     ):
-        self.room = piece_room(config.data.seq_len)
+        self.room = pair_room(config.data.seq_len)
         self.mesh = make_mesh(config.mesh)
         pair = open_data("preference", config, tokenizer, *data_process(self.mesh), annotate=self._numbers)
         caches = {batches.cache.folder.name: batches for batches in pair if batches is not None}
         file = run.path / "reference.npz"
         params = parameters.load()
-        model_is = fingerprint(params)
-        self.tables = _read_tables(file, model_is, caches)
+        made_of = f"{fingerprint(params)}, rows of {config.data.seq_len}, {compute_dtype(config.compute)}"
+        self.tables = _read_tables(file, made_of, caches)
         if self.tables is None:
             count = sum(len(batches.cache) for batches in caches.values())
             announce(f"computing the reference's log-probabilities of {count:,} pairs")
-            self.tables = {name: np.zeros((len(batches.cache), 2), np.float32) for name, batches in caches.items()}
+            self.tables = {
+                name: np.full((len(batches.cache), 2), np.nan, np.float32) for name, batches in caches.items()
+            }
             for batches in filter(None, pair):
                 self._fill(self.tables[batches.cache.folder.name], batches, model, params)
             if jax.process_index() == 0:
-                with file.open("wb") as stream:
-                    np.savez(stream, model=model_is, **self.tables)
+                _write_tables(file, made_of, self.tables)
 
     def annotate(self, cache, documents: list[int]) -> dict[str, np.ndarray]:
         """reference_log_probs (S,) of a row whose pieces are both sides of these documents."""
@@ -193,12 +197,23 @@ class Precomputed:
             table[documents[is_pair]] = np.stack([side[:, : documents.shape[1]][is_pair] for side in sides], axis=-1)
 
 
-def _read_tables(file: Path, model_is: str, caches: dict[str, Batches]) -> dict[str, np.ndarray] | None:
-    """The tables of a run that goes on; None where there are none of this model and these pairs."""
+def _write_tables(file: Path, made_of: str, tables: dict[str, np.ndarray]) -> None:
+    content = io.BytesIO()
+    np.savez(content, made_of=made_of, **tables)
+    partial = file if is_remote(file) else file.with_name(f".{file.name}.partial")  # objects appear whole
+    partial.write_bytes(content.getvalue())
+    if partial != file:
+        partial.replace(file)
+
+
+def _read_tables(file: Path, made_of: str, caches: dict[str, Batches]) -> dict[str, np.ndarray] | None:
+    """The tables of a run that goes on; None where there are none of this model, these rows and these pairs."""
     if not file.is_file():
         return None
-    with file.open("rb") as stream:
-        stored = dict(np.load(stream))
-    if str(stored.pop("model", "")) != model_is or stored.keys() != caches.keys():
+    try:
+        stored = dict(np.load(io.BytesIO(file.read_bytes())))
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile):  # cut off
+        return None
+    if str(stored.pop("made_of", "")) != made_of or stored.keys() != caches.keys():
         return None
     return stored

@@ -43,7 +43,7 @@ def export_checkpoint(
         parameters = run_parameters(config, model)
     else:
         model = load_body(config, tokenizer, stage)
-        parameters = with_head(config, model, len(labels.names))
+        parameters = with_head(config, model, labels.names)
     trained, frozen = parameters.split(parameters.abstract)
     params = load_params(run.checkpoints / str(step), trained)
     if frozen:

@@ -16,7 +16,7 @@ from minimind_jax.folders import is_adapter, resolve_model_folder
 from minimind_jax.model.heads import SCORE, head_axes, init_head
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.seeds import named_key
-from minimind_jax.sharding import make_mesh, param_shardings
+from minimind_jax.sharding import announce, make_mesh, param_shardings
 from minimind_jax.stages.common import load_model, run_parameters
 from minimind_jax.training.state import Parameters
 
@@ -29,8 +29,9 @@ def load_body(config: PretrainConfig, tokenizer: Tokenizer, stage: str) -> Langu
     return dataclasses.replace(model, config=dataclasses.replace(model.config, tie_word_embeddings=True))
 
 
-def with_head(config: PretrainConfig, model: LanguageModel, scores: int) -> Parameters:
-    """The parameters of a run with a head of that many scores: the one that init_from has, or a new one."""
+def with_head(config: PretrainConfig, model: LanguageModel, labels: tuple[str, ...]) -> Parameters:
+    """The parameters of a run with a head of these scores: the one of init_from if it has the same, or a new one."""
+    scores = len(labels)
     parameters = run_parameters(config, model, has_head=True)
     abstract = jax.eval_shape(lambda: init_head(jax.random.key(0), model.config.hidden_size, scores))
     shardings = param_shardings(make_mesh(config.mesh), head_axes(), abstract)
@@ -38,9 +39,11 @@ def with_head(config: PretrainConfig, model: LanguageModel, scores: int) -> Para
     def load() -> Params:
         folder = resolve_model_folder(config.init_from, "init_from")
         head = init_head(named_key(config.seed, "head"), model.config.hidden_size, scores)
-        if not is_adapter(folder) and load_labels(folder) is not None:  # it has a head of its own
-            own = load_hf(folder)[1][SCORE]
-            head = {SCORE: own} if own["kernel"].shape == head[SCORE]["kernel"].shape else head
+        found = None if is_adapter(folder) else load_labels(folder)
+        if found is not None and found.names == labels:
+            head = {SCORE: load_hf(folder)[1][SCORE]}
+        elif found is not None:
+            announce(f"the labels are not those of {folder}: its head is left out, and a new one trained")
         return {**parameters.load(), **jax.device_put(head, shardings)}
 
     return Parameters(

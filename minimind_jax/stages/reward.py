@@ -7,11 +7,13 @@ from minimind_jax.convert.hf import Labels
 from minimind_jax.data.batches import Batch, open_data
 from minimind_jax.data.token_cache import TokenCache
 from minimind_jax.losses.reward import make_reward_loss
-from minimind_jax.losses.sequences import piece_room
+from minimind_jax.losses.sequences import pair_room
 from minimind_jax.sharding import data_process, make_mesh
 from minimind_jax.stages.common import check_context, finish_run, is_finished, load_tokenizer, start_run
 from minimind_jax.stages.heads import load_body, values_of_pieces, with_head
 from minimind_jax.training.loop import train
+
+LABELS = Labels(("reward",))
 
 
 def reward(config: RewardConfig) -> Path:
@@ -33,7 +35,7 @@ def reward(config: RewardConfig) -> Path:
     tokenizer = load_tokenizer(config)
     model = load_body(config, tokenizer, "reward")
     check_context(config, model)
-    values = values_of_pieces("margins", piece_room(config.data.seq_len))
+    values = values_of_pieces("margins", pair_room(config.data.seq_len))
 
     def margins(cache: TokenCache, documents: list[int]) -> Batch:
         return {name: array[:, 0] for name, array in values(cache, documents).items()}
@@ -45,11 +47,11 @@ def reward(config: RewardConfig) -> Path:
         config,
         stage="reward",
         model=model,
-        parameters=with_head(config, model, 1),
+        parameters=with_head(config, model, LABELS.names),
         loss_fn=make_reward_loss(model, config.centring),
         train_batches=train_batches,
         val_batches=val_batches,
         run=run,
     )
     hint = f"  minimind score --model {run.model} --input YOUR_CONVERSATIONS.jsonl"
-    return finish_run(run, config, model, tokenizer, result, hint, labels=Labels(("reward",)))
+    return finish_run(run, config, model, tokenizer, result, hint, labels=LABELS)

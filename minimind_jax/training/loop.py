@@ -39,11 +39,13 @@ SampleFn = Callable[[Params], list[tuple[str, str]]]
 
 
 class TrainResult(NamedTuple):
-    """params: all of them, on the mesh. step: optimizer steps done. val_loss: at the end, None without validation."""
+    """params: all of them, on the mesh. step: optimizer steps done. val_loss: at the end, None without validation.
+    model_step: the step that the parameters are of."""
 
     params: Params
     step: int
     val_loss: float | None
+    model_step: int
 
 
 def train(
@@ -69,6 +71,10 @@ def train(
         Interrupted: SIGTERM or Ctrl-C; the state is saved.
     """
     run.check_resume(config.resume)
+    if config.training.patience and (val_batches is None or not config.training.eval_every):
+        raise UserError(
+            "training.patience needs validation: set data.val or data.val_fraction, and training.eval_every"
+        )
     mesh = make_mesh(config.mesh)
     total_steps = planned_steps(config.training, train_batches)
     program = make_program(config, parameters, loss_fn, mesh, total_steps)
@@ -95,7 +101,8 @@ def train(
         if record.get("base", base) != base:
             raise UserError(
                 f"the model that {run.path} started from has changed since the checkpoint of step {start_step}, and "
-                "its weights are part of what is trained; restore it, or start another run"
+                "its weights are part of what is trained (so is their dtype: compute.dtype, lora.base_dtype); restore "
+                "it, or start another run"
             )
 
         facts = run_facts(config, stage, model, mesh, train_batches, val_batches, total_steps)
@@ -134,12 +141,12 @@ def train(
             loop.progress.say(f"[bold red]warning:[/] {warning}")
         state = loop.run(state, start_step)
         checkpoints.wait()
-        step = int(state.step)
+        step = model_step = int(state.step)
         if config.training.patience and (known := losses.keys() & set(checkpoints.steps)):
-            best = min(known, key=lambda step: (losses[step], step))
-            loop.progress.say(f"the model is that of step {best}, whose validation loss is the lowest")
-            state = checkpoints.restore(best, program.abstract._replace(frozen={}))._replace(frozen=state.frozen)
-    return TrainResult(state.all_params(), step, losses[max(losses)] if losses else None)
+            model_step = min(known, key=lambda step: (losses[step], step))
+            loop.progress.say(f"the model is that of step {model_step}, whose validation loss is the lowest")
+            state = checkpoints.restore(model_step, program.abstract._replace(frozen={}))._replace(frozen=state.frozen)
+    return TrainResult(state.all_params(), step, losses[max(losses)] if losses else None, model_step)
 
 
 def start_state(parameters: Parameters, program: Program, checkpoints: Checkpoints, step: int) -> TrainState:

@@ -71,7 +71,7 @@ def report_text(run: RunFolder, config: dict, rows: list[dict], train: list[dict
         f"# Run {run.path.name}",
         "![loss](loss.png)",
         "## Result",
-        _table(results(train, val)),
+        _table(results(train, val) | _model_step(rows)),
         "## Run",
         _table({**facts, **_machine(recorded)}),
     ]
@@ -114,6 +114,12 @@ def results(train: list[dict], val: list[dict]) -> dict[str, str]:
     if last.get("seconds"):
         found["time"] = str(timedelta(seconds=math.ceil(last["seconds"])))
     return found
+
+
+def _model_step(rows: list[dict]) -> dict[str, str]:
+    """Of a run that ended when it got no better."""
+    step = rows[-1].get("model_step")
+    return {} if step is None else {"the model": f"of step {step:,}, whose validation loss is the lowest"}
 
 
 def _machine(recorded: dict) -> dict[str, str]:

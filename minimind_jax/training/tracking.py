@@ -56,9 +56,10 @@ def val_losses(rows: list[dict[str, Any]]) -> dict[int, float]:
     return {row["step"]: row["val_loss"] for row in rows if row.get("val_loss") is not None}
 
 
-def append_export(run: RunFolder, step: int, dtype: str) -> None:
-    """The last row of a finished run: its model is written."""
-    row = _line({"step": step, "exported": dtype})
+def append_export(run: RunFolder, step: int, dtype: str, model_step: int | None = None) -> None:
+    """The last row of a finished run: its model is written, that of `model_step` where it is not the last."""
+    earlier = {} if model_step in (None, step) else {"model_step": model_step}
+    row = _line({"step": step, "exported": dtype, **earlier})
     if is_remote(run.metrics_file):
         write_text(run.metrics_file, run.metrics_file.read_text("utf-8") + row)
         return

@@ -50,6 +50,19 @@ def test_a_pair_is_encoded_as_its_two_conversations(tokenizer):
         assert trained.any()
 
 
+@pytest.mark.parametrize("form", ["messages", "text"])
+def test_a_prompt_of_its_own_stands_before_both_sides(form):
+    """TRL's usual form."""
+    whole = parse_preference(record({"chosen": [USER, answer("a")], "rejected": [USER, answer("b")]}))
+    if form == "messages":
+        value = {"prompt": [USER], "chosen": [answer("a")], "rejected": [answer("b")]}
+    else:
+        value = {"prompt": USER["content"], "chosen": "a", "rejected": "b"}
+    assert parse_preference(record(value)) == whole
+    with pytest.raises(UserError, match="no question in common"):
+        parse_preference(record({"chosen": [answer("a")], "rejected": [answer("b")]}))
+
+
 def test_both_sides_of_a_pair_get_the_same_draws(tokenizer):
     """MiniMind draws for each side by itself, and 32 % of its pairs differ by an empty think block."""
     preference = parse_preference(record({"chosen": [USER, answer("a mat")], "rejected": [USER, answer("dogs")]}))
@@ -133,6 +146,12 @@ def test_labels_are_counted_from_their_names(tmp_path):
     assert [classes.values(each.labels) for each in records] == [(1.0,), (0.0,), (1.0,)]
 
 
+def test_labels_that_are_numbers_are_sorted_as_such(tmp_path):
+    file = tmp_path / "labels.jsonl"
+    file.write_text("".join(json.dumps({"text": "x", "label": label}) + "\n" for label in (10, 2.0, 1, "-3")))
+    assert find_classes([file], "text", "label").names == ("-3", "1", "2", "10")
+
+
 def test_lists_of_labels_make_several(tmp_path):
     file = tmp_path / "labels.jsonl"
     file.write_text(
@@ -147,8 +166,9 @@ def test_lists_of_labels_make_several(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("text,label\na,b,c\n", "bad.csv:2: .*double quotes"),
-        ("text,label\na\n", "bad.csv:2: .*double quotes"),
+        ("text,label\na,b,c\n", "bad.csv:2: more columns .*double quotes"),
+        ("text,label\na\n", "bad.csv:2: fewer columns .*double quotes"),
+        ("text,text\na,b\n", "bad.csv:1: the header has the column 'text' twice"),
         ('text,label\n"a,b\n', "bad.csv: not a readable CSV file"),
         ("text,label\n", "the file is empty"),
     ],

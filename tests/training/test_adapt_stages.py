@@ -25,6 +25,7 @@ from minimind_jax.convert.hf import load_hf, load_labels
 from minimind_jax.convert.load import load_merged, load_parts
 from minimind_jax.data.tokenizer import train_bpe
 from minimind_jax.errors import UserError
+from minimind_jax.inference.generate import load_generator
 from minimind_jax.inference.score import Scorer
 from minimind_jax.inference.score_command import predict, score
 from minimind_jax.stages.classify import classify
@@ -251,6 +252,39 @@ def test_a_reference_computed_before_changes_nothing(dpo_config, tmp_path):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.parametrize("damage", ["other rows", "cut off"])
+def test_a_reference_of_other_rows_is_computed_again(damage, dpo_config, tmp_path):
+    config = dataclasses.replace(
+        dpo_config, preference=PreferenceConfig(precompute_reference=True), checkpoint=CheckpointConfig(0)
+    )
+    short = dataclasses.replace(config.data, seq_len=32)
+    run = RunFolder(dpo(dataclasses.replace(config, data=short) if damage == "other rows" else config))
+    if damage == "cut off":
+        file = run.path / "reference.npz"
+        file.write_bytes(file.read_bytes()[:100])
+    for leftover in (run.checkpoints, run.model):
+        shutil.rmtree(leftover)
+    run.metrics_file.unlink()
+    rows = rows_of(dpo(config))
+    assert rows[0]["val_loss"] == pytest.approx(np.log(2), abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["dpo", "reward"])
+def test_rows_of_any_length(make, stage, tmp_path):
+    """Lengths that leave 2 or 3 modulo 4, too."""
+    cls, function = (DPOConfig, dpo) if stage == "dpo" else (RewardConfig, reward)
+    run = function(
+        make(cls, tmp_path / stage, "pairs", data={"seq_len": 66}, training={"steps": 2, "batch_tokens": 264})
+    )
+    assert np.isfinite(last(run, "loss"))
+
+
+def test_settings_that_change_the_base_are_named(dpo_config):
+    dpo(dataclasses.replace(dpo_config, lora=ADAPTERS))
+    with pytest.raises(UserError, match=r"other settings \(lora.alpha 8 -> 16"):
+        dpo(dataclasses.replace(dpo_config, lora=dataclasses.replace(ADAPTERS, alpha=16)))
+
+
 def test_dpo_over_an_adapter_measures_from_where_it_starts(lora, world, dpo_config):
     first = sft(with_chats(lora, world))
     config = dataclasses.replace(dpo_config, init_from=str(first), lora=ADAPTERS)
@@ -287,7 +321,7 @@ def test_long_prompts_are_cut_and_long_answers_left_out(make, tmp_path):
     assert "1 left out" in facts
     assert np.isfinite(last(run.path, "loss"))
     only = write_lines(tmp_path / "only.jsonl", [{"chosen": [user, answers[0]], "rejected": [user, long]}])
-    with pytest.raises(UserError, match=r"1 pairs have answers longer than data\.seq_len"):
+    with pytest.raises(UserError, match=r"the 1 pairs .* have answers longer than data\.seq_len 64; raise it"):
         dpo(make(DPOConfig, tmp_path / "none", only))
 
 
@@ -313,6 +347,14 @@ def test_a_reward_model_scores_as_it_was_trained(make, files, adapters, tmp_path
         sft(make(SFTConfig, tmp_path / "sft", str(tmp_path / "chats.jsonl"), init_from=str(run.path)))
 
 
+def test_models_with_scores_write_no_text(make, tmp_path):
+    run = classify(make(ClassifyConfig, tmp_path / "classify", "labels", training={"steps": 2}))
+    with pytest.raises(UserError, match="has no words to say; use minimind classify predict"):
+        load_generator(str(run))
+    with pytest.raises(UserError, match="a teacher must be a language model"):
+        distill(make(DistillConfig, tmp_path / "student", "labels", teacher=TeacherConfig(model=str(run))))
+
+
 def test_reward_resumes_exactly(make, tmp_path):
     config = make(RewardConfig, tmp_path / "reward", "pairs", checkpoint=KEEP_ALL)
     assert_resumes_exactly(reward, config, tmp_path)
@@ -333,7 +375,7 @@ def test_a_classifier_learns_names_its_labels_and_predicts(make, tmp_path, capsy
     texts = write_lines(tmp_path / "new.jsonl", [{"text": "dogs sat on a mat"}, {"text": "birds"}])
     assert predict(str(run.path), [texts], str(tmp_path / "out.jsonl"), top=2) == 2
     answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]
-    assert [answer["label"] for answer in answers] == ["dogs", "birds"]
+    assert [answer["predicted"] for answer in answers] == ["dogs", "birds"]
     assert answers[0]["top"][0]["label"] == "dogs" and len(answers[0]["top"]) == 2
 
 
@@ -410,9 +452,9 @@ def test_class_weights_even_out_rare_classes(make, tmp_path):
     ("records", "message"),
     [
         ([{"text": "a", "label": "x"}, {"text": "b"}], "missing field `label`"),
-        ([{"text": "a", "label": "x"}, {"text": "b", "label": 1.5}], "expected a label"),
+        ([{"text": "a", "label": "x"}, {"text": "b", "label": 1.5}], "expected text or a whole number"),
         ([{"text": "a", "label": "x"}, {"text": " ", "label": "y"}], "text is empty"),
-        ([{"body": "a", "label": "x"}], "expected a field `text`.*classify.text_field"),
+        ([{"body": "a", "label": "x"}], "expected a field `text`.*text_field"),
         ([{"text": "a", "label": "x"}] * 2, "only the label 'x'; a classifier needs at least two"),
     ],
 )
