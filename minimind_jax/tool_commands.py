@@ -265,7 +265,7 @@ def predict_command(prog: str, argv: Sequence[str]) -> None:
         ("--top", {"type": int, "default": 1, "help": "labels told, with their probabilities (default: 1)"}),
         ("--seq_len", {"type": _row_length, "help": "longer texts are cut there (default: as the run was trained)"}),
     )
-    from minimind_jax.inference.score_command import predict
+    from minimind_jax.evaluate.score_command import predict
 
     count = predict(args.model, args.input, args.output, args.text_field, args.top, args.seq_len)
     _say_written(count, args.output)
@@ -280,7 +280,7 @@ def score_command(prog: str, argv: Sequence[str]) -> None:
         ("--input", {**INPUT[1], "required": True}),
         OUTPUT,
     )
-    from minimind_jax.inference.score_command import score
+    from minimind_jax.evaluate.score_command import score
 
     _say_written(score(args.model, args.input, args.output), args.output)
 

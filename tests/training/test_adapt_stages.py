@@ -25,9 +25,9 @@ from minimind_jax.convert.hf import load_hf, load_labels
 from minimind_jax.convert.load import load_merged, load_parts
 from minimind_jax.data.tokenizer import train_bpe
 from minimind_jax.errors import UserError
+from minimind_jax.evaluate.score_command import predict, score
 from minimind_jax.inference.generate import load_generator
 from minimind_jax.inference.score import Scorer
-from minimind_jax.inference.score_command import predict, score
 from minimind_jax.stages.classify import classify
 from minimind_jax.stages.distill import distill
 from minimind_jax.stages.dpo import dpo
