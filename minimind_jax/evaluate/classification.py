@@ -10,6 +10,10 @@ import numpy as np
 from minimind_jax.convert.hf import Labels
 
 BINS = 10  # of confidence
+EAST_ASIAN_FONTS = (
+    *("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "PingFang SC"),
+    *("Microsoft YaHei", "SimHei", "Arial Unicode MS"),
+)
 SHOWN = 40  # classes that a picture of the confusion matrix can name
 
 
@@ -109,15 +113,15 @@ def draw_confusion(result: ClassificationResult, picture: Path) -> None:
     """The confusion matrix, each row as shares of a true class, and the reliability curve beside it."""
     from matplotlib.figure import Figure
 
-    matrix, names = result.confusion(), result.labels.names
+    matrix, (names, fonts) = result.confusion(), _drawable(result.labels.names)
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     figure = Figure(figsize=(13, 8), layout="constrained")
     confusion, reliability = figure.subplots(1, 2, width_ratios=(2, 1))
     image = confusion.imshow(shares, vmin=0, vmax=1, cmap="Blues")
     figure.colorbar(image, ax=confusion, shrink=0.6, label="share of the true class")
     if len(names) <= SHOWN:
-        confusion.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-        confusion.set_yticks(range(len(names)), names, fontsize=7)
+        confusion.set_xticks(range(len(names)), names, rotation=90, fontsize=7, **fonts)
+        confusion.set_yticks(range(len(names)), names, fontsize=7, **fonts)
     confusion.set(xlabel="answer", ylabel="truth")
     rows = result.calibration()
     reliability.plot([0, 1], [0, 1], color="0.7", linewidth=1)
@@ -126,6 +130,17 @@ def draw_confusion(result: ClassificationResult, picture: Path) -> None:
     reliability.grid(alpha=0.3)
     with picture.open("wb") as file:
         figure.savefig(file, format="png", dpi=110)
+
+
+def _drawable(names: Sequence[str]) -> tuple[Sequence[str], dict[str, list[str]]]:
+    """Names as a picture can show them, and the fonts to take: numbers where no font here has Chinese or the like."""
+    from matplotlib import font_manager
+
+    if all(ord(character) < 0x2E80 for name in names for character in name):
+        return names, {}
+    there = {font.name for font in font_manager.fontManager.ttflist}
+    fonts = [font for font in EAST_ASIAN_FONTS if font in there]
+    return (names, {"fontfamily": fonts}) if fonts else ([str(number) for number in range(len(names))], {})
 
 
 def describe(result: ClassificationResult) -> str:

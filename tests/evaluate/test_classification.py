@@ -1,0 +1,70 @@
+"""Figures of a classifier against their definitions, and pictures of labels that no font may have."""
+
+import warnings
+
+import numpy as np
+import pytest
+
+from minimind_jax.convert.hf import Labels
+from minimind_jax.evaluate.classification import describe, draw_confusion, evaluate_logits
+
+
+def drawn(classes=4, texts=60, seed=0):
+    rng = np.random.default_rng(seed)
+    names = tuple("abcdefgh"[:classes])
+    return (
+        rng.standard_normal((texts, classes)) * 3,
+        [[names[i]] for i in rng.integers(0, classes, texts)],
+        Labels(names),
+    )
+
+
+def test_one_label_a_text():
+    logits, truth, labels = drawn()
+    found = evaluate_logits(logits, truth, labels)
+    classes = np.array([labels.names.index(own[0]) for own in truth])
+    answers = logits.argmax(axis=1)
+    assert found.accuracy == (classes == answers).mean()
+    for number, row in enumerate(found.per_class()):
+        right = ((classes == number) & (answers == number)).sum()
+        assert row["precision"] == pytest.approx(right / max((answers == number).sum(), 1))
+        assert row["recall"] == pytest.approx(right / max((classes == number).sum(), 1))
+        assert found.confusion()[number].sum() == row["texts"]
+    likely = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(found.confidence, likely.max(axis=1))
+    bins = np.minimum((found.confidence * 10).astype(int), 9)
+    error = sum(
+        (bins == b).mean() * abs(found.confidence[bins == b].mean() - (classes == answers)[bins == b].mean())
+        for b in set(bins)
+    )
+    assert found.calibration_error == pytest.approx(error)
+
+
+def test_macro_f1_is_scikit_learn_s():
+    metrics = pytest.importorskip("sklearn.metrics")
+    logits, truth, labels = drawn(classes=6)
+    truth = [own if own[0] != "f" else ["a"] for own in truth]  # a class that is only answered
+    found = evaluate_logits(logits, truth, labels)
+    theirs = metrics.f1_score(
+        [own[0] for own in truth], [labels.names[i] for i in logits.argmax(axis=1)], average="macro", zero_division=0
+    )
+    assert found.macro_f1 == pytest.approx(theirs)
+
+
+def test_several_labels_a_text():
+    logits = np.array([[2.0, -1.0], [-3.0, -2.0], [1.0, 4.0]])
+    found = evaluate_logits(logits, [["a"], ["b"], ["a", "b"]], Labels(("a", "b"), several=True))
+    assert found.accuracy == pytest.approx(2 / 3)
+    assert [row["recall"] for row in found.per_class()] == [1.0, 0.5]
+
+
+def test_labels_that_no_font_has_become_numbers(tmp_path):
+    logits, truth, _ = drawn(classes=3)
+    names = ("好", "坏", "一般")
+    truth = [[names["abc".index(own[0])]] for own in truth]
+    found = evaluate_logits(logits, truth, Labels(names))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_confusion(found, tmp_path / "confusion.png")
+    assert (tmp_path / "confusion.png").stat().st_size > 5000
+    assert "| 一般 |" in describe(found)
