@@ -347,8 +347,8 @@ def lm_eval_command(prog: str, argv: Sequence[str]) -> None:
     if {"-h", "--help"} & set(argv):
         print(
             f"usage: {prog} --model minimind_jax --model_args pretrained=FOLDER --tasks NAME [...]\n\nEleutherAI's "
-            "lm_eval with a model of ours; FOLDER is a run or a Hugging Face folder. All other arguments\nare lm_eval's "
-            "own (lm_eval run --help lists them): --num_fewshot, --limit, --include_path, --output_path, ..."
+            "lm_eval with a model of ours; FOLDER is a run or a Hugging Face folder. All other arguments are\n"
+            "lm_eval's own (lm_eval run --help lists them): --num_fewshot, --limit, --include_path, --output_path, ..."
         )
         raise SystemExit(0)
     try:
