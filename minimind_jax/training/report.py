@@ -11,6 +11,9 @@ from minimind_jax.folders import holds_model
 from minimind_jax.training.run import RunFolder, write_text
 from minimind_jax.training.tracking import read_metrics
 
+# Metrics of preferences, reward models, classifiers and distillation that are drawn where they are.
+CURVES = ("rewards/margins", "rewards/accuracies", "margin", "accuracy", "divergence")
+
 
 def write_report(run: RunFolder | str | Path) -> Path:
     """Writes report.md and loss.png of a run, finished or not, and returns the report's path.
@@ -33,11 +36,13 @@ def write_report(run: RunFolder | str | Path) -> Path:
 
 
 def draw_losses(train: list[dict], val: list[dict], picture: Path) -> None:
-    """Training loss (each logged step, and smoothed), validation loss, and the learning rate, over the steps."""
+    """Over the steps: training loss (each logged step, and smoothed), validation loss, the curves of the stage that
+    CURVES knows, and the learning rate."""
     from matplotlib.figure import Figure  # imported here: training must not wait for it at its start
 
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    curves = [name for name in CURVES if val and f"val_{name}" in val[-1]]
+    figure = Figure(figsize=(8, 6 + 1.5 * len(curves)), layout="constrained")
+    losses, *panels, rates = figure.subplots(2 + len(curves), 1, sharex=True, height_ratios=(3, *[1] * len(curves), 1))
     steps = [row["step"] for row in train]
     losses.plot(steps, [row["loss"] for row in train], color="tab:blue", alpha=0.3, linewidth=1, label="train")
     losses.plot(steps, smoothed([row["loss"] for row in train]), color="tab:blue", label="train, smoothed")
@@ -45,9 +50,15 @@ def draw_losses(train: list[dict], val: list[dict], picture: Path) -> None:
         losses.plot(
             [r["step"] for r in val], [r["val_loss"] for r in val], "o-", color="tab:orange", label="validation"
         )
-    losses.set_ylabel("loss (nats per token)")
+    losses.set_ylabel("loss" if curves else "loss (nats per token)")
     losses.legend()
     losses.grid(alpha=0.3)
+    for name, panel in zip(curves, panels, strict=True):
+        logged = [row for row in train if name in row]
+        panel.plot([r["step"] for r in logged], smoothed([r[name] for r in logged]), color="tab:blue")
+        panel.plot([r["step"] for r in val], [r[f"val_{name}"] for r in val], "o-", color="tab:orange")
+        panel.set_ylabel(name)
+        panel.grid(alpha=0.3)
     rates.plot(steps, [row["learning_rate"] for row in train], color="tab:green")
     rates.set_ylabel("learning rate")
     rates.set_xlabel("step")
@@ -133,10 +144,14 @@ def _machine(recorded: dict) -> dict[str, str]:
 
 
 def _validation(val: list[dict]) -> str:
-    lines = ["| step | loss | bits per byte |", "|---:|---:|---:|"]
+    """A table of every evaluation; the first line is the model that the run started from."""
+    more = [name for name in ("bits_per_byte", "chosen_nll", *CURVES) if f"val_{name}" in val[-1]]
+    titles = ["step", "loss", *(name.replace("_", " ") for name in more)]
+    lines = [f"| {' | '.join(titles)} |", "|---:" * len(titles) + "|"]
     for row in val:
-        bits = row.get("val_bits_per_byte")
-        lines.append(f"| {row['step']:,} | {row['val_loss']:.4f} | {'' if bits is None else f'{bits:.4f}'} |")
+        numbers = [row.get(f"val_{name}") for name in more]
+        cells = [f"{row['step']:,}", f"{row['val_loss']:.4f}", *("" if n is None else f"{n:.4f}" for n in numbers)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

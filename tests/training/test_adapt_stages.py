@@ -224,6 +224,8 @@ def test_dpo_learns_what_is_preferred(dpo_config, adapters):
     assert last(config.run, "val_rewards/accuracies") > 0.9
     assert last(config.run, "val_rewards/margins") > 0.1
     assert "rewards/chosen" in next(row for row in rows if "loss" in row)
+    report = RunFolder(config.run).report_file.read_text("utf-8")
+    assert "| step | loss | chosen nll | rewards/margins | rewards/accuracies |" in report
 
 
 @pytest.mark.parametrize("loss", ["ipo", "simpo", "orpo"])
