@@ -39,7 +39,8 @@ class Scorer:
         if SCORE not in self.params or self.params[SCORE]["kernel"].shape[1] != len(labels.names):
             raise UserError(f"{folder}: config.json names {len(labels.names)} labels, and the weights hold others")
         self.tokenizer = Tokenizer.load(tokenizer_folder(folder))
-        self.max_tokens = min(max_tokens or self.model.config.max_position_embeddings, 1 << 30)
+        context = self.model.config.max_position_embeddings
+        self.max_tokens = min(max_tokens or context, context)
 
         @jax.jit
         def last_scores(params, tokens_BT, lengths_B):

@@ -70,6 +70,7 @@ def dpo(config: DPOConfig) -> Path:
     elif wanted.has_reference:
         reference = Reference(model, has_own=not _starts_as_the_base(config, model))
         parameters = reference.add_to(parameters)
+    train_batches, val_batches = open_data("preference", config, tokenizer, *data_process(mesh), annotate=annotate)
     result = train(
         config,
         stage="dpo",
@@ -84,17 +85,14 @@ def dpo(config: DPOConfig) -> Path:
             sft_weight=float(wanted.loss == "orpo") if wanted.sft_weight is None else wanted.sft_weight,
             reference=reference,
         ),
-        **_batches(open_data("preference", config, tokenizer, *data_process(mesh), annotate=annotate)),
+        train_batches=train_batches,
+        val_batches=val_batches,
         run=run,
         sample_fn=sample_fn and (lambda params: sample_fn(without_reference(params))),
     )
     result = result._replace(params=without_reference(result.params))
     hint = f"  minimind chat --model {run.model}\n  minimind generate --model {run.model} --prompt 'Hello'"
     return finish_run(run, config, model, tokenizer, result, hint)
-
-
-def _batches(pair: tuple[Batches, Batches | None]) -> dict[str, Batches | None]:
-    return dict(zip(("train_batches", "val_batches"), pair, strict=True))
 
 
 def _starts_as_the_base(config: DPOConfig, model: LanguageModel) -> bool:
@@ -144,7 +142,7 @@ class Reference:
 class Precomputed:
     """The reference's log-probabilities of every pair, computed once and kept in the run's folder.
 
-    Raises UserError when the pairs' file there cannot be written.
+    Raises UserError when the file there cannot be written.
     """
 
     def __init__(
@@ -184,7 +182,7 @@ class Precomputed:
         @jax.jit
         def answers(params, batch):
             found, _ = answer_log_probs(model, params, batch)
-            return np.float32(1) * found.chosen, np.float32(1) * found.rejected
+            return found.chosen, found.rejected
 
         for batch in batches.eval_batches():
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
@@ -201,9 +199,12 @@ def _write_tables(file: Path, made_of: str, tables: dict[str, np.ndarray]) -> No
     content = io.BytesIO()
     np.savez(content, made_of=made_of, **tables)
     partial = file if is_remote(file) else file.with_name(f".{file.name}.partial")  # objects appear whole
-    partial.write_bytes(content.getvalue())
-    if partial != file:
-        partial.replace(file)
+    try:
+        partial.write_bytes(content.getvalue())
+        if partial != file:
+            partial.replace(file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror or error}; make room and run again") from error
 
 
 def _read_tables(file: Path, made_of: str, caches: dict[str, Batches]) -> dict[str, np.ndarray] | None:
