@@ -10,24 +10,23 @@ from minimind_jax.model.config import ModelConfig
 
 
 class LayerCache(NamedTuple):
-    """Rotated keys and values of one layer, in the compute dtype. Keys have their slots last and values their features:
-    a single query's products then add up whole vectors, in both."""
+    """Rotated keys and values of one layer, in the compute dtype."""
 
-    k_BKHS: Array
+    k_BKSH: Array
     v_BKSH: Array
 
     def write(self, k_BTKH: Array, v_BTKH: Array, index) -> "LayerCache":
         """The cache with the keys and values of T tokens in slots index..index+T of every row."""
-        k_BKHT = k_BTKH.transpose(0, 2, 3, 1).astype(self.k_BKHS.dtype)
-        v_BKTH = v_BTKH.transpose(0, 2, 1, 3).astype(self.v_BKSH.dtype)
-        write = jax.lax.dynamic_update_slice_in_dim
-        return LayerCache(write(self.k_BKHS, k_BKHT, index, axis=3), write(self.v_BKSH, v_BKTH, index, axis=2))
+
+        def write(cache_BKSH, x_BTKH):
+            x_BKTH = x_BTKH.transpose(0, 2, 1, 3).astype(cache_BKSH.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(cache_BKSH, x_BKTH, index, axis=2)
+
+        return LayerCache(write(self.k_BKSH, k_BTKH), write(self.v_BKSH, v_BTKH))
 
     def grow(self, more: int) -> "LayerCache":
         """The cache with `more` empty slots behind its own."""
-        first_three = ((0, 0), (0, 0), (0, 0))
-        k_BKHS = jnp.pad(self.k_BKHS, (*first_three, (0, more)))
-        return LayerCache(k_BKHS, jnp.pad(self.v_BKSH, ((0, 0), (0, 0), (0, more), (0, 0))))
+        return LayerCache(*(jnp.pad(x_BKSH, ((0, 0), (0, 0), (0, more), (0, 0))) for x_BKSH in self))
 
 
 class KVCache(NamedTuple):
@@ -45,7 +44,7 @@ class KVCache(NamedTuple):
         """An empty cache for `batch` rows of at most `slots` tokens, padding included."""
         K, H = config.num_key_value_heads, config.head_dim
         layers = tuple(
-            LayerCache(jnp.zeros((batch, K, H, slots), dtype), jnp.zeros((batch, K, slots, H), dtype))
+            LayerCache(jnp.zeros((batch, K, slots, H), dtype), jnp.zeros((batch, K, slots, H), dtype))
             for _ in range(config.num_hidden_layers)
         )
         return cls(layers, jnp.full((batch, slots), -1, jnp.int32))

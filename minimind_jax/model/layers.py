@@ -131,11 +131,12 @@ class Attention(nnx.Module):
         v_BTKH = self.v_proj(x_BTD, keys[2]).reshape(B, T, -1, H)
         q_BTNH = rope.apply_rope(q_BTNH, context.cos_BTh, context.sin_BTh)
         k_BTKH = rope.apply_rope(k_BTKH, context.cos_BTh, context.sin_BTh)
-        if cache is None:
+        if cache is not None:
+            cache = cache.write(k_BTKH, v_BTKH, context.write_index)
+        if context.cache_positions_BS is None:
             path = self.compute.attention
             out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=context.segment_ids_BT, path=path)
         else:
-            cache = cache.write(k_BTKH, v_BTKH, context.write_index)
             out_BTNH = cached_attention(q_BTNH, *cache, context.positions_BT, context.cache_positions_BS)
         return self.o_proj(out_BTNH.reshape(B, T, -1), keys[3]), cache
 

@@ -124,7 +124,8 @@ class LanguageModel:
             document. None: each row is one document without padding.
         cache, write_index: the T tokens are written to slots write_index..write_index+T of every row, and each sees
             the tokens in the cache at positions up to its own. Padding has position -1 and is never seen, so prompts
-            of unequal length are padded on the left and share one write index.
+            of unequal length are padded on the left and share one write index. With the number 0 they are the first
+            tokens of their rows, in order.
         dropout_key: of this pass; None for no dropout. Embeddings and both branches of a layer are dropped out.
         """
         context, cache = self._context(tokens_BT, positions_BT, segment_ids_BT, cache, write_index)
@@ -180,6 +181,9 @@ class LanguageModel:
             length_BT = length_BT if cache is None else length_BT[:, :1]
         cos_BTh, sin_BTh = rope.rope_tables(self.config, positions_BT, length_BT)
         seen_BS = None if cache is None else cache.positions_BS
+        if cache is not None and isinstance(write_index, int) and write_index == 0:
+            # Nothing else can be seen in the cache: attention of whole rows, by the platform's kernel.
+            segment_ids_BT, seen_BS = (positions_BT >= 0).astype(jnp.int32), None
         return Context(cos_BTh, sin_BTh, positions_BT, segment_ids_BT, seen_BS, write_index), cache
 
     def _layers(self, layers: Params, x_BTD: Array, context: Context, cache: KVCache | None, keys_L: Array | None):

@@ -25,8 +25,9 @@ MODELS = {
 }
 
 
+@pytest.mark.parametrize("is_start_known", [True, False], ids=["from the start", "at an index"])
 @pytest.mark.parametrize("name", MODELS)
-def test_left_padded_prompts_then_single_tokens_equal_the_whole_pass(name):
+def test_left_padded_prompts_then_single_tokens_equal_the_whole_pass(name, is_start_known):
     model = LanguageModel(MODELS[name], ComputeConfig(dtype="float32"))
     rng = np.random.default_rng(0)
     params = jax.tree.map(
@@ -38,13 +39,14 @@ def test_left_padded_prompts_then_single_tokens_equal_the_whole_pass(name):
     positions = np.arange(total) - padding_B[:, None]
     positions = jnp.asarray(np.where(positions < 0, -1, positions), jnp.int32)
 
-    @jax.jit
     def step(params, tokens_BT, positions_BT, cache, index):
         output = model.hidden(params, tokens_BT, positions_BT, cache=cache, write_index=index)
         return model.logits(params, output.hidden_BTD), output.cache
 
     cache = KVCache.create(model.config, 3, total + 4)
-    logits, cache = step(params, tokens[:, :prompt], positions[:, :prompt], cache, 0)
+    first = jax.jit(step, static_argnums=4) if is_start_known else jax.jit(step)
+    logits, cache = first(params, tokens[:, :prompt], positions[:, :prompt], cache, 0)
+    step = jax.jit(step)
     parts = [logits]
     for t in range(prompt, total):
         logits, cache = step(params, tokens[:, t : t + 1], positions[:, t : t + 1], cache, t)
@@ -61,8 +63,8 @@ def test_left_padded_prompts_then_single_tokens_equal_the_whole_pass(name):
 
 def test_new_cache_is_empty_and_has_the_dtype_asked_for():
     cache = KVCache.create(MODELS["dense"], 2, 5, jnp.bfloat16)
-    assert [(k.shape, v.shape) for k, v in cache.layers] == [((2, 2, 8, 5), (2, 2, 5, 8))] * 2
-    assert cache.layers[0].k_BKHS.dtype == jnp.bfloat16
+    assert [(k.shape, v.shape) for k, v in cache.layers] == [((2, 2, 5, 8), (2, 2, 5, 8))] * 2
+    assert cache.layers[0].k_BKSH.dtype == jnp.bfloat16
     assert cache.positions_BS.tolist() == [[-1] * 5] * 2
 
 
@@ -71,7 +73,7 @@ def test_more_slots_are_empty_and_keep_what_was_there():
     k_BTKH, v_BTKH = jnp.asarray(rng.standard_normal((2, 2, 3, 2, 8)), jnp.float32)
     small, large = (KVCache.create(config, 2, slots).layers[0] for slots in (5, 9))
     grown, expected = small.write(k_BTKH, v_BTKH, 1).grow(4), large.write(k_BTKH, v_BTKH, 1)
-    np.testing.assert_array_equal(grown.k_BKHS, expected.k_BKHS)
+    np.testing.assert_array_equal(grown.k_BKSH, expected.k_BKSH)
     np.testing.assert_array_equal(grown.v_BKSH, expected.v_BKSH)
     cache = KVCache.create(config, 2, 5).write_positions(jnp.array([[0, 1], [-1, 0]]), 2).grow(9)
     assert cache.positions_BS.tolist() == [[-1, -1, 0, 1, *[-1] * 5], [-1, -1, -1, 0, *[-1] * 5]]
