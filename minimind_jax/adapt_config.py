@@ -141,9 +141,13 @@ class TeacherConfig:
     divergence: `forward` is KL(teacher || student), `reverse` KL(student || teacher), `jsd` their generalised
         Jensen-Shannon divergence (arXiv 2306.13649).
     jsd_beta: weight of the teacher in the mixture of jsd.
+    top_k: 0 asks the teacher at every step. Above 0 its so many likeliest words of every token are computed once, kept
+        in the run's folder (8 bytes for a word, or 6 below a vocabulary of 65,536) and compared, with all other words
+        taken as one; the divergence is that of these k + 1.
     """
 
     model: str = ""
+    top_k: int = 0
     alpha: float = 0.5
     temperature: float = 1.5
     divergence: Literal["forward", "reverse", "jsd"] = "forward"
@@ -153,6 +157,8 @@ class TeacherConfig:
         for name in ("alpha", "jsd_beta"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"teacher.{name} is {getattr(self, name)}; it must be between 0 and 1")
+        if self.top_k < 0:
+            raise ValueError(f"teacher.top_k is {self.top_k}; it must be 0 (off) or above")
         if not self.temperature > 0:
             raise ValueError(f"teacher.temperature is {self.temperature}; it must be above 0")
         if self.divergence == "jsd" and not 0 < self.jsd_beta < 1:

@@ -24,8 +24,9 @@ from minimind_jax.seeds import named_seed
 
 Batch = dict[str, np.ndarray]
 
-# Of a cache and the documents of a row's pieces in order: more arrays for the row, of one shape for all rows.
-Annotate = Callable[[TokenCache, list[int]], Batch]
+Piece = tuple[int, int, int]  # document of the cache, start, stop
+# Of a cache and the pieces of a row in order: more arrays for the row, of one shape for all rows.
+Annotate = Callable[[TokenCache, list[Piece]], Batch]
 
 READ_AHEAD = 4  # steps
 
@@ -47,18 +48,19 @@ class Epoch:
 
     def row(self, index: int, token_bytes: np.ndarray) -> Batch:
         """Row `index` of the epoch: arrays (T,), all padding beyond the last row."""
-        pieces: list[tuple[int, int, int]] = []
+        pieces: list[Piece] = []
         if index < self.plan.rows:
             pieces = [(int(self.documents[d]), start, stop) for d, start, stop in self.plan.pieces(self.order[index])]
         if self.padded and pieces:
-            return pad_row(self.cache, pieces[0][0], self.plan.seq_len, token_bytes)
-        row = pack_row(self.cache, pieces, self.plan.seq_len, token_bytes)
-        return row | self.annotate(self.cache, [document for document, *_ in pieces]) if self.annotate else row
+            row = pad_row(self.cache, pieces[0][0], self.plan.seq_len, token_bytes)
+        else:
+            row = pack_row(self.cache, pieces, self.plan.seq_len, token_bytes)
+        return row | self.annotate(self.cache, pieces) if self.annotate else row
 
 
 def pack_row(
     cache: TokenCache,
-    pieces: list[tuple[int, int, int]],
+    pieces: list[Piece],
     seq_len: int,
     token_bytes: np.ndarray,
 ) -> Batch:

@@ -106,6 +106,8 @@ class GenerateConfig(SamplingSettings):
         last assistant message is left out and generated anew), instead of prompts.
     output: the JSON lines that are written: each record of the input with `completion` and `finish_reason` added;
         empty prints them.
+    as_conversations: write conversations that end with the answer instead, which `minimind sft` can be trained on.
+    resume: with `auto` a call that was cut off goes on where it was, with `never` it begins anew.
     raw: continue the text, after the token that begins a document in pretraining, instead of answering it as a user's
         message in the chat template.
     system: a system prompt for prompts that are no conversations; empty for none.
@@ -118,6 +120,8 @@ class GenerateConfig(SamplingSettings):
     prompt: tuple[str, ...] = ()
     input: tuple[str, ...] = ()
     output: str = ""
+    as_conversations: bool = False
+    resume: Literal["auto", "never"] = "auto"
     raw: bool = False
     system: str = ""
     thinking: bool = False
@@ -135,8 +139,10 @@ class GenerateConfig(SamplingSettings):
             raise ValueError(f"prompt and input are {given}; give one of them: --prompt TEXT, or --input FILE.jsonl")
         if self.output and not self.input:
             raise ValueError("output is set without input; answers to prompts are printed")
-        if self.raw and (self.system or self.thinking):
-            raise ValueError("raw leaves the chat template out, so system and thinking have no meaning; drop them")
+        if self.raw and (self.system or self.thinking or self.as_conversations):
+            raise ValueError(
+                "raw leaves the chat template out, so system, thinking and as_conversations have no meaning; drop them"
+            )
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
 

@@ -4,24 +4,28 @@ import dataclasses
 import itertools
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.jsonl import Record, iter_records
 from minimind_jax.data.records import parse_conversation
 from minimind_jax.errors import UserError
+from minimind_jax.folders import resolve_model_folder
+from minimind_jax.inference.answer_file import AnswerFile, what_makes
 from minimind_jax.inference.config import GenerateConfig
 from minimind_jax.inference.generate import Completion, Generator, load_generator
+from minimind_jax.inference.text import ThinkSplitter
 
 
 class Request(NamedTuple):
-    """A prompt: where it came from (for messages), its record, and its token ids."""
+    """A prompt: where it came from (for error messages), its record, the messages to be answered (None for raw text),
+    and its token ids."""
 
     where: str
     record: dict[str, Any]
+    messages: list[dict[str, Any]] | None
     ids: list[int]
 
 
@@ -30,7 +34,7 @@ def run(config: GenerateConfig) -> None:
 
     Raises:
         UserError: no such model or file, a record without a prompt, or a prompt that does not fit the model. Records
-            that were answered before it stay in OUTPUT.partial.
+            that were answered before it stay in OUTPUT.partial, and the same command goes on behind them.
     """
     if config.output:
         _check_writable(Path(config.output))
@@ -38,10 +42,9 @@ def run(config: GenerateConfig) -> None:
     if config.prompt:
         _print_answers(generator, config)
     elif config.output:
-        count = _write_answers(generator, config)
-        print(f"{count} records written to {config.output}")
+        _write_answers(generator, config)
     else:
-        _answer_records(generator, config, sys.stdout)
+        _print_records(generator, config)
 
 
 def _print_answers(generator: Generator, config: GenerateConfig) -> None:
@@ -72,38 +75,71 @@ def _check_writable(output: Path) -> None:
         raise UserError(f"output {output}: nothing can be written into {output.parent}; choose another place")
 
 
-def _write_answers(generator: Generator, config: GenerateConfig) -> int:
-    output = Path(config.output)
-    partial = output.with_name(output.name + ".partial")
-    try:
-        file = partial.open("w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"output {output}: cannot write {partial}: {error.strerror}; choose another place") from error
-    with file:
-        count = _answer_records(generator, config, file)
-    os.replace(partial, output)
-    return count
+def _write_answers(generator: Generator, config: GenerateConfig) -> None:
+    """Answers the records into `config.output`, from where an earlier call was cut off."""
+    settings = what_makes(config, resolve_model_folder(config.model))
+    with AnswerFile(Path(config.output), settings, config.resume == "auto") as file:
+        requests = _requests(generator, config)
+        for number, earlier in enumerate(file.earlier, 1):
+            request = next(requests, None)
+            if request is None or _question(config, earlier) != _question(config, _result(config, request)):
+                where = request.where if request else "no record"
+                raise UserError(
+                    f"{config.output}.partial:{number} does not answer {where}: the input has changed; put it back to "
+                    "go on, or give --resume never to begin anew"
+                )
+        if file.earlier:
+            print(f"going on behind {len(file.earlier)} records of {config.output}.partial")
+        count, cut_off = len(file.earlier), sum(answer["finish_reason"] == "length" for answer in file.earlier)
+        for request, answer in answer_requests(generator, config, requests, count):
+            file.write(_result(config, request, answer))
+            count += 1
+            cut_off += answer.finish_reason == "length"
+        file.finish()
+    more = f"; {cut_off} answers were cut off (finish_reason length)" if cut_off else ""
+    print(f"{count} records written to {config.output}{more}")
 
 
-def _answer_records(generator: Generator, config: GenerateConfig, file: TextIO) -> int:
-    requests = (_request(generator, config, record) for record in iter_records(config.input))
-    count = 0
-    for request, answer in answer_requests(generator, config, requests):
-        record = {**request.record, "completion": answer.text, "finish_reason": answer.finish_reason}
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        file.flush()
-        count += 1
-    return count
+def _print_records(generator: Generator, config: GenerateConfig) -> None:
+    for request, answer in answer_requests(generator, config, _requests(generator, config)):
+        print(json.dumps(_result(config, request, answer), ensure_ascii=False), flush=True)
+
+
+def _requests(generator: Generator, config: GenerateConfig) -> Iterator[Request]:
+    return (_request(generator, config, record) for record in iter_records(config.input))
+
+
+def _result(config: GenerateConfig, request: Request, answer: Completion | None = None) -> dict[str, Any]:
+    """The line that is written: the record with its answer, or as a conversation that ends with it."""
+    text, reason = (answer.text, answer.finish_reason) if answer else ("", "")
+    if not config.as_conversations:
+        return {**request.record, "completion": text, "finish_reason": reason}
+    splitter = ThinkSplitter(inside=config.thinking)
+    splitter.push(text)
+    splitter.finish()
+    reply = {"role": "assistant", "content": splitter.answer.strip()}
+    if splitter.thinking.strip():
+        reply["reasoning_content"] = splitter.thinking.strip()
+    kept = {name: value for name, value in request.record.items() if name not in ("prompt", "text")}
+    return {**kept, "conversations": [*request.messages, reply], "finish_reason": reason}
+
+
+def _question(config: GenerateConfig, result: dict[str, Any]) -> Any:
+    """A result without its answer, as it is read back."""
+    result = {name: value for name, value in result.items() if name not in ("completion", "finish_reason")}
+    if config.as_conversations:
+        result["conversations"] = result["conversations"][:-1]
+    return json.loads(json.dumps(result))
 
 
 def answer_requests(
-    generator: Generator, config: GenerateConfig, requests: Iterator[Request]
+    generator: Generator, config: GenerateConfig, requests: Iterator[Request], done: int = 0
 ) -> Iterator[tuple[Request, Completion]]:
-    """Each request with its answer, in order. The batch size does not change the answers.
+    """Each request with its answer, in order, behind `done` others. The batch size does not change the answers.
 
     Only neighbours that may get as many new tokens are answered at the same time: all but very long prompts.
     """
-    done, sampling = 0, config.resolve(generator.sampling)
+    sampling = config.resolve(generator.sampling)
 
     def count(request: Request) -> int:
         return min(sampling.max_new_tokens, generator.room(len(request.ids)))
@@ -118,7 +154,8 @@ def answer_requests(
 
 def _request(generator: Generator, config: GenerateConfig, record: Record) -> Request:
     try:
-        ids = generator.encode(_prompt_ids(generator, config, record))
+        messages, ids = _prompt(generator, config, record)
+        ids = generator.encode(ids)
     except UserError as error:
         raise error if record.where in str(error) else UserError(f"{record.where}: {error}") from error
     room, context = generator.room(len(ids)), generator.room(0)
@@ -132,25 +169,27 @@ def _request(generator: Generator, config: GenerateConfig, record: Record) -> Re
             f"{record.where}: a prompt of {len(ids)} tokens leaves {room} in the model's context of {context}, fewer "
             f"than max_new_tokens {config.max_new_tokens}; shorten it, or ask for fewer"
         )
-    return Request(record.where, record.value, ids)
+    return Request(record.where, record.value, messages, ids)
 
 
-def _prompt_ids(generator: Generator, config: GenerateConfig, record: Record) -> list[int]:
+def _prompt(generator: Generator, config: GenerateConfig, record: Record) -> tuple[list[dict] | None, list[int]]:
+    """The messages to be answered (None for raw text) and the prompt's token ids."""
     tokenizer = generator.tokenizer
     if "conversations" in record.value:
         if config.raw:
             raise UserError(f"{record.where}: a conversation needs the chat template; drop raw")
         conversation = parse_conversation(record, for_training=False)
         messages = conversation.messages
-        if messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        if not messages:
+        count = len(messages) - (messages[-1]["role"] == "assistant")
+        if not count:
             raise UserError(f"{record.where}: the conversation is only an assistant's message; expected a question")
-        return encode_prompt(tokenizer, messages, conversation.tools, open_thinking=config.thinking)
+        ids = encode_prompt(tokenizer, messages[:count], conversation.tools, open_thinking=config.thinking)
+        return record.value["conversations"][:count], ids
     text = next((record.value[name] for name in ("prompt", "text") if name in record.value), None)
     if not isinstance(text, str):
         raise UserError(f"{record.where}: expected a field `prompt` or `text` (a string), or `conversations`")
     if config.raw:
-        return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
+        return None, ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
     system = [{"role": "system", "content": config.system}] if config.system else []
-    return encode_prompt(tokenizer, [*system, {"role": "user", "content": text}], open_thinking=config.thinking)
+    messages = [*system, {"role": "user", "content": text}]
+    return messages, encode_prompt(tokenizer, messages, open_thinking=config.thinking)

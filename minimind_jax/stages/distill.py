@@ -25,6 +25,7 @@ from minimind_jax.stages.common import (
     sampler,
     start_run,
 )
+from minimind_jax.stages.stored_teacher import StoredTeacher
 from minimind_jax.training.loop import train
 from minimind_jax.training.state import Parameters, cast_matrices
 
@@ -33,9 +34,9 @@ def distill(config: DistillConfig) -> Path:
     """Trains a student on the conversations of `config.data` and `config.teacher`, and returns the run's folder.
 
     Data: as in fine-tuning. Loss: cross entropy of the assistant's tokens and the divergence from the teacher's
-    probabilities of them (see `losses.distillation`). Trained: all parameters, or adapters; the teacher is cut over the
-    mesh as the student is. Written: the run's folder (see `training.run`). A run that was cut off goes on; a finished
-    one returns at once.
+    probabilities of them (see `losses.distillation`); it is asked at every step, or once before the first one (top_k).
+    Trained: all parameters, or adapters; the teacher is cut over the mesh as the student is. Written: the run's folder
+    (see `training.run`). A run that was cut off goes on; a finished one returns at once.
 
     Raises:
         UserError: anything in the settings, the data or the machine that the user can mend, such as a teacher with
@@ -55,16 +56,30 @@ def distill(config: DistillConfig) -> Path:
         return encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
 
     sample_fn = sampler(model, tokenizer, config.samples, config.seed, encode)
-    train_batches, val_batches = open_data("conversation", config, tokenizer, *data_process(make_mesh(config.mesh)))
-    wanted = config.teacher
+    wanted, annotate, ask = config.teacher, None, None
+    parameters = run_parameters(config, model)
+    if wanted.top_k:
+        words = min(model.config.vocab_size, teacher.config.vocab_size)
+        known = load_teacher_params(config, teacher, folder)
+        annotate = StoredTeacher(config, teacher, known, words, tokenizer, run).annotate
+        del known
+    else:
+        parameters = with_teacher(config, parameters, teacher, folder)
+
+        def ask(params: Params) -> tuple[LanguageModel, Params]:
+            return teacher, params[TEACHER]
+
+    train_batches, val_batches = open_data(
+        "conversation", config, tokenizer, *data_process(make_mesh(config.mesh)), annotate=annotate
+    )
     result = train(
         config,
         stage="distill",
         model=model,
-        parameters=with_teacher(config, run_parameters(config, model), teacher, folder),
+        parameters=parameters,
         loss_fn=make_distillation_loss(
             model,
-            lambda params: (teacher, params[TEACHER]),
+            ask,
             alpha=wanted.alpha,
             temperature=wanted.temperature,
             divergence=wanted.divergence,
@@ -92,7 +107,8 @@ def load_teacher(config: DistillConfig, tokenizer: Tokenizer) -> tuple[LanguageM
         raise UserError(
             f"teacher.model {folder} has another vocabulary ({theirs.vocab_size:,} tokens) than the student's "
             f"tokenizer {tokenizer.folder} ({tokenizer.vocab_size:,}): their probabilities cannot be compared. Let it "
-            "answer instead (minimind generate --model TEACHER --input PROMPTS.jsonl), and fine-tune on the answers"
+            "answer instead (minimind generate --model TEACHER --input PROMPTS.jsonl --as_conversations true), and "
+            "fine-tune on the answers"
         )
     model = LanguageModel(read_config(folder), config.compute)
     if model.config.vocab_size < tokenizer.vocab_size:
@@ -105,22 +121,26 @@ def load_teacher(config: DistillConfig, tokenizer: Tokenizer) -> tuple[LanguageM
     return model, folder
 
 
-def with_teacher(config: DistillConfig, parameters: Parameters, teacher: LanguageModel, folder: Path) -> Parameters:
-    """The parameters with the teacher's, which are never trained and lie in the compute dtype."""
+def load_teacher_params(config: DistillConfig, teacher: LanguageModel, folder: Path) -> Params:
+    """The teacher's parameters in the compute dtype, on the mesh."""
+    abstract = _abstract_teacher(config, teacher)
+    _, known = load_merged(folder)
+    known = {name: tree for name, tree in known.items() if name in abstract}
+    lies = param_shardings(make_mesh(config.mesh), teacher.logical_axes(), abstract)
+    return jax.device_put(cast_matrices(known, str(compute_dtype(config.compute))), lies)
+
+
+def _abstract_teacher(config: DistillConfig, teacher: LanguageModel) -> Params:
     dtype = str(compute_dtype(config.compute))
-    axes = teacher.logical_axes()
-    abstract = jax.eval_shape(lambda params: cast_matrices(params, dtype), teacher.abstract_params())
+    return jax.eval_shape(lambda params: cast_matrices(params, dtype), teacher.abstract_params())
 
-    def load() -> Params:
-        _, known = load_merged(folder)
-        known = {name: tree for name, tree in known.items() if name in abstract}
-        lies = param_shardings(make_mesh(config.mesh), axes, abstract)
-        return {**parameters.load(), TEACHER: jax.device_put(cast_matrices(known, dtype), lies)}
 
+def with_teacher(config: DistillConfig, parameters: Parameters, teacher: LanguageModel, folder: Path) -> Parameters:
+    """The parameters with the teacher's, which are never trained."""
     return Parameters(
-        {**parameters.abstract, TEACHER: abstract},
-        {**parameters.axes, TEACHER: axes},
-        load,
+        {**parameters.abstract, TEACHER: _abstract_teacher(config, teacher)},
+        {**parameters.axes, TEACHER: teacher.logical_axes()},
+        lambda: {**parameters.load(), TEACHER: load_teacher_params(config, teacher, folder)},
         lambda path: path[0] != TEACHER and parameters.is_trained(path),
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from minimind_jax.adapt_config import DPOConfig
-from minimind_jax.data.batches import Batches, open_data
+from minimind_jax.data.batches import Batches, Piece, open_data
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
@@ -167,15 +167,15 @@ class Precomputed:
             if jax.process_index() == 0:
                 _write_tables(file, made_of, self.tables)
 
-    def annotate(self, cache, documents: list[int]) -> dict[str, np.ndarray]:
-        """reference_log_probs (S,) of a row whose pieces are both sides of these documents."""
+    def annotate(self, cache, pieces: list[Piece]) -> dict[str, np.ndarray]:
+        """reference_log_probs (S,) of a row whose pieces are the sides of pairs."""
         found = np.zeros(self.room, np.float32)
-        found[: len(documents)] = self.tables[cache.folder.name][documents[::2]].ravel()
+        found[: len(pieces)] = self.tables[cache.folder.name][[document for document, *_ in pieces[::2]]].ravel()
         return {"reference_log_probs": found}
 
-    def _numbers(self, cache, documents: list[int]) -> dict[str, np.ndarray]:
+    def _numbers(self, cache, pieces: list[Piece]) -> dict[str, np.ndarray]:
         found = np.full(self.room // 2, -1, np.int32)
-        found[: len(documents) // 2] = documents[::2]
+        found[: len(pieces) // 2] = [document for document, *_ in pieces[::2]]
         return {"documents": found}
 
     def _fill(self, table: np.ndarray, batches: Batches, model: LanguageModel, params: Params) -> None:

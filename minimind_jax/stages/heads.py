@@ -1,14 +1,13 @@
 """What the stages with a head of scores share: reward models and classifiers."""
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import numpy as np
 
 from minimind_jax.config import PretrainConfig
 from minimind_jax.convert.hf import load_hf, load_labels
-from minimind_jax.data.batches import Batch
+from minimind_jax.data.batches import Annotate, Batch, Piece
 from minimind_jax.data.token_cache import TokenCache
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
@@ -54,12 +53,12 @@ def with_head(config: PretrainConfig, model: LanguageModel, labels: tuple[str, .
     )
 
 
-def values_of_pieces(name: str, room: int) -> Callable[[TokenCache, list[int]], Batch]:
+def values_of_pieces(name: str, room: int) -> Annotate:
     """An `Annotate` that gives a row the values of its pieces' documents as `name`: (room, width), 0 where is none."""
 
-    def annotate(cache: TokenCache, documents: list[int]) -> Batch:
+    def annotate(cache: TokenCache, pieces: list[Piece]) -> Batch:
         found = np.zeros((room, cache.values.shape[1]), np.float32)
-        found[: len(documents)] = cache.values[documents]
+        found[: len(pieces)] = cache.values[[document for document, *_ in pieces]]
         return {name: found}
 
     return annotate

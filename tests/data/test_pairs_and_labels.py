@@ -119,9 +119,9 @@ def test_a_row_of_pairs(tokenizer, tmp_path):
     cache = build_cache("preference", data.train, tokenizer, data, seed=0)
     np.testing.assert_array_equal(cache.values, np.arange(5)[:, None])
 
-    def annotate(cache, documents):
+    def annotate(cache, pieces):
         found = np.full(8, -1)
-        found[: len(documents)] = documents
+        found[: len(pieces)] = [document for document, *_ in pieces]
         return {"documents": found}
 
     batches = Batches(cache, data, 1, 0, tokenizer.token_bytes(), annotate=annotate)

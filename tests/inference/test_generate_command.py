@@ -8,10 +8,11 @@ import pytest
 
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.jsonl import iter_records
+from minimind_jax.data.records import parse_conversation
 from minimind_jax.errors import UserError
 from minimind_jax.inference.config import ChatConfig, GenerateConfig
-from minimind_jax.inference.generate import load_generator
-from minimind_jax.inference.generate_command import _request, answer_requests, run
+from minimind_jax.inference.generate import Completion, load_generator
+from minimind_jax.inference.generate_command import _request, _result, answer_requests, run
 
 RECORDS = [
     {"prompt": "The cat", "id": 7},
@@ -110,19 +111,79 @@ def test_a_record_that_cannot_be_answered_is_named(config, record, changes, mess
         run(dataclasses.replace(config, **changes))
 
 
-def test_records_answered_before_an_error_are_not_lost(config):
+@pytest.mark.parametrize("as_conversations", [False, True])
+def test_a_call_goes_on_behind_what_an_error_or_a_kill_left(config, as_conversations, capsys):
+    config = dataclasses.replace(config, as_conversations=as_conversations)
+    run(config)
+    whole, partial = lines(config.output), config.output + ".partial"
+    os.remove(config.output)
+    good = open(config.input[0], encoding="utf-8").read()
     with open(config.input[0], "a", encoding="utf-8") as file:
         file.write("not json\n")
     with pytest.raises(UserError, match=r"in.jsonl:6"):
         run(config)
-    assert [r["id"] for r in lines(config.output + ".partial") if "id" in r] == [7]
+    assert lines(partial) == whole[:4]  # whole batches
+    with open(partial, "a", encoding="utf-8") as file:
+        file.write('{"prompt": "la')  # a kill in the middle of a line
+    with open(config.input[0], "w", encoding="utf-8") as file:
+        file.write(good)
+    with pytest.raises(UserError, match=r"was made with temperature 1.0, now it is 0.5; .*--resume never"):
+        run(dataclasses.replace(config, temperature=0.5))
+    capsys.readouterr()
+    run(dataclasses.replace(config, batch_size=16))
+    assert lines(config.output) == whole
+    assert "going on behind 4 records" in capsys.readouterr().out
+    assert [name for name in os.listdir(os.path.dirname(config.output)) if "partial" in name] == []
+
+
+def test_answers_are_not_put_behind_those_of_other_records(config):
+    with open(config.input[0], "a", encoding="utf-8") as file:
+        file.write("not json\n")
+    with pytest.raises(UserError, match=r"in.jsonl:6"):
+        run(config)
+    with open(config.input[0], "w", encoding="utf-8") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in [*RECORDS[:2], {"prompt": "new"}, *RECORDS[2:]]))
+    with pytest.raises(UserError, match=r"out.jsonl.partial:3 does not answer .*in.jsonl:3: the input has changed"):
+        run(config)
+    run(dataclasses.replace(config, resume="never"))
+    assert [record.get("prompt") for record in lines(config.output)] == ["The cat", None, "new", None, None, "last"]
+
+
+def test_answers_become_conversations_to_train_on(config, generator, tmp_path):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    with open(config.input[0], "a", encoding="utf-8") as file:
+        system = {"role": "system", "content": "", "tools": json.dumps(tools)}
+        file.write(json.dumps({"conversations": [system, {"role": "user", "content": "call"}], "id": 9}) + "\n")
+    run(config)
+    plain, told = lines(config.output), dataclasses.replace(config, as_conversations=True, system="Be kind.")
+    run(dataclasses.replace(told, system=""))
+    for record, result, answered in zip([*RECORDS, None], lines(config.output), plain, strict=True):
+        *asked, reply = result["conversations"]
+        if record and "conversations" not in record:
+            assert asked == [{"role": "user", "content": record.get("prompt") or record.get("text")}]
+            assert result.get("id") == record.get("id") and "prompt" not in result and "text" not in result
+        assert reply.pop("role") == "assistant"
+        if "think>" not in answered["completion"]:  # random weights make these tags, too
+            assert reply == {"content": answered["completion"].strip()}
+    assert parse_conversation(list(iter_records([config.output]))[5]).tools == tools
+    run(told)
+    assert lines(config.output)[0]["conversations"][0] == {"role": "system", "content": "Be kind."}
+
+
+def test_thinking_becomes_reasoning_content(config, generator):
+    [record] = list(iter_records(config.input))[:1]
+    config = dataclasses.replace(config, as_conversations=True, thinking=True)
+    request = _request(generator, config, record)
+    answer = Completion("why not\n</think>\n\nYes.", [1], [0.0], "stop", 3)
+    reply = _result(config, request, answer)["conversations"][-1]
+    assert reply == {"role": "assistant", "content": "Yes.", "reasoning_content": "why not"}
 
 
 def test_an_output_that_cannot_be_written_is_named_before_the_work(config, tmp_path):
     for output, message in (("/nowhere/at/all.jsonl", "there is no folder"), (str(tmp_path), "is a folder")):
         with pytest.raises(UserError, match=message):
             run(dataclasses.replace(config, output=output, model="not looked at"))
-    with pytest.raises(UserError, match=r"cannot write .*File name too long"):
+    with pytest.raises(UserError, match=r"cannot write: File name too long"):
         run(dataclasses.replace(config, output=str(tmp_path / ("x" * 250))))
 
 

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from minimind_jax.losses import distillation
-from minimind_jax.losses.distillation import TEACHER, divergences, make_distillation_loss
+from minimind_jax.losses.distillation import (
+    TEACHER,
+    divergences,
+    make_distillation_loss,
+    stored_divergences,
+)
 from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.model.config import ComputeConfig, ModelConfig
 from minimind_jax.model.transformer import LanguageModel
@@ -60,6 +65,42 @@ def test_forward_divergence_is_torch_s():
     )
     ours = divergences(jnp.asarray(student.numpy()), jnp.asarray(teacher.numpy()), "forward", 1.5).mean()
     assert float(ours) == pytest.approx(theirs.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
+def test_stored_words_are_compared_with_all_others_as_one(kind):
+    rng = np.random.default_rng(3)
+    student, teacher = rng.standard_normal((2, 30, 12)).astype(np.float32) * 3
+    whole = expected(student, teacher, kind, 1.5, 0.3)
+    less = np.zeros(30)
+    for k in (1, 4, 11, 12):
+        ids, log_probs = distillation.likeliest(jnp.asarray(teacher), k, 12, 1.5)
+        found = stored_divergences(jnp.asarray(student), ids, log_probs, kind, 1.5, 0.3)
+        order = np.argsort(-teacher, axis=-1)
+
+        def merged(logits, order=order, k=k):
+            e = np.exp(np.take_along_axis(logits, order, -1).astype(np.float64) / 1.5)
+            p = e / e.sum(-1, keepdims=True)
+            return 1.5 * np.log(np.concatenate([p[:, :k], np.maximum(p[:, k:].sum(-1, keepdims=True), 1e-7)], -1))
+
+        np.testing.assert_allclose(
+            found, expected(merged(student), merged(teacher), kind, 1.5, 0.3), rtol=1e-3, atol=2e-5
+        )
+        assert np.all(np.asarray(found) >= less - 1e-4)  # more words tell more apart
+        less = np.asarray(found)
+    np.testing.assert_allclose(less, whole, rtol=1e-3, atol=1e-5)
+
+
+def test_a_stored_teacher_gives_the_same_loss_as_one_that_is_asked():
+    teacher, batch = TEACHERS["padded"], make_batch()
+    params, known = STUDENT.init(jax.random.key(0)), teacher.init(jax.random.key(1))
+    asked = make_distillation_loss(STUDENT, lambda p: (teacher, p[TEACHER]), temperature=1.5)
+    ids, log_probs = distillation.teacher_likeliest(teacher, known, batch, 50, 50, 1.5)
+    stored = make_distillation_loss(STUDENT, None, temperature=1.5)
+    both = {**batch, "teacher_ids": ids, "teacher_log_probs": log_probs}
+    wanted = jax.grad(lambda p: asked({**p, TEACHER: known}, batch, None)[0])(params)
+    found = jax.grad(lambda p: stored(p, both, None)[0])(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, wanted)
 
 
 def make_batch():
