@@ -79,6 +79,7 @@ def cases(place):
             f"reward {kind}": (headed, make_reward_loss(model, 0.01)),
             f"classify {kind}": (headed, make_classification_loss(model, np.ones(3, np.float32), shortest=2)),
             f"distill {kind}": (taught, make_distillation_loss(model, lambda params: (PLAIN, params[TEACHER]))),
+            f"stored {kind}": (own, make_distillation_loss(model, None)),
         }
     return found
 
@@ -94,6 +95,8 @@ def batches():
             "tokens": tokens, "targets": targets, "loss_weights": weights, "positions": positions,
             "segment_ids": segments, "margins": np.zeros((ROWS, LENGTH // 2), np.float32),
             "values": rng.integers(0, 3, (ROWS, LENGTH // 2, 1)).astype(np.float32),
+            "teacher_ids": rng.permuted(np.tile(np.arange(64, dtype=np.int32), (ROWS, LENGTH, 1)), axis=-1)[..., :4],
+            "teacher_log_probs": np.log(rng.dirichlet(np.ones(5), (ROWS, LENGTH))[..., :4]).astype(np.float32),
         }  # fmt: skip
 
 
@@ -140,7 +143,7 @@ def report():
 
 
 @pytest.mark.parametrize("kind", ["all", "lora"])
-@pytest.mark.parametrize("stage", ["sft", "dpo", "reward", "classify", "distill"])
+@pytest.mark.parametrize("stage", ["sft", "dpo", "reward", "classify", "distill", "stored"])
 def test_eight_devices_give_what_one_gives(stage, kind, report):
     many, one, apart, frozen_many, frozen_one = report[f"{stage} {kind}"]
     np.testing.assert_allclose(many, one, rtol=1e-5)
