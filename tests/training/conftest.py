@@ -1,5 +1,6 @@
 """A tiny world to train in: texts, dialogues, a tokenizer, and settings of runs of a second."""
 
+import csv
 import dataclasses
 import json
 import random
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from adapt_runs import ADAPTERS, write_lines
 
 from minimind_jax.config import (
     CheckpointConfig,
@@ -18,6 +20,7 @@ from minimind_jax.config import (
     TrainingConfig,
 )
 from minimind_jax.data.tokenizer import train_bpe
+from minimind_jax.stages.pretrain import pretrain
 
 WORDS = "the cat sat on a mat while dogs run over green hills and birds sing 你好 世界 很 高兴".split()
 
@@ -106,3 +109,64 @@ def compilation_cache(tmp_path_factory):
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@pytest.fixture(scope="session")
+def files(world):
+    """Pairs whose better answer says `birds`, and texts labelled by their first word."""
+    rng = random.Random(2)
+    words = "the cat sat on a mat while dogs run over green hills".split()
+
+    def say(count):
+        return " ".join(rng.choice(words) for _ in range(count))
+
+    def pair():
+        prompt = {"role": "user", "content": say(4)}
+        answers = [{"role": "assistant", "content": f"{start} {say(rng.randint(1, 5))}"} for start in ("birds", "dogs")]
+        return {name: [prompt, answer] for name, answer in zip(("chosen", "rejected"), answers, strict=True)}
+
+    def labelled():
+        label = rng.choice(["cat", "dogs", "birds"])
+        return {"text": f"{label} {say(rng.randint(1, 9))}", "label": label}
+
+    folder = world.folder
+    texts = [labelled() for _ in range(150)]
+    with open(folder / "labels.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["text", "label"])
+        writer.writeheader()
+        writer.writerows(texts)
+    names = {"cat", "dogs", "birds"}
+    several = [{"text": t["text"], "label": sorted(names & {t["label"], t["text"].split()[-1]})} for t in texts]
+    return {
+        "pairs": write_lines(folder / "pairs.jsonl", [pair() for _ in range(60)]),
+        "labels": write_lines(folder / "labels.jsonl", texts),
+        "csv": str(folder / "labels.csv"),
+        "several": write_lines(folder / "several.jsonl", several),
+    }
+
+
+@pytest.fixture(scope="session")
+def base(world, tmp_path_factory):
+    """A pretrained model to start from."""
+    return str(pretrain(world.pretrain(tmp_path_factory.mktemp("base") / "base", checkpoint=CheckpointConfig(0))))
+
+
+@pytest.fixture
+def make(world, files, base):
+    def make(cls, run, train, **changes):
+        rate = OptimizerConfig(learning_rate=changes.pop("rate", 3e-3))
+        own = {
+            "data": {"train": (files.get(train, train),), "seq_len": 64, "val_fraction": 0.2, "packing": "best_fit"},
+            "training": {"steps": 24, "eval_every": 8, "eval_rows": 0, "batch_tokens": 256},
+        }
+        for section in own:
+            own[section].update(changes.pop(section, {}))
+        changes = {"init_from": base, "optimizer": rate, "tokenizer": "", **changes}
+        return world._config(cls, run, "chat.jsonl", "best_fit", **own, **changes)
+
+    return make
+
+
+@pytest.fixture
+def lora(make, tmp_path):
+    return make(SFTConfig, tmp_path / "lora", "sft", lora=ADAPTERS, data={"train": ()}, rate=1e-2)

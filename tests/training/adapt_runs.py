@@ -1,0 +1,46 @@
+"""Runs of the stages that adapt a model: what their tests share."""
+
+import dataclasses
+import json
+import shutil
+
+from minimind_jax.config import CheckpointConfig, LoRAConfig
+from minimind_jax.training.run import RunFolder
+from minimind_jax.training.tracking import WALL_CLOCK, read_metrics
+
+ADAPTERS = LoRAConfig(rank=4, alpha=8)
+KEEP_ALL = CheckpointConfig(every=4, keep=10)
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
+    return str(path)
+
+
+def with_chats(config, world):
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, train=(str(world.folder / "chat.jsonl"),)))
+
+
+def rows_of(run):
+    return [{k: v for k, v in row.items() if k not in WALL_CLOCK} for row in read_metrics(RunFolder(run).metrics_file)]
+
+
+def last(run, key):
+    return next(row[key] for row in reversed(rows_of(run)) if key in row)
+
+
+def assert_resumes_exactly(function, config, tmp_path, step=12):
+    """A run cut off right after the save of `step` ends with the metrics and the model of one that was not."""
+    whole = RunFolder(function(config))
+    copy = RunFolder(shutil.copytree(whole.path, tmp_path / "cut"))
+    for other in copy.checkpoint_steps():
+        if other > step:
+            shutil.rmtree(copy.checkpoints / str(other))
+    assert copy.checkpoint_steps()[-1] == step
+    shutil.rmtree(copy.model)
+    lines = copy.metrics_file.read_text("utf-8").splitlines(keepends=True)
+    copy.metrics_file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), "utf-8")
+    function(dataclasses.replace(config, run=str(copy.path), resume="must"))
+    assert rows_of(copy.path) == rows_of(whole.path)
+    for file in whole.model.glob("*.safetensors"):
+        assert (copy.model / file.name).read_bytes() == file.read_bytes()

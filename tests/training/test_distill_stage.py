@@ -1,0 +1,82 @@
+"""The stage distill: a teacher asked at every step or once, resuming, and what it refuses."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+from adapt_runs import ADAPTERS, KEEP_ALL, assert_resumes_exactly, last, rows_of, with_chats
+
+from minimind_jax.adapt_config import (
+    DistillConfig,
+    TeacherConfig,
+)
+from minimind_jax.config import SFTConfig
+from minimind_jax.convert.hf import load_hf
+from minimind_jax.data.tokenizer import Tokenizer, train_bpe
+from minimind_jax.errors import UserError
+from minimind_jax.stages.distill import distill
+from minimind_jax.stages.sft import sft
+from minimind_jax.training.run import RunFolder
+
+
+def test_a_student_learns_from_its_teacher(make, world, base, tmp_path):
+    teacher = sft(with_chats(make(SFTConfig, tmp_path / "teacher", "sft", training={"steps": 60}), world))
+    config = with_chats(
+        make(DistillConfig, tmp_path / "student", "sft", teacher=TeacherConfig(model=str(teacher), alpha=0.0)), world
+    )
+    run = distill(config)
+    rows = rows_of(run)
+    assert last(run, "val_divergence") < rows[0]["val_divergence"] / 2
+    assert last(run, "val_loss") < rows[0]["val_loss"]
+    load_hf(RunFolder(run).model)
+
+
+def test_distill_resumes_exactly(make, world, base, tmp_path):
+    config = make(
+        DistillConfig, tmp_path / "student", "sft", teacher=TeacherConfig(model=base, divergence="jsd"),
+        checkpoint=KEEP_ALL, lora=ADAPTERS,
+    )  # fmt: skip
+    assert_resumes_exactly(distill, with_chats(config, world), tmp_path)
+
+
+def test_a_teacher_asked_once_teaches_the_same(make, world, base, tmp_path):
+    """All words stored: the losses of one that is asked at every step. Few: near them, and a run goes on exactly."""
+    teacher = sft(with_chats(make(SFTConfig, tmp_path / "teacher", "sft", training={"steps": 20}), world))
+
+    def student(name, top_k):
+        wanted = TeacherConfig(model=str(teacher), alpha=0.0, top_k=top_k)
+        return with_chats(make(DistillConfig, tmp_path / name, "sft", teacher=wanted, checkpoint=KEEP_ALL), world)
+
+    words = Tokenizer.load(RunFolder(base).model).vocab_size
+    asked, stored, few = (distill(student(f"top {k}", k)) for k in (0, words, 8))
+    for name in ("divergence", "val_divergence"):
+        np.testing.assert_allclose(last(stored, name), last(asked, name), rtol=1e-3)
+    assert 0 < last(few, "val_divergence") < rows_of(few)[0]["val_divergence"]
+    sizes = {file.suffix: file.stat().st_size for file in (few / "teacher").iterdir()}
+    assert sizes[".log_probs"] == 2 * sizes[".ids"] > 0
+    assert_resumes_exactly(distill, student("resumed", 8), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"packing": "concat"}, "data.packing concat cuts documents at other places in every epoch"),
+        ({"redraw_each_epoch": True}, "data.redraw_each_epoch changes the conversations"),
+    ],
+)
+def test_a_stored_teacher_needs_the_same_pieces_in_every_epoch(changes, message, make, world, base, tmp_path):
+    config = with_chats(make(DistillConfig, tmp_path / "run", "sft", teacher=TeacherConfig(model=base, top_k=4)), world)
+    with pytest.raises(UserError, match=message):
+        distill(dataclasses.replace(config, data=dataclasses.replace(config.data, **changes)))
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(make, world, base, tmp_path):
+    copy = shutil.copytree(RunFolder(base).model, tmp_path / "teacher")
+    train_bpe(["another text altogether"] * 3, tmp_path / "tokenizer", 300, show_progress=False)
+    shutil.copy(tmp_path / "tokenizer" / "tokenizer.json", copy / "tokenizer.json")
+    config = make(DistillConfig, tmp_path / "student", "sft", teacher=TeacherConfig(model=str(copy)))
+    with pytest.raises(UserError, match=r"has another vocabulary .*minimind generate"):
+        distill(with_chats(config, world))
+    with pytest.raises(UserError, match="distill needs a teacher"):
+        distill(with_chats(dataclasses.replace(config, teacher=TeacherConfig()), world))

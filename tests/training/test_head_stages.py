@@ -1,0 +1,168 @@
+"""The stages reward and classify: learning, resuming, prediction, and what they refuse."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+from adapt_runs import ADAPTERS, KEEP_ALL, assert_resumes_exactly, last, rows_of, write_lines
+from safetensors.numpy import load_file
+
+from minimind_jax.adapt_config import (
+    ClassifyConfig,
+    DistillConfig,
+    LabelConfig,
+    RewardConfig,
+    TeacherConfig,
+)
+from minimind_jax.config import LoRAConfig, SFTConfig
+from minimind_jax.convert.hf import load_labels
+from minimind_jax.errors import UserError
+from minimind_jax.evaluate.score_command import predict, score
+from minimind_jax.inference.generate import load_generator
+from minimind_jax.inference.score import Scorer
+from minimind_jax.stages.classify import classify
+from minimind_jax.stages.distill import distill
+from minimind_jax.stages.export import export_checkpoint
+from minimind_jax.stages.reward import reward
+from minimind_jax.stages.sft import sft
+from minimind_jax.training.run import RunFolder
+
+
+@pytest.mark.parametrize("adapters", [LoRAConfig(), ADAPTERS], ids=["all", "lora"])
+def test_a_reward_model_scores_as_it_was_trained(make, files, adapters, tmp_path):
+    config = make(RewardConfig, tmp_path / "reward", "pairs", lora=adapters, rate=3e-3)
+    run = RunFolder(reward(config))
+    assert last(run.path, "val_accuracy") > 0.9
+    assert load_labels(run.model).names == ("reward",)
+    records = [json.loads(line) for line in open(files["pairs"], encoding="utf-8")]
+    scorer, sides = Scorer(str(run.path)), []
+    for name in ("chosen", "rejected"):
+        sides.append(scorer.conversations([(record[name], None) for record in records])[:, 0])
+    assert (sides[0] > sides[1]).mean() > 0.9
+    chats = write_lines(tmp_path / "chats.jsonl", [{"conversations": records[0]["chosen"]}])
+    assert score(str(run.path), [chats], str(tmp_path / "scored.jsonl")) == 1
+    written = json.loads((tmp_path / "scored.jsonl").read_text("utf-8"))
+    assert written["score"] == pytest.approx(float(sides[0][0]), abs=1e-4)
+    with pytest.raises(UserError, match="is a classifier or reward model, and cannot write text"):
+        sft(make(SFTConfig, tmp_path / "sft", str(tmp_path / "chats.jsonl"), init_from=str(run.path)))
+
+
+def test_models_with_scores_write_no_text(make, tmp_path):
+    run = classify(make(ClassifyConfig, tmp_path / "classify", "labels", training={"steps": 2}))
+    with pytest.raises(UserError, match="has no words to say; use minimind classify predict"):
+        load_generator(str(run))
+    with pytest.raises(UserError, match="a teacher must be a language model"):
+        distill(make(DistillConfig, tmp_path / "student", "labels", teacher=TeacherConfig(model=str(run))))
+
+
+def test_reward_resumes_exactly(make, tmp_path):
+    config = make(RewardConfig, tmp_path / "reward", "pairs", checkpoint=KEEP_ALL)
+    assert_resumes_exactly(reward, config, tmp_path)
+
+
+def test_a_classifier_learns_names_its_labels_and_predicts(make, tmp_path, capsys):
+    config = make(ClassifyConfig, tmp_path / "classify", "labels", training={"steps": 60, "eval_every": 20}, rate=1e-2)
+    run = RunFolder(classify(config))
+    results = json.loads((run.path / "results.json").read_text("utf-8"))
+    assert results["accuracy"] > 0.9
+    assert results["accuracy"] == pytest.approx(last(run.path, "val_accuracy"), abs=1e-6)
+    assert (run.path / "confusion.png").stat().st_size > 5000
+    assert "Held-out results" in run.report_file.read_text("utf-8")
+    assert load_labels(run.model).names == ("birds", "cat", "dogs")
+    texts = write_lines(tmp_path / "new.jsonl", [{"text": "dogs sat on a mat"}, {"text": "birds"}])
+    assert predict(str(run.path), [texts], str(tmp_path / "out.jsonl"), top=2) == 2
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]
+    assert [answer["predicted"] for answer in answers] == ["dogs", "birds"]
+    assert answers[0]["top"][0]["label"] == "dogs" and len(answers[0]["top"]) == 2
+
+
+def test_a_classifier_is_transformers_own(make, tmp_path):
+    torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
+    run = RunFolder(classify(make(ClassifyConfig, tmp_path / "classify", "csv", training={"steps": 12})))
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(run.model, dtype=torch.float32).eval()
+    assert type(model).__name__ == "Qwen3ForSequenceClassification"
+    assert model.config.id2label == {0: "birds", 1: "cat", 2: "dogs"}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run.model)
+    texts = ["dogs", "the cat sat on a mat while dogs run over green hills", "birds sing 你好"]
+    with torch.no_grad():
+        theirs = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits.numpy()
+    np.testing.assert_allclose(Scorer(str(run.path)).texts(texts), theirs, atol=1e-4)
+
+
+def test_a_checkpoint_of_a_classifier_is_exported(make, tmp_path):
+    config = make(ClassifyConfig, tmp_path / "classify", "labels", checkpoint=KEEP_ALL, lora=ADAPTERS)
+    run = RunFolder(classify(config))
+    assert export_checkpoint(str(run.path), tmp_path / "out", "newest", "float32") == 24
+    assert load_labels(tmp_path / "out") == load_labels(run.model)
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        np.testing.assert_allclose(tensor, load_file(run.model / "model.safetensors")[name], atol=1e-6, err_msg=name)
+
+
+def test_several_labels(make, tmp_path):
+    config = make(ClassifyConfig, tmp_path / "several", "several", training={"steps": 40}, rate=1e-2)
+    run = RunFolder(classify(config))
+    assert load_labels(run.model).several
+    assert json.loads((run.path / "results.json").read_text("utf-8"))["accuracy"] > 0.5
+    texts = write_lines(tmp_path / "new.jsonl", [{"text": "dogs sat"}])
+    predict(str(run.path), [texts], str(tmp_path / "out.jsonl"))
+    answer = json.loads((tmp_path / "out.jsonl").read_text("utf-8"))
+    assert set(answer["probabilities"]) == {"birds", "cat", "dogs"}
+
+
+def test_patience_ends_a_run_with_its_best_model(make, tmp_path):
+    rng = random.Random(0)
+    noise = [{"text": f"cat {n} dogs {rng.random()}", "label": rng.choice("ab")} for n in range(120)]
+    training = {"steps": 400, "eval_every": 4, "patience": 2}
+    file = write_lines(tmp_path / "noise.jsonl", noise)  # which can be learned by heart only
+    config = make(ClassifyConfig, tmp_path / "patient", file, training=training, rate=1e-2)
+    run = RunFolder(classify(config))
+    losses = {row["step"]: row["val_loss"] for row in rows_of(run.path) if row["step"] and "val_loss" in row}
+    assert max(losses) < 400
+    ordered = [losses[step] for step in sorted(losses)]
+    assert len(ordered) - 1 - ordered.index(min(ordered)) == 2
+    results = json.loads((run.path / "results.json").read_text("utf-8"))
+    best = min(losses, key=losses.get)
+    accuracy = next(row["val_accuracy"] for row in rows_of(run.path) if row["step"] == best and "val_accuracy" in row)
+    assert results["accuracy"] == pytest.approx(accuracy, abs=1e-6)
+    assert classify(config) == run.path
+
+
+def test_classify_resumes_exactly(make, tmp_path):
+    config = make(ClassifyConfig, tmp_path / "classify", "labels", checkpoint=KEEP_ALL, lora=ADAPTERS)
+    assert_resumes_exactly(classify, config, tmp_path)
+
+
+def test_class_weights_even_out_rare_classes(make, tmp_path):
+    labels = [{"text": f"cat {n}", "label": "cat"} for n in range(90)] + [{"text": "dogs", "label": "dogs"}] * 10
+    file = write_lines(tmp_path / "rare.jsonl", labels)
+    for weights in ("none", "balanced"):
+        config = make(
+            ClassifyConfig, tmp_path / weights, file, classify=LabelConfig(class_weights=weights),
+            data={"val_fraction": 0.0}, training={"steps": 1}, rate=0.0,
+        )  # fmt: skip
+        classify(config)
+    plain, balanced = (last(tmp_path / name, "loss") for name in ("none", "balanced"))
+    assert plain == pytest.approx(balanced, abs=0.2) and plain != balanced
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([{"text": "a", "label": "x"}, {"text": "b"}], "missing field `label`"),
+        ([{"text": "a", "label": "x"}, {"text": "b", "label": 1.5}], "expected text or a whole number"),
+        ([{"text": "a", "label": "x"}, {"text": " ", "label": "y"}], "text is empty"),
+        ([{"body": "a", "label": "x"}], "expected a field `text`.*text_field"),
+        ([{"text": "a", "label": "x"}] * 2, "only the label 'x'; a classifier needs at least two"),
+    ],
+)
+def test_broken_labels_are_told(records, message, make, tmp_path):
+    file = write_lines(tmp_path / "broken.jsonl", records)
+    with pytest.raises(UserError, match=message):
+        classify(make(ClassifyConfig, tmp_path / "run", file))
+
+
+def test_a_label_that_training_does_not_know_is_told(make, tmp_path):
+    val = write_lines(tmp_path / "val.jsonl", [{"text": "a", "label": "mouse"}])
+    with pytest.raises(UserError, match=r"val.jsonl:1: the label 'mouse' is not in the training data"):
+        classify(make(ClassifyConfig, tmp_path / "run", "labels", data={"val": (val,)}))

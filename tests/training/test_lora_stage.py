@@ -1,0 +1,83 @@
+"""LoRA in a stage: what is trained, saved, resumed and refused."""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from adapt_runs import ADAPTERS, KEEP_ALL, assert_resumes_exactly, last, rows_of, with_chats
+from safetensors.numpy import load_file
+
+from minimind_jax.config import LoRAConfig, OptimizerConfig
+from minimind_jax.convert.hf import load_hf
+from minimind_jax.convert.load import load_merged, load_parts
+from minimind_jax.errors import UserError
+from minimind_jax.stages.export import export_checkpoint
+from minimind_jax.stages.sft import sft
+from minimind_jax.training.run import RunFolder
+
+
+def test_lora_trains_saves_and_holds_adapters_only(lora, world, base, capsys):
+    config = with_chats(lora, world)
+    run = RunFolder(sft(config))
+    assert "adapters" in run.read_environment()["run"]
+    assert last(run.path, "val_loss") < rows_of(run.path)[0]["val_loss"] - 0.02
+    tensors = load_file(run.model / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 2 * 7 and not (run.model / "model.safetensors").exists()
+    loaded = load_parts(run.model)
+    assert loaded.base == RunFolder(base).model
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, load_hf(RunFolder(base).model)[1])
+    sizes = sum(path.stat().st_size for path in (run.checkpoints / "24").rglob("*") if path.is_file())
+    assert sizes < 400_000
+    assert "merge-lora" in capsys.readouterr().out
+
+
+def test_lora_resumes_exactly(lora, world, tmp_path):
+    config = dataclasses.replace(
+        with_chats(lora, world), checkpoint=KEEP_ALL, lora=dataclasses.replace(ADAPTERS, dropout=0.2)
+    )
+    assert_resumes_exactly(sft, config, tmp_path)
+
+
+def test_a_base_that_changed_is_told(lora, world, base, tmp_path):
+    copy = shutil.copytree(RunFolder(base).model, tmp_path / "base")
+    config = dataclasses.replace(with_chats(lora, world), init_from=str(copy))
+    sft(config)
+    shutil.rmtree(RunFolder(config.run).model)
+    tensors = load_file(copy / "model.safetensors")
+    from safetensors.numpy import save_file
+
+    save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, copy / "model.safetensors")
+    longer = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=30))
+    with pytest.raises(UserError, match="has changed since the checkpoint of step 24"):
+        sft(longer)
+
+
+def test_an_adapter_is_trained_further_or_merged(lora, world, make, tmp_path):
+    first = RunFolder(sft(with_chats(lora, world)))
+    config = dataclasses.replace(with_chats(lora, world), run=str(tmp_path / "more"), init_from=str(first.path))
+    more = RunFolder(sft(config))
+    assert rows_of(more.path)[0]["val_loss"] == pytest.approx(last(first.path, "val_loss"), abs=1e-5)
+    assert load_parts(more.model).base == load_parts(first.model).base
+    with pytest.raises(UserError, match=r"has the ranks q_proj 4, .* and lora asks for q_proj 8.*merge-lora"):
+        sft(dataclasses.replace(config, run=str(tmp_path / "other"), lora=dataclasses.replace(ADAPTERS, rank=8)))
+    whole = dataclasses.replace(config, run=str(tmp_path / "whole"), lora=LoRAConfig(), optimizer=OptimizerConfig())
+    merged = RunFolder(sft(whole))
+    assert rows_of(merged.path)[0]["val_loss"] == pytest.approx(last(first.path, "val_loss"), abs=1e-5)
+    assert (merged.model / "model.safetensors").is_file()
+
+
+def test_a_checkpoint_of_adapters_is_exported_whole(lora, world, tmp_path):
+    run = RunFolder(sft(dataclasses.replace(with_chats(lora, world), checkpoint=KEEP_ALL)))
+    assert export_checkpoint(str(run.path), tmp_path / "out", "newest", "float32") == 24
+    config, params = load_hf(tmp_path / "out")
+    expected_config, expected = load_merged(run.model)
+    assert config == expected_config
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, expected)
+
+
+def test_lora_needs_a_model(lora, world):
+    config = dataclasses.replace(with_chats(lora, world), init_from="", tokenizer=str(world.folder / "tokenizer"))
+    with pytest.raises(UserError, match="there is no model to adapt"):
+        sft(config)
