@@ -23,7 +23,7 @@ def make_reward_loss(model: LanguageModel, centring: float = 0.0) -> LossFn:
 
     An answer's score is that of the last token of its conversation. Batch: as in `preference`, and `margins` (B, S),
     the margin of a pair in the place of its first document.
-    Metrics, under TRL's names: accuracy, margin, mean_reward, router_loss; tokens, the number read.
+    Metrics, under TRL's names: accuracy, margin, mean_, min_ and max_reward, router_loss; tokens, the number read.
     """
 
     def loss_fn(params: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
@@ -45,6 +45,8 @@ def make_reward_loss(model: LanguageModel, centring: float = 0.0) -> LossFn:
             "accuracy": (total(chosen > rejected), pairs),
             "margin": (total(chosen - rejected), pairs),
             "mean_reward": (total(chosen + rejected), 2 * pairs),
+            "min_reward": (jnp.min(jnp.where(is_pair, jnp.minimum(chosen, rejected), jnp.inf)), jnp.ones(())),
+            "max_reward": (jnp.max(jnp.where(is_pair, jnp.maximum(chosen, rejected), -jnp.inf)), jnp.ones(())),
             "router_loss": (router_loss, pairs),
             "tokens": (jnp.sum(segments_BT > 0).astype(jnp.float32), jnp.zeros(())),  # a sum, no mean
         }

@@ -18,7 +18,7 @@ from minimind_jax import STARTED
 from minimind_jax.config import PretrainConfig
 from minimind_jax.data.batches import Batches
 from minimind_jax.errors import UserError
-from minimind_jax.losses import LossFn
+from minimind_jax.losses import LossFn, Metrics, together
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.sharding import data_process, make_mesh, shard_batch
 from minimind_jax.training.checkpoint import Checkpoints
@@ -298,15 +298,15 @@ class Loop:
     def evaluate(self, params: Params, step: int) -> None:
         """Writes val_loss (of language models in nats per target) and the loss function's other metrics as val_NAME;
         left out when the run is asked to stop meanwhile."""
-        total: dict | None = None
+        found: list[Metrics] = []
         for batch in self.val_batches.eval_batches(self.training.eval_rows):
             if self.stop.signal is not None:
                 return
             for part in range(self.training.accumulation_steps):  # no more rows at once than in training
                 rows = {name: array[part :: self.training.accumulation_steps] for name, array in batch.items()}
-                sums = self.eval_step(params, shard_batch(rows, self.mesh))
-                total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
-        means = {name: float(top) / max(float(bottom), 1.0) for name, (top, bottom) in jax.device_get(total).items()}
+                found.append(self.eval_step(params, shard_batch(rows, self.mesh)))
+        total = together(jax.tree.map(lambda *values: np.stack(values), *jax.device_get(found)))
+        means = {name: float(top) / max(float(bottom), 1.0) for name, (top, bottom) in total.items()}
         row = {"val_loss": means.get("nll", means["loss"])}
         row |= {f"val_{name}": value for name, value in means.items() if name not in UNWATCHED}
         self.writer.write(step, **row)

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from minimind_jax.errors import UserError
-from minimind_jax.losses import Batch, LossFn, Metrics
+from minimind_jax.losses import Batch, LossFn, Metrics, together
 from minimind_jax.model.lora import join
 from minimind_jax.seeds import named_key
 from minimind_jax.sharding import ROW_AXES, batch_sharding, row_shards
@@ -86,7 +86,7 @@ def make_train_step(
 def make_eval_step(loss_fn: LossFn, mesh: Mesh | None = None) -> Callable[[Any, Batch], Metrics]:
     """A jitted `(params, batch) -> sums`: `loss` and the loss function's metrics, each a (numerator, denominator).
 
-    No dropout. Add the sums over batches, then divide. mesh: on which params and batch lie, if on one.
+    No dropout. Those of all batches are put `losses.together`, then divided. mesh: of params and batch, if on one.
     """
 
     def eval_step(params: Any, batch: Batch) -> Metrics:
@@ -149,5 +149,5 @@ def _summed_gradients(loss_fn: LossFn, state: TrainState, micro_batches: Batch, 
 
     count = len(next(iter(micro_batches.values())))
     zeros = jax.tree.map(jnp.zeros_like, state.params)
-    grads, sums = jax.lax.scan(add_gradient, zeros, (jnp.arange(count), micro_batches))
-    return grads, *jax.tree.map(lambda values: values.sum(axis=0), sums)
+    grads, (numerators, denominators, metrics) = jax.lax.scan(add_gradient, zeros, (jnp.arange(count), micro_batches))
+    return grads, numerators.sum(axis=0), denominators.sum(axis=0), together(metrics)

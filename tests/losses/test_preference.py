@@ -206,3 +206,5 @@ def test_scores_are_those_of_the_last_tokens(params):
     assert float(pairs) == 3
     np.testing.assert_allclose(numerator, wanted.sum(), rtol=1e-5)
     assert float(metrics["accuracy"][0]) == (scores[:, 0] > scores[:, 1]).sum()
+    for name, value in (("min", scores.min()), ("max", scores.max())):
+        np.testing.assert_allclose(metrics[f"{name}_reward"], (value, 1), rtol=1e-5)

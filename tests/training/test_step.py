@@ -289,6 +289,24 @@ def test_rows_that_do_not_divide():
         step(state, pack(documents(np.random.default_rng(9)), PACKED))
 
 
+def test_metrics_of_micro_batches_are_means_or_extremes():
+    model, one = LanguageModel(ModelConfig(**TINY)), np.float32(1)
+
+    def loss_fn(params, batch, key):
+        first = jnp.float32(batch["tokens"][:, 0])
+        metrics = {"mean": (jnp.sum(first), jnp.float32(len(first))), "min_x": (jnp.min(first), one),
+                   "max_x": (jnp.max(first), one)}  # fmt: skip
+        return make_language_model_loss(model)(params, batch, key)[0], one, metrics
+
+    batch = pack(documents(np.random.default_rng(9)), PACKED)
+    first = batch["tokens"][:, 0]
+    for accumulation_steps in (1, 2, 4):
+        step, state = train_setup(loss_fn, accumulation_steps=accumulation_steps)
+        found = step(state, batch)[1]
+        wanted = (first.mean(), first.min(), first.max())
+        np.testing.assert_allclose([found[name] for name in ("mean", "min_x", "max_x")], wanted, rtol=1e-6)
+
+
 def test_evaluation_gives_the_sums():
     model = LanguageModel(ModelConfig(**TINY, dropout=0.5))
     params, batch = model.init(jax.random.key(0)), pack(documents(np.random.default_rng(10)), PACKED)
