@@ -55,6 +55,7 @@ RUNGS: dict[str, dict] = {
     "muon, 2 rows a step": {**MUON, "training.batch_tokens": 2 * 340},
     "muon, 8 rows a step": {**MUON, "training.batch_tokens": 8 * 340},
     "muon, rates x 2": {**MUON, "optimizer.learning_rate": 1.2e-2, "optimizer.muon_learning_rate": 2e-2},
+    "muon, rates x 0.5": {**MUON, "optimizer.learning_rate": 3e-3, "optimizer.muon_learning_rate": 5e-3},
     "muon, z-loss": {**MUON, "training.z_loss": 1e-4},
     "moe, no router gradient": {**MUON, **EXPERTS, "model.router_gradient": "none"},
     "moe, straight through": {**MUON, **EXPERTS},
