@@ -142,7 +142,7 @@ class TeacherConfig:
         Jensen-Shannon divergence (arXiv 2306.13649).
     jsd_beta: weight of the teacher in the mixture of jsd.
     top_k: 0 asks the teacher at every step. Above 0 its so many likeliest words of every token are computed once, kept
-        in the run's folder (8 bytes for a word, or 6 below a vocabulary of 65,536) and compared, with all other words
+        in the run's folder (6 bytes for a word, or 8 above a vocabulary of 65,536) and compared, with all other words
         taken as one; the divergence is that of these k + 1.
     """
 

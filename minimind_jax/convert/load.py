@@ -62,6 +62,8 @@ def base_folder(adapter: Path, base: str = "") -> Path:
     try:
         folder = resolve_model_folder(base or named, "base")
     except UserError as error:
+        if base:
+            raise
         raise UserError(
             f"{adapter / ADAPTER_CONFIG}: the base model {named} is not there; put it there, change "
             f"base_model_name_or_path, or make a whole model with another copy of it: minimind convert merge-lora "

@@ -149,8 +149,8 @@ class Batches:
         if not self.plan.rows:
             if self.plan.left_out:
                 raise UserError(
-                    f"the {self.plan.left_out} pairs of the training or the validation data have answers longer than "
-                    f"data.seq_len {data.seq_len}; raise it"
+                    f"all pairs of the training or of the validation data ({self.plan.left_out}) have answers longer "
+                    f"than data.seq_len {data.seq_len}; raise it"
                 )
             raise UserError("no document is left to train on; lower data.val_fraction or give more data")
 

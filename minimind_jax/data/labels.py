@@ -1,6 +1,7 @@
 """Labelled texts, {"text": str, "label": str} or a list of labels: checked, and the labels as numbers."""
 
 import dataclasses
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -66,7 +67,7 @@ def parse_unlabelled(record: Record, text_field: str = "text") -> str:
             f"{field_names(record.value)} (text_field names another)"
         )
     if not text.strip():
-        raise UserError(f"{record.where}: {text_field} is empty; remove the line, or in training skip it")
+        raise UserError(f"{record.where}: {text_field} is empty; remove the line (or --data.on_error skip)")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -81,7 +82,7 @@ def _label(label: object, record: Record, classes: Classes) -> str:
         label = int(label)
     if not isinstance(label, str | int) or not str(label).strip():
         raise UserError(
-            f"{record.where}: {classes.label_field} holds {str(label)[:40]!r}; expected text or a whole number"
+            f"{record.where}: {classes.label_field} is {reprlib.repr(label)}; expected text or a whole number"
         )
     return str(label).strip()
 

@@ -39,7 +39,7 @@ def parse_text(record: Record, flag: str = "--data.on_error") -> str:
     """The text of a pretraining record {"text": str}. Raises UserError, which names the flag that skips records."""
     if "text" not in record.value:
         raise UserError(f"{record.where}: missing field `text`; expected a string, {_found(record)}")
-    text = _string(record.value["text"], f"{record.where}: text")
+    text = checked_text(record.value["text"], f"{record.where}: text")
     if not text.strip():
         raise UserError(f"{record.where}: text is empty; remove the line, or pass {flag} skip")
     return text
@@ -57,7 +57,7 @@ def parse_conversation(record: Record, for_training: bool = True) -> Conversatio
     if for_training and not any(m["role"] == "assistant" and _says_something(m) for m in conversation.messages):
         raise UserError(
             f"{record.where}: nothing to train on; expected at least one assistant message with content, "
-            "reasoning_content or tool_calls"
+            "reasoning_content or tool_calls; remove the line, or pass --data.on_error skip"
         )
     return conversation
 
@@ -123,7 +123,7 @@ def _message(message: Any, place: str) -> Message:
         raise UserError(f"{place}: unknown role {reprlib.repr(role)}; expected one of {', '.join(ROLES)}{hint}")
     result: Message = {"role": role, "content": _content(message, place)}
     if message.get("reasoning_content") is not None:
-        result["reasoning_content"] = _string(message["reasoning_content"], f"{place}.reasoning_content")
+        result["reasoning_content"] = checked_text(message["reasoning_content"], f"{place}.reasoning_content")
     if message.get("tool_calls"):
         if role != "assistant":
             raise UserError(f"{place}: tool_calls on a {role} message; only the assistant calls tools")
@@ -140,14 +140,14 @@ def _content(message: Message, place: str) -> str:
             raise UserError(f"{place}.content is null; expected a string")
         raise UserError(f"{place}: missing field `content`; expected a string")
     if not isinstance(content, list):
-        return _string(content, f"{place}.content")
+        return checked_text(content, f"{place}.content")
     for index, part in enumerate(content):
         kind = isinstance(part, dict) and part.get("type")
         if kind and kind != "text":
             raise UserError(
                 f"{place}.content[{index}] has type {reprlib.repr(kind)}; only text parts can be trained on"
             )
-        _string(part.get("text") if isinstance(part, dict) else part, f"{place}.content[{index}]")
+        checked_text(part.get("text") if isinstance(part, dict) else part, f"{place}.content[{index}]")
     return "".join(part if isinstance(part, str) else part["text"] for part in content)
 
 
@@ -203,7 +203,8 @@ def _check_json(value: Any, place: str) -> None:
         raise UserError(f"{place} cannot be written as JSON: {error}") from error
 
 
-def _string(value: Any, place: str) -> str:
+def checked_text(value: Any, place: str) -> str:
+    """`value`, a string of whole characters. Raises UserError, which names the place."""
     if not isinstance(value, str):
         raise UserError(f"{place} is {_kind(value)}; expected a string")
     try:
@@ -230,7 +231,7 @@ def field_names(value: dict[str, Any]) -> str:
 def _found(record: Record) -> str:
     hint = ""
     if "conversations" in record.value:
-        hint = " (this is a conversation: `minimind sft` takes it)"
+        hint = " (this is a conversation: `minimind sft` takes it, `evaluate perplexity` with --kind conversation)"
     elif "chosen" in record.value:
         hint = " (this is a pair of answers: `minimind dpo` and `minimind reward` take it)"
     elif "text" in record.value:

@@ -1,12 +1,17 @@
 """A file of answers, written line by line, that a killed command goes on with."""
 
+import contextlib
 import dataclasses
+import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 from minimind_jax.errors import UserError
+
+AGAIN = "--resume never begins anew"
 
 
 class AnswerFile:
@@ -24,11 +29,11 @@ class AnswerFile:
         self._settings = output.with_name(output.name + ".partial.settings")
         self.earlier: list[dict[str, Any]] = []
         try:
-            if resume and self._partial.exists():
+            if resume and self._partial.exists() and self._partial.stat().st_size:
                 self._check(settings)
                 self._read()
-            self._file = self._partial.open("a" if self.earlier else "w", encoding="utf-8")
             self._settings.write_text(json.dumps(settings, ensure_ascii=False, indent=1), "utf-8")
+            self._file = self._partial.open("ab" if self.earlier else "wb")
         except OSError as error:
             raise UserError(f"output {output}: cannot write: {error.strerror}; choose another place") from error
 
@@ -36,11 +41,12 @@ class AnswerFile:
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written was told by `write`
+            self._file.close()
 
     def write(self, answer: dict[str, Any]) -> None:
         try:
-            self._file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            self._file.write(json_line(answer).encode() + b"\n")
             self._file.flush()
         except OSError as error:
             raise UserError(
@@ -52,37 +58,74 @@ class AnswerFile:
         """Gives the file its name."""
         self._file.close()
         os.replace(self._partial, self._output)
-        self._settings.unlink()
+        self._settings.unlink(missing_ok=True)
 
     def _check(self, settings: dict[str, Any]) -> None:
         try:
             earlier = json.loads(self._settings.read_text("utf-8"))
         except (FileNotFoundError, ValueError):
-            earlier = {}
-        other = [name for name, value in settings.items() if earlier.get(name, "nothing") != value]
-        if other:
-            name = other[0]
+            earlier = None
+        if not isinstance(earlier, dict):
+            raise UserError(f"{self._partial} is there without {self._settings.name}, which says what made it; {AGAIN}")
+        for name, value in settings.items():
+            if earlier.get(name) == value:
+                continue
+            if isinstance(value, dict):
+                other = set(value.items()) ^ set(earlier.get(name, {}).items())
+                raise UserError(f"{self._partial} was made with another model ({min(other)[0]} differs); {AGAIN}")
             raise UserError(
-                f"{self._partial} was made with {name} {earlier.get(name)!r}, now it is {settings[name]!r}; give the "
-                "earlier settings to go on, or --resume never to begin anew"
+                f"{self._partial} was made with {name} {earlier.get(name)!r}, now it is {value!r}; give the earlier "
+                f"settings to go on; {AGAIN}"
             )
 
     def _read(self) -> None:
         with self._partial.open("rb+") as file:
             whole = 0
-            for line in file:
+            for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
                     break
-                self.earlier.append(json.loads(line))
+                try:
+                    answer = json.loads(line.decode())
+                except ValueError:
+                    answer = None
+                if not isinstance(answer, dict) or "finish_reason" not in answer:
+                    raise UserError(f"{self._partial}:{number} is damaged; remove it and all behind it, or {AGAIN}")
+                self.earlier.append(answer)
                 whole += len(line)
             file.truncate(whole)
 
 
-def what_makes(config, folder: Path) -> dict[str, Any]:
-    """Settings that an answer depends on, and which model it is: names, sizes and times of its files."""
+def json_line(value: dict[str, Any]) -> str:
+    """`value` as one line of JSON that every reader takes: dates and bytes (of Parquet) as text, NaN as null, half a
+    surrogate pair escaped."""
+    try:
+        line = json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
+    except ValueError:
+        line = json.dumps(_without_nan(value), ensure_ascii=False, default=str)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        line = json.dumps(json.loads(line))
+    return line
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def what_makes(config, folders: list[Path]) -> dict[str, Any]:
+    """Settings that an answer depends on, and which model it is: hashes of the files in its folders."""
     settings = dataclasses.asdict(config)
-    for name in ("output", "input", "prompt", "batch_size", "resume"):
+    for name in ("model", "output", "input", "prompt", "batch_size", "resume"):
         settings.pop(name)
-    files = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.suffix in (".json", ".safetensors")]
-    model = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files}
-    return json.loads(json.dumps({**settings, "model": str(folder.resolve()), "model files": model}))
+    files = {}
+    for folder in folders:
+        for file in sorted(folder.iterdir()):
+            if file.suffix in (".json", ".safetensors", ".jinja"):
+                with file.open("rb") as stream:
+                    files[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return json.loads(json.dumps({**settings, "model files": files}))

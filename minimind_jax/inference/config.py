@@ -137,8 +137,9 @@ class GenerateConfig(SamplingSettings):
         if bool(self.prompt) == bool(self.input):
             given = "both given" if self.prompt else "both empty"
             raise ValueError(f"prompt and input are {given}; give one of them: --prompt TEXT, or --input FILE.jsonl")
-        if self.output and not self.input:
-            raise ValueError("output is set without input; answers to prompts are printed")
+        if self.prompt and (self.output or self.as_conversations):
+            given = "output" if self.output else "as_conversations"
+            raise ValueError(f"{given} is set without input; answers to prompts are printed")
         if self.raw and (self.system or self.thinking or self.as_conversations):
             raise ValueError(
                 "raw leaves the chat template out, so system, thinking and as_conversations have no meaning; drop them"

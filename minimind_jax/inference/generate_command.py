@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minimind_jax.convert.load import base_folder
 from minimind_jax.data.documents import encode_prompt
-from minimind_jax.data.jsonl import Record, iter_records
-from minimind_jax.data.records import parse_conversation
+from minimind_jax.data.jsonl import Record, expand_paths, iter_records
+from minimind_jax.data.records import checked_text, parse_conversation
 from minimind_jax.errors import UserError
-from minimind_jax.folders import resolve_model_folder
-from minimind_jax.inference.answer_file import AnswerFile, what_makes
+from minimind_jax.folders import is_adapter, resolve_model_folder
+from minimind_jax.inference.answer_file import AGAIN, AnswerFile, json_line, what_makes
 from minimind_jax.inference.config import GenerateConfig
 from minimind_jax.inference.generate import Completion, Generator, load_generator
 from minimind_jax.inference.text import ThinkSplitter
@@ -37,7 +38,7 @@ def run(config: GenerateConfig) -> None:
             that were answered before it stay in OUTPUT.partial, and the same command goes on behind them.
     """
     if config.output:
-        _check_writable(Path(config.output))
+        _check_output(config)
     generator = load_generator(config.model, config.dtype)
     if config.prompt:
         _print_answers(generator, config)
@@ -65,44 +66,62 @@ def _print_answers(generator: Generator, config: GenerateConfig) -> None:
         print(f"> {request.record['prompt']}\n{answer.text}\n")
 
 
-def _check_writable(output: Path) -> None:
-    """Raises UserError, before any work, for an output that could not be written at its end."""
+def _check_output(config: GenerateConfig) -> None:
+    """Raises UserError, before any work, for an output that could not be written at its end, or is there already."""
+    output = Path(config.output)
     if not output.parent.is_dir():
         raise UserError(f"output {output}: there is no folder {output.parent}; create it first")
     if output.is_dir():
         raise UserError(f"output {output} is a folder; give the name of a file")
     if not os.access(output.parent, os.W_OK):
         raise UserError(f"output {output}: nothing can be written into {output.parent}; choose another place")
+    if output.resolve() in [file.resolve() for file in expand_paths(config.input)]:
+        raise UserError(f"output {output} is one of the files of input; choose another place")
+    if output.is_file() and config.resume == "auto":
+        raise UserError(f"output {output} is there already and is complete; choose another name; {AGAIN}")
 
 
 def _write_answers(generator: Generator, config: GenerateConfig) -> None:
     """Answers the records into `config.output`, from where an earlier call was cut off."""
-    settings = what_makes(config, resolve_model_folder(config.model))
+    folder = resolve_model_folder(config.model)
+    folders = [folder, base_folder(folder)] if is_adapter(folder) else [folder]
+    settings = what_makes(config, folders)
     with AnswerFile(Path(config.output), settings, config.resume == "auto") as file:
         requests = _requests(generator, config)
         for number, earlier in enumerate(file.earlier, 1):
             request = next(requests, None)
             if request is None or _question(config, earlier) != _question(config, _result(config, request)):
-                where = request.where if request else "no record"
+                asked = f"does not answer {request.where}" if request else "answers a record that is gone"
                 raise UserError(
-                    f"{config.output}.partial:{number} does not answer {where}: the input has changed; put it back to "
-                    "go on, or give --resume never to begin anew"
+                    f"{config.output}.partial:{number} {asked}: the input has changed; put it back to go on; {AGAIN}"
                 )
         if file.earlier:
             print(f"going on behind {len(file.earlier)} records of {config.output}.partial")
-        count, cut_off = len(file.earlier), sum(answer["finish_reason"] == "length" for answer in file.earlier)
+        count = len(file.earlier)
+        cut_off = sum(earlier["finish_reason"] == "length" for earlier in file.earlier)
+        empty = sum(not _says_something(config, earlier) for earlier in file.earlier)
         for request, answer in answer_requests(generator, config, requests, count):
-            file.write(_result(config, request, answer))
+            result = _result(config, request, answer)
+            file.write(result)
             count += 1
             cut_off += answer.finish_reason == "length"
+            empty += not _says_something(config, result)
         file.finish()
-    more = f"; {cut_off} answers were cut off (finish_reason length)" if cut_off else ""
-    print(f"{count} records written to {config.output}{more}")
+    notes = [f"{cut_off} answers were cut off (finish_reason length)"] if cut_off else []
+    notes += [f"{empty} are empty (in training: --data.on_error skip)"] if empty else []
+    print("; ".join([f"{count} records written to {config.output}", *notes]))
+
+
+def _says_something(config: GenerateConfig, result: dict[str, Any]) -> bool:
+    if not config.as_conversations:
+        return bool(result["completion"].strip())
+    reply = result["conversations"][-1]
+    return bool(reply["content"] or reply.get("reasoning_content"))
 
 
 def _print_records(generator: Generator, config: GenerateConfig) -> None:
     for request, answer in answer_requests(generator, config, _requests(generator, config)):
-        print(json.dumps(_result(config, request, answer), ensure_ascii=False), flush=True)
+        print(json_line(_result(config, request, answer)), flush=True)
 
 
 def _requests(generator: Generator, config: GenerateConfig) -> Iterator[Request]:
@@ -128,8 +147,8 @@ def _question(config: GenerateConfig, result: dict[str, Any]) -> Any:
     """A result without its answer, as it is read back."""
     result = {name: value for name, value in result.items() if name not in ("completion", "finish_reason")}
     if config.as_conversations:
-        result["conversations"] = result["conversations"][:-1]
-    return json.loads(json.dumps(result))
+        result["conversations"] = result.get("conversations", [])[:-1]
+    return json.loads(json_line(result))
 
 
 def answer_requests(
@@ -185,9 +204,10 @@ def _prompt(generator: Generator, config: GenerateConfig, record: Record) -> tup
             raise UserError(f"{record.where}: the conversation is only an assistant's message; expected a question")
         ids = encode_prompt(tokenizer, messages[:count], conversation.tools, open_thinking=config.thinking)
         return record.value["conversations"][:count], ids
-    text = next((record.value[name] for name in ("prompt", "text") if name in record.value), None)
-    if not isinstance(text, str):
+    name = next((name for name in ("prompt", "text") if name in record.value), None)
+    if name is None or not isinstance(record.value[name], str):
         raise UserError(f"{record.where}: expected a field `prompt` or `text` (a string), or `conversations`")
+    text = checked_text(record.value[name], f"{record.where}: {name}")
     if config.raw:
         return None, ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
     system = [{"role": "system", "content": config.system}] if config.system else []

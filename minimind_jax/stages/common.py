@@ -71,7 +71,7 @@ def check_settings(run: RunFolder, config: PretrainConfig) -> None:
     changed = run.changed_settings(config)
     told_later = {"optimizer.name", *(f"model.{name}" for name in SHAPE_FIELDS)}
     prefixes = ["model.", "init_from", "tokenizer", "seed", "lora.", "teacher.model"]
-    prefixes += ["preference.loss", "preference.precompute_reference"]
+    prefixes += ["preference.loss", "preference.precompute_reference", "teacher.top_k"]
     if is_exported(run) and not changed.keys() & LENGTH_FIELDS:
         prefixes.append("optimizer.")
     refused = [key for key in changed if key.startswith(tuple(prefixes)) and key not in told_later]

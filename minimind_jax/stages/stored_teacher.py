@@ -52,12 +52,14 @@ class StoredTeacher:
             "seq_len": config.data.seq_len, "packing": config.data.packing, "caches": sorted(caches),
         }  # fmt: skip
         record = self.folder / "made_of.json"
-        if not record.is_file() or json.loads(record.read_text("utf-8")) != made_of:
-            self._make([batches for batches in pair if batches is not None], caches, params)
-            if jax.process_index() == 0:
-                partial = record.with_suffix(".partial")
-                partial.write_text(json.dumps(made_of), "utf-8")
-                partial.replace(record)
+        earlier = json.loads(record.read_text("utf-8")) if record.is_file() else None
+        if earlier and earlier["teacher"] != made_of["teacher"] and run.checkpoint_steps():
+            raise UserError(
+                f"teacher.model {config.teacher.model} (or compute.dtype) has changed since {run.path} was started; "
+                "restore it, or start another run"
+            )
+        if earlier != made_of:
+            self._make([batches for batches in pair if batches is not None], caches, params, made_of)
         multihost_utils.sync_global_devices("stored teacher")
         self.tables = {name: self._open(name, "r") for name in caches}
 
@@ -82,7 +84,7 @@ class StoredTeacher:
             place += stop - start
         return {"documents": documents, "places": places}
 
-    def _make(self, sides: list[Batches], caches: dict[str, TokenCache], params: Params) -> None:
+    def _make(self, sides: list[Batches], caches: dict[str, TokenCache], params: Params, made_of: dict) -> None:
         k = self.config.teacher.top_k
         tokens = sum(len(cache.tokens) for cache in caches.values())
         size = tokens * k * (4 + self._id_type().itemsize) / 2**20
@@ -92,6 +94,7 @@ class StoredTeacher:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 (self.folder / "made_of.json").unlink(missing_ok=True)
+                (self.folder / "made_of.partial").write_text(json.dumps(made_of), "utf-8")
                 for name, cache in caches.items():
                     _reserve(self._files(name), len(cache.tokens) * k, (self._id_type().itemsize, 4))
                     tables[name] = self._open(name, "r+")
@@ -104,6 +107,8 @@ class StoredTeacher:
         for table in tables.values():
             for array in table:
                 array.flush()
+        if jax.process_index() == 0:
+            (self.folder / "made_of.partial").replace(self.folder / "made_of.json")
 
     def _fill(self, table: Table | None, batches: Batches, params: Params) -> None:
         """Asks the teacher for all rows of `batches`; process 0 has the table."""

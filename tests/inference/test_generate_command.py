@@ -1,6 +1,7 @@
 """`minimind generate`: prompts, files of every record kind, and what it refuses."""
 
 import dataclasses
+import datetime
 import json
 import os
 
@@ -10,6 +11,7 @@ from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.jsonl import iter_records
 from minimind_jax.data.records import parse_conversation
 from minimind_jax.errors import UserError
+from minimind_jax.inference.answer_file import AnswerFile, json_line, what_makes
 from minimind_jax.inference.config import ChatConfig, GenerateConfig
 from minimind_jax.inference.generate import Completion, load_generator
 from minimind_jax.inference.generate_command import _request, _result, answer_requests, run
@@ -64,7 +66,7 @@ def test_every_record_is_kept_and_answered_in_order(config, generator, capsys):
 def test_the_batch_size_does_not_change_the_answers(config):
     run(config)
     before = lines(config.output)
-    run(dataclasses.replace(config, batch_size=16))
+    run(dataclasses.replace(config, batch_size=16, resume="never"))
     assert lines(config.output) == before
 
 
@@ -155,7 +157,8 @@ def test_answers_become_conversations_to_train_on(config, generator, tmp_path):
         system = {"role": "system", "content": "", "tools": json.dumps(tools)}
         file.write(json.dumps({"conversations": [system, {"role": "user", "content": "call"}], "id": 9}) + "\n")
     run(config)
-    plain, told = lines(config.output), dataclasses.replace(config, as_conversations=True, system="Be kind.")
+    plain = lines(config.output)
+    told = dataclasses.replace(config, as_conversations=True, system="Be kind.", resume="never")
     run(dataclasses.replace(told, system=""))
     for record, result, answered in zip([*RECORDS, None], lines(config.output), plain, strict=True):
         *asked, reply = result["conversations"]
@@ -168,6 +171,68 @@ def test_answers_become_conversations_to_train_on(config, generator, tmp_path):
     assert parse_conversation(list(iter_records([config.output]))[5]).tools == tools
     run(told)
     assert lines(config.output)[0]["conversations"][0] == {"role": "system", "content": "Be kind."}
+
+
+def test_lines_that_every_reader_takes(config):
+    made = {"prompt": "hi", "at": datetime.date(2026, 1, 2), "x": float("nan"), "raw": b"a", "half": "\ud800", "n": [1]}
+    line = json_line(made)
+    line.encode()
+    assert json.loads(line, parse_constant=pytest.fail) == made | {"at": "2026-01-02", "x": None, "raw": "b'a'"}
+    with open(config.input[0], "w", encoding="utf-8") as file:
+        file.write('{"prompt": "hi \\ud800"}\n')
+    with pytest.raises(UserError, match=r"in.jsonl:1: prompt has half a surrogate pair"):
+        run(config)
+
+
+def test_a_full_disk_is_told(tmp_path):
+    with pytest.raises(UserError, match="cannot write: No space left on device; make room and give the same"):
+        with AnswerFile(tmp_path / "out.jsonl", {}, True) as file:
+            file._file.close()
+            file._file = open("/dev/full", "wb")
+            file.write({"completion": "a"})
+
+
+@pytest.mark.parametrize(
+    ("partial", "settings", "message"),
+    [
+        (b'{"finish_reason": "stop"}\n', None, "without out.jsonl.partial.settings"),
+        (b'{"finish_reason": "stop"}\n', b"[]", "without out.jsonl.partial.settings"),
+        (b'{"finish_reason": "stop"}\ngarbage\n', b'{"a": 1}', "partial:2 is damaged"),
+        (b"\0\0\0\n", b'{"a": 1}', "partial:1 is damaged"),
+        (b"[]\n", b'{"a": 1}', "partial:1 is damaged"),
+        (b"[]\n", b'{"a": 2}', "was made with a 2, now it is 1"),
+    ],
+)
+def test_a_damaged_partial_file_is_told(partial, settings, message, tmp_path):
+    (tmp_path / "out.jsonl.partial").write_bytes(partial)
+    if settings is not None:
+        (tmp_path / "out.jsonl.partial.settings").write_bytes(settings)
+    with pytest.raises(UserError, match=message):
+        AnswerFile(tmp_path / "out.jsonl", {"a": 1}, True)
+    AnswerFile(tmp_path / "out.jsonl", {"a": 1}, False)
+
+
+def test_another_model_is_told(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    config = GenerateConfig(model="m", input=("a",), output=str(tmp_path / "out.jsonl"))
+    with AnswerFile(tmp_path / "out.jsonl", what_makes(config, [folder]), True) as file:
+        file.write({"finish_reason": "stop"})
+    (folder / "config.json").touch()
+    assert AnswerFile(tmp_path / "out.jsonl", what_makes(config, [folder]), True).earlier == [{"finish_reason": "stop"}]
+    (folder / "config.json").write_text("{} ")
+    with pytest.raises(UserError, match=r"was made with another model \(config.json differs\)"):
+        AnswerFile(tmp_path / "out.jsonl", what_makes(config, [folder]), True)
+
+
+def test_nothing_is_written_over(config, tmp_path):
+    with pytest.raises(UserError, match=r"in.jsonl is one of the files of input"):
+        run(dataclasses.replace(config, output=config.input[0]))
+    (tmp_path / "out.jsonl").write_text("answers\n")
+    with pytest.raises(UserError, match=r"out.jsonl is there already and is complete"):
+        run(config)
+    assert (tmp_path / "out.jsonl").read_text() == "answers\n"
 
 
 def test_thinking_becomes_reasoning_content(config, generator):
@@ -215,6 +280,7 @@ def test_bytes_that_are_no_text_become_replacement_characters(config, capsys):
         ({"model": "m"}, "prompt and input are both empty"),
         ({"model": "m", "prompt": "a", "input": "b"}, "prompt and input are both given"),
         ({"model": "m", "prompt": "a", "output": "b"}, "output is set without input"),
+        ({"model": "m", "prompt": "a", "as_conversations": True}, "as_conversations is set without input"),
         ({"model": "m", "prompt": "a", "raw": True, "thinking": True}, "raw leaves the chat template out"),
         ({"model": "m", "prompt": "a", "batch_size": 0}, "batch_size is 0"),
         ({"model": "m", "prompt": "a", "top_p": 2.0}, "top_p is 2.0"),

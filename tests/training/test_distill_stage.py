@@ -55,7 +55,15 @@ def test_a_teacher_asked_once_teaches_the_same(make, world, base, tmp_path):
     assert 0 < last(few, "val_divergence") < rows_of(few)[0]["val_divergence"]
     sizes = {file.suffix: file.stat().st_size for file in (few / "teacher").iterdir()}
     assert sizes[".log_probs"] == 2 * sizes[".ids"] > 0
-    assert_resumes_exactly(distill, student("resumed", 8), tmp_path)
+    config = student("resumed", 8)
+    assert_resumes_exactly(distill, config, tmp_path)
+    with pytest.raises(UserError, match=r"teacher.top_k 8 -> 4.*go on with those"):
+        distill(dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, top_k=4)))
+    shutil.rmtree(RunFolder(teacher).model)
+    shutil.copytree(RunFolder(base).model, RunFolder(teacher).model)
+    shutil.rmtree(RunFolder(config.run).model)
+    with pytest.raises(UserError, match=r"teacher.model .* has changed since .* was started"):
+        distill(config)
 
 
 @pytest.mark.parametrize(
