@@ -34,21 +34,24 @@ class Question(NamedTuple):
 class ChoiceResult:
     """Of n questions: whether the likeliest choice is right, and whether that with the highest likelihood a byte is.
 
-    chance: expected share of right answers of a guess.
+    chance: expected share of right answers of a guess. cut: questions that lost their beginning for want of room in
+        the model's context.
     """
 
     task: str
     right: np.ndarray
     right_by_length: np.ndarray
     chance: float
+    cut: int = 0
 
     def describe(self) -> str:
         n = len(self.right)
         accuracy, by_length = float(self.right.mean()), float(self.right_by_length.mean())
         error = math.sqrt(max(accuracy * (1 - accuracy), 1e-12) / max(n - 1, 1))
+        cut = f"; {self.cut:,} of them longer than the model's context, which lost their beginning" if self.cut else ""
         return (
             f"{self.task}: {n:,} questions, accuracy {accuracy:.4f} +- {error:.4f}, "
-            f"normalised by length {by_length:.4f}, by chance {self.chance:.4f}"
+            f"normalised by length {by_length:.4f}, by chance {self.chance:.4f}{cut}"
         )
 
 
@@ -121,7 +124,7 @@ def evaluate_choices(
     results = []
     for task, asked in questions.items():
         asked = asked[:max_questions] if max_questions else asked
-        requests, groups = [], []
+        requests, groups, cut = [], [], 0
         for question in asked:
             shown = [other for other in examples.get(task, []) if other[2:] != question[2:]][:shot_count]
             if len(shown) < shot_count:
@@ -130,8 +133,9 @@ def evaluate_choices(
             context += _filled(prompt, question)
             own = [_request(tokenizer, context, _spaced(prompt, question, n)) for n in range(len(question.choices))]
             requests += own
+            cut += max(len(before) + len(choice) for before, choice in own) > scorer.context + 1
             groups.append((question, len(own)))
-        results.append(_result(task, groups, scorer.score(requests)))
+        results.append(dataclasses.replace(_result(task, groups, scorer.score(requests)), cut=cut))
     return results
 
 

@@ -99,6 +99,14 @@ def test_the_likeliest_choice_is_the_answer(folder, questions):
     np.testing.assert_array_equal(one_by_one[0].right, results[0].right)
 
 
+def test_questions_that_were_cut_are_counted(folder, tmp_path):
+    rows = [{"question": "the cat " * count, "choices": ["sat", "ran"], "answer": 0} for count in (1, 100)]
+    file = tmp_path / "long.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [result] = evaluate_choices(str(folder), [str(file)])
+    assert result.cut == 1 and "1 of them longer than the model's context" in result.describe()
+
+
 def test_examples_are_other_questions(folder, questions):
     _, file = questions
     with pytest.raises(UserError, match="zh: 1 examples are asked for, and there are 0"):
