@@ -76,14 +76,16 @@ def make_distillation_loss(
     temperature: float = 1.5,
     divergence: Divergence = "forward",
     jsd_beta: float = 0.5,
+    words: int | None = None,
 ) -> LossFn:
     """The loss of a student on packed rows, per trained token:
 
         alpha * cross entropy + (1 - alpha) * temperature^2 * divergence + router_loss
 
     teacher: of all parameters, the teacher's model and parameters; no gradient reaches them. None: what is known of it
-    is in the batch, `teacher_ids` and `teacher_log_probs` (B, T, k) of `likeliest`. Logits, their softmaxes and sums
-    are float32; they are made for a piece of the rows at a time, and again for the gradient.
+    is in the batch, `teacher_ids` and `teacher_log_probs` (B, T, k) of `likeliest`, with the same `words` (all of the
+    student's when None). Logits, their softmaxes and sums are float32; they are made for a piece of the rows at a time,
+    and again for the gradient.
     Batch and metrics as in `language_model`, and the metric `divergence` (not times temperature^2).
     """
 
@@ -101,7 +103,7 @@ def make_distillation_loss(
 
         def apart_of(logits_BTV, *known):
             if teacher is None:
-                return stored_divergences(logits_BTV, *known, divergence, temperature, jsd_beta)
+                return stored_divergences(logits_BTV[..., :words], *known, divergence, temperature, jsd_beta)
             known_BTV = jax.lax.stop_gradient(teacher_model.logits(teacher_params, *known))
             return divergences(logits_BTV, known_BTV, divergence, temperature, jsd_beta)
 

@@ -58,8 +58,8 @@ def distill(config: DistillConfig) -> Path:
     sample_fn = sampler(model, tokenizer, config.samples, config.seed, encode)
     wanted, annotate, ask = config.teacher, None, None
     parameters = run_parameters(config, model)
+    words = min(model.config.vocab_size, teacher.config.vocab_size)
     if wanted.top_k:
-        words = min(model.config.vocab_size, teacher.config.vocab_size)
         known = load_teacher_params(config, teacher, folder)
         annotate = StoredTeacher(config, teacher, known, words, tokenizer, run).annotate
         del known
@@ -84,6 +84,7 @@ def distill(config: DistillConfig) -> Path:
             temperature=wanted.temperature,
             divergence=wanted.divergence,
             jsd_beta=wanted.jsd_beta,
+            words=words,
         ),
         train_batches=train_batches,
         val_batches=val_batches,
