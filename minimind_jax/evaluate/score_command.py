@@ -1,7 +1,6 @@
 """`minimind classify predict` and `minimind score`: what a classifier or a reward model says of a file's records."""
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ from minimind_jax.data.records import parse_conversation
 from minimind_jax.errors import UserError
 from minimind_jax.evaluate.classification import classify_logits
 from minimind_jax.folders import resolve_run
+from minimind_jax.inference.answer_file import json_line
 from minimind_jax.inference.score import Scorer
 from minimind_jax.training.run import RunFolder
 
@@ -108,7 +108,7 @@ def _write(records: Iterable[Record], rows, output: str) -> int:
     with _writing(output) as file:
         while chunk := list(islice(records, CHUNK if output else 1)):  # what is printed comes as soon as it is known
             for row in rows(chunk):
-                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")  # dates, out of Parquet
+                file.write(json_line(row) + "\n")
                 count += 1
             file.flush()
     return count

@@ -1,5 +1,5 @@
-"""Attention's gradient through the real compilers of GPUs and TPUs, without such a device: which kernels they are given
-and how much memory these take.
+"""Attention through the real compilers of GPUs and TPUs, without such a device: which kernels its gradient and the
+reading of prompts are given, and how much memory these take.
 
 The compilers come with `minimind-jax[cuda12]` and `[tpu]`; $MINIMIND_CUDA_PYTHON and $MINIMIND_TPU_PYTHON name another
 interpreter that has them.
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("compile_attention.py")
 COMPILERS = {
     "cuda": ("MINIMIND_CUDA_PYTHON", "cuda12", ("jax_cuda12_plugin", "jax_cuda13_plugin")),
     "tpu": ("MINIMIND_TPU_PYTHON", "tpu", ("libtpu",)),
@@ -26,20 +25,32 @@ SHAPE = (8, 2048, 8, 4, 96)
 FSDP_8, ALL_THREE = {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}
 
 
-def compile_cases(platform: str, device: str, topology: str, cases: list[tuple]) -> list[dict]:
-    """What `compile_attention` prints; cases are (mesh sizes, (B, T, N, K, H), packed)."""
+def run_compiler(platform: str, script: str, *arguments: str) -> list:
+    """What a script beside this file prints, in a Python that has the platform's compiler."""
     variable, extra, modules = COMPILERS[platform]
     python = os.environ.get(variable)
     if python is None and not any(map(importlib.util.find_spec, modules)):
         pytest.skip(f"no compiler for {platform}: pip install 'minimind-jax[{extra}]', or set ${variable}")
-    cases = [dict(zip(("sizes", "shape", "packed"), case, strict=True)) for case in cases]
-    root = str(SCRIPT.parents[2])
+    root = str(Path(__file__).parents[2])
     done = subprocess.run(
-        [python or sys.executable, SCRIPT, device, topology, json.dumps(cases)],
+        [python or sys.executable, Path(__file__).with_name(script), *arguments],
         capture_output=True, text=True, timeout=1200, cwd=root, env={**os.environ, "PYTHONPATH": root},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def compile_cases(platform: str, device: str, topology: str, cases: list[tuple]) -> list[dict]:
+    """What `compile_attention` prints; cases are (mesh sizes, (B, T, N, K, H), packed)."""
+    cases = [dict(zip(("sizes", "shape", "packed"), case, strict=True)) for case in cases]
+    return run_compiler(platform, "compile_attention.py", device, topology, json.dumps(cases))
+
+
+@pytest.mark.parametrize(
+    ("platform", "device", "kernel"), [("cuda", "h100", CUDNN_MASKED[0]), ("tpu", "tpu-v5e", SPLASH[0])]
+)
+def test_prompts_are_read_by_the_kernels(platform, device, kernel):
+    assert run_compiler(platform, "compile_prefill.py", device, "[16, 512]") == [[kernel], [kernel]]
 
 
 def test_one_gpu_runs_cudnn_and_holds_no_scores():
