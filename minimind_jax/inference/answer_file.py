@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from minimind_jax.errors import UserError
 
 AGAIN = "--resume never begins anew"
@@ -28,6 +30,13 @@ class AnswerFile:
         self._partial = output.with_name(output.name + ".partial")
         self._settings = output.with_name(output.name + ".partial.settings")
         self.earlier: list[dict[str, Any]] = []
+        self._lock = FileLock(output.with_name(output.name + ".partial.lock"))
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{self._partial} is being written by another process; wait for it, or stop it") from None
+        except OSError as error:
+            raise UserError(f"output {output}: cannot write: {error.strerror}; choose another place") from error
         try:
             if resume and self._partial.exists() and self._partial.stat().st_size:
                 self._check(settings)
@@ -35,7 +44,11 @@ class AnswerFile:
             self._settings.write_text(json.dumps(settings, ensure_ascii=False, indent=1), "utf-8")
             self._file = self._partial.open("ab" if self.earlier else "wb")
         except OSError as error:
+            self._unlock()
             raise UserError(f"output {output}: cannot write: {error.strerror}; choose another place") from error
+        except UserError:
+            self._unlock()
+            raise
 
     def __enter__(self) -> "AnswerFile":
         return self
@@ -43,6 +56,7 @@ class AnswerFile:
     def __exit__(self, *_) -> None:
         with contextlib.suppress(OSError):  # what could not be written was told by `write`
             self._file.close()
+        self._unlock()
 
     def write(self, answer: dict[str, Any]) -> None:
         try:
@@ -59,6 +73,11 @@ class AnswerFile:
         self._file.close()
         os.replace(self._partial, self._output)
         self._settings.unlink(missing_ok=True)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        self._lock.release()
+        Path(self._lock.lock_file).unlink(missing_ok=True)
 
     def _check(self, settings: dict[str, Any]) -> None:
         try:

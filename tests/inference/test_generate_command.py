@@ -184,6 +184,15 @@ def test_lines_that_every_reader_takes(config):
         run(config)
 
 
+def test_two_calls_do_not_write_one_file(tmp_path):
+    with AnswerFile(tmp_path / "out.jsonl", {}, True) as file:
+        with pytest.raises(UserError, match="is being written by another process"):
+            AnswerFile(tmp_path / "out.jsonl", {}, True)
+        file.write({"finish_reason": "stop"})
+        file.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
 def test_a_full_disk_is_told(tmp_path):
     with pytest.raises(UserError, match="cannot write: No space left on device; make room and give the same"):
         with AnswerFile(tmp_path / "out.jsonl", {}, True) as file:
