@@ -39,11 +39,12 @@ def run(config: GenerateConfig) -> None:
     """
     if config.output:
         _check_output(config)
-    generator = load_generator(config.model, config.dtype)
+    folder = resolve_model_folder(config.model)
+    generator = load_generator(str(folder), config.dtype)
     if config.prompt:
         _print_answers(generator, config)
     elif config.output:
-        _write_answers(generator, config)
+        _write_answers(generator, config, folder)
     else:
         _print_records(generator, config)
 
@@ -81,9 +82,8 @@ def _check_output(config: GenerateConfig) -> None:
         raise UserError(f"output {output} is there already and is complete; choose another name; {AGAIN}")
 
 
-def _write_answers(generator: Generator, config: GenerateConfig) -> None:
+def _write_answers(generator: Generator, config: GenerateConfig, folder: Path) -> None:
     """Answers the records into `config.output`, from where an earlier call was cut off."""
-    folder = resolve_model_folder(config.model)
     folders = [folder, base_folder(folder)] if is_adapter(folder) else [folder]
     settings = what_makes(config, folders)
     with AnswerFile(Path(config.output), settings, config.resume == "auto") as file:
