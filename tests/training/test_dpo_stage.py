@@ -135,5 +135,5 @@ def test_long_prompts_are_cut_and_long_answers_left_out(make, tmp_path):
     assert "1 left out" in facts
     assert np.isfinite(last(run.path, "loss"))
     only = write_lines(tmp_path / "only.jsonl", [{"chosen": [user, answers[0]], "rejected": [user, long]}])
-    with pytest.raises(UserError, match=r"the 1 pairs .* have answers longer than data\.seq_len 64; raise it"):
+    with pytest.raises(UserError, match=r"all pairs .* \(1\) have answers longer than data\.seq_len 64; raise it"):
         dpo(make(DPOConfig, tmp_path / "none", only))
