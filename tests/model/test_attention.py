@@ -153,7 +153,8 @@ def test_one_query_goes_over_blocks_of_slots_and_stops_behind_the_last_one_used(
         scores = np.einsum("NH,SNH->NS", np.float64(query[row, 0]), keys) / np.sqrt(8)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         expected = np.einsum("NS,SNH->NH", weights / weights.sum(-1, keepdims=True), values)
-        np.testing.assert_allclose(out_BNH[row], expected, atol=1e-6)
+        rounding = np.abs(scores).max() * 2**-23  # of a score in float32, and so of its weight
+        np.testing.assert_allclose(out_BNH[row], expected, atol=4 * rounding)
     assert not jnp.any(out_BNH[2])
 
 
