@@ -112,8 +112,8 @@ def sample(
 
 
 def _likeliest(scores_BV: jax.Array) -> jax.Array:
-    """The first token of the largest score, int32 (B,); as two plain reductions, which XLA on a CPU does ten times as
-    fast as `argmax` (231 us for 16 rows of 6,400)."""
+    """The first token of the largest score, int32 (B,); as two plain reductions: XLA on a CPU takes 52 us for 16
+    rows of 6,400 and the loop around them, with `argmax` 232."""
     V = scores_BV.shape[-1]
     is_largest_BV = scores_BV == jnp.max(scores_BV, axis=-1, keepdims=True)
     return jnp.min(jnp.where(is_largest_BV, jnp.arange(V, dtype=jnp.int32), V - 1), axis=-1)

@@ -42,7 +42,7 @@ def choose_path(
     dtype: jnp.dtype,
     mesh: Mesh | AbstractMesh | None = None,
 ) -> Choice:
-    """The path for whole rows, queries being (B, T, N, H); with a cache it is always the plain formula.
+    """The path for whole rows, queries being (B, T, N, H); `cached_attention` has none to choose.
 
     `auto` depends on where the computation runs: on the devices of `mesh`, else on JAX's default ones.
 
@@ -103,7 +103,7 @@ def cached_attention(
     q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, query_positions_BT: Array, key_positions_BS: Array
 ) -> Array:
     """`attention` over the slots of a cache: a query at position p sees the keys at positions 0..p; -1 marks an empty
-    slot. Always the plain formula, in the dtype of the queries."""
+    slot. The plain formula, in the dtype of the queries; on a CPU block by block for a single one."""
     is_past_BTS = key_positions_BS[:, None, :] <= query_positions_BT[:, :, None]
     mask_BTS = is_past_BTS & (key_positions_BS >= 0)[:, None, :]
     k_BKSH, v_BKSH = k_BKSH.astype(q_BTNH.dtype), v_BKSH.astype(q_BTNH.dtype)
