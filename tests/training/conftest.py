@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from adapt_runs import ADAPTERS, write_lines
+from run_helpers import ADAPTERS, write_lines
 
 from minimind_jax.config import (
     CheckpointConfig,

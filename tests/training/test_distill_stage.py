@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from adapt_runs import ADAPTERS, KEEP_ALL, assert_resumes_exactly, last, rows_of, with_chats
+from run_helpers import ADAPTERS, KEEP_ALL, assert_resumes_exactly, last, rows_of, with_chats
 
 from minimind_jax.adapt_config import (
     DistillConfig,

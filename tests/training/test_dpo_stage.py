@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from adapt_runs import ADAPTERS, KEEP_ALL, assert_resumes_exactly, last, rows_of, with_chats, write_lines
+from run_helpers import ADAPTERS, KEEP_ALL, assert_resumes_exactly, last, rows_of, with_chats, write_lines
 
 from minimind_jax.adapt_config import (
     DPOConfig,

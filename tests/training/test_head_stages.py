@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from adapt_runs import ADAPTERS, KEEP_ALL, assert_resumes_exactly, last, rows_of, write_lines
+from run_helpers import ADAPTERS, KEEP_ALL, assert_resumes_exactly, last, rows_of, write_lines
 from safetensors.numpy import load_file
 
 from minimind_jax.adapt_config import (

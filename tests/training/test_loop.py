@@ -1,7 +1,6 @@
 """The loop: what it writes, in which order, how it resumes and how it stops. Real stages on tiny data."""
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -10,6 +9,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+from run_helpers import cut_back
 
 from minimind_jax.config import CheckpointConfig, ModelSettings, OptimizerConfig, SampleConfig, TrainingConfig
 from minimind_jax.convert.hf import load_hf
@@ -53,19 +53,6 @@ def copy(whole, config, tmp_path):
     """(a copy of the finished run, its settings)."""
     shutil.copytree(whole.path, tmp_path / "copy")
     return RunFolder(tmp_path / "copy"), dataclasses.replace(config, run=str(tmp_path / "copy"))
-
-
-def cut_back(run, step):
-    """The folder as a kill right after the save of `step` leaves it, with a line torn off."""
-    for other in run.checkpoint_steps():
-        if other > step:
-            shutil.rmtree(run.checkpoints / str(other))
-    assert run.checkpoint_steps()[-1] == step
-    shutil.rmtree(run.model)
-    rows = run.metrics_file.read_text("utf-8").splitlines(keepends=True)
-    steps = [json.loads(row)["step"] for row in rows]
-    kept = [row for row, at in zip(rows, steps, strict=True) if at < step or (at == step and '"loss"' in row)]
-    run.metrics_file.write_text("".join(kept) + '{"step": 99, "lo', "utf-8")
 
 
 def test_metrics_follow_the_settings(whole, config, world):

@@ -6,7 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from adapt_runs import ADAPTERS, KEEP_ALL, assert_resumes_exactly, last, rows_of, with_chats
+from run_helpers import ADAPTERS, KEEP_ALL, assert_resumes_exactly, last, rows_of, with_chats
 from safetensors.numpy import load_file
 
 from minimind_jax.config import LoRAConfig, OptimizerConfig

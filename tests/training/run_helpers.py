@@ -1,4 +1,4 @@
-"""Runs of the stages that adapt a model: what their tests share."""
+"""What tests of runs share."""
 
 import dataclasses
 import json
@@ -29,17 +29,24 @@ def last(run, key):
     return next(row[key] for row in reversed(rows_of(run)) if key in row)
 
 
+def cut_back(run, step):
+    """The folder as a kill right after the save of `step` leaves it, with a line torn off."""
+    for other in run.checkpoint_steps():
+        if other > step:
+            shutil.rmtree(run.checkpoints / str(other))
+    assert run.checkpoint_steps()[-1] == step
+    shutil.rmtree(run.model)
+    rows = run.metrics_file.read_text("utf-8").splitlines(keepends=True)
+    steps = [json.loads(row)["step"] for row in rows]
+    kept = [row for row, at in zip(rows, steps, strict=True) if at < step or (at == step and '"loss"' in row)]
+    run.metrics_file.write_text("".join(kept) + '{"step": 99, "lo', "utf-8")
+
+
 def assert_resumes_exactly(function, config, tmp_path, step=12):
     """A run cut off right after the save of `step` ends with the metrics and the model of one that was not."""
     whole = RunFolder(function(config))
     copy = RunFolder(shutil.copytree(whole.path, tmp_path / "cut"))
-    for other in copy.checkpoint_steps():
-        if other > step:
-            shutil.rmtree(copy.checkpoints / str(other))
-    assert copy.checkpoint_steps()[-1] == step
-    shutil.rmtree(copy.model)
-    lines = copy.metrics_file.read_text("utf-8").splitlines(keepends=True)
-    copy.metrics_file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), "utf-8")
+    cut_back(copy, step)
     function(dataclasses.replace(config, run=str(copy.path), resume="must"))
     assert rows_of(copy.path) == rows_of(whole.path)
     for file in whole.model.glob("*.safetensors"):
