@@ -20,11 +20,11 @@ from jax.sharding import AbstractMesh, Mesh
 
 from minimind_jax.errors import UserError
 from minimind_jax.model import attention_kernels as kernels
+from minimind_jax.model.kv_cache import LayerCache
 
 # Values of the forward pass that recomputation policies keep, because making them again is most of attention's work.
 # (cuDNN's have no name: with such a policy its forward pass runs twice.)
 SAVED_NAMES = ("attention_out", "attention_log_sums", kernels.SPLASH_SAVED_NAME)
-QUERY_SLOTS = 64  # slots of a cache that a single query reads at once
 Path = Literal["auto", "reference", "grouped", "cudnn", "splash"]
 
 
@@ -93,23 +93,24 @@ def attention(
     if path == "grouped":
         return _grouped(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
     if path == "reference":
-        k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
-        return _reference(q_BTNH, k_BKTH, v_BKTH, causal_mask(segment_ids_BT, 0, q_BTNH.shape[1]))
+        k_BKHT, v_BKTH = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)
+        return _reference(q_BTNH, k_BKHT, v_BKTH, causal_mask(segment_ids_BT, 0, q_BTNH.shape[1]))
     kernel = kernels.cudnn if path == "cudnn" else kernels.splash
     return kernels.on_mesh(kernel, mesh)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
 
 def cached_attention(
-    q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, query_positions_BT: Array, key_positions_BS: Array
+    q_BTNH: Array, cache: LayerCache, query_positions_BT: Array, key_positions_BS: Array, used: Array | int
 ) -> Array:
     """`attention` over the slots of a cache: a query at position p sees the keys at positions 0..p; -1 marks an empty
-    slot. The plain formula, in the dtype of the queries; on a CPU block by block for a single one."""
+    slot, and all behind the first `used` ones are empty. The plain formula, in the dtype of the queries; on a CPU block
+    by block for a single one."""
     is_past_BTS = key_positions_BS[:, None, :] <= query_positions_BT[:, :, None]
     mask_BTS = is_past_BTS & (key_positions_BS >= 0)[:, None, :]
-    k_BKSH, v_BKSH = k_BKSH.astype(q_BTNH.dtype), v_BKSH.astype(q_BTNH.dtype)
     if q_BTNH.shape[1] == 1 and jax.default_backend() == "cpu":
-        return _single_query(q_BTNH, k_BKSH, v_BKSH, mask_BTS)
-    return _reference(q_BTNH, k_BKSH, v_BKSH, mask_BTS)
+        return _single_query(q_BTNH, cache, mask_BTS, used)
+    k_BKHS, v_BKSH = (x.astype(q_BTNH.dtype) for x in cache.join())
+    return _reference(q_BTNH, k_BKHS, v_BKSH, mask_BTS)
 
 
 def causal_mask(segment_ids_BT: Array | None, start: int, stop: int) -> Array:
@@ -137,34 +138,32 @@ def _product(subscripts: str, a: Array, b: Array) -> Array:
     return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
-def _reference(q_BTNH, k_BKSH, v_BKSH, mask_BTS):
+def _reference(q_BTNH, k_BKHS, v_BKSH, mask_BTS):
     B, T, N, H = q_BTNH.shape
-    K = k_BKSH.shape[1]
+    K = v_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = _product("BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH) / math.sqrt(H)
+    scores_BKGTS = _product("BTKGH,BKHS->BKGTS", q_BTKGH, k_BKHS) / math.sqrt(H)
     weights_BKGTS, total_BKGT1, _ = _softmax_parts(scores_BKGTS, mask_BTS[:, None, None])
     probs_BKGTS = (weights_BKGTS / total_BKGT1).astype(v_BKSH.dtype)
     return _product("BKGTS,BKSH->BTKGH", probs_BKGTS, v_BKSH).astype(q_BTNH.dtype).reshape(B, T, N, H)
 
 
-def _single_query(q_B1NH, k_BKSH, v_BKSH, mask_B1S):
-    """`_reference` for one query a row on a CPU: block by block of slots, up to the last one that any row sees, so that
-    time follows the tokens and not the size of the cache. Sums so far are rescaled when a larger score is found
-    (arXiv 2205.14135)."""
+def _single_query(q_B1NH, cache: LayerCache, mask_B1S, used):
+    """`_reference` for one query a row on a CPU: block by block, up to the last used slot, so that time follows the
+    tokens and not the size of the cache. Sums so far are rescaled when a larger score is found (arXiv 2205.14135)."""
     B, _, N, H = q_B1NH.shape
-    K, S = k_BKSH.shape[1:3]
+    K, size = cache.v_CBKsH.shape[2:4]
     q_BKGH = q_B1NH.astype(jnp.float32).reshape(B, K, N // K, H) / math.sqrt(H)
-    size = math.gcd(S, QUERY_SLOTS)
-    used = jnp.max(jnp.where(mask_B1S, jnp.arange(1, S + 1), 0))
 
     def add_block(index, state):
         out_BKGH, total_BKG1, largest_BKG1 = state
-        take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=index * size, slice_size=size)
-        scores_BKGs = jnp.einsum("BKGH,BKsH->BKGs", q_BKGH, take(k_BKSH, axis=2))
-        scores_BKGs = jnp.where(take(mask_B1S, axis=2)[:, None], scores_BKGs, -1e30)
+        take = functools.partial(jax.lax.dynamic_index_in_dim, index=index, axis=0, keepdims=False)
+        mask_B1s = jax.lax.dynamic_slice_in_dim(mask_B1S, index * size, size, axis=2)
+        scores_BKGs = jnp.einsum("BKGH,BKHs->BKGs", q_BKGH, take(cache.k_CBKHs))
+        scores_BKGs = jnp.where(mask_B1s[:, None], scores_BKGs, -1e30)
         new_largest_BKG1 = jnp.maximum(largest_BKG1, jnp.max(scores_BKGs, axis=-1, keepdims=True))
         weights_BKGs, kept_BKG1 = jnp.exp(scores_BKGs - new_largest_BKG1), jnp.exp(largest_BKG1 - new_largest_BKG1)
-        new_out_BKGH = jnp.einsum("BKGs,BKsH->BKGH", weights_BKGs, take(v_BKSH, axis=2))
+        new_out_BKGH = jnp.einsum("BKGs,BKsH->BKGH", weights_BKGs, take(cache.v_CBKsH))
         new_total_BKG1 = jnp.sum(weights_BKGs, axis=-1, keepdims=True)
         return out_BKGH * kept_BKG1 + new_out_BKGH, total_BKG1 * kept_BKG1 + new_total_BKG1, new_largest_BKG1
 

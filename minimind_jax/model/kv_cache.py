@@ -1,5 +1,6 @@
 """Keys and values of the tokens so far, in arrays of a fixed size."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -8,25 +9,63 @@ from jax import Array
 
 from minimind_jax.model.config import ModelConfig
 
+CPU_BLOCK = 64  # slots that a single query reads at once on a CPU
+
 
 class LayerCache(NamedTuple):
-    """Rotated keys and values of one layer, in the compute dtype."""
+    """Rotated keys and values of one layer, in the compute dtype.
 
-    k_BKSH: Array
-    v_BKSH: Array
+    The S slots lie in C blocks of s: on a CPU of 64, for there a query reads block after block, and XLA copies each out
+    of the array before a product, which is faster from one piece of memory; elsewhere C is 1. Keys have their slots
+    last, as their product with a query reads them.
+    """
+
+    k_CBKHs: Array
+    v_CBKsH: Array
 
     def write(self, k_BTKH: Array, v_BTKH: Array, index) -> "LayerCache":
         """The cache with the keys and values of T tokens in slots index..index+T of every row."""
-
-        def write(cache_BKSH, x_BTKH):
-            x_BKTH = x_BTKH.transpose(0, 2, 1, 3).astype(cache_BKSH.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(cache_BKSH, x_BKTH, index, axis=2)
-
-        return LayerCache(write(self.k_BKSH, k_BTKH), write(self.v_BKSH, v_BTKH))
+        k_BKHT, v_BKTH = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)
+        return LayerCache(_write(self.k_CBKHs, k_BKHT, index, 3), _write(self.v_CBKsH, v_BKTH, index, 2))
 
     def grow(self, more: int) -> "LayerCache":
         """The cache with `more` empty slots behind its own."""
-        return LayerCache(*(jnp.pad(x_BKSH, ((0, 0), (0, 0), (0, more), (0, 0))) for x_BKSH in self))
+
+        def grow(blocks, axis):
+            widths = [(0, more if i == axis else 0) for i in range(4)]
+            return _split_blocks(jnp.pad(_join_blocks(blocks, axis), widths), axis)
+
+        return LayerCache(grow(self.k_CBKHs, 3), grow(self.v_CBKsH, 2))
+
+    def join(self) -> tuple[Array, Array]:
+        """Keys (B, K, H, S) and values (B, K, S, H)."""
+        return _join_blocks(self.k_CBKHs, 3), _join_blocks(self.v_CBKsH, 2)
+
+
+def _write(blocks: Array, x: Array, index, axis: int) -> Array:
+    """The blocks with x in slots from `index` on; axis: that of the slots in x."""
+    x = x.astype(blocks.dtype)
+    if x.shape[axis] > 1:
+        return _split_blocks(jax.lax.dynamic_update_slice_in_dim(_join_blocks(blocks, axis), x, index, axis), axis)
+    start = [0] * blocks.ndim
+    start[0], start[axis + 1] = jnp.divmod(index, blocks.shape[axis + 1])
+    return jax.lax.dynamic_update_slice(blocks, x[None], start)
+
+
+def _split_blocks(x: Array, axis: int) -> Array:
+    """The axis of S slots becomes two, of which the one of blocks goes first."""
+    size = _block_slots(x.shape[axis])
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _join_blocks(blocks: Array, axis: int) -> Array:
+    x = jnp.moveaxis(blocks, 0, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def _block_slots(slots: int) -> int:
+    """Slots of a block of a cache of that many."""
+    return math.gcd(slots, CPU_BLOCK) if jax.default_backend() == "cpu" else slots
 
 
 class KVCache(NamedTuple):
@@ -42,10 +81,10 @@ class KVCache(NamedTuple):
     @classmethod
     def create(cls, config: ModelConfig, batch: int, slots: int, dtype=jnp.float32) -> "KVCache":
         """An empty cache for `batch` rows of at most `slots` tokens, padding included."""
-        K, H = config.num_key_value_heads, config.head_dim
+        K, H, size = config.num_key_value_heads, config.head_dim, _block_slots(slots)
+        shapes = [(slots // size, batch, K, *block) for block in ((H, size), (size, H))]
         layers = tuple(
-            LayerCache(jnp.zeros((batch, K, slots, H), dtype), jnp.zeros((batch, K, slots, H), dtype))
-            for _ in range(config.num_hidden_layers)
+            LayerCache(*(jnp.zeros(shape, dtype) for shape in shapes)) for _ in range(config.num_hidden_layers)
         )
         return cls(layers, jnp.full((batch, slots), -1, jnp.int32))
 

@@ -137,7 +137,8 @@ class Attention(nnx.Module):
             path = self.compute.attention
             out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=context.segment_ids_BT, path=path)
         else:
-            out_BTNH = cached_attention(q_BTNH, *cache, context.positions_BT, context.cache_positions_BS)
+            used = context.write_index + T
+            out_BTNH = cached_attention(q_BTNH, cache, context.positions_BT, context.cache_positions_BS, used)
         return self.o_proj(out_BTNH.reshape(B, T, -1), keys[3]), cache
 
 

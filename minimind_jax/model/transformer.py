@@ -180,6 +180,10 @@ class LanguageModel:
             length_BT = rope.document_length(seen, segment_ids_BT)
             length_BT = length_BT if cache is None else length_BT[:, :1]
         cos_BTh, sin_BTh = rope.rope_tables(self.config, positions_BT, length_BT)
+        if cache is not None and positions_BT.shape[1] == 1 and jax.default_backend() == "cpu":
+            # XLA computes cosines again wherever they are read, in every layer and for every head, but not a product.
+            identity = jnp.eye(cos_BTh.shape[-1])
+            cos_BTh, sin_BTh = cos_BTh @ identity, sin_BTh @ identity
         seen_BS = None if cache is None else cache.positions_BS
         if cache is not None and isinstance(write_index, int) and write_index == 0:
             # Nothing else can be seen in the cache: attention of whole rows, by the platform's kernel.

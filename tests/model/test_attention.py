@@ -18,7 +18,9 @@ import pytest
 
 from minimind_jax.errors import UserError
 from minimind_jax.model import attention_kernels as kernels
-from minimind_jax.model.attention import QUERY_SLOTS, Choice, attention, cached_attention, choose_path
+from minimind_jax.model.attention import Choice, attention, cached_attention, choose_path
+from minimind_jax.model.config import ModelConfig
+from minimind_jax.model.kv_cache import CPU_BLOCK, KVCache, LayerCache
 from minimind_jax.sharding import MESH_AXES
 
 
@@ -108,13 +110,20 @@ def test_bfloat16_stays_near_float32_with_large_scores(path):
     assert float(jnp.max(jnp.abs(out_BTNH - expected_BTNH)) / jnp.max(jnp.abs(expected_BTNH))) < 0.05
 
 
+def make_cache(k_BSKH, v_BSKH) -> LayerCache:
+    """All slots written, in the dtype of the keys."""
+    B, S, K, H = k_BSKH.shape
+    config = ModelConfig(hidden_size=K * H, num_attention_heads=K, num_key_value_heads=K, num_hidden_layers=1)
+    return KVCache.create(config, B, S, k_BSKH.dtype).layers[0].write(k_BSKH, v_BSKH, 0)
+
+
 def test_cache_positions_say_what_is_seen():
     q, k, v = make_inputs(2, 3, 2, 1, 8)
     all_k, all_v = (jnp.concatenate((x, x + 1), axis=1) for x in (k, v))
-    k_BKSH, v_BKSH = all_k.transpose(0, 2, 1, 3), all_v.transpose(0, 2, 1, 3)
+    cache = make_cache(all_k, all_v)
     key_positions_BS = jnp.array([[0, 1, 2, -1, -1, -1], [-1, -1, 0, 1, 2, 3]])
     query_positions_BT = jnp.array([[0, 1, 2], [1, 2, 3]])
-    out_BTNH = cached_attention(q, k_BKSH, v_BKSH, query_positions_BT, key_positions_BS)
+    out_BTNH = cached_attention(q, cache, query_positions_BT, key_positions_BS, 6)
     first = attention(q[:1], k[:1], v[:1], path="reference")
     np.testing.assert_allclose(out_BTNH[0], first[0], atol=1e-6)
     keys, values = all_k[1:, 2:4], all_v[1:, 2:4]  # what the query at position 1 of the second row sees
@@ -125,11 +134,11 @@ def test_cache_positions_say_what_is_seen():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_one_query_at_a_time_equals_all_of_them(dtype):
     q, k, v = (x.astype(dtype) for x in make_inputs(2, 6, 4, 2, 8))
-    k_BKSH, v_BKSH = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    cache = make_cache(k, v)
     positions_BT = jnp.array([[0, 1, 2, 3, 4, 5], [-1, -1, 0, 1, 2, 3]])
-    together = cached_attention(q, k_BKSH, v_BKSH, positions_BT, positions_BT)
+    together = cached_attention(q, cache, positions_BT, positions_BT, 6)
     for t in range(6):
-        alone = cached_attention(q[:, t : t + 1], k_BKSH, v_BKSH, positions_BT[:, t : t + 1], positions_BT)
+        alone = cached_attention(q[:, t : t + 1], cache, positions_BT[:, t : t + 1], positions_BT, t + 1)
         assert alone.dtype == dtype
         # the probabilities of many queries are rounded to bfloat16, and so are both outputs
         tolerance = 1e-6 if dtype == jnp.float32 else 0.01
@@ -138,16 +147,16 @@ def test_one_query_at_a_time_equals_all_of_them(dtype):
 
 
 def test_one_query_goes_over_blocks_of_slots_and_stops_behind_the_last_one_used():
-    slots, filled = 3 * QUERY_SLOTS + 32, 2 * QUERY_SLOTS + 5
+    slots, filled = 3 * CPU_BLOCK + 32, 2 * CPU_BLOCK + 5
     q, k, v = make_inputs(3, slots, 4, 2, 8)
     query = q[:, :1] * 3  # scores that grow from block to block, and shrink
     positions = np.full((3, slots), -1)
-    for row, padding in enumerate((0, QUERY_SLOTS + 7, filled)):  # the last row is padding alone
+    for row, padding in enumerate((0, CPU_BLOCK + 7, filled)):  # the last row is padding alone
         positions[row, padding:filled] = np.arange(filled - padding)
     positions_BS, last_B1 = jnp.asarray(positions), jnp.asarray(positions[:, filled - 1 : filled])
-    poisoned = [jnp.where(jnp.arange(slots)[:, None, None] < 3 * QUERY_SLOTS, x, jnp.nan) for x in (k, v)]
-    out_BNH = cached_attention(query, *(x.transpose(0, 2, 1, 3) for x in poisoned), last_B1, positions_BS)[:, 0]
-    for row, padding in enumerate((0, QUERY_SLOTS + 7)):
+    poisoned = [jnp.where(jnp.arange(slots)[:, None, None] < 3 * CPU_BLOCK, x, jnp.nan) for x in (k, v)]
+    out_BNH = cached_attention(query, make_cache(*poisoned), last_B1, positions_BS, filled)[:, 0]
+    for row, padding in enumerate((0, CPU_BLOCK + 7)):
         seen = slice(padding, filled)
         keys, values = (np.repeat(np.float64(x[row, seen]), 2, axis=1) for x in (k, v))
         scores = np.einsum("NH,SNH->NS", np.float64(query[row, 0]), keys) / np.sqrt(8)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from minimind_jax.model.config import ComputeConfig, ModelConfig, RopeScaling
-from minimind_jax.model.kv_cache import KVCache
+from minimind_jax.model.kv_cache import CPU_BLOCK, KVCache
 from minimind_jax.model.transformer import LanguageModel
 
 SIZES = {
@@ -63,17 +63,26 @@ def test_left_padded_prompts_then_single_tokens_equal_the_whole_pass(name, is_st
 
 def test_new_cache_is_empty_and_has_the_dtype_asked_for():
     cache = KVCache.create(MODELS["dense"], 2, 5, jnp.bfloat16)
-    assert [(k.shape, v.shape) for k, v in cache.layers] == [((2, 2, 5, 8), (2, 2, 5, 8))] * 2
-    assert cache.layers[0].k_BKSH.dtype == jnp.bfloat16
+    keys_BKHS, values_BKSH = cache.layers[1].join()
+    assert len(cache.layers) == 2 and keys_BKHS.shape == (2, 2, 8, 5) and values_BKSH.shape == (2, 2, 5, 8)
+    assert keys_BKHS.dtype == values_BKSH.dtype == jnp.bfloat16
     assert cache.positions_BS.tolist() == [[-1] * 5] * 2
 
 
-def test_more_slots_are_empty_and_keep_what_was_there():
+@pytest.mark.parametrize(("slots", "more"), [(5, 4), (CPU_BLOCK, CPU_BLOCK), (96, 3 * CPU_BLOCK - 96)])
+def test_slots_hold_what_was_written_and_more_of_them_are_empty(slots, more):
     config, rng = MODELS["dense"], np.random.default_rng(0)
-    k_BTKH, v_BTKH = jnp.asarray(rng.standard_normal((2, 2, 3, 2, 8)), jnp.float32)
-    small, large = (KVCache.create(config, 2, slots).layers[0] for slots in (5, 9))
-    grown, expected = small.write(k_BTKH, v_BTKH, 1).grow(4), large.write(k_BTKH, v_BTKH, 1)
-    np.testing.assert_array_equal(grown.k_BKSH, expected.k_BKSH)
-    np.testing.assert_array_equal(grown.v_BKSH, expected.v_BKSH)
-    cache = KVCache.create(config, 2, 5).write_positions(jnp.array([[0, 1], [-1, 0]]), 2).grow(9)
+    k_BTKH, v_BTKH = jnp.asarray(rng.standard_normal((2, 2, slots - 2, 2, 8)), jnp.float32)
+    layer = KVCache.create(config, 2, slots).layers[0].write(k_BTKH[:, :2], v_BTKH[:, :2], 1)
+    for t in range(2, slots - 2):
+        layer = layer.write(k_BTKH[:, t : t + 1], v_BTKH[:, t : t + 1], t + 1)
+    for cache, empty in ((layer, 1), (layer.grow(more), 1 + more)):
+        keys_BKHS, values_BKSH = cache.join()
+        slots_of = ((0, 0), (1, empty), (0, 0), (0, 0))
+        np.testing.assert_array_equal(keys_BKHS.transpose(0, 3, 1, 2), np.pad(k_BTKH, slots_of))
+        np.testing.assert_array_equal(values_BKSH.transpose(0, 2, 1, 3), np.pad(v_BTKH, slots_of))
+
+
+def test_new_slots_have_no_position():
+    cache = KVCache.create(MODELS["dense"], 2, 5).write_positions(jnp.array([[0, 1], [-1, 0]]), 2).grow(9)
     assert cache.positions_BS.tolist() == [[-1, -1, 0, 1, *[-1] * 5], [-1, -1, -1, 0, *[-1] * 5]]
