@@ -1,22 +1,21 @@
 """`minimind classify predict` and `minimind score`: what a classifier or a reward model says of a file's records."""
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
-from minimind_jax.data.jsonl import Record, iter_records
+from minimind_jax.data.jsonl import Record, expand_paths, iter_records
 from minimind_jax.data.labels import parse_unlabelled
 from minimind_jax.data.records import parse_conversation
 from minimind_jax.errors import UserError
 from minimind_jax.evaluate.classification import classify_logits
 from minimind_jax.folders import resolve_run
-from minimind_jax.inference.answer_file import json_line
+from minimind_jax.inference.answer_file import PartialFile, check_output, json_line
 from minimind_jax.inference.score import Scorer
 from minimind_jax.training.run import RunFolder
 
@@ -39,7 +38,8 @@ def predict(
     seq_len: longer texts are cut there; None takes the data.seq_len of the run, or the model's context.
     Of a classifier with several labels a text: a list `predicted`, and `probabilities` of all.
     """
-    _check_output(output)
+    if output:
+        check_output(Path(output), expand_paths(paths))
     scorer = Scorer(model, dtype, seq_len or _trained_length(model))
     if len(scorer.labels.names) == 1:
         raise UserError(f"{model} is a reward model; use minimind score")
@@ -56,7 +56,8 @@ def predict(
 
 def score(model: str, paths: Sequence[str], output: str = "", dtype: str = "auto") -> int:
     """Writes every conversation with its `score` by a reward model; the number of records."""
-    _check_output(output)
+    if output:
+        check_output(Path(output), expand_paths(paths))
     scorer = Scorer(model, dtype)
     if len(scorer.labels.names) != 1:
         raise UserError(f"{model} is a classifier ({len(scorer.labels.names)} labels); use minimind classify predict")
@@ -90,12 +91,6 @@ def _trained_length(model: str) -> int | None:
     return config and config.get("data", {}).get("seq_len")
 
 
-def _check_output(output: str) -> None:
-    """Raises UserError, before any work, for an output that could not be written at its end."""
-    if output and Path(output).is_dir():
-        raise UserError(f"output {output} is a folder; give the name of a file")
-
-
 def _input_lines(text_field: str) -> Iterator[Record]:
     for number, line in enumerate(sys.stdin, 1):
         if line.strip():
@@ -105,26 +100,12 @@ def _input_lines(text_field: str) -> Iterator[Record]:
 def _write(records: Iterable[Record], rows, output: str) -> int:
     count = 0
     records = iter(records)
-    with _writing(output) as file:
+    with PartialFile(Path(output)) if output else contextlib.nullcontext() as file:
+        write = file.write if output else lambda row: print(json_line(row), flush=True)
         while chunk := list(islice(records, CHUNK if output else 1)):  # what is printed comes as soon as it is known
             for row in rows(chunk):
-                file.write(json_line(row) + "\n")
+                write(row)
                 count += 1
-            file.flush()
+        if output:
+            file.finish()
     return count
-
-
-@contextlib.contextmanager
-def _writing(output: str) -> Iterator[TextIO]:
-    """The standard output, or a file that takes its name when it is whole."""
-    if not output:
-        yield sys.stdout
-        return
-    partial = Path(output + ".partial")
-    try:
-        file = partial.open("w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"output {output}: cannot be written: {error.strerror}; choose another place") from error
-    with file:
-        yield file
-    os.replace(partial, output)

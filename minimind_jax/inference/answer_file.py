@@ -1,4 +1,4 @@
-"""A file of answers, written line by line, that a killed command goes on with."""
+"""Files of answers, written line by line; one that a killed command goes on with."""
 
 import contextlib
 import dataclasses
@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -16,20 +17,15 @@ from minimind_jax.errors import UserError
 AGAIN = "--resume never begins anew"
 
 
-class AnswerFile:
-    """JSON lines on their way to `output`: in OUTPUT.partial until all are there, what made them in
-    OUTPUT.partial.settings.
+class PartialFile:
+    """JSON lines on their way to `output`, in OUTPUT.partial until all are there, by one process at a time."""
 
-    earlier: the lines that an earlier call has written, when they were made with the same settings; a line that was
-        not finished is cut off.
-    """
+    _advice = "make room and give the same command again"
 
-    def __init__(self, output: Path, settings: dict[str, Any], resume: bool):
-        """Raises UserError if nothing can be written there, or if the earlier lines were made with other settings."""
+    def __init__(self, output: Path):
+        """Raises UserError if nothing can be written there."""
         self._output = output
         self._partial = output.with_name(output.name + ".partial")
-        self._settings = output.with_name(output.name + ".partial.settings")
-        self.earlier: list[dict[str, Any]] = []
         self._lock = FileLock(output.with_name(output.name + ".partial.lock"))
         try:
             self._lock.acquire(timeout=0)
@@ -38,11 +34,7 @@ class AnswerFile:
         except OSError as error:
             raise UserError(f"output {output}: cannot write: {error.strerror}; choose another place") from error
         try:
-            if resume and self._partial.exists() and self._partial.stat().st_size:
-                self._check(settings)
-                self._read()
-            self._settings.write_text(json.dumps(settings, ensure_ascii=False, indent=1), "utf-8")
-            self._file = self._partial.open("ab" if self.earlier else "wb")
+            self._file = self._open()
         except OSError as error:
             self._unlock()
             raise UserError(f"output {output}: cannot write: {error.strerror}; choose another place") from error
@@ -50,7 +42,7 @@ class AnswerFile:
             self._unlock()
             raise
 
-    def __enter__(self) -> "AnswerFile":
+    def __enter__(self):
         return self
 
     def __exit__(self, *_) -> None:
@@ -63,21 +55,48 @@ class AnswerFile:
             self._file.write(json_line(answer).encode() + b"\n")
             self._file.flush()
         except OSError as error:
-            raise UserError(
-                f"{self._partial}: cannot write: {error.strerror}; make room and give the same command again, which "
-                "goes on from here"
-            ) from error
+            raise UserError(f"{self._partial}: cannot write: {error.strerror}; {self._advice}") from error
 
     def finish(self) -> None:
         """Gives the file its name."""
         self._file.close()
         os.replace(self._partial, self._output)
-        self._settings.unlink(missing_ok=True)
         self._unlock()
+
+    def _open(self) -> BinaryIO:
+        return self._partial.open("wb")
 
     def _unlock(self) -> None:
         self._lock.release()
         Path(self._lock.lock_file).unlink(missing_ok=True)
+
+
+class AnswerFile(PartialFile):
+    """A partial file that can be gone on with; what made it is in OUTPUT.partial.settings.
+
+    earlier: the lines that an earlier call has written, when they were made with the same settings; a line that was
+        not finished is cut off.
+    """
+
+    _advice = f"{PartialFile._advice}, which goes on from here"
+
+    def __init__(self, output: Path, settings: dict[str, Any], resume: bool):
+        """Raises UserError if nothing can be written there, or if the earlier lines were made with other settings."""
+        self.earlier: list[dict[str, Any]] = []
+        self._settings = output.with_name(output.name + ".partial.settings")
+        self._made_with, self._resume = settings, resume
+        super().__init__(output)
+
+    def finish(self) -> None:
+        super().finish()
+        self._settings.unlink(missing_ok=True)
+
+    def _open(self) -> BinaryIO:
+        if self._resume and self._partial.exists() and self._partial.stat().st_size:
+            self._check(self._made_with)
+            self._read()
+        self._settings.write_text(json.dumps(self._made_with, ensure_ascii=False, indent=1), "utf-8")
+        return self._partial.open("ab" if self.earlier else "wb")
 
     def _check(self, settings: dict[str, Any]) -> None:
         try:
@@ -112,6 +131,18 @@ class AnswerFile:
                 self.earlier.append(answer)
                 whole += len(line)
             file.truncate(whole)
+
+
+def check_output(output: Path, inputs: Iterable[Path]) -> None:
+    """Raises UserError, before any work, for an output that could not be written at its end."""
+    if not output.parent.is_dir():
+        raise UserError(f"output {output}: there is no folder {output.parent}; create it first")
+    if output.is_dir():
+        raise UserError(f"output {output} is a folder; give the name of a file")
+    if not os.access(output.parent, os.W_OK):
+        raise UserError(f"output {output}: nothing can be written into {output.parent}; choose another place")
+    if output.resolve() in [file.resolve() for file in inputs]:
+        raise UserError(f"output {output} is one of the files of input; choose another place")
 
 
 def json_line(value: dict[str, Any]) -> str:

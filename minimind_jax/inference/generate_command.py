@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from minimind_jax.data.jsonl import Record, expand_paths, iter_records
 from minimind_jax.data.records import checked_text, parse_conversation
 from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter, resolve_model_folder
-from minimind_jax.inference.answer_file import AGAIN, AnswerFile, json_line, what_makes
+from minimind_jax.inference.answer_file import AGAIN, AnswerFile, check_output, json_line, what_makes
 from minimind_jax.inference.config import GenerateConfig
 from minimind_jax.inference.generate import Completion, Generator, load_generator
 from minimind_jax.inference.text import ThinkSplitter
@@ -70,14 +69,7 @@ def _print_answers(generator: Generator, config: GenerateConfig) -> None:
 def _check_output(config: GenerateConfig) -> None:
     """Raises UserError, before any work, for an output that could not be written at its end, or is there already."""
     output = Path(config.output)
-    if not output.parent.is_dir():
-        raise UserError(f"output {output}: there is no folder {output.parent}; create it first")
-    if output.is_dir():
-        raise UserError(f"output {output} is a folder; give the name of a file")
-    if not os.access(output.parent, os.W_OK):
-        raise UserError(f"output {output}: nothing can be written into {output.parent}; choose another place")
-    if output.resolve() in [file.resolve() for file in expand_paths(config.input)]:
-        raise UserError(f"output {output} is one of the files of input; choose another place")
+    check_output(output, expand_paths(config.input))
     if output.is_file() and config.resume == "auto":
         raise UserError(f"output {output} is there already and is complete; choose another name; {AGAIN}")
 

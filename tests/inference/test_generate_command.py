@@ -11,7 +11,7 @@ from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.jsonl import iter_records
 from minimind_jax.data.records import parse_conversation
 from minimind_jax.errors import UserError
-from minimind_jax.inference.answer_file import AnswerFile, json_line, what_makes
+from minimind_jax.inference.answer_file import AnswerFile, PartialFile, json_line, what_makes
 from minimind_jax.inference.config import ChatConfig, GenerateConfig
 from minimind_jax.inference.generate import Completion, load_generator
 from minimind_jax.inference.generate_command import _request, _result, answer_requests, run
@@ -193,9 +193,10 @@ def test_two_calls_do_not_write_one_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
 
 
-def test_a_full_disk_is_told(tmp_path):
+@pytest.mark.parametrize("arguments", [(), ({}, True)], ids=["partial", "answers"])
+def test_a_full_disk_is_told(arguments, tmp_path):
     with pytest.raises(UserError, match="cannot write: No space left on device; make room and give the same"):
-        with AnswerFile(tmp_path / "out.jsonl", {}, True) as file:
+        with (AnswerFile if arguments else PartialFile)(tmp_path / "out.jsonl", *arguments) as file:
             file._file.close()
             file._file = open("/dev/full", "wb")
             file.write({"completion": "a"})

@@ -19,6 +19,7 @@ from minimind_jax.config import LoRAConfig, SFTConfig
 from minimind_jax.convert.hf import load_labels
 from minimind_jax.errors import UserError
 from minimind_jax.evaluate.score_command import predict, score
+from minimind_jax.inference.answer_file import PartialFile
 from minimind_jax.inference.generate import load_generator
 from minimind_jax.inference.score import Scorer
 from minimind_jax.stages.classify import classify
@@ -44,6 +45,10 @@ def test_a_reward_model_scores_as_it_was_trained(make, files, adapters, tmp_path
     assert score(str(run.path), [chats], str(tmp_path / "scored.jsonl")) == 1
     written = json.loads((tmp_path / "scored.jsonl").read_text("utf-8"))
     assert written["score"] == pytest.approx(float(sides[0][0]), abs=1e-4)
+    with pytest.raises(UserError, match="is one of the files of input"):
+        score(str(run.path), [chats], chats)
+    with PartialFile(tmp_path / "scored.jsonl"), pytest.raises(UserError, match="is being written by another process"):
+        score(str(run.path), [chats], str(tmp_path / "scored.jsonl"))
     with pytest.raises(UserError, match="is a classifier or reward model, and cannot write text"):
         sft(make(SFTConfig, tmp_path / "sft", str(tmp_path / "chats.jsonl"), init_from=str(run.path)))
 
