@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from minimind_jax.losses import Batch, LossFn, Metrics
-from minimind_jax.losses.sequences import last_hidden, piece_room
+from minimind_jax.losses.sequences import last_hidden
 from minimind_jax.model.heads import scores, without_head
 from minimind_jax.model.transformer import LanguageModel, Params
 
@@ -29,30 +29,23 @@ def class_losses(logits: Array, values: Array, weights: Array, several: bool, la
     return -((1 - label_smoothing) * jnp.take(weights, classes) * own + label_smoothing * smooth)
 
 
-def text_logits(model: LanguageModel, params: Params, batch: Batch, shortest: int = 1, key: Array | None = None):
-    """(logits of every document of packed rows, (B, S, C) float32, which places hold one, (B, S), the model's output).
-
-    The logits are those of a document's last token, as in transformers' Qwen3ForSequenceClassification.
-    """
-    segments_BT, room = batch["segment_ids"], piece_room(batch["tokens"].shape[1], shortest)
-    output = model.hidden(without_head(params), batch["tokens"], batch["positions"], segments_BT, dropout_key=key)
-    hidden_BSD, held_BS = last_hidden(output.hidden_BTD, segments_BT, room)
-    return scores(params, hidden_BSD), held_BS, output
-
-
 def make_classification_loss(
-    model: LanguageModel, weights: Array, *, several: bool = False, label_smoothing: float = 0.0, shortest: int = 1
+    model: LanguageModel, weights: Array, *, several: bool = False, label_smoothing: float = 0.0
 ) -> LossFn:
     """The loss of a model with a head of C scores (see `model.heads`) on packed rows of labelled texts.
 
     loss = sum of `class_losses` over the texts, over the sum of the weights of their classes (of 1 with `several`).
-    Batch: tokens, positions, segment_ids (B, T), and `values` (B, S, 1 or C) of each document (see `class_losses`).
+    The logits of a text are those of its last token, as in transformers' Qwen3ForSequenceClassification.
+    Batch: tokens, positions, segment_ids (B, T), and `values` (B, S, 1 or C) of each document (see `class_losses`),
+    S being at least the number of documents in a row.
     Metrics: accuracy (with `several`: of all the yes and no), router_loss; tokens, the number read.
     """
 
     def loss_fn(params: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
-        logits_BSC, held_BS, output = text_logits(model, params, batch, shortest, key)
-        values_BSX = batch["values"]
+        segments_BT, values_BSX = batch["segment_ids"], batch["values"]
+        output = model.hidden(without_head(params), batch["tokens"], batch["positions"], segments_BT, dropout_key=key)
+        hidden_BSD, held_BS = last_hidden(output.hidden_BTD, segments_BT, room=values_BSX.shape[1])
+        logits_BSC = scores(params, hidden_BSD)
         losses_BS = class_losses(logits_BSC, values_BSX, weights, several, label_smoothing)
         if several:
             right_BS = jnp.mean((logits_BSC > 0) == (values_BSX > 0.5), axis=-1)
@@ -66,7 +59,7 @@ def make_classification_loss(
         metrics = {
             "accuracy": (jnp.sum(jnp.where(held_BS, right_BS, 0)).astype(jnp.float32), texts),
             "router_loss": (router_loss, weight),
-            "tokens": (jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32), jnp.zeros(())),  # a sum, no mean
+            "tokens": (jnp.sum(segments_BT > 0).astype(jnp.float32), jnp.zeros(())),  # a sum, no mean
         }
         return jnp.sum(jnp.where(held_BS, losses_BS, 0)) + router_loss, weight, metrics
 

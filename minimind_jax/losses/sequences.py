@@ -5,11 +5,6 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def piece_room(seq_len: int, shortest: int = 1) -> int:
-    """Places for the documents of a row, S in the shapes here, when none has fewer than `shortest` tokens."""
-    return max(1, seq_len // shortest)
-
-
 def pair_room(seq_len: int) -> int:
     """Places for the documents of a row of pairs: an even number, each document of two tokens at least."""
     return max(2, seq_len // 4 * 2)

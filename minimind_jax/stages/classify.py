@@ -16,7 +16,6 @@ from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.evaluate.classification import ClassificationResult, describe, draw_confusion, evaluate_logits
 from minimind_jax.inference.score import Scorer
 from minimind_jax.losses.classification import make_classification_loss
-from minimind_jax.losses.sequences import piece_room
 from minimind_jax.sharding import announce, data_process, make_mesh
 from minimind_jax.stages.common import check_context, finish_run, is_finished, load_tokenizer, start_run
 from minimind_jax.stages.heads import load_body, values_of_pieces, with_head
@@ -52,7 +51,7 @@ def classify(config: ClassifyConfig) -> Path:
     wanted = config.classify
     classes = find_classes(config.data.train, wanted.text_field, wanted.label_field, config.data.on_error == "skip")
     announce(f"{len(classes.names)} labels{', any number of them a text' if classes.several else ''}")
-    annotate = values_of_pieces("values", piece_room(config.data.seq_len, shortest=1))
+    annotate = values_of_pieces("values", config.data.seq_len)
     train_batches, val_batches = open_data(
         "labelled", config, tokenizer, *data_process(make_mesh(config.mesh)), classes=classes, annotate=annotate
     )

@@ -1,6 +1,7 @@
 """A teacher's likeliest words of every token, computed once and kept in the run's folder."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -66,22 +67,17 @@ class StoredTeacher:
     def annotate(self, cache: TokenCache, pieces: list[Piece]) -> Batch:
         T, k = self.config.data.seq_len, self.config.teacher.top_k
         found = {"teacher_ids": np.zeros((T, k), np.int32), "teacher_log_probs": np.zeros((T, k), np.float32)}
-        place = 0
-        for document, start, stop in pieces:
-            first = cache.offsets[document] + start
+        for here, document, start, stop in _spans(pieces):
+            offset = cache.offsets[document]
             for array, table in zip(found.values(), self.tables[cache.folder.name], strict=True):
-                array[place : place + stop - start] = table[first : first + stop - start]
-            place += stop - start
+                array[here] = table[offset + start : offset + stop]
         return found
 
     def _places(self, _: TokenCache, pieces: list[Piece]) -> Batch:
         """documents, places int32 (T,): where each token of a row is; -1 for padding."""
         documents, places = np.full((2, self.config.data.seq_len), -1, np.int32)
-        place = 0
-        for document, start, stop in pieces:
-            here = slice(place, place + stop - start)
+        for here, document, start, stop in _spans(pieces):
             documents[here], places[here] = document, np.arange(start, stop)
-            place += stop - start
         return {"documents": documents, "places": places}
 
     def _make(self, sides: list[Batches], caches: dict[str, TokenCache], params: Params, made_of: dict) -> None:
@@ -142,6 +138,14 @@ class StoredTeacher:
         arrays = (np.memmap(file, dtype, mode) for file, dtype in zip(self._files(name), types, strict=True))
         ids, log_probs = (array.reshape(-1, self.config.teacher.top_k) for array in arrays)
         return ids, log_probs
+
+
+def _spans(pieces: list[Piece]) -> Iterator[tuple[slice, int, int, int]]:
+    """Where each piece of a row lies in it, and the piece: document, start, stop."""
+    place = 0
+    for document, start, stop in pieces:
+        yield slice(place, place + stop - start), document, start, stop
+        place += stop - start
 
 
 def _check(config: DistillConfig, words: int, run: RunFolder) -> None:

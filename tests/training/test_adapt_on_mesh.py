@@ -77,7 +77,7 @@ def cases(place):
             f"sft {kind}": (own, make_language_model_loss(model)),
             f"dpo {kind}": (reference.add_to(own), prefer),
             f"reward {kind}": (headed, make_reward_loss(model, 0.01)),
-            f"classify {kind}": (headed, make_classification_loss(model, np.ones(3, np.float32), shortest=2)),
+            f"classify {kind}": (headed, make_classification_loss(model, np.ones(3, np.float32))),
             f"distill {kind}": (taught, make_distillation_loss(model, lambda params: (PLAIN, params[TEACHER]))),
             f"stored {kind}": (own, make_distillation_loss(model, None)),
         }
