@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from minimind_jax.config import DataConfig, OptimizerConfig, PretrainConfig, TrainingConfig, at_least
+from minimind_jax.config import DataConfig, DType, OptimizerConfig, PretrainConfig, TrainingConfig, at_least
 
 REFERENCE_FREE = ("simpo", "orpo")
 
@@ -79,10 +79,12 @@ class RewardConfig(PretrainConfig):
 
     centring: weight of (score of the chosen + score of the rejected)^2, which keeps scores around 0 (TRL's default is
         0, its paper's 0.01).
+    export_dtype: float32, for transformers computes scores in the type that it finds.
     """
 
     run: str = "reward"
     init_from: str = "sft"
+    export_dtype: DType = "float32"
     centring: float = 0.01
     data: DataConfig = dataclasses.field(
         default_factory=lambda: DataConfig(seq_len=2048, system_prompt_probability=0.0, val_fraction=0.05)
@@ -119,10 +121,12 @@ class ClassifyConfig(PretrainConfig):
     """A classifier of texts, from a model. Other fields as in pretraining; data.seq_len cuts longer texts.
 
     Without training.steps, epochs or tokens it trains for three epochs.
+    export_dtype: float32, for transformers computes probabilities in the type that it finds.
     """
 
     run: str = "classifier"
     init_from: str = "pretrain"
+    export_dtype: DType = "float32"
     classify: LabelConfig = dataclasses.field(default_factory=LabelConfig)
     data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(seq_len=256, val_fraction=0.1))
     training: TrainingConfig = dataclasses.field(default_factory=lambda: TrainingConfig(batch_tokens=2048))

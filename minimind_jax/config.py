@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from minimind_jax.model.config import PRESETS, ComputeConfig, ModelConfig, RopeScaling
 
+DType = Literal["float32", "bfloat16", "float16"]
+
 DEFAULT_PRESET = "minimind-3"
 
 
@@ -363,7 +365,7 @@ class PretrainConfig:
     tokenizer: str = ""
     seed: int = 42
     resume: Literal["auto", "must", "never"] = "auto"
-    export_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    export_dtype: DType = "bfloat16"
     model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)

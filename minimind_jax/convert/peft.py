@@ -37,6 +37,7 @@ _UNSUPPORTED = {
     "lora_bias": (False, None),
     "layer_replication": (None,),
     "alora_invocation_tokens": (None,),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),  # others change the base model's weights
 }
 
 
@@ -92,6 +93,11 @@ def _projections(config: ModelConfig) -> list[str]:
 def _matches(target: str, module: str) -> bool:
     """Whether `target`, a name or a pattern, stands for the module or for something that the module is in."""
     return f".{target}." in f".{module}." or re.fullmatch(rf"(.*\.)?({target})(\..*)?", module) is not None
+
+
+def _is_pattern_of(key: str, module: str) -> bool:
+    """Whether a key of peft's alpha_pattern means the module."""
+    return re.match(rf"(.*\.)?({key})$", module) is not None
 
 
 def _check_targets(targets: Sequence[str], modules: Sequence[str], config: ModelConfig) -> None:
@@ -191,6 +197,16 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     for name, absent in _UNSUPPORTED.items():
         if config.get(name, absent[0]) not in absent:
             raise UserError(f"{file}: {name} {config[name]!r} is not supported; only plain LoRA is")
+    for name, value in config.items():
+        if value is True and name.startswith("use_") and name != "use_rslora":
+            raise UserError(f"{file}: {name} is not supported; only plain LoRA is")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"{file}: alpha_pattern is {patterns!r}; expected an object of numbers")
+    numbers = {name: config[name] for name in ("lora_alpha", "lora_dropout") if name in config}
+    for name, value in {**numbers, **{f"alpha_pattern {key!r}": alpha for key, alpha in patterns.items()}}.items():
+        if not isinstance(value, int | float):
+            raise UserError(f"{file}: {name} is {value!r}; expected a number")
     if not isinstance(config.get("base_model_name_or_path"), str):
         raise UserError(f"{file}: base_model_name_or_path does not name the model that the adapter belongs to")
     return config
@@ -212,10 +228,12 @@ def load_peft(folder: str | Path, config: ModelConfig) -> StoredAdapter:
         for layer in layers
         for name in _projections(config)
     }
+    if outside := [name for name in stored if "embed_tokens" in name or "lm_head" in name]:
+        raise UserError(f"{where}: {outside[0]} is not supported; only projections of the layers have adapters")
     if stored:
         raise UserError(
-            f"{where}: {next(iter(stored))} fits no projection of the base model {settings['base_model_name_or_path']} "
-            f"({config.num_hidden_layers} layers of width {config.hidden_size}); the adapter belongs to another model"
+            f"{where}: {next(iter(stored))} fits no projection of a base model of {config.num_hidden_layers} layers of "
+            f"width {config.hidden_size}; the adapter belongs to {settings['base_model_name_or_path']}"
         )
     there = {place: pair for place, pair in pairs.items() if any(pair)}
     if not there:
@@ -265,6 +283,8 @@ def _stack(there: Mapping, name: str, ranks: tuple[int, ...], config: ModelConfi
             tensors = there[layer, name]
             a[layer, :, :own], b[layer, :own] = (np.asarray(tensor.read(...), np.float32).T for tensor in tensors)
             module = module_name(layer, name)
-            alpha = next((v for key, v in patterns.items() if _matches(key, module)), settings.get("lora_alpha", 8))
+            alpha = next(
+                (v for key, v in patterns.items() if _is_pattern_of(key, module)), settings.get("lora_alpha", 8)
+            )
             scales[layer] = scale_of(own, alpha, bool(settings.get("use_rslora")))
     return {"lora_a": a, "lora_b": b, "lora_scale": scales}

@@ -67,7 +67,7 @@ def parse_unlabelled(record: Record, text_field: str = "text") -> str:
             f"{field_names(record.value)} (text_field names another)"
         )
     if not text.strip():
-        raise UserError(f"{record.where}: {text_field} is empty; remove the line (or --data.on_error skip)")
+        raise UserError(f"{record.where}: {text_field} is empty; remove the line (in training: --data.on_error skip)")
     try:
         text.encode()
     except UnicodeEncodeError as error:

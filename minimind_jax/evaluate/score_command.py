@@ -38,8 +38,7 @@ def predict(
     seq_len: longer texts are cut there; None takes the data.seq_len of the run, or the model's context.
     Of a classifier with several labels a text: a list `predicted`, and `probabilities` of all.
     """
-    if output:
-        check_output(Path(output), expand_paths(paths))
+    _check_output(output, paths)
     scorer = Scorer(model, dtype, seq_len or _trained_length(model))
     if len(scorer.labels.names) == 1:
         raise UserError(f"{model} is a reward model; use minimind score")
@@ -56,8 +55,7 @@ def predict(
 
 def score(model: str, paths: Sequence[str], output: str = "", dtype: str = "auto") -> int:
     """Writes every conversation with its `score` by a reward model; the number of records."""
-    if output:
-        check_output(Path(output), expand_paths(paths))
+    _check_output(output, paths)
     scorer = Scorer(model, dtype)
     if len(scorer.labels.names) != 1:
         raise UserError(f"{model} is a classifier ({len(scorer.labels.names)} labels); use minimind classify predict")
@@ -89,6 +87,15 @@ def _trained_length(model: str) -> int | None:
     """What texts were cut at when the run was trained; None for another folder."""
     config = RunFolder(resolve_run(model)).read_config() if resolve_run(model).is_dir() else None
     return config and config.get("data", {}).get("seq_len")
+
+
+def _check_output(output: str, paths: Sequence[str]) -> None:
+    """Raises UserError, before any work, for an output that could not be written at its end, or is there already."""
+    if not output:
+        return
+    check_output(Path(output), expand_paths(paths))
+    if Path(output).exists():
+        raise UserError(f"output {output} is there already; remove it, or choose another name")
 
 
 def _input_lines(text_field: str) -> Iterator[Record]:

@@ -48,6 +48,7 @@ class PartialFile:
     def __exit__(self, *_) -> None:
         with contextlib.suppress(OSError):  # what could not be written was told by `write`
             self._file.close()
+        self._leave()
         self._unlock()
 
     def write(self, answer: dict[str, Any]) -> None:
@@ -61,10 +62,14 @@ class PartialFile:
         """Gives the file its name."""
         self._file.close()
         os.replace(self._partial, self._output)
-        self._unlock()
 
     def _open(self) -> BinaryIO:
         return self._partial.open("wb")
+
+    def _leave(self) -> None:
+        """Takes away what is of no use."""
+        if self._partial.is_file() and not self._partial.stat().st_size:
+            self._partial.unlink()
 
     def _unlock(self) -> None:
         self._lock.release()
@@ -87,9 +92,10 @@ class AnswerFile(PartialFile):
         self._made_with, self._resume = settings, resume
         super().__init__(output)
 
-    def finish(self) -> None:
-        super().finish()
-        self._settings.unlink(missing_ok=True)
+    def _leave(self) -> None:
+        super()._leave()
+        if not self._partial.exists():
+            self._settings.unlink(missing_ok=True)
 
     def _open(self) -> BinaryIO:
         if self._resume and self._partial.exists() and self._partial.stat().st_size:

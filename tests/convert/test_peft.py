@@ -88,8 +88,9 @@ def test_peft_gives_our_logits(case, base, tmp_path):
         {"target_modules": "all-linear", "lora_alpha": 16},
         {"target_modules": ["q_proj", "down_proj"], "use_rslora": True, "rank_pattern": {"q_proj": 2}},
         {"target_modules": ["v_proj"], "layers_to_transform": [1], "alpha_pattern": {"layers.1.self_attn.v_proj": 3}},
+        {"target_modules": "all-linear", "alpha_pattern": {"layers.0": 64, "self_attn": 64, r"layers\.1\..*": 5}},
     ],
-    ids=["all", "rslora", "patterns"],
+    ids=["all", "rslora", "patterns", "patterns of no module"],
 )
 def test_a_folder_written_by_peft_loads_here(settings, base, tmp_path):
     torch, peft, transformers = (pytest.importorskip(name) for name in ("torch", "peft", "transformers"))
@@ -131,7 +132,7 @@ def test_an_adapter_of_another_model_is_refused(base, make_model, tmp_path):
         load_peft(tmp_path / "adapter", other)
     fewer = load_hf(base)[0]
     fewer = type(fewer)(**{**vars(fewer), "num_hidden_layers": 1})
-    with pytest.raises(UserError, match="belongs to another model"):
+    with pytest.raises(UserError, match=r"of a base model of 1 layers of width 32; the adapter belongs to .*base"):
         load_peft(tmp_path / "adapter", fewer)
 
 
@@ -143,6 +144,11 @@ def test_an_adapter_of_another_model_is_refused(base, make_model, tmp_path):
         ({"bias": "all"}, "bias 'all' is not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"base_model_name_or_path": None}, "does not name the model"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' is not supported"),
+        ({"use_bdlora": True}, "use_bdlora is not supported"),
+        ({"lora_alpha": "abc"}, "lora_alpha is 'abc'; expected a number"),
+        ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern 'q_proj' is None; expected a number"),
+        ({"alpha_pattern": [8]}, r"alpha_pattern is \[8\]; expected an object"),
     ],
 )
 def test_what_is_not_plain_lora_is_refused(change, message, base, tmp_path):
@@ -159,9 +165,10 @@ def test_weights_that_are_missing_or_foreign_are_told(base, tmp_path):
     folder = save_peft(tmp_path / "adapter", params, table, base=base)
     weights = folder / "adapter_model.safetensors"
     tensors = load_file(weights)
-    save_file({**tensors, "base_model.model.lm_head.lora_A.weight": np.zeros((4, 32), np.float32)}, weights)
-    with pytest.raises(UserError, match=r"lm_head.lora_A.weight fits no projection"):
-        load_peft(folder, config)
+    for name, message in (("lm_head", "lm_head.lora_A.weight is not supported"), ("c_attn", "fits no projection")):
+        save_file({**tensors, f"base_model.model.{name}.lora_A.weight": np.zeros((4, 32), np.float32)}, weights)
+        with pytest.raises(UserError, match=message):
+            load_peft(folder, config)
     weights.unlink()
     with pytest.raises(UserError, match=r"adapter_model.safetensors: no such file"):
         load_peft(folder, config)

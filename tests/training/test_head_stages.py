@@ -45,10 +45,16 @@ def test_a_reward_model_scores_as_it_was_trained(make, files, adapters, tmp_path
     assert score(str(run.path), [chats], str(tmp_path / "scored.jsonl")) == 1
     written = json.loads((tmp_path / "scored.jsonl").read_text("utf-8"))
     assert written["score"] == pytest.approx(float(sides[0][0]), abs=1e-4)
-    with pytest.raises(UserError, match="is one of the files of input"):
-        score(str(run.path), [chats], chats)
-    with PartialFile(tmp_path / "scored.jsonl"), pytest.raises(UserError, match="is being written by another process"):
-        score(str(run.path), [chats], str(tmp_path / "scored.jsonl"))
+    for output, message in ((chats, "is one of the files of input"), (tmp_path / "scored.jsonl", "is there already")):
+        with pytest.raises(UserError, match=message):
+            score(str(run.path), [chats], str(output))
+    again = tmp_path / "again.jsonl"
+    with PartialFile(again), pytest.raises(UserError, match="is being written by another process"):
+        score(str(run.path), [chats], str(again))
+    broken = write_lines(tmp_path / "broken.jsonl", [{"conversations": "?"}])
+    with pytest.raises(UserError, match=r"broken.jsonl:1"):
+        score(str(run.path), [broken], str(again))
+    assert [path.name for path in tmp_path.glob("again*")] == []
     with pytest.raises(UserError, match="is a classifier or reward model, and cannot write text"):
         sft(make(SFTConfig, tmp_path / "sft", str(tmp_path / "chats.jsonl"), init_from=str(run.path)))
 
