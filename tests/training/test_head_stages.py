@@ -90,8 +90,9 @@ def test_a_classifier_learns_names_its_labels_and_predicts(make, tmp_path, capsy
 
 def test_a_classifier_is_transformers_own(make, tmp_path):
     torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
-    run = RunFolder(classify(make(ClassifyConfig, tmp_path / "classify", "csv", training={"steps": 12})))
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(run.model, dtype=torch.float32).eval()
+    exported = {"export_dtype": ClassifyConfig.export_dtype}  # float32: transformers computes in the type it finds
+    run = RunFolder(classify(make(ClassifyConfig, tmp_path / "classify", "csv", training={"steps": 12}, **exported)))
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(run.model).eval()
     assert type(model).__name__ == "Qwen3ForSequenceClassification"
     assert model.config.id2label == {0: "birds", 1: "cat", 2: "dogs"}
     tokenizer = transformers.AutoTokenizer.from_pretrained(run.model)
