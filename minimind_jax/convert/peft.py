@@ -200,16 +200,26 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     for name, value in config.items():
         if value is True and name.startswith("use_") and name != "use_rslora":
             raise UserError(f"{file}: {name} is not supported; only plain LoRA is")
+    _check_numbers(config, file)
+    if not isinstance(config.get("base_model_name_or_path"), str):
+        raise UserError(f"{file}: base_model_name_or_path does not name the model that the adapter belongs to")
+    return config
+
+
+def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
+    """Raises UserError for a value that is to be a number and is none, or a pattern that is none."""
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise UserError(f"{file}: alpha_pattern is {patterns!r}; expected an object of numbers")
+    for key in patterns:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise UserError(f"{file}: alpha_pattern {key!r} is not a regular expression: {error}") from error
     numbers = {name: config[name] for name in ("lora_alpha", "lora_dropout") if name in config}
     for name, value in {**numbers, **{f"alpha_pattern {key!r}": alpha for key, alpha in patterns.items()}}.items():
         if not isinstance(value, int | float):
             raise UserError(f"{file}: {name} is {value!r}; expected a number")
-    if not isinstance(config.get("base_model_name_or_path"), str):
-        raise UserError(f"{file}: base_model_name_or_path does not name the model that the adapter belongs to")
-    return config
 
 
 def load_peft(folder: str | Path, config: ModelConfig) -> StoredAdapter:

@@ -108,11 +108,11 @@ def _write(records: Iterable[Record], rows, output: str) -> int:
     count = 0
     records = iter(records)
     with PartialFile(Path(output)) if output else contextlib.nullcontext() as file:
-        write = file.write if output else lambda row: print(json_line(row), flush=True)
-        while chunk := list(islice(records, CHUNK if output else 1)):  # what is printed comes as soon as it is known
+        write = file.write if file else lambda row: print(json_line(row), flush=True)
+        while chunk := list(islice(records, CHUNK if file else 1)):  # what is printed comes as soon as it is known
             for row in rows(chunk):
                 write(row)
                 count += 1
-        if output:
+        if file:
             file.finish()
     return count

@@ -148,6 +148,7 @@ def test_an_adapter_of_another_model_is_refused(base, make_model, tmp_path):
         ({"use_bdlora": True}, "use_bdlora is not supported"),
         ({"lora_alpha": "abc"}, "lora_alpha is 'abc'; expected a number"),
         ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern 'q_proj' is None; expected a number"),
+        ({"alpha_pattern": {"q_proj(": 8}}, r"alpha_pattern 'q_proj\(' is not a regular expression"),
         ({"alpha_pattern": [8]}, r"alpha_pattern is \[8\]; expected an object"),
     ],
 )
