@@ -69,16 +69,18 @@ def serve(handlers: dict[str, Callable[[int], dict]]) -> None:
         os.write(answers, (json.dumps(handlers[name](count)) + "\n").encode())
 
 
-def interleave(sides: dict[str, Side], pairs: int, **request: int) -> dict[str, list[dict]]:
-    """The sides' answers, asked in turn `pairs` times, after one request to each that does not count (it compiles)."""
-    for side in sides.values():
-        side.ask(**dict.fromkeys(request, 1))
+def interleave(sides: dict[str, Side], pairs: int, **request: int) -> tuple[dict[str, float], dict[str, list[dict]]]:
+    """Seconds of each side's first request, for 1, in which it compiles; and the sides' answers, asked in turn `pairs`
+    times, after one more request to each that does not count."""
+    first = {}
+    for name, side in sides.items():
+        first[name] = round(side.ask(**dict.fromkeys(request, 1))["seconds"], 1)
         side.ask(**request)
     answers = {name: [] for name in sides}
     for _ in range(pairs):
         for name, side in sides.items():
             answers[name].append(side.ask(**request))
-    return answers
+    return first, answers
 
 
 def rates(answers: dict[str, list[dict]], key: str) -> dict[str, Any]:

@@ -4,7 +4,8 @@
     python scripts/bench_decode.py --minimind CHECKOUT --rows 16
 
 Random weights, random prompts, greedy, no early end. Prints one JSON line: new tokens per second of each side, prefill
-included, and ours / theirs pair by pair.
+included, ours / theirs pair by pair, and the seconds of each side's first token, in which it compiles. float32 on a
+CPU; on a GPU bfloat16, and MiniMind float16 as its own eval_llm.py has it.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import jax
 import numpy as np
 
 from minimind_jax.inference.config import SamplingConfig
-from minimind_jax.inference.generate import Generator
+from minimind_jax.inference.generate import Generator, cast_params
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.transformer import LanguageModel
 
@@ -27,7 +28,7 @@ def serve_ours(settings: dict) -> None:
     shape = {"num_experts": 4, "num_experts_per_tok": 1} if settings["moe"] else {}
     config = ModelConfig(hidden_size=settings["hidden_size"], num_hidden_layers=settings["layers"], **shape)
     model = LanguageModel(config)
-    params = jax.jit(model.init)(jax.random.key(0))
+    params = cast_params(model, jax.jit(model.init)(jax.random.key(0)))
     generator = Generator(model, params)
     prompts = np.random.default_rng(0).integers(3, 6400, (settings["rows"], settings["prompt_len"])).tolist()
 
@@ -60,11 +61,11 @@ def main() -> None:
     sides = {"ours": bench.ours("bench_decode.py", settings)}
     if args.minimind:
         sides["minimind"] = bench.minimind(args.minimind, args.minimind_python, settings)
-    answers = bench.interleave(sides, args.pairs, generate=args.new_tokens)
+    first, answers = bench.interleave(sides, args.pairs, generate=args.new_tokens)
     for side in sides.values():
         side.close()
     shown = {**settings, "new_tokens": args.new_tokens}
-    bench.print_result("decode", shown, **{"tokens per second": bench.rates(answers, "tokens")})
+    bench.print_result("decode", shown, **{"first seconds": first, "tokens per second": bench.rates(answers, "tokens")})
 
 
 if __name__ == "__main__":

@@ -64,7 +64,10 @@ def make_train():
     def train(steps):
         started, tokens, useful = time.perf_counter(), 0, 0
         for _ in range(steps):
-            input_ids, labels = (array.to(DEVICE) for array in next(batches))
+            batch = next(batches)
+            useful += int((batch[0] != 0).sum())  # 0 is MiniMind's padding; counted here, for a GPU would be waited for
+            tokens += batch[0].numel()
+            input_ids, labels = (array.to(DEVICE) for array in batch)
             with autocast:
                 result = model(input_ids, labels=labels)
                 loss = result.loss + result.aux_loss
@@ -72,8 +75,6 @@ def make_train():
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            tokens += input_ids.numel()
-            useful += int((input_ids != 0).sum())  # 0 is MiniMind's padding
         if DEVICE == "cuda":
             torch.cuda.synchronize()
         return {"seconds": time.perf_counter() - started, "tokens": tokens, "useful": useful}
@@ -83,6 +84,7 @@ def make_train():
 
 def make_generate():
     model = make_model().eval()
+    model = model.half() if DEVICE == "cuda" else model  # as its eval_llm.py does
     prompts = torch.randint(3, 6400, (REQUEST["rows"], REQUEST["prompt_len"]), device=DEVICE)
 
     def generate(count):

@@ -6,8 +6,9 @@
     python scripts/bench_train.py --hidden_size 768 --moe                              # ours alone
 
 Prints one JSON line: tokens per second of each side (all positions of the rows, and useful ones, which are not
-padding), and ours / theirs pair by pair. Ours packs (`concat` for text, `best_fit` for conversations); MiniMind pads.
-Both read the data inside the time. `--minimind_python` is a Python with torch, transformers and datasets.
+padding), ours / theirs pair by pair, MFU on devices whose peak is known, and the seconds of each side's first step, in
+which it compiles. Ours packs (`concat` for text, `best_fit` for conversations); MiniMind pads. Both read the data
+inside the time. `--minimind_python` is a Python with torch, transformers and datasets.
 """
 
 import argparse
@@ -25,12 +26,18 @@ from minimind_jax.config import DataConfig, PretrainConfig, TrainingConfig
 from minimind_jax.data.batches import open_data
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.losses.language_model import make_language_model_loss
-from minimind_jax.model.config import ModelConfig
+from minimind_jax.model.config import ComputeConfig, ModelConfig
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.seeds import named_key
 from minimind_jax.sharding import init_params, make_mesh, shard_batch
+from minimind_jax.training.flops import flops_per_token, peak_flops
 from minimind_jax.training.program import make_program
 from minimind_jax.training.state import Parameters, create_state
+
+
+def _model_config(settings: dict) -> ModelConfig:
+    shape = {"num_experts": 4, "num_experts_per_tok": 1} if settings["moe"] else {}
+    return ModelConfig(hidden_size=settings["hidden_size"], num_hidden_layers=settings["layers"], **shape)
 
 
 def our_batches(settings: dict, config: PretrainConfig):
@@ -55,10 +62,7 @@ def serve_ours(settings: dict) -> None:
                         cache_dir=settings["cache"]),
         training=TrainingConfig(batch_tokens=settings["rows"] * settings["seq_len"]),
     )  # fmt: skip
-    shape = {"num_experts": 4, "num_experts_per_tok": 1} if settings["moe"] else {}
-    model = LanguageModel(
-        ModelConfig(hidden_size=settings["hidden_size"], num_hidden_layers=settings["layers"], **shape), config.compute
-    )
+    model = LanguageModel(_model_config(settings), config.compute)
     mesh = make_mesh(config.mesh)
     parameters = Parameters.of(model, lambda: init_params(model, named_key(0, "init"), mesh))
     program = make_program(config, parameters, make_language_model_loss(model), mesh, 10**6)
@@ -110,11 +114,16 @@ def main() -> None:
         sides = {"ours": bench.ours("bench_train.py", settings)}
         if args.minimind:
             sides["minimind"] = bench.minimind(args.minimind, args.minimind_python, settings)
-        answers = bench.interleave(sides, args.pairs, train=args.steps)
+        first, answers = bench.interleave(sides, args.pairs, train=args.steps)
         for side in sides.values():
             side.close()
-    results = {f"{key} per second": bench.rates(answers, key) for key in ("tokens", "useful")}
-    bench.print_result("train", {**shown, "data": Path(args.data).name if args.data else "random"}, **results)
+    shown["data"] = Path(args.data).name if args.data else "random"
+    results = {"first seconds": first}
+    results |= {f"{key} per second": bench.rates(answers, key) for key in ("tokens", "useful")}
+    if peak := peak_flops(ComputeConfig()):
+        flops = flops_per_token(_model_config(shown), args.seq_len)
+        results["MFU"] = {name: round(results["tokens per second"][name] * flops / peak, 4) for name in sides}
+    bench.print_result("train", shown, **results)
 
 
 if __name__ == "__main__":

@@ -279,13 +279,18 @@ def load_model(
     if rope_scaling is not None:
         config = dataclasses.replace(config, rope_scaling=rope_scaling)
     model = LanguageModel(config, ComputeConfig(dtype=dtype))
+    return model, cast_params(model, params)
+
+
+def cast_params(model: LanguageModel, params: Params) -> Params:
+    """The parameters in the compute dtype, so that no step reads and casts them in float32; norms and routers stay."""
 
     def cast(path, leaf):
         names = {key.key for key in path}
         keep = names & {"scale", "router"}
         return jnp.asarray(leaf, jnp.float32 if keep else compute_dtype(model.compute))
 
-    return model, jax.tree_util.tree_map_with_path(cast, params)
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def bucket(count: int, smallest: int, multiple: int) -> int:

@@ -161,8 +161,9 @@ class ComputeConfig:
     dtype: of activations and matrix products; `auto` is bfloat16 on GPU and TPU, float32 on CPU. Parameters stay
         float32; norms, softmax and losses are always float32.
     remat: `none` keeps activations for the backward pass, `full` recomputes each layer, `dots` keeps matrix products.
-    scan_unroll: layers unrolled per step of the scan over layers, 0 for all of them; None is all on a CPU, where a
-        scan copies the activations it keeps, if they are at most 16, and 1 elsewhere.
+    scan_unroll: layers unrolled per step of the scan over layers, 0 for all of them; None is all if they are at most
+        32 and remat is not `full`, else 1. A loop keeps more for the backward pass than one long program (twice the
+        memory, and a third more time on an H100) unless it keeps only its inputs; the long program compiles longer.
     attention: the attention path; `auto` is cuDNN's flash attention on a GPU (`cudnn`), splash attention on a TPU
         (`splash`), and elsewhere, or where these cannot run, `grouped`: blocks of queries below the causal diagonal.
         `reference` is the plain formula.

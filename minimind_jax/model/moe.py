@@ -2,8 +2,9 @@
 
 Four ways to apply the experts, equal in value and gradient: `reference` runs every expert on every token; the others
 sort the tokens by expert. `ragged` is `jax.lax.ragged_dot`, a kernel of its own on TPUs; on GPUs and CPUs it costs as
-much as `reference`. `tiled` is for GPUs, with a loop over tiles of the sorted rows whose length is fixed, so that the
-GPU need not ask the host; `blocked` is for CPUs, with blocks of two sizes that leave little over.
+much as `reference`. `tiled` is for GPUs: tiles of the sorted rows, all in one product with a copy of their expert's
+kernels, or one after another where there are too many; `blocked` is for CPUs, with blocks of two sizes that leave
+little over.
 
 On a mesh each device works on its own rows with its own experts (`mixture`): left to the compiler, every device would
 gather and sort the rows of all.
@@ -22,6 +23,8 @@ from minimind_jax.sharding import ROW_AXES, RULES, current_mesh
 
 Path = Literal["auto", "reference", "ragged", "tiled", "blocked"]
 Kernels = tuple[Array, Array, Array]  # gate_EDF, up_EDF, down_EFD
+
+COPIED_BYTES = 2**30  # of kernels, up to which `tiled` copies them for every tile
 
 # The mesh axes over which kernels are cut.
 EXPERT, EMBED, MLP = (RULES[axis] for axis in ("experts", "embed", "mlp"))
@@ -123,7 +126,9 @@ def apply_experts(x_MD: Array, routing: Routing, kernels: Kernels, path: Path = 
     place_P = jnp.argsort(order_P, stable=True)  # where each (token, choice) went
     sizes_E = jnp.sum(experts_P[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
     sorted_PD = _permute(jnp.repeat(x_MD, k, axis=0), order_P, place_P)
-    apply = {"ragged": _ragged, "tiled": functools.partial(_tiled, is_part), "blocked": _blocked}[path]
+    is_loop = is_part or _copied_bytes(sorted_PD, kernels[0]) > COPIED_BYTES
+    tiled = functools.partial(_looped, is_part) if is_loop else _tiled
+    apply = {"ragged": _ragged, "tiled": tiled, "blocked": _blocked}[path]
     out_PD = apply(sorted_PD, sizes_E, *kernels)
     out_MkD = _permute(out_PD, place_P, order_P).reshape(M, k, D)
     weights_Mk = jnp.where(is_own_Mk, routing.weights_Mk, 0)
@@ -158,7 +163,7 @@ _permute.defvjp(
 
 
 def _expert(x_PD, gate_DF, up_DF, down_FD):
-    """gates, ups and the output of one expert."""
+    """gates, ups and the output of one expert, or of one a tile where all have a leading axis."""
     gates_PF, ups_PF = x_PD @ gate_DF, x_PD @ up_DF
     return gates_PF, ups_PF, (jax.nn.silu(gates_PF) * ups_PF) @ down_FD
 
@@ -166,9 +171,9 @@ def _expert(x_PD, gate_DF, up_DF, down_FD):
 def _expert_gradients(x_PD, gates_PF, ups_PF, grad_PD, gate_DF, up_DF, down_FD):
     """Of one expert's rows and of its kernels."""
     hidden_PF, swiglu_vjp = jax.vjp(lambda gates, ups: jax.nn.silu(gates) * ups, gates_PF, ups_PF)
-    grad_gates, grad_ups = swiglu_vjp(grad_PD @ down_FD.T)
-    grad_x_PD = grad_gates @ gate_DF.T + grad_ups @ up_DF.T
-    return grad_x_PD, x_PD.T @ grad_gates, x_PD.T @ grad_ups, hidden_PF.T @ grad_PD
+    grad_gates, grad_ups = swiglu_vjp(grad_PD @ down_FD.mT)
+    grad_x_PD = grad_gates @ gate_DF.mT + grad_ups @ up_DF.mT
+    return grad_x_PD, x_PD.mT @ grad_gates, x_PD.mT @ grad_ups, hidden_PF.mT @ grad_PD
 
 
 def _block_sizes(rows: int, experts: int) -> tuple[int, int]:
@@ -262,41 +267,98 @@ _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
 class _Tiles(NamedTuple):
-    """Pieces of `size` sorted rows, each of one expert, in order. The last of an expert runs into the rows of the next,
-    which overwrites what was put there; tiles not needed lie behind all rows. experts_N, firsts_N, stops_N: the expert,
-    its first row in the tile, and where its rows end. count: the loop's length; an int unless is_part, where most tiles
-    may not be needed."""
+    """Pieces of `size` sorted rows, each of one expert, in order; the last of an expert may reach beyond its rows.
+    experts_N, firsts_N, stops_N: the expert, its first row in the tile, and where its rows end. Tiles not needed begin
+    behind all rows. needed: tiles up to the last that is. places_P: where each row is in all tiles."""
 
     size: int
-    count: int | Array
+    needed: Array
     experts_N: Array
     firsts_N: Array
     stops_N: Array
+    places_P: Array
+
+    @property
+    def rows_NS(self) -> Array:
+        return self.firsts_N[:, None] + jnp.arange(self.size)
+
+    def count(self, is_part: bool) -> int | Array:
+        return self.needed if is_part else len(self.experts_N)
+
+    def cut(self, x_PD: Array) -> Array:
+        """(N, S, D), 0 where a row is not the tile's."""
+        is_own_NS = self.rows_NS < self.stops_N[:, None]
+        return jnp.where(is_own_NS[..., None], x_PD[jnp.minimum(self.rows_NS, len(x_PD) - 1)], 0)
+
+    def join(self, x_NSD: Array) -> Array:
+        return x_NSD.reshape(-1, x_NSD.shape[-1])[self.places_P]
 
 
-def _make_tiles(sizes_E, rows: int, is_part: bool) -> _Tiles:
+def _tile_size(rows: int, experts: int) -> int:
+    size = max(1, min(2048, rows // (8 * experts)))  # so that an eighth of the work is wasted at most
+    return size - (size % 128 if size > 128 else 0)
+
+
+def _make_tiles(sizes_E, rows: int) -> _Tiles:
     E = sizes_E.shape[0]
-    size = max(1, min(2048, rows // (8 * E)))  # so that an eighth of the work is wasted at most
-    size -= size % 128 if size > 128 else 0
+    size = _tile_size(rows, E)
     needed_E = -(-sizes_E // size)
     ends_E, starts_E = jnp.cumsum(needed_E), jnp.cumsum(sizes_E) - sizes_E
     tiles_N = jnp.arange(rows // size + E)
     experts_N = jnp.minimum(jnp.searchsorted(ends_E, tiles_N, side="right", method="compare_all"), E - 1)
     firsts_N = starts_E[experts_N] + (tiles_N - (ends_E - needed_E)[experts_N]) * size
     firsts_N = jnp.where(tiles_N < ends_E[-1], firsts_N, rows)
-    count = ends_E[-1] if is_part else len(tiles_N)
-    return _Tiles(size, count, experts_N, firsts_N, (starts_E + sizes_E)[experts_N])
+    rows_P = jnp.arange(rows)
+    expert_P = jnp.minimum(jnp.sum(rows_P[:, None] >= (starts_E + sizes_E), axis=1), E - 1)
+    places_P = rows_P + ((ends_E - needed_E) * size - starts_E)[expert_P]
+    return _Tiles(size, ends_E[-1], experts_N, firsts_N, (starts_E + sizes_E)[experts_N], places_P)
+
+
+def _copied_bytes(x_PD, gate_EDF) -> int:
+    """Of the three kernels, for every tile."""
+    P, (E, D, F) = x_PD.shape[0], gate_EDF.shape
+    return (P // _tile_size(P, E) + E) * 3 * D * F * x_PD.dtype.itemsize
+
+
+@jax.custom_vjp
+def _tiled(x_PD, sizes_E, gate_EDF, up_EDF, down_EFD):
+    """The experts on rows sorted by expert, sizes_E rows each; rows behind these get any finite values."""
+    return _tiled_forward(x_PD, sizes_E, gate_EDF, up_EDF, down_EFD)[0]
+
+
+def _tiled_forward(x_PD, sizes_E, *kernels):
+    tiles = _make_tiles(sizes_E, x_PD.shape[0])
+    gates_NSF, ups_NSF, out_NSD = _expert(tiles.cut(x_PD), *(kernel[tiles.experts_N] for kernel in kernels))
+    return tiles.join(out_NSD), (x_PD, sizes_E, gates_NSF, ups_NSF, kernels)
+
+
+def _tiled_backward(saved, grad_PD):
+    x_PD, sizes_E, gates_NSF, ups_NSF, kernels = saved
+    tiles = _make_tiles(sizes_E, x_PD.shape[0])
+    copies = (kernel[tiles.experts_N] for kernel in kernels)
+    grad_x_NSD, *grads = _expert_gradients(tiles.cut(x_PD), gates_NSF, ups_NSF, tiles.cut(grad_PD), *copies)
+    # A product adds the tiles of an expert up in one order, which a scatter on a GPU does not.
+    of_expert_NE = jax.nn.one_hot(tiles.experts_N, len(sizes_E), dtype=grad_PD.dtype)
+    sums = (jnp.einsum("NE,N...->E...", of_expert_NE, grad, preferred_element_type=jnp.float32) for grad in grads)
+    return tiles.join(grad_x_NSD), None, *(total.astype(grad_PD.dtype) for total in sums)
+
+
+_tiled.defvjp(_tiled_forward, _tiled_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tiled(is_part, x_PD, sizes_E, gate_EDF, up_EDF, down_EFD):
-    """The experts on rows sorted by expert, sizes_E rows each; rows behind these get any finite values."""
-    return _tiled_forward(is_part, x_PD, sizes_E, gate_EDF, up_EDF, down_EFD)[0]
+def _looped(is_part, x_PD, sizes_E, gate_EDF, up_EDF, down_EFD):
+    """`_tiled` with one tile after another; a tile that reaches into the rows of the next is overwritten there.
+
+    is_part: most tiles may not be needed and are left out. Else the loop's length is fixed, so that a GPU need not ask
+    the host.
+    """
+    return _looped_forward(is_part, x_PD, sizes_E, gate_EDF, up_EDF, down_EFD)[0]
 
 
-def _tiled_forward(is_part, x_PD, sizes_E, *kernels):
+def _looped_forward(is_part, x_PD, sizes_E, *kernels):
     P, F = x_PD.shape[0], kernels[0].shape[2]
-    tiles = _make_tiles(sizes_E, P, is_part)
+    tiles = _make_tiles(sizes_E, P)
     padded_PD = jnp.pad(x_PD, ((0, tiles.size), (0, 0)))
 
     def body(tile, carry):
@@ -305,14 +367,15 @@ def _tiled_forward(is_part, x_PD, sizes_E, *kernels):
         return tuple(_set_rows(array, rows, first) for array, rows in zip(carry, made, strict=True))
 
     empty_PF = jnp.zeros_like(padded_PD, shape=(P + tiles.size, F))
-    gates_PF, ups_PF, out_PD = jax.lax.fori_loop(0, tiles.count, body, (empty_PF, empty_PF, jnp.zeros_like(padded_PD)))
+    carry = (empty_PF, empty_PF, jnp.zeros_like(padded_PD))
+    gates_PF, ups_PF, out_PD = jax.lax.fori_loop(0, tiles.count(is_part), body, carry)
     return out_PD[:P], (padded_PD, sizes_E, gates_PF, ups_PF, kernels)
 
 
-def _tiled_backward(is_part, saved, grad_PD):
+def _looped_backward(is_part, saved, grad_PD):
     padded_PD, sizes_E, gates_PF, ups_PF, kernels = saved
     P = grad_PD.shape[0]
-    tiles = _make_tiles(sizes_E, P, is_part)
+    tiles = _make_tiles(sizes_E, P)
     grad_PD = jnp.pad(grad_PD, ((0, tiles.size), (0, 0)))
 
     def body(tile, carry):
@@ -327,8 +390,8 @@ def _tiled_backward(is_part, saved, grad_PD):
         return _set_rows(grad_x_PD, grad_x, first), *totals
 
     zeros = [jnp.zeros_like(kernel, jnp.float32) for kernel in kernels]
-    grad_x_PD, *grads = jax.lax.fori_loop(0, tiles.count, body, (jnp.zeros_like(grad_PD), *zeros))
+    grad_x_PD, *grads = jax.lax.fori_loop(0, tiles.count(is_part), body, (jnp.zeros_like(grad_PD), *zeros))
     return grad_x_PD[:P], None, *(grad.astype(grad_PD.dtype) for grad in grads)
 
 
-_tiled.defvjp(_tiled_forward, _tiled_backward)
+_looped.defvjp(_looped_forward, _looped_backward)

@@ -43,7 +43,7 @@ def compute_dtype(compute: ComputeConfig) -> jnp.dtype:
 def scan_unroll(compute: ComputeConfig, layers: int) -> int:
     """Layers unrolled per step of the scan."""
     if compute.scan_unroll is None:
-        return layers if jax.default_backend() == "cpu" and layers <= 16 else 1
+        return layers if layers <= 32 and compute.remat != "full" else 1
     return compute.scan_unroll or layers
 
 
