@@ -5,14 +5,14 @@ from typing import NamedTuple
 
 from minimind_jax.config import PretrainConfig
 from minimind_jax.model.config import ModelConfig
+from minimind_jax.model.transformer import scan_unroll
 from minimind_jax.plan.devices import GPU_MEMORY_FRACTION, Device
 from minimind_jax.sharding import ROW_AXES
 
 
 class Estimate(NamedTuple):
     """Bytes on each device. gradients: their float32 sums, the updates and the parameters made of them, and the weights
-    in the compute dtype. activations: kept for the backward pass, and as much again that is on its way. logits: of one
-    micro-batch, twice."""
+    in the compute dtype. activations: kept for the backward pass. logits: of one micro-batch, twice."""
 
     state: int
     gradients: int
@@ -31,8 +31,8 @@ def estimate_memory(
 
     A layer keeps for each token of a micro-batch: its input and the outputs of both norms and both branches (5 D),
     query and key heads before and after norm and rotation, values and attention's output (4 N H + 4 K H), and gate, up
-    and their product (3 F, of the experts used). `remat: full` keeps the input alone, and one layer's values. Compilers
-    were seen to need about twice that (docs/plan.md).
+    and their product (3 F, of the experts used). `remat: full` keeps the input alone, and one layer's values. In a loop
+    over layers compilers were seen to need about twice that (docs/plan.md).
     state, params: bytes of both on each device.
     """
     rows = config.rows_per_step // config.training.accumulation_steps
@@ -43,11 +43,13 @@ def estimate_memory(
     if model.is_moe:
         mlp = model.num_experts_per_tok * (3 * model.moe_intermediate_size + 2 * width)
     layer = 5 * width + (4 * heads * model.head_dim + mlp) / tensor
-    kept = {"none": layer, "full": width + layer / model.num_hidden_layers}.get(config.compute.remat, 0.6 * layer)
+    layers = model.num_hidden_layers
+    kept = {"none": layer, "full": width + layer / layers}.get(config.compute.remat, 0.6 * layer)
+    kept *= 1 if scan_unroll(config.compute, layers) == layers else 2
     return Estimate(
         state,
         3 * params + params * size // 4,
-        round(2 * tokens * size * model.num_hidden_layers * kept),
+        round(tokens * size * layers * kept),
         round(tokens * 2 * 4 * model.vocab_size / tensor),
     )
 
