@@ -4,8 +4,9 @@
     python scripts/bench_decode.py --minimind CHECKOUT --rows 16
 
 Random weights, random prompts, greedy, no early end. Prints one JSON line: new tokens per second of each side, prefill
-included, ours / theirs pair by pair, and the seconds of each side's first token, in which it compiles. float32 on a
-CPU; on a GPU bfloat16, and MiniMind float16 as its own eval_llm.py has it.
+included, ours / theirs pair by pair, and the seconds of each side's first token, in which the reading of prompts is
+compiled; the program of further tokens is in the next request, which does not count. float32 on a CPU; on a GPU
+bfloat16, and MiniMind float16 as its own eval_llm.py has it.
 """
 
 import argparse

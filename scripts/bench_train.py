@@ -6,9 +6,9 @@
     python scripts/bench_train.py --hidden_size 768 --moe                              # ours alone
 
 Prints one JSON line: tokens per second of each side (all positions of the rows, and useful ones, which are not
-padding), ours / theirs pair by pair, MFU on devices whose peak is known, and the seconds of each side's first step, in
-which it compiles. Ours packs (`concat` for text, `best_fit` for conversations); MiniMind pads. Both read the data
-inside the time. `--minimind_python` is a Python with torch, transformers and datasets.
+padding), ours / theirs pair by pair, the MFU of all positions on one device whose peak is known, and the seconds of
+each side's first step, in which it compiles. Ours packs (`concat` for text, `best_fit` for conversations); MiniMind
+pads. Both read the data inside the time. `--minimind_python` is a Python with torch, transformers and datasets.
 """
 
 import argparse
@@ -120,7 +120,7 @@ def main() -> None:
     shown["data"] = Path(args.data).name if args.data else "random"
     results = {"first seconds": first}
     results |= {f"{key} per second": bench.rates(answers, key) for key in ("tokens", "useful")}
-    if peak := peak_flops(ComputeConfig()):
+    if jax.device_count() == 1 and (peak := peak_flops(ComputeConfig())):
         flops = flops_per_token(_model_config(shown), args.seq_len)
         results["MFU"] = {name: round(results["tokens per second"][name] * flops / peak, 4) for name in sides}
     bench.print_result("train", shown, **results)

@@ -163,7 +163,7 @@ class ComputeConfig:
     remat: `none` keeps activations for the backward pass, `full` recomputes each layer, `dots` keeps matrix products.
     scan_unroll: layers unrolled per step of the scan over layers, 0 for all of them; None is all if they are at most
         32 and remat is not `full`, else 1. A loop keeps more for the backward pass than one long program (twice the
-        memory, and a third more time on an H100) unless it keeps only its inputs; the long program compiles longer.
+        temporaries, and on an H100 two fifths more time); the long program compiles longer.
     attention: the attention path; `auto` is cuDNN's flash attention on a GPU (`cudnn`), splash attention on a TPU
         (`splash`), and elsewhere, or where these cannot run, `grouped`: blocks of queries below the causal diagonal.
         `reference` is the plain formula.

@@ -322,7 +322,7 @@ def _copied_bytes(x_PD, gate_EDF) -> int:
 
 @jax.custom_vjp
 def _tiled(x_PD, sizes_E, gate_EDF, up_EDF, down_EFD):
-    """The experts on rows sorted by expert, sizes_E rows each; rows behind these get any finite values."""
+    """The experts on rows sorted by expert, sizes_E rows each."""
     return _tiled_forward(x_PD, sizes_E, gate_EDF, up_EDF, down_EFD)[0]
 
 
@@ -335,6 +335,8 @@ def _tiled_forward(x_PD, sizes_E, *kernels):
 def _tiled_backward(saved, grad_PD):
     x_PD, sizes_E, gates_NSF, ups_NSF, kernels = saved
     tiles = _make_tiles(sizes_E, x_PD.shape[0])
+    # Behind a barrier, or XLA takes the forward pass's copies and keeps those of all layers.
+    kernels, grad_PD = jax.lax.optimization_barrier((kernels, grad_PD))
     copies = (kernel[tiles.experts_N] for kernel in kernels)
     grad_x_NSD, *grads = _expert_gradients(tiles.cut(x_PD), gates_NSF, ups_NSF, tiles.cut(grad_PD), *copies)
     # A product adds the tiles of an expert up in one order, which a scatter on a GPU does not.

@@ -85,8 +85,8 @@ def emulated_devices(count: int) -> list:
 def on_platform(platform: str) -> Iterator[None]:
     """Whatever asks JAX for its platform while a step is traced hears that of the target.
 
-    The model chooses dtype, attention, experts and unrolling by `jax.default_backend()`; so the program is the one that
-    the device would run.
+    The model chooses dtype, attention and experts by `jax.default_backend()`; so the program is the one that the device
+    would run.
     """
     with mock.patch("jax.default_backend", lambda: {"cuda": "gpu"}.get(platform, platform)):
         yield

@@ -32,7 +32,7 @@ def estimate_memory(
     A layer keeps for each token of a micro-batch: its input and the outputs of both norms and both branches (5 D),
     query and key heads before and after norm and rotation, values and attention's output (4 N H + 4 K H), and gate, up
     and their product (3 F, of the experts used). `remat: full` keeps the input alone, and one layer's values. In a loop
-    over layers compilers were seen to need about twice that (docs/plan.md).
+    over layers compilers were seen to need about twice that (docs/decisions.md).
     state, params: bytes of both on each device.
     """
     rows = config.rows_per_step // config.training.accumulation_steps
@@ -45,7 +45,7 @@ def estimate_memory(
     layer = 5 * width + (4 * heads * model.head_dim + mlp) / tensor
     layers = model.num_hidden_layers
     kept = {"none": layer, "full": width + layer / layers}.get(config.compute.remat, 0.6 * layer)
-    kept *= 1 if scan_unroll(config.compute, layers) == layers else 2
+    kept *= 1 if scan_unroll(config.compute, layers) >= layers else 2
     return Estimate(
         state,
         3 * params + params * size // 4,

@@ -1,7 +1,8 @@
 """What only a GPU can show: its kernels against the plain formulas, and its precision.
 
 `pytest tests/training/test_gpu.py` on a machine with one; skipped elsewhere, where the same program is compiled for
-one instead (`tests/model/test_attention_compiled.py`, `tests/plan`).
+one instead (`tests/model/test_attention_compiled.py`, `tests/plan`). On an H100 (jax 0.11.2) the first eight passed,
+with an earlier form of the experts; time ended before the other four had.
 """
 
 import dataclasses
@@ -86,12 +87,13 @@ def test_cached_generation_is_the_network_on_whole_rows(shape):
     config = ModelConfig(vocab_size=512, hidden_size=256, num_hidden_layers=3, initializer_range=0.05, **shape)
     model = LanguageModel(config, ComputeConfig(dtype="float32"))
     params = jax.jit(model.init)(jax.random.key(0))
+    apply = jax.jit(lambda params, tokens_BT: model.apply(params, tokens_BT)[0])
     prompts = [[5, 9, 400, 17, 3], list(range(20, 60)), [11]]
     sampling = SamplingConfig(max_new_tokens=80, temperature=0.0, ignore_eos=True)
     with jax.default_matmul_precision("highest"):
         for prompt, answer in zip(prompts, Generator(model, params).generate(prompts, sampling), strict=True):
             row = np.array([prompt + answer.ids])
-            log_probs = jax.nn.log_softmax(model.apply(params, row[:, :-1])[0][0, len(prompt) - 1 :])
+            log_probs = jax.nn.log_softmax(apply(params, row[:, :-1])[0, len(prompt) - 1 :])
             chosen = np.take_along_axis(np.asarray(log_probs), np.array(answer.ids)[:, None], axis=1)[:, 0]
             np.testing.assert_allclose(answer.logprobs, chosen, atol=2e-5)
             assert np.all(log_probs.max(axis=1) - chosen < 2e-5)
