@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from minimind_jax.model.config import PRESETS, ComputeConfig, ModelConfig
-from minimind_jax.model.transformer import LanguageModel, count_parameters
+from minimind_jax.model.transformer import LanguageModel, count_parameters, scan_unroll
 
 SIZES = {
     "vocab_size": 60,
@@ -228,3 +228,11 @@ def test_a_model_is_hashable_and_a_static_argument():
     assert apply(model, params, tokens).shape == (1, 4, 60)
     assert apply(LanguageModel(ModelConfig(**SIZES), FLOAT32), params, tokens).shape == (1, 4, 60)
     assert apply._cache_size() == 1
+
+
+@pytest.mark.parametrize(("layers", "settings", "unrolled"), [
+    (32, {}, 32), (33, {}, 1), (8, {"remat": "full"}, 1), (8, {"remat": "dots"}, 8),
+    (8, {"remat": "full", "scan_unroll": 0}, 8), (40, {"scan_unroll": 4}, 4),
+])  # fmt: skip
+def test_layers_are_one_program_unless_many_or_recomputed(layers, settings, unrolled):
+    assert scan_unroll(ComputeConfig(**settings), layers) == unrolled

@@ -1,8 +1,8 @@
 """What only a GPU can show: its kernels against the plain formulas, and its precision.
 
 `pytest tests/training/test_gpu.py` on a machine with one; skipped elsewhere, where the same program is compiled for
-one instead (`tests/model/test_attention_compiled.py`, `tests/plan`). On an H100 (jax 0.11.2) the first eight passed,
-with an earlier form of the experts; time ended before the other four had.
+one instead (`tests/model/test_attention_compiled.py`, `tests/plan`). On an H100 (jax 0.11.2) eight passed and none had
+failed when time ended, with an earlier form of the experts; which eight was not printed.
 """
 
 import dataclasses
