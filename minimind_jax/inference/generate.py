@@ -81,7 +81,7 @@ class Generator:
                 f"the tokenizer {tokenizer.folder} has ids up to {tokenizer.vocab_size - 1}, "
                 f"the model only {model.config.vocab_size} (vocab_size); they do not belong together"
             )
-        self.model, self.params, self.tokenizer = model, unstack_layers(params), tokenizer
+        self.model, self.params, self.tokenizer = without_kernels(model, params), unstack_layers(params), tokenizer
         self.eos_ids, self.sampling = tuple(sorted(eos_ids)), sampling
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig = DEFAULT) -> list[Completion]:
@@ -280,6 +280,16 @@ def load_model(
         config = dataclasses.replace(config, rope_scaling=rope_scaling)
     model = LanguageModel(config, ComputeConfig(dtype=dtype))
     return model, cast_params(model, params)
+
+
+def without_kernels(model: LanguageModel, params: Params) -> LanguageModel:
+    """`model`, computed by plain products if its parameters lie on several devices: generation is left to the compiler,
+    which can cut these and no attention kernel."""
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    if sharding is None or sharding.num_devices == 1:
+        return model
+    compute = dataclasses.replace(model.compute, attention="grouped", experts="reference")
+    return dataclasses.replace(model, compute=compute)
 
 
 def cast_params(model: LanguageModel, params: Params) -> Params:

@@ -1,8 +1,10 @@
-"""Compiles the reading of prompts for a device that need not be there; run by `test_attention_compiled`.
+"""Compiles generation for devices that need not be there; run by `test_attention_compiled`.
 
-`python compile_prefill.py h100 LENGTHS`, LENGTHS being JSON. Prints the attention kernels found for each length.
+`python compile_prefill.py h100 1 CASES`, CASES being a JSON list of {"sizes": of the mesh, empty for one device,
+"length": of the prompts, "model": fields of a ModelConfig}. Prints the kernels found in the reading of prompts.
 """
 
+import functools
 import json
 import re
 import sys
@@ -13,39 +15,58 @@ compiler.prepare_process()
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-from jax.sharding import SingleDeviceSharding  # noqa: E402
+from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
+from minimind_jax.config import MeshConfig  # noqa: E402
 from minimind_jax.inference.config import SamplingConfig  # noqa: E402
-from minimind_jax.inference.decode import Controls, prefill  # noqa: E402
+from minimind_jax.inference.decode import Controls, decode, prefill  # noqa: E402
+from minimind_jax.inference.generate import without_kernels  # noqa: E402
 from minimind_jax.inference.sampling import SamplingValues, row_keys  # noqa: E402
 from minimind_jax.model.config import ComputeConfig, ModelConfig  # noqa: E402
 from minimind_jax.model.transformer import LanguageModel  # noqa: E402
 from minimind_jax.plan.devices import find_device, parse_topology  # noqa: E402
+from minimind_jax.sharding import make_mesh, param_shardings  # noqa: E402
+
+ROWS, LAYERS = 2, 2
 
 
-def main(name: str, lengths: str) -> None:
-    device = find_device(name)
-    [place] = compiler.compile_only_devices(device, parse_topology(device, "1x1" if device.platform == "tpu" else "1"))
-    sharding, rows = SingleDeviceSharding(place), 2
-    model = LanguageModel(ModelConfig(num_hidden_layers=2), ComputeConfig(dtype="bfloat16"))
+def layer_of(mesh: Mesh, stacked: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """One layer's parameter, as `unstack_layers` makes it."""
+    place = NamedSharding(mesh, PartitionSpec(*stacked.sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(stacked.shape[1:], stacked.dtype, sharding=place)
 
-    def argument(leaf):
+
+def compile_case(platform: str, devices: list, sizes: dict, length: int, model: dict) -> list[str]:
+    """The kernels in the program that reads ROWS prompts; where there is a mesh, the next step is compiled as well."""
+    model = LanguageModel(ModelConfig(num_hidden_layers=LAYERS, **model), ComputeConfig(dtype="bfloat16"))
+    mesh = make_mesh(MeshConfig(**sizes), devices)
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def argument(leaf, sharding=whole):
         return jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype, sharding=sharding)
 
-    params = jax.tree.map(argument, model.abstract_params())
-    sampling = SamplingConfig(temperature=0.0)
-    controls = Controls(SamplingValues.of(sampling, rows), row_keys(0, rows), jnp.array([2]))
-    found = []
-    for length in json.loads(lengths):
-        arrays = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for shape in ((rows, length), (rows,))]
-        with compiler.on_platform(device.platform):
-            lowered = prefill.lower(
-                model, params, *arrays, jax.tree.map(argument, controls), slots=length + 128, cache_dtype="bfloat16"
-            )
-        text = lowered.compile().as_text()
-        targets = re.findall(r'custom_call_target="([^"]+)"', text)
-        found.append(sorted({target for target in targets if "fmha" in target or target == "tpu_custom_call"}))
-    print(json.dumps(found))
+    params = model.abstract_params()
+    params = jax.tree.map(argument, params, param_shardings(mesh, model.logical_axes(), params))
+    model = without_kernels(model, params)
+    params["layers"] = tuple(jax.tree.map(functools.partial(layer_of, mesh), params["layers"]) for _ in range(LAYERS))
+    controls = Controls(SamplingValues.of(SamplingConfig(temperature=0.0), ROWS), row_keys(0, ROWS), jnp.array([2]))
+    controls = jax.tree.map(argument, controls)
+    tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole) for shape in ((ROWS, length), (ROWS,)))
+    with compiler.on_platform(platform):
+        reading = prefill.lower(
+            model, params, tokens, lengths, controls, slots=length + 128, cache_dtype="bfloat16"
+        ).compile()  # fmt: skip
+        if sizes:
+            state = jax.tree.map(argument, reading.out_info)
+            decode.lower(model, params, state, controls, jnp.int32(length + 8)).compile()
+    targets = re.findall(r'custom_call_target="([^"]+)"', reading.as_text())
+    return sorted({target for target in targets if "fmha" in target or target == "tpu_custom_call"})
+
+
+def main(name: str, topology: str, cases: str) -> None:
+    device = find_device(name)
+    devices = compiler.compile_only_devices(device, parse_topology(device, topology))
+    print(json.dumps([compile_case(device.platform, devices, **case) for case in json.loads(cases)]))
 
 
 if __name__ == "__main__":

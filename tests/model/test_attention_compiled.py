@@ -50,7 +50,18 @@ def compile_cases(platform: str, device: str, topology: str, cases: list[tuple])
     ("platform", "device", "kernel"), [("cuda", "h100", CUDNN_MASKED[0]), ("tpu", "tpu-v5e", SPLASH[0])]
 )
 def test_prompts_are_read_by_the_kernels(platform, device, kernel):
-    assert run_compiler(platform, "compile_prefill.py", device, "[16, 512]") == [[kernel], [kernel]]
+    topology = "1x1" if platform == "tpu" else "1"
+    cases = [{"sizes": {}, "length": length, "model": {}} for length in (16, 512)]
+    assert run_compiler(platform, "compile_prefill.py", device, topology, json.dumps(cases)) == [[kernel], [kernel]]
+
+
+@pytest.mark.parametrize(("platform", "device", "topology"), [("cuda", "h100", "8"), ("tpu", "tpu-v5e", "2x4")])
+def test_samples_are_written_with_parameters_on_a_mesh(platform, device, topology):
+    """As a run does it: outside of a step, where the compiler finds kernels that nobody has cut, and refuses them."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 1}
+    meshes = [({"data": 8}, {}), (ALL_THREE, {}), ({"data": 1, "fsdp": 2, "expert": 4}, experts)]
+    cases = [{"sizes": sizes, "length": 64, "model": model} for sizes, model in meshes]
+    assert run_compiler(platform, "compile_prefill.py", device, topology, json.dumps(cases)) == [[], [], []]
 
 
 def test_one_gpu_runs_cudnn_and_holds_no_scores():
