@@ -20,6 +20,8 @@ PROCESS_FLAGS = {
     "--process_id": "JAX_PROCESS_ID",
 }
 
+PROFILE = ("--training.profile_steps", "5")  # what --profile stands for
+
 
 class Command(NamedTuple):
     """What a command does, in a line, and the function that does it with the arguments after its name."""
@@ -79,6 +81,7 @@ def overview() -> str:
         "usage: minimind COMMAND [--config FILE] [--key value ...]    minimind COMMAND --help    minimind --version\n\n"
         + "\n".join(lines)
         + "\n\nStages in several processes: --coordinator_address HOST:PORT --num_processes N --process_id 0 ... N-1"
+        + f"\nWith a trace of some of their steps: --profile ({' '.join(PROFILE)})"
         + f"\n\nConfigs that come with it: {', '.join(settings.config_names())}\n"
     )
 
@@ -90,7 +93,8 @@ def _stage(name: str) -> Callable[[str, Sequence[str]], None]:
     """A stage's command: its settings from the arguments, then its function."""
 
     def run(prog: str, argv: Sequence[str]) -> None:
-        config = settings.load_settings(STAGES[name].config, _take_process_flags(argv), prog)
+        words = [word for given in argv for word in (PROFILE if given == "--profile" else (given,))]
+        config = settings.load_settings(STAGES[name].config, _take_process_flags(words), prog)
         STAGES[name].load()(config)
 
     return run

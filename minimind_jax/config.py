@@ -147,8 +147,8 @@ class TrainingConfig:
         if none is set.
     batch_tokens: tokens of one optimizer step over all devices, padding included; a multiple of
         data.seq_len * accumulation_steps.
-    accumulation_steps: micro-batches of one optimizer step; it changes the memory used and not the result
-        (only dropout's draws and a MoE's load-balancing loss are per micro-batch).
+    accumulation_steps: micro-batches of one optimizer step, fewer where a device's rows do not divide by it; it changes
+        the memory used and not the result (only dropout's draws and a MoE's load-balancing loss are per micro-batch).
     max_grad_norm: the gradient is scaled down to this global norm; 0 for no clipping.
     z_loss: weight of logsumexp(logits)^2 in the loss.
     log_every: steps between two lines of metrics.

@@ -45,7 +45,8 @@ def initialize_distributed(
     $JAX_COORDINATOR_ADDRESS, $JAX_NUM_PROCESSES, $JAX_PROCESS_ID, which the command's flags set. Without a coordinator,
     Slurm, Open MPI and TPU pods on GKE are recognised when they started more than one process;
     $MINIMIND_DISTRIBUTED=1 says so anywhere else where JAX can find the others by itself (TPU VMs).
-    Raises UserError when the coordinator is given and one of the other two is not.
+    Raises UserError when the coordinator is given and one of the other two is not, and on a host of a TPU slice that
+    was told of no others.
     """
     if jax.distributed.is_initialized():  # by an earlier stage of a pipeline
         return
@@ -62,6 +63,11 @@ def initialize_distributed(
         jax.distributed.initialize(coordinator, *numbers)
     elif _started_by_a_cluster(environ):
         jax.distributed.initialize()
+    elif jax.process_count() > 1:
+        raise UserError(
+            f"this is one of the {jax.process_count()} hosts of a TPU slice, and nothing says that the run is started "
+            "on all of them; do so, each with MINIMIND_DISTRIBUTED=1 (scripts/tpu_vm.sh does)"
+        )
 
 
 def _started_by_a_cluster(environ: Mapping[str, str]) -> bool:

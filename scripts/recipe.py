@@ -1,11 +1,13 @@
-"""The experiments behind the default recipe (docs/recipe.md): one change after another, at equal tokens.
+"""The experiments behind the default recipe (docs/recipe.md): one change after another, at equal tokens or seconds.
 
     python scripts/recipe.py --train pretrain.jsonl --val held_out.jsonl --tokenizer DIR --out runs/recipe
-    python scripts/recipe.py ... --only muon linear --tokens 600000
+    python scripts/recipe.py ... --only muon minimind --tokens 600000
+    python scripts/recipe.py ... --only muon minimind --seconds 300 --out runs/recipe_seconds
 
-Every rung trains a model of `--hidden_size` and `--layers` from scratch on as many tokens, padding not counted, and
-prints one JSON line: held-out bits per byte (held_out.py), steps, and the seconds of the whole command. Rungs that are
-done are read, not run again. Seconds compare only between rungs that ran alone on the machine.
+Every rung trains a model of `--hidden_size` and `--layers` from scratch on as many tokens, padding not counted; with
+--seconds, for as many steps as it does in that time, which a short run measures before. Prints one JSON line a rung:
+held-out bits per byte (held_out.py), steps, and the seconds of the whole command. Rungs that are done are read, not run
+again. Seconds compare only between rungs that ran alone on the machine.
 """
 
 import argparse
@@ -79,14 +81,8 @@ def used_share(train: str, tokenizer: str, seq_len: int) -> float:
     return sum(lengths) / len(lengths) / seq_len
 
 
-def run_rung(name: str, settings: dict, args: argparse.Namespace) -> dict:
-    """Trains a rung, or reads what it gave."""
-    run = args.out / name.replace(", ", "-").replace(" ", "_")
-    result_file = run / "result.json"
-    if result_file.is_file():
-        return json.loads(result_file.read_text())
-    share = used_share(args.train, args.tokenizer, args.seq_len) if settings["data.packing"] == "pad" else 1.0
-    steps = round(args.tokens / (settings["training.batch_tokens"] * share))
+def train(run: Path, settings: dict, steps: int, args: argparse.Namespace) -> None:
+    """Trains a model of `args`' size from scratch."""
     sizes = {"hidden_size": args.hidden_size, "num_hidden_layers": args.layers}
     settings = {
         "run": run, "resume": "never", "tokenizer": args.tokenizer, "export_dtype": "float32",
@@ -95,10 +91,33 @@ def run_rung(name: str, settings: dict, args: argparse.Namespace) -> dict:
         "training.steps": steps, "training.eval_every": 0, "checkpoint.every": 0, "checkpoint.keep": 1,
         **settings,
     }  # fmt: skip
-    started = time.perf_counter()
     subprocess.run(
         [sys.executable, "-m", "minimind_jax", "pretrain", *flags(settings)], check=True, stdout=subprocess.DEVNULL
     )
+
+
+def steps_in(seconds: float, run: Path, settings: dict, args: argparse.Namespace) -> int:
+    """Steps that a rung does in so many seconds, by the last 20 of 30 steps of a run of its own."""
+    if not run.exists():
+        train(run, {**settings, "training.log_every": 10}, 30, args)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    at = {row["step"]: row["seconds"] for row in rows if "seconds" in row}
+    return round(seconds * 20 / (at[30] - at[10]))
+
+
+def run_rung(name: str, settings: dict, args: argparse.Namespace) -> dict:
+    """Trains a rung, or reads what it gave."""
+    run = args.out / name.replace(", ", "-").replace(" ", "_")
+    result_file = run / "result.json"
+    if result_file.is_file():
+        return json.loads(result_file.read_text())
+    if args.seconds:
+        steps = steps_in(args.seconds, run.with_name(f"{run.name}-speed"), settings, args)
+    else:
+        share = used_share(args.train, args.tokenizer, args.seq_len) if settings["data.packing"] == "pad" else 1.0
+        steps = round(args.tokens / (settings["training.batch_tokens"] * share))
+    started = time.perf_counter()
+    train(run, settings, steps, args)
     seconds = time.perf_counter() - started
     measured = bits_per_byte(str(run), args.val, window=args.seq_len - 2)
     result = {"rung": name, "bits per byte": round(measured, 4), "steps": steps, "seconds": round(seconds, 1)}
@@ -113,6 +132,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/recipe"))
     parser.add_argument("--tokens", type=int, default=600_000)
+    parser.add_argument("--seconds", type=float, help="of training steps for each rung, in place of --tokens")
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seq_len", type=int, default=340)

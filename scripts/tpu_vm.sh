@@ -3,17 +3,22 @@
 #
 #   scripts/tpu_vm.sh create NAME                    a TPU VM of type $TYPE
 #   scripts/tpu_vm.sh install NAME                   this checkout and its packages, on every worker
-#   scripts/tpu_vm.sh copy NAME FILE...              data files into ~/minimind_jax/data of every worker
+#   scripts/tpu_vm.sh copy NAME FILE...              files and folders into ~/minimind_jax/data of every worker
 #   scripts/tpu_vm.sh run NAME STAGE ARGUMENTS...    starts scripts/train_STAGE.py on every worker and returns
 #   scripts/tpu_vm.sh log NAME                       what the first worker prints (Ctrl-C leaves the run alone)
 #   scripts/tpu_vm.sh stop NAME                      asks the run to save its state and end
-#   scripts/tpu_vm.sh resume NAME STAGE ARGUMENTS... a new TPU VM if the old one was taken away; then install and run
+#   scripts/tpu_vm.sh resume NAME STAGE ARGUMENTS... run; before it, if the TPU VM was taken away, a new one and install
 #   scripts/tpu_vm.sh delete NAME
 #
 # TYPE (v5litepod-8)  VERSION (v2-alpha-tpuv5-lite)  ZONE, PROJECT (gcloud's own)  SPOT=1: cheaper, may be taken away
-# FILES: data files that `resume` copies to a new TPU VM     DRY_RUN=1: print the commands and run none
+# FILES: what `resume` copies to a new TPU VM     DRY_RUN=1: print the commands and run none
 #
-# A run outlives its TPU VM when its folder is in a bucket: run NAME pretrain --config pretrain --run gs://BUCKET/runs/a
+# The tokenizer is trained where you sit (minimind tokenizer) and copied like the data. The run's folder is in a bucket:
+# all workers write there, and it outlives the TPU VM. So, after create and install:
+#
+#   scripts/tpu_vm.sh copy NAME text.jsonl runs/tokenizer
+#   scripts/tpu_vm.sh run NAME pretrain --config pretrain --data.train data/text.jsonl --tokenizer data/tokenizer \
+#       --run gs://BUCKET/runs/a
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -51,27 +56,45 @@ install() {
 }
 
 copy() {
-    [ $# -eq 0 ] || do_it gcloud compute tpus tpu-vm scp "$@" "$name":minimind_jax/data/ "${place[@]}" --worker=all
+    [ $# -eq 0 ] || do_it gcloud compute tpus tpu-vm scp --recurse "$@" "$name":minimind_jax/data/ "${place[@]}" --worker=all
 }
 
 # The workers find each other by the TPU VM's metadata, which MINIMIND_DISTRIBUTED=1 asks for.
 run() {
     local stage=$1 arguments=""
     [ $# -eq 1 ] || arguments=$(printf ' %q' "${@:2}")
-    everywhere "cd minimind_jax && { MINIMIND_DISTRIBUTED=1 setsid nohup .venv/bin/python \
+    everywhere "cd minimind_jax && if grep -qs scripts/train_ /proc/\$(cat train.pid 2> /dev/null)/cmdline; then \
+echo 'a run is going on; stop it first' >&2; exit 1; fi && { MINIMIND_DISTRIBUTED=1 setsid nohup .venv/bin/python \
 scripts/train_$stage.py$arguments --resume auto >> train.log 2>&1 < /dev/null & echo \$! > train.pid; }"
 }
 
-state() { gcloud compute tpus tpu-vm describe "$name" "${place[@]}" --format='value(state)' || true; }
+# READY, PREEMPTED ..., NOT_FOUND where there is none. Fails where gcloud does for another reason.
+state() {
+    local told
+    if told=$(gcloud compute tpus tpu-vm describe "$name" "${place[@]}" --format='value(state)' 2>&1); then
+        echo "${told##*$'\n'}"
+    elif [[ $told == *NOT_FOUND* || $told == *"was not found"* ]]; then
+        echo NOT_FOUND
+    else
+        echo "$told" >&2
+        return 1
+    fi
+}
 
 resume() {
+    local found
     if [ -n "${DRY_RUN:-}" ]; then
-        echo "# if the TPU VM $name is not READY:"
-    elif [ "$(state)" = READY ]; then
-        run "$@"
-        return
+        echo "# if the TPU VM $name is PREEMPTED or TERMINATED (else without delete, create, install and copy):"
+        tpu delete --quiet
+    else
+        found=$(state)
+        case $found in
+            READY) run "$@"; return ;;
+            PREEMPTED | TERMINATED) tpu delete --quiet ;;
+            NOT_FOUND) ;;
+            *) echo "the TPU VM $name is $found, so it is left alone; wait, or start or delete it yourself" >&2; exit 1 ;;
+        esac
     fi
-    tpu delete --quiet || true # what is left of one that was taken away
     create
     install
     # shellcheck disable=SC2086  # several files
@@ -89,8 +112,9 @@ case $command in
     create | install) "$command" ;;
     copy) copy "$@" ;;
     run | resume)
-        if [ ! -f "scripts/train_${1:-}.py" ]; then
-            echo "$command needs a stage, one of $(echo scripts/train_*.py)" >&2
+        if [ ! -f "scripts/train_${1:-}.py" ] || [ "$1" = tokenizer ]; then
+            stages=$(ls scripts/train_*.py | sed 's,scripts/train_\(.*\).py,\1,' | grep -v tokenizer | xargs)
+            echo "$command needs a stage, one of $stages; the tokenizer is trained on one machine and copied" >&2
             exit 2
         fi
         "$command" "$@"

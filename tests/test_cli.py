@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
@@ -116,6 +117,14 @@ def test_a_terminal_without_chinese_gets_escapes():
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, encoding="ascii")
     assert done.returncode == 2 and "\\u4f60\\u597d" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_profile_is_short_for_five_steps(monkeypatch):
+    trained = []
+    stage = types.SimpleNamespace(config=PretrainConfig, load=lambda: trained.append)
+    monkeypatch.setitem(cli.STAGES, "pretrain", stage)
+    assert cli.main(["pretrain", "--profile", "--training.profile_start", "3"]) == 0
+    assert (trained[0].training.profile_steps, trained[0].training.profile_start) == (5, 3)
 
 
 def test_the_flags_of_several_processes_go_where_jax_is_started_from(monkeypatch):

@@ -368,6 +368,13 @@ def test_processes_whose_rows_are_not_neighbours(monkeypatch):
         share([0, 1, 1], 0)
 
 
+def test_a_host_of_a_slice_that_was_told_of_no_others(monkeypatch):
+    """JAX counts the hosts of a TPU slice by itself; without a cluster they could not save together."""
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(UserError, match=r"one of the 4 hosts of a TPU slice.* MINIMIND_DISTRIBUTED=1"):
+        initialize_distributed(environ={"TPU_WORKER_HOSTNAMES": "localhost"})
+
+
 def test_a_coordinator_without_the_process_number():
     with pytest.raises(UserError, match=r"host:1 needs a whole number in JAX_PROCESS_ID; it is None"):
         initialize_distributed(environ={"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2"})

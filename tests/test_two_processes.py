@@ -53,7 +53,8 @@ def folder(tmp_path):
 
 
 def start_pair(folder, *arguments):
-    """`minimind ARGUMENTS` in each of two processes with one device each."""
+    """`minimind ARGUMENTS` in each of two processes with one device each. folder: theirs, or one for each."""
+    folders = folder if isinstance(folder, list) else [folder] * 2
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -62,7 +63,7 @@ def start_pair(folder, *arguments):
         subprocess.Popen(
             [sys.executable, "-m", "minimind_jax", *arguments, *cluster, "--process_id", str(index)],
             env={**os.environ, "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "JAX_PLATFORMS": "cpu"},
-            cwd=folder,
+            cwd=folders[index],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -92,6 +93,21 @@ def test_a_pipeline_in_two_processes_does_what_one_does(folder):
 
     first, second = outputs(start_pair(folder, "pipeline", "--config", "pipe.yaml"), 0)
     assert first.count("done, in") == 2 and "done, in" not in second
+
+
+def test_a_run_folder_that_is_not_shared_is_told_before_anything_is_trained(folder):
+    """Each process has a folder of its own, as on two hosts without a shared disk."""
+    tokenizer = ["tokenizer", "--data", "text.jsonl", "--output", "tokenizer", "--vocab_size", "300"]
+    outputs([start_one(folder, *tokenizer)], 0)
+    (folder / "run.yaml").write_text(yaml.safe_dump({**ELASTIC, "model": PIPELINE["stages"][1]["pretrain"]["model"]}))
+    for name in ("host0", "host1"):
+        (folder / name).mkdir()
+        for file in ("text.jsonl", "run.yaml", "tokenizer"):
+            (folder / name / file).symlink_to(folder / file)
+    hosts = [folder / "host0", folder / "host1"]
+    for text in outputs(start_pair(hosts, "pretrain", "--config", "run.yaml", "--run", "runs/apart"), 2):
+        assert "the run's folder runs/apart of process 0 is another one than that of process 1" in text
+    assert not any((hosts[0] / "runs/apart").iterdir()) and not (hosts[1] / "runs").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -304,10 +304,12 @@ def open_data(
 ) -> tuple[Batches, Batches | None]:
     """A stage's training and validation batches; the latter None without `data.val` and `data.val_fraction`.
 
-    Builds the caches if there are none yet. Raises UserError for what is wrong with the data.
+    Builds the caches if there are none yet; the first process speaks of it. Raises UserError for what is wrong with the
+    data.
     """
-    data, seed = config.data, config.seed
-    cache = build_cache(kind, data.train, tokenizer, data, seed, classes=classes)
+    data, seed, speaks = config.data, config.seed, process_index == 0
+    build = functools.partial(build_cache, kind, progress=speaks, report_skipped=speaks, classes=classes)
+    cache = build(data.train, tokenizer, data, seed)
     fraction = 0.0 if data.val else data.val_fraction
     make = functools.partial(
         Batches,
@@ -321,7 +323,7 @@ def open_data(
     )
 
     def redraw(epoch: int) -> TokenCache:
-        return build_cache(kind, data.train, tokenizer, data, seed, epoch)
+        return build(data.train, tokenizer, data, seed, epoch)
 
     train = make(
         cache,
@@ -329,7 +331,7 @@ def open_data(
         redraw=redraw if data.redraw_each_epoch and kind in RENDERED else None,
     )
     if data.val:
-        return train, make(build_cache(kind, data.val, tokenizer, data, seed, classes=classes))
+        return train, make(build(data.val, tokenizer, data, seed))
     if not len(split_documents(cache, fraction, seed)[1]):
         return train, None
     return train, make(cache, select=lambda c: split_documents(c, fraction, seed)[1])

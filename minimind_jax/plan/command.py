@@ -1,6 +1,7 @@
 """`minimind plan`: what a run needs on a named GPU or TPU, told before it is rented."""
 
 import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -31,6 +32,11 @@ def _parser(prog: str) -> argparse.ArgumentParser:
             raise ValueError
         return float(text)
 
+    def count(text: str) -> int:
+        if float(text) < 1:
+            raise ValueError
+        return round(float(text))
+
     parser = argparse.ArgumentParser(
         prog=prog,
         description=DESCRIPTION,
@@ -43,7 +49,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--topology", help="8 GPUs, or a TPU slice such as 2x4; the smallest there is if absent")
     parser.add_argument("--stage", choices=("pretrain", "sft"), help="which stage of a pipeline, or kind of training")
     parser.add_argument("--data", nargs="+", default=[], metavar="FILE", help="the training data, to count its tokens")
-    parser.add_argument("--tokens", type=float, help="tokens that are trained, in place of --data")
+    parser.add_argument("--tokens", type=count, help="tokens that are trained, in place of --data")
     parser.add_argument("--mfu", type=share, default=0.4, help="share of the peak FLOP/s that training reaches (0.4)")
     parser.add_argument("--price", type=float, help="of one device for an hour, in any currency; hours only without")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -59,18 +65,21 @@ def make_plan(args: argparse.Namespace, argv: Sequence[str]) -> dict:
     from minimind_jax.plan import devices, estimate, inputs, products
     from minimind_jax.sharding import make_mesh
     from minimind_jax.training.flops import flops_per_token
+    from minimind_jax.training.program import count_parts
 
     device = devices.find_device(args.device)
     topology = devices.parse_topology(device, args.topology or device.smallest)
     planned = inputs.load_planned(argv, args.stage)
-    tokens = inputs.planned_tokens(planned, args.data, args.tokens and round(args.tokens))
-    config = planned.config
+    tokens = inputs.planned_tokens(planned, args.data, args.tokens)
     package = devices.installed_compiler(device)
     if package:
         found = compiler.compile_only_devices(device, topology)
     else:
         found = compiler.emulated_devices(topology.count)
-    mesh = make_mesh(config.mesh, found)
+    mesh = make_mesh(planned.config.mesh, found)
+    parts = count_parts(planned.config, mesh)
+    training = dataclasses.replace(planned.config.training, accumulation_steps=parts)
+    config = dataclasses.replace(planned.config, training=training)
     model = LanguageModel(planned.architecture, config.compute, inputs.planned_adapter(planned))
     traced, state = compiler.trace_step(config, model, mesh, device.platform)
     params, opt_state, whole = compiler.state_bytes(state)
@@ -185,7 +194,7 @@ def _time_facts(args, config, tokens, formula: float, peak: float, count: int) -
     told = cost(tokens.count if tokens else 10**9, formula, peak, count, args.mfu, args.price)
     return {
         "tokens": tokens.count if tokens else 10**9,
-        "source": tokens.source if tokens else "no data is named; for a billion tokens (--data FILE, --tokens N)",
+        "source": tokens.source if tokens else "no data is there; for a billion tokens (--data FILE, --tokens N)",
         "mfu": args.mfu,
         **told._asdict(),
     }

@@ -141,12 +141,20 @@ def planned_tokens(planned: Planned, data: Sequence[str], tokens: int | None) ->
         return Tokens(training.steps * training.batch_tokens, f"training.steps {training.steps:,}")
     if not data and training.tokens is not None:
         return Tokens(training.tokens, "training.tokens")
-    files = list(data) or [name for name in config.data.train if Path(name).exists()]
+    files = list(data) or _training_files(config)
     if not files:
         return None
     count, source = count_tokens(files, PLANNED[planned.stage], config)
     epochs = 1 if training.epochs is None else training.epochs
     return Tokens(round(count * epochs), f"{source}, {epochs:g} epoch{'s' * (epochs != 1)}")
+
+
+def _training_files(config: PretrainConfig) -> list[str]:
+    """The files of `data.train`; none where one is not there yet, or in an object store."""
+    try:
+        return [str(file) for file in expand_paths(config.data.train)] if config.data.train else []
+    except UserError:
+        return []
 
 
 def count_tokens(paths: Sequence[str], kind: Kind, config: PretrainConfig) -> Tokens:

@@ -2,10 +2,13 @@
 
 import dataclasses
 import os
+import secrets
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from minimind_jax.config import ModelSettings, PretrainConfig, SampleConfig
@@ -21,9 +24,17 @@ from minimind_jax.model.heads import SCORE, without_head
 from minimind_jax.model.lora import LEAVES, join, make_adapter, merge, split
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.seeds import named_key, named_seed
-from minimind_jax.sharding import announce, init_params, initialize_distributed, make_mesh, param_shardings
+from minimind_jax.sharding import (
+    announce,
+    init_params,
+    initialize_distributed,
+    make_mesh,
+    param_shardings,
+    run_on_first_process,
+)
 from minimind_jax.stages.adapters import frozen_dtype, load_with_adapters, plan_adapters, save_adapters
 from minimind_jax.training.loop import SampleFn, TrainResult
+from minimind_jax.training.program import count_parts
 from minimind_jax.training.report import write_report
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.state import Parameters
@@ -41,11 +52,14 @@ LENGTH_FIELDS = {"training.steps", "training.epochs", "training.tokens"}
 def start_run(config: PretrainConfig) -> RunFolder:
     """Joins the run's processes, turns on the compilation cache, and makes the run's folder.
 
-    Raises UserError when `config.resume` does not allow what the folder holds, or it is a Hugging Face model itself.
+    Raises UserError when the devices do not fit `config`, when `config.resume` does not allow what the folder holds,
+    when it is a Hugging Face model itself, or when a process of several does not see what the first writes there.
     """
     initialize_distributed()
     enable_compilation_cache()
+    count_parts(config, make_mesh(config.mesh))  # before any data is read
     run = RunFolder(resolve_run(config.run))
+    check_shared(run)
     if holds_model(run.path) and (run.path / "tokenizer.json").is_file():
         raise UserError(
             f"{run.path} is a Hugging Face model, not the folder of a run; choose another run name (with --init_from "
@@ -57,6 +71,27 @@ def start_run(config: PretrainConfig) -> RunFolder:
     if jax.process_index() == 0:
         run.lock()
     return run
+
+
+def check_shared(run: RunFolder, patience: float = 10.0) -> None:
+    """Raises UserError, on all processes, when one does not see a file that the first writes into the run's folder:
+    checkpoints are written by all, which would wait for each other for ever. patience: seconds a disk may be late."""
+    if jax.process_count() == 1:
+        return
+    number = int(multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32))))
+    mark = run.path / f".processes-{number}"
+    run_on_first_process(lambda: run.create() and mark.write_text("", "utf-8"))
+    late = time.monotonic() + patience
+    while not (seen := mark.exists()) and time.monotonic() < late:
+        time.sleep(0.2)
+    blind = np.flatnonzero(~multihost_utils.process_allgather(np.array(seen))).tolist()
+    run_on_first_process(mark.unlink)
+    if blind:
+        raise UserError(
+            f"the run's folder {run.path} of process 0 is another one than that of "
+            f"process{'es' * (len(blind) > 1)} {', '.join(map(str, blind))}; give --run a folder on a disk that all "
+            "processes see, or gs://BUCKET/NAME"
+        )
 
 
 def check_settings(run: RunFolder, config: PretrainConfig) -> None:

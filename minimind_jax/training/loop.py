@@ -105,7 +105,7 @@ def train(
                 "it, or start another run"
             )
 
-        facts = run_facts(config, stage, model, mesh, train_batches, val_batches, total_steps)
+        facts = run_facts(config, stage, model, mesh, program.parts, train_batches, val_batches, total_steps)
         # Before the settings: while metrics.jsonl says that the model is written, they are those it was written with.
         writer = stack.enter_context(
             MetricsWriter(run, config.tracking, start_step=start_step, settings=plain(config), active=is_first)
@@ -120,6 +120,7 @@ def train(
             config=config,
             mesh=mesh,
             train_step=program.step,
+            parts=program.parts,
             eval_step=make_eval_step(loss_fn, mesh),
             train_batches=train_batches,
             val_batches=val_batches,
@@ -162,13 +163,14 @@ def start_state(parameters: Parameters, program: Program, checkpoints: Checkpoin
 class Loop:
     """The parts of one run, and what happens at its steps. Made by `train`.
 
-    losses: step -> validation loss; shared with `checkpoints`. tokens: trained so far. base: fingerprint of the frozen
-    parameters.
+    parts: micro-batches of a step. losses: step -> validation loss; shared with `checkpoints`. tokens: trained so far.
+    base: fingerprint of the frozen parameters.
     """
 
     config: PretrainConfig
     mesh: Mesh
     train_step: TrainStep
+    parts: int
     eval_step: Callable
     train_batches: Batches
     val_batches: Batches | None
@@ -302,8 +304,8 @@ class Loop:
         for batch in self.val_batches.eval_batches(self.training.eval_rows):
             if self.stop.signal is not None:
                 return
-            for part in range(self.training.accumulation_steps):  # no more rows at once than in training
-                rows = {name: array[part :: self.training.accumulation_steps] for name, array in batch.items()}
+            for part in range(self.parts):  # no more rows at once than in training
+                rows = {name: array[part :: self.parts] for name, array in batch.items()}
                 found.append(self.eval_step(params, shard_batch(rows, self.mesh)))
         total = together(jax.tree.map(lambda *values: np.stack(values), *jax.device_get(found)))
         means = {name: float(top) / max(float(bottom), 1.0) for name, (top, bottom) in total.items()}

@@ -76,16 +76,20 @@ def run_facts(
     stage: str,
     model: LanguageModel,
     mesh,
+    parts: int,
     train_batches: Batches,
     val_batches: Batches | None,
     total_steps: int,
 ) -> dict[str, str]:
-    """What is printed at the start and kept in environment.json."""
+    """What is printed at the start and kept in environment.json. parts: micro-batches of a step."""
     devices, shape = mesh.devices.ravel(), model.config
     parameters = count_parameters(without_adapters(model.abstract_params()))
     sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     experts = f", {shape.num_experts} experts, {shape.num_experts_per_tok} used" if shape.is_moe else ""
-    parts = config.training.accumulation_steps
+    asked = config.training.accumulation_steps
+    in_parts = f" in {parts} parts" * (asked > 1)
+    if parts < asked:
+        in_parts += f", not {asked}: a device has {config.rows_per_step // row_shards(mesh)} rows of a step"
     dtype = compute_dtype(model.compute)
     rows = (config.rows_per_step // parts, config.data.seq_len, shape.num_attention_heads, shape.head_dim)
     path, reason = attention.choose_path(model.compute.attention, rows, shape.num_key_value_heads, dtype, mesh)
@@ -105,7 +109,7 @@ def run_facts(
         "devices": f"{devices.size} x {devices[0].device_kind}{f' ({sizes})' if sizes else ''}",
         "training data": describe_data(train_batches),
         "validation data": describe_data(val_batches) if val_batches is not None else "none",
-        "batch": f"{config.rows_per_step} rows of {config.data.seq_len} tokens" + (f" in {parts} parts" * (parts > 1)),
+        "batch": f"{config.rows_per_step} rows of {config.data.seq_len} tokens{in_parts}",
         "steps": f"{total_steps:,} ({epochs:.3g} epochs of {train_batches.steps_per_epoch:,})",
     }
 

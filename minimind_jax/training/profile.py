@@ -27,6 +27,7 @@ class Profiler:
         self._last = self._first + training.profile_steps - 1 if active else 0
         self._run, self._say = run, say
         self._folder: Path | None = None
+        self._was_reached = self._last < self._first
 
     def __enter__(self) -> "Profiler":
         return self
@@ -36,12 +37,15 @@ class Profiler:
             jax.profiler.stop_trace()
             self._say(f"the trace is {self._folder}: open its perfetto_trace.json.gz in https://ui.perfetto.dev")
             self._folder = None
+        elif not self._was_reached:
+            self._say(f"no trace was written: the run ended before step {self._first}, the first of the trace")
 
     def step(self, number: int, train_step: Callable, *arguments) -> Any:
         """`train_step(*arguments)`, as step `number` of the trace if it is to be traced."""
         if not self._first <= number <= self._last:
             return train_step(*arguments)
         if number == self._first:
+            self._was_reached = True
             jax.block_until_ready(arguments)  # what was dispatched before is not of this trace
             is_object = is_remote(self._run.path)
             self._folder = Path(tempfile.mkdtemp(prefix="profile-")) if is_object else self._run.path / "profile"

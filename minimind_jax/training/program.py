@@ -1,5 +1,6 @@
 """The jitted program of a run, from its settings: what the loop runs and `minimind plan` compiles."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -7,18 +8,20 @@ import optax
 from jax.sharding import Mesh
 
 from minimind_jax.config import PretrainConfig
+from minimind_jax.errors import UserError
 from minimind_jax.losses import LossFn
-from minimind_jax.sharding import param_shardings
+from minimind_jax.sharding import param_shardings, row_shards
 from minimind_jax.training.optimizer import make_optimizer, make_schedule
 from minimind_jax.training.state import Parameters, TrainState, create_state, state_shardings
 from minimind_jax.training.step import TrainStep, make_train_step
 
 
 class Program(NamedTuple):
-    """step: the jitted training step. optimizer: its optax transformation. shardings: of the state it takes. abstract:
-    that state's shapes, dtypes and shardings."""
+    """step: the jitted training step. parts: its micro-batches. optimizer: its optax transformation. shardings: of the
+    state it takes. abstract: that state's shapes, dtypes and shardings."""
 
     step: TrainStep
+    parts: int
     optimizer: optax.GradientTransformationExtraArgs
     shardings: TrainState
     abstract: TrainState
@@ -29,8 +32,10 @@ def make_program(
 ) -> Program:
     """The training step of `config` for these parameters on `mesh`; nothing is computed or compiled yet.
 
-    Raises UserError for a warm-up that is longer than the run and for parameters that do not divide over the mesh.
+    Raises UserError for a warm-up that is longer than the run, and for rows or parameters that do not divide over the
+    mesh.
     """
+    parts = count_parts(config, mesh)
     trained, frozen = parameters.split(parameters.abstract)
     lies = parameters.split(param_shardings(mesh, parameters.axes, parameters.abstract))
     schedule = make_schedule(config.optimizer, total_steps)
@@ -40,11 +45,28 @@ def make_program(
         loss_fn,
         optimizer,
         schedule,
-        accumulation_steps=config.training.accumulation_steps,
+        accumulation_steps=parts,
         max_grad_norm=config.training.max_grad_norm,
         seed=config.seed,
         shardings=shardings,
     )
     shapes = jax.eval_shape(lambda params: create_state(params, optimizer), trained)._replace(frozen=frozen)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    return Program(step, optimizer, shardings, abstract)
+    return Program(step, parts, optimizer, shardings, abstract)
+
+
+def count_parts(config: PretrainConfig, mesh: Mesh) -> int:
+    """Micro-batches of a step: `training.accumulation_steps`, or as many fewer as a device's rows divide into.
+
+    So settings made for one device run on many, which need fewer parts for the same memory.
+    Raises UserError when the rows of a step do not divide over data x fsdp.
+    """
+    shards, rows, wanted = row_shards(mesh), config.rows_per_step, config.training.accumulation_steps
+    if rows % shards:
+        unit = config.data.seq_len * math.lcm(shards, wanted)
+        raise UserError(
+            f"{rows} rows a step do not divide over {shards} devices (mesh.data {mesh.shape['data']} x mesh.fsdp "
+            f"{mesh.shape['fsdp']}); set training.batch_tokens to a multiple of {unit}, such as "
+            f"{max(1, round(config.training.batch_tokens / unit)) * unit}"
+        )
+    return next(count for count in range(wanted, 0, -1) if rows // shards % count == 0)

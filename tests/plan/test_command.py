@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -60,6 +62,21 @@ def test_mistakes_are_told(capsys):
     assert status == 2 and "did you mean h100" in printed.err
     status, printed = plan(capsys, "--device", "tpu-v5e", "--mesh.data", "3")
     assert status == 2 and "do not fit 1 devices" in printed.err
+    with pytest.raises(SystemExit):
+        plan(capsys, "--device", "tpu-v5e", "--tokens", "-5")
+    assert "--tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rows", [24, 20])
+def test_a_step_on_many_devices_has_the_parts_that_training_would_have(rows):
+    """In a process of its own, for eight devices."""
+    batch = ["--training.batch_tokens", str(rows * 512), "--training.accumulation_steps", "4", "--json"]
+    command = [sys.executable, "-m", "minimind_jax", "plan", *TINY, "--device", "tpu-v5e", "--topology", "2x4", *batch]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if rows == 20:
+        assert done.returncode == 2 and "20 rows a step do not divide over 8 devices" in done.stderr
+    else:
+        assert json.loads(done.stdout)["step"]["accumulation_steps"] == 3
 
 
 def test_what_does_not_fit_gets_advice_that_applies():

@@ -52,6 +52,11 @@ def test_tokens_are_given_set_or_guessed_from_the_size(tmp_path):
     told = planned_tokens(planned, [str(file)], None)
     assert told.count == pytest.approx(2 * file.stat().st_size / inputs.BYTES_PER_TOKEN, rel=0.01)
     assert "guessed from the size" in told.source and "2 epochs" in told.source
+    named = DataConfig(cache_dir=str(tmp_path), train=(str(tmp_path / "te*.jsonl"),))
+    by_glob = planned._replace(config=PretrainConfig(data=named))
+    assert planned_tokens(by_glob, [], None).count == pytest.approx(told.count / 2, abs=1)
+    gone = planned._replace(config=PretrainConfig(data=DataConfig(train=(str(tmp_path / "not_yet.jsonl"),))))
+    assert planned_tokens(gone, [], None) is None
     steps = planned._replace(config=PretrainConfig(training=TrainingConfig(steps=10)))
     assert planned_tokens(steps, [], None).count == 10 * 16384
 

@@ -20,6 +20,6 @@ def test_the_paths_that_compute_are_told(world, tmp_path, experts, path, shown):
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_experts=experts))
     tokenizer = load_tokenizer(config)
     model, mesh = load_model(config, tokenizer), make_mesh(config.mesh)
-    facts = run_facts(config, "pretrain", model, mesh, *open_data("text", config, tokenizer), total_steps=24)
+    facts = run_facts(config, "pretrain", model, mesh, 1, *open_data("text", config, tokenizer), total_steps=24)
     told = f", experts path: {shown}" if shown else ""
     assert facts["compute"] == f"float32, attention path: grouped{told}, remat none"

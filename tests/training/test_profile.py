@@ -22,3 +22,9 @@ def test_a_trace_of_some_steps_names_the_blocks(world, tmp_path, capsys):
     assert [f'"step_num": "{step}"' in steps for step in range(1, 7)] == [False, False, True, True, False, False]
     said = capsys.readouterr().out
     assert "perfetto_trace.json.gz" in said and "step 1, the first here, was done" in said
+
+
+def test_a_run_that_ends_before_its_trace_begins_says_so(world, tmp_path, capsys):
+    config = world.pretrain(tmp_path / "run", training={"steps": 2, "profile_steps": 2, "profile_start": 5})
+    pretrain(config)
+    assert "no trace was written: the run ended before step 6" in " ".join(capsys.readouterr().out.split())
