@@ -62,6 +62,8 @@ RUNGS: dict[str, dict] = {
     "moe, no router gradient": {**MUON, **EXPERTS, "model.router_gradient": "none"},
     "moe, straight through": {**MUON, **EXPERTS},
     "moe, unnormalised": {**MUON, **EXPERTS, "model.norm_topk_prob": False},
+    "moe, balance 0.01": {**MUON, **EXPERTS, "model.router_aux_loss_coef": 0.01},
+    "moe, zero outputs": {**MUON_ZERO, **EXPERTS},
     "moe, 2 of 4 experts": {**MUON, **EXPERTS, "model.num_experts_per_tok": 2},
 }
 

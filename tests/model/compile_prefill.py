@@ -58,7 +58,10 @@ def compile_case(platform: str, devices: list, sizes: dict, length: int, model: 
         ).compile()  # fmt: skip
         if sizes:
             state = jax.tree.map(argument, reading.out_info)
-            decode.lower(model, params, state, controls, jnp.int32(length + 8)).compile()
+            making = decode.lower(model, params, state, controls, jnp.int32(length + 8)).compile()
+            for program in (reading, making):  # what the host reads must be whole on each process's devices
+                outputs = program.output_shardings._replace(cache=None, seen_BV=None)
+                assert all(sharding.is_fully_replicated for sharding in jax.tree.leaves(outputs))
     targets = re.findall(r'custom_call_target="([^"]+)"', reading.as_text())
     return sorted({target for target in targets if "fmha" in target or target == "tpu_custom_call"})
 
