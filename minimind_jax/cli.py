@@ -93,8 +93,10 @@ def _stage(name: str) -> Callable[[str, Sequence[str]], None]:
     """A stage's command: its settings from the arguments, then its function."""
 
     def run(prog: str, argv: Sequence[str]) -> None:
-        words = [word for given in argv for word in (PROFILE if given == "--profile" else (given,))]
-        config = settings.load_settings(STAGES[name].config, _take_process_flags(words), prog)
+        kind = STAGES[name].config
+        flags = {"--profile": PROFILE} if PROFILE[0][2:] in {field.key for field in settings.fields_of(kind)} else {}
+        words = [word for given in argv for word in flags.get(given, (given,))]
+        config = settings.load_settings(kind, _take_process_flags(words), prog)
         STAGES[name].load()(config)
 
     return run

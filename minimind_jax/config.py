@@ -157,7 +157,7 @@ class TrainingConfig:
     patience: evaluations without a lower validation loss after which the run ends; the model written is then that of
         the lowest. A checkpoint is saved at every evaluation. 0 for never.
     stop_on_nan: stop with the last good checkpoint kept when the loss or the gradient is not finite.
-    profile_steps: steps traced into the run's profile/, for Perfetto and XProf; 0 for none.
+    profile_steps: steps traced into the run's profile/, for Perfetto and XProf; 0 for none. --profile alone means 5.
     profile_start: steps before the trace; the first compiles.
     """
 

@@ -65,8 +65,8 @@ def initialize_distributed(
         jax.distributed.initialize()
     elif jax.process_count() > 1:
         raise UserError(
-            f"this is one of the {jax.process_count()} hosts of a TPU slice, and nothing says that the run is started "
-            "on all of them; do so, each with MINIMIND_DISTRIBUTED=1 (scripts/tpu_vm.sh does)"
+            f"this is one of the {jax.process_count()} hosts of a TPU slice, and the run was not told to join the "
+            "others; start it on all of them with MINIMIND_DISTRIBUTED=1 (as scripts/tpu_vm.sh does)"
         )
 
 

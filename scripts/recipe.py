@@ -13,6 +13,7 @@ again. Seconds compare only between rungs that ran alone on the machine.
 import argparse
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -100,7 +101,8 @@ def train(run: Path, settings: dict, steps: int, args: argparse.Namespace) -> No
 
 def steps_in(seconds: float, run: Path, settings: dict, args: argparse.Namespace) -> int:
     """Steps that a rung does in so many seconds, by the last 20 of 30 steps of a run of its own."""
-    if not run.exists():
+    if not (run / "model").is_dir():
+        shutil.rmtree(run, ignore_errors=True)  # of a try that was cut off
         train(run, {**settings, "training.log_every": 10}, 30, args)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     at = {row["step"]: row["seconds"] for row in rows if "seconds" in row}

@@ -70,13 +70,14 @@ scripts/train_$stage.py$arguments --resume auto >> train.log 2>&1 < /dev/null & 
 
 # READY, PREEMPTED ..., NOT_FOUND where there is none. Fails where gcloud does for another reason.
 state() {
-    local told
-    if told=$(gcloud compute tpus tpu-vm describe "$name" "${place[@]}" --format='value(state)' 2>&1); then
-        echo "${told##*$'\n'}"
-    elif [[ $told == *NOT_FOUND* || $told == *"was not found"* ]]; then
+    local errors
+    errors=$(mktemp)
+    if gcloud compute tpus tpu-vm describe "$name" "${place[@]}" --format='value(state)' 2> "$errors"; then
+        rm "$errors"
+    elif grep -q -e NOT_FOUND -e 'was not found' "$errors"; then
         echo NOT_FOUND
     else
-        echo "$told" >&2
+        cat "$errors" >&2
         return 1
     fi
 }
@@ -113,8 +114,8 @@ case $command in
     copy) copy "$@" ;;
     run | resume)
         if [ ! -f "scripts/train_${1:-}.py" ] || [ "$1" = tokenizer ]; then
-            stages=$(ls scripts/train_*.py | sed 's,scripts/train_\(.*\).py,\1,' | grep -v tokenizer | xargs)
-            echo "$command needs a stage, one of $stages; the tokenizer is trained on one machine and copied" >&2
+            echo "$command needs a stage, one of $(echo scripts/train_*.py); the tokenizer is trained on one machine and \
+copied" >&2
             exit 2
         fi
         "$command" "$@"

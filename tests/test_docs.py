@@ -32,8 +32,8 @@ def commands(text: str) -> list[list[str]]:
 def known_keys(name: str, capsys) -> set[str]:
     """Everything that may follow `--` in a command."""
     if name in SETTINGS:
-        flags = {"profile"} if name in STAGES else set()
-        return {"config", *flags, *(field.key for field in fields_of(SETTINGS[name]))}
+        keys = {field.key for field in fields_of(SETTINGS[name])}
+        return {"config", *keys, *({"profile"} if "training.profile_steps" in keys else ())}
     if name in ("pipeline", "demo"):
         stages = {f"{stage}.{field.key}" for stage, kind in STAGES.items() for field in fields_of(kind.config)}
         return {"config", "name", *stages}

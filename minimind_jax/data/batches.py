@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import grain
+import jax
 import numpy as np
 
 from minimind_jax.config import DataConfig, PretrainConfig
@@ -307,7 +308,7 @@ def open_data(
     Builds the caches if there are none yet; the first process speaks of it. Raises UserError for what is wrong with the
     data.
     """
-    data, seed, speaks = config.data, config.seed, process_index == 0
+    data, seed, speaks = config.data, config.seed, jax.process_index() == 0
     build = functools.partial(build_cache, kind, progress=speaks, report_skipped=speaks, classes=classes)
     cache = build(data.train, tokenizer, data, seed)
     fraction = 0.0 if data.val else data.val_fraction

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -33,7 +34,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         return float(text)
 
     def count(text: str) -> int:
-        if float(text) < 1:
+        if not 1 <= float(text) < math.inf:
             raise ValueError
         return round(float(text))
 

@@ -26,6 +26,7 @@ from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.seeds import named_key, named_seed
 from minimind_jax.sharding import (
     announce,
+    first_process_says,
     init_params,
     initialize_distributed,
     make_mesh,
@@ -57,7 +58,6 @@ def start_run(config: PretrainConfig) -> RunFolder:
     """
     initialize_distributed()
     enable_compilation_cache()
-    count_parts(config, make_mesh(config.mesh))  # before any data is read
     run = RunFolder(resolve_run(config.run))
     check_shared(run)
     if holds_model(run.path) and (run.path / "tokenizer.json").is_file():
@@ -67,6 +67,8 @@ def start_run(config: PretrainConfig) -> RunFolder:
         )
     run.check_resume(config.resume)
     check_settings(run, config)
+    if not is_exported(run) or run.changed_settings(config):
+        count_parts(config, make_mesh(config.mesh))  # before any data is read
     run.create()
     if jax.process_index() == 0:
         run.lock()
@@ -78,9 +80,17 @@ def check_shared(run: RunFolder, patience: float = 10.0) -> None:
     checkpoints are written by all, which would wait for each other for ever. patience: seconds a disk may be late."""
     if jax.process_count() == 1:
         return
+    run.create()
+    # A new name: what a network disk was asked for before it was there it may deny for a while.
     number = int(multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32))))
-    mark = run.path / f".processes-{number}"
-    run_on_first_process(lambda: run.create() and mark.write_text("", "utf-8"))
+    mark, failure = run.path / f".processes-{number}", None
+    if jax.process_index() == 0:
+        try:
+            mark.write_text("", "utf-8")
+        except OSError as error:
+            failure = error
+    if not first_process_says(failure is None):
+        raise UserError(f"process 0 cannot write into the run's folder {run.path}: {failure or 'it says why'}")
     late = time.monotonic() + patience
     while not (seen := mark.exists()) and time.monotonic() < late:
         time.sleep(0.2)
