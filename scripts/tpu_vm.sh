@@ -70,14 +70,17 @@ scripts/train_$stage.py$arguments --resume auto >> train.log 2>&1 < /dev/null & 
 
 # READY, PREEMPTED ..., NOT_FOUND where there is none. Fails where gcloud does for another reason.
 state() {
-    local errors
-    errors=$(mktemp)
-    if gcloud compute tpus tpu-vm describe "$name" "${place[@]}" --format='value(state)' 2> "$errors"; then
-        rm "$errors"
-    elif grep -q -e NOT_FOUND -e 'was not found' "$errors"; then
+    local file errors status=0
+    file=$(mktemp)
+    gcloud compute tpus tpu-vm describe "$name" "${place[@]}" --format='value(state)' 2> "$file" || status=$?
+    errors=$(cat "$file")
+    rm "$file"
+    if [ "$status" -eq 0 ]; then
+        return
+    elif [[ $errors == *NOT_FOUND* || $errors == *"was not found"* ]]; then
         echo NOT_FOUND
     else
-        cat "$errors" >&2
+        echo "$errors" >&2
         return 1
     fi
 }

@@ -1,4 +1,5 @@
-"""Scripts for machines that are not here print, with DRY_RUN=1, commands that exist; they were not run there."""
+"""Scripts for machines that are not here: with DRY_RUN=1 they print commands that exist, and with stand-ins for the
+programs of such machines they do what these ask for. They were not run there."""
 
 import contextlib
 import os
@@ -56,9 +57,7 @@ def test_tpu_vm_brings_back_what_was_taken_away():
     assert started == ["scripts/train_pretrain.py", "--run", "gs://b/my run", "--resume", "auto"]
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["create"], ["run", "pod", "nothing"], ["run", "pod", "tokenizer"], ["other", "pod"]]
-)
+@pytest.mark.parametrize("arguments", [[], ["create"], ["run", "pod", "nothing"], ["other", "pod"]])
 def test_tpu_vm_says_what_it_takes(arguments):
     done = subprocess.run([ROOT / "scripts/tpu_vm.sh", *arguments], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr
