@@ -1,19 +1,23 @@
 """A checkpoint of a run, finished or cut off, as a Hugging Face folder."""
 
+import dataclasses
+from collections.abc import Container
 from pathlib import Path
+from typing import Any
 
 from minimind_jax import settings
-from minimind_jax.config import PretrainConfig
+from minimind_jax.config import MeshConfig, PretrainConfig
 from minimind_jax.convert.hf import MAX_SHARD_BYTES, Labels, save_hf
 from minimind_jax.data.labels import find_classes
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_run
 from minimind_jax.model.lora import join, merge
 from minimind_jax.paths import as_path
+from minimind_jax.sharding import announce
 from minimind_jax.stages import STAGES
 from minimind_jax.stages.common import load_model, load_tokenizer, run_parameters
 from minimind_jax.stages.heads import load_body, with_head
-from minimind_jax.training.checkpoint import load_params
+from minimind_jax.training.checkpoint import DamagedCheckpoint, load_params
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import read_metrics, val_losses
 
@@ -36,7 +40,7 @@ def export_checkpoint(
     """
     run = _find_run(name)
     stage, config = _read_settings(run)
-    step = choose_step(run, checkpoint)
+    config = dataclasses.replace(config, mesh=MeshConfig())  # this machine's devices, not those of the training
     tokenizer, labels = load_tokenizer(config), _labels(stage, config)
     if labels is None:
         model = load_model(config, tokenizer)
@@ -45,11 +49,25 @@ def export_checkpoint(
         model = load_body(config, tokenizer, stage)
         parameters = with_head(config, model, labels.names)
     trained, frozen = parameters.split(parameters.abstract)
-    params = load_params(run.checkpoints / str(step), trained)
+    step, params = _load_sound(run, checkpoint, trained)
     if frozen:
         params = merge(join(parameters.split(parameters.load())[1], params))
     save_hf(output, model.config, params, tokenizer, dtype or config.export_dtype, max_shard_bytes, labels=labels)
     return step
+
+
+def _load_sound(run: RunFolder, checkpoint: str, abstract: Any) -> tuple[int, Any]:
+    """The step that `checkpoint` means and its parameters; damaged ones are told, and passed over unless named."""
+    damaged: set[int] = set()
+    while True:
+        step = choose_step(run, checkpoint, damaged)
+        try:
+            return step, load_params(run.checkpoints / str(step), abstract)
+        except DamagedCheckpoint as error:
+            damaged.add(step)
+            if checkpoint not in ("newest", "best") or damaged >= set(run.checkpoint_steps()):
+                raise
+            announce(f"warning: {error.problem}; the next one is taken")
 
 
 def _labels(stage: str, config: PretrainConfig) -> Labels | None:
@@ -63,9 +81,12 @@ def _labels(stage: str, config: PretrainConfig) -> Labels | None:
     return Labels(classes.names, classes.several)
 
 
-def choose_step(run: RunFolder, checkpoint: str) -> int:
-    """The step of the run's checkpoint that `newest`, `best` or a number means. Raises UserError if there is none."""
-    steps = run.checkpoint_steps()
+def choose_step(run: RunFolder, checkpoint: str, damaged: Container[int] = ()) -> int:
+    """The step of the run's checkpoint, of those that are not `damaged`, that `newest`, `best` or a number means.
+
+    Raises UserError if there is none.
+    """
+    steps = [step for step in run.checkpoint_steps() if step not in damaged]
     if not steps:
         raise UserError(f"{run.checkpoints} holds no checkpoint; run it again until it has saved one")
     if checkpoint == "newest":

@@ -1,17 +1,18 @@
 """Checkpoints for resuming: the whole train state in float32, and a record of the data and settings it belongs to.
 
 One checkpoint is a folder checkpoints/STEP written by Orbax: first under a temporary name in the background, then
-renamed, so a kill at any moment leaves either the old set of checkpoints or the new one. The state is stored flat,
-one array a name (`params.embed.embedding`, `opt_state.0.mu...`), so that it can be compared by name with the state of
-the model at hand and be restored onto any mesh. In Google Cloud Storage, where nothing can be renamed, Orbax writes a
-last object into a checkpoint that is whole.
+renamed, so a kill at any moment leaves either the old set of checkpoints or the new one. It is read back and its
+checksums are written into it before an older one is removed; they are compared when it is restored. The state is
+stored flat, one array a name (`params.embed.embedding`, `opt_state.0.mu...`), so that it can be compared by name with
+the state of the model at hand and be restored onto any mesh. In Google Cloud Storage, where nothing can be renamed,
+Orbax writes a last object into a checkpoint that is whole.
 """
 
 import contextlib
-import dataclasses
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +22,27 @@ from orbax.checkpoint import v1 as ocp
 
 from minimind_jax.errors import UserError
 from minimind_jax.paths import absolute, as_path, is_remote
+from minimind_jax.sharding import announce, first_process_says
+from minimind_jax.training.checkpoint_files import CHECKSUMS, damage, orbax_path, remove, write_checksums
 
 TEMPORARY = "*.orbax-checkpoint-tmp*"
 
 
-@dataclasses.dataclass
-class NewestAndBest:
-    """An Orbax preservation policy: the newest `newest`, and of those with a validation loss the one with the lowest.
+class DamagedCheckpoint(UserError):
+    """A checkpoint whose files are not those that were saved; `problem` says in what."""
 
-    val_losses: step -> validation loss. It may grow after a save, because a run saves before it evaluates.
-    """
+    def __init__(self, checkpoint: Path, problem: str):
+        self.problem = f"the checkpoint {checkpoint} cannot be read: {problem}"
+        super().__init__(f"{self.problem}; if it is damaged, remove that folder: {_before(checkpoint)}")
 
-    newest: int
-    best: bool
-    val_losses: dict[int, float]
 
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        preserved = set(sorted(steps)[-self.newest :])
-        known = [step for step in steps if step in self.val_losses]
-        if self.best and known:
-            preserved.add(min(known, key=lambda step: (self.val_losses[step], step)))
-        return [step in preserved for step in steps]
+def superseded(steps: Sequence[int], newest: int, val_losses: Mapping[int, float] | None) -> list[int]:
+    """Steps of checkpoints that need not be kept: all but the newest `newest` and, of those with a validation loss, the
+    one with the lowest (None: not kept)."""
+    preserved = set(sorted(steps)[-newest:])
+    if known := [step for step in steps if step in (val_losses or {})]:
+        preserved.add(min(known, key=lambda step: (val_losses[step], step)))
+    return [step for step in steps if step not in preserved]
 
 
 class Checkpoints:
@@ -59,11 +59,13 @@ class Checkpoints:
     def __init__(self, folder: str | Path, *, keep: int = 2, val_losses: dict[int, float] | None = None):
         self.folder = absolute(as_path(folder))
         _quieten()
-        policy = NewestAndBest(keep, val_losses is not None, {} if val_losses is None else val_losses)
-        self._checkpointer = ocp.training.Checkpointer(
-            self.folder, preservation_policy=policy, cleanup_tmp_directories=True
-        )
-        self._pending = None
+        self._checkpointer = ocp.training.Checkpointer(orbax_path(self.folder), cleanup_tmp_directories=True)
+        self._keep, self._val_losses = keep, val_losses
+        self._steps = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+        self._sound: set[int] = set()  # steps whose checksums were compared
+        self._damaged: set[int] = set()
+        self._background = ThreadPoolExecutor(1)
+        self._pending: Future | None = None
         self._failed = False
 
     def __enter__(self) -> "Checkpoints":
@@ -76,33 +78,75 @@ class Checkpoints:
             if error is None:
                 raise
         finally:
+            self._background.shutdown()
             # After a failed save Orbax raises that failure again here; the user has been told.
             with contextlib.suppress(Exception) if self._failed else contextlib.nullcontext():
                 self._checkpointer.close()
 
     @property
     def steps(self) -> list[int]:
-        """Steps of the checkpoints, ascending, the one being saved included."""
-        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+        """Steps of the checkpoints, ascending, the one being saved included, those found damaged not."""
+        return list(self._steps)
+
+    def newest(self) -> int:
+        """The step of the newest checkpoint whose bytes are those that were saved, 0 where there is no checkpoint.
+
+        Damaged ones after it are told, and saved anew when the run comes to their step.
+        Raises UserError when all are damaged.
+        """
+        for step in reversed(self.steps):
+            try:
+                self._check(step)
+            except DamagedCheckpoint as error:
+                if len(self._steps) == 1:
+                    raise
+                announce(f"warning: {error.problem}; the one before it is used")
+                self._steps.remove(step)
+                self._damaged.add(step)
+                continue
+            return step
+        return 0
 
     def save(self, step: int, state: Any, record: dict) -> None:
         """Starts saving `state` (a pytree of arrays) and `record` (JSON) as checkpoint `step`; returns once `state`
         has been copied, so it may be donated. A checkpoint of that step that is already there is kept as it is.
 
+        Older checkpoints that this one supersedes are removed in the background, once it is whole and was read back.
         Raises:
             UserError: this save, or the one before it, failed; older checkpoints are intact.
         """
         self.wait()
-        if step in self.steps:
+        if step in self._steps:
             return
+        arrays = flatten(state)
         try:
-            self._pending = self._checkpointer.save_async(step, flatten(state), force=True, custom_metadata=record)
+            response = self._checkpointer.save_async(
+                step, arrays, force=True, overwrite=step in self._damaged, custom_metadata=record
+            )
         except Exception as error:
             raise self._failure(error) from error
+        old = superseded([*self._steps, step], self._keep, self._val_losses)
+        self._steps = sorted({*self._steps, step} - set(old))
+        shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
+        self._pending = self._background.submit(self._finish, response, step, shapes, old)
+
+    def _finish(self, response: Any, step: int, shapes: dict, old: list[int]) -> None:
+        """Waits for Orbax; then the first process reads the new checkpoint back, and removes the old ones."""
+        response.result()
+        if jax.process_index():
+            return
+        checkpoint = self.folder / str(step)
+        try:
+            _check_tensors(checkpoint, ocp.metadata(orbax_path(checkpoint)).metadata, shapes)
+        except Exception as error:
+            raise OSError(f"what was written cannot be read back: {_reason(error)}") from error
+        write_checksums(checkpoint)
+        for step in old:
+            remove(self.folder / str(step))
 
     def poll(self) -> None:
         """Raises the UserError of a save that has failed in the background; never waits for one in progress."""
-        if self._pending is not None and not self._checkpointer.is_saving_in_progress():
+        if self._pending is not None and self._pending.done():
             self.wait()
 
     def wait(self) -> None:
@@ -131,11 +175,26 @@ class Checkpoints:
                 cannot be read.
         """
         expected, checkpoint = flatten(abstract_state), self.folder / str(step)
+        self._check(step)
         with _reading(checkpoint):
             _check_tensors(checkpoint, self._checkpointer.metadata(step).metadata, expected)
             restored = self._checkpointer.load(step, expected)
         leaves = [restored[name] for name in expected]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+
+    def _check(self, step: int) -> None:
+        """Raises DamagedCheckpoint, on all processes, when the first one finds the checkpoint damaged."""
+        if step in self._sound:
+            return
+        error = None
+        if jax.process_index() == 0:
+            try:
+                check_sound(self.folder / str(step))
+            except DamagedCheckpoint as found:
+                error = found
+        if not first_process_says(error is None):
+            raise error or DamagedCheckpoint(self.folder / str(step), "process 0 says why")
+        self._sound.add(step)
 
     def _failure(self, error: Exception) -> UserError:
         self._failed = True
@@ -162,17 +221,44 @@ def load_params(checkpoint: Path, abstract_params: Any) -> Any:
 
     Unlike `Checkpoints` this takes nothing away, so the run may be saving others meanwhile.
     Raises:
+        DamagedCheckpoint: its bytes are not those that were saved.
         UserError: the checkpoint is of another model, or cannot be read.
     """
+    check_sound(checkpoint)
     expected = {f"params.{name}": leaf for name, leaf in flatten(abstract_params).items()}
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     _quieten()
     with _reading(checkpoint), context:
-        _check_tensors(checkpoint, ocp.metadata(absolute(checkpoint)).metadata, expected, prefix="params.")
+        _check_tensors(checkpoint, ocp.metadata(orbax_path(checkpoint)).metadata, expected, prefix="params.")
         on_host = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in expected.items()}
-        loaded = ocp.load(absolute(checkpoint), on_host)
+        loaded = ocp.load(orbax_path(checkpoint), on_host)
     return jax.tree.unflatten(jax.tree.structure(abstract_params), [loaded[name] for name in expected])
+
+
+def check_sound(checkpoint: Path) -> None:
+    """Raises DamagedCheckpoint unless a checkpoint's bytes are those that were saved. One without checksums (of an
+    older version, or killed before they were written) must have its list of tensors, and a word says so."""
+    problem = damage(checkpoint)
+    if problem is None:
+        try:
+            _quieten()
+            listed = ocp.metadata(orbax_path(checkpoint)).metadata
+        except Exception as error:
+            problem = _reason(error)
+        else:
+            problem = "" if listed else "its list of tensors is missing or damaged"
+        if not problem:
+            announce(f"{checkpoint} has no {CHECKSUMS}, so its bytes are not checked")
+    if problem:
+        raise DamagedCheckpoint(checkpoint, problem)
+
+
+def _before(checkpoint: Path) -> str:
+    """What is used once that checkpoint is away."""
+    names = [path.name for path in checkpoint.parent.iterdir()]
+    older = [int(name) for name in names if name.isdigit() and int(name) < int(checkpoint.name)]
+    return f"the one of step {max(older)} is used" if older else "there is none before it, so start another run"
 
 
 def _quieten() -> None:
@@ -189,12 +275,9 @@ def _reading(checkpoint: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        names = [path.name for path in checkpoint.parent.iterdir()]
-        older = [int(name) for name in names if name.isdigit() and int(name) < int(checkpoint.name)]
-        then = f"the one of step {max(older)} is used" if older else "there is none before it, so start another run"
         raise UserError(
             f"the checkpoint {checkpoint} cannot be read: {_reason(error)}; if it is damaged, remove that folder: "
-            f"{then}"
+            f"{_before(checkpoint)}"
         ) from error
 
 

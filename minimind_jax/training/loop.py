@@ -88,7 +88,7 @@ def train(
                 val_losses=losses if config.checkpoint.keep_best or config.training.patience else None,
             )
         )
-        start_step = checkpoints.steps[-1] if checkpoints.steps else 0
+        start_step = checkpoints.newest()
         if start_step > total_steps:
             raise UserError(
                 f"{run.path} is at step {start_step} already, beyond the {total_steps} steps asked for; ask for "

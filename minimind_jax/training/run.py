@@ -24,7 +24,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from minimind_jax.errors import UserError
-from minimind_jax.paths import as_path, is_remote, write_object
+from minimind_jax.paths import absolute, as_path, is_remote, write_object
+from minimind_jax.training.checkpoint_files import unfit_for_checkpoints
 
 PACKAGES = ("minimind-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
@@ -48,6 +49,12 @@ class RunFolder:
         self._lock = None if is_remote(self.path) else FileLock(self.path / ".lock", is_singleton=True)
 
     def create(self) -> "RunFolder":
+        """Makes the folder. Raises UserError where that is impossible, or no checkpoint could be saved."""
+        if unfit := unfit_for_checkpoints(self.path):
+            raise UserError(
+                f"the path of the run's folder, {absolute(self.path)}, has {unfit} in it, and checkpoints cannot be "
+                "saved there; rename that folder, or choose another with --run"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:

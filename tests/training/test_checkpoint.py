@@ -14,7 +14,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from minimind_jax.errors import UserError
+from minimind_jax.paths import absolute
+from minimind_jax.training import checkpoint
 from minimind_jax.training.checkpoint import Checkpoints, flatten
+from minimind_jax.training.checkpoint_files import CHECKSUMS
+from minimind_jax.training.run import RunFolder
 
 
 class State(NamedTuple):
@@ -131,6 +135,78 @@ def test_a_damaged_checkpoint_is_told_with_the_one_before_it(tmp_path, emptied, 
         checkpoints.restore(2, abstract(make_state()))
     assert "\n" not in str(told.value) and not caplog.text
     with Checkpoints(tmp_path) as checkpoints:
+        assert_same(checkpoints.restore(1, abstract(make_state())), make_state(1))
+
+
+def alter(folder, keep_size=True):
+    """Other bytes in the middle of a checkpoint's largest file, as a bad disk leaves them."""
+    file = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    file.write_bytes(content if keep_size else content[:-1])
+
+
+@pytest.mark.parametrize("keep_size", [True, False])
+def test_altered_bytes_are_told_and_the_checkpoint_before_is_used_until_the_step_is_saved_anew(
+    tmp_path, capsys, keep_size
+):
+    save_all(tmp_path, [1, 2])
+    alter(tmp_path / "2", keep_size)
+    with pytest.raises(UserError, match=r"2 cannot be read: .* of its file|2 cannot be read: its file .* bytes in pl"):
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.restore(2, abstract(make_state()))
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.newest() == 1 and checkpoints.steps == [1]
+        assert "2 cannot be read: " in capsys.readouterr().out
+        assert_same(checkpoints.restore(1, abstract(make_state())), make_state(1))
+        checkpoints.save(2, make_state(5), {"n": 5})
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.newest() == 2
+        assert_same(checkpoints.restore(2, abstract(make_state())), make_state(5))
+
+
+def test_without_a_sound_checkpoint_nothing_starts_anew(tmp_path):
+    save_all(tmp_path, [1, 2])
+    for step in "12":
+        alter(tmp_path / step)
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="there is none before it"):
+        checkpoints.newest()
+
+
+def test_a_checkpoint_without_checksums_is_used_with_a_word(tmp_path, capsys):
+    save_all(tmp_path, [1, 2])
+    (tmp_path / "2" / CHECKSUMS).unlink()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.newest() == 2
+        assert_same(checkpoints.restore(2, abstract(make_state())), make_state(2))
+    assert capsys.readouterr().out.count(f"no {CHECKSUMS}") == 1
+
+
+@pytest.mark.parametrize("name", ["exp[lr=3e-3]", "[a-z]*?/run", "50% #1 é\n漢{x} ...", "-" + "n" * 200])
+def test_any_folder_name_holds_checkpoints(tmp_path, name):
+    folder = RunFolder(tmp_path / name).create().checkpoints
+    save_all(folder, [1, 2], keep=1)
+    assert os.listdir(folder) == ["2"]
+    with Checkpoints(folder) as checkpoints:
+        assert_same(checkpoints.restore(2, abstract(make_state())), make_state(2))
+
+
+@pytest.mark.parametrize("name", ["a\\b", "a\\b/run", os.fsdecode(b"\xff")])
+def test_a_folder_that_cannot_hold_checkpoints_is_refused_before_anything_is_made(tmp_path, name):
+    with pytest.raises(UserError, match="checkpoints cannot be saved there; rename"):
+        RunFolder(tmp_path / name).create()
+    assert not os.listdir(tmp_path)
+
+
+def test_a_save_that_cannot_be_read_back_removes_no_older_one(tmp_path, monkeypatch):
+    folder = tmp_path / "exp[1]"
+    save_all(folder, [1], keep=1)
+    monkeypatch.setattr(checkpoint, "orbax_path", absolute)  # Orbax alone takes the name for a pattern
+    with pytest.raises(UserError, match=r"cannot be read back.*checkpoint"):
+        save_all(folder, [2], keep=1)
+    monkeypatch.undo()
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.newest() == 1
         assert_same(checkpoints.restore(1, abstract(make_state())), make_state(1))
 
 

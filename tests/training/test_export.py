@@ -123,3 +123,21 @@ def test_a_damaged_checkpoint_is_told(copy, tmp_path, capsys):
     told = capsys.readouterr().err
     assert "4 cannot be read: " in told and "remove that folder: the one of step 2 is used" in told
     assert "Traceback" not in told and len(told.splitlines()) == 1
+
+
+def test_a_damaged_newest_one_is_passed_over(copy, tmp_path, capsys):
+    set_val_losses(copy, {2: 3.0, 4: 2.0, 6: 1.0})
+    file = max((copy.checkpoints / "6").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    file.write_bytes(file.read_bytes()[::-1])
+    for which in ("newest", "best"):
+        assert to_hf(copy, tmp_path / which, "--checkpoint", which) == 0
+        told = capsys.readouterr().out
+        assert "6 cannot be read: the bytes of its file " in told and "step 4 of " in told
+    assert files(tmp_path / "newest") == files(tmp_path / "best") != files(copy.model)
+    assert to_hf(copy, tmp_path / "six", "--checkpoint", "6") == 2
+
+
+def test_a_run_over_several_devices_is_exported_on_one(copy, run, tmp_path):
+    copy.config_file.write_text(copy.config_file.read_text().replace("  fsdp: 1\n", "  fsdp: 2\n"))
+    assert to_hf(copy, tmp_path / "out", "--checkpoint", "newest") == 0
+    assert files(tmp_path / "out") == files(run.model)
