@@ -4,4 +4,5 @@ import sys
 
 from minimind_jax.__main__ import program
 
-sys.exit(program("distill"))
+if __name__ == "__main__":  # the tokenising processes read this file too
+    sys.exit(program("distill"))

@@ -4,12 +4,15 @@ The processes import this module, so it must not import JAX (directly or not).
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -158,18 +161,30 @@ def encode_all(encoder: Encoder, chunks: Iterator[list[Line]], workers: int) -> 
     under_way = collections.deque()
     try:
         for chunk in chunks:
-            under_way.append(pool.submit(_encode_in_process, chunk))
+            with _hidden_main_module():
+                under_way.append(pool.submit(_encode_in_process, chunk))  # the first ones start the processes
             if len(under_way) >= 2 * workers:
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a tokenising process died: out of memory, or a script that calls this without `if __name__ == "
-            '"__main__":`; --data.tokenizer_workers 1 does without processes'
+            "a tokenising process died, most likely for want of memory; --data.tokenizer_workers 1 does without them"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _hidden_main_module():
+    """Spawned processes import the program's main file anew: a script without `if __name__ == "__main__":` would start
+    its whole run again in each. Ours need nothing from it, so they are not told which it is."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def process_count(asked: int, total_bytes: int) -> int:

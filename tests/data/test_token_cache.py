@@ -268,9 +268,9 @@ if __name__ == "__main__":
 """
 
 
-def start_build(tmp_path, *arguments) -> subprocess.Popen:
+def start_build(tmp_path, *arguments, code=BUILD) -> subprocess.Popen:
     script = tmp_path / "build.py"
-    script.write_text(BUILD)
+    script.write_text(code)
     return subprocess.Popen([sys.executable, script, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
 
 
@@ -306,6 +306,14 @@ def test_a_killed_build_leaves_no_cache_and_no_processes_and_the_next_one_succee
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < deadline, "tokenising processes outlive the killed run"
         time.sleep(0.1)
+
+
+def test_a_script_without_a_main_guard_runs_once(tmp_path, tokenizer, data):
+    file = write_lines(tmp_path / "a.jsonl", texts(120))
+    code = BUILD.replace('if __name__ == "__main__":', "if True:")
+    build = start_build(tmp_path, file, tokenizer.folder, data.cache_dir, 2, code=code)
+    output, _ = build.communicate()
+    assert build.returncode == 0 and output.startswith("120 ") and output.count("\n") == 1
 
 
 def test_processes_and_threads_that_race_for_a_cache_share_one(tmp_path, tokenizer, data):
