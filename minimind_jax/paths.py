@@ -8,6 +8,7 @@ import functools
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from minimind_jax.errors import UserError
@@ -79,8 +80,8 @@ def _temporary_folder(folder: Path) -> Path:
     return Path(_copies[-1].name)
 
 
-def upload_folder(source: Path, folder: Path, last: str) -> None:
-    """Replaces the files of `folder`, in an object store, by those of `source`.
+def upload_folder(source: Path, folder: Path, last: str, stale: Sequence[Path]) -> None:
+    """Puts the files of `source` into `folder`, in an object store, and takes `stale` away from there.
 
     last: the file without which the folder is not whole: it is removed first and written last.
     Raises UserError.
@@ -90,10 +91,8 @@ def upload_folder(source: Path, folder: Path, last: str) -> None:
     names = sorted((file.name for file in source.iterdir()), key=lambda name: (name == last, name))
     try:
         (folder / last).unlink(missing_ok=True)
-        if folder.is_dir():
-            for file in folder.iterdir():
-                if file.name not in names:
-                    file.unlink()
+        for file in stale:
+            file.unlink()
         for name in names:
             epath.Path(source / name).copy(folder / name, overwrite=True)
     except Exception as error:  # every store has errors of its own

@@ -96,9 +96,11 @@ def test_a_model_is_replaced_whole_and_comes_back(bucket, tmp_path):
     folder = as_path(f"{bucket}/runs/a/model")
     save_hf(folder, config, params, tokenizer, "float32", max_shard_bytes=50_000)
     sharded = {file.name for file in folder.iterdir()}
+    (folder / "README.md").write_text("mine")
     save_hf(folder, config, params, tokenizer, "float32")
     assert {"model.safetensors.index.json", "config.json"} <= sharded
     assert not {name for name in sharded if "model-0" in name} & {file.name for file in folder.iterdir()}
+    assert (folder / "README.md").read_text() == "mine"
 
     found = resolve_model_folder(f"{bucket}/runs/a")
     assert not is_remote(found) and json.loads((found / "config.json").read_text())["hidden_size"] == 32

@@ -1,7 +1,7 @@
 """Hugging Face folders: the form in which every model here is stored, and that transformers loads as it is.
 
 A folder holds `config.json`, `generation_config.json`, `model.safetensors` (or shards) and the tokenizer's files.
-It appears, or replaces an older one, in one step when it is complete.
+It appears, or takes an older one's place, when it is complete (see `convert.replace`).
 """
 
 import dataclasses
@@ -53,7 +53,8 @@ def save_hf(
     generation_config: Mapping[str, Any] | None = None,
     labels: Labels | None = None,
 ) -> Path:
-    """Writes a model as a Hugging Face folder; an older model there is replaced only when the new one is complete.
+    """Writes a model as a Hugging Face folder; an older model there is replaced only when the new one is complete, and
+    files that are no model's stay.
 
     dtype: float32, bfloat16 or float16, of all tensors. tokenizer: its files are copied, and its ids of the begin, end
     and padding tokens go into the configuration. max_shard_bytes: larger weights are cut into several files.
@@ -62,8 +63,8 @@ def save_hf(
     Besides `params` about one shard is held in memory.
 
     Raises:
-        UserError: the tokenizer has more tokens than the model, the folder holds something other than a model, a
-            tensor does not fit float16, or the disk is full.
+        UserError: the tokenizer has more tokens than the model, `check_replaceable` refuses the folder, a tensor does
+            not fit float16, or the disk is full.
     """
     folder = as_path(folder)
     check_dtype(dtype)

@@ -15,7 +15,7 @@ from minimind_jax.folders import ADAPTER_CONFIG, holds_model, is_adapter, resolv
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.lora import join, merge
 from minimind_jax.model.transformer import Params
-from minimind_jax.paths import as_path, local_folder
+from minimind_jax.paths import absolute, as_path, local_folder
 
 
 class Loaded(NamedTuple):
@@ -96,8 +96,11 @@ def merge_lora(
     folder = as_path(adapter)
     if not is_adapter(folder):
         raise UserError(f"{folder} holds no adapter (no {ADAPTER_CONFIG}, or a whole model beside it)")
+    whole = base_folder(folder, base)
+    if absolute(as_path(output)) in (absolute(folder), absolute(whole)):
+        raise UserError(f"{output} is the adapter's or the base model's own folder; choose another output")
     config, params = load_merged(folder, base)
-    generation_file = base_folder(folder, base) / "generation_config.json"
+    generation_file = whole / "generation_config.json"
     save_hf(
         output, config, params, Tokenizer.load(tokenizer_folder(folder, base)), dtype, max_shard_bytes,
         generation_config=read_json(generation_file) if generation_file.is_file() else None,

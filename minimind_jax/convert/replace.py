@@ -1,74 +1,172 @@
-"""Writing a model's folder: it appears, or replaces an older one, in one step when it is complete."""
+"""Writing a model into a folder: it takes an older one's place when it is complete; what is no model's stays."""
 
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from minimind_jax.data.tokenizer import TOKENIZER_FILES
 from minimind_jax.errors import UserError
 from minimind_jax.folders import ADAPTER_CONFIG, holds_model
 from minimind_jax.paths import is_remote, upload_folder
 
+MARKS = ("config.json", ADAPTER_CONFIG)  # each makes a folder a model's; removed first and written last
+_TEMPLATES = "additional_chat_templates"
+_PART = r"(-\d+-of-\d+)?"
+# What a model's folder holds, of those written here and those of transformers and peft.
+_OURS = re.compile(
+    rf"model{_PART}\.safetensors|pytorch_model{_PART}\.bin|(model\.safetensors|pytorch_model\.bin)\.index\.json"
+    r"|adapter_model\.(safetensors|bin)|tokenizer\.model|chat_template\.json|generation_config\.json"
+)
+# Keys of which every model's configuration has one.
+_MODEL_KEYS = {"model_type", "architectures", "transformers_version", "hidden_size", "peft_type"}
+_BESIDE = re.compile(r"\..*|(readme|licen[sc]e|notice)(\..*)?", re.IGNORECASE)  # what a new repository begins with
+_STAGED = ".minimind-new"
+
 
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder` that takes its place at the end, or vanishes if the body fails."""
+    """An empty folder whose files take the place of the model in `folder` at the end, or vanish if the body fails.
+
+    An older model's files that the new one has not are removed; what else is there stays. The files are written into a
+    folder inside and then moved, those in MARKS last, so a kill leaves the older model, the new one, or no model.
+    Raises UserError when they cannot be written, or `check_replaceable` refuses the folder.
+    """
     if is_remote(folder):
-        with _uploading(folder) as partial:
-            yield partial
+        with _uploading(folder) as staged:
+            yield staged
         return
-    folder = folder.resolve()  # through a link, and with a name of its own if it was given as "."
-    if folder.exists() and not (folder.is_dir() and (holds_model(folder) or not any(folder.iterdir()))):
-        raise UserError(f"{folder} exists and is not a model folder (no config.json); choose another output")
-    partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
+    folder = folder.resolve()  # through a link
+    check_replaceable(folder)
+    staged, is_new = folder / _STAGED, not folder.exists()
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        if old.exists() and not folder.exists():  # a kill between the two renames below
-            old.rename(folder)
-        partial.mkdir(parents=True)
-        yield partial
-        for file in partial.iterdir():
-            _flush_to_disk(file)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            shutil.rmtree(staged, ignore_errors=True)
+            staged.mkdir(parents=True)
+            yield staged
+            _seal(staged)
+        except BaseException:
+            shutil.rmtree(staged, ignore_errors=True)
+            if is_new:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            raise
+        _move_into_place(staged, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        kept = "; the older model there is unchanged" if folder.exists() else ""
+        kept = "; the older model there is unchanged" if holds_model(folder) else ""
         raise UserError(f"{folder}: the model could not be written: {reason}{kept}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises UserError, with a list, unless a model can be written into a folder and nothing of others is lost: there
+    must be an older model, or as good as nothing, and no weights that would be taken for the new model's."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; the output must be a folder")
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    names = [entry.name for entry in entries]
+    if not any(mark in names for mark in MARKS) and _STAGED not in names:  # that is what a kill leaves
+        if others := [name for name in names if not _BESIDE.fullmatch(name)]:
+            raise UserError(
+                f"{folder} exists and is not a model folder (no config.json): it holds {_some(others)}; choose another "
+                "output"
+            )
+    for mark in MARKS:
+        if mark in names and not _is_of_model(folder / mark):
+            raise UserError(
+                f"{folder / mark} is not a model's (none of {', '.join(sorted(_MODEL_KEYS))} in it) and would be "
+                "written over; move that file, or choose another output"
+            )
+    unclear = [entry.name for entry in entries if _is_unclear(entry)]
+    if unclear:
+        raise UserError(
+            f"{folder} holds {_some(unclear)} beside the model; programs would take such files for weights of the new "
+            "model, or its files for theirs. Move them, or choose another output"
+        )
+
+
+def _is_ours(name: str) -> bool:
+    return name in MARKS or name in TOKENIZER_FILES or _OURS.fullmatch(name) is not None
+
+
+def _is_unclear(entry: Path) -> bool:
+    """Whether something is neither a file of a model as they are written here nor clearly something else."""
+    if _is_ours(entry.name):
+        return entry.is_dir()
+    return entry.suffix in (".safetensors", ".bin") and entry.name != "training_args.bin"
+
+
+def _is_of_model(config: Path) -> bool:
+    """Whether a file that has the name of a model's configuration is one, or empty."""
+    try:
+        text = config.read_text(encoding="utf-8").strip()
+        values = json.loads(text) if text else {}
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and (not values or bool(values.keys() & _MODEL_KEYS))
+
+
+def _some(names: Collection[str]) -> str:
+    shown = list(names)[:8]
+    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
+
+
+def _seal(staged: Path) -> None:
+    """Gives the files, which some libraries write for their owner only, the usual mode, and waits for the disk."""
+    mode = (staged / _mark_in(staged)).stat().st_mode
+    for file in staged.iterdir():
+        file.chmod(mode)
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def _move_into_place(staged: Path, folder: Path) -> None:
+    for mark in MARKS:
+        (folder / mark).unlink(missing_ok=True)
+    files = sorted(staged.iterdir(), key=lambda file: file.name in MARKS)
+    for stale in _stale(folder, {file.name for file in files}):
+        stale.unlink()
+    with contextlib.suppress(OSError):  # it is not there, or others' files are in it
+        (folder / _TEMPLATES).rmdir()
+    for file in files:
+        os.replace(file, folder / file.name)
+    staged.rmdir()
+
+
+def _stale(folder: Path, new: Collection[str]) -> list[Path]:
+    """The files of an older model that the new one has not, what makes it a model first."""
+    if not folder.is_dir():
+        return []
+    found = [entry for entry in folder.iterdir() if _is_ours(entry.name) and entry.name not in new]
+    if (folder / _TEMPLATES).is_dir():
+        found += [entry for entry in (folder / _TEMPLATES).iterdir() if entry.suffix == ".jinja"]
+    return sorted(found, key=lambda entry: entry.name not in MARKS)
 
 
 @contextlib.contextmanager
 def _uploading(folder: Path) -> Iterator[Path]:
-    """An empty folder on this machine whose files replace those of `folder`, in an object store, at the end."""
-    if folder.is_dir() and not holds_model(folder) and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and is not a model folder (no config.json); choose another output")
+    """An empty folder on this machine whose files take the place of the model in `folder`, in an object store."""
+    check_replaceable(folder)
     try:
-        with tempfile.TemporaryDirectory(prefix="minimind-") as partial:
-            yield Path(partial)
-            upload_folder(Path(partial), folder, last=_last_file(Path(partial)))
+        with tempfile.TemporaryDirectory(prefix="minimind-") as name:
+            staged = Path(name)
+            yield staged
+            stale = _stale(folder, {file.name for file in staged.iterdir()})
+            upload_folder(staged, folder, last=_mark_in(staged), stale=stale)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: the model could not be written: {error}") from error
 
 
-def _last_file(partial: Path) -> str:
-    """The file that makes a folder a model."""
-    return ADAPTER_CONFIG if (partial / ADAPTER_CONFIG).exists() else "config.json"
-
-
-def _flush_to_disk(file: Path):
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
+def _mark_in(staged: Path) -> str:
+    """The file that makes a folder a model's."""
+    return next(mark for mark in reversed(MARKS) if (staged / mark).exists())
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from minimind_jax.config import ModelSettings, PretrainConfig, SampleConfig
 from minimind_jax.convert.hf import Labels, load_hf, save_hf
 from minimind_jax.convert.load import load_merged, read_config, tokenizer_folder
+from minimind_jax.convert.replace import check_replaceable
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import holds_model, resolve_model_folder, resolve_run
@@ -69,6 +70,7 @@ def start_run(config: PretrainConfig) -> RunFolder:
     check_settings(run, config)
     if not is_exported(run) or run.changed_settings(config):
         count_parts(config, make_mesh(config.mesh))  # before any data is read
+        check_replaceable(run.model)
     run.create()
     if jax.process_index() == 0:
         run.lock()

@@ -211,18 +211,6 @@ def test_full_disk_keeps_the_old_model(make_model, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_model_that_a_kill_left_aside_is_put_back_before_anything_is_written(make_model, tmp_path):
-    config, params = make_model("dense")
-    save_hf(tmp_path / "model", config, params)
-    before = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
-    (tmp_path / "model").rename(tmp_path / ".model.old")  # where a kill between the two renames leaves it
-    params["norm"]["scale"] = params["norm"]["scale"].at[3].set(1e5)
-    with pytest.raises(UserError, match="beyond float16"):
-        save_hf(tmp_path / "model", config, params, dtype="float16")
-    assert {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
 def test_a_folder_that_is_no_model_is_not_replaced(make_model, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="not a model folder"):
