@@ -1,5 +1,6 @@
 """The `minimind` command, also as `python -m minimind_jax`."""
 
+import signal
 import sys
 
 from minimind_jax.cli import main
@@ -9,7 +10,11 @@ from minimind_jax.huge_pages import use_huge_pages
 def program(*arguments: str) -> int:
     """Runs `minimind` with these arguments and those of the command line; returns the exit status."""
     use_huge_pages()
-    return main([*arguments, *sys.argv[1:]])
+    try:
+        return main([*arguments, *sys.argv[1:]])
+    except SystemExit:  # a run has saved all and said so; one more Ctrl-C must not change how it ends
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise
 
 
 if __name__ == "__main__":

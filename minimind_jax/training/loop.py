@@ -68,7 +68,7 @@ def train(
     Writes metrics.jsonl, environment.json, config.yaml and checkpoints into the run's folder.
     Raises:
         UserError: the checkpoint is of another model or other data, the loss is not finite, the disk is full, ...
-        Interrupted: SIGTERM or Ctrl-C; the state is saved.
+        Interrupted: SIGTERM, SIGHUP or Ctrl-C; the state is saved.
     """
     run.check_resume(config.resume)
     if config.training.patience and (val_batches is None or not config.training.eval_every):
@@ -81,6 +81,7 @@ def train(
     is_first = jax.process_index() == 0
     losses: dict[int, float] = {}  # step -> validation loss, as far as known
     with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())  # the last to go: a second signal must not disturb a save
         checkpoints = stack.enter_context(
             Checkpoints(
                 run.checkpoints,
@@ -131,7 +132,7 @@ def train(
             losses=losses,
             progress=progress,
             profiler=stack.enter_context(profiler),
-            stop=stack.enter_context(StopRequest()),
+            stop=stop,
             speed=Speed(model, config.data.seq_len, record.get("seconds", 0.0)),
             tokens=record.get("tokens", 0),
             base=base,
@@ -147,6 +148,9 @@ def train(
             model_step = min(known, key=lambda step: (losses[step], step))
             loop.progress.say(f"the model is that of step {model_step}, whose validation loss is the lowest")
             state = checkpoints.restore(model_step, program.abstract._replace(frozen={}))._replace(frozen=state.frozen)
+        if stop.signal is not None:  # it came after the last step; the same command writes the model
+            loop.say_stopped(step)
+            raise stop.exit()
     return TrainResult(state.all_params(), step, losses[max(losses)] if losses else None, model_step)
 
 
@@ -281,11 +285,14 @@ class Loop:
         if step:  # there is nothing to lose before the first step
             self.save(state, step)
             self.checkpoints.wait()
+        self.say_stopped(step)
+        raise self.stop.exit()
+
+    def say_stopped(self, step: int) -> None:
         self.progress.say(
             f"{self.stop.signal.name}: stopped at step {step} of {self.total_steps} with everything saved; run the "
             "same command again to go on"
         )
-        raise self.stop.exit()
 
     def observe(self, state: TrainState, step: int) -> None:
         """The evaluation and the samples due at `step`, unless they were written before the run was cut off."""
