@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from minimind_jax.config import DataConfig, PretrainConfig
+from minimind_jax.data.cuts import check_rows, describe_cuts
 from minimind_jax.data.labels import Classes
 from minimind_jax.data.packing import PackingPlan, plan_best_fit, plan_concat, plan_heads, plan_pad, plan_pairs
 from minimind_jax.data.token_cache import TokenCache, build_cache
@@ -22,6 +23,7 @@ from minimind_jax.data.tokenise import RENDERED, Kind
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.seeds import named_seed
+from minimind_jax.sharding import announce
 
 Batch = dict[str, np.ndarray]
 
@@ -37,14 +39,15 @@ class Epoch:
     """The rows of one epoch.
 
     documents: (n,) documents of the cache the plan is about. order: row of the plan at each place of the epoch.
-    padded: rows are MiniMind's (`pad_row`). annotate: adds to a row what belongs to its pieces.
+    packing: `data.packing`; for kinds with one of their own, the kind. annotate: adds to a row what belongs to its
+    pieces.
     """
 
     cache: TokenCache
     documents: np.ndarray
     plan: PackingPlan
     order: grain.MapDataset
-    padded: bool
+    packing: str
     annotate: "Annotate | None" = None
 
     def row(self, index: int, token_bytes: np.ndarray) -> Batch:
@@ -52,7 +55,7 @@ class Epoch:
         pieces: list[Piece] = []
         if index < self.plan.rows:
             pieces = [(int(self.documents[d]), start, stop) for d, start, stop in self.plan.pieces(self.order[index])]
-        if self.padded and pieces:
+        if self.packing == "pad" and pieces:
             row = pad_row(self.cache, pieces[0][0], self.plan.seq_len, token_bytes)
         else:
             row = pack_row(self.cache, pieces, self.plan.seq_len, token_bytes)
@@ -113,11 +116,13 @@ class Batches:
     cache: of epoch 0. rows_per_step: over all processes. token_bytes: (V,) of `Tokenizer.token_bytes`.
     select: the documents of a cache that are meant (all by default). redraw: the cache of a later epoch, where the
     template's chances are drawn anew for each (the same cache by default). annotate: see `Epoch`.
+    role: what messages call the data.
 
     The last step of an epoch is filled up with rows of padding. An epoch of a redrawn cache may be some rows longer
     or shorter than epoch 0, which `rows_per_epoch` and `steps_per_epoch` speak of.
 
-    Raises UserError if the rows of a step do not divide by the processes, and if there is nothing to train on.
+    Raises UserError if the rows of a step do not divide by the processes, and if there is nothing to train on, here or
+    where a redrawn epoch begins.
     """
 
     def __init__(
@@ -133,6 +138,7 @@ class Batches:
         select: Callable[[TokenCache], np.ndarray] | None = None,
         redraw: Callable[[int], TokenCache] | None = None,
         annotate: Annotate | None = None,
+        role: str = "data",
     ):
         if rows_per_step % process_count:
             raise UserError(
@@ -142,18 +148,12 @@ class Batches:
         self.cache, self.data, self.rows_per_step, self.seed = cache, data, rows_per_step, seed
         self.token_bytes, self.process_index, self.process_count = token_bytes, process_index, process_count
         self._select = select or (lambda cache: np.arange(len(cache)))
-        self._redraw, self._annotate = redraw, annotate
+        self._redraw, self._annotate, self.role = redraw, annotate, role
         self._lock = threading.RLock()  # loader threads share the plans
         self._epochs: dict[int, Epoch] = {}
         self._first_steps = [0]
         self.plan = self.epoch(0).plan
-        if not self.plan.rows:
-            if self.plan.left_out:
-                raise UserError(
-                    f"all pairs of the training or of the validation data ({self.plan.left_out}) have answers longer "
-                    f"than data.seq_len {data.seq_len}; raise it"
-                )
-            raise UserError("no document is left to train on; lower data.val_fraction or give more data")
+        check_rows(self.epoch(0), self.role)
 
     @property
     def rows_per_epoch(self) -> int:
@@ -174,8 +174,16 @@ class Batches:
             if epoch not in self._epochs:
                 cache = self._redraw(epoch) if self._redraw and epoch else self.cache
                 self._epochs = {e: kept for e, kept in self._epochs.items() if e >= epoch - 1}
-                self._epochs[epoch] = self._plan(cache, self.data, self.seed, epoch)
+                self._epochs[epoch] = planned = self._plan(cache, self.data, self.seed, epoch)
+                self._tell_redrawn(epoch, planned)
             return self._epochs[epoch]
+
+    def _tell_redrawn(self, epoch: int, planned: Epoch) -> None:
+        """What is cut of an epoch of other tokens than the first; of that the run's facts speak."""
+        if self._redraw and epoch:
+            check_rows(planned, f"{self.role} of epoch {epoch + 1}")
+            if told := describe_cuts(planned):
+                announce(f"{self.role} of epoch {epoch + 1}: {told}")
 
     def _plan(self, cache: TokenCache, data: DataConfig, seed: int, epoch: int) -> Epoch:
         planned = plan_epoch(cache, self._select(cache), data, seed, epoch)
@@ -251,25 +259,53 @@ class _RowSource:
 def plan_epoch(cache: TokenCache, documents: np.ndarray, data: DataConfig, seed: int, epoch: int) -> Epoch:
     """Packs these documents of a cache for one epoch and draws the order of the rows."""
     lengths = cache.lengths[documents]
+    targets = functools.partial(_count_targets, cache, documents)
+    places = functools.partial(_turns, cache, documents), data.seq_len, seed, epoch, data.shuffle
+    starts = functools.partial(_message_starts, cache, documents)
     if cache.kind == "preference":
-        plan = plan_pairs(lengths, functools.partial(_turns, cache, documents), data.seq_len, seed, epoch, data.shuffle)
+        plan = plan_pairs(lengths, *places, starts)
     elif cache.kind == "labelled":
         plan = plan_heads(lengths, data.seq_len, seed, epoch, data.shuffle)
     elif data.packing == "concat":
-        plan = plan_concat(lengths, data.seq_len, seed, epoch, data.shuffle)
+        plan = plan_concat(lengths, data.seq_len, seed, epoch, data.shuffle, targets)
     elif data.packing == "best_fit":
-        turns = functools.partial(_turns, cache, documents)
-        plan = plan_best_fit(lengths, turns, data.seq_len, seed, epoch, data.shuffle)
+        is_chat = cache.kind == "conversation"  # of text a last token alone is left untrained, which costs nothing
+        plan = plan_best_fit(lengths, *places, *((starts, targets) if is_chat else ()))
     else:
-        plan = plan_pad(lengths, data.seq_len)
+        plan = plan_pad(lengths, data.seq_len, targets)
     order = grain.MapDataset.range(plan.rows)
     if data.shuffle and plan.rows:
         order = order.shuffle(seed=named_seed(seed, "rows", epoch) % 2**32)
-    return Epoch(cache, documents, plan, order, padded=data.packing == "pad" and cache.kind in ("text", "conversation"))
+    packing = data.packing if cache.kind in ("text", "conversation") else cache.kind
+    return Epoch(cache, documents, plan, order, packing)
 
 
 def _turns(cache: TokenCache, documents: np.ndarray, index: int) -> np.ndarray:
     return cache.turns(documents[index])
+
+
+def _message_starts(cache: TokenCache, documents: np.ndarray, index: int) -> np.ndarray:
+    """Where messages may begin in a conversation or pair: at every token like that of its first turn, or its second."""
+    document = documents[index]
+    ids, turns = cache.ids(document, 0, int(cache.lengths[document])), cache.turns(document)
+    first = turns[1] if cache.kind == "conversation" and len(turns) > 1 else 0
+    return np.flatnonzero((ids == ids[0]) | (ids == ids[first]))
+
+
+def _count_targets(cache: TokenCache, documents: np.ndarray, pieces, starts, stops) -> np.ndarray:
+    """Trained targets of the pieces [start, stop) of these documents, (pieces,); as `pack_row` weighs them."""
+    own = documents[pieces]
+    first = cache.offsets[own] + starts + 1
+    last = np.minimum(cache.offsets[own] + stops + 1, cache.offsets[own + 1])
+    if cache.trained is None:
+        return np.maximum(last - first, 0)
+    counts, some = np.zeros(len(first), np.int64), np.flatnonzero(last > first)
+    some = some[np.argsort(first[some], kind="stable")]  # in the order of the file, which is then read once
+    if len(some):
+        first, end = first[some], last[some] - 1
+        sums = np.add.reduceat(cache.trained, np.stack([first, end], axis=1).ravel(), dtype=np.int64)[::2]
+        counts[some] = np.where(first < end, sums, 0) + cache.trained[end]
+    return counts
 
 
 def split_documents(cache: TokenCache, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -328,11 +364,12 @@ def open_data(
 
     train = make(
         cache,
+        role="training data",
         select=lambda c: split_documents(c, fraction, seed)[0],
         redraw=redraw if data.redraw_each_epoch and kind in RENDERED else None,
     )
     if data.val:
-        return train, make(build(data.val, tokenizer, data, seed))
+        return train, make(build(data.val, tokenizer, data, seed), role="validation data")
     if not len(split_documents(cache, fraction, seed)[1]):
         return train, None
-    return train, make(cache, select=lambda c: split_documents(c, fraction, seed)[1])
+    return train, make(cache, role="validation data", select=lambda c: split_documents(c, fraction, seed)[1])

@@ -99,11 +99,7 @@ def detect_kind(files: list[Path]) -> Kind:
 def _pack(cache: TokenCache, data: DataConfig, packing: str, seed: int) -> Packed:
     settings = data if packing == "pairs" else dataclasses.replace(data, packing=packing)
     plan = plan_epoch(cache, np.arange(len(cache)), settings, seed, epoch=0).plan
-    lost = len(cache) - len(np.unique(plan.documents))
-    if packing == "pad":
-        cut = np.flatnonzero(cache.lengths > data.seq_len)
-        lost += sum(not cache.is_trained(int(document), 0, data.seq_len)[1:].any() for document in cut)
-    return Packed(plan, lost)
+    return Packed(plan, lost=len(cache) - len(np.unique(plan.documents)))
 
 
 def printable(text: str) -> str:

@@ -12,6 +12,12 @@ import numpy as np
 
 from minimind_jax.seeds import named_seed
 
+HEADER_TOKENS = 12  # of what a template writes before a message's text, at most
+
+# Of documents, starts and stops (pieces,) the trained targets of each piece. A plan without one counts nothing.
+CountTargets = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+Places = Callable[[int], np.ndarray]  # of a document's number, places in it
+
 
 @dataclasses.dataclass(frozen=True)
 class PackingPlan:
@@ -21,8 +27,9 @@ class PackingPlan:
     documents, starts, stops: (pieces,) tokens [start, stop) of that document.
     cut_documents: documents that are in more than one piece, or lost their tail.
     cut_turns: turns longer than a row, which had to be cut inside (`plan_best_fit`).
-    dropped_tokens: tokens in no piece (`plan_concat` and `plan_best_fit` drop none).
-    left_out: documents in no row (`plan_pairs`).
+    dropped_tokens: tokens in no piece.
+    left_out: pairs without room for their answers and the header before them (`plan_pairs`).
+    untrained: rows, pieces or documents that are left out because nothing in them is trained.
     """
 
     seq_len: int
@@ -34,6 +41,7 @@ class PackingPlan:
     cut_turns: int = 0
     dropped_tokens: int = 0
     left_out: int = 0
+    untrained: int = 0
 
     @property
     def rows(self) -> int:
@@ -57,8 +65,11 @@ class PackingPlan:
         )
 
 
-def plan_concat(lengths: np.ndarray, seq_len: int, seed: int, epoch: int, shuffle: bool = True) -> PackingPlan:
-    """Documents in an order drawn for the epoch, joined end to end and cut where a row ends; nothing is dropped.
+def plan_concat(
+    lengths: np.ndarray, seq_len: int, seed: int, epoch: int, shuffle: bool = True, targets: CountTargets | None = None
+) -> PackingPlan:
+    """Documents in an order drawn for the epoch, joined end to end and cut where a row ends; nothing is dropped but
+    rows in which, by `targets`, nothing is trained.
 
     Every row but the last is full. lengths: (documents,) tokens of each.
     """
@@ -71,90 +82,112 @@ def plan_concat(lengths: np.ndarray, seq_len: int, seed: int, epoch: int, shuffl
     begins, stops = bounds[:-1], bounds[1:]
     place = np.searchsorted(ends, begins, side="right")
     origin = (ends - lengths[order])[place]
-    return _plan(
-        seq_len,
-        rows=begins // seq_len,
-        documents=order[place],
-        starts=begins - origin,
-        stops=stops - origin,
-        cut_documents=int((np.bincount(place, minlength=1) > 1).sum()),
-    )
+    rows, documents, starts = begins // seq_len, order[place], begins - origin
+    cut = int((np.bincount(place, minlength=1) > 1).sum())
+    stops, untrained = stops - origin, 0
+    if targets is not None and len(rows):
+        is_trained = np.bincount(rows, targets(documents, starts, stops)) > 0
+        untrained, kept = int((~is_trained).sum()), is_trained[rows]
+        rows = (np.cumsum(is_trained) - 1)[rows[kept]]
+        documents, starts, stops = documents[kept], starts[kept], stops[kept]
+    plan = _plan(seq_len, rows, documents, starts, stops, cut_documents=cut, untrained=untrained)
+    return dataclasses.replace(plan, dropped_tokens=total - plan.tokens)
 
 
 def plan_best_fit(
     lengths: np.ndarray,
-    turn_starts: Callable[[int], np.ndarray],
+    turn_starts: Places,
     seq_len: int,
     seed: int,
     epoch: int,
     shuffle: bool = True,
+    message_starts: Places | None = None,
+    targets: CountTargets | None = None,
 ) -> PackingPlan:
     """Whole documents, the longest first, each into the fullest row that still has room for it.
 
     Documents longer than a row are cut, at the start of a turn if one lies within the row's length, inside the turn
-    (counted in `cut_turns`) if not. Documents of one length are interchangeable: their order is drawn for the epoch,
-    so rows are composed anew in each.
+    (counted in `cut_turns`) if not; pieces in which, by `targets`, nothing is trained are left out. Documents of one
+    length are interchangeable: their order is drawn for the epoch, so rows are composed anew in each. Without
+    `shuffle` the documents keep their order, and a row ends where the next one has no room.
 
-    lengths: (documents,) tokens of each. turn_starts: of a document's number, the places where it may be cut.
+    lengths: (documents,) tokens of each. turn_starts: the places where a document may be cut. message_starts: see
+    `split_at_turns`.
     """
     lengths = np.asarray(lengths, np.int64)
-    fitting = np.flatnonzero(lengths <= seq_len)
     cuts = [
-        (doc, *split_at_turns(lengths[doc], turn_starts(doc), seq_len)) for doc in np.flatnonzero(lengths > seq_len)
+        (doc, *split_at_turns(lengths[doc], turn_starts(doc), seq_len, message_starts and message_starts(doc)))
+        for doc in np.flatnonzero(lengths > seq_len)
     ]
-    documents = np.concatenate([fitting, *(np.full(len(bounds) - 1, doc) for doc, bounds, _ in cuts)]).astype(np.int64)
-    starts = np.concatenate([np.zeros_like(fitting), *(bounds[:-1] for _, bounds, _ in cuts)]).astype(np.int64)
-    stops = np.concatenate([lengths[fitting], *(bounds[1:] for _, bounds, _ in cuts)]).astype(np.int64)
+    fitting = np.flatnonzero(lengths <= seq_len)
+    documents = np.concatenate([np.full(len(bounds) - 1, doc) for doc, bounds, _ in cuts] or [[]]).astype(np.int64)
+    starts = np.concatenate([bounds[:-1] for _, bounds, _ in cuts] or [[]]).astype(np.int64)
+    stops = np.concatenate([bounds[1:] for _, bounds, _ in cuts] or [[]]).astype(np.int64)
+    kept = np.full(len(documents), True) if targets is None else targets(documents, starts, stops) > 0
+    untrained = int((~kept).sum())
+    documents = np.concatenate([fitting, documents[kept]])
+    starts = np.concatenate([np.zeros_like(fitting), starts[kept]])
+    stops = np.concatenate([lengths[fitting], stops[kept]])
+    if not shuffle:
+        order = np.argsort(documents, kind="stable")
+        documents, starts, stops = documents[order], starts[order], stops[order]
 
-    order = _document_order(len(documents), seed, epoch, shuffle)
-    order = order[np.argsort(-(stops - starts)[order], kind="stable")]
-    rows = _best_fit_decreasing((stops - starts)[order], seq_len)
-    by_row = np.argsort(rows, kind="stable")
-    order = order[by_row]
-    return _plan(
-        seq_len,
-        rows=rows[by_row],
-        documents=documents[order],
-        starts=starts[order],
-        stops=stops[order],
+    plan = _plan_groups(documents, starts[:, None], stops[:, None], seq_len, seed, epoch, shuffle)
+    return dataclasses.replace(
+        plan,
         cut_documents=len(cuts),
         cut_turns=sum(turns for _, _, turns in cuts),
+        dropped_tokens=int(lengths.sum() - plan.tokens),
+        untrained=untrained,
     )
 
 
-def plan_pad(lengths: np.ndarray, seq_len: int) -> PackingPlan:
-    """One document a row, in order, cut at `seq_len` as MiniMind does; lengths: (documents,) tokens of each."""
+def plan_pad(lengths: np.ndarray, seq_len: int, targets: CountTargets | None = None) -> PackingPlan:
+    """One document a row, in order, cut at `seq_len` as MiniMind does; lengths: (documents,) tokens of each.
+
+    Documents that have, by `targets`, nothing trained within the row are left out.
+    """
     lengths = np.asarray(lengths, np.int64)
-    stops = np.minimum(lengths, seq_len)
+    documents, stops = np.arange(len(lengths)), np.minimum(lengths, seq_len)
+    # A document that is cut off has no target behind the row.
+    reach = np.where(lengths > seq_len, stops - 1, stops)
+    kept = np.full(len(lengths), True) if targets is None else targets(documents, np.zeros_like(stops), reach) > 0
+    documents, stops = documents[kept], stops[kept]
     return _plan(
         seq_len,
-        rows=np.arange(len(lengths)),
-        documents=np.arange(len(lengths)),
-        starts=np.zeros_like(lengths),
+        rows=np.arange(len(documents)),
+        documents=documents,
+        starts=np.zeros_like(stops),
         stops=stops,
         cut_documents=int((lengths > seq_len).sum()),
-        dropped_tokens=int((lengths - stops).sum()),
+        dropped_tokens=int(lengths.sum() - stops.sum()),
+        untrained=int((~kept).sum()),
     )
 
 
 def plan_pairs(
     lengths: np.ndarray,
-    bounds: Callable[[int], np.ndarray],
+    bounds: Places,
     seq_len: int,
     seed: int,
     epoch: int,
     shuffle: bool = True,
+    message_starts: Places | None = None,
 ) -> PackingPlan:
     """Pairs of answers, both sides of one in the same row as two pieces, the chosen one first; packed by best fit.
 
     Where a pair is longer than a row, the beginning of the prompt is cut away on both sides alike, so that the answers
-    survive. A pair whose answers leave no room for a token of the prompt is left out.
+    survive, and never inside a message's header. A pair whose answers leave no room for the prompt's last header is
+    left out.
 
     lengths: (documents,) tokens of both sides. bounds: of a document's number, (0, tokens of the shared prompt, tokens
-    of the chosen side).
+    of the chosen side). message_starts: as in `split_at_turns`.
     """
     lengths = np.asarray(lengths, np.int64)
     cut = -(-np.maximum(lengths - seq_len, 0) // 2)
+    if message_starts is not None:
+        for document in np.flatnonzero(cut):
+            cut[document] = _behind_header(cut[document], message_starts(document))
     turns = np.array([bounds(document) for document in range(len(lengths))], np.int64).reshape(-1, 3)
     kept = np.flatnonzero(cut < np.maximum(turns[:, 1], 1))
     middle = turns[kept, 2]
@@ -182,11 +215,17 @@ def plan_heads(lengths: np.ndarray, seq_len: int, seed: int, epoch: int, shuffle
 
 
 def _plan_groups(documents, starts, stops, seq_len: int, seed: int, epoch: int, shuffle: bool) -> PackingPlan:
-    """Best fit of groups that stay together: documents (groups,), the pieces' starts and stops (groups, pieces)."""
+    """Best fit of groups that stay together: documents (groups,), the pieces' starts and stops (groups, pieces).
+
+    Without `shuffle` the groups keep their order.
+    """
     sizes = (stops - starts).sum(axis=1)
     order = _document_order(len(documents), seed, epoch, shuffle)
-    order = order[np.argsort(-sizes[order], kind="stable")]
-    rows = _best_fit_decreasing(sizes[order], seq_len)
+    if shuffle:
+        order = order[np.argsort(-sizes[order], kind="stable")]
+        rows = _best_fit_decreasing(sizes[order], seq_len)
+    else:
+        rows = _in_order(sizes, seq_len)
     by_row = np.argsort(rows, kind="stable")
     order, pieces = order[by_row], starts.shape[1]
     return _plan(
@@ -198,9 +237,13 @@ def _plan_groups(documents, starts, stops, seq_len: int, seed: int, epoch: int, 
     )
 
 
-def split_at_turns(length: int, turn_starts: np.ndarray, seq_len: int) -> tuple[np.ndarray, int]:
+def split_at_turns(
+    length: int, turn_starts: np.ndarray, seq_len: int, message_starts: np.ndarray | None = None
+) -> tuple[np.ndarray, int]:
     """Bounds of the pieces of one long document, each at most `seq_len` long and as long as the turns allow.
 
+    message_starts: where messages begin with their headers. A turn that must be cut inside is cut in front of a
+    header, not within it.
     Returns the bounds, from 0 to length, and how often a turn had to be cut inside.
     """
     allowed = np.append(np.asarray(turn_starts, np.int64), length)
@@ -209,15 +252,45 @@ def split_at_turns(length: int, turn_starts: np.ndarray, seq_len: int) -> tuple[
         limit = bounds[-1] + seq_len
         best = int(allowed[np.searchsorted(allowed, limit, side="right") - 1]) if allowed[0] <= limit else 0
         if best <= bounds[-1]:
-            best, cut_turns = limit, cut_turns + 1
+            header = _header_around(limit, message_starts)
+            best, cut_turns = header if header > bounds[-1] else limit, cut_turns + 1
         bounds.append(best)
     return np.array(bounds, np.int64), cut_turns
+
+
+def _header_around(place: int, message_starts: np.ndarray | None) -> int:
+    """Where the header begins that `place` lies within, or may; -1 if it lies in none."""
+    if message_starts is None:
+        return -1
+    before = int(np.searchsorted(message_starts, place, side="left")) - 1
+    start = int(message_starts[before]) if before >= 0 else -HEADER_TOKENS
+    return start if place - start < HEADER_TOKENS else -1
+
+
+def _behind_header(place: int, message_starts: np.ndarray) -> int:
+    """`place`, or the next place behind the header that it lies within."""
+    while (header := _header_around(place, message_starts)) >= 0:
+        following = message_starts[message_starts > header]
+        place = header + HEADER_TOKENS
+        if len(following) and following[0] <= place:  # a short message: the next one begins here
+            return int(following[0])
+    return place
 
 
 def _document_order(count: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
     if not shuffle:
         return np.arange(count)
     return np.random.default_rng(named_seed(seed, "documents", epoch)).permutation(count)
+
+
+def _in_order(sizes: np.ndarray, seq_len: int) -> np.ndarray:
+    """Row of each piece where pieces keep their order: a row ends where the next piece has no room."""
+    rows, row, room = np.zeros(len(sizes), np.int64), -1, -1
+    for place, size in enumerate(sizes.tolist()):
+        if size > room:
+            row, room = row + 1, seq_len
+        rows[place], room = row, room - size
+    return rows
 
 
 def _best_fit_decreasing(lengths: np.ndarray, seq_len: int) -> np.ndarray:

@@ -315,6 +315,8 @@ class Loop:
                 rows = {name: array[part :: self.parts] for name, array in batch.items()}
                 found.append(self.eval_step(params, shard_batch(rows, self.mesh)))
         total = together(jax.tree.map(lambda *values: np.stack(values), *jax.device_get(found)))
+        if not total["loss"][1]:  # would be a loss of 0, the best there is
+            raise UserError(f"step {step}: nothing in the validation data counts; give other data.val, or more of it")
         means = {name: float(top) / max(float(bottom), 1.0) for name, (top, bottom) in total.items()}
         row = {"val_loss": means.get("nll", means["loss"])}
         row |= {f"val_{name}": value for name, value in means.items() if name not in UNWATCHED}

@@ -4,6 +4,7 @@ import math
 
 from minimind_jax.config import PretrainConfig, TrainingConfig
 from minimind_jax.data.batches import Batches
+from minimind_jax.data.cuts import describe_cuts
 from minimind_jax.data.tokenise import RENDERED
 from minimind_jax.errors import UserError
 from minimind_jax.losses.vocabulary import piece_size
@@ -40,7 +41,8 @@ def data_record(batches: Batches) -> dict[str, str | int | float | bool]:
         "rows of a step": batches.rows_per_step,
         "seq_len": data.seq_len,
         "packing": data.packing,
-        "shuffle": data.shuffle,
+        # Best fit without a shuffle once trained the longest rows first.
+        "shuffle": data.shuffle or (batches.epoch(0).packing not in ("concat", "pad") and "in order"),
         "seed": batches.seed,
         **{name: getattr(data, name) for name in chances if info["kind"] in RENDERED},
     }
@@ -123,11 +125,9 @@ def _adapter_facts(model: LanguageModel, parameters: int) -> dict[str, str]:
 
 
 def describe_data(batches: Batches) -> str:
-    """`1,234 documents, 56,789 tokens in 120 rows, packed 98.7 % full`."""
-    plan = batches.plan
-    documents = len(batches.epoch(0).documents)
-    cut = f", {plan.cut_documents:,} prompts cut, {plan.left_out:,} left out for want of room"
-    return (
-        f"{documents:,} documents, {plan.tokens:,} tokens in {plan.rows:,} rows, packed {plan.efficiency:.1%} full"
-        + cut * (batches.cache.kind == "preference" and bool(plan.cut_documents + plan.left_out))
+    """`1,234 documents, 56,789 tokens in 120 rows, packed 98.7 % full`, and what is cut or left out of them."""
+    plan, epoch = batches.plan, batches.epoch(0)
+    cut = describe_cuts(epoch)
+    return f"{len(epoch.documents):,} documents, {plan.tokens:,} tokens in {plan.rows:,} rows, " + (
+        cut or f"packed {plan.efficiency:.1%} full"
     )

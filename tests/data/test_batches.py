@@ -272,8 +272,9 @@ def test_redrawing_gives_each_epoch_a_cache_of_its_own(folder, tokenizer, config
     assert [train.locate(int(step)) for step in starts] == [(0, 0), (1, 0), (2, 0), (3, 0)]
     straight = take(train, 0, int(starts[3]))
     for e, epoch in enumerate(epochs):
-        placed = sum((b["segment_ids"] > 0).sum() for b in straight[starts[e] : starts[e + 1]])
-        assert placed == epoch.cache.lengths[epoch.documents].sum()
+        trained = sum(b["loss_weights"].sum() for b in straight[starts[e] : starts[e + 1]])
+        cache = epoch.cache
+        assert trained == sum(cache.is_trained(d, 0, cache.lengths[d]).sum() for d in epoch.documents)
     again, _ = open_data("conversation", settings, tokenizer)
     assert_same(take(again, int(starts[1]) + 1, 5), straight[starts[1] + 1 : starts[1] + 6])
 
