@@ -14,7 +14,7 @@ from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
 from minimind_jax.inference.generate import load_model
-from minimind_jax.inference.likelihood import LikelihoodScorer, Request
+from minimind_jax.inference.likelihood import LikelihoodScorer, Request, encode_pair
 
 ENGLISH = "Question: {question}\nAnswer:"
 CHINESE = "问题：{question}\n答案："
@@ -101,8 +101,9 @@ def evaluate_choices(
 ) -> list[ChoiceResult]:
     """Results for each task in the files, in the order in which they first appear.
 
-    A choice is scored as the continuation of the prompt, " " and the choice; without the space where the prompt does
-    not end in a letter or colon of a script with spaces. The question's own answer is never among the examples.
+    A choice is scored as the continuation of the prompt, " " and the choice; the space is left out where one is there
+    already, and behind a Chinese colon. Spaces at the prompt's end count as the choice's. The question's own answer is
+    never among the examples.
 
     Args:
         shots: files of questions shown with their answers before each question; the files themselves if not given.
@@ -111,7 +112,8 @@ def evaluate_choices(
         max_questions: of each task at most; 0 for all.
 
     Raises:
-        UserError: no such model or file, a broken record, too few examples, or a prompt without {question}.
+        UserError: no such model or file, a broken record, too few examples, a prompt without {question}, or a choice of
+            which the tokenizer leaves nothing to score.
     """
     if prompt and "{question}" not in prompt:
         raise UserError(f"prompt {prompt!r} has no {{question}}")
@@ -131,7 +133,10 @@ def evaluate_choices(
                 raise UserError(f"{task}: {shot_count} examples are asked for, and there are {len(shown)}")
             context = "".join(_filled(prompt, other) + _spaced(prompt, other, other.answer) + "\n\n" for other in shown)
             context += _filled(prompt, question)
-            own = [_request(tokenizer, context, _spaced(prompt, question, n)) for n in range(len(question.choices))]
+            own = [
+                _request(tokenizer, context, _spaced(prompt, question, n), f"{question.where}: choice {n}")
+                for n in range(len(question.choices))
+            ]
             requests += own
             cut += max(len(before) + len(choice) for before, choice in own) > scorer.context + 1
             groups.append((question, len(own)))
@@ -157,16 +162,15 @@ def _filled(prompt: str, question: Question) -> str:
 
 def _spaced(prompt: str, question: Question, number: int) -> str:
     """The choice as it stands behind the prompt."""
-    before = _filled(prompt, question)
-    return ("" if before[-1:].isspace() or before.endswith("：") else " ") + question.choices[number]
+    before, choice = _filled(prompt, question), question.choices[number]
+    return ("" if before[-1:].isspace() or choice[0].isspace() or before.endswith("：") else " ") + choice
 
 
-def _request(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
-    """Both encoded as one text and cut where the context alone ends, as lm_eval does; a begin token before them."""
-    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    context_ids = tokenizer.encode(context)
-    whole = tokenizer.encode(context + continuation)
-    return [*begin, *whole[: len(context_ids)]], whole[len(context_ids) :]
+def _request(tokenizer: Tokenizer, context: str, choice: str, where: str) -> Request:
+    """Token ids of both, a begin token before them."""
+    prefix = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    context_ids, own = encode_pair(tokenizer.encode, context, choice, prefix, where)
+    return (context_ids if context_ids == [prefix] or tokenizer.bos_id is None else [prefix, *context_ids]), own
 
 
 def _result(task: str, groups: list[tuple[Question, int]], likelihoods: list) -> ChoiceResult:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from minimind_jax.errors import UserError
 from minimind_jax.inference.config import SamplingConfig
 from minimind_jax.inference.generate import load_generator
-from minimind_jax.inference.likelihood import LikelihoodScorer
+from minimind_jax.inference.likelihood import LikelihoodScorer, encode_pair
 
 DEFAULT_BATCH = 16
 
@@ -82,6 +82,15 @@ class MiniMindJax(TemplateLM):
         text = "".join(segment.text for segment in segments)
         # To be continued: lm_eval adds the beginning of an answer, whose turn must stay open.
         return text if add_generation_prompt else text.rstrip().removesuffix("<|im_end|>")
+
+    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Of continuations of contexts. Raises UserError, with task and document, for one of which nothing is left."""
+        encoded = []
+        for number, request in enumerate(requests):
+            where = f"{getattr(request, 'task_name', None) or 'request'} {getattr(request, 'doc_id', number)}"
+            pair = encode_pair(self.tok_encode, *request.args, self.prefix_token_id, where)
+            encoded.append((request.args, *pair))
+        return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any

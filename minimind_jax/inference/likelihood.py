@@ -1,12 +1,13 @@
 """Log-likelihoods of continuations, in batches: for multiple choice and lm_eval."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minimind_jax.errors import UserError
 from minimind_jax.inference.generate import bucket
 from minimind_jax.model.transformer import LanguageModel, Params
 
@@ -21,6 +22,30 @@ class Likelihood(NamedTuple):
 
 
 Request = tuple[Sequence[int], Sequence[int]]  # token ids of a context, which is not empty, and of its continuation
+
+
+def encode_pair(
+    encode: Callable[[str], list[int]], context: str, continuation: str, prefix: int, where: str
+) -> tuple[list[int], list[int]]:
+    """A context and its continuation as token ids, split as lm_eval does.
+
+    Spaces of any alphabet at the end of the context go to the continuation, with whose first word they make a token.
+    Both are encoded as one text, of which the continuation has what is behind as many tokens as the context makes.
+    prefix: the token that stands for a context without any.
+    Raises UserError, which begins with `where`, when no token is left to score: its probability would be 1.
+    """
+    text = context.rstrip()
+    context_ids = encode(text)
+    own = encode(text + context[len(text) :] + continuation)[len(context_ids) :]
+    if not context_ids:
+        context_ids, own = [prefix], own[own[:1] == [prefix] :]
+    if not continuation or not own:
+        merged = " (its tokens merge with those before it)" if continuation else ""
+        raise UserError(
+            f"{where}: nothing is left to score of {continuation[:40]!r} behind {context[-40:]!r}{merged}; give it "
+            "some text, or end the prompt in a space or a word"
+        )
+    return context_ids, own
 
 
 class LikelihoodScorer:
@@ -49,8 +74,10 @@ class LikelihoodScorer:
         """The likelihood of each continuation.
 
         A request longer than the model's context loses the beginning of its context; a continuation that is longer
-        itself loses its own beginning, as in lm_eval.
+        itself loses its own beginning, as in lm_eval. Raises ValueError for one that is empty, or has no context.
         """
+        if not all(context and continuation for context, continuation in requests):
+            raise ValueError("a context or a continuation has no tokens")
         found: list[Likelihood | None] = [None] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][0]) - len(requests[i][1]))
         for first in range(0, len(order), self.batch_size):

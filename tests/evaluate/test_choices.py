@@ -11,7 +11,7 @@ from minimind_jax.data.tokenizer import Tokenizer, train_bpe
 from minimind_jax.errors import UserError
 from minimind_jax.evaluate.choices import evaluate_choices
 from minimind_jax.inference.generate import load_generator, load_model
-from minimind_jax.inference.likelihood import LikelihoodScorer
+from minimind_jax.inference.likelihood import LikelihoodScorer, encode_pair
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.transformer import LanguageModel
 
@@ -127,6 +127,58 @@ def test_broken_questions_are_told(row, message, folder, tmp_path):
     (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match=rf"bad.jsonl:1: .*{message}"):
         evaluate_choices(str(folder), [str(tmp_path / "bad.jsonl")])
+
+
+@pytest.mark.parametrize("spaces", [" ", "\u3000", "\xa0", "\t", "\n", "\u2009", " \n "])
+def test_spaces_at_the_prompt_s_end_go_to_the_continuation(spaces, folder):
+    encode = Tokenizer.load(folder).encode
+    expected = encode("the"), encode(f"the{spaces}cat")[len(encode("the")) :]
+    assert encode_pair(encode, f"the{spaces}", "cat", 1, "here") == expected
+    assert encode_pair(encode, spaces, "cat", 1, "here") == ([1], encode(f"{spaces}cat"))
+
+
+def test_a_prompt_s_last_space_changes_no_result(folder, questions):
+    _, file = questions
+    with_space, without = (
+        evaluate_choices(str(folder), [file], prompt=f"Q: {{question}}\nA:{end}") for end in (" ", "")
+    )
+    for a, b in zip(with_space[:1], without[:1], strict=True):  # the Chinese one has no space of its own
+        np.testing.assert_array_equal(a.right, b.right)
+        np.testing.assert_array_equal(a.right_by_length, b.right_by_length)
+
+
+def merging(text):
+    """Token ids of single characters, but "ab" is one token."""
+    return [ord(character) for character in text.replace("ab", "\u0100")]
+
+
+@pytest.mark.parametrize(("context", "continuation"), [("a", "b"), ("xa", "b"), ("x", ""), ("x ", ""), ("", "")])
+def test_a_continuation_without_tokens_is_an_error(context, continuation):
+    with pytest.raises(UserError, match="here: nothing is left to score"):
+        encode_pair(merging, context, continuation, 1, "here")
+    assert encode_pair(merging, "xa", "bc", 1, "here") == ([ord("x"), ord("a")], [ord("c")])
+
+
+def test_a_scorer_refuses_what_has_no_tokens(folder):
+    scorer = LikelihoodScorer(*load_model(folder))
+    for request in (([5], []), ([], [5])):
+        with pytest.raises(ValueError, match="has no tokens"):
+            scorer.score([request])
+
+
+def test_lm_eval_is_refused_an_empty_continuation(folder):
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+
+    from minimind_jax.evaluate.lm_eval_adapter import MiniMindJax
+
+    model = MiniMindJax(str(folder))
+    cases = [("the cat ", "sat"), ("the cat", " sat"), ("\n", "sat"), ("", "\nsat")]
+    instances = [Instance("loglikelihood", {}, pair, 0, ("task", 7, 1)) for pair in cases]
+    found = model.loglikelihood(instances)
+    assert found[0] == pytest.approx(found[1]) and found[2] == pytest.approx(found[3])
+    with pytest.raises(UserError, match="task 8: nothing is left to score"):
+        model.loglikelihood([Instance("loglikelihood", {}, ("the cat ", ""), 0, ("task", 8, 1))])
 
 
 # lm_eval --------------------------------------------------------------------------------------------------------------
