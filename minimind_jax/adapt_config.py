@@ -101,7 +101,9 @@ class RewardConfig(PretrainConfig):
 class LabelConfig:
     """What is classified, and how.
 
-    text_field, label_field: where a record (JSON lines, CSV or Parquet) holds the text, and its label or labels.
+    text_field: where a record (JSON lines, CSV or Parquet) holds the text.
+    label_field: where it holds its label, or a list of labels (in a text as JSON); `label` stands for labels, category
+        and intent, too. What label_text or label_name beside a number says is its name.
     class_weights: `balanced` weighs a class by the inverse of its share of the training data; `none`.
     label_smoothing: share of the target given to all classes alike.
     """

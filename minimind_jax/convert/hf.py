@@ -37,10 +37,14 @@ MAX_SHARD_BYTES = 5e9
 
 
 class Labels(NamedTuple):
-    """Of a model with a head of scores: their names, and whether a text may have several of them."""
+    """Of a model with a head of scores: their names, and whether a text may have several of them.
+
+    max_tokens: where longer texts were cut in training; tokenizer_config.json says so (model_max_length). None: unsaid.
+    """
 
     names: tuple[str, ...]
     several: bool = False
+    max_tokens: int | None = None
 
 
 def save_hf(
@@ -77,6 +81,8 @@ def save_hf(
         if tokenizer is not None:
             tokenizer.save(partial)
             _make_readable_by_transformers_4(partial / "tokenizer_config.json")
+            if labels and labels.max_tokens:
+                _set_max_tokens(partial / "tokenizer_config.json", labels)
         write_safetensors(partial, hf_tensors(config, params), dtype, max_shard_bytes)
     return folder
 
@@ -167,6 +173,13 @@ def _make_readable_by_transformers_4(tokenizer_config: Path):
     write_json(tokenizer_config, values)
 
 
+def _set_max_tokens(tokenizer_config: Path, labels: Labels):
+    """Texts are cut at their end, as transformers' pipeline does with truncation; conversations at their beginning."""
+    side = "left" if len(labels.names) == 1 else "right"
+    cut = {"model_max_length": labels.max_tokens, "truncation_side": side}
+    write_json(tokenizer_config, {**read_json(tokenizer_config), **cut})
+
+
 def read_hf_config(folder: str | Path) -> ModelConfig:
     """The configuration of a Hugging Face folder. Raises UserError when it has none, or one that is not supported."""
     file = local_folder(as_path(folder)) / "config.json"
@@ -177,8 +190,13 @@ def read_hf_config(folder: str | Path) -> ModelConfig:
 
 def load_labels(folder: str | Path) -> Labels | None:
     """Of the model with a head of scores in a folder; None for a language model."""
-    found = read_labels(read_json(local_folder(as_path(folder)) / "config.json"))
-    return found and Labels(*found)
+    folder = local_folder(as_path(folder))
+    found = read_labels(read_json(folder / "config.json"))
+    if found is None:
+        return None
+    file = folder / "tokenizer_config.json"
+    limit = read_json(file).get("model_max_length") if file.is_file() else None
+    return Labels(*found, max_tokens=limit if isinstance(limit, int) and limit > 0 else None)
 
 
 def _open_hf(folder: Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:

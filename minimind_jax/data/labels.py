@@ -1,14 +1,23 @@
 """Labelled texts, {"text": str, "label": str} or a list of labels: checked, and the labels as numbers."""
 
 import dataclasses
+import re
 import reprlib
-from collections.abc import Sequence
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from minimind_jax.data.jsonl import Record, iter_records
-from minimind_jax.data.records import field_names
+from minimind_jax.data.jsonl import Record, decode_json, iter_records
+from minimind_jax.data.records import checked_text, field_names
 from minimind_jax.errors import UserError
+
+LABEL_FIELDS = ("label", "labels", "category", "intent")  # where `label` is looked for, unless a setting names a field
+NAME_FIELDS = ("label_text", "label_name")  # what a number in the field of labels is called
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
+_BETWEEN_LABELS = re.compile(r"\s*[,;|，、；]\s*")
 
 
 class LabelledText(NamedTuple):
@@ -38,24 +47,27 @@ class Classes:
         return tuple(float(name in labels) for name in self.names)
 
 
-def parse_labelled(record: Record, classes: Classes, known: bool = True) -> LabelledText:
-    """The text and its labels. Raises UserError; with `known` also for a label that is not among the classes."""
+class _Given(NamedTuple):
+    """What a record says. numbers: in the field of labels, if their names are in another one."""
+
+    labels: tuple[str, ...]
+    is_list: bool
+    field: str
+    numbers: tuple[str, ...] = ()
+
+
+def parse_labelled(record: Record, classes: Classes) -> LabelledText:
+    """The text and its labels. Raises UserError, also for a label that is not among the classes."""
     text = parse_unlabelled(record, classes.text_field)
-    if classes.label_field not in record.value:
-        raise UserError(
-            f"{record.where}: missing field `{classes.label_field}`; expected the text's label, found the fields "
-            f"{field_names(record.value)} (classify.label_field names another)"
-        )
-    given = record.value[classes.label_field]
-    labels = tuple(_label(label, record, classes) for label in (given if isinstance(given, list) else [given]))
-    if not classes.several and len(labels) != 1:
-        raise UserError(f"{record.where}: {classes.label_field} has {len(labels)} labels; every other text has one")
-    if known and (unknown := [label for label in labels if label not in classes.names]):
+    given = _given(record, classes.label_field)
+    if not classes.several and len(given.labels) != 1:
+        raise UserError(f"{record.where}: {given.field} has {len(given.labels)} labels; every other text has one")
+    if unknown := [label for label in given.labels if label not in classes.names]:
         raise UserError(
             f"{record.where}: the label {unknown[0]!r} is not in the training data, whose {len(classes.names)} labels "
             f"are {', '.join(classes.names[:8])}{' ...' if len(classes.names) > 8 else ''}"
         )
-    return LabelledText(text, tuple(dict.fromkeys(labels)))
+    return LabelledText(text, tuple(dict.fromkeys(given.labels)))
 
 
 def parse_unlabelled(record: Record, text_field: str = "text") -> str:
@@ -68,44 +80,163 @@ def parse_unlabelled(record: Record, text_field: str = "text") -> str:
         )
     if not text.strip():
         raise UserError(f"{record.where}: {text_field} is empty; remove the line (in training: --data.on_error skip)")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{record.where}: {text_field} holds half a surrogate pair; expected Unicode text") from error
-    return text
+    return checked_text(text, f"{record.where}: {text_field}")
 
 
-def _label(label: object, record: Record, classes: Classes) -> str:
+def _given(record: Record, label_field: str) -> _Given:
+    field = _field(record, label_field)
+    labels, is_list = _labels(record, field)
+    named = next((n for n in (f"{field}_text", f"{field}_name", *NAME_FIELDS) if record.value.get(n) is not None), None)
+    if named in (None, field) or not labels or not all(_NUMBER.fullmatch(label) for label in labels):
+        return _Given(labels, is_list, field)
+    names, _ = _labels(record, named)
+    if len(names) != len(labels):
+        raise UserError(f"{record.where}: {field} has {len(labels)} labels, and {named} {len(names)} names for them")
+    return _Given(names, is_list, field, labels)
+
+
+def _field(record: Record, label_field: str) -> str:
+    """Where the record has its labels."""
+    wanted = (*LABEL_FIELDS, *NAME_FIELDS) if label_field == LABEL_FIELDS[0] else (label_field,)
+    there = [name for name in wanted if name in record.value]
+    if not there:
+        raise UserError(
+            f"{record.where}: missing field `{label_field}`; expected the text's label, found the fields "
+            f"{field_names(record.value)} (classify.label_field names another)"
+        )
+    if tuple(there[:2]) in (LABEL_FIELDS[:2], LABEL_FIELDS[2:]):  # neither is the likelier one
+        raise UserError(
+            f"{record.where}: both {there[0]} and {there[1]} are there; say with classify.label_field which is meant"
+        )
+    return there[0]
+
+
+def _labels(record: Record, field: str) -> tuple[tuple[str, ...], bool]:
+    """(labels, whether they stand in a list) of a field: a list, also as JSON in a text, or a single one."""
+    value, place = record.value[field], f"{record.where}: {field}"
+    if isinstance(value, str) and value.strip().startswith("["):
+        try:
+            value = decode_json(value)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{place} is {reprlib.repr(value)}, which is no list in JSON; write it as "
+                '["one", "other"], or a name without the bracket'
+            ) from error
+    if isinstance(value, list):
+        return tuple(_label(label, place) for label in value), True
+    return (_label(value, place),), False
+
+
+def _label(label: Any, place: str) -> str:
     if isinstance(label, bool):
         return str(label).lower()
     if isinstance(label, float) and label.is_integer():  # how Parquet has whole numbers of which some are missing
         label = int(label)
     if not isinstance(label, str | int) or not str(label).strip():
         raise UserError(
-            f"{record.where}: {classes.label_field} is {reprlib.repr(label)}; expected text or a whole number"
+            f"{place} is {reprlib.repr(label)}; expected text or a whole number (for a text without any of several "
+            "labels the empty list [])"
         )
-    return str(label).strip()
+    return checked_text(str(label).strip(), place)
 
 
-def find_classes(paths: Sequence[str | Path], text_field: str, label_field: str, skip: bool = False) -> Classes:
-    """The classes of training data: its labels in order, of numbers or of the alphabet; several a text where any
-    record has a list.
+def find_classes(
+    paths: Sequence[str | Path],
+    text_field: str,
+    label_field: str,
+    skip: bool = False,
+    tell: Callable[[str], None] = lambda note: None,
+) -> Classes:
+    """The classes of training data: its labels in order, numbers by value and before others by the alphabet; several a
+    text where any record has a list.
 
-    skip: broken records are passed over. Raises UserError, also when there are fewer than two labels.
+    skip: broken records are passed over. tell: hears of what was understood, and of labels that look like slips.
+    Raises UserError, also when there are fewer than two labels, or numbers that are not all named alike.
     """
-    probe = Classes((), True, text_field, label_field)
-    names: set[str] = set()
-    several = False
+    counts: Counter[str] = Counter()
+    fields: dict[str, None] = {}
+    records = lists = 0
+    naming = _Naming()
     for record in iter_records(paths, on_bad=(lambda error: None) if skip else None):
         try:
-            names.update(parse_labelled(record, probe, known=False).labels)
+            parse_unlabelled(record, text_field)
+            given = _given(record, label_field)
         except UserError:
             if not skip:
                 raise
             continue
-        several |= isinstance(record.value[label_field], list)
-    if len(names) < 2:
-        found = f"only the label {next(iter(names))!r}" if names else "no label"
+        naming.add(record, given)
+        counts.update(given.labels)
+        fields[given.field] = None
+        records, lists = records + 1, lists + given.is_list
+    if len(counts) < 2:
+        found = f"only the label {next(iter(counts))!r}" if counts else "no label"
         raise UserError(f"{', '.join(map(str, paths))}: {found}; a classifier needs at least two")
-    are_numbers = all(name.lstrip("-").isdecimal() for name in names)
-    return Classes(tuple(sorted(names, key=int if are_numbers else str)), several, text_field, label_field)
+    if list(fields) != [label_field]:
+        tell(f"labels are read from {', '.join(fields)}")
+    if 0 < lists < records:
+        tell(f"{lists:,} of {records:,} records have a list of labels, so every text may have any number of them")
+    names = tuple(sorted(counts, key=_order))
+    for note in _slips(names, counts):
+        tell(note)
+    return Classes(names, lists > 0, text_field, label_field)
+
+
+class _Naming:
+    """Refuses numbers that have no name, or another one, than elsewhere: they would be classes of their own."""
+
+    def __init__(self):
+        self.names: dict[str, str] = {}
+        self.numbers: dict[str, str] = {}
+        self.bare: str = ""
+
+    def add(self, record: Record, given: _Given) -> None:
+        for number, name in zip(given.numbers, given.labels, strict=False):
+            known = self.names.setdefault(number, name), self.numbers.setdefault(name, number)
+            if known != (name, number):
+                raise UserError(
+                    f"{record.where}: the label {number} is called {name!r}, and in an earlier record "
+                    + (f"{known[0]!r}" if known[0] != name else f"{known[1]} is called so")
+                )
+        if not given.numbers and any(_NUMBER.fullmatch(label) for label in given.labels):
+            self.bare = self.bare or record.where
+        if self.bare and self.names:
+            raise UserError(
+                f"{self.bare}: {given.field} is a number without a name beside it ({', '.join(NAME_FIELDS)}), which "
+                "other records have; name all or none"
+            )
+
+
+def _order(name: str) -> tuple[int, Decimal, str]:
+    return (0, Decimal(name), name) if _NUMBER.fullmatch(name) else (1, Decimal(0), name)
+
+
+def _slips(names: Sequence[str], counts: Counter[str]) -> Iterator[str]:
+    """Notes about labels that are all but the same, or that look like several in one."""
+    alike = defaultdict(list)
+    for name in names:
+        alike[_kind_of(name)].append(name)
+    groups = [group for group in alike.values() if len(group) > 1]
+    if groups:
+        told = "; ".join(", ".join(f"{name!r} x {counts[name]:,}" for name in group) for group in groups[:3])
+        yield f"labels that differ only in case, spaces or zeros are classes of their own: {told}"
+    parts = {name: _BETWEEN_LABELS.split(name) for name in names}
+    uses = Counter(part for split in parts.values() for part in split)
+    joined = [name for name, split in parts.items() if len(split) > 1 and all(uses[part] > 1 for part in split)]
+    if joined:
+        yield (
+            f"{len(joined)} labels look like several in one and are classes of their own, such as {joined[0]!r}; a "
+            'text with several has a list, in a CSV cell as JSON: ["one", "other"]'
+        )
+
+
+def _kind_of(name: str) -> Any:
+    if _NUMBER.fullmatch(name):
+        return Decimal(name)
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+
+
+def label_changes(known: Sequence[str], found: Sequence[str]) -> str:
+    """Which labels are new and which are gone; "" where both are the same, in whatever order."""
+    told = {"new": [n for n in found if n not in known], "gone": [n for n in known if n not in found]}
+    return "; ".join(f"{word}: {', '.join(map(repr, names[:8]))}" for word, names in told.items() if names)

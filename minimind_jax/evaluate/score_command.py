@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,9 @@ from minimind_jax.data.labels import parse_unlabelled
 from minimind_jax.data.records import parse_conversation
 from minimind_jax.errors import UserError
 from minimind_jax.evaluate.classification import classify_logits
-from minimind_jax.folders import resolve_run
-from minimind_jax.inference.answer_file import PartialFile, check_output, json_line
+from minimind_jax.inference.answer_file import TABLES, PartialFile, check_output, json_line, table_line
 from minimind_jax.inference.score import Scorer
-from minimind_jax.training.run import RunFolder
+from minimind_jax.progress import progress
 
 CHUNK = 512  # records read at a time
 
@@ -34,39 +33,42 @@ def predict(
     """Writes every record with what is `predicted` and its `probability`, or the `top` likeliest labels; the number of
     records.
 
-    paths: files of records, or none for lines of text on the standard input. output: a file; "" prints.
-    seq_len: longer texts are cut there; None takes the data.seq_len of the run, or the model's context.
-    Of a classifier with several labels a text: a list `predicted`, and `probabilities` of all.
+    paths: files of records, or none for lines of text on the standard input. output: a file, a table if its name ends
+    in .csv or .tsv; "" prints. seq_len: longer texts are cut there, which is told; None takes the length that the model
+    was trained with. Of a classifier with several labels a text: a list `predicted`, and `probabilities` of all.
     """
     _check_output(output, paths)
-    scorer = Scorer(model, dtype, seq_len or _trained_length(model))
-    if len(scorer.labels.names) == 1:
+    scorer = Scorer(model, dtype, seq_len)
+    labels = scorer.labels
+    if len(labels.names) == 1:
         raise UserError(f"{model} is a reward model; use minimind score")
-    records = iter_records(paths) if paths else _input_lines(text_field)
 
-    def rows(chunk: list[Record]) -> Iterator[dict[str, Any]]:
+    def answers(chunk: list[Record]) -> Iterator[dict[str, Any]]:
         texts = [parse_unlabelled(record, text_field) for record in chunk]
-        found, probabilities = classify_logits(scorer.texts(texts), scorer.labels.several)
-        for record, is_found, likely in zip(chunk, found, probabilities, strict=True):
-            yield {**record.value, **_answer(scorer.labels.names, is_found, likely, scorer.labels.several, top)}
+        for found, likely in zip(*classify_logits(scorer.texts(texts), labels.several), strict=True):
+            yield _answer(labels.names, found, likely, labels.several, top)
 
-    return _write(records, rows, output)
+    fields = ("predicted", "probabilities") if labels.several else ("predicted", "probability", "top")[: 2 + (top > 1)]
+    count = _write(paths, text_field, answers, fields, output)
+    _say_cut(scorer, count, "texts", "end", " (--seq_len reads more)")
+    return count
 
 
 def score(model: str, paths: Sequence[str], output: str = "", dtype: str = "auto") -> int:
-    """Writes every conversation with its `score` by a reward model; the number of records."""
+    """Writes every conversation with its `score` by a reward model; the number of records. output: as of `predict`."""
     _check_output(output, paths)
     scorer = Scorer(model, dtype)
     if len(scorer.labels.names) != 1:
         raise UserError(f"{model} is a classifier ({len(scorer.labels.names)} labels); use minimind classify predict")
 
-    def rows(chunk: list[Record]) -> Iterator[dict[str, Any]]:
+    def answers(chunk: list[Record]) -> Iterator[dict[str, Any]]:
         parsed = [parse_conversation(record, for_training=False) for record in chunk]
         scores = scorer.conversations([(conversation.messages, conversation.tools) for conversation in parsed])
-        for record, value in zip(chunk, scores[:, 0], strict=True):
-            yield {**record.value, "score": round(float(value), 6)}
+        return ({"score": round(float(value), 6)} for value in scores[:, 0])
 
-    return _write(iter_records(paths), rows, output)
+    count = _write(paths, "", answers, ("score",), output)
+    _say_cut(scorer, count, "conversations", "beginning")
+    return count
 
 
 def _answer(names: Sequence[str], found: np.ndarray, likely: np.ndarray, several: bool, top: int) -> dict[str, Any]:
@@ -83,17 +85,11 @@ def _answer(names: Sequence[str], found: np.ndarray, likely: np.ndarray, several
     return answer
 
 
-def _trained_length(model: str) -> int | None:
-    """What texts were cut at when the run was trained; None for another folder."""
-    config = RunFolder(resolve_run(model)).read_config() if resolve_run(model).is_dir() else None
-    return config and config.get("data", {}).get("seq_len")
-
-
 def _check_output(output: str, paths: Sequence[str]) -> None:
     """Raises UserError, before any work, for an output that could not be written at its end, or is there already."""
     if not output:
         return
-    check_output(Path(output), expand_paths(paths))
+    check_output(Path(output), expand_paths(paths), tables=True)
     if Path(output).exists():
         raise UserError(f"output {output} is there already; remove it, or choose another name")
 
@@ -104,15 +100,36 @@ def _input_lines(text_field: str) -> Iterator[Record]:
             yield Record(f"standard input:{number}", Path(), number, {text_field: line.rstrip("\n")})
 
 
-def _write(records: Iterable[Record], rows, output: str) -> int:
+def _write(paths: Sequence[str], text_field: str, answers, fields: Sequence[str], output: str) -> int:
+    """Writes every record with its answer, whose fields are `fields`; the number of records."""
+    records, total = iter_records(paths) if paths else _input_lines(text_field), None
+    line = json_line
+    if output and paths:
+        total, columns = 0, {}
+        for record in iter_records(paths):
+            total, columns = total + 1, {**columns, **dict.fromkeys(record.value)}
+        if separator := TABLES.get(Path(output).suffix):
+            line = table_line(dict.fromkeys((*columns, *fields)), separator)
+    elif separator := TABLES.get(Path(output).suffix):
+        line = table_line((text_field, *fields), separator)
     count = 0
-    records = iter(records)
-    with PartialFile(Path(output)) if output else contextlib.nullcontext() as file:
+    with PartialFile(Path(output), line) if output else contextlib.nullcontext() as file:
         write = file.write if file else lambda row: print(json_line(row), flush=True)
-        while chunk := list(islice(records, CHUNK if file else 1)):  # what is printed comes as soon as it is known
-            for row in rows(chunk):
-                write(row)
-                count += 1
+        with progress("scoring", total, show=bool(output)) as advance:
+            while chunk := list(islice(records, CHUNK if file else 1)):  # what is printed comes as soon as it is known
+                for record, answer in zip(chunk, answers(chunk), strict=True):
+                    write({**record.value, **answer})
+                count += len(chunk)
+                advance(len(chunk))
         if file:
             file.finish()
     return count
+
+
+def _say_cut(scorer: Scorer, count: int, what: str, side: str, advice: str = "") -> None:
+    if scorer.cut:
+        print(
+            f"{scorer.cut:,} of {count:,} {what} were longer than the {scorer.max_tokens} tokens that are read, and "
+            f"lost their {side}{advice}",
+            file=sys.stderr,
+        )

@@ -1,12 +1,14 @@
 """Files of answers, written line by line; one that a killed command goes on with."""
 
 import contextlib
+import csv
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,16 +17,21 @@ from filelock import FileLock, Timeout
 from minimind_jax.errors import UserError
 
 AGAIN = "--resume never begins anew"
+TABLES = {".csv": ",", ".tsv": "\t"}  # the separator of files whose names end so
+NOT_WRITTEN = (".json", ".parquet", ".gz", ".zst")  # names that promise a form which is not written
 
 
 class PartialFile:
-    """JSON lines on their way to `output`, in OUTPUT.partial until all are there, by one process at a time."""
+    """Lines on their way to `output`, in OUTPUT.partial until all are there, by one process at a time.
+
+    line: how an answer is written, without the end of the line.
+    """
 
     _advice = "make room and give the same command again"
 
-    def __init__(self, output: Path):
+    def __init__(self, output: Path, line: Callable[[dict[str, Any]], str] | None = None):
         """Raises UserError if nothing can be written there."""
-        self._output = output
+        self._output, self._line = output, line or json_line
         self._partial = output.with_name(output.name + ".partial")
         self._lock = FileLock(output.with_name(output.name + ".partial.lock"))
         try:
@@ -53,7 +60,7 @@ class PartialFile:
 
     def write(self, answer: dict[str, Any]) -> None:
         try:
-            self._file.write(json_line(answer).encode() + b"\n")
+            self._file.write(self._line(answer).encode() + b"\n")
             self._file.flush()
         except OSError as error:
             raise UserError(f"{self._partial}: cannot write: {error.strerror}; {self._advice}") from error
@@ -139,8 +146,12 @@ class AnswerFile(PartialFile):
             file.truncate(whole)
 
 
-def check_output(output: Path, inputs: Iterable[Path]) -> None:
-    """Raises UserError, before any work, for an output that could not be written at its end."""
+def check_output(output: Path, inputs: Iterable[Path], tables: bool = False) -> None:
+    """Raises UserError, before any work, for an output that could not be written at its end, or whose name promises
+    another form than JSON lines (or, with `tables`, than those and TABLES)."""
+    if output.suffix in NOT_WRITTEN or (output.suffix in TABLES and not tables):
+        forms = f".jsonl{' (or .csv, .tsv for a table)' if tables else ''}"
+        raise UserError(f"output {output}: JSON lines are written; choose a name that ends in {forms}")
     if not output.parent.is_dir():
         raise UserError(f"output {output}: there is no folder {output.parent}; create it first")
     if output.is_dir():
@@ -149,6 +160,31 @@ def check_output(output: Path, inputs: Iterable[Path]) -> None:
         raise UserError(f"output {output}: nothing can be written into {output.parent}; choose another place")
     if output.resolve() in [file.resolve() for file in inputs]:
         raise UserError(f"output {output} is one of the files of input; choose another place")
+
+
+def table_line(columns: Iterable[str], separator: str) -> Callable[[dict[str, Any]], str]:
+    """What makes a line of a table with these columns of a record; the first has the header above it.
+
+    Lists and objects stand as JSON in their cells, None as an empty one.
+    """
+    columns, lines = list(columns), []
+
+    def cell(value: Any) -> str:
+        if value is None or (isinstance(value, float) and not math.isfinite(value)):
+            return ""
+        text = json_line(value) if isinstance(value, list | dict | bool | int | float) else str(value)
+        return text.encode(errors="backslashreplace").decode()
+
+    def line(record: dict[str, Any]) -> str:
+        text = io.StringIO()
+        writer = csv.writer(text, delimiter=separator, lineterminator="\n")
+        if not lines:
+            writer.writerow(columns)
+            lines.append(True)
+        writer.writerow([cell(record.get(name)) for name in columns])
+        return text.getvalue().removesuffix("\n")
+
+    return line
 
 
 def json_line(value: dict[str, Any]) -> str:

@@ -23,8 +23,9 @@ class Scorer:
     """A model with a head of scores, ready to score texts and conversations.
 
     name: a folder, or a run whose model/ is meant. dtype: as for `load_model`. max_tokens: longer texts are cut at
-    their end, longer conversations at their beginning; None takes the model's context.
-    Raises UserError when it is no such model.
+    their end, longer conversations at their beginning; None takes the length that the model was trained with, which its
+    tokenizer_config.json says. cut: how many were, so far.
+    Raises UserError when it is no such model, or max_tokens is above its context.
     """
 
     def __init__(self, name: str, dtype: str = "auto", max_tokens: int | None = None):
@@ -40,7 +41,9 @@ class Scorer:
             raise UserError(f"{folder}: config.json names {len(labels.names)} labels, and the weights hold others")
         self.tokenizer = Tokenizer.load(tokenizer_folder(folder))
         context = self.model.config.max_position_embeddings
-        self.max_tokens = min(max_tokens or context, context)
+        if max_tokens and max_tokens > context:
+            raise UserError(f"seq_len {max_tokens} is above the model's context of {context} tokens")
+        self.max_tokens, self.cut = min(max_tokens or labels.max_tokens or context, context), 0
 
         @jax.jit
         def last_scores(params, tokens_BT, lengths_B):
@@ -53,7 +56,9 @@ class Scorer:
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """(texts, labels) logits, as transformers' pipeline computes them: no special tokens are added."""
-        return self.score_ids([self.tokenizer.encode(text)[: self.max_tokens] for text in texts])
+        prompts = self.tokenizer.encode_batch(texts)
+        self.cut += sum(len(ids) > self.max_tokens for ids in prompts)
+        return self.score_ids([ids[: self.max_tokens] for ids in prompts])
 
     def conversations(self, conversations: Sequence[tuple[list[dict], Any]]) -> np.ndarray:
         """(conversations, labels) scores of (messages, tools) in the chat template."""
@@ -61,6 +66,7 @@ class Scorer:
         for messages, tools in conversations:
             segments = self.tokenizer.segments(messages, tools)
             prompts.append([i for piece in self.tokenizer.encode_batch([s.text for s in segments]) for i in piece])
+        self.cut += sum(len(ids) > self.max_tokens for ids in prompts)
         return self.score_ids([ids[-self.max_tokens :] for ids in prompts])
 
     def score_ids(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:

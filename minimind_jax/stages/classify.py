@@ -18,7 +18,7 @@ from minimind_jax.inference.score import Scorer
 from minimind_jax.losses.classification import make_classification_loss
 from minimind_jax.sharding import announce, data_process, make_mesh
 from minimind_jax.stages.common import check_context, finish_run, is_finished, load_tokenizer, start_run
-from minimind_jax.stages.heads import load_body, values_of_pieces, with_head
+from minimind_jax.stages.heads import keep_labels, load_body, values_of_pieces, with_head
 from minimind_jax.training.loop import train
 from minimind_jax.training.report import write_report
 from minimind_jax.training.run import RunFolder, write_text
@@ -49,7 +49,10 @@ def classify(config: ClassifyConfig) -> Path:
     model = load_body(config, tokenizer, "classify")
     check_context(config, model)
     wanted = config.classify
-    classes = find_classes(config.data.train, wanted.text_field, wanted.label_field, config.data.on_error == "skip")
+    skip = config.data.on_error == "skip"
+    classes = find_classes(config.data.train, wanted.text_field, wanted.label_field, skip, announce)
+    labels = keep_labels(run, Labels(classes.names, classes.several))._replace(max_tokens=config.data.seq_len)
+    classes = dataclasses.replace(classes, names=labels.names)
     announce(f"{len(classes.names)} labels{', any number of them a text' if classes.several else ''}")
     annotate = values_of_pieces("values", config.data.seq_len)
     train_batches, val_batches = open_data(
@@ -72,7 +75,6 @@ def classify(config: ClassifyConfig) -> Path:
         val_batches=val_batches,
         run=run,
     )
-    labels = Labels(classes.names, classes.several)
     hint = f"  minimind classify predict --model {run.path} --input YOUR_TEXTS.jsonl"
     finish_run(run, config, model, tokenizer, result, hint, labels)
     if val_batches is not None and jax.process_index() == 0:

@@ -8,7 +8,6 @@ from typing import Any
 from minimind_jax import settings
 from minimind_jax.config import MeshConfig, PretrainConfig
 from minimind_jax.convert.hf import MAX_SHARD_BYTES, Labels, save_hf
-from minimind_jax.data.labels import find_classes
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_run
 from minimind_jax.model.lora import join, merge
@@ -16,7 +15,7 @@ from minimind_jax.paths import as_path
 from minimind_jax.sharding import announce
 from minimind_jax.stages import STAGES
 from minimind_jax.stages.common import load_model, load_tokenizer, run_parameters
-from minimind_jax.stages.heads import load_body, with_head
+from minimind_jax.stages.heads import load_body, own_labels, with_head
 from minimind_jax.training.checkpoint import DamagedCheckpoint, load_params
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import read_metrics, val_losses
@@ -41,7 +40,7 @@ def export_checkpoint(
     run = _find_run(name)
     stage, config = _read_settings(run)
     config = dataclasses.replace(config, mesh=MeshConfig())  # this machine's devices, not those of the training
-    tokenizer, labels = load_tokenizer(config), _labels(stage, config)
+    tokenizer, labels = load_tokenizer(config), _labels(run, stage, config)
     if labels is None:
         model = load_model(config, tokenizer)
         parameters = run_parameters(config, model)
@@ -70,15 +69,17 @@ def _load_sound(run: RunFolder, checkpoint: str, abstract: Any) -> tuple[int, An
             announce(f"warning: {error.problem}; the next one is taken")
 
 
-def _labels(stage: str, config: PretrainConfig) -> Labels | None:
+def _labels(run: RunFolder, stage: str, config: PretrainConfig) -> Labels | None:
     """Of the stages whose models have a head of scores."""
-    if stage == "reward":
-        return Labels(("reward",))
-    if stage != "classify":
+    if stage not in ("reward", "classify"):
         return None
-    wanted = config.classify
-    classes = find_classes(config.data.train, wanted.text_field, wanted.label_field, config.data.on_error == "skip")
-    return Labels(classes.names, classes.several)
+    found = Labels(("reward",)) if stage == "reward" else own_labels(run)
+    if found is None:
+        raise UserError(
+            f"{run.path} was made by an earlier version and keeps no {run.labels_file.name}; give its command "
+            "again with the data it was started with, and stop it when it trains"
+        )
+    return found._replace(max_tokens=config.data.seq_len)
 
 
 def choose_step(run: RunFolder, checkpoint: str, damaged: Container[int] = ()) -> int:

@@ -1,23 +1,27 @@
 """What the stages with a head of scores share: reward models and classifiers."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 
 from minimind_jax.config import PretrainConfig
-from minimind_jax.convert.hf import load_hf, load_labels
+from minimind_jax.convert.hf import Labels, load_hf, load_labels
 from minimind_jax.data.batches import Annotate, Batch, Piece
+from minimind_jax.data.labels import label_changes
 from minimind_jax.data.token_cache import TokenCache
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
-from minimind_jax.folders import is_adapter, resolve_model_folder
+from minimind_jax.folders import holds_model, is_adapter, resolve_model_folder
 from minimind_jax.model.heads import SCORE, head_axes, init_head
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.seeds import named_key
 from minimind_jax.sharding import announce, make_mesh, param_shardings
 from minimind_jax.stages.common import load_model, run_parameters
+from minimind_jax.training.run import RunFolder, write_text
 from minimind_jax.training.state import Parameters
+from minimind_jax.training.tracking import is_exported
 
 
 def load_body(config: PretrainConfig, tokenizer: Tokenizer, stage: str) -> LanguageModel:
@@ -39,8 +43,9 @@ def with_head(config: PretrainConfig, model: LanguageModel, labels: tuple[str, .
         folder = resolve_model_folder(config.init_from, "init_from")
         head = init_head(named_key(config.seed, "head"), model.config.hidden_size, scores)
         found = None if is_adapter(folder) else load_labels(folder)
-        if found is not None and found.names == labels:
-            head = {SCORE: load_hf(folder)[1][SCORE]}
+        if found is not None and set(found.names) == set(labels):
+            order = [found.names.index(label) for label in labels]
+            head = {SCORE: {name: array[..., order] for name, array in load_hf(folder)[1][SCORE].items()}}
         elif found is not None:
             announce(f"the labels are not those of {folder}: its head is left out, and a new one trained")
         return {**parameters.load(), **jax.device_put(head, shardings)}
@@ -51,6 +56,40 @@ def with_head(config: PretrainConfig, model: LanguageModel, labels: tuple[str, .
         load,
         lambda path: path[0] == SCORE or parameters.is_trained(path),
     )
+
+
+def own_labels(run: RunFolder) -> Labels | None:
+    """The labels that a classifier's run was started with; None where none are kept (a run of an earlier version)."""
+    if run.labels_file.is_file():
+        try:
+            kept = json.loads(run.labels_file.read_text("utf-8"))
+            return Labels(tuple(kept["names"]), kept["several"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{run.labels_file} is damaged: {error!r}; remove it if {run.model} is there") from error
+    return load_labels(run.model)._replace(max_tokens=None) if holds_model(run.model) else None
+
+
+def keep_labels(run: RunFolder, found: Labels) -> Labels:
+    """The labels of a run, in their order, whose data holds the labels `found`; kept in its folder when it starts.
+
+    Raises UserError when they are not those that the run was started with.
+    """
+    known = own_labels(run) if run.checkpoint_steps() or is_exported(run) else None
+    if known is not None:
+        changes = label_changes(known.names, found.names)
+        if known.several != found.several:
+            kinds = {True: "any number of labels a text", False: "one label a text"}
+            changes = f"{kinds[found.several]}, and the run had {kinds[known.several]}"
+        if changes:
+            raise UserError(
+                f"the data has other labels than {run.path} was started with ({changes}); go on with the earlier data, "
+                "or choose another run name"
+            )
+        found = known
+    if jax.process_index() == 0:
+        kept = {"names": found.names, "several": found.several}
+        write_text(run.labels_file, json.dumps(kept, ensure_ascii=False) + "\n")
+    return found
 
 
 def values_of_pieces(name: str, room: int) -> Annotate:

@@ -54,4 +54,5 @@ def reward(config: RewardConfig) -> Path:
         run=run,
     )
     hint = f"  minimind score --model {run.model} --input YOUR_CONVERSATIONS.jsonl"
-    return finish_run(run, config, model, tokenizer, result, hint, labels=LABELS)
+    labels = LABELS._replace(max_tokens=config.data.seq_len)
+    return finish_run(run, config, model, tokenizer, result, hint, labels)

@@ -5,6 +5,7 @@ runs/NAME/
   environment.json   versions, devices, and the facts printed at the start
   metrics.jsonl      one JSON object a line, in the order of the steps
   checkpoints/       Orbax, only for resuming
+  labels.json        of a classifier: its labels in the order of their numbers
   profile/           a trace, where training.profile_steps asks for one
   model/             the Hugging Face folder, written at the end
   results.md         what a stage found about its model, part of the report
@@ -41,6 +42,7 @@ class RunFolder:
         self.environment_file = self.path / "environment.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
+        self.labels_file = self.path / "labels.json"
         self.model = self.path / "model"
         self.report_file = self.path / "report.md"
         self.results_file = self.path / "results.md"

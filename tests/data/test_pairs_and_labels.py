@@ -163,6 +163,100 @@ def test_lists_of_labels_make_several(tmp_path):
     assert found == [(1.0, 0.0), (1.0, 1.0), (0.0, 0.0)]
 
 
+def classes_of(tmp_path, *records, told=None, field="label"):
+    file = tmp_path / "records.jsonl"
+    file.write_text("".join(json.dumps({"text": "x", **each}, ensure_ascii=False) + "\n" for each in records), "utf-8")
+    told = [] if told is None else told
+    classes = find_classes([file], "text", field, tell=told.append)
+    return classes, [classes.values(parse_labelled(each, classes).labels) for each in iter_records([file])]
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (["1", "01", "001", "2"], ("001", "01", "1", "2")),
+        (["2", "001", "1", "01"], ("001", "01", "1", "2")),
+        (["10.5", "9", "-1", "1.5"], ("-1", "1.5", "9", "10.5")),
+        (["b", "10", "9", "--1", "a"], ("9", "10", "--1", "a", "b")),
+        ([True, False, "maybe"], ("false", "maybe", "true")),
+        (["é", "z", "狗", "Z"], ("Z", "z", "é", "狗")),
+    ],
+)
+def test_labels_have_one_order(labels, expected, tmp_path):
+    assert classes_of(tmp_path, *({"label": label} for label in labels))[0].names == expected
+
+
+def test_lists_in_text_cells_are_lists_of_labels(tmp_path):
+    file = tmp_path / "labels.csv"
+    file.write_text('text,label\nx,"[""fire"", ""late""]"\ny,fire\nz,[]\nw,"[1, true]"\n', "utf-8")
+    told = []
+    classes = find_classes([file], "text", "label", tell=told.append)
+    assert classes.several and classes.names == ("1", "fire", "late", "true")
+    assert told == ["3 of 4 records have a list of labels, so every text may have any number of them"]
+    found = [parse_labelled(each, classes).labels for each in iter_records([file])]
+    assert found == [("fire", "late"), ("fire",), (), ("1", "true")]
+
+
+@pytest.mark.parametrize("field", ["label", "labels", "category", "intent", "label_text"])
+def test_labels_are_found_under_their_usual_names(field, tmp_path):
+    told = []
+    classes, values = classes_of(tmp_path, {field: "b"}, {field: "a"}, told=told)
+    assert classes.names == ("a", "b") and values == [(1.0,), (0.0,)]
+    assert told == ([] if field == "label" else [f"labels are read from {field}"])
+
+
+@pytest.mark.parametrize("beside", ["label_text", "label_name"])
+def test_numbers_are_called_what_stands_beside_them(beside, tmp_path):
+    classes, values = classes_of(tmp_path, {"label": 1, beside: "good"}, {"label": "0", beside: "bad"})
+    assert classes.names == ("bad", "good") and values == [(1.0,), (0.0,)]
+    classes, values = classes_of(tmp_path, {"labels": [0, 2], beside: ["c", "a"]}, {"labels": [], beside: []})
+    assert classes.names == ("a", "c") and values == [(1.0, 1.0), (0.0, 0.0)]
+    named = [{"text": "x", "intent": 0, "intent_name": "buy"}, {"text": "x", "intent": 1, "intent_name": "ask"}]
+    assert classes_of(tmp_path, *named, field="intent")[0].names == ("ask", "buy")
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([{"label": 0, "label_text": "a"}, {"label": 0, "label_text": "b"}], ":2: the label 0 is called 'b', .*'a'"),
+        ([{"label": 0, "label_text": "a"}, {"label": 1, "label_text": "a"}], ":2: the label 1 is called 'a', .*0 is"),
+        ([{"label": 0, "label_text": "a"}, {"label": 1}], ":2: label is a number without a name"),
+        ([{"label": 1}, {"label": 0, "label_text": "a"}], ":1: label is a number without a name"),
+        ([{"labels": [0, 1], "label_text": ["a"]}], ":1: labels has 2 labels, and label_text 1 names"),
+        ([{"label": "a", "labels": ["a", "b"]}], ":1: both label and labels are there"),
+        ([{"category": "a", "intent": "b"}], ":1: both category and intent are there"),
+        ([{"label": "['fire', 'late']"}], ":1: label is .*no list in JSON"),
+        ([{"label": "[urgent]"}], ":1: label is .*no list in JSON"),
+        ([{"label": ""}], r":1: label is ''.*\[\]"),
+        ([{"label": None}], ":1: label is None"),
+        ([{"label": ["a", None]}], ":1: label is None"),
+        ([{"label": 1.5}], ":1: label is 1.5"),
+        ([{"label": {"name": "a"}}], ":1: label is {"),
+        ([{"topic": "a"}], ":1: missing field `label`.*topic"),
+    ],
+)
+def test_labels_that_cannot_be_understood_are_refused(records, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        classes_of(tmp_path, *records)
+
+
+def test_labels_that_look_like_slips_are_told(tmp_path):
+    told = []
+    names = ["Fire", "fire ", "late", "late", "1", "01", "fire,late", "late; Fire"]
+    assert classes_of(tmp_path, *({"label": name} for name in names), told=told)[0].names == (
+        *("01", "1", "Fire", "fire", "fire,late", "late", "late; Fire"),
+    )
+    assert told == [
+        "labels that differ only in case, spaces or zeros are classes of their own: '01' x 1, '1' x 1; "
+        "'Fire' x 1, 'fire' x 1",
+        "2 labels look like several in one and are classes of their own, such as 'fire,late'; a text with several has "
+        'a list, in a CSV cell as JSON: ["one", "other"]',
+    ]
+    told.clear()
+    classes_of(tmp_path, {"label": "Paris, France"}, {"label": "late"}, told=told)
+    assert told == []
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -1,7 +1,10 @@
 """The stages reward and classify: learning, resuming, prediction, and what they refuse."""
 
+import csv
+import dataclasses
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -16,15 +19,18 @@ from minimind_jax.adapt_config import (
     TeacherConfig,
 )
 from minimind_jax.config import LoRAConfig, SFTConfig
-from minimind_jax.convert.hf import load_labels
+from minimind_jax.convert.hf import Labels, load_labels, to_hf
 from minimind_jax.errors import UserError
 from minimind_jax.evaluate.score_command import predict, score
 from minimind_jax.inference.answer_file import PartialFile
 from minimind_jax.inference.generate import load_generator
 from minimind_jax.inference.score import Scorer
+from minimind_jax.model.heads import SCORE
 from minimind_jax.stages.classify import classify
+from minimind_jax.stages.common import load_tokenizer
 from minimind_jax.stages.distill import distill
 from minimind_jax.stages.export import export_checkpoint
+from minimind_jax.stages.heads import keep_labels, load_body, with_head
 from minimind_jax.stages.reward import reward
 from minimind_jax.stages.sft import sft
 from minimind_jax.training.run import RunFolder
@@ -43,6 +49,10 @@ def test_a_reward_model_scores_as_it_was_trained(make, files, adapters, tmp_path
     assert (sides[0] > sides[1]).mean() > 0.9
     chats = write_lines(tmp_path / "chats.jsonl", [{"conversations": records[0]["chosen"]}])
     assert score(str(run.path), [chats], str(tmp_path / "scored.jsonl")) == 1
+    cut = scorer.cut
+    assert load_labels(run.model).max_tokens == scorer.max_tokens == 64
+    assert scorer.conversations([([{"role": "user", "content": "birds " * 90}], None)]).shape == (1, 1)
+    assert scorer.cut == cut + 1
     written = json.loads((tmp_path / "scored.jsonl").read_text("utf-8"))
     assert written["score"] == pytest.approx(float(sides[0][0]), abs=1e-4)
     for output, message in ((chats, "is one of the files of input"), (tmp_path / "scored.jsonl", "is there already")):
@@ -65,6 +75,13 @@ def test_models_with_scores_write_no_text(make, tmp_path):
         load_generator(str(run))
     with pytest.raises(UserError, match="a teacher must be a language model"):
         distill(make(DistillConfig, tmp_path / "student", "labels", teacher=TeacherConfig(model=str(run))))
+    again = make(ClassifyConfig, tmp_path / "again", "labels", init_from=str(run))  # its head, in whatever order
+    model = load_body(again, load_tokenizer(again), "classify")
+    a, b = (
+        np.asarray(with_head(again, model, labels).load()[SCORE]["kernel"])
+        for labels in (("birds", "cat", "dogs"), ("dogs", "birds", "cat"))
+    )
+    np.testing.assert_array_equal(a[:, [2, 0, 1]], b)
 
 
 def test_reward_resumes_exactly(make, tmp_path):
@@ -102,13 +119,61 @@ def test_a_classifier_is_transformers_own(make, tmp_path):
     np.testing.assert_allclose(Scorer(str(run.path)).texts(texts), theirs, atol=1e-4)
 
 
-def test_a_checkpoint_of_a_classifier_is_exported(make, tmp_path):
-    config = make(ClassifyConfig, tmp_path / "classify", "labels", checkpoint=KEEP_ALL, lora=ADAPTERS)
+def test_labels_belong_to_the_run(make, files, tmp_path):
+    """What the data says later changes no export, and is refused when the run goes on."""
+    data = shutil.copy(files["labels"], tmp_path / "data.jsonl")
+    config = make(ClassifyConfig, tmp_path / "classify", data, checkpoint=KEEP_ALL, lora=ADAPTERS)
     run = RunFolder(classify(config))
+    records = [json.loads(line) for line in open(data, encoding="utf-8")]
+    longer = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=28))
+    write_lines(data, [{**each, "label": each["label"].replace("cat", "zebra")} for each in records])
+    with pytest.raises(UserError, match=r"other labels than .* was started with .new: 'zebra'; gone: 'cat'"):
+        classify(longer)
+    write_lines(data, [{**each, "label": [each["label"]]} for each in records])
+    with pytest.raises(UserError, match="any number of labels a text, and the run had one label a text"):
+        classify(longer)
+    data.unlink()
     assert export_checkpoint(str(run.path), tmp_path / "out", "newest", "float32") == 24
     assert load_labels(tmp_path / "out") == load_labels(run.model)
+    assert load_labels(run.model) == (("birds", "cat", "dogs"), False, 64)
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         np.testing.assert_allclose(tensor, load_file(run.model / "model.safetensors")[name], atol=1e-6, err_msg=name)
+    run.labels_file.write_text(json.dumps({"names": ["dogs", "birds", "cat"], "several": False}))
+    assert keep_labels(run, Labels(("birds", "cat", "dogs"))).names == ("dogs", "birds", "cat")
+    shutil.rmtree(run.model)
+    run.labels_file.unlink()
+    with pytest.raises(UserError, match="earlier version and keeps no labels"):
+        export_checkpoint(str(run.path), tmp_path / "again", "newest")
+
+
+def test_the_trained_length_goes_with_the_model(make, files, tmp_path, capsys):
+    """On the run, its model/, a converted copy and transformers' pipeline a long text has the same answer."""
+    config = make(ClassifyConfig, tmp_path / "classify", "labels", data={"seq_len": 16}, training={"steps": 12})
+    run = RunFolder(classify(config))
+    to_hf(run.path, tmp_path / "copy", "float32")
+    long = "dogs " + "sat on a mat while birds " * 12
+    texts = write_lines(tmp_path / "long.jsonl", [{"text": long, "tag": ["a", "b"]}, {"text": 'cat, "x"', "tag": None}])
+    answers = []
+    capsys.readouterr()
+    for number, place in enumerate((run.path, run.model, tmp_path / "copy")):
+        predict(str(place), [texts], str(tmp_path / f"{number}.jsonl"))
+        answers.append((tmp_path / f"{number}.jsonl").read_text("utf-8"))
+        assert "1 of 2 texts were longer than the 16 tokens that are read" in capsys.readouterr().err
+    assert len(set(answers)) == 1
+    predict(str(run.path), [texts], str(tmp_path / "table.csv"))
+    with open(tmp_path / "table.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    expected = [json.loads(line) for line in answers[0].splitlines()]
+    assert [(row["text"], row["tag"]) for row in rows] == [(long, '["a", "b"]'), ('cat, "x"', "")]
+    for row, answer in zip(rows, expected, strict=True):
+        assert (row["predicted"], float(row["probability"])) == (answer["predicted"], answer["probability"])
+    with pytest.raises(UserError, match="seq_len 1000 is above the model's context"):
+        predict(str(run.path), [texts], seq_len=1000)
+    transformers = pytest.importorskip("transformers")
+    pipeline = transformers.pipeline("text-classification", model=str(run.model), device="cpu")
+    theirs = pipeline([long], truncation=True)[0]
+    assert theirs["label"] == expected[0]["predicted"]
+    assert theirs["score"] == pytest.approx(expected[0]["probability"], abs=1e-5)
 
 
 def test_several_labels(make, tmp_path):

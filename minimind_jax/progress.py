@@ -1,0 +1,82 @@
+"""A sign of life on stderr in long work: a bar or a spinner on a terminal, a line now and then elsewhere."""
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+LINE_EVERY = 30.0  # seconds between two lines where there is no terminal
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int | None = None, *, show: bool = True) -> Iterator[Callable[[int], None]]:
+    """Shows that `what` goes on; yields a function that takes how many more are done.
+
+    total: of how many; None where that is not known. show: false shows nothing.
+    A thread draws, so one long call in the body is seen too, as long as it lets other threads run.
+    """
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    if not show:
+        yield lambda count: None
+    elif console.is_terminal:
+        counted = (BarColumn(), MofNCompleteColumn()) if total else ()
+        columns = SpinnerColumn(), TextColumn("{task.description}"), *counted, TimeElapsedColumn()
+        with Progress(*columns, console=console, transient=True, redirect_stdout=False) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda count: bar.advance(task, count)
+    else:
+        with _Lines(what, total) as lines:
+            yield lines.advance
+
+
+def tracked(items: Iterable[T], what: str, total: int | None = None, *, show: bool = True) -> Iterator[T]:
+    """The items, with a `progress` of one step each."""
+    with progress(what, total, show=show) as advance:
+        for item in items:
+            yield item
+            advance(1)
+
+
+def first_awaited(items: Iterable[T], what: str) -> Iterator[T]:
+    """The items, with a sign of life until the first is there: what is compiled is compiled before it."""
+    iterator = iter(items)
+    with progress(what):
+        first = next(iterator, None)
+    if first is not None:
+        yield first
+        yield from iterator
+
+
+class _Lines:
+    """A line on stderr every LINE_EVERY seconds."""
+
+    def __init__(self, what: str, total: int | None):
+        self._what, self._total, self._done = what, total, 0
+        self._started, self._ended = time.monotonic(), threading.Event()
+        self._thread = threading.Thread(target=self._say, daemon=True)
+
+    def __enter__(self) -> "_Lines":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def advance(self, count: int) -> None:
+        self._done += count
+
+    def _say(self) -> None:
+        while not self._ended.wait(LINE_EVERY):
+            total = f" of {self._total:,}" if self._total else ""
+            done = f", {self._done:,}{total}" if self._done or total else ""
+            passed = timedelta(seconds=round(time.monotonic() - self._started))
+            print(f"{self._what}{done}, {passed} so far", file=sys.stderr, flush=True)
