@@ -10,13 +10,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import filelock
 
 from minimind_jax.config import DataConfig
+from minimind_jax.data.content import file_identities
 from minimind_jax.data.template import rendering_fingerprint
 from minimind_jax.errors import UserError
 
@@ -60,12 +61,6 @@ def lock_file(folder: Path) -> Path:
     return folder.with_name(f"{_NAME.fullmatch(folder.name)['key']}.lock")
 
 
-def file_identities(files: Iterable[str | Path]) -> list[list]:
-    """[path, size, time of change] of each. Raises OSError for a file that is gone."""
-    stats = [(Path(file).resolve(), os.stat(file)) for file in files]
-    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
-
-
 def stored_caches(root: Path) -> list[StoredCache]:
     """All caches of a folder, the last used first."""
     found = []
@@ -84,15 +79,16 @@ def _look_at(folder: Path) -> StoredCache:
     try:
         info = json.loads(info_file.read_text(encoding="utf-8"))
         files = tuple(path for path, *_ in info["source"]["files"])
-        return StoredCache(folder, files, info["kind"], size, info_file.stat().st_mtime, _is_stale(info["source"]))
+        is_stale = _is_stale(info["source"], folder.parent)
+        return StoredCache(folder, files, info["kind"], size, info_file.stat().st_mtime, is_stale)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return StoredCache(folder, (), "damaged", size, folder.stat().st_mtime, stale=True)
 
 
-def _is_stale(source: dict[str, Any]) -> bool:
+def _is_stale(source: dict[str, Any], root: Path) -> bool:
     """Whether a file is not what it was, or this version of the program would make something else of it."""
     try:
-        same_files = file_identities(path for path, *_ in source["files"]) == source["files"]
+        same_files = file_identities((path for path, *_ in source["files"]), root) == source["files"]
     except OSError:  # gone, or on a disk that is away; without its files a cache is not found either
         same_files = False
     return not same_files or source["format"] != FORMAT_VERSION or source.get("rendering") != rendering(source["kind"])

@@ -1,6 +1,6 @@
 """Every source rendered and tokenised once, into memory-mapped files that every epoch, run and process then shares.
 
-A cache is a folder named after what it was made from: the files (path, size, time of change), the tokenizer with its
+A cache is a folder named after what it was made from: the files (path, size, hash of the bytes), the tokenizer with its
 template, how this version renders conversations, and the settings that change tokens. It is written under another name,
 by one process at a time, and renamed when it is whole; so a change of any of these makes a new cache and a killed build
 leaves nothing that looks like one.
@@ -28,12 +28,12 @@ from minimind_jax.config import DataConfig
 from minimind_jax.data.cache_folder import (
     FORMAT_VERSION,
     cache_root,
-    file_identities,
     lock_file,
     open_in_use,
     rendering,
     stored_caches,
 )
+from minimind_jax.data.content import file_identities
 from minimind_jax.data.jsonl import expand_paths
 from minimind_jax.data.labels import Classes
 from minimind_jax.data.tokenise import RENDERED, Chunk, Dice, Encoder, Kind, encode_all, process_count, read_chunks
@@ -79,6 +79,18 @@ class TokenCache:
         """(documents,) tokens of each."""
         return np.diff(self.offsets)
 
+    @property
+    def content(self) -> str:
+        """A hash of what is in the files, wherever they lie."""
+        hashes = [content for *_, content in self.info["source"]["files"]]
+        return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
+
+    @property
+    def made_of(self) -> str:
+        """A hash of all that decides the tokens, wherever the files lie."""
+        source = {**self.info["source"], "files": self.content}
+        return hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:32]
+
     def turns(self, document: int) -> np.ndarray:
         """Where a document may be cut, counted from its first token."""
         return self.turn_starts[self.turn_offsets[document] : self.turn_offsets[document + 1]]
@@ -118,7 +130,7 @@ def build_cache(
     if not files:
         raise UserError("no training data: data.train is empty; give it files, folders or globs")
     encoder = Encoder(kind, str(tokenizer.folder), _dice(kind, data, seed, epoch), data.on_error == "skip", classes)
-    source = _source(files, encoder, tokenizer)
+    source = _source(files, encoder, tokenizer, cache_root(data))
     key = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_root(data) / key
     with _explained_disk_errors(folder):
@@ -147,11 +159,11 @@ def _dice(kind: Kind, data: DataConfig, seed: int, epoch: int) -> Dice | None:
     return Dice(seed, epoch, data.system_prompt_probability, data.empty_think_removal)
 
 
-def _source(files: list[Path], encoder: "Encoder", tokenizer: Tokenizer) -> dict[str, Any]:
+def _source(files: list[Path], encoder: "Encoder", tokenizer: Tokenizer, root: Path) -> dict[str, Any]:
     return {
         "format": FORMAT_VERSION,
         "kind": encoder.kind,
-        "files": file_identities(files),
+        "files": file_identities(files, root),
         "tokenizer": tokenizer.fingerprint,
         "rendering": rendering(encoder.kind),
         "dice": encoder.dice and dataclasses.asdict(encoder.dice),
@@ -178,7 +190,7 @@ def _build(folder, files, encoder, tokenizer, source, asked_workers, progress) -
             workers = process_count(asked_workers, total)
             for chunk in encode_all(encoder, read_chunks(files, advance), workers):
                 writer.add(chunk)
-        if file_identities(files) != source["files"]:
+        if file_identities(files, folder.parent) != source["files"]:
             raise UserError("a data file changed while it was being tokenised; run again when it is complete")
         info = writer.info()
         if not info["documents"]:

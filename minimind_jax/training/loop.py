@@ -7,7 +7,7 @@ off between two of them does the rest when it is resumed, so its metrics are tho
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,12 +22,12 @@ from minimind_jax.losses import LossFn, Metrics, together
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.sharding import data_process, make_mesh, shard_batch
 from minimind_jax.training.checkpoint import Checkpoints
-from minimind_jax.training.flops import flops_per_token, peak_flops
 from minimind_jax.training.plan import check_same_data, data_record, planned_steps, run_facts
 from minimind_jax.training.profile import Profiler
 from minimind_jax.training.program import Program, make_program
 from minimind_jax.training.progress import TrainingProgress
 from minimind_jax.training.run import RunFolder, package_versions, plain
+from minimind_jax.training.speed import Speed
 from minimind_jax.training.state import Parameters, TrainState, create_state, fingerprint
 from minimind_jax.training.step import TrainStep, make_eval_step
 from minimind_jax.training.stop import StopRequest
@@ -186,7 +186,7 @@ class Loop:
     progress: TrainingProgress
     profiler: Profiler
     stop: StopRequest
-    speed: "Speed"
+    speed: Speed
     tokens: int
     base: str
 
@@ -331,69 +331,3 @@ class Loop:
         self.progress.say(f"samples at step {step}:")
         for sample in samples:
             self.progress.say(f"  {sample['prompt']!r} -> {sample['text']!r}", plain=True)
-
-
-class Speed:
-    """Wall-clock numbers of a run: pauses (evaluation, samples, saves) and the first step, which compiles, left out.
-
-    seconds_before: duration of the run up to the checkpoint it goes on from.
-    """
-
-    def __init__(self, model: LanguageModel, seq_len: int, seconds_before: float):
-        self._started = time.perf_counter() - seconds_before
-        peak = peak_flops(model.compute)
-        self._mfu_per_token = flops_per_token(model.config, seq_len, model.adapter is not None) / peak if peak else None
-        self._since: float | None = None  # start of the window that `read` ends
-        self._tokens = self._window_steps = 0
-        self._steps, self._active = 0, 0.0
-
-    def seconds(self) -> float:
-        """Since the run was first started, pauses included, time between a kill and the resume not."""
-        return time.perf_counter() - self._started
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether a step was added."""
-        return self._since is not None
-
-    def add(self, tokens: int) -> None:
-        """A step with this many tokens (padding not counted) is done."""
-        if self._since is None:
-            self._since = time.perf_counter()
-            return
-        self._tokens += tokens
-        self._window_steps += 1
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        if self._since is not None:
-            self._since += time.perf_counter() - began
-
-    def read(self) -> dict[str, float]:
-        """seconds, tokens_per_second and mfu over the steps since the last reading; starts a new window."""
-        numbers = {"seconds": round(self.seconds(), 3)}
-        if self._window_steps:
-            now = time.perf_counter()
-            rate = self._tokens / (now - self._since)
-            numbers["tokens_per_second"] = round(rate, 1)
-            if self._mfu_per_token:
-                numbers["mfu"] = round(rate * self._mfu_per_token, 4)
-            self._steps, self._active = self._steps + self._window_steps, self._active + now - self._since
-            self._since, self._tokens, self._window_steps = now, 0, 0
-        return numbers
-
-    def forecast(self, steps_left: int) -> dict[str, float]:
-        """What a progress bar shows between two readings."""
-        if not self._window_steps + self._steps:
-            return {}
-        now = time.perf_counter()
-        active, steps = self._active + (now - self._since), self._steps + self._window_steps
-        numbers = {"seconds_left": active / steps * steps_left}
-        if self._window_steps:
-            rate = self._tokens / (now - self._since)
-            numbers["tokens_per_second"] = rate
-            if self._mfu_per_token:
-                numbers["mfu"] = rate * self._mfu_per_token
-        return numbers

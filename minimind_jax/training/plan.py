@@ -32,7 +32,8 @@ def data_record(batches: Batches) -> dict[str, str | int | float | bool]:
     # The first cache tells nothing of the draws of later epochs. Text has none.
     chances = ("redraw_each_epoch", "system_prompt_probability", "empty_think_removal")
     return {
-        "cache": batches.cache.folder.name,
+        "cache": batches.cache.made_of,
+        "content": batches.cache.content,
         "documents": info["documents"],
         "tokens": info["tokens"],
         "trained tokens": info["trained_tokens"],
@@ -51,21 +52,24 @@ def data_record(batches: Batches) -> dict[str, str | int | float | bool]:
 def check_same_data(before: dict, now: dict) -> str | None:
     """Compares the data record of a checkpoint with that of the run at hand; returns a warning, or None.
 
-    Files that were only moved or touched make another cache of equal size: that is worth a warning. What the checkpoint
-    does not say, since an earlier version of this program wrote it, is not compared.
+    Files that were only moved or touched are the same data; a tokenizer or a rendering that makes as many tokens of it
+    is worth a warning. What the checkpoint does not say, since an earlier version of this program wrote it, is not
+    compared.
     Raises:
         UserError: the steps of the checkpoint were made from other batches.
     """
     changed = {key: (before[key], now[key]) for key in now if key in before and before[key] != now[key]}
     if set(changed) <= {"cache"}:
         return (
-            "the data files or the tokenizer are not the very files of the checkpoint (path, size or time differ), or "
-            "this version renders conversations differently. They hold as many documents and tokens, so the run goes "
-            "on; it is exact only if their content is the same"
+            "the tokenizer or the way this version renders conversations is not that of the checkpoint (or an earlier "
+            "version wrote it, which cannot tell). There are as many documents and tokens, so the run goes on; it is "
+            "exact only if their content is the same"
             if changed
             else None
         )
     changed.pop("cache", None)
+    if "content" in changed:
+        changed["content"] = ("that of the checkpoint", "another in the files")
     what = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
     raise UserError(
         f"the data has changed since the checkpoint ({what}), so the run cannot be resumed; restore the data and its "

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from minimind_jax.config import DataConfig
-from minimind_jax.data import template
+from minimind_jax.data import content, template
 from minimind_jax.data.documents import encode_conversation, encode_text
 from minimind_jax.data.jsonl import iter_records
 from minimind_jax.data.records import parse_conversation
@@ -256,6 +256,7 @@ BUILD = """
 import sys
 import minimind_jax.data.tokenise as tokenise
 from minimind_jax.config import DataConfig
+from minimind_jax.data import content
 from minimind_jax.data.token_cache import build_cache
 from minimind_jax.data.tokenizer import Tokenizer
 
@@ -347,3 +348,32 @@ def test_memory_does_not_grow_with_the_file(tmp_path, tokenizer, data, monkeypat
         tracemalloc.stop()
         sizes.append(file.stat().st_size)
     assert peaks[1] - peaks[0] < (sizes[1] - sizes[0]) / 20, f"files of {sizes} bytes took {peaks} bytes of memory"
+
+
+def test_a_file_with_another_content_and_the_same_size_and_times_is_noticed(tmp_path, tokenizer, data, monkeypatch):
+    """As `cp -p`, rsync -t and backups leave it; after a while, when its hash is remembered."""
+    monkeypatch.setattr(content, "SETTLED_SECONDS", -1.0)
+    file = write_lines(tmp_path / "a.jsonl", texts(10))
+    before = build_cache("text", [file], tokenizer, data, seed=1)
+    stat = file.stat()
+    file.write_text(file.read_text("utf-8").replace("cat", "cow"), "utf-8")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    after = build_cache("text", [file], tokenizer, data, seed=1)
+    assert documents(after) != documents(before) and after.content != before.content
+    # Touched, and moved: the same data.
+    os.utime(file)
+    assert build_cache("text", [file], tokenizer, data, seed=1).folder == after.folder
+    moved = build_cache("text", [file.rename(tmp_path / "b.jsonl")], tokenizer, data, seed=1)
+    assert (moved.content, moved.made_of) == (after.content, after.made_of)
+
+
+def test_a_hash_is_made_once(tmp_path, tokenizer, data, monkeypatch):
+    file = write_lines(tmp_path / "a.jsonl", texts(10))
+    monkeypatch.setattr(content, "SETTLED_SECONDS", -1.0)
+    found = content.file_identities([file], tmp_path)
+    monkeypatch.setattr(content, "_hash", lambda path: pytest.fail("read again"))
+    assert content.file_identities([file], tmp_path) == found
+    (tmp_path / content.REMEMBERED).write_text("[1")  # damaged: read again
+    with pytest.raises(pytest.fail.Exception, match="read again"):
+        content.file_identities([file], tmp_path)

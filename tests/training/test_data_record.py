@@ -65,3 +65,13 @@ def test_a_checkpoint_of_an_earlier_version_still_resumes(record):
 def test_the_record_survives_a_checkpoint(record):
     now = record("conversation")
     assert check_same_data(json.loads(json.dumps(now)), now) is None
+
+
+def test_another_content_of_as_many_tokens_is_other_data_and_moved_files_are_not(record, tmp_path):
+    before = record("text")
+    file = tmp_path / "text.jsonl"
+    file.touch()
+    assert check_same_data(before, record("text")) is None
+    file.write_text(file.read_text().replace('"a"', '"b"'))
+    with pytest.raises(UserError, match="content that of the checkpoint -> another in the files"):
+        check_same_data(before, record("text"))
