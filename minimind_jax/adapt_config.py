@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from minimind_jax.config import DataConfig, DType, OptimizerConfig, PretrainConfig, TrainingConfig, at_least
+from minimind_jax.config import DataConfig, DType, Figures, OptimizerConfig, PretrainConfig, at_least
 
 REFERENCE_FREE = ("simpo", "orpo")
 
@@ -55,14 +55,14 @@ class DPOConfig(PretrainConfig):
     cut away on both sides alike. The template's chances are drawn once for a pair.
     """
 
+    FIGURES = Figures(8192, 1, 1e-6, few_rate=2e-5, lora_rate=5e-5, val_fraction=0.05, eval_every=50)
+
     run: str = "dpo"
     init_from: str = "sft"
     preference: PreferenceConfig = dataclasses.field(default_factory=PreferenceConfig)
     data: DataConfig = dataclasses.field(
-        default_factory=lambda: DataConfig(seq_len=2048, system_prompt_probability=0.0, val_fraction=0.05)
+        default_factory=lambda: DataConfig(seq_len=2048, system_prompt_probability=0.0)
     )
-    training: TrainingConfig = dataclasses.field(default_factory=lambda: TrainingConfig(batch_tokens=8192))
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=1e-6))
 
     def __post_init__(self):
         super().__post_init__()
@@ -82,15 +82,15 @@ class RewardConfig(PretrainConfig):
     export_dtype: float32, for transformers computes scores in the type that it finds.
     """
 
+    FIGURES = Figures(8192, 1, 2e-5, few_rate=1e-4, lora_rate=5e-4, val_fraction=0.05, eval_every=50)
+
     run: str = "reward"
     init_from: str = "sft"
     export_dtype: DType = "float32"
     centring: float = 0.01
     data: DataConfig = dataclasses.field(
-        default_factory=lambda: DataConfig(seq_len=2048, system_prompt_probability=0.0, val_fraction=0.05)
+        default_factory=lambda: DataConfig(seq_len=2048, system_prompt_probability=0.0)
     )
-    training: TrainingConfig = dataclasses.field(default_factory=lambda: TrainingConfig(batch_tokens=8192))
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5))
 
     def __post_init__(self):
         super().__post_init__()
@@ -122,18 +122,18 @@ class LabelConfig:
 class ClassifyConfig(PretrainConfig):
     """A classifier of texts, from a model. Other fields as in pretraining; data.seq_len cuts longer texts.
 
-    Without training.steps, epochs or tokens it trains for three epochs.
     export_dtype: float32, for transformers computes probabilities in the type that it finds.
     """
+
+    FIGURES = Figures(2048, 10, 3e-4, few_rate=3e-4, lora_rate=1e-3, val_fraction=0.1, eval_every=50)
 
     run: str = "classifier"
     init_from: str = "pretrain"
     export_dtype: DType = "float32"
     classify: LabelConfig = dataclasses.field(default_factory=LabelConfig)
-    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(seq_len=256, val_fraction=0.1))
-    training: TrainingConfig = dataclasses.field(default_factory=lambda: TrainingConfig(batch_tokens=2048))
+    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(seq_len=256))
     optimizer: OptimizerConfig = dataclasses.field(
-        default_factory=lambda: OptimizerConfig(learning_rate=1e-4, schedule="linear", final_fraction=0.0)
+        default_factory=lambda: OptimizerConfig(schedule="linear", final_fraction=0.0)
     )
 
 
@@ -175,9 +175,9 @@ class TeacherConfig:
 class DistillConfig(PretrainConfig):
     """Learning from conversations and from a larger model's probabilities at once. Other fields as in fine-tuning."""
 
+    FIGURES = Figures(12288, 1, 5e-6, few_rate=2e-4, lora_rate=5e-4, val_fraction=0.001)
+
     run: str = "distill"
     init_from: str = "sft"
     teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
     data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(packing="best_fit", seq_len=768))
-    training: TrainingConfig = dataclasses.field(default_factory=lambda: TrainingConfig(batch_tokens=12288))
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=5e-6))

@@ -4,7 +4,7 @@ A stage's YAML file and the command line fill these in (see `settings.py`); the 
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from minimind_jax.model.config import PRESETS, ComputeConfig, ModelConfig, RopeScaling
 
@@ -101,7 +101,8 @@ class DataConfig:
 
     train: files, folders or globs (.jsonl, .jsonl.gz, .jsonl.zst, .csv, .parquet).
     val: held-out files; empty takes `val_fraction` of the training records instead.
-    val_fraction: share of the training records held out when `val` is empty; 0 for no validation.
+    val_fraction: share of the training records held out when `val` is empty; 0 for no validation; null follows from
+        how many there are.
     seq_len: tokens in a row.
     packing: `concat` joins documents end to end and drops nothing; `best_fit` puts whole conversations into rows and
         cuts only at turn boundaries; `pad` is one document a row, cut at seq_len, as MiniMind does.
@@ -117,7 +118,7 @@ class DataConfig:
 
     train: tuple[str, ...] = ()
     val: tuple[str, ...] = ()
-    val_fraction: float = 0.01
+    val_fraction: float | None = None
     seq_len: int = 512
     packing: Literal["concat", "best_fit", "pad"] = "concat"
     on_error: Literal["stop", "skip"] = "stop"
@@ -133,7 +134,7 @@ class DataConfig:
         at_least(self, 4, "seq_len")
         at_least(self, 0, "tokenizer_workers", "loader_workers")
         for name in ("val_fraction", "system_prompt_probability", "empty_think_removal"):
-            if not 0 <= getattr(self, name) <= 1:
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be between 0 and 1")
         if self.packing not in ("concat", "best_fit", "pad"):
             raise ValueError(f"data.packing is {self.packing!r}; it must be concat, best_fit or pad")
@@ -143,16 +144,18 @@ class DataConfig:
 class TrainingConfig:
     """How long, how much at once, and what is watched.
 
-    steps, epochs, tokens: the length of the run; set one (tokens counts trained tokens, approximately); one epoch
-        if none is set.
+    steps, epochs, tokens: the length of the run; set one (tokens counts trained tokens, approximately). If none is set,
+        the epochs follow from how much data there is.
     batch_tokens: tokens of one optimizer step over all devices, padding included; a multiple of
-        data.seq_len * accumulation_steps.
+        data.seq_len * accumulation_steps. null follows from how much data there is.
     accumulation_steps: micro-batches of one optimizer step, fewer where a device's rows do not divide by it; it changes
         the memory used and not the result (only dropout's draws and a MoE's load-balancing loss are per micro-batch).
     max_grad_norm: the gradient is scaled down to this global norm; 0 for no clipping.
     z_loss: weight of logsumexp(logits)^2 in the loss.
     log_every: steps between two lines of metrics.
-    eval_every, sample_every: in steps; 0 for never. The last step always evaluates.
+    eval_every: steps between two evaluations; 0 for none but the last step's. null makes about ten, and more in long
+        runs.
+    sample_every: steps between two rounds of samples; 0 for none but the last step's.
     eval_rows: validation rows used at most; 0 for all.
     patience: evaluations without a lower validation loss after which the run ends; the model written is then that of
         the lowest. A checkpoint is saved at every evaluation. 0 for never.
@@ -164,12 +167,12 @@ class TrainingConfig:
     steps: int | None = None
     epochs: float | None = None
     tokens: int | None = None
-    batch_tokens: int = 16384
+    batch_tokens: int | None = None
     accumulation_steps: int = 1
     max_grad_norm: float = 1.0
     z_loss: float = 0.0
     log_every: int = 10
-    eval_every: int = 200
+    eval_every: int | None = None
     eval_rows: int = 256
     sample_every: int = 0
     patience: int = 0
@@ -194,8 +197,9 @@ class OptimizerConfig:
     """AdamW or Muon, and the learning rate over the run.
 
     name: `adamw` (torch's defaults), or `muon` for the matrices inside the layers with AdamW for everything else.
-    learning_rate: peak of AdamW's.
-    muon_learning_rate: peak of Muon's (update scaled to RMS 0.2, so AdamW-sized values work); None means learning_rate.
+    learning_rate: peak of AdamW's; null follows from how much data there is.
+    muon_learning_rate: peak of Muon's (update scaled to RMS 0.2, so AdamW-sized values work); null means learning_rate,
+        or 5/3 of it where that is null, too.
     b1, b2, eps: AdamW's.
     momentum: Muon's.
     weight_decay: decoupled; times the learning rate at each step.
@@ -203,13 +207,14 @@ class OptimizerConfig:
     cautious_decay: a weight decays only in a step that moves it towards 0 anyway (arXiv 2510.12402).
     schedule: `cosine` from the peak to final_fraction (MiniMind: 0.1); `linear` to final_fraction; `wsd` stays at the
         peak and goes linearly to final_fraction over the last decay_fraction of the run; `constant`.
-    warmup_steps: linear from 0, before the schedule.
-    final_fraction: of the peak, where cosine, linear and wsd end.
+    warmup_steps: linear from 0, before the schedule; null takes warmup_fraction.
+    warmup_fraction: warm-up as a share of the run's steps, where warmup_steps is null.
+    final_fraction: of the peak, where cosine, linear and wsd end; 0 is reached behind the last step.
     decay_fraction: of the run, over which wsd goes down.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 5e-4
+    learning_rate: float | None = None
     muon_learning_rate: float | None = None
     b1: float = 0.9
     b2: float = 0.999
@@ -219,13 +224,14 @@ class OptimizerConfig:
     decay: Literal["all", "matrices"] = "matrices"
     cautious_decay: bool = False
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    warmup_steps: int = 0
+    warmup_steps: int | None = None
+    warmup_fraction: float = 0.0
     final_fraction: float = 0.1
     decay_fraction: float = 0.2
 
     def __post_init__(self):
         at_least(self, 0, "learning_rate", "weight_decay", "warmup_steps")
-        for name in ("b1", "b2", "momentum", "final_fraction", "decay_fraction"):
+        for name in ("b1", "b2", "momentum", "warmup_fraction", "final_fraction", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be between 0 and 1")
 
@@ -347,6 +353,24 @@ class SampleConfig:
                 raise ValueError(f"samples.{name} is {getattr(self, name)}; it must be {expected}")
 
 
+class Figures(NamedTuple):
+    """What a stage takes where nothing is set; `training.defaults` says what becomes of it where data are few.
+
+    batch_tokens, epochs, eval_every, learning_rate: for much data. val_fraction: of many records.
+    few_rate: the learning rate for few data, of a model of 64M parameters. lora_rate: of adapters, however much data.
+    scratch_rate: of a model that starts from nothing.
+    """
+
+    batch_tokens: int
+    epochs: float
+    learning_rate: float
+    few_rate: float
+    lora_rate: float
+    val_fraction: float
+    eval_every: int = 200
+    scratch_rate: float = 5e-4
+
+
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
     """Next-token training on plain text, from scratch or from a model.
@@ -359,6 +383,8 @@ class PretrainConfig:
         `never` starts anew and refuses a run folder that holds checkpoints.
     export_dtype: of the tensors in the run's model/ folder.
     """
+
+    FIGURES: ClassVar[Figures] = Figures(81920, 2, 5e-4, few_rate=2e-4, lora_rate=5e-4, val_fraction=0.001)
 
     run: str = "pretrain"
     init_from: str = ""
@@ -379,7 +405,7 @@ class PretrainConfig:
 
     def __post_init__(self):
         rows = self.data.seq_len * self.training.accumulation_steps
-        if self.training.batch_tokens % rows:
+        if self.training.batch_tokens is not None and self.training.batch_tokens % rows:
             raise ValueError(
                 f"training.batch_tokens {self.training.batch_tokens} does not divide by data.seq_len x "
                 f"training.accumulation_steps = {rows}; try {max(1, round(self.training.batch_tokens / rows)) * rows}"
@@ -390,20 +416,36 @@ class PretrainConfig:
             raise ValueError(f"resume is {self.resume!r}; it must be auto, must or never")
 
     @property
+    def figures(self) -> Figures:
+        """What these settings take for much data where nothing is set."""
+        found = self.FIGURES
+        if self.lora.rank:
+            return found._replace(learning_rate=found.lora_rate, few_rate=found.lora_rate)
+        rate = found.scratch_rate * (6 if self.optimizer.name == "muon" else 1)
+        return found if self.init_from else found._replace(learning_rate=rate, few_rate=rate)
+
+    @property
     def rows_per_step(self) -> int:
-        """Rows of one optimizer step over all micro-batches and devices."""
-        return self.training.batch_tokens // self.data.seq_len
+        """Rows of one optimizer step over all micro-batches and devices; of much data while batch_tokens is null."""
+        return (self.training.batch_tokens or self.figures.batch_tokens) // self.data.seq_len
 
 
 @dataclasses.dataclass(frozen=True)
 class SFTConfig(PretrainConfig):
     """Supervised fine-tuning on conversations; only the assistant's words are trained. Fields as in pretraining."""
 
+    FIGURES = Figures(12288, 2, 1e-5, few_rate=2e-4, lora_rate=5e-4, val_fraction=0.001)
+    LORA_FIGURES: ClassVar[Figures] = Figures(
+        4096, 3, 5e-4, few_rate=5e-4, lora_rate=5e-4, val_fraction=0.05, eval_every=50
+    )
+
     run: str = "sft"
     init_from: str = "pretrain"
     data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(packing="best_fit", seq_len=768))
-    training: TrainingConfig = dataclasses.field(default_factory=lambda: TrainingConfig(batch_tokens=12288))
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5))
+
+    @property
+    def figures(self) -> Figures:
+        return self.LORA_FIGURES if self.lora.rank else super().figures
 
 
 @dataclasses.dataclass(frozen=True)

@@ -347,7 +347,8 @@ def open_data(
     data, seed, speaks = config.data, config.seed, jax.process_index() == 0
     build = functools.partial(build_cache, kind, progress=speaks, report_skipped=speaks, classes=classes)
     cache = build(data.train, tokenizer, data, seed)
-    fraction = 0.0 if data.val else data.val_fraction
+    fraction = config.figures.val_fraction if data.val_fraction is None else data.val_fraction
+    fraction = 0.0 if data.val else fraction
     make = functools.partial(
         Batches,
         data=data,

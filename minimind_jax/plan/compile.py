@@ -111,7 +111,7 @@ def trace_step(config: PretrainConfig, model, mesh, platform: str):
 
     with on_platform(platform):
         loss_fn = make_language_model_loss(model, config.training.z_loss)
-        steps = config.training.steps or max(TYPICAL_STEPS, config.optimizer.warmup_steps + 1)
+        steps = config.training.steps or max(TYPICAL_STEPS, (config.optimizer.warmup_steps or 0) + 1)
         parameters = Parameters.of(model, load=dict, frozen_dtype=frozen_dtype(config))
         program = make_program(config, parameters, loss_fn, mesh, steps)
         return program.step.trace(program.abstract, abstract_batch(config)), program.abstract

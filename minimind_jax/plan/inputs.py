@@ -23,6 +23,7 @@ from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.lora import Adapter, make_adapter
 from minimind_jax.stages import STAGES
 from minimind_jax.stages.pipeline import Stage, load_pipeline
+from minimind_jax.training.defaults import filled
 
 PLANNED: dict[str, Kind] = {"pretrain": "text", "sft": "conversation"}  # stages, and the records they train on
 
@@ -64,7 +65,7 @@ def load_planned(argv: Sequence[str], stage: str | None) -> Planned:
     if other := next((stem for stem in stems if stem in STAGES and stem not in PLANNED), None):
         raise UserError(f"plan knows the stages {', '.join(PLANNED)}, and not {other}, whose step has more in it")
     name = stage or next((stem for stem in stems if stem in PLANNED), "pretrain")
-    config = settings.load_settings(STAGES[name].config, argv, "minimind plan")
+    config = filled(settings.load_settings(STAGES[name].config, argv, "minimind plan"))
     return Planned(name, config, *_architecture(config, []))
 
 
@@ -87,7 +88,7 @@ def _of_pipeline(argv: Sequence[str], stage: str | None) -> Planned:
     full = [f"--{chosen}.{word[2:]}" if word.startswith("--") and _head(word) not in heads else word for word in argv]
     stages = load_pipeline(full)
     position = next(i for i, made in enumerate(stages) if made.name == chosen)
-    config = stages[position].config
+    config = filled(stages[position].config)
     return Planned(chosen, config, *_architecture(config, stages[:position]))
 
 
@@ -138,7 +139,7 @@ def planned_tokens(planned: Planned, data: Sequence[str], tokens: int | None) ->
     if tokens is not None:
         return Tokens(tokens, "as given")
     if not data and training.steps is not None:
-        return Tokens(training.steps * training.batch_tokens, f"training.steps {training.steps:,}")
+        return Tokens(training.steps * config.rows_per_step * config.data.seq_len, f"training.steps {training.steps:,}")
     if not data and training.tokens is not None:
         return Tokens(training.tokens, "training.tokens")
     files = list(data) or _training_files(config)

@@ -19,11 +19,10 @@ from minimind_jax.losses.classification import make_classification_loss
 from minimind_jax.sharding import announce, data_process, make_mesh
 from minimind_jax.stages.common import check_context, finish_run, is_finished, load_tokenizer, start_run
 from minimind_jax.stages.heads import keep_labels, load_body, values_of_pieces, with_head
+from minimind_jax.stages.settle import settle
 from minimind_jax.training.loop import train
 from minimind_jax.training.report import write_report
 from minimind_jax.training.run import RunFolder, write_text
-
-EPOCHS = 3
 
 
 def classify(config: ClassifyConfig) -> Path:
@@ -39,8 +38,6 @@ def classify(config: ClassifyConfig) -> Path:
         UserError: anything in the settings, the data or the machine that the user can mend.
         Interrupted: the run was asked to stop and has saved its state.
     """
-    if config.training.steps is None and config.training.epochs is None and config.training.tokens is None:
-        config = dataclasses.replace(config, training=dataclasses.replace(config.training, epochs=EPOCHS))
     run = start_run(config)
     if is_finished(run, config):
         return run.path
@@ -54,6 +51,7 @@ def classify(config: ClassifyConfig) -> Path:
     labels = keep_labels(run, Labels(classes.names, classes.several))._replace(max_tokens=config.data.seq_len)
     classes = dataclasses.replace(classes, names=labels.names)
     announce(f"{len(classes.names)} labels{', any number of them a text' if classes.several else ''}")
+    config = settle(config, "labelled", tokenizer, model, run, classes)
     annotate = values_of_pieces("values", config.data.seq_len)
     train_batches, val_batches = open_data(
         "labelled", config, tokenizer, *data_process(make_mesh(config.mesh)), classes=classes, annotate=annotate

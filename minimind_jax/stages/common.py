@@ -68,7 +68,7 @@ def start_run(config: PretrainConfig) -> RunFolder:
         )
     run.check_resume(config.resume)
     check_settings(run, config)
-    if not is_exported(run) or run.changed_settings(config):
+    if config.training.batch_tokens is not None and (not is_exported(run) or run.changed_settings(config)):
         count_parts(config, make_mesh(config.mesh))  # before any data is read
         check_replaceable(run.model)
     run.create()

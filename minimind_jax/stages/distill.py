@@ -25,6 +25,7 @@ from minimind_jax.stages.common import (
     sampler,
     start_run,
 )
+from minimind_jax.stages.settle import settle
 from minimind_jax.stages.stored_teacher import StoredTeacher
 from minimind_jax.training.loop import train
 from minimind_jax.training.state import Parameters, cast_matrices
@@ -50,6 +51,7 @@ def distill(config: DistillConfig) -> Path:
     tokenizer = load_tokenizer(config)
     model = load_model(config, tokenizer)
     check_context(config, model)
+    config = settle(config, "conversation", tokenizer, model, run)
     teacher, folder = load_teacher(config, tokenizer)
 
     def encode(prompt: str) -> list[int]:

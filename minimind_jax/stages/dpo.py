@@ -30,6 +30,7 @@ from minimind_jax.stages.common import (
     sampler,
     start_run,
 )
+from minimind_jax.stages.settle import settle
 from minimind_jax.training.loop import train
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.state import Parameters, fingerprint
@@ -56,6 +57,7 @@ def dpo(config: DPOConfig) -> Path:
     tokenizer = load_tokenizer(config)
     model = load_model(config, tokenizer)
     check_context(config, model)
+    config = settle(config, "preference", tokenizer, model, run)
 
     def encode(prompt: str) -> list[int]:
         return encode_prompt(tokenizer, [{"role": "user", "content": prompt}])

@@ -202,11 +202,15 @@ def _what_changed(stage: Stage, renewed: str) -> list[str]:
 
 def _changes(stage: Stage) -> list[str]:
     """`key old -> new` for every setting that is not the one the stage was made with."""
+    from minimind_jax.training.run import RunFolder
+
+    if stage.name != "tokenizer":
+        return [f"{key} {change}" for key, change in RunFolder(stage.folder).changed_settings(stage.config).items()]
     if not stage.record.is_file():
         return []
     before = settings.make_settings(type(stage.config), settings.read_yaml(stage.record))
     pairs = {f.key: (_value(before, f.key), _value(stage.config, f.key)) for f in settings.fields_of(type(before))}
-    return [f"{key} {old} -> {new}" for key, (old, new) in pairs.items() if old != new and key != "resume"]
+    return [f"{key} {old} -> {new}" for key, (old, new) in pairs.items() if old != new]
 
 
 def _value(config: Any, key: str) -> Any:

@@ -16,6 +16,7 @@ from minimind_jax.stages.common import (
     sampler,
     start_run,
 )
+from minimind_jax.stages.settle import settle
 from minimind_jax.training.loop import train
 
 
@@ -37,6 +38,7 @@ def pretrain(config: PretrainConfig) -> Path:
     tokenizer = load_tokenizer(config)
     model = load_model(config, tokenizer)
     check_context(config, model)
+    config = settle(config, "text", tokenizer, model, run)
 
     def encode(prompt: str) -> list[int]:
         return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt)

@@ -11,6 +11,7 @@ from minimind_jax.losses.sequences import pair_room
 from minimind_jax.sharding import data_process, make_mesh
 from minimind_jax.stages.common import check_context, finish_run, is_finished, load_tokenizer, start_run
 from minimind_jax.stages.heads import load_body, values_of_pieces, with_head
+from minimind_jax.stages.settle import settle
 from minimind_jax.training.loop import train
 
 LABELS = Labels(("reward",))
@@ -35,6 +36,7 @@ def reward(config: RewardConfig) -> Path:
     tokenizer = load_tokenizer(config)
     model = load_body(config, tokenizer, "reward")
     check_context(config, model)
+    config = settle(config, "preference", tokenizer, model, run)
     values = values_of_pieces("margins", pair_room(config.data.seq_len))
 
     def margins(cache: TokenCache, documents: list[int]) -> Batch:

@@ -17,6 +17,7 @@ from minimind_jax.stages.common import (
     sampler,
     start_run,
 )
+from minimind_jax.stages.settle import settle
 from minimind_jax.training.loop import train
 
 
@@ -39,6 +40,7 @@ def sft(config: SFTConfig) -> Path:
     tokenizer = load_tokenizer(config)
     model = load_model(config, tokenizer)
     check_context(config, model)
+    config = settle(config, "conversation", tokenizer, model, run)
 
     def encode(prompt: str) -> list[int]:
         return encode_prompt(tokenizer, [{"role": "user", "content": prompt}])

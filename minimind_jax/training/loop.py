@@ -22,7 +22,8 @@ from minimind_jax.losses import LossFn, Metrics, together
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.sharding import data_process, make_mesh, shard_batch
 from minimind_jax.training.checkpoint import Checkpoints
-from minimind_jax.training.plan import check_same_data, data_record, planned_steps, run_facts
+from minimind_jax.training.defaults import filled
+from minimind_jax.training.plan import check_same_data, data_record, few_steps, planned_steps, run_facts
 from minimind_jax.training.profile import Profiler
 from minimind_jax.training.program import Program, make_program
 from minimind_jax.training.progress import TrainingProgress
@@ -70,6 +71,7 @@ def train(
         UserError: the checkpoint is of another model or other data, the loss is not finite, the disk is full, ...
         Interrupted: SIGTERM, SIGHUP or Ctrl-C; the state is saved.
     """
+    config = filled(config)
     run.check_resume(config.resume)
     if config.training.patience and (val_batches is None or not config.training.eval_every):
         raise UserError(
@@ -139,8 +141,9 @@ def train(
         )
         resumed = {"resumed": f"from the checkpoint of step {start_step}"} if start_step else {}
         loop.progress.facts({**facts, "run": str(run.path), **resumed})
-        if warning:
-            loop.progress.say(f"[bold red]warning:[/] {warning}")
+        warnings = [text for text in (warning, few_steps(total_steps, config)) if text]
+        for text in warnings:
+            loop.progress.say(f"[bold red]warning:[/] {text}")
         state = loop.run(state, start_step)
         checkpoints.wait()
         step = model_step = int(state.step)
@@ -261,7 +264,7 @@ class Loop:
             f"step {step}: the loss ({metrics['loss']}) or the gradient norm ({metrics['grad_norm']}) is not finite; "
             f"the run has stopped; {f'checkpoint {kept[-1]} is kept' if kept else 'there is no checkpoint yet'}. Try a "
             f"lower optimizer.learning_rate (now {self.config.optimizer.learning_rate:g}), more "
-            "optimizer.warmup_steps, training.max_grad_norm 1, or compute.dtype float32, then run the same command "
+            "optimizer.warmup_fraction, training.max_grad_norm 1, or compute.dtype float32, then run the same command "
             "again to go on from the checkpoint; training.stop_on_nan false skips such steps instead"
         )
 

@@ -20,8 +20,8 @@ from minimind_jax.model.transformer import Params
 def make_schedule(config: OptimizerConfig, total_steps: int, peak: float | None = None) -> optax.Schedule:
     """Learning rate of the optimizer step `step` = 0 .. total_steps - 1; `peak` replaces `config.learning_rate`.
 
-    With k = step + 1 counted from 1 as MiniMind counts, f = final_fraction, W = warmup_steps and p the progress,
-    0 at the start of the decay and 1 at the last step:
+    With k = step + 1 counted from 1 as MiniMind counts, f = final_fraction, W the steps of warm-up and p the progress,
+    0 at the start of the decay and 1 at the last step, or behind it where f is 0: a step of rate 0 learns nothing.
     cosine: peak * (f + (1 - f) / 2 * (1 + cos(pi p))); linear, wsd: peak * (f + (1 - f) * (1 - p)); constant: peak.
     The decay starts after the warm-up, for wsd at the last `decay_fraction` of the run. In the warm-up: peak * k / W.
 
@@ -32,19 +32,23 @@ def make_schedule(config: OptimizerConfig, total_steps: int, peak: float | None 
     Raises UserError when the warm-up is not shorter than the run.
     """
     warmup = config.warmup_steps
+    if warmup is None:
+        warmup = min(round(config.warmup_fraction * total_steps), total_steps - 1)
     if warmup >= total_steps:
         raise UserError(
             f"optimizer.warmup_steps {warmup} is not below the {total_steps} steps of this run; "
-            "lower it, or train for more steps"
+            "lower it, train for more steps, or set it to null and optimizer.warmup_fraction instead"
         )
     peak = config.learning_rate if peak is None else peak
     decay_steps = total_steps - warmup
     if config.schedule == "wsd":
         decay_steps = min(decay_steps, max(1, round(config.decay_fraction * total_steps)))
 
+    span = decay_steps + (config.final_fraction == 0)
+
     def schedule(step: int | jax.Array) -> jax.Array:
         k = jnp.asarray(step, jnp.float32) + 1
-        progress = jnp.clip((k - (total_steps - decay_steps)) / decay_steps, 0, 1)
+        progress = jnp.clip((k - (total_steps - decay_steps)) / span, 0, 1)
         if config.schedule == "constant":
             height = 1.0
         elif config.schedule == "cosine":

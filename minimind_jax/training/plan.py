@@ -13,6 +13,8 @@ from minimind_jax.model.lora import TRAINED, split, without_adapters
 from minimind_jax.model.transformer import LanguageModel, compute_dtype, count_parameters
 from minimind_jax.sharding import row_shards
 
+SHORTEST = 100  # steps; shorter runs are warned about
+
 
 def planned_steps(training: TrainingConfig, batches: Batches) -> int:
     """Optimizer steps of the run; one epoch when neither steps, epochs nor tokens is set."""
@@ -24,6 +26,18 @@ def planned_steps(training: TrainingConfig, batches: Batches) -> int:
     epochs = 1 if training.epochs is None else training.epochs
     # 0.1 of 30 steps is 3.0000000000000004 in floating point: three steps, not four.
     return max(1, math.ceil(epochs * batches.steps_per_epoch - 1e-6))
+
+
+def few_steps(steps: int, config: PretrainConfig) -> str | None:
+    """What so short a run means, and the settings that make it longer; None for one that is long enough."""
+    if steps >= SHORTEST:
+        return None
+    rows = f", or steps of fewer tokens (--training.batch_tokens {config.data.seq_len} is the least)"
+    return (
+        f"{steps} step{'s' * (steps != 1)} in all: a model learns little in fewer than {SHORTEST}. For more steps: "
+        f"--training.epochs N, --training.steps N{rows * (config.rows_per_step > 1)}, or more data; to learn more in "
+        f"each: a higher --optimizer.learning_rate than {config.optimizer.learning_rate:g}"
+    )
 
 
 def data_record(batches: Batches) -> dict[str, str | int | float | bool]:

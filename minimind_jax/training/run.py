@@ -26,16 +26,22 @@ from filelock import FileLock, Timeout
 
 from minimind_jax.errors import UserError
 from minimind_jax.paths import absolute, as_path, is_remote, write_object
+from minimind_jax.settings import RUN_LENGTHS
 from minimind_jax.training.checkpoint_files import unfit_for_checkpoints
 
 PACKAGES = ("minimind-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
 
 class RunFolder:
-    """The files of one run. Nothing is created before `create`."""
+    """The files of one run. Nothing is created before `create`.
+
+    asked: settings that follow from the data, by dotted key, as they were asked for: mostly None. `config.yaml` has
+        the values they got.
+    """
 
     def __init__(self, path: str | Path):
         self.path = as_path(path)
+        self.asked: dict = {}
         if is_remote(self.path) and not str(self.path).startswith("gs://"):
             raise UserError(f"{self.path}: checkpoints can be kept on a disk or in Google Cloud Storage (gs://)")
         self.config_file = self.path / "config.yaml"
@@ -118,15 +124,31 @@ class RunFolder:
     def changed_settings(self, config) -> dict[str, str]:
         """`old -> new` of every dotted key that differs from the settings the run was last started with; how to resume
         it and the folder's name do not count. Empty for a run that was never started. A setting that did not exist then
-        had its default."""
+        had its default, and one that is left open as it was then has the value that followed from the data."""
         before, now = flat(self.read_config() or {}), flat(plain(config))
+        now |= self.settled(now)
         before = before and {**flat(plain(type(config)())), **before}
         keys = (now.keys() | before.keys()) - {"resume", "run"} if before else ()
         return {key: f"{before.get(key)} -> {now.get(key)}" for key in sorted(keys) if before.get(key) != now.get(key)}
 
+    def settled(self, asked: dict) -> dict:
+        """Values that the run has, by dotted key, of the settings that followed from its data and are `asked` for (all
+        settings by dotted key) as they were when it was last started; {} for a run that has not begun."""
+        open_then = self.read_environment().get("asked", {})
+        if not open_then or not (self.checkpoint_steps() or self.metrics_file.is_file()):
+            return {}
+        has_length = any(asked[key] is not None for key in RUN_LENGTHS)
+        before = flat(self.read_config() or {})
+        return {
+            key: before[key]
+            for key, value in open_then.items()
+            if asked[key] == value and not (key in RUN_LENGTHS and has_length)
+        }
+
     def write_environment(self, facts: dict) -> None:
-        """environment.json: `environment()` and `facts`, the numbers printed at the start of the run."""
-        text = json.dumps({**environment(), "run": plain(facts)}, indent=2, ensure_ascii=False)
+        """environment.json: `environment()`, `facts`, the numbers printed at the start of the run, and `asked`."""
+        known = {**environment(), "run": plain(facts), "asked": self.asked}
+        text = json.dumps(known, indent=2, ensure_ascii=False)
         write_text(self.environment_file, text + "\n")
 
     def read_environment(self) -> dict:

@@ -58,7 +58,7 @@ def test_tokens_are_given_set_or_guessed_from_the_size(tmp_path):
     gone = planned._replace(config=PretrainConfig(data=DataConfig(train=(str(tmp_path / "not_yet.jsonl"),))))
     assert planned_tokens(gone, [], None) is None
     steps = planned._replace(config=PretrainConfig(training=TrainingConfig(steps=10)))
-    assert planned_tokens(steps, [], None).count == 10 * 16384
+    assert planned_tokens(steps, [], None).count == 10 * 81920
 
 
 def test_compressed_files_need_a_number(tmp_path):

@@ -89,7 +89,20 @@ def test_schedules_are_torch_s(schedule):
 
 def test_warm_up_then_stable_then_linear_decay():
     got = rates(10, schedule="wsd", warmup_steps=4, final_fraction=0.0, decay_fraction=0.4)
-    np.testing.assert_allclose(got / 2e-3, [0.25, 0.5, 0.75, 1, 1, 1, 0.75, 0.5, 0.25, 0], atol=1e-6)
+    np.testing.assert_allclose(got / 2e-3, [0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2], atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_a_schedule_to_0_has_a_last_step_that_learns(schedule):
+    got = rates(20, schedule=schedule, final_fraction=0.0)
+    assert 0 < got[-1] < got[-2]
+
+
+def test_warm_up_is_a_share_of_the_run_unless_its_steps_are_set():
+    np.testing.assert_allclose(rates(40, schedule="constant", warmup_fraction=0.1)[:4] / 2e-3, [0.25, 0.5, 0.75, 1])
+    assert np.all(rates(1, schedule="constant", warmup_fraction=0.9) == rates(1, schedule="constant"))
+    both = rates(10, schedule="constant", warmup_fraction=0.5, warmup_steps=2)
+    np.testing.assert_allclose(both / 2e-3, [0.5, *[1] * 9], rtol=1e-6)
 
 
 def test_warm_up_is_taken_out_of_the_cosine():

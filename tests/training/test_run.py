@@ -92,7 +92,7 @@ def test_a_run_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path):
 
 def test_a_run_goes_on_only_with_the_model_and_start_it_has(tmp_path, capsys):
     run = RunFolder(tmp_path / "run").create()
-    config = PretrainConfig(tokenizer="tok")
+    config = PretrainConfig(tokenizer="tok", optimizer=OptimizerConfig(learning_rate=5e-4))
     run.write_config(config)
     check_settings(run, dataclasses.replace(config, seed=1))  # nothing was saved yet
     (run.checkpoints / "5").mkdir(parents=True)

@@ -1,0 +1,62 @@
+"""The settings of a run that follow from its data (see `training.defaults`), found before its first step and told."""
+
+import jax
+
+from minimind_jax.config import PretrainConfig
+from minimind_jax.data.batches import plan_epoch, split_documents
+from minimind_jax.data.labels import Classes
+from minimind_jax.data.token_cache import build_cache
+from minimind_jax.data.tokenise import Kind
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.model.lora import without_adapters
+from minimind_jax.model.transformer import LanguageModel, count_parameters
+from minimind_jax.sharding import announce, make_mesh, row_shards
+from minimind_jax.training.defaults import Amount, following, leaves_open, share_held_out, with_values
+from minimind_jax.training.run import RunFolder, flat, plain
+
+
+def settle(
+    config: PretrainConfig,
+    kind: Kind,
+    tokenizer: Tokenizer,
+    model: LanguageModel,
+    run: RunFolder,
+    classes: Classes | None = None,
+) -> PretrainConfig:
+    """`config` with a value for everything that it leaves open; says which, and from how much data they follow.
+
+    A run that goes on keeps the values it was started with. Raises UserError for what is wrong with the data.
+    """
+    asked = flat(plain(config))
+    values = run.settled(asked)
+    config = with_values(config, values)
+    if leaves_open(config):
+        found, told = _from_data(config, kind, tokenizer, model, classes)
+        values, config = values | found, with_values(config, found)
+        announce(told)
+    run.asked = {key: asked[key] for key in values}
+    return config
+
+
+def _from_data(config, kind, tokenizer, model, classes) -> tuple[dict, str]:
+    """The values by dotted key, and a sentence about them."""
+    data, speaks, values = config.data, jax.process_index() == 0, {}
+    cache = build_cache(
+        kind, data.train, tokenizer, data, config.seed, progress=speaks, report_skipped=False, classes=classes
+    )
+    fraction = 0.0 if data.val else data.val_fraction
+    if fraction is None:
+        fraction = values["data.val_fraction"] = share_held_out(len(cache), config.figures)
+        if not fraction and config.training.patience:
+            values["training.patience"] = 0  # nothing to be patient about
+    documents, held_out = split_documents(cache, fraction, config.seed)
+    plan = plan_epoch(cache, documents, data, config.seed, 0).plan
+    trained = round(cache.info["trained_tokens"] * plan.tokens / cache.info["tokens"])
+    amount = Amount(len(documents), plan.tokens, trained, max(1, plan.rows))
+    parameters = count_parameters(without_adapters(model.abstract_params()))
+    values |= following(config, amount, parameters, row_shards(make_mesh(config.mesh)))
+    return values, (
+        f"{amount.records:,} records to train on ({amount.tokens:,} tokens, {amount.rows:,} rows)"
+        + f", {len(held_out):,} held out" * bool(len(held_out))
+        + f". From that follow, unless you set them: {', '.join(f'{key} {value:g}' for key, value in values.items())}"
+    )

@@ -1,0 +1,130 @@
+"""What a run takes for the settings that nobody set: they follow from how much data there is.
+
+For much data they are the stage's figures (`config.Figures`), mostly MiniMind's. A few hundred records would make a
+handful of such steps and teach nothing; they get smaller steps, more epochs and a higher rate. A value that is set,
+on the command line or in a file, always stays.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+from minimind_jax.config import Figures, PretrainConfig, TrainingConfig
+from minimind_jax.training.plan import planned_steps
+
+STEPS_PER_EPOCH = 32  # the batch is made smaller until an epoch has as many
+STEPS, MOST_EPOCHS = 400, 60  # then there are more epochs, until the run has as many steps, up to so many
+FEW_TOKENS, MUCH_TOKENS = 2e6, 1e8  # of an epoch: up to here the rate for few data, from there on that for much
+HELD_OUT, LARGEST_SHARE = 50, 0.1  # records that tell how well a run does, unless that is a larger share of them
+FEWEST_TO_SPLIT = 20  # records; none of fewer is held out
+
+
+class Amount(NamedTuple):
+    """An epoch of the training data, without what is held out: records, tokens, how many of them are trained, and rows
+    of data.seq_len."""
+
+    records: int
+    tokens: int
+    trained: int
+    rows: int
+
+
+class EpochSize(NamedTuple):
+    """What `planned_steps` asks of the batches."""
+
+    steps_per_epoch: int
+    trained_tokens_per_epoch: int
+
+
+def leaves_open(config: PretrainConfig) -> bool:
+    """Whether anything is to follow from the data."""
+    training = config.training
+    needed = [training.batch_tokens, training.eval_every, config.optimizer.learning_rate]
+    needed.append(0.0 if config.data.val else config.data.val_fraction)
+    return None in needed or not _has_length(training)
+
+
+def _has_length(training: TrainingConfig) -> bool:
+    return (training.steps, training.epochs, training.tokens) != (None, None, None)
+
+
+def share_held_out(records: int, figures: Figures) -> float:
+    """The share of so many records that is held out: the stage's, or more so that there are enough; 0 of a few."""
+    if records < FEWEST_TO_SPLIT:
+        return 0.0
+    return max(figures.val_fraction, min(LARGEST_SHARE, float(f"{HELD_OUT / records:.1g}")))
+
+
+def following(config: PretrainConfig, amount: Amount, parameters: int, shards: int) -> dict[str, Any]:
+    """Values of the settings that `config` leaves open, by dotted key.
+
+    parameters: of the model. shards: devices that share the rows of a step.
+    """
+    training, optimizer, seq_len = config.training, config.optimizer, config.data.seq_len
+    found: dict[str, Any] = {}
+    if training.batch_tokens is None:
+        rows = _rows_of_a_step(config, amount.rows, shards)
+        found["training.batch_tokens"] = rows * seq_len
+        if rows % training.accumulation_steps:
+            found["training.accumulation_steps"] = math.gcd(rows, training.accumulation_steps)
+    rows = found.get("training.batch_tokens", training.batch_tokens) // seq_len
+    size = EpochSize(-(-amount.rows // rows), amount.trained)
+    if not _has_length(training):
+        epochs = float(max(config.figures.epochs, min(MOST_EPOCHS, math.ceil(STEPS / size.steps_per_epoch))))
+        found["training.epochs"] = epochs
+        training = dataclasses.replace(training, epochs=epochs)
+    if training.eval_every is None:
+        found["training.eval_every"] = min(config.figures.eval_every, max(1, planned_steps(training, size) // 10))
+    if optimizer.learning_rate is None:
+        rate = found["optimizer.learning_rate"] = _rate(config, amount.tokens, parameters)
+        if optimizer.name == "muon" and optimizer.muon_learning_rate is None:
+            found["optimizer.muon_learning_rate"] = _two_digits(rate * 5 / 3)
+    return found
+
+
+def _rows_of_a_step(config: PretrainConfig, rows: int, shards: int) -> int:
+    """As many as the stage's figure, or a power of two that leaves an epoch of these rows enough steps; at least one
+    for each of the devices, and a multiple of them."""
+    most = max(1, config.figures.batch_tokens // config.data.seq_len)
+    wanted = max(1, rows // STEPS_PER_EPOCH)
+    wanted = most if wanted >= most else 2 ** int(math.log2(wanted))
+    return max(1, wanted // shards) * shards
+
+
+def _rate(config: PretrainConfig, tokens: int, parameters: int) -> float:
+    """Between the rates for few and for much data, on a logarithmic scale of the tokens. That for few data is higher of
+    a smaller model; adapters and a start from nothing have one rate."""
+    few, much = config.figures.few_rate, config.figures.learning_rate
+    if few != much:
+        few *= min(10.0, max(0.1, (parameters / 64e6) ** -0.6))
+    share = math.log(max(tokens, 1) / FEW_TOKENS) / math.log(MUCH_TOKENS / FEW_TOKENS)
+    share = min(1.0, max(0.0, share))
+    return much if share == 1 else _two_digits(few ** (1 - share) * much**share)
+
+
+def _two_digits(number: float) -> float:
+    return float(f"{number:.2g}")
+
+
+def with_values(config: PretrainConfig, values: dict[str, Any]) -> PretrainConfig:
+    """`config` with these values, by dotted key."""
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **new) for name, new in sections.items()}
+    )
+
+
+def filled(config: PretrainConfig) -> PretrainConfig:
+    """`config` with the figures for much data where it leaves something open, as for a run whose data is not known."""
+    figures, rows = config.figures, config.data.seq_len * config.training.accumulation_steps
+    much = Amount(*[10**12] * 4)
+    values = following(config, much, 1, 1)
+    if config.training.batch_tokens is None:
+        values["training.batch_tokens"] = max(1, round(figures.batch_tokens / rows)) * rows
+        values.pop("training.accumulation_steps", None)
+    if config.data.val_fraction is None:
+        values["data.val_fraction"] = figures.val_fraction
+    return with_values(config, values)

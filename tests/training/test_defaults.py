@@ -1,0 +1,154 @@
+"""What a run takes where nothing is set: the stage's figures for much data, many small steps for a few records."""
+
+import dataclasses
+
+import pytest
+from run_helpers import with_chats
+
+from minimind_jax.adapt_config import ClassifyConfig, DistillConfig, DPOConfig, RewardConfig
+from minimind_jax.config import DataConfig, LoRAConfig, OptimizerConfig, PretrainConfig, SFTConfig, TrainingConfig
+from minimind_jax.settings import load_settings
+from minimind_jax.stages.sft import sft
+from minimind_jax.training.defaults import Amount, filled, following, share_held_out, with_values
+from minimind_jax.training.plan import SHORTEST
+from minimind_jax.training.run import RunFolder
+from minimind_jax.training.tracking import read_metrics
+
+MUCH = Amount(10**7, 10**9, 10**9, 10**7)
+STAGES = {"pretrain": PretrainConfig, "sft": SFTConfig, "dpo": DPOConfig, "reward": RewardConfig,
+          "classify": ClassifyConfig, "distill": DistillConfig, "lora": SFTConfig}  # fmt: skip
+
+
+def amount(records, tokens_of_each, seq_len):
+    tokens = records * tokens_of_each
+    return Amount(records, tokens, tokens // 2, max(1, -(-tokens // seq_len)))
+
+
+def settled(config, data, parameters=2_400_000, shards=1):
+    return with_values(config, following(config, data, parameters, shards))
+
+
+@pytest.mark.parametrize(
+    "stage, batch, epochs, rate",
+    [
+        ("pretrain", 81920, 2, 3e-3),
+        ("sft", 12288, 2, 1e-5),
+        ("lora", 4096, 3, 5e-4),
+        ("dpo", 8192, 1, 1e-6),
+        ("reward", 8192, 1, 2e-5),
+        ("classify", 2048, 10, 3e-4),
+        ("distill", 12288, 1, 5e-6),
+    ],
+)
+def test_much_data_has_the_figures_of_the_stage(stage, batch, epochs, rate):
+    config = settled(load_settings(STAGES[stage], ["--config", stage]), MUCH, 64_000_000)
+    assert (config.training.batch_tokens, config.training.epochs) == (batch, epochs)
+    assert config.optimizer.learning_rate == rate
+    assert config.optimizer.muon_learning_rate == (5e-3 if stage == "pretrain" else None)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("records", [30, 40, 200, 300, 2000])
+def test_a_few_hundred_records_make_enough_steps(stage, records):
+    config = load_settings(STAGES[stage], ["--config", stage])
+    data = amount(records, 120, config.data.seq_len)
+    config = settled(config, data)
+    steps = config.training.epochs * -(-data.rows // config.rows_per_step)
+    assert steps >= SHORTEST and config.training.epochs <= 60
+    assert 1 <= config.training.eval_every <= steps / 5
+    assert config.optimizer.learning_rate >= STAGES[stage].FIGURES.learning_rate
+
+
+@pytest.mark.parametrize("records", [1, 3])
+def test_one_record_is_a_row_a_step(records):
+    config = settled(SFTConfig(init_from="base"), Amount(records, 60 * records, 30 * records, 1))
+    assert config.rows_per_step == 1 and config.training.epochs == 60
+
+
+def test_what_is_set_stays():
+    config = SFTConfig(
+        training=TrainingConfig(steps=7, batch_tokens=768 * 8, eval_every=0),
+        optimizer=OptimizerConfig(learning_rate=1e-5),
+    )
+    assert following(config, amount(300, 120, 768), 1, 1) == {}
+    assert settled(SFTConfig(training=TrainingConfig(tokens=500)), MUCH).training.epochs is None
+
+
+def test_the_rows_of_a_step_divide_over_devices_and_parts():
+    config = PretrainConfig(training=TrainingConfig(accumulation_steps=4))
+    few = settled(config, amount(60, 200, 512), shards=8)
+    assert few.rows_per_step == 8 and few.training.accumulation_steps == 4
+    one = settled(config, amount(60, 200, 512))
+    assert one.rows_per_step == 1 and one.training.accumulation_steps == 1
+
+
+def test_the_rate_falls_with_the_data_and_the_size_of_the_model():
+    config = SFTConfig(init_from="base")
+    by_data = [settled(config, amount(n, 200, 768)).optimizer.learning_rate for n in (300, 10**5, 4 * 10**5, 10**6)]
+    assert by_data == sorted(by_data, reverse=True) and by_data[-1] == 1e-5
+    by_size = [settled(config, amount(300, 200, 768), size).optimizer.learning_rate for size in (2e6, 64e6, 6e8)]
+    assert by_size == sorted(by_size, reverse=True) and len(set(by_size)) == 3
+    adapters = dataclasses.replace(config, lora=LoRAConfig(rank=8))
+    assert settled(adapters, amount(300, 200, 768), 6e8).optimizer.learning_rate == 5e-4
+
+
+def test_held_out_records_are_enough_to_tell_and_few_to_miss():
+    shares = {n: share_held_out(n, SFTConfig.FIGURES) for n in (1, 3, 19, 30, 300, 2000, 10**6)}
+    assert [shares[n] for n in (1, 3, 19)] == [0, 0, 0]
+    assert shares[30] == shares[300] == 0.1 and 30 <= 2000 * shares[2000] <= 60 and shares[10**6] == 0.001
+
+
+def test_without_known_data_the_figures_are_those_for_much():
+    config = filled(SFTConfig(data=DataConfig(seq_len=340, packing="pad"), training=TrainingConfig(epochs=3)))
+    assert config.training.batch_tokens % 340 == 0 and abs(config.training.batch_tokens - 12288) < 340
+    assert (config.training.epochs, config.optimizer.learning_rate, config.data.val_fraction) == (3, 1e-5, 0.001)
+    assert filled(config) == config
+
+
+@pytest.fixture(scope="module")
+def few(world, base, tmp_path_factory):
+    """A finished run on a few conversations whose settings followed from them, and those settings as asked."""
+    run = tmp_path_factory.mktemp("few") / "run"
+    config = with_chats(SFTConfig(run=str(run), init_from=base, export_dtype="float32"), world)
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, seq_len=64, cache_dir=str(world.folder / "cache"), tokenizer_workers=1),
+        training=TrainingConfig(epochs=1),
+    )
+    sft(config)
+    return RunFolder(run), config
+
+
+def test_a_run_records_the_values_and_is_finished_with_the_settings_as_asked(few, capsys):
+    run, config = few
+    written = run.read_config()
+    assert written["training"]["batch_tokens"] == 128 and written["data"]["val_fraction"] == 0.1
+    assert run.changed_settings(config) == {}
+    rows = read_metrics(run.metrics_file)
+    sft(config)
+    assert "is finished" in capsys.readouterr().out and read_metrics(run.metrics_file) == rows
+    longer = dataclasses.replace(config, training=TrainingConfig(epochs=2))
+    assert run.changed_settings(longer) == {"training.epochs": "1.0 -> 2.0"} or run.changed_settings(longer) == {
+        "training.epochs": "1 -> 2"
+    }
+    faster = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=0.5))
+    assert list(run.changed_settings(faster)) == ["optimizer.learning_rate"]
+
+
+def test_a_longer_run_keeps_the_values_it_was_started_with(few, capsys):
+    run, config = few
+    before = run.read_config()
+    sft(dataclasses.replace(config, training=TrainingConfig(steps=len(read_metrics(run.metrics_file)) + 60)))
+    after = run.read_config()
+    for key in ("data", "optimizer"):
+        assert after[key] == before[key]
+    assert after["training"]["batch_tokens"] == 128 and after["training"]["epochs"] is None
+    assert "records to train on" not in capsys.readouterr().out
+
+
+def test_short_runs_say_what_to_change(few, capsys):
+    run, config = few
+    sft(dataclasses.replace(config, run=str(run.path) + "-short", training=TrainingConfig(steps=2)))
+    told = " ".join(capsys.readouterr().out.split())
+    assert "2 steps in all" in told and "--training.epochs" in told and "--optimizer.learning_rate" in told
+    assert "105 records to train on" in told
