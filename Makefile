@@ -28,10 +28,10 @@ demo: $(VENV)/.demo
 	$(BIN)/minimind demo
 
 test: $(VENV)/.test-parity$(PARITY)
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/.test-parity$(PARITY)
-	$(BIN)/python -m pytest -x -n $(JOBS) -m slow
+	$(BIN)/python -m pytest -x -n $(JOBS) --dist loadfile -m slow
 
 lint: $(VENV)/.test-parity$(PARITY)
 	$(BIN)/ruff check .

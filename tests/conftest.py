@@ -1,14 +1,39 @@
 """What all tests share: where the golden numbers and the real data are."""
 
+import gc
 import os
+import resource
+import sys
 from pathlib import Path
 
 import pytest
 
-# Tests compile many tiny programs once each: less optimisation halves their time. Read when JAX is first imported.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Tests compile many tiny programs once each: compiled plainly they take a third of the time and less memory. Read when
+# JAX is first imported, and by the processes that tests start.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+# Every program counts, small ones too: the processes of a test session, and runs in them, compile the same ones.
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# Half a million objects of libraries stay for good; looking through them again and again took a tenth of the time.
+gc.set_threshold(100_000, 50, 100)
+COMPILED_MEGABYTES = 1000  # a process that holds more drops its compiled programs, of which a session makes thousands
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+    """Compiled programs take a megabyte or two each for as long as JAX keeps them; they come back from its cache."""
+    yield
+    if "jax" in sys.modules and _resident_megabytes() > COMPILED_MEGABYTES:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
+
+
+def _resident_megabytes() -> int:
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
+    except OSError:  # no Linux
+        return 0
 
 
 @pytest.fixture(scope="session")

@@ -203,7 +203,7 @@ def main_of_one_process_of_two():
 
 def start(device_count, *arguments, **environment):
     # Optimising machine code takes longer than these tiny models run.
-    flags = f"--xla_force_host_platform_device_count={device_count} --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={device_count}"
     return subprocess.Popen(
         [sys.executable, __file__, *arguments],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **environment},

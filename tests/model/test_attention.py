@@ -286,7 +286,7 @@ def main():
 
 
 def test_kernels_on_a_mesh_give_what_one_device_gives():
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, __file__], capture_output=True, text=True, timeout=600,
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},

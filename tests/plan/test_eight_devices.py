@@ -14,8 +14,7 @@ ROOT = SCRIPT.parent.parent.parent
 
 
 def compiled(python: str, *arguments: str) -> dict:
-    flags = "--xla_backend_optimization_level=0"
-    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [python, str(SCRIPT), *arguments], env=environment, capture_output=True, text=True, timeout=900
     )

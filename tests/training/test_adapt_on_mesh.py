@@ -3,6 +3,7 @@
 Devices must be asked for before JAX starts, so this file runs itself in a process of its own.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -63,25 +64,29 @@ def added(parameters, name, tree, axes, is_trained, place):
     )
 
 
-def cases(place):
-    """name -> (parameters, loss)."""
-    head = init_head(jax.random.key(2), 32, 3, std=0.2)[SCORE]
-    found = {}
-    for kind, model in (("all", PLAIN), ("lora", ADAPTED)):
-        own = parameters_of(model, place)
-        headed = added(own, SCORE, head, head_axes()[SCORE], True, place)
-        taught = added(own, TEACHER, PLAIN.init(jax.random.key(3)), PLAIN.logical_axes(), False, place)
+STAGES = ("sft", "dpo", "reward", "classify", "distill", "stored")
+MODELS = {"all": PLAIN, "lora": ADAPTED}
+
+
+def case(stage, kind, place):
+    """(parameters, loss)."""
+    model = MODELS[kind]
+    own = parameters_of(model, place)
+    if stage == "sft":
+        return own, make_language_model_loss(model)
+    if stage == "dpo":
         reference = Reference(model, has_own=True)
-        prefer = make_preference_loss(model, "sigmoid", beta=0.5, reference=reference)
-        found |= {
-            f"sft {kind}": (own, make_language_model_loss(model)),
-            f"dpo {kind}": (reference.add_to(own), prefer),
-            f"reward {kind}": (headed, make_reward_loss(model, 0.01)),
-            f"classify {kind}": (headed, make_classification_loss(model, np.ones(3, np.float32))),
-            f"distill {kind}": (taught, make_distillation_loss(model, lambda params: (PLAIN, params[TEACHER]))),
-            f"stored {kind}": (own, make_distillation_loss(model, None)),
-        }
-    return found
+        return reference.add_to(own), make_preference_loss(model, "sigmoid", beta=0.5, reference=reference)
+    if stage == "distill":
+        taught = added(own, TEACHER, PLAIN.init(jax.random.key(3)), PLAIN.logical_axes(), False, place)
+        return taught, make_distillation_loss(model, lambda params: (PLAIN, params[TEACHER]))
+    if stage == "stored":
+        return own, make_distillation_loss(model, None)
+    head = init_head(jax.random.key(2), 32, 3, std=0.2)[SCORE]
+    headed = added(own, SCORE, head, head_axes()[SCORE], True, place)
+    if stage == "reward":
+        return headed, make_reward_loss(model, 0.01)
+    return headed, make_classification_loss(model, np.ones(3, np.float32))
 
 
 def batches():
@@ -100,7 +105,7 @@ def batches():
         }  # fmt: skip
 
 
-def train_on(devices, mesh_config, name):
+def train_on(devices, mesh_config, stage, kind):
     """Losses of the steps, what was trained, and hashes of the frozen before and after."""
     mesh = make_mesh(mesh_config, devices)
 
@@ -108,7 +113,7 @@ def train_on(devices, mesh_config, name):
         shapes = jax.eval_shape(lambda: tree)
         return jax.device_put(tree, param_shardings(mesh, axes, shapes))
 
-    parameters, loss_fn = cases(place)[name]
+    parameters, loss_fn = case(stage, kind, place)
     config = PretrainConfig(
         data=DataConfig(seq_len=LENGTH), training=TrainingConfig(batch_tokens=ROWS * LENGTH),
         optimizer=OptimizerConfig(learning_rate=1e-2, eps=1e-4),
@@ -126,11 +131,11 @@ def train_on(devices, mesh_config, name):
 
 def main():
     report = {}
-    for name in cases(lambda tree, axes: tree):
-        one = train_on(jax.devices()[:1], MeshConfig(), name)
-        many = train_on(jax.devices(), MESH, name)
+    for stage, kind in itertools.product(STAGES, MODELS):
+        one = train_on(jax.devices()[:1], MeshConfig(), stage, kind)
+        many = train_on(jax.devices(), MESH, stage, kind)
         apart = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), many[1], one[1])
-        report[name] = [many[0], one[0], max(jax.tree.leaves(apart)), many[2], one[2]]
+        report[f"{stage} {kind}"] = [many[0], one[0], max(jax.tree.leaves(apart)), many[2], one[2]]
     print(json.dumps(report))
 
 
@@ -142,8 +147,8 @@ def report():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("kind", ["all", "lora"])
-@pytest.mark.parametrize("stage", ["sft", "dpo", "reward", "classify", "distill", "stored"])
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("stage", STAGES)
 def test_eight_devices_give_what_one_gives(stage, kind, report):
     many, one, apart, frozen_many, frozen_one = report[f"{stage} {kind}"]
     np.testing.assert_allclose(many, one, rtol=1e-5)

@@ -234,7 +234,7 @@ def test_restoring_onto_another_number_of_devices_and_back(tmp_path):
     values = jnp.arange(24, dtype=jnp.float32).reshape(4, 6)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, {"w": values}, {})
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", RESTORE_ON_EIGHT, str(tmp_path)], env=environment, check=True, timeout=120)
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     sharding = NamedSharding(mesh, PartitionSpec())
