@@ -99,7 +99,7 @@ class ModelSettings:
 class DataConfig:
     """Where the records are and how they become rows of tokens.
 
-    train: files, folders or globs (.jsonl, .jsonl.gz, .jsonl.zst, .csv, .parquet).
+    train: files, folders or globs (.jsonl, .json, .csv, .tsv, .parquet, .txt, .md; .gz and .zst of these).
     val: held-out files; empty takes `val_fraction` of the training records instead.
     val_fraction: share of the training records held out when `val` is empty; 0 for no validation; null follows from
         how many there are.
@@ -107,6 +107,9 @@ class DataConfig:
     packing: `concat` joins documents end to end and drops nothing; `best_fit` puts whole conversations into rows and
         cuts only at turn boundaries; `pad` is one document a row, cut at seq_len, as MiniMind does.
     on_error: a broken record stops the run before its first step, or is skipped and counted.
+    encoding: of files of text: utf-8, gb18030, gbk, big5, utf-16, latin-1, ...
+    text_field: where records hold their text; empty takes `text`, `content`, `body`, `document` or `raw_content`.
+    ignore_fields: fields of records and messages that are left out, where an unknown one is an error otherwise.
     shuffle: redraw the order of the documents every epoch.
     cache_dir: of tokenised data; empty means $MINIMIND_CACHE or ~/.cache/minimind_jax.
     tokenizer_workers: processes that tokenise; 0 means one for each core.
@@ -122,6 +125,9 @@ class DataConfig:
     seq_len: int = 512
     packing: Literal["concat", "best_fit", "pad"] = "concat"
     on_error: Literal["stop", "skip"] = "stop"
+    encoding: str = "utf-8"
+    text_field: str = ""
+    ignore_fields: tuple[str, ...] = ()
     shuffle: bool = True
     cache_dir: str = ""
     tokenizer_workers: int = 0

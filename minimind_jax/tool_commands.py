@@ -61,6 +61,17 @@ def _checkpoint(text: str) -> str:
 SHARDS = ("--max_shard_bytes", {"type": _above_zero, "default": 5e9, "help": "a larger model is split (default: 5e9)"})
 
 
+# How files and records are read; the names are those of `data.jsonl.Reading`.
+READING = (
+    ("--encoding", {"default": "utf-8", "help": "of files of text: utf-8 (the default), gb18030, utf-16, ..."}),
+    ("--text_field", {"default": "", "help": "where records hold their text (default: text, or its usual names)"}),
+    (
+        "--ignore_fields",
+        {"nargs": "+", "default": (), "metavar": "NAME", "help": "fields of records and messages that are left out"},
+    ),
+)
+
+
 def from_hf_command(prog: str, argv: Sequence[str]) -> None:
     args = _arguments(
         prog,
@@ -193,12 +204,18 @@ def inspect_command(prog: str, argv: Sequence[str]) -> None:
         ("--rows", {"type": int, "default": 3, "help": "records shown (default: 3)"}),
         ("--seq_len", {"type": _row_length, "default": 512, "help": "tokens in a row, for the packing (default: 512)"}),
         ("--seed", {"type": int, "default": 42, "help": "of the template's draws and the packing (default: 42)"}),
+        *READING,
     )
     from minimind_jax.config import DataConfig
     from minimind_jax.data.inspect import inspect
     from minimind_jax.data.tokenizer import Tokenizer
 
-    data = DataConfig(seq_len=args.seq_len)
+    data = DataConfig(
+        seq_len=args.seq_len,
+        encoding=args.encoding,
+        text_field=args.text_field,
+        ignore_fields=tuple(args.ignore_fields),
+    )
     inspect(args.files, Tokenizer.load(args.tokenizer), data, args.kind, args.rows, args.seed)
 
 
@@ -304,10 +321,14 @@ def perplexity_command(prog: str, argv: Sequence[str]) -> None:
         ("--seq_len", {"type": _row_length, "help": "tokens in a row (default: 512, or the model's context)"}),
         ("--kind", {"choices": ("text", "conversation"), "default": "text", "help": "of the records (default: text)"}),
         ("--max_rows", {"type": int, "default": 0, "help": "rows evaluated at most; 0 for all (the default)"}),
+        *READING,
     )
+    from minimind_jax.data.jsonl import reading_of
     from minimind_jax.evaluate.perplexity import evaluate_perplexity
 
-    found = evaluate_perplexity(args.model, args.files, args.seq_len, kind=args.kind, max_rows=args.max_rows)
+    found = evaluate_perplexity(
+        args.model, args.files, args.seq_len, kind=args.kind, max_rows=args.max_rows, reading=reading_of(args)
+    )
     print(
         f"{found.tokens:,} tokens: loss {found.nll:.4f}, perplexity {found.perplexity:.3f}, "
         f"bits per byte {found.bits_per_byte:.4f}"

@@ -18,6 +18,7 @@ import filelock
 
 from minimind_jax.config import DataConfig
 from minimind_jax.data.content import file_identities
+from minimind_jax.data.formats import VERSION as FORMATS_VERSION
 from minimind_jax.data.template import rendering_fingerprint
 from minimind_jax.errors import UserError
 
@@ -91,7 +92,11 @@ def _is_stale(source: dict[str, Any], root: Path) -> bool:
         same_files = file_identities((path for path, *_ in source["files"]), root) == source["files"]
     except OSError:  # gone, or on a disk that is away; without its files a cache is not found either
         same_files = False
-    return not same_files or source["format"] != FORMAT_VERSION or source.get("rendering") != rendering(source["kind"])
+    return (
+        not same_files
+        or (source["format"], source.get("formats")) != (FORMAT_VERSION, FORMATS_VERSION)
+        or source.get("rendering") != rendering(source["kind"])
+    )
 
 
 def rendering(kind: str) -> str | None:

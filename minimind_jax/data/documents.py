@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from minimind_jax.data.labels import Classes, LabelledText
-from minimind_jax.data.records import Conversation, Preference
+from minimind_jax.data.messages import Conversation
+from minimind_jax.data.preferences import SAME, Preference
 from minimind_jax.data.template import Segment, apply_dice
 from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +52,24 @@ def encode_conversation(
     rng: of this record's dice (`template.dice_rng`); None leaves the conversation as it is.
     Raises UserError if the tokenizer's own template cannot be split into prompts and answers.
     """
+    if conversation.plain:
+        return _encode_completion(tokenizer, *(message["content"] for message in conversation.messages))
     keep_empty_think = True
     if rng is not None:
         conversation, keep_empty_think = apply_dice(conversation, rng, system_prompt_probability, empty_think_removal)
-    return _encode(tokenizer, tokenizer.segments(conversation.messages, conversation.tools, keep_empty_think))
+    return _encode(tokenizer, _segments(tokenizer, conversation, keep_empty_think))
+
+
+def _segments(tokenizer: Tokenizer, conversation: Conversation, keep_empty_think: bool) -> list[Segment]:
+    return tokenizer.segments(conversation.messages, conversation.tools, keep_empty_think, conversation.variables)
+
+
+def _encode_completion(tokenizer: Tokenizer, prompt: str, completion: str) -> Document:
+    """Two texts end to end between the begin and end tokens, without the template; the second is trained."""
+    before = [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *tokenizer.encode(prompt)]
+    after = [*tokenizer.encode(completion), tokenizer.eos_id]
+    trained = np.arange(len(before) + len(after)) >= max(len(before), 1)
+    return Document(np.array([*before, *after], dtype=np.int32), trained, [0])
 
 
 def encode_labelled(tokenizer: Tokenizer, text: LabelledText, classes: Classes) -> Document:
@@ -75,6 +91,7 @@ def encode_preference(
     """Both sides of a pair end to end, the chosen one first; trained are the assistant's words where they differ.
 
     rng: makes the generator of this record's dice; both sides get the same draws.
+    Raises UserError where the template writes both sides alike.
     """
     sides = []
     for conversation in (preference.chosen, preference.rejected):
@@ -82,7 +99,10 @@ def encode_preference(
         if rng is not None:
             chances = (system_prompt_probability, empty_think_removal)
             conversation, keep_empty_think = apply_dice(conversation, rng(), *chances)
-        sides.append(tokenizer.segments(conversation.messages, conversation.tools, keep_empty_think))
+        sides.append(_segments(tokenizer, conversation, keep_empty_think))
+    texts = ["".join(segment.text for segment in side) for side in sides]
+    if texts[0] == texts[1]:
+        raise UserError(SAME)
     shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*sides, strict=False)))
     prompt = _encode(tokenizer, sides[0][:shared])
     documents = [_encode(tokenizer, side) for side in sides]

@@ -12,7 +12,8 @@ from rich.text import Text
 
 from minimind_jax.config import DataConfig
 from minimind_jax.data.batches import plan_epoch
-from minimind_jax.data.jsonl import expand_paths, iter_records
+from minimind_jax.data.formats import detect
+from minimind_jax.data.jsonl import READING, Reading, expand_paths, iter_records, reading_of
 from minimind_jax.data.packing import PackingPlan
 from minimind_jax.data.records import field_names
 from minimind_jax.data.token_cache import TokenCache, build_cache
@@ -68,7 +69,7 @@ def inspect(
     """
     console = console or Console()
     files = expand_paths(paths)
-    kind = kind or detect_kind(files)
+    kind = kind or detect_kind(files, reading_of(data))
     cache = build_cache(kind, files, tokenizer, dataclasses.replace(data, on_error="skip"), seed, report_skipped=False)
     packings = ("pairs",) if kind == "preference" else PACKINGS
     found = Inspection(kind, cache, cache.lengths, {name: _pack(cache, data, name, seed) for name in packings})
@@ -80,18 +81,15 @@ def inspect(
     return found
 
 
-def detect_kind(files: list[Path]) -> Kind:
+def detect_kind(files: list[Path], reading: Reading = READING) -> Kind:
     """`text`, `conversation` or `preference`, from the first readable record. Raises UserError if it is none."""
     broken: list[UserError] = []
-    for record in iter_records(files, on_bad=broken.append):
-        if "conversations" in record.value:
-            return "conversation"
-        if "chosen" in record.value:
-            return "preference"
-        if "text" in record.value:
-            return "text"
+    for record in iter_records(files, broken.append, reading):
+        if kind := detect(record.value, reading):
+            return kind
         raise UserError(
-            f"{record.where}: expected a field `text`, `conversations` or `chosen`; found {field_names(record.value)}"
+            f"{record.where}: expected a field `text`, `conversations` or `chosen`; found {field_names(record.value)}; "
+            "--text_field names another field with a text, and docs/data.md lists the formats that are read"
         )
     raise UserError(f"{', '.join(map(str, files))}: no line is a JSON object; the first: {broken[0]}")
 

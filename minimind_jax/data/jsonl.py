@@ -1,36 +1,69 @@
-"""Records from files: JSON lines (plain, gzip, zstd), CSV and Parquet, each with the place it came from."""
+"""Records from files: JSON (lines, arrays, pretty-printed), CSV, Parquet and plain text, each with where it came from.
 
-import csv
+What a file holds is told by its name's ending, and of JSON by its first line. Files may be compressed (gzip, zstd).
+"""
+
 import dataclasses
 import glob
 import gzip
 import io
+import itertools
 import json
-import math
 import os
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from minimind_jax.data import text_files
+from minimind_jax.data.values import decode_record
 from minimind_jax.errors import UserError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".csv", ".parquet")
-MAX_LINE = 1 << 28  # bytes; more is no record but a file without line ends, and would fill the memory
-_EXTRA, _MISSING = "\0more columns", "\0no column"  # marks of a row of CSV that does not fit its header
-csv.field_size_limit(MAX_LINE)
-_BOM = b"\xef\xbb\xbf"
+COMPRESSIONS = ("", ".gz", ".zst")
+JSON = tuple(kind + packed for kind in (".jsonl", ".json", ".ndjson") for packed in COMPRESSIONS)
+TABLES = tuple(kind + packed for kind in (".csv", ".tsv") for packed in COMPRESSIONS)
+DOCUMENTS = tuple(kind + packed for kind in (".txt", ".md") for packed in COMPRESSIONS)
+SUFFIXES = (*JSON, *TABLES, ".parquet", *DOCUMENTS)
+EXPECTED = ".jsonl, .json, .csv, .tsv, .parquet, .txt, .md (all but .parquet may be compressed: .gz, .zst)"
+NO_DATA = ("readme", "license", "dataset_info", "dataset_infos", "changelog")  # beside data in a folder, they are none
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How files and records are read.
+
+    encoding: of text files. text_field: where a text stands; empty for the usual names. ignore_fields: of records and
+    messages that are left out.
+    """
+
+    encoding: str = "utf-8"
+    text_field: str = ""
+    ignore_fields: tuple[str, ...] = ()
+
+
+READING = Reading()
+
+
+def reading_of(settings: Any) -> Reading:
+    """The reading that settings with these fields ask for. Raises UserError for an unknown encoding."""
+    text_files.check_encoding(settings.encoding)
+    return Reading(settings.encoding, settings.text_field, tuple(settings.ignore_fields))
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One JSON object. line counts from 1 (in Parquet: the row); where is `file:line`, as error messages name it."""
+    """One JSON object. line counts from 1 (in Parquet: the row); where is `file:line`, as error messages name it.
+
+    told: counts of what is left out or guessed, by (file, note), which whoever reads the records prints.
+    """
 
     where: str
     file: Path
     line: int
     value: dict[str, Any]
+    told: Counter = dataclasses.field(default_factory=Counter, compare=False, repr=False)
 
 
 def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
@@ -55,17 +88,17 @@ def _expand(given: str | Path) -> list[Path]:
     if path.is_dir():
         found = _files_below(path)
         if not found:
-            raise UserError(f"{given}: no data in this folder; expected files ending in {', '.join(SUFFIXES)}")
+            raise UserError(f"{given}: no data in this folder; expected files ending in {EXPECTED}")
     elif path.is_file():
         if not path.name.endswith(SUFFIXES):
-            raise UserError(f"{given}: unknown file type; expected a name ending in {', '.join(SUFFIXES)}")
+            raise UserError(f"{given}: unknown file type; expected a name ending in {EXPECTED}")
         return [path]
     elif path.exists():
         raise UserError(f"{given}: neither a file nor a folder (data is read more than once, so a pipe will not do)")
     elif glob.has_magic(str(given)):
-        found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.name.endswith(SUFFIXES))
+        found = _data_of(sorted(map(Path, glob.glob(str(path), recursive=True))))
         if not found:
-            raise UserError(f"{given}: no file matches; expected files ending in {', '.join(SUFFIXES)}")
+            raise UserError(f"{given}: no file matches; expected files ending in {EXPECTED}")
     else:
         raise UserError(f"{given}: no such file (looked in {Path.cwd()}); check the name")
     for file in found:
@@ -88,70 +121,82 @@ def _files_below(folder: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(os.path.realpath(root))
-        found += [Path(root, name) for name in names if name.endswith(SUFFIXES) and not name.startswith(".")]
-    return sorted(found)
+        found += [Path(root, name) for name in names if not name.startswith(".")]
+    return _data_of(sorted(found))
 
 
-def iter_records(paths: Iterable[str | Path], on_bad: Callable[[UserError], None] | None = None) -> Iterator[Record]:
+def _data_of(files: list[Path]) -> list[Path]:
+    """The data among the files of a folder. What describes a data set, as its README, is none where there is data."""
+    files = [file for file in files if file.name.endswith(SUFFIXES)]
+    data = [file for file in files if file.name.lower().split(".")[0] not in NO_DATA]
+    if not any(file.name.endswith((*JSON, *TABLES, ".parquet")) for file in data):
+        return files
+    return data
+
+
+def iter_records(
+    paths: Iterable[str | Path],
+    on_bad: Callable[[UserError], None] | None = None,
+    reading: Reading = READING,
+    told: Counter | None = None,
+) -> Iterator[Record]:
     """The records of all files in order. Blank lines are passed over; a byte order mark is tolerated.
 
     on_bad: called with the error of a broken line, which is then skipped; without it the error is raised.
+    told: gets what is told of the records (see `Record`).
     Raises UserError with file and line for a line that is no JSON object, and for a file without records.
     """
+    told = Counter() if told is None else told
     for file in expand_paths(paths):
         empty = True
-        for line, raw in iter_lines(file):
+        for line, raw in iter_lines(file, reading):
             empty = False
             try:
-                yield parse_line(raw, file, line)
+                yield parse_line(raw, file, line, told)
             except UserError as error:
                 if on_bad is None:
                     raise
                 on_bad(error)
         if empty:
-            raise UserError(f"{file}: the file is empty; expected one JSON object a line")
+            raise UserError(f"{file}: the file is empty; expected records")
 
 
-def iter_lines(file: Path) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
-    """(line number from 1, line) of one file without its blank lines; the row as a dict for CSV and Parquet."""
+def iter_lines(file: Path, reading: Reading = READING) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
+    """(line number from 1, record) of one file: JSON text without blank lines; a dict of CSV, Parquet and documents."""
     if file.name.endswith(".parquet"):
         yield from enumerate(_parquet_rows(file), start=1)
-        return
-    if file.name.endswith(".csv"):
-        yield from _csv_rows(file)
         return
     line = 0
     try:
         with _open(file) as stream:
-            while raw := stream.readline(MAX_LINE + 1):
-                line += 1
-                if len(raw) > MAX_LINE:
-                    raise UserError(f"{file}:{line}: longer than {MAX_LINE:,} bytes; expected one JSON object a line")
-                raw = raw.removeprefix(_BOM)  # in any line: files with the mark are joined end to end
-                if raw.strip():
+            if file.name.endswith(TABLES):
+                yield from text_files.csv_rows(stream, file, reading.encoding)
+            elif file.name.endswith(DOCUMENTS):
+                yield 1, {reading.text_field or "text": text_files.document(stream, file, reading.encoding)}
+            else:
+                for line, raw in text_files.json_values(stream, file, reading.encoding):
                     yield line, raw
     except (EOFError, OSError, zlib.error, *_zstd_errors()) as error:
         raise UserError(f"{file}:{line + 1}: cannot be read: {error}") from error
 
 
-def parse_line(raw: bytes | dict[str, Any], file: Path, line: int) -> Record:
+def parse_line(raw: bytes | dict[str, Any], file: Path, line: int, told: Counter | None = None) -> Record:
     """A line as `iter_lines` gives it -> Record. Raises UserError if it is not UTF-8, not JSON or not an object."""
     where = f"{file}:{line}"
+    told = Counter() if told is None else told
     if isinstance(raw, dict):
-        if _EXTRA in raw or _MISSING in raw.values():
-            raise UserError(
-                f"{where}: {'more' if _EXTRA in raw else 'fewer'} columns than the header has; text with commas or "
-                "line ends stands in double quotes"
-            )
-        return Record(where, file, line, raw)
+        text_files.check_row(raw, where)
+        return Record(where, file, line, raw, told)
     try:
-        value = _RECORDS.decode(raw.decode("utf-8"))
+        value = decode_record(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 text (byte {error.start} of the line); save the file as UTF-8") from error
+        hint = text_files.encoding_hint(raw)
+        raise UserError(f"{where}: not UTF-8 text (byte {error.start} of the line); {hint}") from error
     except json.JSONDecodeError as error:
-        hint = "; the NUL bytes look like UTF-16, save the file as UTF-8" if b"\0" in raw else ""
+        hint = "; the NUL bytes look like UTF-16, save the file as UTF-8, or set data.encoding utf-16"
         raise UserError(
-            f"{where}: not JSON: {error.msg} at column {error.colno}; expected one object a line{hint}"
+            f"{where}: not JSON: {error.msg} at column {error.colno}; expected one object a line"
+            f"{hint if bytes(1) in raw else ''}"
         ) from error
     except RecursionError as error:
         raise UserError(f"{where}: JSON nested too deeply") from error
@@ -159,39 +204,22 @@ def parse_line(raw: bytes | dict[str, Any], file: Path, line: int) -> Record:
         raise UserError(f"{where}: not readable JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f'{where}: a JSON {type(value).__name__}; expected an object, as in {{"text": ...}}')
-    return Record(where, file, line, value)
+    return Record(where, file, line, value, told)
 
 
-def decode_json(text: str) -> Any:
-    """`json.loads` without the values Python adds to JSON: NaN and Infinity, which would be rendered as such.
-
-    Raises ValueError.
-    """
-    return _STRICT.decode(text)
+def tell(told: Counter) -> None:
+    """Prints what was left out or guessed, on the standard error."""
+    for line in told_lines(told):
+        print(line, file=sys.stderr)
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value")
-
-
-def _finite(digits: str) -> float:
-    number = float(digits)
-    if math.isinf(number):
-        raise ValueError(f"the number {digits[:20]} is too large")
-    return number
-
-
-def _each_once(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(fields)
-    if len(value) < len(fields):
-        names = [name for name, _ in fields]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object has the field {twice[:40]!r} twice")
-    return value
-
-
-_STRICT = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
-_RECORDS = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_each_once)
+def told_lines(told: Counter, most: int = 12) -> list[str]:
+    """What was left out or guessed while records were read: a line a file."""
+    lines = []
+    for file, notes in itertools.groupby(sorted(told.items()), key=lambda item: item[0][0]):
+        counts = [f"{note} ({count:,} times)" for (_, note), count in notes]
+        lines.append(f"{file}: {'; '.join(counts)}")
+    return lines[:most] + ([f"and {len(lines) - most} more files"] if len(lines) > most else [])
 
 
 def _open(file: Path) -> io.BufferedIOBase:
@@ -251,20 +279,6 @@ def _zstd_errors() -> tuple[type[Exception], ...]:
     except ImportError:
         return ()
     return (zstandard.ZstdError,)
-
-
-def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows under the header, each with the number of its last line."""
-    try:
-        with open(file, encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, restkey=_EXTRA, restval=_MISSING, strict=True)
-            twice = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
-            if twice:
-                raise UserError(f"{file}:1: the header has the column {twice[0][:40]!r} twice; rename one")
-            for row in reader:
-                yield reader.line_num, row
-    except (csv.Error, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{file}: not a readable CSV file in UTF-8: {error}") from error
 
 
 def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:

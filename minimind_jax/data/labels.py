@@ -10,8 +10,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minimind_jax.data.jsonl import Record, decode_json, iter_records
-from minimind_jax.data.records import checked_text, field_names
+from minimind_jax.data.jsonl import Record, iter_records
+from minimind_jax.data.values import checked_text, decode_json, field_names
 from minimind_jax.errors import UserError
 
 LABEL_FIELDS = ("label", "labels", "category", "intent")  # where `label` is looked for, unless a setting names a field

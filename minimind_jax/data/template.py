@@ -99,7 +99,8 @@ def render_segments(
 ) -> list[Segment]:
     """The conversation in pieces whose texts join to what `chat_template.jinja` renders, byte for byte.
 
-    Trained is everything after an assistant header up to and including <|im_end|> and the newline. Pieces end wherever
+    Trained is everything after an assistant header up to and including <|im_end|> and the newline, but of messages with
+    `train` False. Pieces end wherever
     a prompt ends at inference (after the header, after "<think>\\n", after an empty think block), so that tokenising
     each by itself gives the model in training the very tokens it sees in use.
     keep_empty_think: False leaves out the empty think blocks of the assistant's messages.
@@ -114,7 +115,8 @@ def render_segments(
             raise UserError(f"messages[{index}]: unknown role {role!r}; expected one of {', '.join(ROLES)}")
         if role == "assistant":
             segments.append(Segment(pending + ASSISTANT_HEADER, False, turn))
-            segments += [Segment(text, True, turn) for text in _assistant_pieces(message, keep_empty_think)]
+            trained = message.get("train", True)
+            segments += [Segment(text, trained, turn) for text in _assistant_pieces(message, keep_empty_think)]
             pending = ""
             continue
         if index and messages[index - 1]["role"] == "assistant":
@@ -209,7 +211,7 @@ def apply_dice(
         and conversation.messages[0]["role"] != "system"
     ):
         prompt = {"role": "system", "content": SYSTEM_PROMPTS[int(choice * len(SYSTEM_PROMPTS))]}
-        conversation = Conversation([prompt, *conversation.messages], conversation.tools)
+        conversation = dataclasses.replace(conversation, messages=[prompt, *conversation.messages])
     return conversation, not removes_think < empty_think_removal
 
 
@@ -303,6 +305,8 @@ def prefix_segments(
     Raises UserError if the template writes earlier messages differently once more follow (it is not prefix-consistent),
     for then there is no text of which one part is the prompt and the other the answer.
     """
+    trained = [message.get("train", True) for message in messages]
+    messages = [{name: value for name, value in message.items() if name != "train"} for message in messages]
     whole = render_jinja(source, messages, tools, **variables)
     segments: list[Segment] = []
     done, turn = 0, 0
@@ -320,7 +324,7 @@ def prefix_segments(
         if len(prompt) > done:
             turn += index > 0 and messages[index - 1]["role"] != "assistant" and bool(segments)
             segments.append(Segment(whole[done : len(prompt)], False, turn))
-        segments.append(Segment(whole[len(prompt) : len(answered)], True, turn))
+        segments.append(Segment(whole[len(prompt) : len(answered)], trained[index], turn))
         done = len(answered)
     if done < len(whole):
         follows = bool(messages) and messages[-1]["role"] != "assistant" and bool(segments)

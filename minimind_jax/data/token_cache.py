@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,7 +35,8 @@ from minimind_jax.data.cache_folder import (
     stored_caches,
 )
 from minimind_jax.data.content import file_identities
-from minimind_jax.data.jsonl import expand_paths
+from minimind_jax.data.formats import VERSION as FORMATS_VERSION
+from minimind_jax.data.jsonl import expand_paths, reading_of, told_lines
 from minimind_jax.data.labels import Classes
 from minimind_jax.data.tokenise import RENDERED, Chunk, Dice, Encoder, Kind, encode_all, process_count, read_chunks
 from minimind_jax.data.tokenizer import Tokenizer
@@ -55,7 +57,8 @@ class TokenCache:
     turn_offsets, turn_starts: document d may be cut at turn_starts[turn_offsets[d]:turn_offsets[d + 1]], counted from
         its first token.
     values: (documents, width) numbers that belong to each (see `documents.Document`), float32.
-    info: what else is known: documents, tokens, trained_tokens, skipped, skipped_messages, eos_id, pad_id, source.
+    info: what else is known: documents, tokens, trained_tokens, skipped, skipped_messages, told (lines about what was
+        ignored), eos_id, pad_id, source.
     in_use: keeps the folder from being removed as long as this object lives.
     """
 
@@ -129,7 +132,9 @@ def build_cache(
     files = expand_paths(paths)
     if not files:
         raise UserError("no training data: data.train is empty; give it files, folders or globs")
-    encoder = Encoder(kind, str(tokenizer.folder), _dice(kind, data, seed, epoch), data.on_error == "skip", classes)
+    encoder = Encoder(
+        kind, str(tokenizer.folder), _dice(kind, data, seed, epoch), data.on_error == "skip", classes, reading_of(data)
+    )
     source = _source(files, encoder, tokenizer, cache_root(data))
     key = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_root(data) / key
@@ -145,6 +150,8 @@ def build_cache(
         raise UserError(cache.info["skipped_messages"][0])
     if cache.info["skipped"] and report_skipped:
         _report_skipped(cache)
+    if progress:
+        _report_told(cache)
     return cache
 
 
@@ -166,6 +173,8 @@ def _source(files: list[Path], encoder: "Encoder", tokenizer: Tokenizer, root: P
         "files": file_identities(files, root),
         "tokenizer": tokenizer.fingerprint,
         "rendering": rendering(encoder.kind),
+        "formats": FORMATS_VERSION,
+        "reading": dataclasses.asdict(encoder.reading),
         "dice": encoder.dice and dataclasses.asdict(encoder.dice),
         **({"classes": dataclasses.asdict(encoder.classes)} if encoder.classes else {}),
     }
@@ -188,7 +197,7 @@ def _build(folder, files, encoder, tokenizer, source, asked_workers, progress) -
     try:
         with _progress_bar(total, progress) as advance, _CacheWriter(building, encoder.kind, tokenizer) as writer:
             workers = process_count(asked_workers, total)
-            for chunk in encode_all(encoder, read_chunks(files, advance), workers):
+            for chunk in encode_all(encoder, read_chunks(files, advance, encoder.reading), workers):
                 writer.add(chunk)
         if file_identities(files, folder.parent) != source["files"]:
             raise UserError("a data file changed while it was being tokenised; run again when it is complete")
@@ -227,6 +236,7 @@ class _CacheWriter:
         self.documents = self.tokens = self.turns = self.trained_tokens = self.skipped = 0
         self.values_each = 0
         self.messages: list[str] = []
+        self.told: Counter = Counter()
         self._append("offsets", [0])
         self._append("turn_offsets", [0])
 
@@ -260,6 +270,7 @@ class _CacheWriter:
         self.turns += len(chunk.turn_starts)
         self.trained_tokens += int(chunk.trained.sum())
         self.skipped += len(chunk.errors)
+        self.told += chunk.told
         self.messages += chunk.errors[: KEPT_MESSAGES - len(self.messages)]
 
     def info(self) -> dict[str, Any]:
@@ -271,6 +282,7 @@ class _CacheWriter:
             "trained_tokens": self.trained_tokens,
             "skipped": self.skipped,
             "skipped_messages": self.messages,
+            "told": told_lines(self.told),
             **({"values_each": self.values_each} if self.kind in VALUED else {}),
             "token_dtype": self.token_dtype.name,
             "eos_id": self.tokenizer.eos_id,
@@ -345,6 +357,12 @@ def _report_skipped(cache: TokenCache) -> None:
     Console(stderr=True).print(
         f"Skipped {skipped:,} of {skipped + len(cache):,} records, the first: {first}", highlight=False, markup=False
     )
+
+
+def _report_told(cache: TokenCache) -> None:
+    """What of the records was ignored or guessed."""
+    for line in cache.info["told"]:
+        Console(stderr=True, soft_wrap=True).print(line, highlight=False, markup=False)
 
 
 def _report_stale(cache: TokenCache, data: DataConfig) -> None:

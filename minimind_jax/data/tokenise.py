@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -28,7 +29,7 @@ from minimind_jax.data.documents import (
     encode_preference,
     encode_text,
 )
-from minimind_jax.data.jsonl import iter_lines, parse_line
+from minimind_jax.data.jsonl import READING, Reading, iter_lines, parse_line
 from minimind_jax.data.labels import Classes, parse_labelled
 from minimind_jax.data.records import parse_conversation, parse_preference, parse_text
 from minimind_jax.data.template import dice_rng
@@ -65,23 +66,25 @@ class Encoder:
     dice: Dice | None
     skip: bool
     classes: Classes | None = None
+    reading: Reading = READING
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.tokenizer_folder)
 
-    def document(self, line: Line) -> Document:
-        """Raises UserError with file and line."""
+    def document(self, line: Line, told: Counter | None = None) -> Document:
+        """The document of a line; told gets what is told of it. Raises UserError with file and line."""
         number, file, line_number, raw = line
-        record = parse_line(raw, file, line_number)
+        record = parse_line(raw, file, line_number, told)
         if self.kind == "text":
-            return encode_text(self.tokenizer, parse_text(record))
+            return encode_text(self.tokenizer, parse_text(record, reading=self.reading))
         if self.kind == "labelled":
             return encode_labelled(self.tokenizer, parse_labelled(record, self.classes), self.classes)
         dice = self.dice
         rng = dice and functools.partial(dice_rng, dice.seed, number, dice.epoch)
         chances = (dice.system_prompt_probability, dice.empty_think_removal) if dice else ()
-        parsed = parse_conversation(record) if self.kind == "conversation" else parse_preference(record)
+        parse = parse_conversation if self.kind == "conversation" else parse_preference
+        parsed = parse(record, reading=self.reading)
         try:
             if self.kind == "preference":
                 return encode_preference(self.tokenizer, parsed, rng, *chances)
@@ -94,10 +97,10 @@ class Encoder:
 
     def encode(self, lines: list[Line]) -> "Chunk":
         """The documents of the lines; a broken line raises its UserError, or is noted if this encoder skips."""
-        documents, numbers, errors = [], [], []
+        documents, numbers, errors, told = [], [], [], Counter()
         for line in lines:
             try:
-                documents.append(self.document(line))
+                documents.append(self.document(line, told))
                 numbers.append(line[0])
             except UserError as error:
                 if not self.skip:
@@ -113,12 +116,14 @@ class Encoder:
             turn_starts=np.concatenate([np.asarray(t, np.int64) for t in turns] or [np.zeros(0, np.int64)]),
             values=np.array([d.values for d in documents], np.float32),
             errors=errors,
+            told=told,
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Documents end to end, as `TokenCache` holds them, and the messages of the records that were skipped."""
+    """Documents end to end, as `TokenCache` holds them, the messages of the records that were skipped, and what is told
+    of the others (see `jsonl.Record`)."""
 
     tokens: np.ndarray
     trained: np.ndarray
@@ -128,6 +133,7 @@ class Chunk:
     turn_starts: np.ndarray
     values: np.ndarray
     errors: list[str]
+    told: Counter
 
 
 _process_encoder: Encoder | None = None
@@ -195,12 +201,12 @@ def process_count(asked: int, total_bytes: int) -> int:
     return min(cores, 1 + total_bytes // BYTES_PER_PROCESS)
 
 
-def read_chunks(files: list[Path], advance: Callable[[int], None]) -> Iterator[list[Line]]:
+def read_chunks(files: list[Path], advance: Callable[[int], None], reading: Reading = READING) -> Iterator[list[Line]]:
     """Lines of all files in groups of about CHUNK_BYTES; `advance` hears of the bytes of the files that are read."""
     number, lines, size = 0, [], 0
     for file in files:
         first, told = number, 0
-        for line_number, raw in iter_lines(file):
+        for line_number, raw in iter_lines(file, reading):
             length = len(raw) if isinstance(raw, bytes) else sum(len(str(value)) for value in raw.values())
             lines.append((number, file, line_number, raw))
             number, size = number + 1, size + length
@@ -210,7 +216,7 @@ def read_chunks(files: list[Path], advance: Callable[[int], None]) -> Iterator[l
                 advance(step)
                 lines, size, told = [], 0, told + step
         if number == first:
-            raise UserError(f"{file}: the file is empty; expected one JSON object a line")
+            raise UserError(f"{file}: the file is empty; expected records")
         advance(file.stat().st_size - told)
     if lines:
         yield lines

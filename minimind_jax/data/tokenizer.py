@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,14 +141,21 @@ class Tokenizer:
         messages: Sequence[dict[str, Any]],
         tools: Sequence[Any] | None = None,
         keep_empty_think: bool = True,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[Segment]:
         """A whole conversation in pieces with trained flags, by our template or the folder's own.
 
-        keep_empty_think acts on our template only. Raises UserError if the folder's template cannot be split.
+        keep_empty_think acts on our template only. variables: of the template, that the conversation sets itself.
+        Raises UserError if the folder's template cannot be split, and for a variable that our template does not have.
         """
-        if self.own_template:
-            return render_segments(messages, tools, keep_empty_think=keep_empty_think)
-        return prefix_segments(self.chat_template, messages, tools, self._present_tokens())
+        if not self.own_template:
+            return prefix_segments(self.chat_template, messages, tools, {**(variables or {}), **self._present_tokens()})
+        if unknown := [name for name in variables or () if name not in ("enable_thinking", "open_thinking")]:
+            raise UserError(
+                f"chat_template_kwargs: {unknown[0][:40]!r} is no variable of our chat template, which has "
+                "enable_thinking; remove it, or list chat_template_kwargs in data.ignore_fields"
+            )
+        return render_segments(messages, tools, keep_empty_think=keep_empty_think or bool(variables))
 
     def prompt_segments(
         self,

@@ -12,7 +12,7 @@ import numpy as np
 from minimind_jax.config import DataConfig
 from minimind_jax.convert.load import tokenizer_folder
 from minimind_jax.data.batches import Batches
-from minimind_jax.data.jsonl import expand_paths
+from minimind_jax.data.jsonl import READING, Reading, expand_paths
 from minimind_jax.data.token_cache import TokenCache, build_cache
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
@@ -67,6 +67,7 @@ def evaluate_perplexity(
     rope_scaling: RopeScaling | None = None,
     dtype: str = "auto",
     cache_dir: str = "",
+    reading: Reading = READING,
 ) -> Perplexity:
     """Evaluates a model on records of the format that pretraining or fine-tuning reads.
 
@@ -81,6 +82,7 @@ def evaluate_perplexity(
         min_document_tokens: shorter documents are left out; at seq_len, every piece but the last of a document is
             full, which is what a comparison of context lengths needs.
         max_rows: rows evaluated at most; 0 for all.
+        reading: how files and records are read.
         rope_scaling: replaces the model's own, when given.
 
     Raises:
@@ -96,7 +98,7 @@ def evaluate_perplexity(
     seq_len = min(DEFAULT_SEQ_LEN, limit) if seq_len is None else seq_len
     if seq_len > limit:
         raise UserError(f"seq_len {seq_len} is above the model's context of {limit} tokens (max_position_embeddings)")
-    batches = _open(folder, paths, seq_len, kind, min_document_tokens, rows_per_step, cache_dir)
+    batches = _open(folder, paths, seq_len, kind, min_document_tokens, rows_per_step, cache_dir, reading)
 
     @jax.jit
     def sums(params, batch):
@@ -120,7 +122,7 @@ def evaluate_perplexity(
     return Perplexity(nll_T, tokens_T, byte_count)
 
 
-def _open(folder, paths, seq_len, kind, min_document_tokens, rows_per_step, cache_dir) -> Batches:
+def _open(folder, paths, seq_len, kind, min_document_tokens, rows_per_step, cache_dir, reading) -> Batches:
     tokenizer = Tokenizer.load(tokenizer_folder(folder))
     data = DataConfig(
         train=tuple(paths),
@@ -129,6 +131,7 @@ def _open(folder, paths, seq_len, kind, min_document_tokens, rows_per_step, cach
         cache_dir=cache_dir,
         system_prompt_probability=0.0,
         empty_think_removal=0.0,
+        **dataclasses.asdict(reading),
     )
 
     def long_enough(cache: TokenCache) -> np.ndarray:

@@ -107,6 +107,8 @@ class GenerateConfig(SamplingSettings):
     output: the JSON lines that are written: each record of the input with `completion` and `finish_reason` added;
         empty prints them.
     as_conversations: write conversations that end with the answer instead, which `minimind sft` can be trained on.
+    encoding, text_field, ignore_fields: how the files are read: their encoding, where a text stands (empty for the
+        usual names), and fields of records and messages that are left out.
     resume: with `auto` a call that was cut off goes on where it was, with `never` it begins anew.
     raw: continue the text, after the token that begins a document in pretraining, instead of answering it as a user's
         message in the chat template.
@@ -121,6 +123,9 @@ class GenerateConfig(SamplingSettings):
     input: tuple[str, ...] = ()
     output: str = ""
     as_conversations: bool = False
+    encoding: str = "utf-8"
+    text_field: str = ""
+    ignore_fields: tuple[str, ...] = ()
     resume: Literal["auto", "never"] = "auto"
     raw: bool = False
     system: str = ""

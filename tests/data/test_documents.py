@@ -27,7 +27,9 @@ def test_minimind_s_ids_and_labels(shared_dir):
     rows = [json.loads(line) for line in open(shared_dir / "fixtures" / "sft_labels.jsonl", encoding="utf-8")]
     assert len(rows) == 200
     for index, row in enumerate(rows):
-        record = Record(f"sft_labels.jsonl:{index}", Path("sft_labels.jsonl"), index, row)
+        record = Record(
+            f"sft_labels.jsonl:{index}", Path("sft_labels.jsonl"), index, {"conversations": row["conversations"]}
+        )
         removal = float(row["empty_think_removed"])
         document = encode_conversation(tokenizer, parse_conversation(record), dice_rng(0, index), 0.0, removal)
         assert document.ids[:512].tolist() == row["input_ids"]

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from minimind_jax.data import jsonl
+from minimind_jax.data import text_files
 from minimind_jax.data.jsonl import expand_paths, iter_records
 from minimind_jax.errors import UserError
 
@@ -66,9 +66,9 @@ def test_folders_and_globs(tmp_path):
     for name in ("b.jsonl", "a.jsonl.gz", "deep/c.parquet", "notes.txt"):
         write(tmp_path, name)
     names = lambda paths: [p.name for p in expand_paths(paths)]  # noqa: E731
-    assert names([tmp_path]) == ["a.jsonl.gz", "b.jsonl", "c.parquet"]
+    assert names([tmp_path]) == ["a.jsonl.gz", "b.jsonl", "c.parquet", "notes.txt"]
     assert names([tmp_path / "*.jsonl*"]) == ["a.jsonl.gz", "b.jsonl"]
-    assert names([str(tmp_path / "**" / "*")]) == ["a.jsonl.gz", "b.jsonl", "c.parquet"]
+    assert names([str(tmp_path / "**" / "*")]) == ["a.jsonl.gz", "b.jsonl", "c.parquet", "notes.txt"]
     assert names([tmp_path / "b.jsonl", tmp_path / "deep"]) == ["b.jsonl", "c.parquet"]
 
 
@@ -118,7 +118,7 @@ def test_broken_files(tmp_path, name, data, message):
 
 
 def test_a_line_without_end_does_not_fill_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(jsonl, "MAX_LINE", 21)
+    monkeypatch.setattr(text_files, "MAX_LINE", 21)
     file = write(tmp_path, "a.jsonl", b'{"text": "12345678"}\n{"text": "1234567890"}')
     with pytest.raises(UserError, match=r"a\.jsonl:2: longer than 21 bytes"):
         list(iter_records([file]))
@@ -214,12 +214,12 @@ def test_names_that_the_system_refuses(tmp_path):
         ("nowhere.jsonl", r"nowhere\.jsonl: no such file"),
         ("*.jsonl", r"\*\.jsonl: no file matches"),
         ("empty", r"empty: no data in this folder"),
-        ("notes.txt", r"notes\.txt: unknown file type; expected a name ending in \.jsonl"),
+        ("notes.doc", r"notes\.doc: unknown file type; expected a name ending in \.jsonl"),
     ],
 )
 def test_paths_that_hold_nothing(tmp_path, path, message):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "notes.doc").write_text("x")
     with pytest.raises(UserError, match=message):
         expand_paths([tmp_path / path])
 

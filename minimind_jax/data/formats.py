@@ -1,0 +1,394 @@
+"""The table of record formats: how each is recognised by its fields, and how it becomes what we train on.
+
+A row of FORMATS says what a record gives (text, conversation, preference), which fields it must have, and how it is
+read. A new format is a row and a function. Every field that no function takes is ignorable (`messages.IGNORABLE`),
+listed in `data.ignore_fields`, or an error that names it; of texts and labels all other fields are left out.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+from minimind_jax.data.jsonl import Reading, Record
+from minimind_jax.data.messages import Conversation, Message, Place, read_messages, read_tools
+from minimind_jax.data.preferences import Preference, make_preference
+from minimind_jax.data.values import checked_text, field_names, is_absent, kind_of, loads
+from minimind_jax.errors import UserError
+
+VERSION = 1  # counts up when a record is read as something else than before; caches of tokens are made anew
+
+Gives = Literal["text", "conversation", "preference"]
+
+TEXT = ("text", "content", "body", "document", "raw_content")
+LABEL = ("label", "labels", "category", "intent")
+LABEL_NAME = ("label_text", "label_name")  # beside a label that is a number
+MESSAGES = ("conversations", "messages", "conversation", "dialogue")
+INSTRUCTION = ("instruction", "question", "query")
+ANSWER = ("output", "response", "completion", "answer")
+CONTEXT = ("input", "context")
+SYSTEM = ("system", "system_prompt")
+
+
+class Fields:
+    """A record while it is read: what it holds, and what nobody has understood yet."""
+
+    def __init__(self, record: Record, reading: Reading):
+        self.record, self.ignore = record, reading.ignore_fields
+        self.left = {n: v for n, v in record.value.items() if not is_absent(v) and n not in self.ignore}
+
+    def has(self, *names: str) -> bool:
+        return any(name in self.left for name in names)
+
+    def place(self, name: str) -> Place:
+        return Place(f"{self.record.where}: {name}", str(self.record.file), self.record.told, self.ignore)
+
+    def take(self, *names: str) -> tuple[Any, str]:
+        """The value that stands under one of the names, and that name; (None, the first name) if there is none.
+
+        Raises UserError where two of them hold different values.
+        """
+        found = [name for name in names if name in self.left]
+        if not found:
+            return None, names[0]
+        values = [self.left.pop(name) for name in found]
+        if any(value != values[0] for value in values[1:]):
+            raise UserError(
+                f"{self.record.where}: the fields {' and '.join(f'`{name}`' for name in found)} mean the same and "
+                f"differ; remove one, or list it in data.ignore_fields"
+            )
+        return values[0], found[0]
+
+    def text(self, *names: str) -> str:
+        """The same, of a text; empty if there is none."""
+        value, name = self.take(*names)
+        return "" if value is None else checked_text(value, f"{self.record.where}: {name}")
+
+    def messages(self, *names: str) -> tuple[list[Message], list[dict[str, Any]] | None]:
+        """Messages of a field (a list, or one message), and the tools on them."""
+        value, name = self.take(*names)
+        return read_messages([value] if isinstance(value, dict) else value, self.place(name))
+
+    def leave_out(self, *names: str) -> None:
+        """These say again what is read already."""
+        for name in names:
+            if self.left.pop(name, None) is not None:
+                self.place(name).tell(f"`{name}` is ignored")
+
+    def tell(self, note: str) -> None:
+        self.place("").tell(note)
+
+    def finish(self, name: str) -> None:
+        """Raises UserError for a field that was not understood."""
+        for field, value in self.left.items():
+            if not self.place(field).leave_out(field):
+                raise UserError(
+                    f"{self.record.where}: field {field[:40]!r} ({kind_of(value)}) of a record in the format {name} is "
+                    f"not understood{_hint(self.record.value)}; remove it, or list it in data.ignore_fields to train "
+                    "without it"
+                )
+
+
+def _with_system(fields: Fields, messages: list[Message], tools: list | None) -> Conversation:
+    """The record's own `system`, `tools` and template settings beside its messages; a system message wins over both."""
+    system = fields.text(*SYSTEM)
+    value, name = fields.take("tools")
+    own_tools = read_tools(value, fields.place(name))
+    value, name = fields.take("functions")
+    own_tools = read_tools(value, fields.place(name), bare=True) or own_tools
+    if system and messages and messages[0]["role"] == "system":
+        if messages[0]["content"] != system:
+            fields.tell("`system` is ignored, since there is a system message")
+    elif system:
+        messages = [{"role": "system", "content": system}, *messages]
+    if tools and own_tools and tools != own_tools:
+        fields.tell("`tools` is ignored, since the system message has its own")
+    variables, name = fields.take("chat_template_kwargs")
+    if variables is not None and isinstance(variables, str):
+        variables = loads(variables, f"{fields.record.where}: {name}")
+    if variables is not None and not isinstance(variables, dict):
+        raise UserError(f"{fields.record.where}: {name} is {kind_of(variables)}; expected an object")
+    return Conversation(messages, tools or own_tools, variables or {})
+
+
+# Conversations
+
+
+def _chat(fields: Fields) -> Conversation:
+    messages, tools = fields.messages(*MESSAGES)
+    prompt = fields.left.get("prompt")
+    questions = [message["content"].strip() for message in messages if message["role"] == "user"]
+    if isinstance(prompt, str) and prompt.strip() in questions:
+        fields.leave_out("prompt")
+    return _with_system(fields, messages, tools)
+
+
+def _question(fields: Fields) -> list[Message]:
+    """Alpaca's history, and its instruction with what it is about."""
+    messages: list[Message] = []
+    history, name = fields.take("history")
+    if isinstance(history, str):
+        history = loads(history, f"{fields.record.where}: {name}")
+    for index, turn in enumerate(history or ()):
+        if not isinstance(turn, list | tuple) or len(turn) != 2:
+            raise UserError(f"{fields.record.where}: {name}[{index}] is {kind_of(turn)}; expected [question, answer]")
+        for role, text in zip(("user", "assistant"), turn, strict=True):
+            messages.append({"role": role, "content": checked_text(text, f"{fields.record.where}: {name}[{index}]")})
+    parts = [fields.text(*INSTRUCTION), fields.text(*CONTEXT)]
+    return [*messages, {"role": "user", "content": "\n".join(part for part in parts if part)}]
+
+
+def _alpaca(fields: Fields) -> Conversation:
+    messages = _question(fields)
+    answer: dict[str, Any] = {"role": "assistant"}
+    value, name = fields.take(*ANSWER)
+    answer["content"] = checked_text(value, f"{fields.record.where}: {name}")
+    reasoning, name = fields.take("reasoning_content", "reasoning", "thinking")
+    if reasoning is not None:
+        answer["reasoning_content"] = reasoning
+    if not fields.has(*MESSAGES):
+        fields.leave_out("text")  # Stanford's own files have the whole rendered, too
+    messages.append(read_messages([answer], fields.place(name))[0][0])
+    return _with_system(fields, messages, None)
+
+
+def _completion(fields: Fields) -> Conversation:
+    """TRL's: only the completion is trained; texts are joined without a template."""
+    prompt, prompt_name = fields.take("prompt")
+    completion, completion_name = fields.take("completion")
+    if isinstance(prompt, str) and isinstance(completion, str) and prompt.lstrip()[:2] != "[{":
+        fields.tell("`prompt` and `completion` are texts, joined without the chat template (generate with --raw true)")
+        texts = {"user": prompt, "assistant": completion}
+        names = {"user": prompt_name, "assistant": completion_name}
+        messages = [
+            {"role": role, "content": checked_text(text, f"{fields.record.where}: {names[role]}")}
+            for role, text in texts.items()
+        ]
+        return Conversation(messages, plain=True)
+    before, tools = read_messages(_as_messages(prompt, "user"), fields.place(prompt_name))
+    before = [{**m, "train": False} if m["role"] == "assistant" else m for m in before]
+    after, _ = read_messages(_as_messages(completion, "assistant"), fields.place(completion_name))
+    return _with_system(fields, [*before, *after], tools)
+
+
+def _as_messages(value: Any, role: str) -> Any:
+    """A text as a message of that role, a message as a list of one."""
+    if isinstance(value, str) and value.lstrip()[:2] != "[{":
+        return [{"role": role, "content": value}]
+    return [value] if isinstance(value, dict) else value
+
+
+def _response(fields: Fields) -> Conversation:
+    fields.left["instruction"] = fields.left.pop("prompt")
+    return _alpaca(fields)
+
+
+# Pairs
+
+
+def _pair(fields: Fields) -> Preference:
+    """chosen and rejected, whole or behind a prompt: TRL's, UltraFeedback's, LLaMA-Factory's and HH-RLHF's."""
+    chosen, chosen_name = fields.take("chosen")
+    rejected, rejected_name = fields.take("rejected")
+    prompt, tools = _pair_prompt(fields, (chosen, rejected))
+    base = _with_system(fields, prompt, tools)
+    return _preference(fields, base, {chosen_name: chosen, rejected_name: rejected})
+
+
+def _preference(fields: Fields, base: Conversation, answers: dict[str, Any]) -> Preference:
+    sides, tools = [], []
+    turns = {name: _turns(answer) for name, answer in answers.items() if isinstance(answer, str)}
+    if len(turns) == 2 and all(each and each[0]["role"] == "user" for each in turns.values()):
+        answers = turns
+    for name, answer in answers.items():
+        if isinstance(answer, str) and not base.messages:
+            raise UserError(
+                f"{fields.record.where}: {name} is a string and there is no prompt, so chosen and rejected have no "
+                "question in common; expected a list of messages, or a field `prompt`"
+            )
+        messages, own_tools = read_messages(_as_messages(answer, "assistant"), fields.place(name))
+        sides.append(messages)
+        tools.append(own_tools)
+    return make_preference(base, sides, tools, _margin(fields), fields.place(""))
+
+
+def _pair_prompt(fields: Fields, answers: Sequence[Any]) -> tuple[list[Message], list | None]:
+    if fields.has("prompt"):
+        fields.leave_out("messages")  # UltraFeedback's chosen conversation again
+        prompt, name = fields.take("prompt")
+        turns = _turns(prompt) if isinstance(prompt, str) else None
+        if turns and turns[-1]["content"] == "":
+            turns.pop()  # "... Assistant:", where the answers go on
+        return read_messages(turns or _as_messages(prompt, "user"), fields.place(name))
+    if fields.has(*MESSAGES):
+        value, name = fields.take(*MESSAGES)
+        if value in answers:  # the conversation of the chosen answer again
+            fields.tell(f"`{name}` is ignored")
+            return [], None
+        return read_messages(value, fields.place(name))
+    return (_question(fields), None) if fields.has(*INSTRUCTION) else ([], None)
+
+
+_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+
+
+def _turns(text: str) -> list[Message] | None:
+    """Anthropic's way to write a conversation as one text; None if it is none."""
+    pieces = _TURN.split(text)
+    if len(pieces) < 3 or pieces[0].strip():
+        return None
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": said.strip()} for who, said in zip(pieces[1::2], pieces[2::2], strict=True)]
+
+
+def _openai_pair(fields: Fields) -> Preference:
+    asked, name = fields.take("input")
+    chosen, _ = fields.take("preferred_output")
+    rejected, _ = fields.take("non_preferred_output")
+    if not isinstance(asked, dict):
+        raise UserError(f"{fields.record.where}: {name} is {kind_of(asked)}; expected an object with messages")
+    record = dataclasses.replace(fields.record, where=f"{fields.record.where}: {name}", value=asked)
+    inner = Fields(record, Reading(ignore_fields=fields.ignore))
+    base = _chat(inner)
+    inner.finish(_NAMES["preferred_output"])
+    return _preference(fields, base, {"preferred_output": chosen, "non_preferred_output": rejected})
+
+
+_NAMES = {"preferred_output": "OpenAI preference"}
+
+
+def _margin(fields: Fields) -> float:
+    margin, _ = fields.take("margin")
+    scores = [fields.take(f"score_{side}", f"{side}_score")[0] for side in ("chosen", "rejected")]
+    if margin is None and None not in scores:
+        for name, score in zip(("score_chosen", "score_rejected"), scores, strict=True):
+            _check_number(fields, name, score)
+        fields.tell("the margin is `score_chosen` less `score_rejected`")
+        margin = scores[0] - scores[1]
+    margin = 0.0 if margin is None else margin
+    _check_number(fields, "margin", margin)
+    return float(margin)
+
+
+def _check_number(fields: Fields, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{fields.record.where}: {name} is {kind_of(value)}; expected a number")
+
+
+def _unpaired(fields: Fields) -> Preference:
+    raise UserError(
+        f"{fields.record.where}: one answer with a verdict (KTO); pairs are needed: a better and a worse answer to the "
+        'same question in one record, as {"prompt": ..., "chosen": ..., "rejected": ...}'
+    )
+
+
+# The table
+
+
+class Format(NamedTuple):
+    """name: as people call it. gives: what is read. needs: fields, each under any of its names."""
+
+    name: str
+    gives: Gives
+    needs: tuple[tuple[str, ...], ...]
+    read: Callable[[Fields], Conversation | Preference]
+
+
+FORMATS = (
+    Format("KTO (unpaired)", "preference", (("kto_tag",),), _unpaired),
+    Format("KTO (unpaired)", "preference", (("prompt",), ("completion",), ("label",)), _unpaired),
+    Format(_NAMES["preferred_output"], "preference", (("preferred_output",), ("non_preferred_output",)), _openai_pair),
+    Format("chosen and rejected", "preference", (("chosen",), ("rejected",)), _pair),
+    Format("messages", "conversation", (MESSAGES,), _chat),
+    Format("instruction and output", "conversation", (INSTRUCTION, ANSWER), _alpaca),
+    Format("prompt and completion", "conversation", (("prompt",), ("completion",)), _completion),
+    Format("prompt and response", "conversation", (("prompt",), ("response", "output", "answer")), _response),
+)
+
+EXPECTED = {
+    "text": "a field `text`",
+    "conversation": "`conversations` or `messages` (a list of messages), `instruction` and `output`, or `prompt` and "
+    "`completion`",
+    "preference": "`chosen` and `rejected`, with a `prompt` or the same beginning",
+}
+TAKEN_BY = {
+    "text": "this is plain text: `minimind pretrain` takes it",
+    "conversation": "this is a conversation: `minimind sft` takes it, `evaluate perplexity` with --kind conversation",
+    "preference": "this is a pair of answers: `minimind dpo` and `minimind reward` take it",
+}
+
+
+def recognise(value: dict[str, Any], gives: Gives | None = None, ignore: Sequence[str] = ()) -> Format | None:
+    """The row of the table whose fields a record has; None if there is none, as of plain text."""
+    present = {name for name, item in value.items() if not is_absent(item) and name not in ignore}
+    for row in FORMATS:
+        if gives in (None, row.gives) and all(present.intersection(names) for names in row.needs):
+            return row
+    return None
+
+
+def detect(value: dict[str, Any], reading: Reading) -> Gives | None:
+    """What a record gives; None if it is of no known format."""
+    found = recognise(value, ignore=reading.ignore_fields)
+    if found:
+        return found.gives
+    return "text" if any(name in value for name in text_fields(reading)) else None
+
+
+def read_record(record: Record, gives: Gives, reading: Reading, keeps: bool = False) -> Conversation | Preference:
+    """A record of any format as a conversation or a pair.
+
+    keeps: fields that are not understood stay with the record, as where answers are added to it, and are no error.
+    Raises UserError for a record of no known format, and for a field that is not understood.
+    """
+    unpaired = recognise(record.value, "preference", reading.ignore_fields)
+    found = unpaired if unpaired and unpaired.read is _unpaired else None
+    found = found or recognise(record.value, gives, reading.ignore_fields)
+    if found is None:
+        raise UserError(f"{record.where}: {_missing(record.value, gives)}")
+    fields = Fields(record, reading)
+    read = found.read(fields)
+    if not keeps:
+        fields.finish(found.name)
+    return read
+
+
+def text_fields(reading: Reading) -> tuple[str, ...]:
+    """Where a text may stand."""
+    return (reading.text_field,) if reading.text_field else TEXT
+
+
+def read_text(record: Record, reading: Reading) -> tuple[str, str]:
+    """The text of a record and the name of its field; its other fields are told as left out. Raises UserError."""
+    names = text_fields(reading)
+    name = next((n for n in names if record.value.get(n) is not None), None)
+    name = name or next((n for n in names if n in record.value), None)
+    if name is None:
+        raise UserError(
+            f"{record.where}: missing field `{names[0]}`; expected a string (data.text_field, of tools "
+            f"--text_field, names another field), found the fields {field_names(record.value)}{_hint(record.value)}"
+        )
+    for other, value in record.value.items():
+        if other != name and not is_absent(value):
+            record.told[str(record.file), f"`{other}` is ignored"] += 1
+    return checked_text(record.value[name], f"{record.where}: {name}"), name
+
+
+def _missing(value: dict[str, Any], gives: Gives) -> str:
+    """What is said of a record in which the fields of no format are found."""
+    for names in dict.fromkeys(row.needs[0] for row in FORMATS if row.gives == gives):
+        given = next((name for name in names if name in value and is_absent(value[name])), None)
+        if given:
+            expected = "a list of messages" if names == MESSAGES else EXPECTED[gives]
+            return f"{given} is {kind_of(value[given])}; expected {expected}"
+    first = {"conversation": "conversations", "preference": "rejected" if "chosen" in value else "chosen"}[gives]
+    return f"missing field `{first}`; expected {EXPECTED[gives]}; found the fields {field_names(value)}{_hint(value)}"
+
+
+def _hint(value: dict[str, Any]) -> str:
+    """What the record looks like, and which stage takes it."""
+    row = next((row for row in FORMATS if all(value.keys() & set(names) for names in row.needs)), None)
+    gives = row.gives if row else "text" if isinstance(value.get("text"), str) else None
+    if row and row.read is _unpaired:
+        return " (this is one answer with a verdict, as for KTO; pairs are needed)"
+    return f" ({TAKEN_BY[gives]})" if gives else ""

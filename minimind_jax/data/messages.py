@@ -1,0 +1,380 @@
+"""Messages in every dialect -> ours: role, content, reasoning_content, tool_calls, and whether they are trained.
+
+Every field of a message is understood under the names that people use for it, is one of IGNORABLE, or is refused by
+name: what would be left out without a word could be what the record is about.
+"""
+
+import dataclasses
+import reprlib
+from collections import Counter
+from collections.abc import Collection
+from typing import Any
+
+from minimind_jax.data.values import (
+    check_json,
+    checked_text,
+    field_names,
+    is_absent,
+    json_list,
+    kind_of,
+    loads,
+    without_nulls,
+)
+from minimind_jax.errors import UserError
+
+ROLES = ("system", "user", "assistant", "tool")
+OTHER_ROLES = {
+    "developer": "system",
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
+}
+CALLING_ROLES = ("function_call", "tool_call")  # whose text is the JSON of the call
+REASONING = ("reasoning_content", "reasoning", "thinking")
+SWITCHES = ("train", "training", "loss")  # whether a message is trained; weight says it with a number
+TEXT_PARTS = ("text", "input_text", "output_text")
+
+# What says something about a record or a message and is no part of it: left out, and told once a file with a count.
+IGNORABLE = frozenset(
+    "id prompt_id source dataset category lang language score token_count timestamp model name uuid index idx url date "
+    "created_at conversation_id dialog_id tool_call_id finish_reason license split subset task num_turns num_tokens "
+    "prefix parallel_tool_calls __index_level_0__".split()
+)
+
+Message = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """Checked messages, in the form the chat template takes.
+
+    messages: dicts with role and content (str), for the assistant also reasoning_content (str) and tool_calls (list of
+        {"name", "arguments"} or {"function": {"name", "arguments"}}) where the record has them, and `train` False where
+        its words are context only.
+    tools: the JSON schemas the system message offers, or None.
+    variables: of the chat template, which the record sets itself.
+    plain: a text and its completion, which are joined without the template.
+    """
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    variables: dict[str, Any] = dataclasses.field(default_factory=dict)
+    plain: bool = False
+
+    def as_record(self) -> dict[str, Any]:
+        """The record that is read as this conversation, in our own format."""
+        if self.plain:
+            return {"prompt": self.messages[0]["content"], "completion": self.messages[1]["content"]}
+        messages = []
+        for message in self.messages:
+            kept = {name: value for name, value in message.items() if name != "train"}
+            messages.append(kept if message.get("train", True) else {**kept, "weight": 0})
+        if self.tools:
+            if messages[0]["role"] != "system":
+                return {"conversations": messages, "tools": self.tools, **self._own_variables()}
+            messages[0] = {**messages[0], "tools": self.tools}
+        return {"conversations": messages, **self._own_variables()}
+
+    def _own_variables(self) -> dict[str, Any]:
+        return {"chat_template_kwargs": self.variables} if self.variables else {}
+
+
+def says_something(message: Message) -> bool:
+    """Whether there is a word, a thought or a call in a message of ours."""
+    texts = message["content"], message.get("reasoning_content") or ""
+    return bool(message.get("tool_calls")) or any(text.strip() for text in texts)
+
+
+def is_trained(message: Message) -> bool:
+    """Whether a message of ours is an answer to learn from."""
+    return message["role"] == "assistant" and message.get("train", True) and says_something(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a message stands, for errors, and what is told of it.
+
+    text: file, line and field. told: counts of what was left out, by (file, note). ignore: more fields to leave out.
+    """
+
+    text: str
+    file: str
+    told: Counter
+    ignore: Collection[str] = ()
+
+    def tell(self, note: str) -> None:
+        self.told[self.file, note] += 1
+
+    def at(self, more: str) -> "Place":
+        return dataclasses.replace(self, text=self.text + more)
+
+    def leave_out(self, name: str, where: str = "") -> bool:
+        """Whether a field may be ignored, which is then told."""
+        if name not in IGNORABLE and name not in self.ignore:
+            return False
+        self.tell(f"{where}`{name}` is ignored")
+        return True
+
+
+def read_messages(turns: Any, place: Place) -> tuple[list[Message], list[dict[str, Any]] | None]:
+    """Messages of any dialect as ours, and the tools that a system message offers. Raises UserError with the place."""
+    if isinstance(turns, str) and turns.lstrip()[:1] == "[":  # a cell of CSV or Parquet
+        turns = loads(turns, place.text)
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f"{place.text} is {kind_of(turns)}; expected a list of messages")
+    messages, tools = [], None
+    for index, message in enumerate(turns):
+        if type(message) is dict and message.keys() == _PLAIN_KEYS and message["role"] in ROLES:
+            if isinstance(message["content"], str):  # the usual case, quickly
+                content = checked_text(message["content"], f"{place.text}[{index}].content")
+                messages.append({"role": message["role"], "content": content})
+                continue
+        here = place.at(f"[{index}]")
+        messages.append(read_message(message, here))
+        if not is_absent(message.get("tools")) and "tools" not in place.ignore:
+            if messages[-1]["role"] != "system":
+                raise UserError(
+                    f"{here.text}: tools on a {messages[-1]['role']} message; move them to the system message"
+                )
+            tools = read_tools(message["tools"], here.at(".tools")) or tools
+    return messages, tools
+
+
+_PLAIN_KEYS = {"role", "content"}
+
+
+def read_message(message: Any, place: Place) -> Message:
+    """One message of any dialect as ours. Raises UserError with the place and the field."""
+    if not isinstance(message, dict):
+        raise UserError(f"{place.text} is {kind_of(message)}; expected an object with role and content")
+    left = {name: value for name, value in message.items() if not is_absent(value) and name not in place.ignore}
+    given = _one_of(left, ("role", "from"), place)
+    role = _role(given, message, place)
+    left.pop("tools", None)
+    result: Message = {"role": role, "content": ""}
+    calls = _calls(left, role, place)
+    content, thoughts = _content(left, message, place, required=not calls)
+    if given in CALLING_ROLES:
+        calls, content = [*calls, *_calls_in_text(content, place)], ""
+    result["content"] = content
+    reasoning = _reasoning(left, thoughts, place)
+    if reasoning:
+        if role != "assistant":
+            raise UserError(f"{place.text}: reasoning on a {role} message; only the assistant's is trained")
+        result["reasoning_content"] = reasoning
+        result["content"] = _without_inline_copy(content, reasoning, place)
+    if calls:
+        result["tool_calls"] = calls
+    elif not (content or reasoning or {"content", "value", "text"} & message.keys()):
+        raise UserError(f"{place.text}: missing field `content`; expected a string")
+    if not _trained(left, role, place):
+        result["train"] = False
+    for name, value in left.items():
+        if not place.leave_out(name, "of messages, "):
+            raise UserError(
+                f"{place.text}: field {name[:40]!r} ({kind_of(value)}) of a message is not understood; remove it, or "
+                "list it in data.ignore_fields to train without it"
+            )
+    return result
+
+
+def _one_of(left: dict[str, Any], names: Collection[str], place: Place, same=lambda value: value) -> Any:
+    """The value of a field that goes by several names, taken out of `left`; None if there is none.
+
+    Raises UserError where two of them differ.
+    """
+    found = {name: left.pop(name) for name in names if name in left}
+    values = list(found.values())
+    if any(same(value) != same(values[0]) for value in values[1:]):
+        raise UserError(
+            f"{place.text}: {' and '.join(f'`{name}`' for name in found)} mean the same and differ; remove one, or "
+            "list it in data.ignore_fields"
+        )
+    return values[0] if values else None
+
+
+def _role(given: Any, message: Message, place: Place) -> str:
+    if given is None:
+        found = field_names(message)
+        raise UserError(
+            f"{place.text}: missing field `role`; expected one of {', '.join(ROLES)}, found the fields {found}"
+        )
+    if given in ROLES:
+        return given
+    if isinstance(given, str) and given in OTHER_ROLES:
+        return OTHER_ROLES[given]
+    lower = isinstance(given, str) and (given.lower() in ROLES or given.lower() in OTHER_ROLES)
+    hint = " (in lower case)" if lower else ""
+    raise UserError(f"{place.text}: unknown role {reprlib.repr(given)}; expected one of {', '.join(ROLES)}{hint}")
+
+
+def _content(left: dict[str, Any], message: Message, place: Place, required: bool) -> tuple[str, str]:
+    """The text of a message, and the thoughts among the parts that it is made of."""
+    name = next((name for name in ("content", "value", "text") if name in message), "content")
+    content = _one_of(left, ("content", "value", "text"), place)
+    if content is None:
+        content = message.get(name)
+        if content is None and required and name in message and not any(left.get(n) for n in REASONING):
+            raise UserError(f"{place.text}.{name} is null; expected a string")
+        content = "" if is_absent(content) else content
+    if not isinstance(content, list):
+        return checked_text(content, f"{place.text}.{name}"), ""
+    texts, thoughts = [], []
+    for index, part in enumerate(content):
+        here = f"{place.text}.{name}[{index}]"
+        kind = isinstance(part, dict) and part.get("type")
+        if kind == "thinking":
+            inner = part.get("thinking")
+            thoughts.append(
+                _content({"content": inner}, part, place.at(f".{name}[{index}].thinking"), False)[0] if inner else ""
+            )
+            continue
+        if kind and kind not in TEXT_PARTS:
+            raise UserError(f"{here} has type {reprlib.repr(kind)}; only text parts can be trained on")
+        texts.append(checked_text(part.get("text") if isinstance(part, dict) else part, here))
+    return "".join(texts), "".join(thoughts)
+
+
+def _reasoning(left: dict[str, Any], thoughts: str, place: Place) -> str:
+    for name in REASONING:
+        if name in left:
+            left[name] = checked_text(left[name], f"{place.text}.{name}")
+    if thoughts:
+        left["thinking parts"] = thoughts
+    return _one_of(left, (*REASONING, "thinking parts"), place, same=str.strip) or ""
+
+
+def _without_inline_copy(content: str, reasoning: str, place: Place) -> str:
+    """The content without the <think> block that says what `reasoning_content` says already."""
+    opening, closed, rest = content.partition("</think>")
+    if not closed or "<think>" not in opening:
+        return content
+    inner = opening.split("<think>")[-1].strip()
+    if inner and inner != reasoning.strip():
+        raise UserError(
+            f"{place.text}: the <think> block in the content and the field with the reasoning differ; keep one of them"
+        )
+    return rest.lstrip("\n")
+
+
+def _trained(left: dict[str, Any], role: str, place: Place) -> bool:
+    trained = True
+    for name in SWITCHES:
+        if name in left:
+            value = left.pop(name)
+            if value not in (True, False):  # 0 and 1 are these
+                raise UserError(f"{place.text}.{name} is {reprlib.repr(value)}; expected true or false")
+            if value and role != "assistant":
+                raise UserError(
+                    f"{place.text}.{name} is true on a {role} message; only the assistant's messages are trained "
+                    f"(data.ignore_fields {name} ignores it)"
+                )
+            trained &= bool(value)
+    if "weight" in left:
+        weight = left.pop("weight")
+        if weight not in (0, 1):
+            raise UserError(
+                f"{place.text}.weight is {reprlib.repr(weight)}; a message is trained (1) or context (0), weights in "
+                "between are not supported"
+            )
+        trained &= bool(weight)
+    return trained or role != "assistant"
+
+
+# Tools and their calls
+
+
+def read_tools(value: Any, place: Place, bare: bool = False) -> list[dict[str, Any]] | None:
+    """The JSON schemas of tools, from a list or its JSON; None if there are none. Raises UserError.
+
+    bare: functions without the wrapping that says so, as OpenAI's `functions` once were.
+    """
+    if is_absent(value) or (isinstance(value, str) and not value.strip()):
+        return None
+    is_text = isinstance(value, str)
+    tools = json_list(value, place.text)
+    for index, tool in enumerate(tools):
+        if not isinstance(tool, dict):
+            raise UserError(f"{place.text}[{index}] is {kind_of(tool)}; expected an object (a function's JSON schema)")
+    check_json(tools, place.text)
+    if not is_text:
+        tools = _pruned(tools, place, "of tools, ")
+    return [{"type": "function", "function": tool} for tool in tools] if bare else tools or None
+
+
+def _pruned(value: Any, place: Place, where: str) -> Any:
+    pruned = without_nulls(value)
+    if pruned != value:
+        place.tell(f"{where}fields that are null are left out")
+    return pruned
+
+
+def _calls(left: dict[str, Any], role: str, place: Place) -> list[dict[str, Any]]:
+    calls = []
+    for name in ("tool_calls", "function_call"):
+        value = left.pop(name, None)
+        if (isinstance(value, str) and not value.strip()) or is_absent(value):
+            continue
+        if role != "assistant":
+            raise UserError(f"{place.text}: {name} on a {role} message; only the assistant calls tools")
+        here = place.at(f".{name}")
+        if name == "function_call":
+            value = [loads(value, here.text) if isinstance(value, str) else value]
+        if calls and value:
+            raise UserError(f"{place.text}: `tool_calls` and `function_call` mean the same; remove one")
+        calls = read_calls(value, here)
+    return calls
+
+
+def _calls_in_text(text: str, place: Place) -> list[dict[str, Any]]:
+    value = loads(text, f"{place.text} (a function call)")
+    return read_calls(value if isinstance(value, list) else [value], place)
+
+
+_CALL_FIELDS = {"name", "arguments", "function", "id", "type", "index", "call_id"}
+
+
+def read_calls(value: Any, place: Place) -> list[dict[str, Any]]:
+    """Tool calls with their arguments: {} where they are empty or missing. Raises UserError."""
+    is_text = isinstance(value, str)
+    calls = json_list(value, place.text)
+    result = []
+    for index, call in enumerate(calls):
+        here = f"{place.text}[{index}]"
+        if not isinstance(call, dict):
+            raise UserError(f"{here} is {kind_of(call)}; expected an object with name and arguments")
+        function = call.get("function") or call
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UserError(f"{here}: missing field `name`; expected the function's name, a string")
+        for name in [*call, *function]:
+            if name not in _CALL_FIELDS and not is_absent({**function, **call}[name]) and name not in place.ignore:
+                raise UserError(
+                    f"{here}: field {name[:40]!r} of a tool call is not understood; remove it, or list it in "
+                    "data.ignore_fields"
+                )
+        function = {**function, "arguments": _arguments(function.get("arguments"), f"{here}.arguments")}
+        result.append({**call, "function": function} if call.get("function") else function)
+    check_json(result, place.text)
+    return result if is_text else _pruned(result, place, "of tool calls, ")
+
+
+def _arguments(value: Any, place: str) -> dict[str, Any] | str:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return {}
+    parsed = loads(value, place) if isinstance(value, str) else value
+    if parsed is None:
+        return {}
+    if not isinstance(parsed, dict):
+        raise UserError(f"{place} is {kind_of(parsed)}; expected an object or its JSON")
+    return value

@@ -1,0 +1,111 @@
+"""Pairs of answers: the question stands once and is the same before both, whichever way the record says it."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+from minimind_jax.data.messages import Conversation, Message, Place, is_trained
+from minimind_jax.errors import UserError
+
+SAME = "chosen and rejected are the same; there is nothing to prefer"
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """Two conversations with one beginning, of which the first goes on better. margin: by how much, 0 if unsaid."""
+
+    chosen: Conversation
+    rejected: Conversation
+    margin: float = 0.0
+
+
+def make_preference(
+    base: Conversation, sides: Sequence[list[Message]], tools: Sequence[list | None], margin: float, place: Place
+) -> Preference:
+    """The pair of two sides, each of which is whole or goes on behind the base.
+
+    Raises UserError for a pair that is the same on both sides, without a question, with a question that stands twice
+    or differs, or in which a side has no answer of its own.
+    """
+    names = ("chosen", "rejected")
+    sides = [_behind(base.messages, side, f"{place.text}{name}") for name, side in zip(names, sides, strict=True)]
+    sides = _one_system(sides, [system for system in map(_system, (base.messages, *sides)) if system])
+    chosen, rejected = sides[0], _with_beginning_of(sides[0], sides[1], place)
+    known = [own for own in (*tools, base.tools) if own]
+    if any(own != known[0] for own in known):
+        raise UserError(f"{place.text}chosen and rejected offer different tools; expected the same before both answers")
+    _check(chosen, rejected, place)
+    offered = known[0] if known else None
+    return Preference(
+        Conversation(chosen, offered, base.variables), Conversation(rejected, offered, base.variables), margin
+    )
+
+
+def rendered_key(message: Message) -> tuple:
+    """What the template makes of a message: two with the same key are rendered alike."""
+    calls = []
+    for call in message.get("tool_calls") or ():
+        function = call.get("function") or call
+        arguments = function["arguments"]
+        written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        calls.append((function["name"], written))
+    content = message["content"]
+    if message["role"] != "assistant":
+        return message["role"], content
+    return "assistant", content.lstrip("\n"), (message.get("reasoning_content") or "").strip("\n"), tuple(calls)
+
+
+def _shared_key(message: Message) -> tuple:
+    """The same for what stands before the answers, where white space at the ends is no difference."""
+    return tuple(part.strip() if isinstance(part, str) else part for part in rendered_key(message))
+
+
+def _system(messages: list[Message]) -> Message | None:
+    return messages[0] if messages and messages[0]["role"] == "system" else None
+
+
+def _behind(prompt: list[Message], side: list[Message], name: str) -> list[Message]:
+    """A side with the prompt before it, unless it begins with it already, with or without the system message."""
+    asked = prompt[1:] if _system(prompt) else prompt
+    own = side[1:] if _system(side) else side
+    begins = [_shared_key(m) for m in own[: len(asked)]] == [_shared_key(m) for m in asked]
+    if asked and begins:
+        return [*([_system(side) or _system(prompt)] if _system(side) or _system(prompt) else []), *own]
+    if asked and (side is not own or (own and own[0]["role"] == "user")):
+        raise UserError(
+            f"{name} begins with another question than the prompt; expected the answer alone, or the whole "
+            "conversation with the prompt as its beginning"
+        )
+    return [*prompt, *side] if asked or not _system(side) else side
+
+
+def _one_system(sides: list[list[Message]], systems: list[Message]) -> list[list[Message]]:
+    """A system message that stands only on one side holds for both, for the question is one."""
+    return [side if not systems or _system(side) else [systems[0], *side] for side in sides]
+
+
+def _with_beginning_of(chosen: list[Message], rejected: list[Message], place: Place) -> list[Message]:
+    """rejected, with chosen's wording where the messages before the answers differ by white space only."""
+    count = 0
+    for ours, theirs in zip(chosen[:-1], rejected[:-1], strict=False):
+        if _shared_key(ours) != _shared_key(theirs):
+            break
+        count += 1
+    if any(rendered_key(a) != rendered_key(b) for a, b in zip(chosen[:count], rejected[:count], strict=True)):
+        place.tell("the question differs by white space, that of `chosen` stands")
+    return [*chosen[:count], *rejected[count:]]
+
+
+def _check(chosen: list[Message], rejected: list[Message], place: Place) -> None:
+    keys = [[rendered_key(message) for message in side] for side in (chosen, rejected)]
+    if keys[0] == keys[1]:
+        raise UserError(f"{place.text}{SAME}")
+    shared = next((i for i, (a, b) in enumerate(zip(*keys, strict=False)) if a != b), min(map(len, keys)))
+    if not any(message["role"] in ("user", "tool") for message in chosen[:shared]):
+        raise UserError(
+            f"{place.text}chosen and rejected have no question in common; expected the same messages before both "
+            "answers, or a field `prompt`"
+        )
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if not any(map(is_trained, side[shared:])):
+            raise UserError(f"{place.text}{name} has no answer of its own (an assistant's message with content)")

@@ -1,0 +1,290 @@
+"""What stands in files of text: JSON values in lines, arrays or pretty-printed, rows of CSV, whole documents.
+
+Files are UTF-8, or what `data.encoding` says; an encoding is guessed only to word an error.
+"""
+
+import codecs
+import csv
+import io
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from minimind_jax.errors import UserError
+
+MAX_LINE = 1 << 28  # bytes; more is no record but a file without line ends, and would fill the memory
+BOM = codecs.BOM_UTF8
+_BLOCK = 1 << 20  # characters of a JSON array read at a time
+_SAMPLE = 1 << 16  # characters of a table that tell its separator
+_EXTRA, _MISSING = "\0more columns", "\0no column"  # marks of a row of CSV that does not fit its header
+csv.field_size_limit(MAX_LINE)
+_SPACE = re.compile(r"[\s,]*")
+
+
+def check_encoding(name: str) -> None:
+    """Raises UserError for an encoding that Python does not know."""
+    try:
+        codecs.lookup(name)
+    except LookupError as error:
+        raise UserError(
+            f"data.encoding {name!r} is unknown; use a name such as utf-8, gb18030, big5, shift_jis, utf-16, latin-1"
+        ) from error
+
+
+def encoding_hint(raw: bytes) -> str:
+    """What to do about bytes that are no UTF-8."""
+    guess = _guess(raw)
+    looks = f"it looks like {guess}: set data.encoding {guess}" if guess else "set data.encoding to what it is"
+    return f"{looks} (of tools: --encoding), or save the file as UTF-8"
+
+
+def _guess(raw: bytes) -> str | None:
+    if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or raw.count(0) > len(raw) // 4:
+        return "utf-16"
+    for name in ("gb18030", "shift_jis", "latin-1"):
+        try:
+            text = raw.decode(name)
+        except UnicodeDecodeError as error:
+            if error.start < len(raw) - 4:  # a sample may end in the middle of a character
+                continue
+            text = raw[: error.start].decode(name)
+        foreign = [character for character in text if character > "\x7f"]
+        common = sum("\u3000" <= c <= "\u9fff" or "\uff00" <= c <= "\uffef" or "a" < c < "\u0180" for c in foreign)
+        if name == "latin-1" or common == len(foreign) > 1:
+            return name
+    return None
+
+
+def _text(stream: BinaryIO, encoding: str, newline: str | None) -> io.TextIOWrapper:
+    encoding = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+    return io.TextIOWrapper(stream, encoding, newline=newline)
+
+
+def _undecodable(error: UnicodeError, file: Path, encoding: str) -> UserError:
+    if codecs.lookup(encoding).name == "utf-8":
+        raw = error.object if isinstance(error, UnicodeDecodeError) else b""
+        return UserError(f"{file}: not UTF-8 text; {encoding_hint(raw[:_SAMPLE])}")
+    return UserError(f"{file}: cannot be read as {encoding} ({error}); data.encoding names another encoding")
+
+
+# JSON
+
+
+def json_values(stream: BinaryIO, file: Path, encoding: str) -> Iterator[tuple[int, bytes]]:
+    """(line from 1, JSON text in UTF-8) of each value: of a line, or of an array or a series of pretty-printed ones.
+
+    Lines are told from the rest by the first that is not blank. Raises UserError for text that cannot be split.
+    """
+    lines = _lines(stream, file) if codecs.lookup(encoding).name == "utf-8" else _decoded_lines(stream, file, encoding)
+    for number, first in lines:
+        if first.strip():
+            lines = itertools.chain([(number, first)], lines)
+            break
+    else:
+        return
+    if _is_spread(first):
+        yield from _spread_values(lines, file)
+        return
+    for number, line in lines:
+        if line.strip():
+            yield number, line
+
+
+def _lines(stream: BinaryIO, file: Path) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    while raw := stream.readline(MAX_LINE + 1):
+        number += 1
+        if len(raw) > MAX_LINE:
+            raise UserError(f"{file}:{number}: longer than {MAX_LINE:,} bytes; expected one JSON object a line")
+        yield number, raw.removeprefix(BOM)  # in any line: files with the mark are joined end to end
+
+
+def _decoded_lines(stream: BinaryIO, file: Path, encoding: str) -> Iterator[tuple[int, bytes]]:
+    try:
+        yield from _lines(_Utf8(_text(stream, encoding, "")), file)
+    except UnicodeError as error:
+        raise _undecodable(error, file, encoding) from error
+
+
+class _Utf8:
+    """Lines of text as bytes of UTF-8."""
+
+    def __init__(self, text: io.TextIOWrapper):
+        self._text = text
+
+    def readline(self, limit: int) -> bytes:
+        return self._text.readline(limit).encode("utf-8", "surrogatepass")
+
+
+def _is_spread(first: bytes) -> bool:
+    """Whether a file's first line is the beginning of an array of objects, or of an object that later lines end."""
+    start = first.strip().decode("utf-8", "replace")
+    if start[:1] == "[":
+        return start[1:].lstrip()[:1] in ("", "{", "]")
+    if start[:1] != "{" or start[-1] not in "{[:,":
+        return False
+    try:
+        json.loads(start)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(start)  # right so far, and more has to come
+    except (ValueError, RecursionError):
+        return False
+    return False
+
+
+def _spread_values(lines: Iterator[tuple[int, bytes]], file: Path) -> Iterator[tuple[int, bytes]]:
+    """The elements of JSON arrays, or JSON values one after another, each with the line that it begins in."""
+    text = _TextAhead(lines, file)
+    in_array = False
+    while character := text.next_character():
+        if character == ("]" if in_array else "["):
+            in_array = not in_array
+            text.at += 1
+        else:
+            yield text.line, text.take_value().encode("utf-8", "surrogatepass")
+    if in_array:
+        raise UserError(f"{file}:{text.line}: the file ends in the middle of a JSON array; it was cut off")
+
+
+class _TextAhead:
+    """As much text of a file as is needed. at: place of the next character in it, which stands in line `line`."""
+
+    _decoder = json.JSONDecoder()
+
+    def __init__(self, lines: Iterator[tuple[int, bytes]], file: Path):
+        self._lines, self._file = lines, file
+        self.text, self.at, self.line = "", 0, 0
+
+    def next_character(self) -> str:
+        """The next one that is no space and no comma; empty at the end of the file."""
+        while True:
+            end = _SPACE.match(self.text, self.at).end()
+            self.line += self.text.count("\n", self.at, end)
+            self.at = end
+            if end < len(self.text):
+                return self.text[end]
+            if not self._read(_BLOCK):
+                return ""
+
+    def take_value(self) -> str:
+        """The JSON that begins here. Raises UserError if it is none, or longer than MAX_LINE."""
+        while True:
+            try:
+                _, end = self._decoder.raw_decode(self.text, self.at)
+                break
+            except RecursionError as error:
+                raise UserError(f"{self._file}:{self.line}: JSON nested too deeply") from error
+            except ValueError as error:
+                length = len(self.text) - self.at
+                if length > MAX_LINE or not self._read(2 * length):
+                    raise UserError(f"{self._file}:{self.line}: {self._explain(error)}") from error
+        value = self.text[self.at : end]
+        self.line += value.count("\n")
+        self.at = end
+        return value
+
+    def _explain(self, error: ValueError) -> str:
+        if not isinstance(error, json.JSONDecodeError):
+            return f"not readable JSON: {error}"
+        line = self.line + self.text.count("\n", self.at, error.pos)
+        return (
+            f"the record that begins here is not JSON: {error.msg} in line {line} at column {error.colno}; expected a "
+            "JSON array of objects, or one object a line"
+        )
+
+    def _read(self, wanted: int) -> bool:
+        """Reads on until `wanted` characters are ahead; whether there were more."""
+        pieces, size = [self.text[self.at :]], len(self.text) - self.at
+        for number, raw in self._lines:
+            self.line = self.line or number
+            try:
+                pieces.append(raw.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise UserError(f"{self._file}:{number}: not UTF-8 text; {encoding_hint(raw)}") from error
+            size += len(raw)
+            if size >= wanted:
+                break
+        self.text, self.at = "".join(pieces), 0
+        return len(pieces) > 1
+
+
+# Tables and documents
+
+
+def csv_rows(stream: BinaryIO, file: Path, encoding: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows under the header, each with the number of its last line. Raises UserError for text that is no CSV."""
+    try:
+        text = _text(stream, encoding, "")
+        sample = text.read(_SAMPLE)
+        first, _, rest = sample.partition("\n")
+        skipped = 0
+        separator = first.strip()[4:5] if first.lower().startswith("sep=") else ""  # a line of Excel's
+        if separator:
+            sample, skipped = rest, 1
+        reader = csv.DictReader(
+            _joined(sample, text),
+            restkey=_EXTRA,
+            restval=_MISSING,
+            strict=True,
+            delimiter=separator or _separator(sample, file),
+        )
+        twice = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
+        if twice:
+            raise UserError(f"{file}:1: the header has the column {twice[0][:40]!r} twice; rename one")
+        for row in reader:
+            yield reader.line_num + skipped, row
+    except UnicodeError as error:
+        raise _undecodable(error, file, encoding) from error
+    except csv.Error as error:
+        raise UserError(f"{file}: not a readable CSV file: {error}") from error
+
+
+def _joined(sample: str, text: io.TextIOWrapper) -> Iterator[str]:
+    """The lines of a file of which the beginning is read already."""
+    lines = io.StringIO(sample, newline="").readlines()
+    if lines:
+        lines[-1] += "" if lines[-1].endswith("\n") else text.readline()
+    yield from lines
+    yield from text
+
+
+def _separator(sample: str, file: Path) -> str:
+    """What stands between columns: of the separators that split the header, the one by which most rows fit it."""
+    if file.name.split(".")[-1] == "tsv" or ".tsv." in file.name:
+        return "\t"
+    lines = io.StringIO(sample, newline="").readlines()[:200]
+    best, most = ",", (0.0, 0)
+    for separator in ",;\t|":
+        try:
+            rows = [row for row in csv.reader(lines, delimiter=separator) if row]
+        except csv.Error:
+            continue
+        if rows and len(rows[0]) > 1:
+            fits = sum(len(row) == len(rows[0]) for row in rows) / len(rows)
+            if (fits, len(rows[0])) > most:
+                best, most = separator, (fits, len(rows[0]))
+    return best
+
+
+def check_row(row: dict[str, Any], where: str) -> None:
+    """Raises UserError for a row of CSV that does not fit its header."""
+    if _EXTRA in row or _MISSING in row.values():
+        raise UserError(
+            f"{where}: {'more' if _EXTRA in row else 'fewer'} columns than the header has; text with separators or "
+            "line ends stands in double quotes"
+        )
+
+
+def document(stream: BinaryIO, file: Path, encoding: str) -> str:
+    """A whole file, with "\\n" at its line ends. Raises UserError for one that is longer than MAX_LINE."""
+    try:
+        text = _text(stream, encoding, None).read(MAX_LINE + 1)
+    except UnicodeError as error:
+        raise _undecodable(error, file, encoding) from error
+    if len(text) > MAX_LINE:
+        raise UserError(f"{file}: a document of more than {MAX_LINE:,} characters; split the file")
+    return text

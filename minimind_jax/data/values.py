@@ -1,0 +1,115 @@
+"""What a value in a record is: absent, text of whole characters, JSON; and how error messages name it."""
+
+import json
+import math
+from typing import Any
+
+from minimind_jax.errors import UserError
+
+
+def is_absent(value: Any) -> bool:
+    """None, and what is empty: Arrow gives every struct the keys of all rows, CSV every row all columns."""
+    return value is None or (isinstance(value, str | list | tuple | dict) and not value)
+
+
+def without_nulls(value: Any) -> Any:
+    """A JSON value without the fields that are null, at every depth."""
+    if isinstance(value, dict):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def checked_text(value: Any, place: str) -> str:
+    """`value`, a string of whole characters. Raises UserError, which names the place."""
+    if not isinstance(value, str):
+        raise UserError(f"{place} is {kind_of(value)}; expected a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{place} has half a surrogate pair (\\u{ord(value[error.start]):04x}) at character {error.start}; "
+            "expected Unicode text"
+        ) from error
+    return value
+
+
+def json_list(value: Any, place: str) -> list[Any]:
+    """`value`, a list or the JSON of one. Raises UserError."""
+    if isinstance(value, str):
+        value = loads(value, place)
+    if not isinstance(value, list):
+        raise UserError(f"{place} is {kind_of(value)}; expected a list or the JSON of one")
+    return value
+
+
+def loads(text: str, place: str) -> Any:
+    """What JSON text says. Raises UserError, which names the place."""
+    try:
+        return decode_json(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place} is not JSON: {error}") from error
+
+
+def decode_json(text: str) -> Any:
+    """`json.loads` without the values Python adds to JSON: NaN and Infinity, which would be rendered as such.
+
+    Raises ValueError.
+    """
+    return _STRICT.decode(text)
+
+
+def decode_record(text: str) -> Any:
+    """The same, for a whole record, where a field that is given twice is refused, too. Raises ValueError."""
+    return _RECORDS.decode(text)
+
+
+def check_json(value: Any, place: str) -> None:
+    """Raises UserError for what the template could not write: half a surrogate pair, a date or NaN out of Parquet."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{place} cannot be written as JSON: {error}") from error
+
+
+def field_names(value: dict[str, Any]) -> str:
+    """The first fields of an object, as one short line without control characters."""
+    names = [repr(name)[1:-1][:40] for name in list(value)[:8]]
+    return ", ".join(names + ["..."] * (len(value) > 8)) or "none"
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in the words of JSON."""
+    names = {
+        type(None): "null",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        dict: "an object",
+        list: "an empty list" if value == [] else "a list",
+    }
+    return names.get(type(value)) or f"of type {type(value).__name__}"  # bytes and dates, out of Parquet
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"the number {digits[:20]} is too large")
+    return number
+
+
+def _each_once(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(fields)
+    if len(value) < len(fields):
+        names = [name for name, _ in fields]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the field {twice[:40]!r} twice")
+    return value
+
+
+_STRICT = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
+_RECORDS = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_each_once)
