@@ -1,11 +1,12 @@
 """Settings of a stage: a YAML file, then `--dotted.key value` from the command line, into a frozen dataclass.
 
 Every mistake is a `UserError` that says where the setting was given, what was expected, and which key was probably
-meant. The types are checked by jsonargparse, which also writes `--help` from the dataclasses' docstrings.
+meant. jsonargparse writes `--help` from the dataclasses' docstrings.
 """
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import re
 import types
@@ -18,6 +19,7 @@ import yaml
 
 from minimind_jax.errors import UserError
 from minimind_jax.paths import as_path
+from minimind_jax.values import convert, is_optional
 
 RUN_LENGTHS = {"training.steps", "training.epochs", "training.tokens"}  # a run has one of them
 
@@ -42,15 +44,20 @@ class Field(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """A value as the user gave it, and where: `FILE:LINE` or `command line`."""
+    """A value as the user gave it, and where: `FILE:LINE` or `command line`.
+
+    written: of a YAML value its text, or a list of texts: the field's type decides what `007` or `1e3` is, not YAML.
+    """
 
     value: Any
     where: str
+    written: Any = None
 
 
 # What a dataclass holds -----------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def fields_of(cls: type) -> list[Field]:
     """All settings of a stage's dataclass, nested ones under dotted keys, in order of definition."""
     return list(_fields(cls, None, ""))
@@ -63,7 +70,7 @@ def _fields(cls: type, default: Any, prefix: str) -> Iterable[Field]:
         value = _default_of(field) if default is None else getattr(default, field.name)
         nested = _nested_class(kind)
         if nested:
-            if _is_optional(kind):
+            if is_optional(kind):
                 yield Field(key, types.NoneType, value, "leave this section out")
             yield from _fields(nested, value, key + ".")
         else:
@@ -75,10 +82,6 @@ def _default_of(field: dataclasses.Field) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return None if field.default is dataclasses.MISSING else field.default
-
-
-def _is_optional(kind: Any) -> bool:
-    return typing.get_origin(kind) in (typing.Union, types.UnionType) and type(None) in typing.get_args(kind)
 
 
 def _nested_class(kind: Any) -> type | None:
@@ -161,7 +164,7 @@ def flatten_yaml(node: yaml.Node, loader: yaml.SafeLoader, file: str, prefix: st
             new = flatten_yaml(value_node, loader, file, key + ".")
         else:
             value = _construct(value_node, loader, file)
-            new = {key: Setting(value, f"{file}:{key_node.start_mark.line + 1}")}
+            new = {key: Setting(value, f"{file}:{key_node.start_mark.line + 1}", as_written(value_node))}
         for name in new.keys() & settings.keys():
             raise UserError(f"{new[name].where}: {name} is set twice, first at {settings[name].where}")
         settings |= new
@@ -181,6 +184,14 @@ def _construct(node: yaml.Node, loader: yaml.SafeLoader, file: str) -> Any:
     except (yaml.YAMLError, ValueError, TypeError) as error:
         problem = " ".join(str(error).split())
         raise UserError(f"{file}:{node.start_mark.line + 1}: not a value: {problem}") from None
+
+
+def as_written(node: yaml.Node) -> Any:
+    """The text of a YAML scalar, texts of a list; None for null and for what is neither."""
+    if isinstance(node, yaml.SequenceNode):
+        return [as_written(item) for item in node.value]
+    null = node.tag == "tag:yaml.org,2002:null"
+    return node.value if isinstance(node, yaml.ScalarNode) and not null else None
 
 
 def read_arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, Setting]]:
@@ -242,12 +253,11 @@ def make_settings(cls: type, given: Mapping[str, Setting], **defaults: Any) -> A
     defaults: values of top-level fields that are used where `given` has none.
     """
     fields = {field.key: field for field in fields_of(cls)}
-    parser = _type_parser(list(fields.values()))
     values = dict(defaults)
     for key, setting in given.items():
         if key not in fields:
             raise UserError(_unknown_key(key, setting, fields))
-        values[key] = _typed(parser, fields[key], setting)
+        values[key] = _typed(fields[key], setting)
     return _build(cls, None, values, "", given)
 
 
@@ -294,60 +304,49 @@ def _type_parser(fields: Sequence[Field], **options):
         if field.section not in groups:
             groups[field.section] = parser.add_argument_group(field.section)
         # A required field of an optional section has no default; jsonargparse would refuse None for it.
-        kind = field.type if field.default is not None or _is_optional(field.type) else field.type | None
+        kind = field.type if field.default is not None or is_optional(field.type) else field.type | None
         groups[field.section].add_argument(
             "--" + field.key, type=kind, default=field.default, help=field.help, metavar=_placeholder(field.type)
         )
     return parser
 
 
-def _typed(parser: Any, field: Field, setting: Setting) -> Any:
+def _typed(field: Field, setting: Setting) -> Any:
     """The setting's value in the field's type."""
-    value = _as_list(setting.value, field.key) if field.is_list else setting.value
-    value = _whole_number(value) if int in (field.type, *typing.get_args(field.type)) else value
-    error = UserError(f"{setting.where}: {field.key} is {setting.value!r}; expected {_type_name(field.type)}")
-    if field.type is types.NoneType or value is None:
-        if value in (None, "null") and (field.type is types.NoneType or _is_optional(field.type)):
-            return None
-        raise error
+    given = setting.value if setting.written is None else setting.written
     try:
-        result = parser.parse_object({field.key: value})[field.key]
-    except Exception as problem:
-        # jsonargparse raises argparse.ArgumentError; its text names Python's types, ours the choices.
-        if type(problem).__name__ != "ArgumentError":
-            raise
-        raise error from None
-    return tuple(result) if field.is_list else result
+        if field.is_list and given is not None:
+            return tuple(convert(typing.get_args(field.type)[0], item) for item in _as_list(given, field.key))
+        return convert(field.type, given)
+    except ArithmeticError:
+        raise UserError(
+            f"{setting.where}: {field.key} is {setting.value}; it must be between -2**63 and 2**63 - 1"
+        ) from None
+    except (ValueError, TypeError):
+        raise UserError(
+            f"{setting.where}: {field.key} is {setting.value!r}; expected {_type_name(field.type)}"
+        ) from None
 
 
-def _as_list(value: Any, key: str) -> Any:
+def _as_list(value: Any, key: str) -> list:
     """`a,b`, `[a, b]` as YAML, and a single value all stand for a list; text for the model is never taken apart."""
-    if not isinstance(value, str):
-        return value
-    if key.split(".")[-1] in TEXT_LISTS:
+    if isinstance(value, list | tuple):
+        return list(value)
+    if not isinstance(value, str) or key.split(".")[-1] in TEXT_LISTS:
         return [value]
     if not value.startswith("["):
         return value.split(",")
     try:
-        return yaml.load(value, _Loader)
+        return as_written(yaml.compose(value, _Loader))
     except yaml.YAMLError:
         raise UserError(f"command line: {key}: {value!r} is not a list; write it as [a, b] or a,b") from None
-
-
-def _whole_number(value: Any) -> Any:
-    """1e9 and 1_000 as integers; everything else as it is."""
-    try:
-        number = float(value) if isinstance(value, str | float) else None
-    except ValueError:
-        return value
-    return int(number) if number is not None and number.is_integer() else value
 
 
 def _type_name(kind: Any) -> str:
     """A type in the user's words: `whole number`, `adamw or muon`, `list of text`."""
     arguments = typing.get_args(kind)
     origin = typing.get_origin(kind)
-    if _is_optional(kind):
+    if is_optional(kind):
         return " or ".join([_type_name(a) for a in arguments if a is not type(None)] + ["null"])
     if origin is typing.Literal:
         return "|".join(arguments)
@@ -360,7 +359,7 @@ def _placeholder(kind: Any) -> str:
     """What stands for a value in `--help`, where jsonargparse adds the type: `N`, `TEXT ...`, `adamw|muon`."""
     if typing.get_origin(kind) is tuple:
         return f"{_placeholder(typing.get_args(kind)[0])} ..."
-    if _is_optional(kind):
+    if is_optional(kind):
         return _placeholder(typing.get_args(kind)[0])
     return {int: "N", float: "X", str: "TEXT"}.get(kind) or _type_name(kind)
 

@@ -1,6 +1,8 @@
 """Settings: what the user gave becomes a dataclass, or a message that says where and what is wrong."""
 
 import dataclasses
+import functools
+import math
 import typing
 
 import pytest
@@ -10,7 +12,17 @@ from minimind_jax.config import PretrainConfig, SFTConfig, TokenizerConfig
 from minimind_jax.errors import UserError
 from minimind_jax.inference.config import ChatConfig, GenerateConfig
 from minimind_jax.model.config import RopeScaling
-from minimind_jax.settings import fields_of, find_config, help_text, load_settings, nearest, read_yaml
+from minimind_jax.settings import (
+    Setting,
+    fields_of,
+    find_config,
+    help_text,
+    load_settings,
+    make_settings,
+    nearest,
+    read_yaml,
+)
+from minimind_jax.stages import STAGES
 
 
 @pytest.fixture
@@ -98,6 +110,60 @@ def test_whole_numbers_may_be_written_short():
     assert load_settings(PretrainConfig, ["--training.tokens", "10_000"]).training.tokens == 10_000
 
 
+@pytest.mark.parametrize("number", ["1234567890123456789", "1_234_567_890_123_456_789", "9007199254740993"])
+def test_every_digit_of_a_whole_number_counts(config_file, number):
+    exact = int(number)
+    for argv in (["--seed", number], ["--config", config_file(f"seed: {number}")]):
+        assert load_settings(PretrainConfig, argv).seed == exact
+    assert load_settings(PretrainConfig, ["--config", config_file("seed: 010")]).seed == 10  # not octal
+
+
+@pytest.mark.parametrize("name", ["007", "1e3", "null", "2024", "2024-01-01", "true", "1_0", "0x10", "{a: 1}", "~"])
+def test_a_name_made_of_digits_or_yaml_words_stays_text(config_file, name):
+    config = load_settings(PretrainConfig, ["--run", name, "--data.train", name, "b"])
+    assert (config.run, config.data.train) == (name, (name, "b"))
+    if name not in ("null", "~", "{a: 1}"):
+        config = load_settings(PretrainConfig, ["--config", config_file(f"run: {name}\ndata.train: [{name}, b]")])
+        assert (config.run, config.data.train) == (name, (name, "b"))
+
+
+HOSTILE = [
+    *(
+        "",
+        "nan",
+        "inf",
+        "1e309",
+        "-1",
+        "0",
+        "1e30",
+        "9" * 5000,
+        "1e999999999",
+        "1e-400",
+        " 3 ",
+        "\u0663",
+        "0x10",
+        "1:30",
+    ),
+    *("true", "[", "[a", "[1, [2]]", "{a: 1}", "\0", "\udcff", "&a", "*a", "!!python/object:os.system", "'", "%"),
+    *(None, True, 10**30, float("nan"), float("inf"), 1e30, 1.5, [], [None], [[1]], {}, {"a": 1}, b"x"),
+]
+
+
+@pytest.mark.parametrize("cls", [*(stage.config for stage in STAGES.values()), ChatConfig, GenerateConfig])
+def test_a_hostile_value_is_refused_in_words_or_taken(cls):
+    base = {"model": Setting("m", "")} if issubclass(cls, ChatConfig | GenerateConfig) else {}
+    for field in fields_of(cls):
+        for value in HOSTILE:
+            try:
+                config = make_settings(cls, base | {field.key: Setting(value, "command line")})
+            except UserError as error:
+                assert field.key.split(".")[-1] in str(error) or field.section in str(error) or base, str(error)
+                continue
+            taken = functools.reduce(lambda owner, name: getattr(owner, name), field.key.split("."), config)
+            assert not isinstance(taken, float) or math.isfinite(taken), (field.key, value)
+            assert type(taken) is not int or abs(taken) < 2**63, (field.key, value)
+
+
 def test_negative_numbers_are_values():
     assert load_settings(PretrainConfig, ["--mesh.data", "1", "--mesh.fsdp", "-1"]).mesh.fsdp == -1
 
@@ -159,7 +225,7 @@ def test_an_unknown_key_inside_a_section_has_its_line(config_file):
         ("data.shuffle", "5", "true|false"),
         ("data.packing", "tight", "concat|best_fit|pad"),
         ("tracking.loggers", "[wandb, paper]", "list of tensorboard|wandb|swanlab|trackio"),
-        ("run", "5", "text"),
+        ("run", "[5]", "text"),
     ],
 )
 def test_a_wrong_type_names_key_value_and_expectation(config_file, key, value, expected):

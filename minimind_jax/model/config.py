@@ -87,6 +87,9 @@ class ModelConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
+        for name in ("hidden_size", "num_attention_heads"):  # the others are derived from these
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.hidden_size % self.num_attention_heads and self.head_dim is None:
             raise ValueError(
                 f"hidden_size {self.hidden_size} does not divide by num_attention_heads {self.num_attention_heads}; "
@@ -98,7 +101,8 @@ class ModelConfig:
         self._check()
 
     def _check(self):
-        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        sizes = ("vocab_size", "intermediate_size", "num_hidden_layers", "head_dim", "max_position_embeddings")
+        for field in (*sizes, "moe_intermediate_size"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1")
         for field in ("rope_theta", "rms_norm_eps"):
