@@ -12,9 +12,8 @@ def program(*arguments: str) -> int:
     use_huge_pages()
     try:
         return main([*arguments, *sys.argv[1:]])
-    except SystemExit:  # a run has saved all and said so; one more Ctrl-C must not change how it ends
+    finally:  # all is saved and said; one more Ctrl-C must not change how the process ends
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        raise
 
 
 if __name__ == "__main__":

@@ -463,6 +463,7 @@ class TokenizerConfig:
     vocab_size: tokens in all, the 36 reserved and 256 bytes included.
     max_records: records read at most; 0 for all.
     on_error: a broken record stops the training, or is skipped and counted.
+    overwrite: replace another tokenizer that is at `output`; what was trained with that one cannot be used without it.
     """
 
     data: tuple[str, ...] = ()
@@ -470,6 +471,7 @@ class TokenizerConfig:
     vocab_size: int = 6400
     max_records: int = 10_000
     on_error: Literal["stop", "skip"] = "stop"
+    overwrite: bool = False
 
     def __post_init__(self):
         at_least(self, 36 + 256, "vocab_size")

@@ -18,6 +18,7 @@ from minimind_jax.data.records import parse_conversation, parse_text
 from minimind_jax.data.template import render
 from minimind_jax.data.tokenizer import TOKENIZER_FILES, StreamDecoder, Tokenizer, train_bpe
 from minimind_jax.errors import UserError
+from minimind_jax.stages.tokenizer_origin import ORIGIN, check_origin, origin_of, write_origin
 
 SELF_TEST_TEXTS = {
     "English": (
@@ -39,11 +40,18 @@ _SELF_TEST_TALK = [
 def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """Reads the records, trains, checks itself and puts the folder in place; prints what it finds.
 
-    A folder that is cut off half way never appears under config.output. Raises UserError for broken records (or skips
-    and counts them, as config.on_error says) and for an output folder that holds other files or cannot be written.
+    A folder that is cut off half way never appears under config.output. A tokenizer that is there is kept: told if it
+    is of the same settings and records. Raises UserError if it is another (unless config.overwrite), for broken records
+    (or skips and counts them, as config.on_error says), for an output folder that holds other files or cannot be
+    written.
     """
     output = Path(config.output)
     _check_replaceable(output)
+    origin = origin_of(config, _files(config))
+    if (output / "tokenizer.json").is_file() and not config.overwrite:
+        check_origin(output, origin)
+        print(f"{output} holds the tokenizer of these settings and records already")
+        return Tokenizer.load(output)
     skipped: dict[str, None] = {}  # messages, each once although a file may be read again
 
     def skip(error: UserError) -> None:
@@ -67,6 +75,7 @@ def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
                 f"{tokenizer.vocab_size} were made. Give more data, or lower vocab_size."
             )
         _self_test(tokenizer)
+        write_origin(workplace / "new", origin)
         if output.exists():
             os.replace(output, workplace / "old")
         os.replace(workplace / "new", output)
@@ -85,7 +94,9 @@ def _files(config: TokenizerConfig) -> list[Path]:
 def _check_replaceable(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; output must be a folder to write")
-    others = sorted(p.name for p in output.iterdir() if p.name not in TOKENIZER_FILES) if output.is_dir() else []
+    others = (
+        sorted(p.name for p in output.iterdir() if p.name not in (*TOKENIZER_FILES, ORIGIN)) if output.is_dir() else []
+    )
     if others:
         raise UserError(f"{output} holds other files ({', '.join(others[:3])}); choose a new folder as output")
 

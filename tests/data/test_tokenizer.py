@@ -18,6 +18,7 @@ from minimind_jax.data.template import CHAT_TEMPLATE
 from minimind_jax.data.tokenizer import RESERVED_TOKENS, StreamDecoder, Tokenizer, train_bpe
 from minimind_jax.errors import UserError
 from minimind_jax.stages.tokenizer import _some_of_each, train_tokenizer
+from minimind_jax.stages.tokenizer_origin import ORIGIN
 
 CORPUS = [
     "the cat sat on the mat. 猫坐在垫子上。\n\n\nnext 12345",
@@ -228,8 +229,25 @@ class TestStage:
         assert "<|im_start|>assistant\n<think>\n\n</think>\n\n" in printed
         assert re.search(r"Chinese: 70 characters, \d+ tokens, [\d.]+ characters per token", printed)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "out"]
-        train_tokenizer(self.config(tmp_path, vocab_size=310))
-        assert Tokenizer.load(tmp_path / "out").vocab_size == 310
+
+    def test_another_tokenizer_is_replaced_only_when_asked(self, tmp_path, capsys):
+        config = self.config(tmp_path)
+        train_tokenizer(config)
+        before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+        capsys.readouterr()
+        (tmp_path / "elsewhere").mkdir()
+        moved = [shutil.copy(tmp_path / name, tmp_path / "elsewhere" / name) for name in ("a.jsonl", "b.jsonl")]
+        assert train_tokenizer(dataclasses.replace(config, data=tuple(map(str, moved)))).vocab_size == 330
+        assert "holds the tokenizer of these settings and records already" in capsys.readouterr().out
+        with pytest.raises(UserError, match=r"another tokenizer \(vocab_size\), .* --overwrite true"):
+            train_tokenizer(dataclasses.replace(config, vocab_size=310))
+        with pytest.raises(UserError, match=r"another tokenizer \(data\)"):
+            train_tokenizer(dataclasses.replace(config, data=(str(moved[0]),)))
+        assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+        assert train_tokenizer(dataclasses.replace(config, vocab_size=310, overwrite=True)).vocab_size == 310
+        (tmp_path / "out" / ORIGIN).unlink()  # as an older version, or another program, leaves it
+        with pytest.raises(UserError, match=f"no {ORIGIN} in it"):
+            train_tokenizer(dataclasses.replace(config, vocab_size=310))
 
     def test_a_small_corpus_says_so_and_goes_on(self, tmp_path, capsys):
         tokenizer = train_tokenizer(self.config(tmp_path, vocab_size=6400))
@@ -254,7 +272,7 @@ class TestStage:
         for name in ("a.jsonl", "b.jsonl"):
             (tmp_path / name).write_text('{"txt": 1}\n')
         with pytest.raises(UserError, match="no usable record in"):
-            train_tokenizer(config)
+            train_tokenizer(dataclasses.replace(config, overwrite=True))
 
     def test_an_empty_text_names_the_stage_s_own_flag(self, tmp_path):
         (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
