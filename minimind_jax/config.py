@@ -27,7 +27,8 @@ class ModelSettings:
 
     preset: one of minimind-3, minimind-3-moe, minimind2-small, minimind2, qwen3-0.6b; empty takes init_from's model, or
         minimind-3. null in a field below keeps the preset's value.
-    vocab_size: tokens the model knows; at least the tokenizer's.
+    vocab_size: tokens the model knows; at least the tokenizer's. null: as many as the tokenizer has, from scratch; as
+        init_from's model has. More than that adds rows to its embedding, drawn around the mean of the others.
     hidden_size: width of the residual stream.
     intermediate_size: width of the feed-forward layer; null derives ceil(hidden_size * pi / 64) * 64.
     num_hidden_layers: number of layers.

@@ -3,3 +3,7 @@
 
 class UserError(ValueError):
     """Something in the user's files, settings or machine is wrong; the message says what and how to mend it."""
+
+
+class TemplateFault(UserError):
+    """A chat template cannot write a kind of conversation, whatever is said in it: no record's fault, never skipped."""

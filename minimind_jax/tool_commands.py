@@ -179,7 +179,7 @@ def merge_lora_command(prog: str, argv: Sequence[str]) -> None:
         ("source", {"help": "the folder of an adapter, as a run with lora.rank or peft writes it, or such a run"}),
         ("output", {"help": "the folder to write"}),
         ("--base", {"default": "", "help": "the base model's folder or run, if it is not where the adapter says"}),
-        ("--dtype", {"choices": DTYPES, "default": "bfloat16", "help": "of the tensors (default: bfloat16)"}),
+        ("--dtype", {"choices": DTYPES, "help": "of the tensors; the base model's unless given"}),
         SHARDS,
     )
     from minimind_jax.convert.load import merge_lora

@@ -29,7 +29,7 @@ from minimind_jax.convert.torch_file import read_torch
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import holds_model, is_adapter
-from minimind_jax.model.config import ModelConfig
+from minimind_jax.model.config import ModelConfig, union_of_ids
 from minimind_jax.model.transformer import Params
 from minimind_jax.paths import absolute, as_path, local_folder
 
@@ -119,18 +119,17 @@ def from_hf(
     if is_adapter(source):
         raise UserError(f"{source} is an adapter; minimind convert merge-lora makes a whole model of it")
     config, stored = _open_hf(source)
-    dtypes = {tensor.dtype for tensor in stored.values()}
-    if dtype is None:
-        dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
-    generation_file = source / "generation_config.json"
+    dtype = dtype or _dtype_of(stored)
+    words = model_tokenizer(source, tokenizer)
+    config = dataclasses.replace(config, eos_token_id=union_of_ids(config.eos_token_id, words.eos_id))
     save_hf(
         output,
         config,
         params_from_hf(config, stored, str(source)),
-        Tokenizer.load(tokenizer or source),
+        words,
         dtype,
         max_shard_bytes,
-        generation_config=read_json(generation_file) if generation_file.is_file() else None,
+        generation_config=generation_settings(source),
         labels=load_labels(source),
     )
     return config
@@ -149,6 +148,33 @@ def to_hf(
     return from_hf(source, output, dtype, max_shard_bytes=max_shard_bytes)
 
 
+def generation_settings(*folders: Path) -> dict[str, Any] | None:
+    """`generation_config.json` of the first of the folders that has one; None where none has."""
+    files = (local_folder(as_path(folder)) / "generation_config.json" for folder in folders)
+    return next((read_json(file) for file in files if file.is_file()), None)
+
+
+def model_tokenizer(folder: str | Path, other: str | Path | None = None) -> Tokenizer:
+    """The tokenizer in the folder of a model, or another one whose ids stand for the same words.
+
+    Raises UserError when there is none, or the other has other words.
+    """
+    folder = local_folder(as_path(folder))
+    if not (folder / "tokenizer.json").is_file():
+        if other:
+            return Tokenizer.load(other)  # nothing tells what the model's ids meant
+        raise UserError(
+            f"{folder} has no tokenizer (no tokenizer.json); give the one that the model was trained with: --tokenizer "
+            "FOLDER, or copy its files there"
+        )
+    own = Tokenizer.load(folder)
+    if not other:
+        return own
+    given = Tokenizer.load(other)
+    given.check_same_words(own, f"the model {folder}")
+    return given
+
+
 def _with_token_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
     if tokenizer is None:
         return config
@@ -157,7 +183,8 @@ def _with_token_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelCo
             f"the tokenizer {tokenizer.folder} has {tokenizer.vocab_size} tokens, the model's vocab_size is "
             f"{config.vocab_size}; they do not belong together"
         )
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    ends = config.eos_token_id if tokenizer.eos_id in config.end_ids else union_of_ids(tokenizer.end_ids)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
     return dataclasses.replace(config, **{name: token for name, token in ids.items() if token is not None})
 
 
@@ -186,6 +213,16 @@ def read_hf_config(folder: str | Path) -> ModelConfig:
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected a Hugging Face model folder")
     return from_hf_config(read_json(file), str(file))
+
+
+def stored_dtype(folder: str | Path) -> str:
+    """The dtype of a model's tensors in its folder; float32 where they have several."""
+    return _dtype_of(_open_hf(local_folder(as_path(folder)))[1])
+
+
+def _dtype_of(stored: Mapping[str, StoredTensor]) -> str:
+    dtypes = {tensor.dtype for tensor in stored.values()}
+    return dtypes.pop() if len(dtypes) == 1 else "float32"
 
 
 def load_labels(folder: str | Path) -> Labels | None:

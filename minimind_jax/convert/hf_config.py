@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minimind_jax.errors import UserError
-from minimind_jax.model.config import ModelConfig, RopeScaling, yarn_attention_factor
+from minimind_jax.model.config import ModelConfig, RopeScaling, id_tuple, union_of_ids, yarn_attention_factor
 
 ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
@@ -83,7 +83,7 @@ def to_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "sliding_window": None,
         "max_window_layers": config.num_hidden_layers,
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
+        "eos_token_id": _ids_json(config.eos_token_id),
         "pad_token_id": config.pad_token_id,
         "torch_dtype": dtype,
         "dtype": dtype,
@@ -139,20 +139,26 @@ def read_labels(values: Mapping[str, Any]) -> tuple[tuple[str, ...], bool] | Non
 
 
 def to_generation_config(config: ModelConfig, source: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The `generation_config.json`: the model's token ids and either `source`'s settings or MiniMind's sampling."""
+    """The `generation_config.json`: the model's token ids and either `source`'s settings or MiniMind's sampling.
+
+    Every token that ends an answer of the model ends one there, and so does every one of `source`.
+    """
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids["eos_token_id"] = _ids_json(config.eos_token_id)
     if source is None:
         return {**ids, "do_sample": True, "temperature": 0.85, "top_p": 0.85, "top_k": 50}
     kept = {
         k: v for k, v in source.items() if v is not None and k not in ("transformers_version", "_from_model_config")
     }
-    return {**ids, **kept}
+    theirs = id_tuple(kept.get("eos_token_id"))
+    ends = theirs if set(config.end_ids) <= set(theirs) else (*config.end_ids, *theirs)
+    return {**ids, **kept, "eos_token_id": _ids_json(union_of_ids(ends))}
 
 
 def from_hf_config(values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
     """The architecture a `config.json` describes: model_type `qwen3`, `qwen3_moe` or MiniMind's own `minimind`.
 
-    Of several end-of-text ids the first is taken. Fields that only training uses get their defaults.
+    Fields that only training uses get their defaults.
 
     Raises:
         UserError: a key is missing, or the model has a feature that this project does not compute.
@@ -164,7 +170,7 @@ def from_hf_config(values: Mapping[str, Any], where: str = "config.json") -> Mod
     defaults = _MINIMIND_DEFAULTS if model_type == "minimind" else _QWEN3_DEFAULTS
     fields = {name: _required(values, name, where) for name in SIZES}
     fields |= {name: values.get(name, default) for name, default in defaults.items()}
-    fields["eos_token_id"] = _first(fields["eos_token_id"])
+    fields["eos_token_id"] = union_of_ids(_checked_ids(fields["eos_token_id"], where))
     fields["head_dim"] = values.get("head_dim") or _default_head_dim(model_type, fields)
     if model_type == "qwen3_moe" or values.get("use_moe"):
         fields |= _moe_fields(values, where)
@@ -289,8 +295,15 @@ def _required(values: Mapping[str, Any], name: str, where: str) -> Any:
     return values[name]
 
 
-def _first(ids: int | list[int] | None) -> int | None:
-    return (ids[0] if ids else None) if isinstance(ids, list) else ids
+def _checked_ids(ids: Any, where: str) -> tuple[int, ...]:
+    found = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(isinstance(token, int) for token in found):
+        raise UserError(f"{where}: eos_token_id is {ids!r}; expected a token's id, or a list of ids")
+    return tuple(found)
+
+
+def _ids_json(ids: int | tuple[int, ...] | None) -> int | list[int] | None:
+    return list(ids) if isinstance(ids, tuple) else ids
 
 
 def _either(names) -> str:

@@ -1,18 +1,26 @@
 """A model from its folder, whatever kind it is: a Hugging Face folder, or a low-rank adapter over one."""
 
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from minimind_jax.convert.hf import MAX_SHARD_BYTES, load_hf, read_hf_config, save_hf
+from minimind_jax.convert.hf import (
+    MAX_SHARD_BYTES,
+    generation_settings,
+    load_hf,
+    model_tokenizer,
+    read_hf_config,
+    save_hf,
+    stored_dtype,
+)
 from minimind_jax.convert.peft import StoredAdapter, load_peft, read_adapter_config
-from minimind_jax.convert.replace import read_json
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import ADAPTER_CONFIG, holds_model, is_adapter, resolve_model_folder
-from minimind_jax.model.config import ModelConfig
+from minimind_jax.model.config import ModelConfig, union_of_ids
 from minimind_jax.model.lora import join, merge
 from minimind_jax.model.transformer import Params
 from minimind_jax.paths import absolute, as_path, local_folder
@@ -74,23 +82,31 @@ def base_folder(adapter: Path, base: str = "") -> Path:
     return folder
 
 
-def tokenizer_folder(folder: Path, base: str = "") -> Path:
-    """Where the tokenizer of a model is: in its folder, or with the base model of an adapter that has none."""
-    if is_adapter(folder) and not (folder / "tokenizer.json").is_file():
-        return base_folder(folder, base)
-    return folder
+def load_tokenizer(folder: Path, other: str | Path | None = None, base: str = "") -> Tokenizer:
+    """The tokenizer of a model: the one in its folder, for an adapter the one saved beside it or else its base's; or
+    `other`, a folder. Raises UserError when its words are not those of the whole model."""
+    if not is_adapter(folder):
+        return model_tokenizer(folder, other)
+    beside = folder if (folder / "tokenizer.json").is_file() else None
+    return model_tokenizer(base_folder(folder, base), other or beside)
+
+
+def load_generation_settings(folder: Path, base: str = "") -> dict | None:
+    """`generation_config.json` of a model: of its folder, or of its base for an adapter without one; None without."""
+    return generation_settings(folder, base_folder(folder, base)) if is_adapter(folder) else generation_settings(folder)
 
 
 def merge_lora(
     adapter: str | Path,
     output: str | Path,
     base: str = "",
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     max_shard_bytes: float = MAX_SHARD_BYTES,
 ) -> ModelConfig:
     """Writes an adapter and its base model as one Hugging Face folder.
 
-    dtype: of the tensors. The sum is rounded once, so float32 keeps the merged model within rounding of the two.
+    dtype: of the tensors; None keeps the base's. The sum is rounded once, so float32 keeps the merged model within
+    rounding of the two.
     Raises UserError when the folder holds no adapter.
     """
     folder = as_path(adapter)
@@ -100,9 +116,10 @@ def merge_lora(
     if absolute(as_path(output)) in (absolute(folder), absolute(whole)):
         raise UserError(f"{output} is the adapter's or the base model's own folder; choose another output")
     config, params = load_merged(folder, base)
-    generation_file = whole / "generation_config.json"
+    tokenizer = load_tokenizer(folder, base=base)
+    config = dataclasses.replace(config, eos_token_id=union_of_ids(tokenizer.end_ids, config.eos_token_id))
     save_hf(
-        output, config, params, Tokenizer.load(tokenizer_folder(folder, base)), dtype, max_shard_bytes,
-        generation_config=read_json(generation_file) if generation_file.is_file() else None,
+        output, config, params, tokenizer, dtype or stored_dtype(whole), max_shard_bytes,
+        generation_config=load_generation_settings(folder, base),
     )  # fmt: skip
     return config

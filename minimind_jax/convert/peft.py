@@ -128,11 +128,12 @@ def save_peft(
     dropout: float = 0.0,
     rslora: bool = False,
     task: str = "CAUSAL_LM",
+    generation_config: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes the adapters in `params`, in float32; an older model there is replaced only when this is complete.
 
     table: their ranks. base: the folder of the model they were trained over. rslora: whether alpha is to be divided by
-    the root of the rank; the scales themselves are those in `params`.
+    the root of the rank; the scales themselves are those in `params`. generation_config: the file of that name.
     Raises UserError as `convert.hf.save_hf` does.
     """
     tensors, ranks, alphas = {}, {}, {}
@@ -165,6 +166,8 @@ def save_peft(
     folder = as_path(folder)
     with replacing(folder) as partial:
         write_json(partial / ADAPTER_CONFIG, config)
+        if generation_config is not None:
+            write_json(partial / "generation_config.json", generation_config)
         if tokenizer is not None:
             tokenizer.save(partial)
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})

@@ -60,6 +60,8 @@ _USUAL_NAMES = {
     "pad_token": ("<|endoftext|>", "<pad>"),
 }
 
+_PROBE_WORD = "zyxprobe"  # what no template writes by itself
+
 
 class Tokenizer:
     """A Hugging Face tokenizer folder.
@@ -105,6 +107,51 @@ class Tokenizer:
         """Every token's id."""
         return self._backend.get_vocab(with_added_tokens=True)
 
+    def check_same_words(self, own: "Tokenizer", model: str) -> None:
+        """Raises UserError where an id is another word than in `own`, the tokenizer that `model` was trained with.
+
+        What one has beyond the other, such as added tokens at the end, is no matter; templates are none either.
+        """
+        mine = {i: word for word, i in self.vocabulary().items()}
+        theirs = {i: word for word, i in own.vocabulary().items()}
+        differ = sorted(i for i in mine.keys() & theirs.keys() if mine[i] != theirs[i])
+        if differ:
+            first = differ[0]
+            raise UserError(
+                f"the tokenizer {self.folder} has other words than {model} was trained with: {len(differ):,} of "
+                f"{len(theirs):,} ids differ (id {first} is {mine[first]!r}, in {own.folder} it is {theirs[first]!r}); "
+                "take the model's own tokenizer, or train a model from scratch with this one"
+            )
+
+    @functools.cached_property
+    def turn_end_id(self) -> int | None:
+        """The token that the template writes behind an answer; None if it writes none, or text that is no token."""
+        after = self._written_after({"role": "assistant", "content": _PROBE_WORD}, _PROBE_WORD)
+        return next((i for i in after if i in self._added), None)
+
+    @functools.cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer: those that the template writes behind one and behind a tool call (only a
+        special one: `</tool_call>` is none), and the end-of-text token."""
+        call = {"type": "function", "function": {"name": _PROBE_WORD, "arguments": {"a": "b"}}}
+        after = self._written_after({"role": "assistant", "content": "", "tool_calls": [call]}, _PROBE_WORD)
+        called = [i for i in after if i in self.special_ids][-1:]
+        found = [i for i in (self.turn_end_id, *called) if i is not None]
+        return tuple(dict.fromkeys([*found, self.eos_id]))
+
+    def _written_after(self, answer: dict[str, Any], word: str) -> list[int]:
+        """The tokens that the template writes behind the word in an answer; none if it cannot write it."""
+        try:
+            segments = self.prompt_segments([{"role": "user", "content": "q"}, answer], add_generation_prompt=False)
+        except UserError:
+            return []
+        _, found, after = "".join(segment.text for segment in segments).rpartition(word)
+        return self.encode(after) if found else []
+
+    @property
+    def _added(self) -> dict[int, Any]:
+        return self._backend.get_added_tokens_decoder()
+
     def encode(self, text: str) -> list[int]:
         """Token ids; special tokens spelled in the text are recognised, none are added."""
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -125,7 +172,7 @@ class Tokenizer:
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:
         """Ids that decoding leaves out when it skips special tokens."""
-        return frozenset(i for i, token in self._backend.get_added_tokens_decoder().items() if token.special)
+        return frozenset(i for i, token in self._added.items() if token.special)
 
     @functools.cached_property
     def byte_pieces(self) -> list[bytes]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minimind_jax.convert.load import tokenizer_folder
+from minimind_jax.convert.load import load_tokenizer
 from minimind_jax.data.jsonl import Record, iter_records
 from minimind_jax.data.records import field_names
 from minimind_jax.data.tokenizer import Tokenizer
@@ -121,7 +121,7 @@ def evaluate_choices(
     examples = _by_task([parse_question(record) for record in iter_records(shots)]) if shots else questions
     folder = resolve_model_folder(model)
     network, params = load_model(folder, dtype)
-    tokenizer = Tokenizer.load(tokenizer_folder(folder))
+    tokenizer = load_tokenizer(folder)
     scorer = LikelihoodScorer(network, params, batch_size)
     results = []
     for task, asked in questions.items():

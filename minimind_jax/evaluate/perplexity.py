@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from minimind_jax.config import DataConfig
-from minimind_jax.convert.load import tokenizer_folder
+from minimind_jax.convert.load import load_tokenizer
 from minimind_jax.data.batches import Batches
 from minimind_jax.data.jsonl import READING, Reading, expand_paths
 from minimind_jax.data.token_cache import TokenCache, build_cache
-from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
 from minimind_jax.inference.generate import load_model
@@ -123,7 +122,7 @@ def evaluate_perplexity(
 
 
 def _open(folder, paths, seq_len, kind, min_document_tokens, rows_per_step, cache_dir, reading) -> Batches:
-    tokenizer = Tokenizer.load(tokenizer_folder(folder))
+    tokenizer = load_tokenizer(folder)
     data = DataConfig(
         train=tuple(paths),
         seq_len=seq_len,

@@ -7,11 +7,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from minimind_jax.convert.load import base_folder
+from minimind_jax.convert.load import base_folder, load_tokenizer
 from minimind_jax.convert.peft import StoredAdapter, load_peft
 from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter, resolve_model_folder
 from minimind_jax.inference.generate import Generator, load_generator
+from minimind_jax.inference.generation_config import read_generation_config
 from minimind_jax.model.lora import PROJECTIONS, Adapter, join
 from minimind_jax.model.transformer import LanguageModel, Params, compute_dtype, unstack_layers
 
@@ -59,9 +60,15 @@ def load_switched(model: str, names: Sequence[str], dtype: str = "auto") -> Swit
         if short in stored or short == OFF:
             raise UserError(f"adapters: two are called {short}; rename a folder")
         stored[short] = load_peft(place, generator.model.config)
+        generator.eos_ids = tuple(sorted({*generator.eos_ids, *_end_ids(place, folder)}))
         if Path(stored[short].base).resolve() != folder.resolve():
             print(f"warning: the adapter {short} was trained over {stored[short].base}, not over {folder}")
     return switched(generator, stored)
+
+
+def _end_ids(adapter: Path, base: Path) -> set[int]:
+    """The tokens that end an adapter's answers. Raises UserError when its words are not the base model's."""
+    return {*read_generation_config(adapter).eos_ids, *load_tokenizer(adapter, base=str(base)).end_ids}
 
 
 def switched(generator: Generator, stored: dict[str, StoredAdapter]) -> SwitchedGenerator:

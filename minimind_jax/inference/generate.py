@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minimind_jax.convert.load import base_folder, load_merged, tokenizer_folder
+from minimind_jax.convert.load import base_folder, load_merged, load_tokenizer
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter, resolve_model_folder
@@ -62,7 +62,8 @@ class Generator:
 
     Args:
         tokenizer: None works on token ids alone: no text in prompts, completions or stop strings.
-        eos_ids: tokens that end an answer; the model's and the tokenizer's end-of-text tokens when None.
+        eos_ids: tokens that end an answer; when None, those of the model's configuration, what the tokenizer's
+            template writes behind an answer, and its end-of-text token.
         sampling: what the model's makers mean it to be sampled with; kept for the caller, and used by no method.
     """
 
@@ -75,7 +76,7 @@ class Generator:
         sampling: SamplingConfig = DEFAULT,
     ):
         if eos_ids is None:
-            eos_ids = {model.config.eos_token_id, tokenizer.eos_id if tokenizer else None} - {None}
+            eos_ids = {*model.config.end_ids, *(tokenizer.end_ids if tokenizer else ())}
         if tokenizer and tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
                 f"the tokenizer {tokenizer.folder} has ids up to {tokenizer.vocab_size - 1}, "
@@ -256,9 +257,11 @@ def load_generator(name: str, dtype: str = "auto") -> Generator:
     """
     folder = resolve_model_folder(name)
     model, params = load_model(folder, dtype)
-    tokenizer = Tokenizer.load(tokenizer_folder(folder))
-    defaults = read_generation_config(base_folder(folder) if is_adapter(folder) else folder)
-    eos_ids = defaults.eos_ids | ({model.config.eos_token_id, tokenizer.eos_id} - {None})
+    tokenizer = load_tokenizer(folder)
+    places = [folder, base_folder(folder)] if is_adapter(folder) else [folder]
+    place = next((place for place in places if (place / "generation_config.json").is_file()), folder)
+    defaults = read_generation_config(place)
+    eos_ids = {*defaults.eos_ids, *model.config.end_ids, *tokenizer.end_ids}
     return Generator(model, params, tokenizer, eos_ids, defaults.sampling)
 
 

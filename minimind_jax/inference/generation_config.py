@@ -2,11 +2,18 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minimind_jax.errors import UserError
 from minimind_jax.inference.config import FROM_MODEL, SamplingConfig
+
+# Keys without a say in what is generated here, and values of the others that change nothing.
+_WITHOUT_EFFECT = {*FROM_MODEL, "do_sample", "bos_token_id", "eos_token_id", "pad_token_id"}
+_WITHOUT_EFFECT |= {"transformers_version", "use_cache", "cache_implementation", "max_length"}
+_NEUTRAL = {"num_beams": 1, "num_beam_groups": 1, "typical_p": 1.0, "epsilon_cutoff": 0, "eta_cutoff": 0}
+_NEUTRAL |= {"length_penalty": 1.0, "encoder_repetition_penalty": 1.0, "num_return_sequences": 1, "top_h": 1.0}
 
 
 class GenerationConfig(NamedTuple):
@@ -17,12 +24,13 @@ class GenerationConfig(NamedTuple):
 
 
 def read_generation_config(folder: Path) -> GenerationConfig:
-    """The folder's file, or our defaults without one. Keys that say nothing about sampling are left alone.
+    """The folder's file, or our defaults without one. Keys that would change the text and are not followed are named.
 
     Raises UserError when it is no JSON object or holds a value that makes no sense.
     """
     file = folder / "generation_config.json"
     values = _read(file) if file.is_file() else {}
+    _name_ignored(values, file)
     given = {name: values[name] for name in FROM_MODEL if values.get(name) is not None}
     if values.get("do_sample") is False:
         given["temperature"] = 0.0
@@ -35,6 +43,20 @@ def read_generation_config(folder: Path) -> GenerationConfig:
     if not all(isinstance(token, int) for token in ids):
         raise UserError(f"{file}: eos_token_id is {ids!r}; expected token ids")
     return GenerationConfig(sampling, frozenset(ids))
+
+
+def _name_ignored(values: dict[str, Any], file: Path) -> None:
+    ignored = [
+        f"{name} {value!r}"
+        for name, value in values.items()
+        if name not in _WITHOUT_EFFECT and not name.startswith("_") and value and value != _NEUTRAL.get(name)
+    ]
+    if ignored:
+        print(
+            f"note: {file}: not followed: {', '.join(ignored)} (followed are do_sample, eos_token_id, "
+            f"{', '.join(FROM_MODEL)})",
+            file=sys.stderr,
+        )
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minimind_jax.convert.hf import Labels, load_labels
-from minimind_jax.convert.load import tokenizer_folder
-from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.convert.load import load_tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter, resolve_model_folder
 from minimind_jax.inference.generate import bucket, load_model
@@ -39,7 +38,7 @@ class Scorer:
         self.model, self.params = load_model(folder, dtype, has_head=True)
         if SCORE not in self.params or self.params[SCORE]["kernel"].shape[1] != len(labels.names):
             raise UserError(f"{folder}: config.json names {len(labels.names)} labels, and the weights hold others")
-        self.tokenizer = Tokenizer.load(tokenizer_folder(folder))
+        self.tokenizer = load_tokenizer(folder)
         context = self.model.config.max_position_embeddings
         if max_tokens and max_tokens > context:
             raise UserError(f"seq_len {max_tokens} is above the model's context of {context} tokens")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 
@@ -55,6 +56,7 @@ class ModelConfig:
     router_gradient: how the language-model loss reaches a renormalised top-1 router, whose weight is always 1.
         `straight_through`: the weight is p / stop_gradient(p), 1 in value with p's gradient. `none`: MiniMind's, no
         gradient. Only used when norm_topk_prob is true and num_experts_per_tok is 1.
+    eos_token_id: the token that ends an answer, or several: a number for one, so that equal models are equal.
     """
 
     vocab_size: int = 6400
@@ -79,7 +81,7 @@ class ModelConfig:
     router_gradient: Literal["straight_through", "none"] = "straight_through"
     router_aux_loss_coef: float = 5e-4
     bos_token_id: int | None = 1
-    eos_token_id: int | None = 2
+    eos_token_id: int | tuple[int, ...] | None = 2
     pad_token_id: int | None = 0
 
     def __post_init__(self):
@@ -127,6 +129,22 @@ class ModelConfig:
     @property
     def is_moe(self) -> bool:
         return self.num_experts > 0
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens of eos_token_id."""
+        return id_tuple(self.eos_token_id)
+
+
+def id_tuple(ids: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Token ids in the forms that configurations have for none, one and several."""
+    return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def union_of_ids(*groups: int | Sequence[int] | None) -> int | tuple[int, ...] | None:
+    """The ids of all groups in their order, each once; a number if it is one, None if there are none."""
+    ids = tuple(dict.fromkeys(token for group in groups for token in id_tuple(group)))
+    return ids if len(ids) > 1 else ids[0] if ids else None
 
 
 PRESETS: dict[str, dict] = {

@@ -107,7 +107,7 @@ def _architecture(config: PretrainConfig, before: Sequence[Stage]) -> tuple[Mode
     That of init_from where it is there; of a pipeline's stage before, which will make it; else what `model` says.
     """
     if not config.init_from:
-        return config.model.resolve(), ""
+        return config.model.resolve(**_own_size(config)), ""
     maker = next((made for made in before if getattr(made.config, "run", None) == config.init_from), None)
     try:
         folder = resolve_model_folder(config.init_from, "init_from")
@@ -117,6 +117,12 @@ def _architecture(config: PretrainConfig, before: Sequence[Stage]) -> tuple[Mode
         return config.model.resolve(), f"init_from {config.init_from} is not there yet; taken as the preset in `model`"
     architecture = read_config(folder)
     return dataclasses.replace(architecture, **config.model.changes(architecture.max_position_embeddings)), ""
+
+
+def _own_size(config: PretrainConfig) -> dict[str, int]:
+    """The vocabulary of a model from scratch that no setting says: the tokenizer's, if that is there already."""
+    folder = None if config.model.vocab_size else _tokenizer_folder(config)
+    return {"vocab_size": Tokenizer.load(folder).vocab_size} if folder else {}
 
 
 def planned_adapter(planned: Planned) -> Adapter | None:

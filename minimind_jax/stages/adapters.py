@@ -1,7 +1,8 @@
 """Low-rank adapters of a run: which there are, where they start from, and the folder they are written to."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -90,9 +91,16 @@ def load_with_adapters(config: PretrainConfig, plan: AdapterPlan, dtype: str) ->
     return join(cast_matrices(params, dtype), adapters)
 
 
-def save_adapters(folder: Path, params: Params, plan: AdapterPlan, tokenizer: Tokenizer) -> None:
-    """Writes the adapters in `params` as a folder of `peft`."""
+def save_adapters(
+    folder: Path,
+    params: Params,
+    plan: AdapterPlan,
+    tokenizer: Tokenizer,
+    generation_config: Mapping[str, Any],
+) -> None:
+    """Writes the adapters in `params` as a folder of `peft`, with what ends their answers and how to sample them."""
     save_peft(
         folder, params, plan.table,
         base=absolute(plan.base), tokenizer=tokenizer, dropout=plan.dropout, rslora=plan.rslora,
+        generation_config=generation_config,
     )  # fmt: skip

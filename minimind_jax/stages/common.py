@@ -13,14 +13,20 @@ from jax.experimental import multihost_utils
 
 from minimind_jax.config import ModelSettings, PretrainConfig, SampleConfig
 from minimind_jax.convert.hf import Labels, load_hf, save_hf
-from minimind_jax.convert.load import load_merged, read_config, tokenizer_folder
+from minimind_jax.convert.hf_config import to_generation_config
+from minimind_jax.convert.load import (
+    load_generation_settings,
+    load_merged,
+    read_config,
+)
+from minimind_jax.convert.load import load_tokenizer as load_model_tokenizer
 from minimind_jax.convert.replace import check_replaceable
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import holds_model, resolve_model_folder, resolve_run
 from minimind_jax.inference.generate import Generator
 from minimind_jax.inference.sampling import SamplingConfig
-from minimind_jax.model.config import ModelConfig
+from minimind_jax.model.config import ModelConfig, union_of_ids
 from minimind_jax.model.heads import SCORE, without_head
 from minimind_jax.model.lora import LEAVES, join, make_adapter, merge, split
 from minimind_jax.model.transformer import LanguageModel, Params
@@ -160,27 +166,42 @@ def is_finished(run: RunFolder, config: PretrainConfig) -> bool:
 
 
 def load_tokenizer(config: PretrainConfig) -> Tokenizer:
-    """The tokenizer of the run: `config.tokenizer`, or that of the model it starts from."""
+    """The tokenizer of the run: `config.tokenizer`, or that of the model it starts from.
+
+    Raises UserError when there is none, or its words are not those of the model.
+    """
     if not config.tokenizer and not config.init_from:
         raise UserError(
             "a run from scratch needs a tokenizer: give --tokenizer FOLDER, or --init_from a model that has one"
         )
-    return Tokenizer.load(config.tokenizer or tokenizer_folder(resolve_model_folder(config.init_from, "init_from")))
+    if not config.init_from:
+        return Tokenizer.load(config.tokenizer)
+    return load_model_tokenizer(resolve_model_folder(config.init_from, "init_from"), config.tokenizer)
+
+
+def start_generation(config: PretrainConfig) -> dict | None:
+    """The generation settings of the model that the run starts from; None from scratch, or where it has none."""
+    return load_generation_settings(resolve_model_folder(config.init_from)) if config.init_from else None
 
 
 def load_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
     """The network: that of `config.init_from`, or the preset from scratch, with the tokenizer's special ids.
 
+    From scratch it has as many words as the tokenizer, unless model.vocab_size says another number.
+
     Raises UserError when the tokenizer has more tokens than the model, or `config.model` sets another shape than
     init_from has.
     """
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+    ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
     if config.init_from:
         folder = resolve_model_folder(config.init_from, "init_from")
-        architecture = dataclasses.replace(read_config(folder), **ids)
+        architecture = read_config(folder)
+        ends = union_of_ids(tokenizer.end_ids, architecture.eos_token_id)
+        architecture = dataclasses.replace(architecture, **ids, eos_token_id=ends)
         architecture = _with_settings(architecture, config.model, folder)
     else:
-        architecture = config.model.resolve(**ids)
+        size = {} if config.model.vocab_size else {"vocab_size": tokenizer.vocab_size}
+        architecture = config.model.resolve(**ids, **size, eos_token_id=union_of_ids(tokenizer.end_ids))
     if tokenizer.vocab_size > architecture.vocab_size:
         raise UserError(
             f"the tokenizer {tokenizer.folder} has {tokenizer.vocab_size} tokens, more than the model's vocabulary of "
@@ -297,9 +318,13 @@ def finish_run(
         if plan is not None and labels is not None:
             params = merge(join(_body(load_hf(plan.base)[1]), params))
         if plan is None or labels is not None:
-            save_hf(run.model, model.config, params, tokenizer, dtype=config.export_dtype, labels=labels)
+            save_hf(
+                run.model, model.config, params, tokenizer, dtype=config.export_dtype, labels=labels,
+                generation_config=start_generation(config),
+            )  # fmt: skip
         else:
-            save_adapters(run.model, params, plan, tokenizer)
+            settings = to_generation_config(model.config, start_generation(config))
+            save_adapters(run.model, params, plan, tokenizer, settings)
             hint += f"\n  minimind convert merge-lora {run.path} OUTPUT      # one whole model"
         append_export(run, result.step, config.export_dtype, result.model_step)
         write_report(run)

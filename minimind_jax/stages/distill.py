@@ -6,7 +6,8 @@ import jax
 
 from minimind_jax.adapt_config import DistillConfig
 from minimind_jax.convert.hf import load_labels
-from minimind_jax.convert.load import load_merged, read_config, tokenizer_folder
+from minimind_jax.convert.load import load_merged, read_config
+from minimind_jax.convert.load import load_tokenizer as load_model_tokenizer
 from minimind_jax.data.batches import open_data
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.tokenizer import Tokenizer
@@ -105,7 +106,7 @@ def load_teacher(config: DistillConfig, tokenizer: Tokenizer) -> tuple[LanguageM
     folder = resolve_model_folder(config.teacher.model, "teacher.model")
     if not is_adapter(folder) and load_labels(folder) is not None:
         raise UserError(f"teacher.model {folder} is a classifier or reward model; a teacher must be a language model")
-    theirs = Tokenizer.load(tokenizer_folder(folder))
+    theirs = load_model_tokenizer(folder)
     if theirs.vocabulary() != tokenizer.vocabulary():
         raise UserError(
             f"teacher.model {folder} has another vocabulary ({theirs.vocab_size:,} tokens) than the student's "

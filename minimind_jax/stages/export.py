@@ -14,7 +14,7 @@ from minimind_jax.model.lora import join, merge
 from minimind_jax.paths import as_path
 from minimind_jax.sharding import announce
 from minimind_jax.stages import STAGES
-from minimind_jax.stages.common import load_model, load_tokenizer, run_parameters
+from minimind_jax.stages.common import load_model, load_tokenizer, run_parameters, start_generation
 from minimind_jax.stages.heads import load_body, own_labels, with_head
 from minimind_jax.training.checkpoint import DamagedCheckpoint, load_params
 from minimind_jax.training.run import RunFolder
@@ -51,7 +51,10 @@ def export_checkpoint(
     step, params = _load_sound(run, checkpoint, trained)
     if frozen:
         params = merge(join(parameters.split(parameters.load())[1], params))
-    save_hf(output, model.config, params, tokenizer, dtype or config.export_dtype, max_shard_bytes, labels=labels)
+    save_hf(
+        output, model.config, params, tokenizer, dtype or config.export_dtype, max_shard_bytes,
+        generation_config=start_generation(config), labels=labels,
+    )  # fmt: skip
     return step
 
 

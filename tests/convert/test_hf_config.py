@@ -163,9 +163,15 @@ def test_minimind_architecture():
     assert extended == ModelConfig(rope_scaling=RopeScaling("yarn", 16, 2048, attention_factor=1.0))
 
 
-def test_first_of_several_end_tokens():
+def test_all_of_several_end_tokens_are_kept():
     values = {**to_hf_config(ModelConfig(), "bfloat16"), "eos_token_id": [5, 3]}
-    assert from_hf_config(values).eos_token_id == 5
+    config = from_hf_config(values)
+    assert config.eos_token_id == config.end_ids == (5, 3)
+    assert to_hf_config(config, "bfloat16") == values
+    for one in ([5], 5):
+        assert from_hf_config({**values, "eos_token_id": one}) == dataclasses.replace(config, eos_token_id=5)
+    with pytest.raises(UserError, match=r"eos_token_id is '</s>'; expected a token's id, or a list of ids"):
+        from_hf_config({**values, "eos_token_id": "</s>"})
 
 
 @pytest.mark.parametrize(
