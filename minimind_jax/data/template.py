@@ -20,7 +20,7 @@ import jinja2.sandbox
 import numpy as np
 
 from minimind_jax.data.records import ROLES, Conversation, Message
-from minimind_jax.errors import UserError
+from minimind_jax.errors import TemplateFault, UserError
 from minimind_jax.seeds import named_seed
 
 TEMPLATE_FILE = Path(__file__).with_name("chat_template.jinja")
@@ -302,7 +302,7 @@ def prefix_segments(
     """Segments of a conversation under another model's template, by rendering it message by message.
 
     Trained is what an assistant message adds to the rendering of the messages before it with a generation prompt.
-    Raises UserError if the template writes earlier messages differently once more follow (it is not prefix-consistent),
+    Raises TemplateFault if the template writes earlier messages differently once more follow (not prefix-consistent),
     for then there is no text of which one part is the prompt and the other the answer.
     """
     trained = [message.get("train", True) for message in messages]
@@ -316,7 +316,7 @@ def prefix_segments(
         prompt = render_jinja(source, messages[:index], tools, **{**variables, "add_generation_prompt": True})
         answered = render_jinja(source, messages[: index + 1], tools, **variables)
         if not (answered.startswith(prompt) and whole.startswith(answered) and done <= len(prompt)):
-            raise UserError(
+            raise TemplateFault(
                 "the model's chat template is not prefix-consistent: it writes the conversation up to message "
                 f"{index + 1} of {len(messages)} differently when more follows, so its answers cannot be told from its "
                 f"prompts. Copy {TEMPLATE_FILE} into the model's folder as chat_template.jinja to train with ours"

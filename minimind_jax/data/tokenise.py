@@ -33,8 +33,9 @@ from minimind_jax.data.jsonl import READING, Reading, iter_lines, parse_line
 from minimind_jax.data.labels import Classes, parse_labelled
 from minimind_jax.data.records import parse_conversation, parse_preference, parse_text
 from minimind_jax.data.template import dice_rng
+from minimind_jax.data.template_check import check_spoken
 from minimind_jax.data.tokenizer import Tokenizer
-from minimind_jax.errors import UserError
+from minimind_jax.errors import TemplateFault, UserError
 
 # text: of pretraining. conversation: of fine-tuning. preference: pairs of conversations. labelled: texts with labels.
 Kind = Literal["text", "conversation", "preference", "labelled"]
@@ -86,11 +87,14 @@ class Encoder:
         parse = parse_conversation if self.kind == "conversation" else parse_preference
         parsed = parse(record, reading=self.reading)
         try:
+            if self.tokenizer.own_template:
+                sides = [parsed] if self.kind == "conversation" else [parsed.chosen, parsed.rejected]
+                check_spoken([message for side in sides for message in side.messages])
             if self.kind == "preference":
                 return encode_preference(self.tokenizer, parsed, rng, *chances)
             document = encode_conversation(self.tokenizer, parsed, rng and rng(), *chances)
         except UserError as error:  # of the tokenizer's own template, which knows no files
-            raise UserError(f"{record.where}: {error}") from error
+            raise type(error)(f"{record.where}: {error}") from error
         if not document.trained.any():
             raise UserError(f"{record.where}: nothing to train on; expected an assistant message with content")
         return document
@@ -102,6 +106,8 @@ class Encoder:
             try:
                 documents.append(self.document(line, told))
                 numbers.append(line[0])
+            except TemplateFault:  # which is not the record's
+                raise
             except UserError as error:
                 if not self.skip:
                     raise

@@ -26,7 +26,8 @@ from minimind_jax.data.template import (
     render_segments,
     renders_as_ours,
 )
-from minimind_jax.errors import UserError
+from minimind_jax.data.template_check import check_complete, ends_in_thought, raise_as_what_it_is
+from minimind_jax.errors import TemplateFault, UserError
 from minimind_jax.paths import as_path, local_folder
 
 TOKENIZER_FILES = (
@@ -85,6 +86,8 @@ class Tokenizer:
         if self.pad_id is None:
             self.pad_id = self.eos_id
         parts = (backend.to_str(), self.chat_template, str((self.bos_id, self.eos_id, self.pad_id)))
+        if not self.own_template:
+            parts += ("nothing left out",)  # caches from before that was checked are not taken
         self.fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     @classmethod
@@ -193,16 +196,43 @@ class Tokenizer:
         """A whole conversation in pieces with trained flags, by our template or the folder's own.
 
         keep_empty_think acts on our template only. variables: of the template, that the conversation sets itself.
-        Raises UserError if the folder's template cannot be split, and for a variable that our template does not have.
+        Raises UserError if a message is not written whole, or cannot be written, and for a variable that our template
+        does not have; TemplateFault if that is so for every conversation of its kind.
         """
         if not self.own_template:
-            return prefix_segments(self.chat_template, messages, tools, {**(variables or {}), **self._present_tokens()})
+            render = functools.partial(self._checked_segments, variables=variables or {})
+            try:
+                return render(messages, tools)
+            except TemplateFault:
+                raise
+            except UserError as error:
+                raise_as_what_it_is(error, messages, tools, render)
         if unknown := [name for name in variables or () if name not in ("enable_thinking", "open_thinking")]:
             raise UserError(
                 f"chat_template_kwargs: {unknown[0][:40]!r} is no variable of our chat template, which has "
                 "enable_thinking; remove it, or list chat_template_kwargs in data.ignore_fields"
             )
         return render_segments(messages, tools, keep_empty_think=keep_empty_think or bool(variables))
+
+    def _checked_segments(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None, variables: Mapping[str, Any]
+    ) -> list[Segment]:
+        segments = prefix_segments(self.chat_template, messages, tools, {**variables, **self._present_tokens()})
+        check_complete(messages, tools, segments)
+        return segments
+
+    def prompt_opens_thinking(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[Any] | None = None,
+        open_thinking: bool | None = None,
+    ) -> bool:
+        """Whether the generation prompt behind the messages ends in an open think block."""
+        prompt, before = (
+            "".join(segment.text for segment in self.prompt_segments(messages, tools, prompts, open_thinking))
+            for prompts in (True, False)
+        )
+        return ends_in_thought(prompt, before)
 
     def prompt_segments(
         self,

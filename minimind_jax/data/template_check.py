@@ -1,0 +1,143 @@
+"""What a foreign chat template makes of a conversation: whether it leaves anything out, and how its prompts end."""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from minimind_jax.data.records import Message
+from minimind_jax.data.template import TEMPLATE_FILE, Segment
+from minimind_jax.errors import TemplateFault, UserError
+
+OPEN_TAG, CLOSE_TAG = "<think>", "</think>"
+
+
+def check_complete(messages: Sequence[Message], tools: Sequence[Any] | None, segments: Sequence[Segment]) -> None:
+    """Raises UserError, which names it, for anything of a conversation that the rendered text does not hold.
+
+    What is trained must be in its own message's piece (the n-th trained one), the rest anywhere in the text.
+    White space does not count, and text may be written as JSON writes it.
+    """
+    whole = _squeezed("".join(segment.text for segment in segments))
+    answers = iter([_squeezed(segment.text) for segment in segments if segment.trained])
+    for index, message in enumerate(messages):
+        role = message["role"]
+        text = next(answers, "") if role == "assistant" and message.get("train", True) else whole
+        if lost := [name for name, words in _said(message) if not all(_is_in(word, text) for word in words)]:
+            raise UserError(f"the chat template leaves out the {lost[0]} of {role} message {index + 1}; {_ways_out()}")
+    told = _squeezed("".join(segment.text for segment in segments if not segment.trained))
+    if not all(_is_in(_function(tool).get(key), told) for tool in tools or () for key in ("name", "description")):
+        raise UserError(f"the chat template leaves out the tools; {_ways_out()}")
+
+
+def check_spoken(messages: Sequence[Message]) -> None:
+    """Raises UserError for words of the assistant that our template leaves out: what stands before a think block inside
+    a content, or between two."""
+    for index, message in enumerate(messages):
+        content = message["content"]
+        if message["role"] != "assistant" or CLOSE_TAG not in content or "reasoning_content" in message:
+            continue
+        thought, answer = _split_thought(content)
+        if OPEN_TAG in thought or CLOSE_TAG in answer:
+            raise UserError(
+                f"message {index + 1}: words of its content stand before its thinking or between two pieces of it, and "
+                "the chat template leaves them out; put the thinking into reasoning_content"
+            )
+
+
+def raise_as_what_it_is(
+    error: UserError,
+    messages: Sequence[Message],
+    tools: Sequence[Any] | None,
+    render: Callable[[Sequence[Message], Sequence[Any] | None], Any],
+) -> NoReturn:
+    """Raises `error`, as a TemplateFault if `render` fails as well on a plain conversation with the same kinds of
+    messages and fields: then it is not what this record says."""
+    try:
+        render(_plain(messages), [_plain_tool()] if tools else None)
+    except UserError:
+        raise TemplateFault(f"{error} (every record of this kind fails, so none is skipped)") from error
+    raise error
+
+
+def ends_in_thought(prompt: str, without_generation_prompt: str) -> bool:
+    """Whether what a template adds for the model to write on from leaves a think block open."""
+    added = prompt.removeprefix(without_generation_prompt)
+    return added.rfind(OPEN_TAG) > added.rfind(CLOSE_TAG)
+
+
+def _ways_out() -> str:
+    return (
+        "the model would not learn it. Take that field out of the records, give a tokenizer whose template writes it "
+        f"(--tokenizer), or copy {TEMPLATE_FILE} into the model's folder as chat_template.jinja to train with ours"
+    )
+
+
+def _said(message: Message) -> list[tuple[str, list[Any]]]:
+    """(name, words) of all that a message holds."""
+    content = message.get("content") or ""
+    thought, answer = _split_thought(content) if message["role"] == "assistant" else ("", content)
+    calls = [_function(call) for call in message.get("tool_calls") or ()]
+    called = [word for call in calls for word in (call.get("name"), *_leaves(call.get("arguments")))]
+    return [
+        ("content", [thought, answer]),
+        ("reasoning_content", [message.get("reasoning_content") or ""]),
+        ("tool_calls", called),
+    ]
+
+
+def _split_thought(content: str) -> tuple[str, str]:
+    """Thinking that stands in a content, which a template may write in another frame, and the answer."""
+    before, found, answer = content.partition(CLOSE_TAG)
+    return (before.strip().removeprefix(OPEN_TAG), answer) if found else ("", content)
+
+
+def _function(call: dict[str, Any]) -> dict[str, Any]:
+    return call.get("function") or call
+
+
+def _leaves(value: Any) -> list[Any]:
+    """All keys and values of nested JSON; text may be the JSON itself."""
+    if isinstance(value, str):
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            return [value]
+        return _leaves(parsed) if isinstance(parsed, dict | list) else [value]
+    if isinstance(value, dict):
+        return [word for name, item in value.items() for word in (name, *_leaves(item))]
+    if isinstance(value, list | tuple):
+        return [word for item in value for word in _leaves(item)]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _is_in(word: Any, squeezed: str) -> bool:
+    if not isinstance(word, str):
+        return word is None or str(word) in squeezed or json.dumps(word) in squeezed
+    if _squeezed(word) in squeezed:
+        return True
+    return any(_squeezed(json.dumps(word, ensure_ascii=ascii)[1:-1]) in squeezed for ascii in (False, True))
+
+
+def _plain(messages: Sequence[Message]) -> list[Message]:
+    """The shortest talk in which the roles, reasoning and tool calls of `messages` appear."""
+    roles = {message["role"] for message in messages}
+    answer: Message = {"role": "assistant", "content": "answer"}
+    if any(message.get("reasoning_content") for message in messages):
+        answer["reasoning_content"] = "thought"
+    plain = [{"role": "system", "content": "system"}] if "system" in roles else []
+    plain.append({"role": "user", "content": "question"})
+    if any(message.get("tool_calls") for message in messages):
+        call = {"type": "function", "function": {"name": "call", "arguments": {"key": "value"}}}
+        plain.append({**answer, "content": "", "tool_calls": [call]})
+        if "tool" in roles:
+            plain.append({"role": "tool", "content": "result"})
+    return plain if plain[-1]["role"] == "assistant" else [*plain, answer]
+
+
+def _plain_tool() -> dict[str, Any]:
+    parameters = {"type": "object", "properties": {"key": {"type": "string", "description": "a key"}}}
+    return {"type": "function", "function": {"name": "call", "description": "calls", "parameters": parameters}}
