@@ -4,7 +4,7 @@ import os
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Literal
@@ -95,6 +95,8 @@ def _from_modelscope(name: str, target: Path) -> Path:
         except urllib.error.HTTPError as error:
             if error.code == 404:
                 raise _no_such_file(name, place) from error
+            if error.code == 416 and _take_whole(path, part, error.headers):
+                return path
             problem = error
         except (urllib.error.URLError, HTTPException, ConnectionError, TimeoutError) as error:
             problem = error
@@ -129,6 +131,19 @@ def _fetch_rest(url: str, path: Path, part: Path) -> bool:
     part.replace(path)
     tag_file.unlink(missing_ok=True)
     return True
+
+
+def _take_whole(path: Path, part: Path, answer: Mapping[str, str]) -> bool:
+    """Renames a part of which the server has nothing more to send because it is whole: the program was killed just
+    before. Any other is removed, to be fetched anew. answer: headers of a 416."""
+    tag_file = part.with_suffix(".tag")
+    total = (answer.get("Content-Range") or "").rpartition("/")[2]
+    is_whole = total == str(part.stat().st_size) and answer.get("ETag", tag_file.read_text()) == tag_file.read_text()
+    if is_whole:
+        part.replace(path)
+    part.unlink(missing_ok=True)
+    tag_file.unlink(missing_ok=True)
+    return is_whole
 
 
 def _write_body(response, part: Path, have: int, total: int | None) -> None:

@@ -56,6 +56,12 @@ class Answer(http.server.BaseHTTPRequestHandler):
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
         if asked and self.headers.get("If-Range", tag) == tag:
             start = int(asked[1])
+        if start >= len(content):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(content)}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
@@ -167,6 +173,17 @@ def test_a_lost_server_leaves_a_part_that_the_next_call_completes(modelscope, tm
     download("rlaif", tmp_path, "modelscope")
     assert (tmp_path / "rlaif.jsonl").read_bytes() == content
     assert modelscope.requests == [("GET", MODELSCOPE + "rlaif.jsonl", "bytes=1000-")]
+
+
+@pytest.mark.parametrize("more", [b"", b"and more than there is"])
+def test_a_part_that_is_whole_already_is_taken_and_a_longer_one_fetched_anew(modelscope, tmp_path, more):
+    content = CONTENT["rlaif.jsonl"]  # killed between the last byte and the renaming
+    (tmp_path / "rlaif.jsonl.part").write_bytes(content + more)
+    (tmp_path / "rlaif.jsonl.tag").write_text(f'"{hashlib.sha256(content).hexdigest()}"')
+    download("rlaif", tmp_path, "modelscope")
+    assert (tmp_path / "rlaif.jsonl").read_bytes() == content
+    assert len(modelscope.requests) == 1 + bool(more)
+    assert [path.name for path in tmp_path.iterdir()] == ["rlaif.jsonl"]
 
 
 def test_a_part_of_another_version_is_not_taken_up(modelscope, tmp_path):
