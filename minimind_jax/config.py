@@ -462,7 +462,7 @@ class TokenizerConfig:
     data: files, folders or globs of pretraining or conversation records.
     output: the folder that is written.
     vocab_size: tokens in all, the 36 reserved and 256 bytes included.
-    max_records: records read at most; 0 for all.
+    max_records: records used at most, drawn from the beginning to the end of every file; 0 for all.
     on_error: a broken record stops the training, or is skipped and counted.
     overwrite: replace another tokenizer that is at `output`; what was trained with that one cannot be used without it.
     """

@@ -7,9 +7,11 @@ demonstration.
 import contextlib
 import itertools
 import os
+import random
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from minimind_jax.config import TokenizerConfig
@@ -18,6 +20,7 @@ from minimind_jax.data.records import parse_conversation, parse_text
 from minimind_jax.data.template import render
 from minimind_jax.data.tokenizer import TOKENIZER_FILES, StreamDecoder, Tokenizer, train_bpe
 from minimind_jax.errors import UserError
+from minimind_jax.progress import progress
 from minimind_jax.stages.tokenizer_origin import ORIGIN, check_origin, origin_of, write_origin
 
 SELF_TEST_TEXTS = {
@@ -31,6 +34,8 @@ SELF_TEST_TEXTS = {
     ),
     "mixed": "用 Python 写一个 function：def add(a, b): return a + b，然后 print(add(1, 2))。🙂",
 }
+MAX_WORD = 1000  # characters of one class, as GPT-2's pattern splits
+_LONG_WORD = re.compile(rf"([^\W\d_]{{{MAX_WORD}}}|\d{{{MAX_WORD}}}|(?:[^\w\s]|_){{{MAX_WORD}}})")
 _SELF_TEST_TALK = [
     {"role": "user", "content": "你好, who are you?"},
     {"role": "assistant", "content": "A small model."},
@@ -59,21 +64,20 @@ def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
             raise error
         skipped[str(error)] = None
 
-    records = _some_of_each(_files(config), config.max_records, skip)
+    files = _files(config)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         workplace = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     except OSError as error:
         raise UserError(f"cannot write output {output}: {error.strerror or error}; choose another folder") from error
     try:
-        tokenizer = train_bpe(_texts(records, skip, skipped, config.data), workplace / "new", config.vocab_size)
-        if skipped:
-            print(f"{len(skipped)} records skipped; the first: {next(iter(skipped))}")
-        if tokenizer.vocab_size < config.vocab_size:
-            print(
-                f"The text holds too few different words for {config.vocab_size} tokens: "
-                f"{tokenizer.vocab_size} were made. Give more data, or lower vocab_size."
-            )
+        with progress("counting records"):
+            total, records = _draw(files, config.max_records, skip)
+        drawn = min(total, config.max_records or total)
+        with progress("training the tokenizer", drawn) as advance:
+            texts = _Texts(records, skip, advance)
+            tokenizer = train_bpe(texts, workplace / "new", config.vocab_size)
+        _report(config, tokenizer, texts, total, list(skipped))
         _self_test(tokenizer)
         write_origin(workplace / "new", origin)
         if output.exists():
@@ -83,6 +87,25 @@ def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
         shutil.rmtree(workplace, ignore_errors=True)
     print(f"{tokenizer.vocab_size} tokens written to {output}")
     return Tokenizer.load(output)
+
+
+def _report(config: TokenizerConfig, tokenizer: Tokenizer, texts: "_Texts", total: int, skipped: list[str]) -> None:
+    """Says what was read. Raises UserError if it was nothing."""
+    if not texts.used:
+        raise UserError(f"no usable record in {', '.join(config.data)}; the first was skipped because of {skipped[0]}")
+    are_all = not config.max_records or config.max_records >= total
+    more = "" if are_all else ", spread over all files (max_records sets how many, 0 is all)"
+    print(f"{texts.used:,} of {total:,} records used{more}")
+    if skipped:
+        print(f"{len(skipped)} records skipped; the first: {skipped[0]}")
+    if texts.cut:
+        print(f"{texts.cut:,} records with words of more than {MAX_WORD:,} characters, which were cut for the training")
+    if tokenizer.vocab_size < config.vocab_size:
+        data = "Give more data" if are_all else "Raise max_records"
+        print(
+            f"The text holds too few different words for {config.vocab_size} tokens: "
+            f"{tokenizer.vocab_size} were made. {data}, or lower vocab_size."
+        )
 
 
 def _files(config: TokenizerConfig) -> list[Path]:
@@ -101,47 +124,67 @@ def _check_replaceable(output: Path) -> None:
         raise UserError(f"{output} holds other files ({', '.join(others[:3])}); choose a new folder as output")
 
 
-def _some_of_each(files: list[Path], limit: int, on_bad: Callable[[UserError], None]) -> Iterator[Record]:
-    """Up to `limit` records (0 for all), as many of each file as there are, so that none is left out.
+def _draw(files: list[Path], limit: int, on_bad: Callable[[UserError], None]) -> tuple[int, Iterator[Record]]:
+    """How many records there are, and up to `limit` of them (0 for all): as many of each file as there are, and spread
+    over it from its beginning to its end, so that nothing is left out.
 
-    One file is open at a time. What short files leave of the limit, the longer ones get when they are read again.
+    The files are read twice, for all that is kept is numbers; one is open at a time. Always the same ones are drawn.
     """
-    if not limit:
-        yield from iter_records(files, on_bad)
-        return
-    taken = 0  # of each of the files
-    while files:
-        share, longer = max(1, limit // len(files)), []
-        for file in files:
-            count = 0
-            with contextlib.closing(iter_records([file], on_bad)) as records:
-                for record in itertools.islice(records, taken, taken + min(share, limit)):
-                    yield record
-                    count += 1
-            limit -= count
-            if not limit:
-                return
-            if count == share:
-                longer.append(file)
-        files, taken = longer, taken + share
+    counts = [sum(1 for _ in iter_records([file], lambda error: None)) for file in files]  # told as they are read
+    total = sum(counts)
+    if not limit or limit >= total:
+        return total, iter_records(files, on_bad)
+
+    def drawn() -> Iterator[Record]:
+        for file, count, share in zip(files, counts, _shares(counts, limit), strict=True):
+            if share:
+                with contextlib.closing(iter_records([file], on_bad)) as records:
+                    places = _spread(count, share, random.Random(count))
+                    yield from itertools.compress(records, (number in places for number in range(count)))
+
+    return total, drawn()
 
 
-def _texts(
-    records: Iterator[Record], on_bad: Callable[[UserError], None], skipped: Iterable[str], data: Sequence[str]
-) -> Iterator[str]:
-    used = 0
-    for record in records:
-        try:
-            text = _text(record)
-        except UserError as error:
-            on_bad(error)
-            continue
-        used += 1
-        yield text
-    if not used:
-        raise UserError(
-            f"no usable record in {', '.join(data)}; the first was skipped because of {next(iter(skipped))}"
-        )
+def _shares(counts: Sequence[int], limit: int) -> list[int]:
+    """How many to take of each: as many of one as of another, as far as they go."""
+    shares = [0] * len(counts)
+    for done, number in enumerate(sorted(range(len(counts)), key=counts.__getitem__)):
+        shares[number] = min(counts[number], -(-limit // (len(counts) - done)))
+        limit -= shares[number]
+    return shares
+
+
+def _spread(count: int, share: int, rng: random.Random) -> set[int]:
+    """One number below `count` of each of `share` equal stretches: nothing that repeats itself can hide from it."""
+    edges = [i * count // share for i in range(share + 1)]
+    return {rng.randrange(first, end) for first, end in itertools.pairwise(edges)}
+
+
+class _Texts:
+    """The texts of the records, long words in pieces. used: how many records had one, so far; cut: how many a word of
+    more than MAX_WORD characters."""
+
+    def __init__(self, records: Iterator[Record], on_bad: Callable[[UserError], None], advance: Callable[[int], None]):
+        self._records, self._on_bad, self._advance = records, on_bad, advance
+        self.used = self.cut = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for record in self._records:
+            self._advance(1)
+            try:
+                pieces = _cut_words(_text(record))
+            except UserError as error:
+                self._on_bad(error)
+                continue
+            self.used, self.cut = self.used + 1, self.cut + (len(pieces) > 1)
+            yield from pieces
+
+
+def _cut_words(text: str) -> list[str]:
+    """The text, cut inside words longer than MAX_WORD: merging in one word takes the square of its length."""
+    if all(len(run) <= MAX_WORD for run in text.split()):
+        return [text]
+    return [piece for piece in _LONG_WORD.split(text) if piece]
 
 
 def _text(record: Record) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import re
 import resource
 import shutil
@@ -17,7 +18,7 @@ from minimind_jax.config import TokenizerConfig
 from minimind_jax.data.template import CHAT_TEMPLATE
 from minimind_jax.data.tokenizer import RESERVED_TOKENS, StreamDecoder, Tokenizer, train_bpe
 from minimind_jax.errors import UserError
-from minimind_jax.stages.tokenizer import _some_of_each, train_tokenizer
+from minimind_jax.stages.tokenizer import _cut_words, _draw, train_tokenizer
 from minimind_jax.stages.tokenizer_origin import ORIGIN
 
 CORPUS = [
@@ -287,9 +288,11 @@ class TestStage:
             lines = [json.dumps({"text": f"{number}{row}"}) for row in range(rows)]
             files[-1].write_text("".join(f"{line}\n" for line in ["broken", *lines]))
         bad = []
-        for limit, expected in ((3, "00 10 30"), (8, "00 10 11 30 31 12 32 13"), (99, None), (0, None)):
-            found = [record.value["text"] for record in _some_of_each(files, limit, bad.append)]
-            assert " ".join(found) == expected or (expected is None and len(found) == 15)
+        for limit, expected in ((1, "0"), (3, "013"), (8, "01111333"), (99, None), (0, None)):
+            total, drawn = _draw(files, limit, bad.append)
+            found = [record.value["text"] for record in drawn]
+            assert total == 15 and len(set(found)) == len(found)
+            assert "".join(text[0] for text in found) == expected or (expected is None and len(found) == 15)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         for number in range(300):
             shutil.copy(tmp_path / "a.jsonl", tmp_path / f"c{number}.jsonl")
@@ -298,6 +301,35 @@ class TestStage:
             train_tokenizer(dataclasses.replace(config, data=(str(tmp_path / "c*.jsonl"),)))
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    def test_records_are_drawn_from_all_of_a_file(self, tmp_path, capsys):
+        file = tmp_path / "two.jsonl"
+        texts = ["the cat sat on a mat"] * 300 + ["собака бежит по зелёным холмам"] * 300
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        drawn = [[record.line for record in _draw([file], 60, pytest.fail)[1]] for _ in range(2)]
+        assert drawn[0] == drawn[1] == sorted(set(drawn[0])) and len(drawn[0]) == 60
+        assert all(10 * n < line <= 10 * n + 10 for n, line in enumerate(drawn[0]))  # one of every ten
+        assert len({line % 10 for line in drawn[0]}) > 3  # and not the same of every ten
+        config = TokenizerConfig((str(file),), str(tmp_path / "out"), vocab_size=400, max_records=50)
+        tokenizer = train_tokenizer(config)
+        assert len(tokenizer.encode(texts[-1])) == len(texts[-1].split())
+        printed = capsys.readouterr().out
+        assert "50 of 600 records used, spread over all files" in printed
+        assert "Raise max_records, or lower vocab_size" in printed
+
+    def test_long_words_are_cut_for_the_training_and_told(self, tmp_path, capsys):
+        long = "".join(random.Random(0).choices("abcdefgh", k=60_000))  # a minute in one piece
+        texts = ["short words only", f"a {long} b", "1" * 1500 + "." * 1500 + "字" * 3000]
+        assert _cut_words(texts[0]) == [texts[0]]
+        for text in texts:
+            assert "".join(_cut_words(text)) == text
+        assert _cut_words("1" * 1500) == ["1" * 1000, "1" * 500]
+        base64 = "ab1+" * 500  # pieces of GPT-2's pattern are short here
+        assert _cut_words(base64) == [base64]
+        (tmp_path / "long.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        train_tokenizer(TokenizerConfig((str(tmp_path / "long.jsonl"),), str(tmp_path / "out"), vocab_size=400))
+        printed = capsys.readouterr().out
+        assert "3 of 3 records used\n2 records with words of more than 1,000 characters" in printed
 
     def test_outputs_that_are_refused(self, tmp_path):
         config = self.config(tmp_path)
