@@ -1,0 +1,378 @@
+"""Records as other tools write them: each as the record of ours that means the same, or the error that names it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from minimind_jax.data.formats import detect
+from minimind_jax.data.jsonl import READING, Reading, Record, told_lines
+from minimind_jax.data.records import as_record, parse_conversation, parse_preference, parse_text
+from minimind_jax.errors import UserError
+
+USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+SYSTEM = {"role": "system", "content": "s"}
+TALK = [USER, ANSWER]
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+CONTEXT = {**ANSWER, "weight": 0}
+
+
+def record(value):
+    return Record("data.jsonl:7", Path("data.jsonl"), 7, value)
+
+
+def conversation(value, reading=READING):
+    return as_record(parse_conversation(record(value), reading=reading))
+
+
+def pair(value, reading=READING):
+    return as_record(parse_preference(record(value), reading))
+
+
+def thought(text, **more):
+    return {"role": "assistant", "content": "a", **more}, {**ANSWER, "reasoning_content": text}
+
+
+CONVERSATIONS = {
+    "OpenAI": (
+        {"messages": [{**SYSTEM, "role": "developer"}, USER, ANSWER], "parallel_tool_calls": False},
+        {"conversations": [SYSTEM, USER, ANSWER]},
+    ),
+    "OpenAI, weights": (
+        {"messages": [{**USER, "name": "Ann"}, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1}]},
+        {"conversations": [USER, CONTEXT, USER, ANSWER]},
+    ),
+    "OpenAI, tools": (
+        {
+            "messages": [
+                USER,
+                {"role": "assistant", "content": None, "tool_calls": [CALL], "refusal": None, "audio": None},
+                {"role": "tool", "tool_call_id": "1", "content": "2"},
+                ANSWER,
+            ],
+            "tools": TOOLS,
+        },
+        {
+            "conversations": [
+                USER,
+                {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                {"role": "tool", "content": "2"},
+                ANSWER,
+            ],
+            "tools": TOOLS,
+        },
+    ),
+    "OpenAI, functions": (
+        {
+            "messages": [
+                USER,
+                {"role": "assistant", "function_call": {"name": "f", "arguments": ""}},
+                {"role": "function", "name": "f", "content": "2"},
+                ANSWER,
+            ],
+            "functions": [{"name": "f", "parameters": {}}],
+        },
+        {
+            "conversations": [
+                USER,
+                {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]},
+                {"role": "tool", "content": "2"},
+                ANSWER,
+            ],
+            "tools": TOOLS,
+        },
+    ),
+    "content parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "q", "image_url": None}]}, ANSWER]},
+        {"conversations": TALK},
+    ),
+    "TRL, template settings": (
+        {"messages": TALK, "chat_template_kwargs": {"enable_thinking": False}},
+        {"conversations": TALK, "chat_template_kwargs": {"enable_thinking": False}},
+    ),
+    "TRL, texts": ({"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": "a"}),
+    "TRL, messages": (
+        {"prompt": [USER, ANSWER, USER], "completion": [ANSWER], "tools": TOOLS},
+        {"conversations": [USER, CONTEXT, USER, ANSWER], "tools": TOOLS},
+    ),
+    "ShareGPT": (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
+        {"conversations": [SYSTEM, USER, ANSWER]},
+    ),
+    "ShareGPT, tools": (
+        {
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+                {"from": "observation", "value": "2"},
+                {"from": "chatgpt", "value": "a"},
+            ],
+            "system": "",
+            "tools": json.dumps(TOOLS),
+        },
+        {
+            "conversations": [
+                USER,
+                {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]},
+                {"role": "tool", "content": "2"},
+                ANSWER,
+            ],
+            "tools": TOOLS,
+        },
+    ),
+    "a system message wins": ({"messages": [SYSTEM, *TALK], "system": "t"}, {"conversations": [SYSTEM, *TALK]}),
+    "tools on the system message": (
+        {"messages": [SYSTEM, *TALK], "tools": TOOLS},
+        {"conversations": [{**SYSTEM, "tools": TOOLS}, *TALK]},
+    ),
+    "Alpaca": (
+        {"instruction": "q", "input": "", "output": "a"},
+        {"conversations": TALK},
+    ),
+    "Alpaca, all columns": (
+        {"instruction": "q", "input": "i", "output": "a", "system": "s", "history": [["q", "a"]]},
+        {"conversations": [SYSTEM, USER, ANSWER, {**USER, "content": "q\ni"}, ANSWER]},
+    ),
+    "Stanford's Alpaca": (
+        {"instruction": "q", "input": "", "output": "a", "text": "Below is ... q ... a"},
+        {"conversations": TALK},
+    ),
+    "Dolly": (
+        {"instruction": "q", "context": "c", "response": "a", "category": "open_qa"},
+        {"conversations": [{**USER, "content": "q\nc"}, ANSWER]},
+    ),
+    "question and answer": ({"question": "q", "answer": "a"}, {"conversations": TALK}),
+    "prompt and response": ({"prompt": "q", "response": "a"}, {"conversations": TALK}),
+    "Orca": ({"system_prompt": "s", "question": "q", "response": "a"}, {"conversations": [SYSTEM, *TALK]}),
+    "UltraChat": ({"prompt": "q", "prompt_id": "7", "messages": TALK}, {"conversations": TALK}),
+    "axolotl": (
+        {"conversations": [USER, {**ANSWER, "train": False}, USER, {**ANSWER, "training": True}]},
+        {"conversations": [USER, CONTEXT, USER, ANSWER]},
+    ),
+    "ms-swift": (
+        {"messages": [USER, {**ANSWER, "loss": False}, USER, ANSWER]},
+        {"conversations": [USER, CONTEXT, USER, ANSWER]},
+    ),
+    "Mistral": (
+        {"messages": [USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "prefix": True}]},
+        {"conversations": [USER, CONTEXT, USER, ANSWER]},
+    ),
+    **{
+        f"reasoning, {name}": ({"messages": [USER, given]}, {"conversations": [USER, wanted]})
+        for name, (given, wanted) in {
+            "DeepSeek": thought("r", reasoning_content="r"),
+            "OpenRouter": thought("r", reasoning="r"),
+            "ollama": thought("r", thinking="r"),
+            "twice": thought("r", thinking="r", reasoning_content="r"),
+            "empty": ({**ANSWER, "reasoning_content": ""}, ANSWER),
+            "also inline": thought("r", reasoning="r", content="<think>\nr\n</think>\n\na"),
+            "parts": thought("r", content=[{"type": "thinking", "thinking": "r"}, {"type": "text", "text": "a"}]),
+        }.items()
+    },
+    "inline <think>": (
+        {"messages": [USER, {**ANSWER, "content": "<think>r</think>a"}]},
+        {"conversations": [USER, {**ANSWER, "content": "<think>r</think>a"}]},
+    ),
+    "what Arrow adds": (
+        {
+            "messages": [
+                {**USER, "name": None, "tool_calls": None},
+                {
+                    "role": "assistant",
+                    "content": "a",
+                    "name": None,
+                    "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1, "y": None}, "strict": None}}],
+                },
+            ],
+            "conversations": None,
+            "tools": "",
+        },
+        {
+            "conversations": [
+                USER,
+                {**ANSWER, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]},
+            ]
+        },
+    ),
+    "JSON in a cell": ({"messages": json.dumps(TALK), "tools": "[]", "system": ""}, {"conversations": TALK}),
+    "ignorable": ({"id": 1, "source": "x", "score": 0.5, "messages": TALK, "model": "m"}, {"conversations": TALK}),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_conversations(name):
+    given, wanted = CONVERSATIONS[name]
+    assert conversation(given) == wanted
+    assert conversation(wanted) == wanted, "our own form is read as itself"
+    assert detect(given, READING) == "conversation"
+
+
+def answers(chosen, rejected, *before):
+    said = [{"role": "assistant", "content": text} for text in (chosen, rejected)]
+    return {"chosen": [*before, said[0]], "rejected": [*before, said[1]]}
+
+
+PAIRS = {
+    "TRL, messages": (answers("a", "b", USER), answers("a", "b", USER)),
+    "TRL, prompt": ({"prompt": [USER], **answers("a", "b")}, answers("a", "b", USER)),
+    "TRL, texts": ({"prompt": "q", "chosen": "a", "rejected": "b"}, answers("a", "b", USER)),
+    "UltraFeedback": (
+        {
+            "prompt": "q",
+            "prompt_id": "7",
+            "messages": TALK,
+            **answers("a", "b", USER),
+            "score_chosen": 8.0,
+            "score_rejected": 3.5,
+        },
+        {**answers("a", "b", USER), "margin": 4.5},
+    ),
+    "UltraFeedback with a system message": (
+        {"prompt": "q", **answers("a", "b", SYSTEM, USER)},
+        answers("a", "b", SYSTEM, USER),
+    ),
+    "LLaMA-Factory, Alpaca": (
+        {"instruction": "q", "input": "i", "chosen": "a", "rejected": "b"},
+        answers("a", "b", {**USER, "content": "q\ni"}),
+    ),
+    "LLaMA-Factory, ShareGPT": (
+        {
+            "conversations": [{"from": "human", "value": "q"}],
+            "chosen": {"from": "gpt", "value": "a"},
+            "rejected": {"from": "gpt", "value": "b"},
+            "system": "s",
+        },
+        answers("a", "b", SYSTEM, USER),
+    ),
+    "OpenAI": (
+        {
+            "input": {"messages": [USER], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [ANSWER],
+            "non_preferred_output": [{**ANSWER, "content": "b"}],
+        },
+        answers("a", "b", USER),
+    ),
+    "HH-RLHF": (
+        {
+            "chosen": "\n\nHuman: q\n\nAssistant: x\n\nHuman: q\n\nAssistant: a",
+            "rejected": "\n\nHuman: q\n\nAssistant: x\n\nHuman: q\n\nAssistant: b",
+        },
+        answers("a", "b", USER, {**ANSWER, "content": "x"}, USER),
+    ),
+    "Orca": (
+        {"system": "s", "question": "q", "chosen": "a", "rejected": "b"},
+        answers("a", "b", SYSTEM, USER),
+    ),
+    "the system message stands inside": (
+        {"prompt": "q", **answers("a", "b", SYSTEM, USER)},
+        answers("a", "b", SYSTEM, USER),
+    ),
+    "only one side repeats the question": (
+        {"prompt": "q", "chosen": [SYSTEM, USER, ANSWER], "rejected": "b"},
+        answers("a", "b", SYSTEM, USER),
+    ),
+    "keys of one side only": (
+        {
+            "chosen": [{**USER, "tool_calls": None}, ANSWER],
+            "rejected": [{**USER, "name": "Ann"}, {**ANSWER, "content": "b", "reasoning_content": "", "name": None}],
+        },
+        answers("a", "b", USER),
+    ),
+    "white space in the question": (
+        {"prompt": "q\n", **answers("a", "b", USER)},
+        answers("a", "b", USER),
+    ),
+    "white space on one side": (
+        {"chosen": TALK, "rejected": [{**USER, "content": "q "}, {**ANSWER, "content": "b"}]},
+        answers("a", "b", USER),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs(name):
+    given, wanted = PAIRS[name]
+    assert pair(given) == wanted
+    assert pair(wanted) == wanted, "our own form is read as itself"
+    assert detect(given, READING) == "preference"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"prompt": "q", "completion": "a", "label": True}, "pairs are needed"),
+        ({"messages": TALK, "kto_tag": False}, "pairs are needed"),
+        ({"messages": TALK, "note": "x"}, "data.jsonl:7: field 'note' .* is not understood.*data.ignore_fields"),
+        ({"messages": [USER, {**ANSWER, "mood": "x"}]}, r"messages\[1\]: field 'mood' .*data.ignore_fields"),
+        ({"messages": [USER, {**ANSWER, "train_detail": [{"begin": 0}]}]}, "field 'train_detail'"),
+        ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, r"messages\[1\].weight is 0.5; a message is trained \(1\)"),
+        ({"messages": [USER, {**ANSWER, "train": "no"}]}, r"train is 'no'; expected true or false"),
+        ({"messages": [{**USER, "train": True}, ANSWER]}, r"train is true on a user message"),
+        ({"messages": [USER, {**ANSWER, "weight": 0}]}, "nothing to train on"),
+        ({"messages": [USER, {**ANSWER, "reasoning": "r", "thinking": "t"}]}, "`reasoning` and `thinking` .* differ"),
+        ({"messages": [USER, {**ANSWER, "reasoning": "r", "content": "<think>t</think>a"}]}, "<think> block .* differ"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, ANSWER]}, "image_url"),
+        ({"messages": [USER, {**ANSWER, "images": ["a.png"]}]}, "field 'images'"),
+        ({"messages": TALK, "images": ["a.png"]}, "field 'images'"),
+        ({"messages": [USER, {**ANSWER, "refusal": "no"}]}, "field 'refusal'"),
+        ({"messages": TALK, "conversations": [USER, USER, ANSWER]}, "`conversations` and `messages` .* differ"),
+        ({"messages": TALK, "tools": "f(x)"}, "tools is not JSON"),
+        ({"instruction": "q", "output": "a", "response": "b"}, "`output` and `response` mean the same and differ"),
+        ({"instruction": "q", "output": "a", "history": ["q"]}, r"history\[0\] is a string; expected \[question"),
+        ({"messages": TALK, "prompt": "another"}, "field 'prompt'"),
+        ({"messages": TALK, **answers("a", "b")}, "field 'chosen' .*`minimind dpo`"),
+        ({"body": "text"}, "missing field `conversations`; expected .*`messages`.*found the fields body"),
+    ],
+)  # fmt: skip
+def test_refused_conversations(value, message):
+    with pytest.raises(UserError, match=message):
+        conversation(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"prompt": "q", "completion": "a", "label": True}, "pairs are needed"),
+        ({"prompt": "q", "chosen": "\nHello.", "rejected": "Hello."}, "are the same"),
+        ({"prompt": "q", "chosen": [{**ANSWER, "reasoning_content": ""}], "rejected": "a"}, "are the same"),
+        ({"prompt": "q", "chosen": [{**USER, "content": "other"}, ANSWER], "rejected": "b"}, "chosen begins with another"),
+        ({"chosen": TALK, "rejected": [{**USER, "content": "other"}, ANSWER]}, "no question in common"),
+        ({"chosen": "a", "rejected": "b"}, "no question in common"),
+        ({"chosen": TALK}, "missing field `rejected`"),
+        ({"prompt": "q", "chosen": "a", "rejected": [{**ANSWER, "content": "b", "weight": 0}]}, "no answer of its own"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "note": "x"}, "field 'note'"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": "1"}, "margin is a string"),
+    ],
+)  # fmt: skip
+def test_refused_pairs(value, message):
+    with pytest.raises(UserError, match=message):
+        pair(value)
+
+
+@pytest.mark.parametrize("arguments", ["", None, "null", {}, "missing"])
+def test_calls_without_arguments(arguments):
+    call = {"name": "f"} if arguments == "missing" else {"name": "f", "arguments": arguments}
+    read = conversation({"messages": [USER, {"role": "assistant", "tool_calls": [call]}]})
+    assert read["conversations"][1]["tool_calls"] == [{"name": "f", "arguments": {}}]
+
+
+@pytest.mark.parametrize("name", ["text", "content", "body", "document", "raw_content"])
+def test_texts_under_their_usual_names(name):
+    assert parse_text(record({"id": 1, name: "t"})) == "t"
+    assert parse_text(record({"id": 1, "text": None, name: "t"})) == "t"
+
+
+def test_a_setting_names_the_text():
+    reading = Reading(text_field="Beschreibung")
+    assert parse_text(record({"text": "other", "Beschreibung": "t"}), reading=reading) == "t"
+    with pytest.raises(UserError, match="missing field `Beschreibung`.*found the fields text"):
+        parse_text(record({"text": "t"}), reading=reading)
+
+
+def test_what_is_left_out_is_told_with_counts():
+    reading = Reading(ignore_fields=("note", "mood"))
+    read = record({"note": "x", "id": 3, "messages": [{**USER, "name": "Ann"}, {**ANSWER, "mood": "x"}]})
+    assert as_record(parse_conversation(read, reading=reading)) == {"conversations": TALK}
+    parse_conversation(read, reading=reading)
+    assert told_lines(read.told) == ["data.jsonl: `id` is ignored (2 times); of messages, `name` is ignored (2 times)"]
