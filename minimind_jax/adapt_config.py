@@ -101,7 +101,7 @@ class RewardConfig(PretrainConfig):
 class LabelConfig:
     """What is classified, and how.
 
-    text_field: where a record (JSON lines, CSV or Parquet) holds the text.
+    text_field: where a record holds the text, as data.text_field says, too; `text` stands for its other usual names.
     label_field: where it holds its label, or a list of labels (in a text as JSON); `label` stands for labels, category
         and intent, too. What label_text or label_name beside a number says is its name.
     class_weights: `balanced` weighs a class by the inverse of its share of the training data; `none`.
@@ -135,6 +135,17 @@ class ClassifyConfig(PretrainConfig):
     optimizer: OptimizerConfig = dataclasses.field(
         default_factory=lambda: OptimizerConfig(schedule="linear", final_fraction=0.0)
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        own, shared = self.classify.text_field, self.data.text_field
+        if shared and own not in ("text", shared):
+            raise ValueError(f"classify.text_field is {own} and data.text_field {shared}; they mean the same, set one")
+
+    @property
+    def text_field(self) -> str:
+        """Where a record holds the text."""
+        return self.data.text_field or self.classify.text_field
 
 
 @dataclasses.dataclass(frozen=True)

@@ -278,13 +278,14 @@ def predict_command(prog: str, argv: Sequence[str]) -> None:
         ("--model", {"required": True, "help": "a run of `minimind classify`, or a Hugging Face folder"}),
         INPUT,
         OUTPUT,
-        ("--text_field", {"default": "text", "help": "where records hold the text (default: text)"}),
+        *READING,
         ("--top", {"type": int, "default": 1, "help": "labels told, with their probabilities (default: 1)"}),
         ("--seq_len", {"type": _row_length, "help": "longer texts are cut there (default: as the run was trained)"}),
     )
+    from minimind_jax.data.jsonl import reading_of
     from minimind_jax.evaluate.score_command import predict
 
-    count = predict(args.model, args.input, args.output, args.text_field, args.top, args.seq_len)
+    count = predict(args.model, args.input, args.output, args.top, args.seq_len, reading=reading_of(args))
     _say_written(count, args.output)
 
 
@@ -296,10 +297,12 @@ def score_command(prog: str, argv: Sequence[str]) -> None:
         ("--model", {"required": True, "help": "a run of `minimind reward`, or a Hugging Face folder"}),
         ("--input", {**INPUT[1], "required": True}),
         OUTPUT,
+        *READING,
     )
+    from minimind_jax.data.jsonl import reading_of
     from minimind_jax.evaluate.score_command import score
 
-    _say_written(score(args.model, args.input, args.output), args.output)
+    _say_written(score(args.model, args.input, args.output, reading=reading_of(args)), args.output)
 
 
 INPUT = ("--input", {"nargs": "+", "default": [], "metavar": "FILE", "help": "files, folders or globs of records"})

@@ -7,7 +7,7 @@ listed in `data.ignore_fields`, or an error that names it; of texts and labels a
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
 from minimind_jax.data.jsonl import Reading, Record
@@ -21,8 +21,6 @@ VERSION = 1  # counts up when a record is read as something else than before; ca
 Gives = Literal["text", "conversation", "preference"]
 
 TEXT = ("text", "content", "body", "document", "raw_content")
-LABEL = ("label", "labels", "category", "intent")
-LABEL_NAME = ("label_text", "label_name")  # beside a label that is a number
 MESSAGES = ("conversations", "messages", "conversation", "dialogue")
 INSTRUCTION = ("instruction", "question", "query")
 ANSWER = ("output", "response", "completion", "answer")
@@ -34,8 +32,9 @@ class Fields:
     """A record while it is read: what it holds, and what nobody has understood yet."""
 
     def __init__(self, record: Record, reading: Reading):
-        self.record, self.ignore = record, reading.ignore_fields
-        self.left = {n: v for n, v in record.value.items() if not is_absent(v) and n not in self.ignore}
+        self.record, self.ignore = record, frozenset(reading.ignore_fields)
+        self.left = {name: value for name, value in record.value.items() if not is_absent(value)}
+        self.leave_out(*self.ignore)
 
     def has(self, *names: str) -> bool:
         return any(name in self.left for name in names)
@@ -80,8 +79,8 @@ class Fields:
 
     def finish(self, name: str) -> None:
         """Raises UserError for a field that was not understood."""
-        for field, value in self.left.items():
-            if not self.place(field).leave_out(field):
+        for field, value in list(self.left.items()):
+            if not self.place(field).leave_out(field, self.left, ""):
                 raise UserError(
                     f"{self.record.where}: field {field[:40]!r} ({kind_of(value)}) of a record in the format {name} is "
                     f"not understood{_hint(self.record.value)}; remove it, or list it in data.ignore_fields to train "
@@ -89,7 +88,7 @@ class Fields:
                 )
 
 
-def _with_system(fields: Fields, messages: list[Message], tools: list | None) -> Conversation:
+def with_system(fields: Fields, messages: list[Message], tools: list | None) -> Conversation:
     """The record's own `system`, `tools` and template settings beside its messages; a system message wins over both."""
     system = fields.text(*SYSTEM)
     value, name = fields.take("tools")
@@ -120,10 +119,10 @@ def _chat(fields: Fields) -> Conversation:
     questions = [message["content"].strip() for message in messages if message["role"] == "user"]
     if isinstance(prompt, str) and prompt.strip() in questions:
         fields.leave_out("prompt")
-    return _with_system(fields, messages, tools)
+    return with_system(fields, messages, tools)
 
 
-def _question(fields: Fields) -> list[Message]:
+def question(fields: Fields) -> list[Message]:
     """Alpaca's history, and its instruction with what it is about."""
     messages: list[Message] = []
     history, name = fields.take("history")
@@ -139,7 +138,7 @@ def _question(fields: Fields) -> list[Message]:
 
 
 def _alpaca(fields: Fields) -> Conversation:
-    messages = _question(fields)
+    messages = question(fields)
     answer: dict[str, Any] = {"role": "assistant"}
     value, name = fields.take(*ANSWER)
     answer["content"] = checked_text(value, f"{fields.record.where}: {name}")
@@ -149,7 +148,7 @@ def _alpaca(fields: Fields) -> Conversation:
     if not fields.has(*MESSAGES):
         fields.leave_out("text")  # Stanford's own files have the whole rendered, too
     messages.append(read_messages([answer], fields.place(name))[0][0])
-    return _with_system(fields, messages, None)
+    return with_system(fields, messages, None)
 
 
 def _completion(fields: Fields) -> Conversation:
@@ -168,7 +167,7 @@ def _completion(fields: Fields) -> Conversation:
     before, tools = read_messages(_as_messages(prompt, "user"), fields.place(prompt_name))
     before = [{**m, "train": False} if m["role"] == "assistant" else m for m in before]
     after, _ = read_messages(_as_messages(completion, "assistant"), fields.place(completion_name))
-    return _with_system(fields, [*before, *after], tools)
+    return with_system(fields, [*before, *after], tools)
 
 
 def _as_messages(value: Any, role: str) -> Any:
@@ -191,7 +190,7 @@ def _pair(fields: Fields) -> Preference:
     chosen, chosen_name = fields.take("chosen")
     rejected, rejected_name = fields.take("rejected")
     prompt, tools = _pair_prompt(fields, (chosen, rejected))
-    base = _with_system(fields, prompt, tools)
+    base = with_system(fields, prompt, tools)
     return _preference(fields, base, {chosen_name: chosen, rejected_name: rejected})
 
 
@@ -226,7 +225,7 @@ def _pair_prompt(fields: Fields, answers: Sequence[Any]) -> tuple[list[Message],
             fields.tell(f"`{name}` is ignored")
             return [], None
         return read_messages(value, fields.place(name))
-    return (_question(fields), None) if fields.has(*INSTRUCTION) else ([], None)
+    return (question(fields), None) if fields.has(*INSTRUCTION) else ([], None)
 
 
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
@@ -248,7 +247,7 @@ def _openai_pair(fields: Fields) -> Preference:
     if not isinstance(asked, dict):
         raise UserError(f"{fields.record.where}: {name} is {kind_of(asked)}; expected an object with messages")
     record = dataclasses.replace(fields.record, where=f"{fields.record.where}: {name}", value=asked)
-    inner = Fields(record, Reading(ignore_fields=fields.ignore))
+    inner = Fields(record, Reading(ignore_fields=tuple(fields.ignore)))
     base = _chat(inner)
     inner.finish(_NAMES["preferred_output"])
     return _preference(fields, base, {"preferred_output": chosen, "non_preferred_output": rejected})
@@ -368,10 +367,15 @@ def read_text(record: Record, reading: Reading) -> tuple[str, str]:
             f"{record.where}: missing field `{names[0]}`; expected a string (data.text_field, of tools "
             f"--text_field, names another field), found the fields {field_names(record.value)}{_hint(record.value)}"
         )
-    for other, value in record.value.items():
-        if other != name and not is_absent(value):
-            record.told[str(record.file), f"`{other}` is ignored"] += 1
+    leave_out_others(record, {name})
     return checked_text(record.value[name], f"{record.where}: {name}"), name
+
+
+def leave_out_others(record: Record, read: Collection[str]) -> None:
+    """Tells that the fields beside a text that are not `read` are left out."""
+    for name, value in record.value.items():
+        if name not in read and not is_absent(value):
+            record.told[str(record.file), f"`{name[:40]}` is ignored"] += 1
 
 
 def _missing(value: dict[str, Any], gives: Gives) -> str:

@@ -10,7 +10,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minimind_jax.data.jsonl import Record, iter_records
+from minimind_jax.data.formats import TEXT, leave_out_others
+from minimind_jax.data.jsonl import READING, Reading, Record, iter_records
 from minimind_jax.data.values import checked_text, decode_json, field_names
 from minimind_jax.errors import UserError
 
@@ -57,7 +58,8 @@ class _Given(NamedTuple):
 
 
 def parse_labelled(record: Record, classes: Classes) -> LabelledText:
-    """The text and its labels. Raises UserError, also for a label that is not among the classes."""
+    """The text and its labels; other fields are told as left out. Raises UserError, also for a label that is not among
+    the classes."""
     text = parse_unlabelled(record, classes.text_field)
     given = _given(record, classes.label_field)
     if not classes.several and len(given.labels) != 1:
@@ -67,20 +69,27 @@ def parse_labelled(record: Record, classes: Classes) -> LabelledText:
             f"{record.where}: the label {unknown[0]!r} is not in the training data, whose {len(classes.names)} labels "
             f"are {', '.join(classes.names[:8])}{' ...' if len(classes.names) > 8 else ''}"
         )
+    leave_out_others(record, {_text_place(record, classes.text_field), *LABEL_FIELDS, *NAME_FIELDS, given.field})
     return LabelledText(text, tuple(dict.fromkeys(given.labels)))
 
 
 def parse_unlabelled(record: Record, text_field: str = "text") -> str:
-    """The text of a record to classify. Raises UserError."""
-    text = record.value.get(text_field)
+    """The text of a record to classify; `text` stands for its other usual names, too. Raises UserError."""
+    place = _text_place(record, text_field)
+    text = record.value.get(place)
     if not isinstance(text, str):
         raise UserError(
             f"{record.where}: expected a field `{text_field}` with the text, found the fields "
-            f"{field_names(record.value)} (text_field names another)"
+            f"{field_names(record.value)} (data.text_field, of tools --text_field, names another)"
         )
     if not text.strip():
-        raise UserError(f"{record.where}: {text_field} is empty; remove the line (in training: --data.on_error skip)")
-    return checked_text(text, f"{record.where}: {text_field}")
+        raise UserError(f"{record.where}: {place} is empty; remove the line (in training: --data.on_error skip)")
+    return checked_text(text, f"{record.where}: {place}")
+
+
+def _text_place(record: Record, text_field: str) -> str:
+    names = TEXT if text_field == TEXT[0] else (text_field,)
+    return next((name for name in names if isinstance(record.value.get(name), str)), text_field)
 
 
 def _given(record: Record, label_field: str) -> _Given:
@@ -146,6 +155,7 @@ def find_classes(
     label_field: str,
     skip: bool = False,
     tell: Callable[[str], None] = lambda note: None,
+    reading: Reading = READING,
 ) -> Classes:
     """The classes of training data: its labels in order, numbers by value and before others by the alphabet; several a
     text where any record has a list.
@@ -157,7 +167,7 @@ def find_classes(
     fields: dict[str, None] = {}
     records = lists = 0
     naming = _Naming()
-    for record in iter_records(paths, on_bad=(lambda error: None) if skip else None):
+    for record in iter_records(paths, (lambda error: None) if skip else None, reading):
         try:
             parse_unlabelled(record, text_field)
             given = _given(record, label_field)

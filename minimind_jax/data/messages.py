@@ -7,7 +7,7 @@ name: what would be left out without a word could be what the record is about.
 import dataclasses
 import reprlib
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from minimind_jax.data.values import (
@@ -111,7 +111,7 @@ class Place:
     text: str
     file: str
     told: Counter
-    ignore: Collection[str] = ()
+    ignore: frozenset[str] = frozenset()
 
     def tell(self, note: str) -> None:
         self.told[self.file, note] += 1
@@ -119,10 +119,11 @@ class Place:
     def at(self, more: str) -> "Place":
         return dataclasses.replace(self, text=self.text + more)
 
-    def leave_out(self, name: str, where: str = "") -> bool:
-        """Whether a field may be ignored, which is then told."""
+    def leave_out(self, name: str, left: dict[str, Any], where: str = "of messages, ") -> bool:
+        """Whether a field may be ignored; it is then taken out of `left` and told."""
         if name not in IGNORABLE and name not in self.ignore:
             return False
+        del left[name]
         self.tell(f"{where}`{name}` is ignored")
         return True
 
@@ -158,7 +159,9 @@ def read_message(message: Any, place: Place) -> Message:
     """One message of any dialect as ours. Raises UserError with the place and the field."""
     if not isinstance(message, dict):
         raise UserError(f"{place.text} is {kind_of(message)}; expected an object with role and content")
-    left = {name: value for name, value in message.items() if not is_absent(value) and name not in place.ignore}
+    left = {name: value for name, value in message.items() if not is_absent(value)}
+    for name in left.keys() & place.ignore:
+        place.leave_out(name, left)
     given = _one_of(left, ("role", "from"), place)
     role = _role(given, message, place)
     left.pop("tools", None)
@@ -180,8 +183,8 @@ def read_message(message: Any, place: Place) -> Message:
         raise UserError(f"{place.text}: missing field `content`; expected a string")
     if not _trained(left, role, place):
         result["train"] = False
-    for name, value in left.items():
-        if not place.leave_out(name, "of messages, "):
+    for name, value in list(left.items()):
+        if not place.leave_out(name, left):
             raise UserError(
                 f"{place.text}: field {name[:40]!r} ({kind_of(value)}) of a message is not understood; remove it, or "
                 "list it in data.ignore_fields to train without it"
@@ -189,7 +192,9 @@ def read_message(message: Any, place: Place) -> Message:
     return result
 
 
-def _one_of(left: dict[str, Any], names: Collection[str], place: Place, same=lambda value: value) -> Any:
+def _one_of(
+    left: dict[str, Any], names: Collection[str], place: Place, same: Callable[[Any], Any] = lambda value: value
+) -> Any:
     """The value of a field that goes by several names, taken out of `left`; None if there is none.
 
     Raises UserError where two of them differ.

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from minimind_jax.data.jsonl import Record, expand_paths, iter_records
+from minimind_jax.data.jsonl import READING, Reading, Record, expand_paths, iter_records, tell
 from minimind_jax.data.labels import parse_unlabelled
 from minimind_jax.data.records import parse_conversation
 from minimind_jax.errors import UserError
@@ -25,17 +26,18 @@ def predict(
     model: str,
     paths: Sequence[str],
     output: str = "",
-    text_field: str = "text",
     top: int = 1,
     seq_len: int | None = None,
     dtype: str = "auto",
+    reading: Reading = READING,
 ) -> int:
     """Writes every record with what is `predicted` and its `probability`, or the `top` likeliest labels; the number of
     records.
 
     paths: files of records, or none for lines of text on the standard input. output: a file, a table if its name ends
     in .csv or .tsv; "" prints. seq_len: longer texts are cut there, which is told; None takes the length that the model
-    was trained with. Of a classifier with several labels a text: a list `predicted`, and `probabilities` of all.
+    was trained with. reading: how the files are read; all fields are written with the answers. Of a classifier with
+    several labels a text: a list `predicted`, and `probabilities` of all.
     """
     _check_output(output, paths)
     scorer = Scorer(model, dtype, seq_len)
@@ -44,17 +46,17 @@ def predict(
         raise UserError(f"{model} is a reward model; use minimind score")
 
     def answers(chunk: list[Record]) -> Iterator[dict[str, Any]]:
-        texts = [parse_unlabelled(record, text_field) for record in chunk]
+        texts = [parse_unlabelled(record, reading.text_field or "text") for record in chunk]
         for found, likely in zip(*classify_logits(scorer.texts(texts), labels.several), strict=True):
             yield _answer(labels.names, found, likely, labels.several, top)
 
     fields = ("predicted", "probabilities") if labels.several else ("predicted", "probability", "top")[: 2 + (top > 1)]
-    count = _write(paths, text_field, answers, fields, output)
+    count = _write(paths, reading, answers, fields, output)
     _say_cut(scorer, count, "texts", "end", " (--seq_len reads more)")
     return count
 
 
-def score(model: str, paths: Sequence[str], output: str = "", dtype: str = "auto") -> int:
+def score(model: str, paths: Sequence[str], output: str = "", dtype: str = "auto", reading: Reading = READING) -> int:
     """Writes every conversation with its `score` by a reward model; the number of records. output: as of `predict`."""
     _check_output(output, paths)
     scorer = Scorer(model, dtype)
@@ -62,11 +64,11 @@ def score(model: str, paths: Sequence[str], output: str = "", dtype: str = "auto
         raise UserError(f"{model} is a classifier ({len(scorer.labels.names)} labels); use minimind classify predict")
 
     def answers(chunk: list[Record]) -> Iterator[dict[str, Any]]:
-        parsed = [parse_conversation(record, for_training=False) for record in chunk]
+        parsed = [parse_conversation(record, for_training=False, reading=reading) for record in chunk]
         scores = scorer.conversations([(conversation.messages, conversation.tools) for conversation in parsed])
         return ({"score": round(float(value), 6)} for value in scores[:, 0])
 
-    count = _write(paths, "", answers, ("score",), output)
+    count = _write(paths, reading, answers, ("score",), output)
     _say_cut(scorer, count, "conversations", "beginning")
     return count
 
@@ -100,13 +102,15 @@ def _input_lines(text_field: str) -> Iterator[Record]:
             yield Record(f"standard input:{number}", Path(), number, {text_field: line.rstrip("\n")})
 
 
-def _write(paths: Sequence[str], text_field: str, answers, fields: Sequence[str], output: str) -> int:
+def _write(paths: Sequence[str], reading: Reading, answers, fields: Sequence[str], output: str) -> int:
     """Writes every record with its answer, whose fields are `fields`; the number of records."""
-    records, total = iter_records(paths) if paths else _input_lines(text_field), None
+    told: Counter = Counter()
+    text_field, total = reading.text_field or "text", None
+    records = iter_records(paths, reading=reading, told=told) if paths else _input_lines(text_field)
     line = json_line
     if output and paths:
         total, columns = 0, {}
-        for record in iter_records(paths):
+        for record in iter_records(paths, reading=reading):
             total, columns = total + 1, {**columns, **dict.fromkeys(record.value)}
         if separator := TABLES.get(Path(output).suffix):
             line = table_line(dict.fromkeys((*columns, *fields)), separator)
@@ -123,6 +127,7 @@ def _write(paths: Sequence[str], text_field: str, answers, fields: Sequence[str]
                 advance(len(chunk))
         if file:
             file.finish()
+    tell(told)
     return count
 
 

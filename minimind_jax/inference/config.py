@@ -109,6 +109,9 @@ class GenerateConfig(SamplingSettings):
     as_conversations: write conversations that end with the answer instead, which `minimind sft` can be trained on.
     encoding, text_field, ignore_fields: how the files are read: their encoding, where a text stands (empty for the
         usual names), and fields of records and messages that are left out.
+    long_prompts: of a file; one that leaves no room for its answer (max_new_tokens, or any) stops the call before
+        anything is generated, is left out (skip), or loses its beginning (cut: the oldest turns, then that of the
+        question).
     resume: with `auto` a call that was cut off goes on where it was, with `never` it begins anew.
     raw: continue the text, after the token that begins a document in pretraining, instead of answering it as a user's
         message in the chat template.
@@ -126,6 +129,7 @@ class GenerateConfig(SamplingSettings):
     encoding: str = "utf-8"
     text_field: str = ""
     ignore_fields: tuple[str, ...] = ()
+    long_prompts: Literal["stop", "skip", "cut"] = "stop"
     resume: Literal["auto", "never"] = "auto"
     raw: bool = False
     system: str = ""

@@ -3,14 +3,17 @@
 import dataclasses
 import itertools
 import json
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minimind_jax.convert.load import base_folder
 from minimind_jax.data.documents import encode_prompt
-from minimind_jax.data.jsonl import Record, expand_paths, iter_records
-from minimind_jax.data.records import checked_text, parse_conversation
+from minimind_jax.data.jsonl import Record, expand_paths, iter_records, reading_of, tell
+from minimind_jax.data.messages import Conversation
+from minimind_jax.data.prompts import read_prompt, shortened
 from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter, resolve_model_folder
 from minimind_jax.inference.answer_file import AGAIN, AnswerFile, check_output, json_line, what_makes
@@ -18,15 +21,22 @@ from minimind_jax.inference.config import GenerateConfig
 from minimind_jax.inference.generate import Completion, Generator, load_generator
 from minimind_jax.inference.text import ThinkSplitter
 
+NAMED = 20  # prompts that are too long, in a message
+
 
 class Request(NamedTuple):
-    """A prompt: where it came from (for error messages), its record, the messages to be answered (None for raw text),
-    and its token ids."""
+    """A prompt: where it came from (for error messages), its record, the conversation to be answered (None for raw
+    text), its token ids, and the fields of the record beside it."""
 
     where: str
     record: dict[str, Any]
-    messages: list[dict[str, Any]] | None
+    conversation: Conversation | None
     ids: list[int]
+    others: dict[str, Any]
+
+
+class TooLong(UserError):
+    """A prompt that leaves no room for its answer."""
 
 
 def run(config: GenerateConfig) -> None:
@@ -40,6 +50,8 @@ def run(config: GenerateConfig) -> None:
         _check_output(config)
     folder = resolve_model_folder(config.model)
     generator = load_generator(str(folder), config.dtype)
+    if config.input and config.long_prompts == "stop":
+        _check_lengths(generator, config)
     if config.prompt:
         _print_answers(generator, config)
     elif config.output:
@@ -79,7 +91,8 @@ def _write_answers(generator: Generator, config: GenerateConfig, folder: Path) -
     folders = [folder, base_folder(folder)] if is_adapter(folder) else [folder]
     settings = what_makes(config, folders)
     with AnswerFile(Path(config.output), settings, config.resume == "auto") as file:
-        requests = _requests(generator, config)
+        changed: Counter = Counter()
+        requests = _requests(generator, config, changed)
         for number, earlier in enumerate(file.earlier, 1):
             request = next(requests, None)
             if request is None or _question(config, earlier) != _question(config, _result(config, request)):
@@ -101,6 +114,7 @@ def _write_answers(generator: Generator, config: GenerateConfig, folder: Path) -
         file.finish()
     notes = [f"{cut_off} answers were cut off (finish_reason length)"] if cut_off else []
     notes += [f"{empty} are empty (in training: --data.on_error skip)"] if empty else []
+    notes += _changes(changed)
     print("; ".join([f"{count} records written to {config.output}", *notes]))
 
 
@@ -112,12 +126,49 @@ def _says_something(config: GenerateConfig, result: dict[str, Any]) -> bool:
 
 
 def _print_records(generator: Generator, config: GenerateConfig) -> None:
-    for request, answer in answer_requests(generator, config, _requests(generator, config)):
+    changed: Counter = Counter()
+    for request, answer in answer_requests(generator, config, _requests(generator, config, changed)):
         print(json_line(_result(config, request, answer)), flush=True)
+    for note in _changes(changed):
+        print(note, file=sys.stderr)
 
 
-def _requests(generator: Generator, config: GenerateConfig) -> Iterator[Request]:
-    return (_request(generator, config, record) for record in iter_records(config.input))
+def _requests(generator: Generator, config: GenerateConfig, changed: Counter) -> Iterator[Request]:
+    """The prompts in order; changed: counts of those that were skipped or cut, for being too long."""
+    told: Counter = Counter()
+    for record in iter_records(config.input, reading=reading_of(config), told=told):
+        try:
+            yield _request(generator, config, record)
+        except TooLong:
+            if config.long_prompts == "stop":
+                raise
+            changed[config.long_prompts] += 1
+            if config.long_prompts == "cut":
+                yield _request(generator, config, record, cut=True)
+    tell(told)
+
+
+def _check_lengths(generator: Generator, config: GenerateConfig) -> None:
+    """Raises UserError, before anything is generated, that names all prompts which are too long."""
+    found: list[str] = []
+    for record in iter_records(config.input, lambda error: None, reading_of(config)):
+        try:
+            _request(generator, config, record)
+        except TooLong as error:
+            found.append(str(error))
+        except UserError:  # is told when it is its turn; what comes before it is answered
+            continue
+    if found:
+        more = f"\nand {len(found) - NAMED:,} more" if len(found) > NAMED else ""
+        raise UserError(
+            "\n".join(found[:NAMED]) + f"{more}\nor leave such prompts out with --long_prompts skip, or take their end "
+            "with --long_prompts cut"
+        )
+
+
+def _changes(changed: Counter) -> list[str]:
+    words = {"skip": "too long and left out", "cut": "too long and cut to their end"}
+    return [f"{count:,} prompts were {words[how]}" for how, count in changed.items()]
 
 
 def _result(config: GenerateConfig, request: Request, answer: Completion | None = None) -> dict[str, Any]:
@@ -131,8 +182,9 @@ def _result(config: GenerateConfig, request: Request, answer: Completion | None 
     reply = {"role": "assistant", "content": splitter.answer.strip()}
     if splitter.thinking.strip():
         reply["reasoning_content"] = splitter.thinking.strip()
-    kept = {name: value for name, value in request.record.items() if name not in ("prompt", "text")}
-    return {**kept, "conversations": [*request.messages, reply], "finish_reason": reason}
+    asked = request.conversation
+    told = dataclasses.replace(asked, messages=[*asked.messages, reply])
+    return {**request.others, **told.as_record(), "finish_reason": reason}
 
 
 def _question(config: GenerateConfig, result: dict[str, Any]) -> Any:
@@ -163,45 +215,62 @@ def answer_requests(
             done += len(group)
 
 
-def _request(generator: Generator, config: GenerateConfig, record: Record) -> Request:
+def _request(generator: Generator, config: GenerateConfig, record: Record, cut: bool = False) -> Request:
+    """The prompt of a record. cut: to what fits. Raises UserError; TooLong where there is no room for the answer."""
     try:
-        messages, ids = _prompt(generator, config, record)
-        ids = generator.encode(ids)
+        request = _prompt(generator, config, record)
+        request = request._replace(ids=generator.encode(request.ids))
     except UserError as error:
         raise error if record.where in str(error) else UserError(f"{record.where}: {error}") from error
+    if cut:
+        request = _cut(generator, config, request)
+    ids = request.ids
     room, context = generator.room(len(ids)), generator.room(0)
     if room < 1:
-        raise UserError(
+        raise TooLong(
             f"{record.where}: a prompt of {len(ids)} tokens leaves no room for an answer in the model's context of "
             f"{context}; shorten it"
         )
     if config.max_new_tokens is not None and config.max_new_tokens > room:
-        raise UserError(
+        raise TooLong(
             f"{record.where}: a prompt of {len(ids)} tokens leaves {room} in the model's context of {context}, fewer "
             f"than max_new_tokens {config.max_new_tokens}; shorten it, or ask for fewer"
         )
-    return Request(record.where, record.value, messages, ids)
+    return request
 
 
-def _prompt(generator: Generator, config: GenerateConfig, record: Record) -> tuple[list[dict] | None, list[int]]:
-    """The messages to be answered (None for raw text) and the prompt's token ids."""
+def _cut(generator: Generator, config: GenerateConfig, request: Request) -> Request:
+    """The end of a prompt that leaves room for its answer: max_new_tokens, or half of the context."""
+    context, tokenizer = generator.room(0), generator.tokenizer
+    room = max(1, context - (config.max_new_tokens or min(512, context // 2)))
+    if request.conversation is None:
+        begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        return request._replace(ids=[*begin, *request.ids[len(begin) :][len(begin) - room :]])
+    asked = request.conversation
+
+    def keep_end(text: str, over: int) -> str:
+        return tokenizer.decode(tokenizer.encode(text)[over:]).lstrip("\N{REPLACEMENT CHARACTER}")
+
+    def encode(messages: list[dict[str, Any]]) -> list[int]:
+        return encode_prompt(tokenizer, messages, asked.tools, open_thinking=config.thinking)
+
+    messages = shortened(asked.messages, lambda messages: len(encode(messages)), room, keep_end)
+    if messages is None:  # its system prompt and tools alone are too long
+        return request
+    return request._replace(conversation=dataclasses.replace(asked, messages=messages), ids=encode(messages))
+
+
+def _prompt(generator: Generator, config: GenerateConfig, record: Record) -> Request:
+    """The conversation to be answered (None for raw text) and the prompt's token ids."""
     tokenizer = generator.tokenizer
-    if "conversations" in record.value:
-        if config.raw:
-            raise UserError(f"{record.where}: a conversation needs the chat template; drop raw")
-        conversation = parse_conversation(record, for_training=False)
-        messages = conversation.messages
-        count = len(messages) - (messages[-1]["role"] == "assistant")
-        if not count:
-            raise UserError(f"{record.where}: the conversation is only an assistant's message; expected a question")
-        ids = encode_prompt(tokenizer, messages[:count], conversation.tools, open_thinking=config.thinking)
-        return record.value["conversations"][:count], ids
-    name = next((name for name in ("prompt", "text") if name in record.value), None)
-    if name is None or not isinstance(record.value[name], str):
-        raise UserError(f"{record.where}: expected a field `prompt` or `text` (a string), or `conversations`")
-    text = checked_text(record.value[name], f"{record.where}: {name}")
+    text, conversation, others = read_prompt(record, reading_of(config))
     if config.raw:
-        return None, ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
-    system = [{"role": "system", "content": config.system}] if config.system else []
-    messages = [*system, {"role": "user", "content": text}]
-    return messages, encode_prompt(tokenizer, messages, open_thinking=config.thinking)
+        if conversation is not None:
+            raise UserError(f"{record.where}: a conversation needs the chat template; drop raw")
+        ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
+        return Request(record.where, record.value, None, ids, others)
+    if conversation is None:
+        system = [{"role": "system", "content": config.system}] if config.system else []
+        conversation = Conversation([*system, {"role": "user", "content": text}])
+    ids = encode_prompt(tokenizer, conversation.messages, conversation.tools, open_thinking=config.thinking)
+    return Request(record.where, record.value, conversation, ids, others)

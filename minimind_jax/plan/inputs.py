@@ -14,7 +14,7 @@ from minimind_jax.config import PretrainConfig
 from minimind_jax.convert.load import read_config
 from minimind_jax.convert.peft import rank_table
 from minimind_jax.data.cache_folder import cache_root, stored_caches
-from minimind_jax.data.jsonl import expand_paths
+from minimind_jax.data.jsonl import expand_paths, reading_of
 from minimind_jax.data.tokenise import Encoder, Kind, read_chunks
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
@@ -172,18 +172,19 @@ def count_tokens(paths: Sequence[str], kind: Kind, config: PretrainConfig) -> To
         if not cache.stale and cache.kind == kind and set(cache.files) == names:
             info = json.loads((cache.folder / "info.json").read_text("utf-8"))
             return Tokens(info["tokens"], f"{info['tokens']:,} tokens counted in the token cache")
-    if packed := [file for file in files if file.suffix != ".jsonl"]:
+    if packed := [file for file in files if file.suffix not in (".jsonl", ".json", ".ndjson")]:
         raise UserError(
-            f"{packed[0]}: the tokens of compressed and Parquet files cannot be told from their size; give --tokens N"
+            f"{packed[0]}: the tokens of files other than JSON cannot be told from their size; give --tokens N"
         )
     size = sum(file.stat().st_size for file in files)
     folder = _tokenizer_folder(config)
     if folder is None:
         count = round(size / BYTES_PER_TOKEN)
         return Tokens(count, f"about {count:,} tokens, guessed from the size at {BYTES_PER_TOKEN} bytes a token")
-    encoder = Encoder(kind, str(folder), None, skip=True)
+    reading = reading_of(config.data)
+    encoder = Encoder(kind, str(folder), None, skip=True, reading=reading)
     found = read = 0
-    for lines in itertools.islice(read_chunks(files, lambda _: None), SAMPLE_CHUNKS):
+    for lines in itertools.islice(read_chunks(files, lambda _: None, reading), SAMPLE_CHUNKS):
         found += len(encoder.encode(lines).tokens)
         read += sum(len(line[3]) + 1 for line in lines)
     count = round(found / read * size)

@@ -11,6 +11,7 @@ import numpy as np
 from minimind_jax.adapt_config import ClassifyConfig
 from minimind_jax.convert.hf import Labels
 from minimind_jax.data.batches import Batches, open_data
+from minimind_jax.data.jsonl import reading_of
 from minimind_jax.data.labels import Classes, find_classes
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.evaluate.classification import ClassificationResult, describe, draw_confusion, evaluate_logits
@@ -47,7 +48,8 @@ def classify(config: ClassifyConfig) -> Path:
     check_context(config, model)
     wanted = config.classify
     skip = config.data.on_error == "skip"
-    classes = find_classes(config.data.train, wanted.text_field, wanted.label_field, skip, announce)
+    reading = reading_of(config.data)
+    classes = find_classes(config.data.train, config.text_field, wanted.label_field, skip, announce, reading)
     labels = keep_labels(run, Labels(classes.names, classes.several))._replace(max_tokens=config.data.seq_len)
     classes = dataclasses.replace(classes, names=labels.names)
     announce(f"{len(classes.names)} labels{', any number of them a text' if classes.several else ''}")

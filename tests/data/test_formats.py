@@ -336,7 +336,7 @@ def test_refused_conversations(value, message):
         ({"prompt": "q", "completion": "a", "label": True}, "pairs are needed"),
         ({"prompt": "q", "chosen": "\nHello.", "rejected": "Hello."}, "are the same"),
         ({"prompt": "q", "chosen": [{**ANSWER, "reasoning_content": ""}], "rejected": "a"}, "are the same"),
-        ({"prompt": "q", "chosen": [{**USER, "content": "other"}, ANSWER], "rejected": "b"}, "chosen begins with another"),
+        ({"prompt": "q", "chosen": [{**USER, "content": "other"}, ANSWER], "rejected": "b"}, "begins with another"),
         ({"chosen": TALK, "rejected": [{**USER, "content": "other"}, ANSWER]}, "no question in common"),
         ({"chosen": "a", "rejected": "b"}, "no question in common"),
         ({"chosen": TALK}, "missing field `rejected`"),
@@ -366,7 +366,7 @@ def test_texts_under_their_usual_names(name):
 def test_a_setting_names_the_text():
     reading = Reading(text_field="Beschreibung")
     assert parse_text(record({"text": "other", "Beschreibung": "t"}), reading=reading) == "t"
-    with pytest.raises(UserError, match="missing field `Beschreibung`.*found the fields text"):
+    with pytest.raises(UserError, match=r"missing field `Beschreibung`.*found the fields text"):
         parse_text(record({"text": "t"}), reading=reading)
 
 
@@ -375,4 +375,7 @@ def test_what_is_left_out_is_told_with_counts():
     read = record({"note": "x", "id": 3, "messages": [{**USER, "name": "Ann"}, {**ANSWER, "mood": "x"}]})
     assert as_record(parse_conversation(read, reading=reading)) == {"conversations": TALK}
     parse_conversation(read, reading=reading)
-    assert told_lines(read.told) == ["data.jsonl: `id` is ignored (2 times); of messages, `name` is ignored (2 times)"]
+    assert told_lines(read.told) == [
+        "data.jsonl: `id` is ignored (2 times); `note` is ignored (2 times); "
+        "of messages, `mood` is ignored (2 times); of messages, `name` is ignored (2 times)"
+    ]

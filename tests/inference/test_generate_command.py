@@ -93,7 +93,7 @@ def test_without_output_the_records_are_printed(config, capsys):
 @pytest.mark.parametrize(
     "record, changes, message",
     [
-        ({"question": "?"}, {}, "in.jsonl:1: expected a field `prompt` or `text`"),
+        ({"riddle": "?"}, {}, "in.jsonl:1: expected a field `prompt` or `text`"),
         ({"prompt": 3}, {}, "in.jsonl:1: expected a field `prompt` or `text`"),
         ({"conversations": [{"role": "user", "content": "a"}]}, {"raw": True}, "in.jsonl:1: .*drop raw"),
         ({"conversations": [{"role": "assistant", "content": "a"}]}, {}, "in.jsonl:1: .*expected a question"),

@@ -229,7 +229,7 @@ def test_class_weights_even_out_rare_classes(make, tmp_path):
         ([{"text": "a", "label": "x"}, {"text": "b"}], "missing field `label`"),
         ([{"text": "a", "label": "x"}, {"text": "b", "label": 1.5}], "expected text or a whole number"),
         ([{"text": "a", "label": "x"}, {"text": " ", "label": "y"}], "text is empty"),
-        ([{"body": "a", "label": "x"}], "expected a field `text`.*text_field"),
+        ([{"phrase": "a", "label": "x"}], "expected a field `text`.*text_field"),
         ([{"text": "a", "label": "x"}] * 2, "only the label 'x'; a classifier needs at least two"),
     ],
 )

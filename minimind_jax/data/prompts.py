@@ -1,0 +1,83 @@
+"""What is to be answered in a record of any format, and prompts that are made to fit."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from minimind_jax.data.formats import INSTRUCTION, MESSAGES, Fields, question, text_fields, with_system
+from minimind_jax.data.jsonl import Reading, Record
+from minimind_jax.data.messages import Conversation, read_messages
+from minimind_jax.data.values import checked_text
+from minimind_jax.errors import UserError
+
+
+class Prompt(NamedTuple):
+    """text: to be continued, or asked as a user's message. conversation: that the answer ends, where there is no text.
+
+    others: the record's fields beside these.
+    """
+
+    text: str | None
+    conversation: Conversation | None
+    others: dict[str, Any]
+
+
+def read_prompt(record: Record, reading: Reading) -> Prompt:
+    """The question of a record: messages (a last answer is left out), an instruction, a prompt or a text.
+
+    Raises UserError for a record that has none.
+    """
+    fields = Fields(record, reading)
+    text = conversation = None
+    own = [reading.text_field] if reading.text_field else []
+    names = [name for name in (*own, "prompt", *text_fields(reading)) if isinstance(fields.left.get(name), str)]
+    if fields.has(*MESSAGES) and not (own and names):
+        conversation = _without_answer(with_system(fields, *fields.messages(*MESSAGES)), record)
+    elif isinstance(fields.left.get("prompt"), list | dict):
+        conversation = _without_answer(with_system(fields, *fields.messages("prompt")), record)
+    elif fields.has(*INSTRUCTION) and not names[:1] == ["prompt"]:
+        conversation = with_system(fields, question(fields), None)
+    elif names or any(isinstance(record.value.get(name), str) for name in ("prompt", "text")):
+        name = names[0] if names else next(name for name in ("prompt", "text") if name in record.value)
+        text = checked_text(record.value[name], f"{record.where}: {name}")
+        fields.left.pop(name, None)
+        if fields.has("system", "system_prompt", "tools"):
+            messages, _ = read_messages([{"role": "user", "content": text}], fields.place(name))
+            text, conversation = None, with_system(fields, messages, None)
+    else:
+        raise UserError(f"{record.where}: expected a field `prompt` or `text` (a string), or `conversations`")
+    answers = ("completion", "output", "response", "prompt", "text", *MESSAGES)
+    return Prompt(text, conversation, {name: value for name, value in fields.left.items() if name not in answers})
+
+
+def _without_answer(conversation: Conversation, record: Record) -> Conversation:
+    messages = conversation.messages
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise UserError(f"{record.where}: the conversation is only an assistant's message; expected a question")
+    return Conversation(messages, conversation.tools, conversation.variables)
+
+
+def shortened(
+    messages: list[dict[str, Any]],
+    count: Callable[[list[dict[str, Any]]], int],
+    room: int,
+    keep_end: Callable[[str, int], str],
+) -> list[dict[str, Any]] | None:
+    """Messages cut to `room` tokens: the oldest turns go first, then the beginning of the last question.
+
+    count: tokens of messages. keep_end: of a text without so many tokens at its beginning. The system message stays.
+    None where even an empty question does not fit.
+    """
+    head = messages[:1] if messages[0]["role"] == "system" else []
+    turns = messages[len(head) :]
+    starts = [i for i, message in enumerate(turns) if message["role"] == "user"] or [len(turns) - 1]
+    for start in starts:
+        if count([*head, *turns[start:]]) <= room:
+            return [*head, *turns[start:]]
+    turns = turns[starts[-1] :]
+    while turns and (over := count([*head, *turns]) - room) > 0:
+        if not turns[0]["content"]:
+            return None
+        turns = [{**turns[0], "content": keep_end(turns[0]["content"], over)}, *turns[1:]]
+    return [*head, *turns]
