@@ -39,7 +39,9 @@ def export_checkpoint(
     """
     run = _find_run(name)
     stage, config = _read_settings(run)
-    config = dataclasses.replace(config, mesh=MeshConfig())  # this machine's devices, not those of the training
+    then = run.then()
+    places = {key: then.current(getattr(config, key)) for key in ("init_from", "tokenizer")} if then else {}
+    config = dataclasses.replace(config, mesh=MeshConfig(), **places)  # of this machine, not those of the training
     tokenizer, labels = load_tokenizer(config), _labels(run, stage, config)
     if labels is None:
         model = load_model(config, tokenizer)

@@ -202,6 +202,7 @@ def _what_changed(stage: Stage, renewed: str) -> list[str]:
 
 def _changes(stage: Stage) -> list[str]:
     """`key old -> new` for every setting that is not the one the stage was made with."""
+    from minimind_jax.training.places import mean_the_same
     from minimind_jax.training.run import RunFolder
 
     if stage.name != "tokenizer":
@@ -210,7 +211,7 @@ def _changes(stage: Stage) -> list[str]:
         return []
     before = settings.make_settings(type(stage.config), settings.read_yaml(stage.record))
     pairs = {f.key: (_value(before, f.key), _value(stage.config, f.key)) for f in settings.fields_of(type(before))}
-    return [f"{key} {old} -> {new}" for key, (old, new) in pairs.items() if old != new]
+    return [f"{k} {old} -> {new}" for k, (old, new) in pairs.items() if old != new and not mean_the_same(k, old, new)]
 
 
 def _value(config: Any, key: str) -> Any:

@@ -25,9 +25,11 @@ import yaml
 from filelock import FileLock, Timeout
 
 from minimind_jax.errors import UserError
+from minimind_jax.folders import resolve_run
 from minimind_jax.paths import absolute, as_path, is_remote, write_object
 from minimind_jax.settings import RUN_LENGTHS
 from minimind_jax.training.checkpoint_files import unfit_for_checkpoints
+from minimind_jax.training.places import Then, mean_the_same
 
 PACKAGES = ("minimind-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
@@ -124,12 +126,28 @@ class RunFolder:
     def changed_settings(self, config) -> dict[str, str]:
         """`old -> new` of every dotted key that differs from the settings the run was last started with; how to resume
         it and the folder's name do not count. Empty for a run that was never started. A setting that did not exist then
-        had its default, and one that is left open as it was then has the value that followed from the data."""
+        had its default, and one that is left open as it was then has the value that followed from the data. Names of
+        files and folders differ when they mean others."""
         before, now = flat(self.read_config() or {}), flat(plain(config))
         now |= self.settled(now)
         before = before and {**flat(plain(type(config)())), **before}
         keys = (now.keys() | before.keys()) - {"resume", "run"} if before else ()
-        return {key: f"{before.get(key)} -> {now.get(key)}" for key in sorted(keys) if before.get(key) != now.get(key)}
+        differing = [key for key in sorted(keys) if before.get(key) != now.get(key)]
+        then = self.then() if differing else None
+        return {
+            key: f"{before.get(key)} -> {now.get(key)}"
+            for key in differing
+            if not mean_the_same(key, before.get(key), now.get(key), then)
+        }
+
+    def then(self) -> Then | None:
+        """Where the run's settings were written, as far as that is known."""
+        run = (self.read_config() or {}).get("run")
+        directory = self.read_environment().get("directory", "")
+        if not run or is_remote(self.path) or not (directory or os.path.isabs(run)):
+            return None
+        directory = Path(directory or Path.cwd())
+        return Then(directory, directory / resolve_run(run), absolute(self.path))
 
     def settled(self, asked: dict) -> dict:
         """Values that the run has, by dotted key, of the settings that followed from its data and are `asked` for (all
@@ -165,6 +183,7 @@ def environment() -> dict:
         "devices": [device.device_kind for device in jax.devices()],
         "processes": jax.process_count(),
         "command": sys.argv,
+        "directory": os.getcwd(),
     }
 
 

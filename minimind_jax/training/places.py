@@ -1,0 +1,80 @@
+"""Whether two settings that name files or folders mean the same ones, also after a project was moved as a whole."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minimind_jax.data.tokenizer import TOKENIZER_FILES
+from minimind_jax.folders import holds_model, resolve_run
+from minimind_jax.paths import is_remote
+
+MODELS = {"init_from", "teacher.model"}  # settings that name a model's folder or a run
+PLACES = {*MODELS, "tokenizer", "data", "data.train", "data.val", "data.cache_dir", "output"}
+
+
+class Then(NamedTuple):
+    """Where the names in a run's settings count from: the working directory and the run's folder when they were
+    written, as absolute paths, and that folder now."""
+
+    directory: Path
+    run: Path
+    run_now: Path
+
+    def moved(self, path: Path) -> Path:
+        """Where a path of then is, if it was moved together with the run's folder."""
+        return Path(os.path.normpath(self.run_now / os.path.relpath(path, self.run)))
+
+    def readings(self, name: str) -> list[tuple[str, Path]]:
+        """What a name of then may mean: (name, the directory it counts from)."""
+        same_name = str(self.moved(Path(name))) if os.path.isabs(name) else name
+        return [(name, self.directory), (same_name, self.moved(self.directory))]
+
+    def current(self, name: str) -> str:
+        """The name of then as one that counts from the present working directory, if that finds nothing."""
+        if not name or is_remote(Path(name)):
+            return name
+        found = [_model(*reading) for reading in [(name, Path.cwd()), *self.readings(name)]]
+        first, *others = found
+        return next((str(place) for place in others if place.exists()), name) if not first.exists() else name
+
+
+def mean_the_same(key: str, before: Any, now: Any, then: Then | None = None) -> bool:
+    """Whether the values of the dotted setting `key` name the same files or folder.
+
+    A folder is told by where it is, links followed, a model also by the run it belongs to, and a tokenizer by its
+    files. then: of `before`; None where both count from the present working directory.
+    """
+    if key not in PLACES:
+        return False
+    if isinstance(before, list | tuple) and isinstance(now, list | tuple):
+        return len(before) == len(now) and all(
+            mean_the_same(key, *pair, then) for pair in zip(before, now, strict=True)
+        )
+    if not (isinstance(before, str) and isinstance(now, str) and before and now):
+        return before == now
+    if "://" in before + now:
+        left, right = (name.rstrip("/").removesuffix("/model" if key in MODELS else "") for name in (before, now))
+        return left == right
+    find = _model if key in MODELS else _place
+    here = find(now, Path.cwd())
+    readings = then.readings(before) if then else [(before, Path.cwd())]
+    places = [find(*reading) for reading in readings]
+    return here in places or (key == "tokenizer" and any(_same_tokenizer(place, here) for place in places))
+
+
+def _place(name: str, directory: Path) -> Path:
+    return (directory / os.path.expanduser(name)).resolve()
+
+
+def _model(name: str, directory: Path) -> Path:
+    """The folder of the model that a name means, as `folders.resolve_model_folder` finds it."""
+    folder = _place(name, directory)
+    places = (folder, folder / "model", _place(str(resolve_run(name)), directory) / "model")
+    return next((place for place in places if holds_model(place)), folder).resolve()
+
+
+def _same_tokenizer(left: Path, right: Path) -> bool:
+    def content(folder: Path) -> list[bytes | None]:
+        return [(folder / name).read_bytes() if (folder / name).is_file() else None for name in TOKENIZER_FILES]
+
+    return (left / "tokenizer.json").is_file() and content(left) == content(right)
