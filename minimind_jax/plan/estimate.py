@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 from minimind_jax.config import PretrainConfig
+from minimind_jax.losses.vocabulary import piece_size
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.transformer import scan_unroll
 from minimind_jax.plan.devices import GPU_MEMORY_FRACTION, Device
@@ -12,7 +13,8 @@ from minimind_jax.sharding import ROW_AXES
 
 class Estimate(NamedTuple):
     """Bytes on each device. gradients: their float32 sums, the updates and the parameters made of them, and the weights
-    in the compute dtype. activations: kept for the backward pass. logits: of one micro-batch, twice."""
+    in the compute dtype. activations: kept for the backward pass. logits: and their gradient, as much at once as the
+    loss makes (`losses.vocabulary`)."""
 
     state: int
     gradients: int
@@ -46,11 +48,14 @@ def estimate_memory(
     layers = model.num_hidden_layers
     kept = {"none": layer, "full": width + layer / layers}.get(config.compute.remat, 0.6 * layer)
     kept *= 1 if scan_unroll(config.compute, layers) >= layers else 2
+    words = math.ceil(model.vocab_size / tensor)
+    # The loss takes the head whole, in the compute dtype, and makes its gradient so, however fsdp cuts it.
+    head = words * width * (size + 4) * (1 - 1 / mesh_shape["fsdp"])
     return Estimate(
         state,
-        3 * params + params * size // 4,
+        3 * params + params * size // 4 + round(head),
         round(tokens * size * layers * kept),
-        round(tokens * 2 * 4 * model.vocab_size / tensor),
+        round(tokens * 2 * 4 * piece_size(math.ceil(tokens), words)),
     )
 
 

@@ -52,7 +52,8 @@ def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """
     output = Path(config.output)
     _check_replaceable(output)
-    origin = origin_of(config, _files(config))
+    files = _files(config)
+    origin = origin_of(config, files)
     if (output / "tokenizer.json").is_file() and not config.overwrite:
         check_origin(output, origin)
         print(f"{output} holds the tokenizer of these settings and records already")
@@ -64,7 +65,6 @@ def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
             raise error
         skipped[str(error)] = None
 
-    files = _files(config)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         workplace = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))

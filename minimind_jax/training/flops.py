@@ -41,12 +41,13 @@ PEAK_FLOPS = {
 }
 
 
-def flops_per_token(config: ModelConfig, seq_len: int, adapters_only: bool = False) -> float:
+def flops_per_token(config: ModelConfig, seq_len: int, adapters_only: bool = False, *, has_words: bool = True) -> float:
     """FLOPs of one trained token, forward and backward, nothing recomputed.
 
     6 (matrix parameters that a token meets, the head included and the embedding look-up not)
     + 6 L N H T for causal attention over T = seq_len positions, the upper bound when rows hold several documents.
     adapters_only: the matrices have no gradients, so 4 in place of the first 6; those of the adapters are not counted.
+    has_words: false of a model with a head of scores, which meets one token of a text and no word of the vocabulary.
     """
     width, heads_width = config.hidden_size, config.num_attention_heads * config.head_dim
     attention = 2 * width * (heads_width + config.num_key_value_heads * config.head_dim)
@@ -54,7 +55,7 @@ def flops_per_token(config: ModelConfig, seq_len: int, adapters_only: bool = Fal
         mlp = 3 * width * config.moe_intermediate_size * config.num_experts_per_tok + width * config.num_experts
     else:
         mlp = 3 * width * config.intermediate_size
-    matrices = config.num_hidden_layers * (attention + mlp) + width * config.vocab_size
+    matrices = config.num_hidden_layers * (attention + mlp) + width * config.vocab_size * has_words
     return (4 if adapters_only else 6) * matrices + 6 * config.num_hidden_layers * heads_width * seq_len
 
 

@@ -19,6 +19,7 @@ from minimind_jax.config import PretrainConfig
 from minimind_jax.data.batches import Batches
 from minimind_jax.errors import UserError
 from minimind_jax.losses import LossFn, Metrics, together
+from minimind_jax.model.heads import SCORE
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.sharding import data_process, make_mesh, shard_batch
 from minimind_jax.training.checkpoint import Checkpoints
@@ -135,7 +136,7 @@ def train(
             progress=progress,
             profiler=stack.enter_context(profiler),
             stop=stop,
-            speed=Speed(model, config.data.seq_len, record.get("seconds", 0.0)),
+            speed=Speed(model, config.data.seq_len, record.get("seconds", 0.0), SCORE not in parameters.abstract),
             tokens=record.get("tokens", 0),
             base=base,
         )

@@ -11,13 +11,14 @@ from minimind_jax.training.flops import flops_per_token, peak_flops
 class Speed:
     """Wall-clock numbers of a run: pauses (evaluation, samples, saves) and the first step, which compiles, left out.
 
-    seconds_before: duration of the run up to the checkpoint it goes on from.
+    seconds_before: duration of the run up to the checkpoint it goes on from. has_words: as of `flops_per_token`.
     """
 
-    def __init__(self, model: LanguageModel, seq_len: int, seconds_before: float):
+    def __init__(self, model: LanguageModel, seq_len: int, seconds_before: float, has_words: bool = True):
         self._started = time.perf_counter() - seconds_before
         peak = peak_flops(model.compute)
-        self._mfu_per_token = flops_per_token(model.config, seq_len, model.adapter is not None) / peak if peak else None
+        flops = flops_per_token(model.config, seq_len, model.adapter is not None, has_words=has_words)
+        self._mfu_per_token = flops / peak if peak else None
         self._since: float | None = None  # start of the window that `read` ends
         self._tokens = self._window_steps = 0
         self._steps, self._active = 0, 0.0

@@ -1,5 +1,6 @@
 """`minimind plan` where no compiler is installed, in its words and as JSON; and what it advises."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -8,10 +9,10 @@ import sys
 import pytest
 
 from minimind_jax.cli import main
-from minimind_jax.config import MeshConfig, PretrainConfig, TrainingConfig
+from minimind_jax.config import DataConfig, MeshConfig, ModelSettings, PretrainConfig, TrainingConfig
 from minimind_jax.plan import devices
 from minimind_jax.plan.compile import needed_memory
-from minimind_jax.plan.estimate import advice, cost, fit
+from minimind_jax.plan.estimate import advice, cost, estimate_memory, fit
 
 TINY = "--model.hidden_size 64 --model.num_hidden_layers 2 --model.num_attention_heads 4 --model.vocab_size 512".split()
 
@@ -55,6 +56,23 @@ def test_adapters_need_less(capsys):
     assert adapters["state"]["optimizer"] < whole["state"]["optimizer"] / 5
     assert adapters["memory"]["total"] < whole["memory"]["total"]
     assert adapters["flops_per_token"]["formula"] < 0.8 * whole["flops_per_token"]["formula"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocab", "tensor", "fsdp", "logits"),
+    [
+        (16, 151936, 1, 1, 2**29),  # two pieces of PIECE_BYTES, whatever the vocabulary
+        (64, 151936, 1, 1, 2**29),
+        (64, 151936, 1, 8, 2**29),
+        (16, 6400, 1, 1, 2 * 4 * 16 * 1024 * 6400),  # whole
+        (2, 151936, 4, 1, 2 * 4 * 2 * 1024 * 151936 // 4),  # whole on each of four
+    ],
+)
+def test_logits_are_counted_in_the_pieces_that_the_loss_makes(rows, vocab, tensor, fsdp, logits):
+    config = PretrainConfig(data=DataConfig(seq_len=1024), training=TrainingConfig(batch_tokens=rows * 1024 * fsdp))
+    shape = dataclasses.replace(ModelSettings().resolve(), vocab_size=vocab)
+    mesh = {"data": 1, "fsdp": fsdp, "tensor": tensor, "expert": 1}
+    assert estimate_memory(config, shape, mesh, 0, 0).logits == pytest.approx(logits, rel=0.02)
 
 
 def test_mistakes_are_told(capsys):

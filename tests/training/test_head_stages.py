@@ -33,7 +33,9 @@ from minimind_jax.stages.export import export_checkpoint
 from minimind_jax.stages.heads import keep_labels, load_body, with_head
 from minimind_jax.stages.reward import reward
 from minimind_jax.stages.sft import sft
+from minimind_jax.training.flops import flops_per_token
 from minimind_jax.training.run import RunFolder
+from minimind_jax.training.tracking import read_metrics
 
 
 @pytest.mark.parametrize("adapters", [LoRAConfig(), ADAPTERS], ids=["all", "lora"])
@@ -69,7 +71,8 @@ def test_a_reward_model_scores_as_it_was_trained(make, files, adapters, tmp_path
         sft(make(SFTConfig, tmp_path / "sft", str(tmp_path / "chats.jsonl"), init_from=str(run.path)))
 
 
-def test_models_with_scores_write_no_text(make, tmp_path):
+def test_models_with_scores_write_no_text(make, tmp_path, monkeypatch):
+    monkeypatch.setattr("minimind_jax.training.speed.peak_flops", lambda compute: 1e6)
     run = classify(make(ClassifyConfig, tmp_path / "classify", "labels", training={"steps": 2}))
     with pytest.raises(UserError, match="has no words to say; use minimind classify predict"):
         load_generator(str(run))
@@ -77,6 +80,11 @@ def test_models_with_scores_write_no_text(make, tmp_path):
         distill(make(DistillConfig, tmp_path / "student", "labels", teacher=TeacherConfig(model=str(run))))
     again = make(ClassifyConfig, tmp_path / "again", "labels", init_from=str(run))  # its head, in whatever order
     model = load_body(again, load_tokenizer(again), "classify")
+    row = next(
+        row for row in read_metrics(RunFolder(run).metrics_file) if "mfu" in row
+    )  # without a vocabulary's product
+    flops = flops_per_token(model.config, again.data.seq_len, has_words=False)
+    assert row["mfu"] == pytest.approx(row["tokens_per_second"] * flops / 1e6, rel=1e-3)
     a, b = (
         np.asarray(with_head(again, model, labels).load()[SCORE]["kernel"])
         for labels in (("birds", "cat", "dogs"), ("dogs", "birds", "cat"))

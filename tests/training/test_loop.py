@@ -350,5 +350,6 @@ def test_flops_of_a_token_are_six_times_the_matrices_and_attention():
     dense = ModelSettings().resolve()
     matrices = 8 * (768 * 768 * 2 + 2 * 768 * 384 + 3 * 768 * 2432) + 768 * 6400
     assert flops_per_token(dense, 512) == 6 * matrices + 6 * 8 * 768 * 512
+    assert flops_per_token(dense, 512, has_words=False) == flops_per_token(dense, 512) - 6 * 768 * 6400
     moe = ModelSettings(preset="minimind-3-moe").resolve()
     assert flops_per_token(moe, 512) == flops_per_token(dense, 512) + 6 * 8 * 768 * 4
