@@ -5,6 +5,7 @@ from pathlib import Path
 
 from minimind_jax.errors import UserError
 from minimind_jax.paths import as_path, local_folder
+from minimind_jax.shell import command
 
 RUNS = Path("runs")
 
@@ -47,7 +48,8 @@ def resolve_model_folder(name: str, setting: str = "model") -> Path:
         if (unfinished / "config.yaml").is_file():
             raise UserError(
                 f"{setting}: the run {unfinished} has no model/ yet: it has not finished; run it again to resume it, "
-                f"or write what it has so far as a model: minimind convert to-hf {name} OUTPUT --checkpoint newest"
+                "or write what it has so far as a model: "
+                + command("convert", "to-hf", unfinished, "OUTPUT", "--checkpoint", "newest")
             )
     looked = ", ".join(str(place / "config.json") for place in places)
     raise UserError(f"{setting} {name!r} is neither a Hugging Face folder nor a run (no {looked})")

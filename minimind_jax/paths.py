@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from minimind_jax.errors import UserError
+from minimind_jax.shell import install_command
 
 UPLOAD_SECONDS = 30
 
@@ -43,7 +44,7 @@ def _check_store(bucket: str) -> None:
     try:
         epath.Path(bucket).exists()
     except Exception as error:
-        hint = "; gs:// needs the gcs extra (pip install 'minimind-jax[gcs]')" if bucket.startswith("gs://") else ""
+        hint = f"; gs:// needs more packages: {install_command('gcs')}" if bucket.startswith("gs://") else ""
         raise UserError(f"{bucket} cannot be used: {error}{hint}") from error
 
 

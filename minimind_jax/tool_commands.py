@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from minimind_jax import settings
 from minimind_jax.errors import UserError
 from minimind_jax.inference.config import ChatConfig, GenerateConfig
+from minimind_jax.shell import install_command
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -378,9 +379,7 @@ def lm_eval_command(prog: str, argv: Sequence[str]) -> None:
     try:
         from minimind_jax.evaluate import lm_eval_adapter
     except ImportError as error:
-        raise UserError(
-            f"lm_eval cannot be imported ({error}); install the eval extra: pip install 'minimind-jax[eval]'"
-        ) from error
+        raise UserError(f"lm_eval cannot be imported ({error}); install it: {install_command('eval')}") from error
     lm_eval_adapter.run(argv)
 
 

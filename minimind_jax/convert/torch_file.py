@@ -11,6 +11,7 @@ import numpy as np
 
 from minimind_jax.convert.hf_weights import DTYPES, StoredTensor, cast
 from minimind_jax.errors import UserError
+from minimind_jax.shell import install_command
 
 # What compilation and data parallelism put before the names.
 _WRAPPERS = ("_orig_mod.", "module.")
@@ -67,7 +68,7 @@ def _import_torch() -> Any:
     try:
         import torch
     except ImportError as error:
-        raise UserError("PyTorch files need torch: pip install torch (or pip install 'minimind-jax[torch]')") from error
+        raise UserError(f"PyTorch files need torch: {install_command('torch')}") from error
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
         # CVE-2025-32434: before 2.6 a file could run code in spite of weights_only.
         raise UserError(f"torch {torch.__version__} cannot load files safely; pip install 'torch>=2.6'")

@@ -20,6 +20,7 @@ from typing import Any
 from minimind_jax.data import text_files
 from minimind_jax.data.values import decode_record
 from minimind_jax.errors import UserError
+from minimind_jax.shell import install_command
 
 COMPRESSIONS = ("", ".gz", ".zst")
 JSON = tuple(kind + packed for kind in (".jsonl", ".json", ".ndjson") for packed in COMPRESSIONS)
@@ -269,7 +270,7 @@ def _zstandard(file: Path):
     try:
         import zstandard
     except ImportError as error:
-        raise UserError(f"{file}: reading .zst needs zstandard: pip install 'minimind-jax[formats]'") from error
+        raise UserError(f"{file}: reading .zst needs zstandard: {install_command('formats')}") from error
     return zstandard
 
 
@@ -286,7 +287,7 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError(f"{file}: reading .parquet needs pyarrow: pip install 'minimind-jax[formats]'") from error
+        raise UserError(f"{file}: reading .parquet needs pyarrow: {install_command('formats')}") from error
     try:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
             yield from batch.to_pylist()

@@ -9,6 +9,7 @@ import math
 import re
 from typing import Literal, NamedTuple
 
+from minimind_jax import shell
 from minimind_jax.errors import UserError
 from minimind_jax.settings import nearest
 from minimind_jax.training.flops import PEAK_FLOPS
@@ -154,4 +155,4 @@ def installed_compiler(device: Device) -> str | None:
 def install_command(device: Device) -> str:
     """What installs the compiler of a device's platform."""
     extra = "tpu" if device.platform == "tpu" else "cuda12"
-    return f"pip install 'minimind-jax[{extra}]'"
+    return shell.install_command(extra)

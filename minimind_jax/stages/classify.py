@@ -18,6 +18,7 @@ from minimind_jax.evaluate.classification import ClassificationResult, describe,
 from minimind_jax.inference.score import Scorer
 from minimind_jax.losses.classification import make_classification_loss
 from minimind_jax.sharding import announce, data_process, make_mesh
+from minimind_jax.shell import command
 from minimind_jax.stages.common import check_context, finish_run, is_finished, load_tokenizer, start_run
 from minimind_jax.stages.heads import keep_labels, load_body, values_of_pieces, with_head
 from minimind_jax.stages.settle import settle
@@ -75,7 +76,7 @@ def classify(config: ClassifyConfig) -> Path:
         val_batches=val_batches,
         run=run,
     )
-    hint = f"  minimind classify predict --model {run.path} --input YOUR_TEXTS.jsonl"
+    hint = f"  {command('classify', 'predict', '--model', run.path, '--input', 'YOUR_TEXTS.jsonl')}"
     finish_run(run, config, model, tokenizer, result, hint, labels)
     if val_batches is not None and jax.process_index() == 0:
         found = evaluate_batches(run, val_batches, tokenizer, labels, config.data.seq_len)

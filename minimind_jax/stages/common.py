@@ -40,6 +40,7 @@ from minimind_jax.sharding import (
     param_shardings,
     run_on_first_process,
 )
+from minimind_jax.shell import command
 from minimind_jax.stages.adapters import frozen_dtype, load_with_adapters, plan_adapters, save_adapters
 from minimind_jax.training.loop import SampleFn, TrainResult
 from minimind_jax.training.program import count_parts
@@ -325,7 +326,7 @@ def finish_run(
         else:
             settings = to_generation_config(model.config, start_generation(config))
             save_adapters(run.model, params, plan, tokenizer, settings)
-            hint += f"\n  minimind convert merge-lora {run.path} OUTPUT      # one whole model"
+            hint += f"\n  {command('convert', 'merge-lora', run.path, 'OUTPUT', note='one whole model')}"
         append_export(run, result.step, config.export_dtype, result.model_step)
         write_report(run)
         print(f"The model is {run.model}, the report {run.report_file}. Next:\n{hint}")

@@ -19,6 +19,7 @@ from minimind_jax.data.documents import encode_prompt
 from minimind_jax.inference.config import SamplingConfig
 from minimind_jax.inference.generate import Generator, bucket, load_generator
 from minimind_jax.model.transformer import LanguageModel, Params
+from minimind_jax.shell import command
 from minimind_jax.stages import demo_corpus
 from minimind_jax.stages.pipeline import load_pipeline, run_pipeline
 from minimind_jax.training.checkpoint import load_params
@@ -29,6 +30,7 @@ FOLDER = Path("runs/demo")
 SAMPLE_QUESTIONS = ("Hello", "What is a computer?", "Tell me a joke", "你好吗?", "你是谁?", "你喜欢什么书?")
 LARGEST_DIFFERENCE = 1e-4  # of a logit, between the trained and the exported model, both float32
 BATCH = 64
+MINE = ("--pretrain.data.train", "text.jsonl", "--sft.data.train", "chats.jsonl")
 
 
 class Recall(NamedTuple):
@@ -176,12 +178,11 @@ def report_text(facts: Sequence[str], samples: Sequence[tuple[str, str, str]], s
 
 Talk with it:
 
-    minimind chat --model {FOLDER}/model --temperature 0
+    {command("chat", "--model", FOLDER / "model", "--temperature", 0)}
 
 Train on your own files (the records are described in docs/data.md):
 
-    minimind pipeline --config quickstart --name mine --tokenizer.data text.jsonl chats.jsonl \\
-      --pretrain.data.train text.jsonl --sft.data.train chats.jsonl
+    {command("pipeline", "--config", "quickstart", "--name", "mine", *MINE)}
 
 The stages' own reports, with curves: {FOLDER}/pretrain/report.md and {FOLDER}/sft/report.md
 """

@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from minimind_jax.errors import UserError
+from minimind_jax.shell import install_command
 
 LANGUAGES = ("english", "chinese")
 # Files whose longer lists are a question and several answers to it; elsewhere they are turns of one conversation.
@@ -89,7 +90,7 @@ def _corpus_folder(language: str) -> Path:
     try:
         import chatterbot_corpus
     except ImportError:
-        raise UserError("the demo's dialogues are missing; install them: pip install 'minimind-jax[demo]'") from None
+        raise UserError(f"the demo's dialogues are missing; install them: {install_command('demo')}") from None
     return Path(chatterbot_corpus.__file__).parent / "data" / language
 
 

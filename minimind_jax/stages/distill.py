@@ -16,6 +16,7 @@ from minimind_jax.folders import is_adapter, resolve_model_folder
 from minimind_jax.losses.distillation import TEACHER, make_distillation_loss
 from minimind_jax.model.transformer import LanguageModel, Params, compute_dtype
 from minimind_jax.sharding import data_process, make_mesh, param_shardings
+from minimind_jax.shell import command
 from minimind_jax.stages.common import (
     check_context,
     finish_run,
@@ -95,7 +96,7 @@ def distill(config: DistillConfig) -> Path:
         sample_fn=sample_fn and (lambda params: sample_fn(without_teacher(params))),
     )
     result = result._replace(params=without_teacher(result.params))
-    hint = f"  minimind chat --model {run.model}"
+    hint = f"  {command('chat', '--model', run.model)}"
     return finish_run(run, config, model, tokenizer, result, hint)
 
 

@@ -19,6 +19,7 @@ from minimind_jax.model.lora import TRAINED, join, split, without_adapters
 from minimind_jax.model.transformer import LanguageModel, Params, compute_dtype
 from minimind_jax.paths import is_remote
 from minimind_jax.sharding import announce, data_process, make_mesh, shard_batch
+from minimind_jax.shell import command
 from minimind_jax.stages.adapters import plan_adapters
 from minimind_jax.stages.common import (
     check_context,
@@ -93,7 +94,9 @@ def dpo(config: DPOConfig) -> Path:
         sample_fn=sample_fn and (lambda params: sample_fn(without_reference(params))),
     )
     result = result._replace(params=without_reference(result.params))
-    hint = f"  minimind chat --model {run.model}\n  minimind generate --model {run.model} --prompt 'Hello'"
+    hint = (
+        f"  {command('chat', '--model', run.model)}\n  {command('generate', '--model', run.model, '--prompt', 'Hello')}"
+    )
     return finish_run(run, config, model, tokenizer, result, hint)
 
 

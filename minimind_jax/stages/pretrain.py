@@ -6,6 +6,7 @@ from minimind_jax.config import PretrainConfig
 from minimind_jax.data.batches import open_data
 from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.sharding import data_process, make_mesh
+from minimind_jax.shell import command
 from minimind_jax.stages.common import (
     check_context,
     finish_run,
@@ -57,7 +58,7 @@ def pretrain(config: PretrainConfig) -> Path:
         sample_fn=sample_fn,
     )
     hint = (
-        f"  minimind chat --model {run.model}\n"
-        f"  minimind sft --init_from {run.path} --data.train YOUR_CONVERSATIONS.jsonl --run NAME"
+        f"  {command('chat', '--model', run.model)}\n"
+        f"  {command('sft', '--init_from', run.path, '--data.train', 'YOUR_CONVERSATIONS.jsonl', '--run', 'NAME')}"
     )
     return finish_run(run, config, model, tokenizer, result, hint)

@@ -9,6 +9,7 @@ from minimind_jax.data.token_cache import TokenCache
 from minimind_jax.losses.reward import make_reward_loss
 from minimind_jax.losses.sequences import pair_room
 from minimind_jax.sharding import data_process, make_mesh
+from minimind_jax.shell import command
 from minimind_jax.stages.common import check_context, finish_run, is_finished, load_tokenizer, start_run
 from minimind_jax.stages.heads import load_body, values_of_pieces, with_head
 from minimind_jax.stages.settle import settle
@@ -55,6 +56,6 @@ def reward(config: RewardConfig) -> Path:
         val_batches=val_batches,
         run=run,
     )
-    hint = f"  minimind score --model {run.model} --input YOUR_CONVERSATIONS.jsonl"
+    hint = f"  {command('score', '--model', run.model, '--input', 'YOUR_CONVERSATIONS.jsonl')}"
     labels = LABELS._replace(max_tokens=config.data.seq_len)
     return finish_run(run, config, model, tokenizer, result, hint, labels)

@@ -7,6 +7,7 @@ from minimind_jax.data.batches import open_data
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.sharding import data_process, make_mesh
+from minimind_jax.shell import command
 from minimind_jax.stages.common import (
     check_context,
     finish_run,
@@ -58,5 +59,7 @@ def sft(config: SFTConfig) -> Path:
         run=run,
         sample_fn=sample_fn,
     )
-    hint = f"  minimind chat --model {run.model}\n  minimind generate --model {run.model} --prompt 'Hello'"
+    hint = (
+        f"  {command('chat', '--model', run.model)}\n  {command('generate', '--model', run.model, '--prompt', 'Hello')}"
+    )
     return finish_run(run, config, model, tokenizer, result, hint)

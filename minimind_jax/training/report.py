@@ -8,6 +8,7 @@ import yaml
 
 from minimind_jax.errors import UserError
 from minimind_jax.folders import holds_model
+from minimind_jax.shell import command
 from minimind_jax.training.run import RunFolder, write_text
 from minimind_jax.training.tracking import read_metrics
 
@@ -166,18 +167,17 @@ def _samples(rows: list[dict]) -> list[str]:
 
 
 def _next_steps(run: RunFolder, stage: str) -> str:
+    texts, talks = ("--input", "YOUR_TEXTS.jsonl"), ("--input", "YOUR_CONVERSATIONS.jsonl")
+    further = ("sft", "--init_from", run.path, "--data.train", "YOUR.jsonl", "--run", "NAME")
     commands = {
-        "classify": [f"minimind classify predict --model {run.path} --input YOUR_TEXTS.jsonl      # labels"],
-        "reward": [f"minimind score --model {run.path} --input YOUR_CONVERSATIONS.jsonl      # scores"],
+        "classify": [command("classify", "predict", "--model", run.path, *texts, note="labels")],
+        "reward": [command("score", "--model", run.path, *talks, note="scores")],
     }.get(
         stage,
-        [
-            f"minimind chat --model {run.model}      # talk to it",
-            f"minimind sft --init_from {run.path} --data.train YOUR.jsonl --run NAME      # train it further",
-        ],
+        [command("chat", "--model", run.model, note="talk to it"), command(*further, note="train it further")],
     )
     if not holds_model(run.model):
-        commands = [f"minimind {stage} --config {run.config_file}      # resume it"]
+        commands = [command(stage, "--config", run.config_file, note="resume it")]
     return _code("\n".join(commands), "sh")
 
 

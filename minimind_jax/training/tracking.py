@@ -21,6 +21,7 @@ from minimind_jax.config import TrackingConfig
 from minimind_jax.errors import UserError
 from minimind_jax.folders import holds_model
 from minimind_jax.paths import GrowingObject, as_path, is_remote
+from minimind_jax.shell import install_command
 from minimind_jax.training.run import RunFolder, write_text
 
 WALL_CLOCK = ("seconds", "tokens_per_second", "mfu")
@@ -212,8 +213,8 @@ def _import(module: str, logger: str):
         return __import__(module)
     except ImportError as error:
         raise UserError(
-            f"tracking.loggers names {logger}, whose package {module} cannot be imported ({error}); install the track "
-            "extra (pip install 'minimind-jax[track]') or leave it out"
+            f"tracking.loggers names {logger}, whose package {module} cannot be imported ({error}); install it "
+            f"({install_command('track')}) or leave it out"
         ) from error
 
 

@@ -1,0 +1,47 @@
+"""Command lines that are printed for a user to paste: of this program, names quoted, and installs that work."""
+
+import importlib.metadata
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def command(*words: object, note: str = "") -> str:
+    """`minimind WORDS` as it can be pasted into a plain shell: the program by its path where it is not on PATH."""
+    text = " ".join([*program(), *(shlex.quote(str(word)) for word in words)])
+    return f"{text}      # {note}" if note else text
+
+
+def program() -> list[str]:
+    """The words that start this program again: `minimind`, its path, or Python with the module."""
+    beside = Path(sys.executable).parent / "minimind"
+    named = Path(sys.argv[0])
+    own = named if named.name == "minimind" and named.is_file() else beside
+    found = shutil.which("minimind")
+    if found and (not own.is_file() or os.path.realpath(found) == os.path.realpath(own)):
+        return ["minimind"]
+    if own.is_file():
+        return [shlex.quote(_shortest(own))]
+    return [shlex.quote(_shortest(Path(sys.executable))), "-m", "minimind_jax"]
+
+
+def install_command(extra: str) -> str:
+    """What installs the packages of one of our extras, by their own names: this package need not be in any index."""
+    wanted = packages_of(extra, importlib.metadata.requires("minimind-jax") or [])
+    return " ".join([shlex.quote(_shortest(Path(sys.executable))), "-m pip install", *map(shlex.quote, wanted)])
+
+
+def packages_of(extra: str, requirements: Iterable[str]) -> list[str]:
+    """The requirements of an extra, out of those that a package's metadata lists."""
+    pairs = (text.partition(";") for text in requirements)
+    return [name.strip() for name, _, mark in pairs if re.search(rf"extra\s*==\s*['\"]{re.escape(extra)}['\"]", mark)]
+
+
+def _shortest(path: Path) -> str:
+    """Relative to the working folder for what lies in it."""
+    absolute = Path(os.path.abspath(path))
+    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)
