@@ -3,11 +3,15 @@
 import os
 from pathlib import Path
 
+import yaml
+
 from minimind_jax.errors import UserError
-from minimind_jax.paths import as_path, local_folder
+from minimind_jax.paths import as_path, is_remote, local_folder
 from minimind_jax.shell import command
 
 RUNS = Path("runs")
+
+PIPELINE = "pipeline.yaml"  # in a pipeline's folder: which of its runs is the last
 
 ADAPTER_CONFIG = "adapter_config.json"  # what makes a folder a low-rank adapter, as peft writes them
 
@@ -40,6 +44,9 @@ def resolve_model_folder(name: str, setting: str = "model") -> Path:
         UserError: nothing is there; the message names the places looked at, and a run that has not finished.
     """
     folder, run = as_path(name).expanduser(), resolve_run(name)
+    last = next((made for place in (run, folder) if (made := _last_stage(place))), None)
+    if last is not None:
+        return resolve_model_folder(str(last), setting)
     places = list(dict.fromkeys([folder, folder / "model", run / "model"]))
     for place in places:
         if holds_model(place):
@@ -51,5 +58,21 @@ def resolve_model_folder(name: str, setting: str = "model") -> Path:
                 "or write what it has so far as a model: "
                 + command("convert", "to-hf", unfinished, "OUTPUT", "--checkpoint", "newest")
             )
+    for pipeline in (run, folder):
+        if any((stage / "config.yaml").is_file() for stage in _folders_in(pipeline)):
+            stages = ", ".join(str(stage) for stage in _folders_in(pipeline) if (stage / "config.yaml").is_file())
+            raise UserError(f"{setting}: {pipeline} holds the runs of a pipeline; name the one you mean: {stages}")
     looked = ", ".join(str(place / "config.json") for place in places)
     raise UserError(f"{setting} {name!r} is neither a Hugging Face folder nor a run (no {looked})")
+
+
+def _last_stage(folder: Path) -> Path | None:
+    """The run of a pipeline's last stage, where the folder is a pipeline's."""
+    if is_remote(folder) or not (folder / PIPELINE).is_file():
+        return None
+    name = yaml.safe_load((folder / PIPELINE).read_text("utf-8"))["last_stage"]
+    return Path(os.path.abspath(folder / name)) if folder.is_absolute() else Path(os.path.normpath(folder / name))
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []

@@ -8,6 +8,7 @@ if [ $# -lt 2 ]; then
 fi
 text=$1 chats=$2
 shift 2
-minimind pipeline --config quickstart --name mine --tokenizer.data "$text" "$chats" \
+PATH=$PATH:$(cd "$(dirname "$0")/.." && pwd)/.venv/bin
+minimind pipeline --config quickstart --name mine \
     --pretrain.data.train "$text" --sft.data.train "$chats" "$@"
-echo "Talk with it: minimind chat --model runs/mine/sft"
+echo "Talk with it: $(command -v minimind) chat --model runs/mine"

@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from minimind_jax.errors import UserError
+from minimind_jax.folders import resolve_model_folder
 from minimind_jax.settings import config_names, find_config
+from minimind_jax.stages import check
 from minimind_jax.stages.pipeline import load_pipeline, run_pipeline
 
 TINY = {
@@ -152,3 +154,67 @@ def test_every_config_that_comes_with_the_package_is_valid(name, tmp_path, monke
         stages = load_pipeline(["--config", name])
         assert [stage.name for stage in stages] == ["tokenizer", "pretrain", "sft"]
     assert f"--config {name}" in find_config(name).read_text(), "the comment of a config gives its command"
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (["--sft.data.train", "chat.jsonl"], "stage sft: chat.jsonl: no such file"),
+        (["--sft.data.train", "text.jsonl"], "stage sft: text.jsonl:1: "),
+        (["--sft.data.val", "nothing.jsonl"], "stage sft: nothing.jsonl: no such file"),
+        (["--sft.init_from", "elsewhere"], "stage sft: init_from 'elsewhere' is neither"),
+        (["--sft.lora.rank", "4", "--sft.lora.targets", "q_prj"], "stage sft: lora: 'q_prj' is no projection"),
+        (["--sft.model.hidden_size", "64"], "stage sft: model.hidden_size is 64, but the model runs/tiny/pretrain"),
+        (["--sft.data.seq_len", "512", "--sft.training.batch_tokens", "512"], "stage sft: data.seq_len 512 is above"),
+        (["--sft.optimizer.warmup_steps", "2"], "stage sft: optimizer.warmup_steps 2 is not below the 2 steps"),
+        (["--sft.training.patience", "2"], "stage sft: training.patience needs validation"),
+        (["--sft.resume", "must"], "stage sft: resume=must"),
+        (["--tokenizer.vocab_size", "500"], "stage pretrain: its tokenizer has 500 tokens, more than the model's"),
+        (["--tokenizer.data", "txt.jsonl"], "stage tokenizer: txt.jsonl: no such file"),
+    ],
+)
+def test_a_mistake_in_any_stage_ends_the_pipeline_before_the_first_one_trains(workplace, changes, said):
+    stages = load_pipeline([*workplace(), *changes])
+    with pytest.raises(UserError) as caught:
+        run_pipeline(stages)
+    assert said in str(caught.value)
+    assert not Path("runs").exists()
+
+
+def test_a_broken_record_of_a_later_stage_is_told_while_an_earlier_one_runs(workplace, monkeypatch):
+    arguments = workplace()
+    lines = Path("chats.jsonl").read_text().splitlines()
+    Path("chats.jsonl").write_text("\n".join([*lines * 20, '{"conversations": []}']) + "\n")
+    stages = load_pipeline([*arguments, "--tokenizer.data", "text.jsonl"])
+    check.check_stages(stages)  # a sample of the first records is as it should be
+    said = []
+    monkeypatch.setattr(check, "announce", said.append)
+    check.watch_records(stages[2:]).join()
+    assert "stage sft will not start: " in said[0] and "chats.jsonl:241: " in said[0]
+    skipping = load_pipeline([*arguments, "--tokenizer.data", "text.jsonl", "--sft.data.on_error", "skip"])
+    check.watch_records(skipping[2:]).join()
+    assert len(said) == 1
+
+
+def test_a_tokenizer_without_files_learns_from_those_of_the_other_stages(workplace):
+    pipeline = {**TINY, "stages": [{"tokenizer": {"vocab_size": 400}}, *TINY["stages"][1:]]}
+    tokenizer, *_ = load_pipeline([*workplace(pipeline), "--sft.data.train", "own.jsonl"])
+    assert tokenizer.config.data == ("text.jsonl", "own.jsonl")
+    demo, *_ = load_pipeline(
+        ["--config", "quickstart", "--pretrain.data.train", "a.txt", "--sft.data.train", "b.jsonl"]
+    )
+    assert demo.config.data == ("a.txt", "b.jsonl")
+
+
+def test_a_pipelines_folder_means_its_last_stage_and_changed_data_is_told(workplace, capsys):
+    arguments = workplace()
+    stages = load_pipeline(arguments)
+    run_pipeline(stages)
+    for name in ("tiny", "runs/tiny", "runs/tiny/"):
+        assert resolve_model_folder(name) == Path("runs/tiny/sft/model")
+    with open("chats.jsonl", "a") as file:
+        file.write(json.dumps({"conversations": [{"role": role, "content": "Hi"} for role in ("user", "assistant")]}))
+    capsys.readouterr()
+    run_pipeline(load_pipeline(arguments))
+    told = capsys.readouterr().out
+    assert told.count("changed since: the content of data.train") == 1 and "remove runs/tiny/sft" in told

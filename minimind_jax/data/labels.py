@@ -92,6 +92,12 @@ def _text_place(record: Record, text_field: str) -> str:
     return next((name for name in names if isinstance(record.value.get(name), str)), text_field)
 
 
+def check_labelled(record: Record, text_field: str, label_field: str) -> None:
+    """Raises UserError for a record that `find_classes` would stop at."""
+    parse_unlabelled(record, text_field)
+    _given(record, label_field)
+
+
 def _given(record: Record, label_field: str) -> _Given:
     field = _field(record, label_field)
     labels, is_list = _labels(record, field)

@@ -19,7 +19,7 @@ from minimind_jax.inference.score import Scorer
 from minimind_jax.losses.classification import make_classification_loss
 from minimind_jax.sharding import announce, data_process, make_mesh
 from minimind_jax.shell import command
-from minimind_jax.stages.common import check_context, finish_run, is_finished, load_tokenizer, start_run
+from minimind_jax.stages.common import check_context, finish_run, is_finished, load_tokenizer, start_run, tidy
 from minimind_jax.stages.heads import keep_labels, load_body, values_of_pieces, with_head
 from minimind_jax.stages.settle import settle
 from minimind_jax.training.loop import train
@@ -27,6 +27,7 @@ from minimind_jax.training.report import write_report
 from minimind_jax.training.run import RunFolder, write_text
 
 
+@tidy
 def classify(config: ClassifyConfig) -> Path:
     """Trains a classifier on the labelled texts of `config.data` and returns the run's folder.
 

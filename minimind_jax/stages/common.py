@@ -1,8 +1,11 @@
 """What the training stages share: where a run starts from, what it writes at its end."""
 
+import contextlib
 import dataclasses
+import functools
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +33,7 @@ from minimind_jax.model.config import ModelConfig, union_of_ids
 from minimind_jax.model.heads import SCORE, without_head
 from minimind_jax.model.lora import LEAVES, join, make_adapter, merge, split
 from minimind_jax.model.transformer import LanguageModel, Params
+from minimind_jax.paths import is_remote
 from minimind_jax.seeds import named_key, named_seed
 from minimind_jax.sharding import (
     announce,
@@ -42,6 +46,7 @@ from minimind_jax.sharding import (
 )
 from minimind_jax.shell import command
 from minimind_jax.stages.adapters import frozen_dtype, load_with_adapters, plan_adapters, save_adapters
+from minimind_jax.stages.settle import changed_data
 from minimind_jax.training.loop import SampleFn, TrainResult
 from minimind_jax.training.program import count_parts
 from minimind_jax.training.report import write_report
@@ -75,13 +80,40 @@ def start_run(config: PretrainConfig) -> RunFolder:
         )
     run.check_resume(config.resume)
     check_settings(run, config)
-    if config.training.batch_tokens is not None and (not is_exported(run) or run.changed_settings(config)):
-        count_parts(config, make_mesh(config.mesh))  # before any data is read
+    if not is_exported(run) or run.changed_settings(config):
+        if config.training.batch_tokens is not None:
+            count_parts(config, make_mesh(config.mesh))  # before any data is read
         check_replaceable(run.model)
     run.create()
     if jax.process_index() == 0:
         run.lock()
     return run
+
+
+def tidy(stage: Callable[[PretrainConfig], Path]) -> Callable[[PretrainConfig], Path]:
+    """The stage, which leaves no folder behind when it could not start."""
+
+    @functools.wraps(stage)
+    def run(config: PretrainConfig) -> Path:
+        folder = resolve_run(config.run)
+        is_new = not is_remote(folder) and not folder.exists()
+        try:
+            return stage(config)
+        except UserError:
+            if is_new and jax.process_index() == 0:
+                remove_unused(folder)
+            raise
+
+    return run
+
+
+def remove_unused(folder: Path) -> None:
+    """Removes a folder that holds a lock, empty folders and nothing else, and the one around it if it is empty then."""
+    if not folder.is_dir() or any(path.is_file() and path.name != ".lock" for path in folder.rglob("*")):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.parent.rmdir()
 
 
 def check_shared(run: RunFolder, patience: float = 10.0) -> None:
@@ -156,6 +188,8 @@ def is_finished(run: RunFolder, config: PretrainConfig) -> bool:
     """
     if config.resume != "never" and is_exported(run) and not run.changed_settings(config):
         announce(f"{run.path} is finished; its model is {run.model}. Choose another run name to train again.")
+        for change in changed_data(run, config):
+            announce(f"changed since it was trained: {change}")
         return True
     if holds_model(run.model) and not run.checkpoint_steps():
         raise UserError(
@@ -199,7 +233,7 @@ def load_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
         architecture = read_config(folder)
         ends = union_of_ids(tokenizer.end_ids, architecture.eos_token_id)
         architecture = dataclasses.replace(architecture, **ids, eos_token_id=ends)
-        architecture = _with_settings(architecture, config.model, folder)
+        architecture = with_settings(architecture, config.model, folder)
     else:
         size = {} if config.model.vocab_size else {"vocab_size": tokenizer.vocab_size}
         architecture = config.model.resolve(**ids, **size, eos_token_id=union_of_ids(tokenizer.end_ids))
@@ -213,9 +247,10 @@ def load_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
     return LanguageModel(architecture, config.compute, adapter)
 
 
-def check_context(config: PretrainConfig, model: LanguageModel) -> None:
+def check_context(config: PretrainConfig, model: LanguageModel | ModelConfig) -> None:
     """Raises UserError for rows longer than the context that the exported model says it has."""
-    context, seq_len = model.config.max_position_embeddings, config.data.seq_len
+    architecture = model.config if isinstance(model, LanguageModel) else model
+    context, seq_len = architecture.max_position_embeddings, config.data.seq_len
     if seq_len > context:
         raise UserError(
             f"data.seq_len {seq_len} is above the model's context of {context} tokens (model.max_position_embeddings); "
@@ -223,7 +258,7 @@ def check_context(config: PretrainConfig, model: LanguageModel) -> None:
         )
 
 
-def _with_settings(architecture: ModelConfig, settings: ModelSettings, folder: Path) -> ModelConfig:
+def with_settings(architecture: ModelConfig, settings: ModelSettings, folder: Path) -> ModelConfig:
     """`architecture` with the fields that `settings` sets; those that would change a tensor's shape must agree, and so
     must a preset's."""
     given = settings.changes(architecture.max_position_embeddings)

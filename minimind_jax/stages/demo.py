@@ -55,7 +55,7 @@ def run_demo(overrides: Sequence[str] = ()) -> int:
     for path in files.values():
         print(f"  {path}: {path.stat().st_size / 1e6:.1f} MB")
     texts, chats = map(str, files.values())
-    data = ["--tokenizer.data", texts, chats, "--pretrain.data.train", texts, "--sft.data.train", chats]
+    data = ["--pretrain.data.train", texts, "--sft.data.train", chats]
     run_pipeline(load_pipeline(["--config", "quickstart", "--name", "demo", *data, *overrides]))
 
     exported = FOLDER / "model"

@@ -26,6 +26,7 @@ from minimind_jax.stages.common import (
     run_parameters,
     sampler,
     start_run,
+    tidy,
 )
 from minimind_jax.stages.settle import settle
 from minimind_jax.stages.stored_teacher import StoredTeacher
@@ -33,6 +34,7 @@ from minimind_jax.training.loop import train
 from minimind_jax.training.state import Parameters, cast_matrices
 
 
+@tidy
 def distill(config: DistillConfig) -> Path:
     """Trains a student on the conversations of `config.data` and `config.teacher`, and returns the run's folder.
 

@@ -30,6 +30,7 @@ from minimind_jax.stages.common import (
     run_parameters,
     sampler,
     start_run,
+    tidy,
 )
 from minimind_jax.stages.settle import settle
 from minimind_jax.training.loop import train
@@ -37,6 +38,7 @@ from minimind_jax.training.run import RunFolder
 from minimind_jax.training.state import Parameters, fingerprint
 
 
+@tidy
 def dpo(config: DPOConfig) -> Path:
     """Trains a model to prefer the chosen answers of `config.data` and returns the run's folder.
 

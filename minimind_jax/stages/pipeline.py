@@ -12,9 +12,13 @@
 
 A finished stage is skipped and one that was cut off is resumed, so the same command can be repeated until all is done.
 Unless set, a stage writes to runs/NAME/STAGE, takes the tokenizer of the tokenizer stage, and all but `pretrain` start
-from the language model before them. `--STAGE.key value`, `--shared.key value` and `--name NAME` override the file.
+from the language model before them; the tokenizer learns from the other stages' files. `--STAGE.key value`,
+`--shared.key value` and `--name NAME` override the file. Files, names and settings of all stages are checked before the
+first one trains. As a model, runs/NAME means the last stage's.
 """
 
+import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,11 +27,13 @@ import yaml
 
 from minimind_jax import settings
 from minimind_jax.errors import UserError
-from minimind_jax.folders import resolve_run
+from minimind_jax.folders import PIPELINE, resolve_run
 from minimind_jax.settings import Setting
 from minimind_jax.stages import STAGES
 
 ENDS = ("reward", "classify")  # stages whose models no other stage starts from
+
+TOKENISED = ("pretrain", "sft", "distill")  # stages whose files a tokenizer can learn from
 
 EXAMPLE = "name: NAME, then stages: with a list of `- tokenizer:`, `- pretrain:`, `- sft:`"
 
@@ -37,6 +43,7 @@ class Stage(NamedTuple):
 
     name: str
     config: Any
+    home: Path = Path()  # of the pipeline
 
     @property
     def folder(self) -> Path:
@@ -140,11 +147,20 @@ def _make_stages(folder: Path, shared: Mapping[str, Setting], own: list[tuple[st
     for name, given in own:
         keys = _shared_keys([name])
         given = settings.merge({key: value for key, value in shared.items() if key in keys}, given)
-        stage = Stage(name, settings.make_settings(STAGES[name].config, given, **_defaults(name, folder, made)))
+        config = settings.make_settings(STAGES[name].config, given, **_defaults(name, folder, made))
+        stage = Stage(name, config, folder)
         if stage.folder in [other.folder for other in made]:
             raise UserError(f"two stages write to {stage.folder}; give one of them another run")
         made.append(stage)
-    return made
+    return [_with_data(stage, made) for stage in made]
+
+
+def _with_data(stage: Stage, stages: Sequence[Stage]) -> Stage:
+    """A tokenizer stage without files of its own learns from those of the stages that train on text and talk."""
+    if stage.name != "tokenizer" or stage.config.data:
+        return stage
+    files = [file for name in TOKENISED for other in stages if other.name == name for file in other.config.data.train]
+    return stage._replace(config=dataclasses.replace(stage.config, data=tuple(dict.fromkeys(files))))
 
 
 def _defaults(name: str, folder: Path, before: Sequence[Stage]) -> dict[str, str]:
@@ -165,10 +181,13 @@ def _defaults(name: str, folder: Path, before: Sequence[Stage]) -> dict[str, str
 
 
 def run_pipeline(stages: Sequence[Stage]) -> None:
-    """Runs what is not done, in order. A stage that is asked to stop saves its state and ends the process."""
+    """Checks all stages, then runs what is not done, in order. One that is asked to stop saves its state and ends the
+    process. Raises UserError."""
     from minimind_jax.sharding import announce, first_process_says, initialize_distributed, run_on_first_process
+    from minimind_jax.stages.check import check_stages, watch_records
 
     initialize_distributed()
+    check_stages(stages)
     renewed = ""
     for number, stage in enumerate(stages, 1):
         title = f"[{number}/{len(stages)}] {stage.name}"
@@ -178,11 +197,23 @@ def run_pipeline(stages: Sequence[Stage]) -> None:
                 announce(line)
             continue
         announce(f"{title}: {stage.folder}")
+        if not renewed:
+            watch_records([later for later in stages[number:] if not later.is_finished])
         if stage.name == "tokenizer":
             run_on_first_process(lambda stage=stage: _make_tokenizer(stage))
         else:
             STAGES[stage.name].load()(stage.config)
         renewed = renewed or stage.name
+        run_on_first_process(lambda: _write_last(stages))
+
+
+def _write_last(stages: Sequence[Stage]) -> None:
+    """Notes in the pipeline's folder where its last stage is, for commands that are given that folder as a model."""
+    from minimind_jax.training.run import write_text
+
+    home, last = stages[-1].home, stages[-1].folder
+    if home.is_dir() and stages[-1].name != "tokenizer":
+        write_text(home / PIPELINE, yaml.safe_dump({"last_stage": os.path.relpath(last, home)}))
 
 
 def _make_tokenizer(stage: Stage) -> None:
@@ -196,6 +227,11 @@ def _what_changed(stage: Stage, renewed: str) -> list[str]:
     """Says what is not as it was when a finished stage was made; `renewed` is a stage before it that ran just now."""
     changed = _changes(stage)
     lines = [f"  its settings have changed since: {'; '.join(changed)}"] if changed else []
+    if stage.name != "tokenizer":
+        from minimind_jax.stages.settle import changed_data
+        from minimind_jax.training.run import RunFolder
+
+        lines += [f"  changed since: {text}" for text in changed_data(RunFolder(stage.folder), stage.config)]
     lines += [f"  it was made before this {renewed}"] if renewed else []
     return lines and [*lines, f"  it is kept as it is; to make it anew, remove {stage.folder} or set another run"]
 

@@ -16,11 +16,13 @@ from minimind_jax.stages.common import (
     run_parameters,
     sampler,
     start_run,
+    tidy,
 )
 from minimind_jax.stages.settle import settle
 from minimind_jax.training.loop import train
 
 
+@tidy
 def pretrain(config: PretrainConfig) -> Path:
     """Trains a language model on the texts of `config.data` and returns the run's folder, whose model/ holds it.
 

@@ -2,12 +2,16 @@
 
 import jax
 
-from minimind_jax.config import PretrainConfig
+from minimind_jax.config import DataConfig, PretrainConfig
 from minimind_jax.data.batches import plan_epoch, split_documents
+from minimind_jax.data.cache_folder import cache_root
+from minimind_jax.data.content import file_identities
+from minimind_jax.data.jsonl import expand_paths
 from minimind_jax.data.labels import Classes
 from minimind_jax.data.token_cache import build_cache
 from minimind_jax.data.tokenise import Kind
 from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.errors import UserError
 from minimind_jax.model.lora import without_adapters
 from minimind_jax.model.transformer import LanguageModel, count_parameters
 from minimind_jax.sharding import announce, make_mesh, row_shards
@@ -35,7 +39,27 @@ def settle(
         values, config = values | found, with_values(config, found)
         announce(told)
     run.asked = {key: asked[key] for key in values}
+    run.content = content_of(config.data)
     return config
+
+
+def content_of(data: DataConfig) -> dict[str, list[str]]:
+    """Hashes of the files of data.train and data.val. Raises UserError for files that are not there."""
+    found = {"data.train": data.train, "data.val": data.val}
+    return {
+        key: [content for *_, content in file_identities(expand_paths(paths), cache_root(data))]
+        for key, paths in found.items()
+    }
+
+
+def changed_data(run: RunFolder, config: PretrainConfig) -> list[str]:
+    """A sentence about each of data.train and data.val whose content is not what the run was trained on."""
+    before = run.read_environment().get("content", {})
+    try:
+        now = content_of(config.data)
+    except UserError as error:
+        return [str(error)]
+    return [f"the content of {key}" for key in before if before[key] != now[key]]
 
 
 def _from_data(config, kind, tokenizer, model, classes) -> tuple[dict, str]:

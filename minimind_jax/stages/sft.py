@@ -17,11 +17,13 @@ from minimind_jax.stages.common import (
     run_parameters,
     sampler,
     start_run,
+    tidy,
 )
 from minimind_jax.stages.settle import settle
 from minimind_jax.training.loop import train
 
 
+@tidy
 def sft(config: SFTConfig) -> Path:
     """Fine-tunes a model on the conversations of `config.data` and returns the run's folder, whose model/ holds it.
 

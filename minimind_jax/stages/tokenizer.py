@@ -172,7 +172,7 @@ class _Texts:
         for record in self._records:
             self._advance(1)
             try:
-                pieces = _cut_words(_text(record))
+                pieces = _cut_words(text_of(record))
             except UserError as error:
                 self._on_bad(error)
                 continue
@@ -187,7 +187,8 @@ def _cut_words(text: str) -> list[str]:
     return [piece for piece in _LONG_WORD.split(text) if piece]
 
 
-def _text(record: Record) -> str:
+def text_of(record: Record) -> str:
+    """What the tokenizer learns from of a text or a conversation. Raises UserError."""
     if "conversations" not in record.value:
         return parse_text(record, "--on_error")
     messages = parse_conversation(record).messages

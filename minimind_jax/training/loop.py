@@ -24,7 +24,7 @@ from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.sharding import data_process, make_mesh, shard_batch
 from minimind_jax.training.checkpoint import Checkpoints
 from minimind_jax.training.defaults import filled
-from minimind_jax.training.plan import check_same_data, data_record, few_steps, planned_steps, run_facts
+from minimind_jax.training.plan import check_patience, check_same_data, data_record, few_steps, planned_steps, run_facts
 from minimind_jax.training.profile import Profiler
 from minimind_jax.training.program import Program, make_program
 from minimind_jax.training.progress import TrainingProgress
@@ -74,10 +74,7 @@ def train(
     """
     config = filled(config)
     run.check_resume(config.resume)
-    if config.training.patience and (val_batches is None or not config.training.eval_every):
-        raise UserError(
-            "training.patience needs validation: set data.val or data.val_fraction, and training.eval_every"
-        )
+    check_patience(config.training, val_batches is not None)
     mesh = make_mesh(config.mesh)
     total_steps = planned_steps(config.training, train_batches)
     program = make_program(config, parameters, loss_fn, mesh, total_steps)

@@ -28,6 +28,14 @@ def planned_steps(training: TrainingConfig, batches: Batches) -> int:
     return max(1, math.ceil(epochs * batches.steps_per_epoch - 1e-6))
 
 
+def check_patience(training: TrainingConfig, has_validation: bool) -> None:
+    """Raises UserError for a run that is to wait for validation that it does not have."""
+    if training.patience and (not has_validation or training.eval_every == 0):
+        raise UserError(
+            "training.patience needs validation: set data.val or data.val_fraction, and training.eval_every"
+        )
+
+
 def few_steps(steps: int, config: PretrainConfig) -> str | None:
     """What so short a run means, and the settings that make it longer; None for one that is long enough."""
     if steps >= SHORTEST:

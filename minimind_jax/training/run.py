@@ -38,12 +38,13 @@ class RunFolder:
     """The files of one run. Nothing is created before `create`.
 
     asked: settings that follow from the data, by dotted key, as they were asked for: mostly None. `config.yaml` has
-        the values they got.
+        the values they got. content: hashes of the data files that the run is trained on, by setting.
     """
 
     def __init__(self, path: str | Path):
         self.path = as_path(path)
         self.asked: dict = {}
+        self.content: dict[str, list[str]] = {}
         if is_remote(self.path) and not str(self.path).startswith("gs://"):
             raise UserError(f"{self.path}: checkpoints can be kept on a disk or in Google Cloud Storage (gs://)")
         self.config_file = self.path / "config.yaml"
@@ -164,8 +165,8 @@ class RunFolder:
         }
 
     def write_environment(self, facts: dict) -> None:
-        """environment.json: `environment()`, `facts`, the numbers printed at the start of the run, and `asked`."""
-        known = {**environment(), "run": plain(facts), "asked": self.asked}
+        """environment.json: `environment()`, `facts`, which are printed at the start, `asked` and `content`."""
+        known = {**environment(), "run": plain(facts), "asked": self.asked, "content": self.content}
         text = json.dumps(known, indent=2, ensure_ascii=False)
         write_text(self.environment_file, text + "\n")
 

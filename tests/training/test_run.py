@@ -10,7 +10,7 @@ import yaml
 
 from minimind_jax.config import DataConfig, ModelSettings, OptimizerConfig, PretrainConfig, TrainingConfig
 from minimind_jax.errors import UserError
-from minimind_jax.stages.common import check_settings
+from minimind_jax.stages.common import check_settings, remove_unused, start_run, tidy
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import append_export
 
@@ -108,3 +108,26 @@ def test_a_run_goes_on_only_with_the_model_and_start_it_has(tmp_path, capsys):
         check_settings(run, faster)
     check_settings(run, dataclasses.replace(config, export_dtype="float32"))
     check_settings(run, dataclasses.replace(config, training=TrainingConfig(steps=9)))
+
+
+def test_a_run_that_could_not_start_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    @tidy
+    def fails(config):
+        run = start_run(config)
+        run.checkpoints.mkdir()
+        raise UserError("no")
+
+    config = PretrainConfig(run="new", tokenizer="tok")
+    with pytest.raises(UserError, match="no"):
+        fails(config)
+    assert list(tmp_path.iterdir()) == []
+    kept = RunFolder("runs/new").create()
+    with pytest.raises(UserError, match="no"):
+        fails(config)
+    assert kept.path.is_dir()
+    (tmp_path / "more" / "log").mkdir(parents=True)
+    (tmp_path / "more" / "log" / "a.txt").write_text("mine")
+    remove_unused(tmp_path / "more")
+    assert (tmp_path / "more" / "log" / "a.txt").is_file()
