@@ -121,7 +121,8 @@ def _maker(name: str, before: Sequence[Stage]) -> Stage | None:
 def _architecture(config: PretrainConfig, before: Sequence[Stage]) -> ModelConfig:
     """The model that a stage will have, from the settings of those that make it."""
     if not config.init_from:
-        return config.model.resolve()
+        tokens = None if config.model.vocab_size else _tokens(config, before)
+        return config.model.resolve(**({"vocab_size": tokens} if tokens else {}))
     maker = _maker(config.init_from, before)
     if maker is None:
         folder = resolve_model_folder(config.init_from, "init_from")

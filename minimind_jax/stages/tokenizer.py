@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from minimind_jax.config import TokenizerConfig
-from minimind_jax.data.jsonl import Record, expand_paths, iter_records
+from minimind_jax.data.formats import detect
+from minimind_jax.data.jsonl import READING, Record, expand_paths, iter_records
 from minimind_jax.data.records import parse_conversation, parse_text
 from minimind_jax.data.template import render
 from minimind_jax.data.tokenizer import TOKENIZER_FILES, StreamDecoder, Tokenizer, train_bpe
@@ -189,7 +190,7 @@ def _cut_words(text: str) -> list[str]:
 
 def text_of(record: Record) -> str:
     """What the tokenizer learns from of a text or a conversation. Raises UserError."""
-    if "conversations" not in record.value:
+    if detect(record.value, READING) != "conversation":
         return parse_text(record, "--on_error")
     messages = parse_conversation(record).messages
     return "\n".join(part for m in messages for part in (m.get("reasoning_content"), m["content"]) if part)

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from talk import TEXT
 
 from minimind_jax.config import TokenizerConfig
+from minimind_jax.data.jsonl import Record
 from minimind_jax.data.template import CHAT_TEMPLATE
 from minimind_jax.data.tokenizer import RESERVED_TOKENS, StreamDecoder, Tokenizer, train_bpe
 from minimind_jax.errors import UserError
-from minimind_jax.stages.tokenizer import _cut_words, _draw, train_tokenizer
+from minimind_jax.stages.tokenizer import _cut_words, _draw, text_of, train_tokenizer
 from minimind_jax.stages.tokenizer_origin import ORIGIN
 
 CORPUS = [
@@ -353,3 +354,16 @@ def test_transformers_loads_the_trained_tokenizer(small):
     assert theirs.decode(encoded["input_ids"], skip_special_tokens=True) == small.decode(small.encode(text))
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id, len(theirs)) == (1, 2, 0, small.vocab_size)
     assert theirs.chat_template == CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        ({"text": "one"}, "one"),
+        ({"conversations": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]}, "one\ntwo"),
+        ({"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]}, "one\ntwo"),
+        ({"instruction": "one", "input": "", "output": "two"}, "one\ntwo"),
+    ],
+)
+def test_a_tokenizer_learns_from_conversations_of_every_format(tmp_path, value, text):
+    assert text_of(Record("file:1", tmp_path / "file", 1, value)) == text
