@@ -15,6 +15,7 @@ EAST_ASIAN_FONTS = (
     *("Microsoft YaHei", "SimHei", "Arial Unicode MS"),
 )
 SHOWN = 40  # classes that a picture of the confusion matrix can name
+CALIBRATED = 100  # texts from which on a curve of confidence against accuracy is more than chance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,26 +111,46 @@ def evaluate_logits(logits: np.ndarray, truth: Sequence[Sequence[str]], labels: 
 
 
 def draw_confusion(result: ClassificationResult, picture: Path) -> None:
-    """The confusion matrix, each row as shares of a true class, and the reliability curve beside it."""
+    """Writes `confusion_figure` as PNG."""
+    with picture.open("wb") as file:
+        confusion_figure(result).savefig(file, format="png", dpi=110)
+
+
+def confusion_figure(result: ClassificationResult):
+    """The confusion matrix: counts, coloured by their share of the true class. From CALIBRATED texts on the reliability
+    curve stands beside it."""
     from matplotlib.figure import Figure
 
+    is_calibrated = len(result.truth) >= CALIBRATED
+    figure = Figure(figsize=(13 if is_calibrated else 9, 8), layout="constrained")
+    if is_calibrated:
+        confusion, reliability = figure.subplots(1, 2, width_ratios=(2, 1))
+        _draw_reliability(result, reliability)
+    else:
+        confusion = figure.subplots()
     matrix, (names, fonts) = result.confusion(), _drawable(result.labels.names)
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    confusion, reliability = figure.subplots(1, 2, width_ratios=(2, 1))
     image = confusion.imshow(shares, vmin=0, vmax=1, cmap="Blues")
     figure.colorbar(image, ax=confusion, shrink=0.6, label="share of the true class")
-    if len(names) <= SHOWN:
-        confusion.set_xticks(range(len(names)), names, rotation=90, fontsize=7, **fonts)
-        confusion.set_yticks(range(len(names)), names, fontsize=7, **fonts)
     confusion.set(xlabel="answer", ylabel="truth")
+    if len(names) > SHOWN:
+        return figure
+    confusion.set_xticks(range(len(names)), names, rotation=90, fontsize=7, **fonts)
+    confusion.set_yticks(range(len(names)), names, fontsize=7, **fonts)
+    size = max(4, min(12, 150 / len(names)))
+    for row, column in np.argwhere(matrix):
+        colour = "white" if shares[row, column] > 0.5 else "black"
+        count = f"{matrix[row, column]:,}"
+        confusion.text(column, row, count, ha="center", va="center", fontsize=size, color=colour)
+    return figure
+
+
+def _draw_reliability(result: ClassificationResult, axes) -> None:
     rows = result.calibration()
-    reliability.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-    reliability.plot([row["confidence"] for row in rows], [row["accuracy"] for row in rows], "o-")
-    reliability.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    reliability.grid(alpha=0.3)
-    with picture.open("wb") as file:
-        figure.savefig(file, format="png", dpi=110)
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    axes.plot([row["confidence"] for row in rows], [row["accuracy"] for row in rows], "o-")
+    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axes.grid(alpha=0.3)
 
 
 def _drawable(names: Sequence[str]) -> tuple[Sequence[str], dict[str, list[str]]]:

@@ -115,6 +115,6 @@ def write_results(run: RunFolder, found: ClassificationResult) -> None:
     text = describe(found)
     if not found.labels.several:
         draw_confusion(found, run.path / "confusion.png")
-        text = f"![confusion matrix and calibration](confusion.png)\n\n{text}"
+        text = f"![confusion matrix](confusion.png)\n\n{text}"
     write_text(run.results_file, text + "\n")
     write_report(run)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from minimind_jax.convert.hf import Labels
-from minimind_jax.evaluate.classification import describe, draw_confusion, evaluate_logits
+from minimind_jax.evaluate.classification import confusion_figure, describe, draw_confusion, evaluate_logits
 
 
 def drawn(classes=4, texts=60, seed=0):
@@ -68,3 +68,17 @@ def test_labels_that_no_font_has_become_numbers(tmp_path):
         draw_confusion(found, tmp_path / "confusion.png")
     assert (tmp_path / "confusion.png").stat().st_size > 5000
     assert "| 一般 |" in describe(found)
+
+
+@pytest.mark.parametrize("texts", [99, 100])
+def test_the_confusion_matrix_shows_counts_and_calibration_only_of_many_texts(texts):
+    names = ("a", "b", "c")
+    truth = [[names[n % 2]] for n in range(texts)]
+    logits = np.eye(3)[[2 if n == 0 else n % 2 for n in range(texts)]]  # one "a" is taken for "c"
+    found = evaluate_logits(logits, truth, Labels(names))
+    confusion, *others = confusion_figure(found).axes
+    counts = {(text.get_position()[1], text.get_position()[0]): text.get_text() for text in confusion.texts}
+    matrix = found.confusion()
+    assert counts == {(i, j): str(matrix[i, j]) for i in range(3) for j in range(3) if matrix[i, j]}
+    assert counts[0, 2] == "1"
+    assert [axes.get_xlabel() for axes in others if axes.get_xlabel()] == ["confidence"] * (texts >= 100)
