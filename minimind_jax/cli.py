@@ -149,6 +149,7 @@ COMMANDS = {
     "classify": Command("train a classifier of texts", _stage("classify")),
     "pipeline": Command("stages in order from one file; skips what is done, resumes what was cut off", _pipeline),
     "data inspect": Command("records as the model sees them, counts, lengths, packing", tools.inspect_command),
+    "data convert": Command("records of other tools' formats in MiniMind's", tools.data_convert_command),
     "data download": Command("MiniMind's public data files", tools.download_command),
     "data cache": Command("caches of tokenised data: list, remove", tools.cache_command),
     "chat": Command("talk with a model in the terminal", tools.chat_command),

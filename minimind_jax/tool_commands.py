@@ -220,6 +220,30 @@ def inspect_command(prog: str, argv: Sequence[str]) -> None:
     inspect(args.files, Tokenizer.load(args.tokenizer), data, args.kind, args.rows, args.seed)
 
 
+def data_convert_command(prog: str, argv: Sequence[str]) -> None:
+    from minimind_jax.data.convert_command import KINDS, convert, parse_renamed
+
+    args = _arguments(
+        prog,
+        "writes records of any format that is read (docs/data.md) as JSON lines in MiniMind's",
+        argv,
+        ("files", {"nargs": "+", "metavar": "INPUT", "help": "files, folders or globs of records"}),
+        ("output", {"metavar": "OUTPUT", "help": "the file to write, a name ending in .jsonl"}),
+        ("--kind", {"choices": KINDS, "help": "found from the first record unless given"}),
+        (
+            "--rename",
+            {"nargs": "+", "default": [], "metavar": "OLD=NEW", "help": "fields, and their names in a format"},
+        ),
+        ("--label_field", {"default": "label", "help": "where records hold their label (default: label)"}),
+        ("--on_error", {"choices": ("stop", "skip"), "default": "stop", "help": "at a broken record (default: stop)"}),
+        *READING,
+    )
+    from minimind_jax.data.jsonl import reading_of
+
+    renamed, skip = parse_renamed(args.rename), args.on_error == "skip"
+    convert(args.files, args.output, reading_of(args), args.kind, renamed, args.label_field, skip)
+
+
 def download_command(prog: str, argv: Sequence[str]) -> None:
     args = _arguments(
         prog,

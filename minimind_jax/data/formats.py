@@ -386,7 +386,10 @@ def _missing(value: dict[str, Any], gives: Gives) -> str:
             expected = "a list of messages" if names == MESSAGES else EXPECTED[gives]
             return f"{given} is {kind_of(value[given])}; expected {expected}"
     first = {"conversation": "conversations", "preference": "rejected" if "chosen" in value else "chosen"}[gives]
-    return f"missing field `{first}`; expected {EXPECTED[gives]}; found the fields {field_names(value)}{_hint(value)}"
+    return (
+        f"missing field `{first}`; expected {EXPECTED[gives]} (`minimind data convert --rename OLD=NEW` gives fields "
+        f"other names); found the fields {field_names(value)}{_hint(value)}"
+    )
 
 
 def _hint(value: dict[str, Any]) -> str:

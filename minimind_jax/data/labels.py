@@ -73,6 +73,13 @@ def parse_labelled(record: Record, classes: Classes) -> LabelledText:
     return LabelledText(text, tuple(dict.fromkeys(given.labels)))
 
 
+def labelled_record(record: Record, text_field: str, label_field: str) -> dict[str, Any]:
+    """The text and the label, or labels, of a record in our own format. Raises UserError."""
+    text, given = parse_unlabelled(record, text_field), _given(record, label_field)
+    leave_out_others(record, {_text_place(record, text_field), *LABEL_FIELDS, *NAME_FIELDS, given.field})
+    return {"text": text, "label": list(given.labels) if given.is_list else given.labels[0]}
+
+
 def parse_unlabelled(record: Record, text_field: str = "text") -> str:
     """The text of a record to classify; `text` stands for its other usual names, too. Raises UserError."""
     place = _text_place(record, text_field)

@@ -45,16 +45,13 @@ def encoding_hint(raw: bytes) -> str:
 def _guess(raw: bytes) -> str | None:
     if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or raw.count(0) > len(raw) // 4:
         return "utf-16"
-    for name in ("gb18030", "shift_jis", "latin-1"):
-        try:
-            text = raw.decode(name)
-        except UnicodeDecodeError as error:
-            if error.start < len(raw) - 4:  # a sample may end in the middle of a character
-                continue
-            text = raw[: error.start].decode(name)
+    runs = [len(run) for run in re.findall(rb"[\x80-\xff]+", raw)]
+    if 2 * sum(length == 1 for length in runs) > len(runs):  # single letters with accents between plain ones
+        return "latin-1"
+    for name in ("gb18030", "shift_jis"):
+        text = raw.decode(name, "replace").rstrip("\N{REPLACEMENT CHARACTER}")  # which may end within a character
         foreign = [character for character in text if character > "\x7f"]
-        common = sum("\u3000" <= c <= "\u9fff" or "\uff00" <= c <= "\uffef" or "a" < c < "\u0180" for c in foreign)
-        if name == "latin-1" or common == len(foreign) > 1:
+        if foreign and all("\u2000" <= c <= "\u9fff" or "\uff00" <= c <= "\uffef" for c in foreign):
             return name
     return None
 

@@ -1,0 +1,126 @@
+"""`minimind data convert`: records of any format, written in ours."""
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from minimind_jax.data.formats import detect, recognise
+from minimind_jax.data.jsonl import Reading, Record, expand_paths, iter_records, tell
+from minimind_jax.data.labels import LABEL_FIELDS, labelled_record
+from minimind_jax.data.records import as_record, parse_conversation, parse_preference, parse_text
+from minimind_jax.data.values import field_names
+from minimind_jax.errors import UserError
+
+KINDS = ("text", "conversation", "preference", "labelled")
+
+
+def convert(
+    paths: Sequence[str],
+    output: str,
+    reading: Reading,
+    kind: Literal["text", "conversation", "preference", "labelled"] | None = None,
+    renamed: dict[str, str] | None = None,
+    label_field: str = LABEL_FIELDS[0],
+    skip: bool = False,
+) -> int:
+    """Writes the records of files as JSON lines in our own format, says what was left out, and returns their number.
+
+    kind: found from the first record if None. renamed: names of fields, and what they are called in a format that is
+    read. skip: broken records are left out and counted.
+    Raises UserError for a broken record (without `skip`), and for an output that is there already or cannot be written.
+    """
+    files = expand_paths(paths)
+    target = Path(output)
+    _check_output(target, files)
+    errors: list[UserError] = []
+
+    def on_bad(error: UserError) -> None:
+        if not skip:
+            raise error
+        errors.append(error)
+
+    told: Counter = Counter()
+    found: Counter = Counter()
+    partial = target.with_name(f"{target.name}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            for record in iter_records(files, on_bad, reading, told):
+                try:
+                    record = _renamed(record, renamed or {})
+                    kind = kind or _kind(record, reading)
+                    row = _converters(reading, label_field)[kind](record)
+                except UserError as error:
+                    on_bad(error)
+                    continue
+                known = recognise(record.value, kind, reading.ignore_fields)
+                found[known.name if known else kind] += 1
+                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        if not found:
+            raise UserError(f"no usable record in {', '.join(paths)}; the first was skipped because of {errors[0]}")
+        os.replace(partial, target)
+    except OSError as error:
+        raise UserError(f"output {output} cannot be written: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    tell(told)
+    if errors:
+        print(f"{len(errors):,} records skipped; the first: {errors[0]}", file=sys.stderr)
+    formats = ", ".join(f"{name} ({count:,})" for name, count in found.items())
+    print(f"{found.total():,} records written to {output}; read as {formats}")
+    return found.total()
+
+
+def parse_renamed(pairs: Sequence[str]) -> dict[str, str]:
+    """OLD=NEW as a dict. Raises UserError."""
+    for pair in pairs:
+        old, equals, new = pair.partition("=")
+        if not (old and equals and new):
+            raise UserError(f"--rename {pair}: expected OLD=NEW, as in Frage=instruction")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def _check_output(target: Path, files: Sequence[Path]) -> None:
+    if target.suffix != ".jsonl":
+        raise UserError(f"output {target}: expected a name ending in .jsonl")
+    if target.exists() and any(target.samefile(file) for file in files):
+        raise UserError(f"output {target} is one of the files of input; choose another name")
+    if target.exists():
+        raise UserError(f"output {target} is there already; remove it, or choose another name")
+    if not target.parent.is_dir():
+        raise UserError(f"output {target}: there is no folder {target.parent}")
+
+
+def _renamed(record: Record, names: dict[str, str]) -> Record:
+    """Raises UserError where a new name is taken."""
+    if not names:
+        return record
+    value = {names.get(name, name): item for name, item in record.value.items()}
+    if len(value) < len(record.value):
+        taken = next(new for old, new in names.items() if old in record.value and new in record.value)
+        raise UserError(f"{record.where}: the field {taken!r} is there already; rename that, too")
+    return Record(record.where, record.file, record.line, value, record.told)
+
+
+def _kind(record: Record, reading: Reading) -> str:
+    found = detect(record.value, reading)
+    if found == "text" and record.value.keys() & set(LABEL_FIELDS[:2]):
+        return "labelled"
+    if found is None:
+        raise UserError(
+            f"{record.where}: no format that is read has the fields {field_names(record.value)}; --rename OLD=NEW "
+            "gives them the names of one (docs/data.md lists them), --text_field names a text"
+        )
+    return found
+
+
+def _converters(reading: Reading, label_field: str) -> dict[str, Callable[[Record], dict[str, Any]]]:
+    return {
+        "text": lambda record: as_record(parse_text(record, "--on_error", reading)),
+        "conversation": lambda record: as_record(parse_conversation(record, reading=reading)),
+        "preference": lambda record: as_record(parse_preference(record, reading)),
+        "labelled": lambda record: labelled_record(record, reading.text_field or "text", label_field),
+    }
