@@ -459,11 +459,12 @@ class SFTConfig(PretrainConfig):
 class TokenizerConfig:
     """Training of a byte-level BPE tokenizer with MiniMind's 36 reserved tokens.
 
-    data: files, folders or globs of pretraining or conversation records.
+    data: files, folders or globs of texts, conversations or pairs.
     output: the folder that is written.
     vocab_size: tokens in all, the 36 reserved and 256 bytes included.
     max_records: records used at most, drawn from the beginning to the end of every file; 0 for all.
     on_error: a broken record stops the training, or is skipped and counted.
+    encoding, text_field, ignore_fields: as of `data` in the stages.
     overwrite: replace another tokenizer that is at `output`; what was trained with that one cannot be used without it.
     """
 
@@ -472,6 +473,9 @@ class TokenizerConfig:
     vocab_size: int = 6400
     max_records: int = 10_000
     on_error: Literal["stop", "skip"] = "stop"
+    encoding: str = "utf-8"
+    text_field: str = ""
+    ignore_fields: tuple[str, ...] = ()
     overwrite: bool = False
 
     def __post_init__(self):

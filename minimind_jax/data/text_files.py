@@ -205,8 +205,10 @@ class _TextAhead:
             size += len(raw)
             if size >= wanted:
                 break
+        if len(pieces) == 1:
+            return False
         self.text, self.at = "".join(pieces), 0
-        return len(pieces) > 1
+        return True
 
 
 # Tables and documents
@@ -219,7 +221,7 @@ def csv_rows(stream: BinaryIO, file: Path, encoding: str) -> Iterator[tuple[int,
         sample = text.read(_SAMPLE)
         first, _, rest = sample.partition("\n")
         skipped = 0
-        separator = first.strip()[4:5] if first.lower().startswith("sep=") else ""  # a line of Excel's
+        separator = first.rstrip("\r\n")[4:5] if first.lower().startswith("sep=") else ""  # a line of Excel's
         if separator:
             sample, skipped = rest, 1
         reader = csv.DictReader(

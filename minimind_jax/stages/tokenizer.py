@@ -16,8 +16,8 @@ from pathlib import Path
 
 from minimind_jax.config import TokenizerConfig
 from minimind_jax.data.formats import detect
-from minimind_jax.data.jsonl import READING, Record, expand_paths, iter_records
-from minimind_jax.data.records import parse_conversation, parse_text
+from minimind_jax.data.jsonl import READING, Reading, Record, expand_paths, iter_records, reading_of
+from minimind_jax.data.records import parse_conversation, parse_preference, parse_text
 from minimind_jax.data.template import render
 from minimind_jax.data.tokenizer import TOKENIZER_FILES, StreamDecoder, Tokenizer, train_bpe
 from minimind_jax.errors import UserError
@@ -53,7 +53,7 @@ def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """
     output = Path(config.output)
     _check_replaceable(output)
-    files = _files(config)
+    files, reading = _files(config), reading_of(config)
     origin = origin_of(config, files)
     if (output / "tokenizer.json").is_file() and not config.overwrite:
         check_origin(output, origin)
@@ -73,10 +73,10 @@ def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
         raise UserError(f"cannot write output {output}: {error.strerror or error}; choose another folder") from error
     try:
         with progress("counting records"):
-            total, records = _draw(files, config.max_records, skip)
+            total, records = _draw(files, config.max_records, skip, reading)
         drawn = min(total, config.max_records or total)
         with progress("training the tokenizer", drawn) as advance:
-            texts = _Texts(records, skip, advance)
+            texts = _Texts(records, skip, advance, reading)
             tokenizer = train_bpe(texts, workplace / "new", config.vocab_size)
         _report(config, tokenizer, texts, total, list(skipped))
         _self_test(tokenizer)
@@ -125,21 +125,25 @@ def _check_replaceable(output: Path) -> None:
         raise UserError(f"{output} holds other files ({', '.join(others[:3])}); choose a new folder as output")
 
 
-def _draw(files: list[Path], limit: int, on_bad: Callable[[UserError], None]) -> tuple[int, Iterator[Record]]:
+def _draw(
+    files: list[Path], limit: int, on_bad: Callable[[UserError], None], reading: Reading = READING
+) -> tuple[int, Iterator[Record]]:
     """How many records there are, and up to `limit` of them (0 for all): as many of each file as there are, and spread
     over it from its beginning to its end, so that nothing is left out.
 
     The files are read twice, for all that is kept is numbers; one is open at a time. Always the same ones are drawn.
     """
-    counts = [sum(1 for _ in iter_records([file], lambda error: None)) for file in files]  # told as they are read
+    counts = [
+        sum(1 for _ in iter_records([file], lambda error: None, reading)) for file in files
+    ]  # told as they are read
     total = sum(counts)
     if not limit or limit >= total:
-        return total, iter_records(files, on_bad)
+        return total, iter_records(files, on_bad, reading)
 
     def drawn() -> Iterator[Record]:
         for file, count, share in zip(files, counts, _shares(counts, limit), strict=True):
             if share:
-                with contextlib.closing(iter_records([file], on_bad)) as records:
+                with contextlib.closing(iter_records([file], on_bad, reading)) as records:
                     places = _spread(count, share, random.Random(count))
                     yield from itertools.compress(records, (number in places for number in range(count)))
 
@@ -165,15 +169,21 @@ class _Texts:
     """The texts of the records, long words in pieces. used: how many records had one, so far; cut: how many a word of
     more than MAX_WORD characters."""
 
-    def __init__(self, records: Iterator[Record], on_bad: Callable[[UserError], None], advance: Callable[[int], None]):
-        self._records, self._on_bad, self._advance = records, on_bad, advance
+    def __init__(
+        self,
+        records: Iterator[Record],
+        on_bad: Callable[[UserError], None],
+        advance: Callable[[int], None],
+        reading: Reading,
+    ):
+        self._records, self._on_bad, self._advance, self._reading = records, on_bad, advance, reading
         self.used = self.cut = 0
 
     def __iter__(self) -> Iterator[str]:
         for record in self._records:
             self._advance(1)
             try:
-                pieces = _cut_words(text_of(record))
+                pieces = _cut_words(text_of(record, self._reading))
             except UserError as error:
                 self._on_bad(error)
                 continue
@@ -188,11 +198,16 @@ def _cut_words(text: str) -> list[str]:
     return [piece for piece in _LONG_WORD.split(text) if piece]
 
 
-def text_of(record: Record) -> str:
-    """What the tokenizer learns from of a text or a conversation. Raises UserError."""
-    if detect(record.value, READING) != "conversation":
-        return parse_text(record, "--on_error")
-    messages = parse_conversation(record).messages
+def text_of(record: Record, reading: Reading = READING) -> str:
+    """What the tokenizer learns from of a text, a conversation or a pair. Raises UserError."""
+    gives = detect(record.value, reading)
+    if gives == "conversation":
+        messages = parse_conversation(record, reading=reading).messages
+    elif gives == "preference":
+        pair = parse_preference(record, reading)
+        messages = [*pair.chosen.messages, pair.rejected.messages[-1]]
+    else:
+        return parse_text(record, "--on_error", reading)
     return "\n".join(part for m in messages for part in (m.get("reasoning_content"), m["content"]) if part)
 
 

@@ -19,6 +19,7 @@ def origin_of(config: TokenizerConfig, files: Sequence[Path]) -> dict[str, Any]:
     settings = dataclasses.asdict(config)
     for place in ("data", "output", "overwrite"):
         settings.pop(place)
+    settings["ignore_fields"] = list(settings["ignore_fields"])  # as JSON has it
     return {**settings, "data": [content for *_, content in file_identities(files, cache_root(DataConfig()))]}
 
 

@@ -3,11 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from minimind_jax.config import DataConfig
 from minimind_jax.data.formats import detect
 from minimind_jax.data.jsonl import READING, Reading, Record, told_lines
 from minimind_jax.data.records import as_record, parse_conversation, parse_preference, parse_text
+from minimind_jax.data.token_cache import build_cache
+from minimind_jax.data.tokenizer import train_bpe
 from minimind_jax.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -379,3 +383,88 @@ def test_what_is_left_out_is_told_with_counts():
         "data.jsonl: `id` is ignored (2 times); `note` is ignored (2 times); "
         "of messages, `mood` is ignored (2 times); of messages, `name` is ignored (2 times)"
     ]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return train_bpe(["the cat sat on a mat while dogs run"] * 5, tmp_path_factory.mktemp("tokenizer"), 320)
+
+
+def trained_text(cache, tokenizer, document):
+    """What is trained of a document, one piece after another."""
+    ids = cache.ids(document, 0, 1 << 20)
+    trained = cache.is_trained(document, 0, 1 << 20)
+    return tokenizer.decode(ids[trained], skip_special_tokens=False)
+
+
+def make_cache(folder, tokenizer, kind, rows, name="data.jsonl", **settings):
+    file = folder / name
+    text = json.dumps(rows, indent=2) if name.endswith(".json") else "".join(json.dumps(row) + "\n" for row in rows)
+    file.write_text(text, settings.get("encoding", "utf-8"))
+    data = DataConfig(
+        cache_dir=str(folder / "cache"), tokenizer_workers=1, system_prompt_probability=0.0, empty_think_removal=1.0,
+        **settings,
+    )  # fmt: skip
+    return build_cache(kind, [file], tokenizer, data, seed=0)
+
+
+END = "<|im_end|>\n"
+
+
+def test_what_is_trained_of_each_format(tmp_path, tokenizer, capsys):
+    rows = [
+        {"messages": [USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "content": "b"}], "id": 1},
+        {"prompt": [USER, ANSWER, USER], "completion": [{**ANSWER, "content": "c"}]},
+        {"prompt": "the cat ", "completion": "sat"},
+        {"instruction": "q", "input": "", "output": "d", "history": [["q", "a"]]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "e"}], "system": "s"},
+        {"messages": [USER, {**ANSWER, "reasoning": "r", "content": "<think>\nr\n</think>\n\nf"}]},
+        {"messages": [USER, {"role": "assistant", "function_call": {"name": "f", "arguments": ""}}]},
+    ]
+    cache = make_cache(tmp_path, tokenizer, "conversation", rows, name="data.json")
+    end = tokenizer.decode([tokenizer.eos_id], skip_special_tokens=False)
+    assert [trained_text(cache, tokenizer, d) for d in range(len(cache))] == [
+        f"b{END}",
+        f"c{END}",
+        f"sat{end}",
+        f"a{END}d{END}",
+        f"e{END}",
+        f"<think>\nr\n</think>\n\nf{END}",
+        f'<tool_call>\n{{"name": "f", "arguments": {{}}}}\n</tool_call>{END}',
+    ]
+    ids = tokenizer.decode(cache.ids(2, 0, 99), skip_special_tokens=False)
+    assert ids.endswith(f"the cat sat{end}") and "<|im_start|>user" not in ids
+    told = capsys.readouterr().err
+    assert "data.json: `id` is ignored (1 times)" in told and "joined without the chat template (" in told
+
+
+def test_pairs_are_compared_as_they_are_rendered(tmp_path, tokenizer):
+    rows = [{"prompt": "q", "chosen": [SYSTEM, USER, ANSWER], "rejected": [{**ANSWER, "content": "b", "name": None}]}]
+    cache = make_cache(tmp_path, tokenizer, "preference", rows)
+    _, prompt, middle = cache.turns(0)
+    ids = cache.ids(0, 0, 1 << 20)
+    np.testing.assert_array_equal(ids[:prompt], ids[middle : middle + prompt])
+    assert tokenizer.decode(ids[:prompt], skip_special_tokens=False).count("q" + END) == 1
+    assert trained_text(cache, tokenizer, 0) == f"a{END}b{END}"
+    think = "<think>\n\n</think>\n\n"
+    with pytest.raises(UserError, match=r"other\.jsonl:1: chosen and rejected are the same"):
+        alike = [{"prompt": "q", "chosen": f"{think}a", "rejected": "a"}]
+        make_cache(tmp_path, tokenizer, "preference", alike, name="other.jsonl")
+
+
+def test_template_settings_that_the_template_does_not_have_are_refused(tmp_path, tokenizer):
+    rows = [{"messages": TALK, "chat_template_kwargs": {"reasoning_effort": "high"}}]
+    with pytest.raises(UserError, match=r"data\.jsonl:1: chat_template_kwargs: 'reasoning_effort' is no variable"):
+        make_cache(tmp_path, tokenizer, "conversation", rows)
+    kept = [{"messages": TALK, "chat_template_kwargs": {"enable_thinking": False}}]
+    cache = make_cache(tmp_path, tokenizer, "conversation", kept)
+    assert trained_text(cache, tokenizer, 0).startswith("<think>\n\n</think>")  # as the prompt of such an answer
+
+
+def test_how_records_are_read_is_part_of_a_cache(tmp_path, tokenizer):
+    rows = [{"text": "the cat", "other": "dogs run"}]
+    folders = {
+        make_cache(tmp_path, tokenizer, "text", rows, **settings).folder
+        for settings in ({}, {"text_field": "other"}, {"encoding": "latin-1"}, {"ignore_fields": ("other",)})
+    }
+    assert len(folders) == 4

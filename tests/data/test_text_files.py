@@ -1,0 +1,155 @@
+"""Files of text: JSON arrays and pretty-printed JSON, tables with any separator, documents, encodings."""
+
+import gzip
+import json
+
+import pytest
+
+from minimind_jax.data import text_files
+from minimind_jax.data.jsonl import Reading, expand_paths, iter_records
+from minimind_jax.errors import UserError
+
+ROWS = [{"text": "one, {two}", "n": 1}, {"text": "两行\n]", "n": {"a": [1]}}, {"text": "three", "n": None}]
+
+
+def lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read(file, encoding="utf-8"):
+    return [(record.line, record.value) for record in iter_records([file], reading=Reading(encoding))]
+
+
+PRETTY = "".join(json.dumps(row, ensure_ascii=False, indent=2) + "\n" for row in ROWS)
+FORMS = {
+    "array in a line": (json.dumps(ROWS), [1, 1, 1]),
+    "pretty array": (json.dumps(ROWS, indent=2), [2, 6, 14]),
+    "array, a row a line": ("[\n" + ",\n".join(map(json.dumps, ROWS)) + "\n]\n", [2, 3, 4]),
+    "pretty objects": (PRETTY, [1, 5, 13]),
+    "lines": (lines(ROWS), [1, 2, 3]),
+    "blank lines before": ("\n\n" + json.dumps(ROWS, indent=2), [4, 8, 16]),
+}
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".json.gz"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("block", [7, 1 << 20], ids=["piece by piece", "at once"])
+def test_json_is_told_by_what_it_holds(tmp_path, form, ending, block, monkeypatch):
+    monkeypatch.setattr(text_files, "_BLOCK", block)
+    text, where = FORMS[form]
+    file = tmp_path / f"a{ending}"
+    data = text.encode("utf-8-sig")
+    file.write_bytes(gzip.compress(data) if ending.endswith(".gz") else data)
+    assert read(file) == list(zip(where, ROWS, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[\n {"text": "a"},\n {"text": "b"\n', r"a\.json:3: the record that begins here is not JSON: .*line 4"),
+        ('[\n {"text": "a"},\n {"text": b}\n]\n', r"a\.json:3: .* in line 3 at column 11; expected a JSON array"),
+        ('[\n {"text": "a"}\n', r"a\.json:\d: the file ends in the middle of a JSON array"),
+        ('[\n {"text": "a"},\n 5\n]\n', r"a\.json:3: a JSON int; expected an object"),
+        ('[\n {"text": NaN}\n]\n', r"a\.json:2: not readable JSON: NaN"),
+        ("[]", r"a\.json: the file is empty"),
+    ],
+)  # fmt: skip
+def test_broken_arrays_name_the_line(tmp_path, text, message):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / "a.json")
+
+
+TABLE = [("text", "label"), ('a "b", c; d', "x"), ("one\ntwo", "y|z"), ("tab\there", "x")]
+
+
+@pytest.mark.parametrize("head", ["", "\ufeff", "sep={}\r\n", "\ufeffsep={}\n"], ids=["plain", "mark", "sep", "both"])
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+def test_tables_with_any_separator(tmp_path, separator, head):
+    import csv
+    import io
+
+    text = io.StringIO()
+    csv.writer(text, delimiter=separator).writerows(TABLE)
+    file = tmp_path / "a.csv"
+    file.write_bytes((head.format(separator) + text.getvalue()).encode())
+    found = read(file)
+    assert [tuple(value.values()) for _, value in found] == TABLE[1:]
+    assert [tuple(value) for _, value in found] == [TABLE[0]] * 3
+    assert [line - found[0][0] for line, _ in found] == [0, 2, 3]
+
+
+def test_a_tsv_is_separated_by_tabs(tmp_path):
+    (tmp_path / "a.tsv").write_text("text\tlabel\none, two, three\tx\n")
+    assert read(tmp_path / "a.tsv") == [(2, {"text": "one, two, three", "label": "x"})]
+
+
+def test_a_table_of_one_column_needs_quotes_around_commas(tmp_path):
+    (tmp_path / "a.csv").write_text('text\n"one, two"\nthree\n')
+    assert [value["text"] for _, value in read(tmp_path / "a.csv")] == ["one, two", "three"]
+    (tmp_path / "a.csv").write_text("text\none, two\n")
+    with pytest.raises(UserError, match="more columns than the header"):
+        read(tmp_path / "a.csv")
+
+
+def test_a_file_is_a_document(tmp_path):
+    (tmp_path / "b.md").write_text("---\ntitle: x\n---\n# Head\n", "utf-8-sig")
+    (tmp_path / "a.txt").write_bytes(b"one\r\n\r\ntwo\n")
+    (tmp_path / ".hidden.txt").write_text("no")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "c.txt.gz").write_bytes(gzip.compress(b"three"))
+    records = list(iter_records([tmp_path]))
+    assert [r.value for r in records] == [
+        {"text": "one\n\ntwo\n"},
+        {"text": "---\ntitle: x\n---\n# Head\n"},
+        {"text": "three"},
+    ]
+    assert [r.value for r in iter_records([tmp_path / "a.txt"], reading=Reading(text_field="t"))] == [
+        {"t": "one\n\ntwo\n"}
+    ]
+
+
+def test_what_describes_a_data_set_is_not_its_data(tmp_path):
+    for name in ("README.md", "LICENSE.txt", "dataset_infos.json", "train.jsonl", "notes.md"):
+        (tmp_path / name).write_text("{}")
+    assert [file.name for file in expand_paths([tmp_path])] == ["notes.md", "train.jsonl"]
+    (tmp_path / "train.jsonl").unlink()
+    assert "README.md" in [file.name for file in expand_paths([tmp_path])]
+
+
+CHINESE = [{"text": "今天天气很好，我们去公园散步。"}]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "guess"), [("gb18030", "gb18030"), ("gbk", "gb18030"), ("utf-16", "utf-16"), ("utf-16-le", "utf-16")]
+)
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".txt"])
+def test_encodings_are_read_by_name_and_guessed_for_the_message_only(tmp_path, encoding, guess, ending):
+    file = tmp_path / f"a{ending}"
+    text = {
+        ".jsonl": lines(CHINESE),
+        ".json": json.dumps(CHINESE, indent=1, ensure_ascii=False),
+        ".csv": "text\n" + CHINESE[0]["text"] + "\n",
+        ".txt": CHINESE[0]["text"],
+    }
+    file.write_text(text[ending], encoding)
+    assert [value for _, value in read(file, encoding)] == CHINESE
+    with pytest.raises(UserError, match=guess if encoding != "utf-16-le" else "UTF-16|utf-16|not"):
+        read(file)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".csv"])
+def test_latin_1(tmp_path, ending):
+    file = tmp_path / f"a{ending}"
+    file.write_text({".jsonl": '{"text": "grün und blöd"}\n', ".csv": "text\ngrün und blöd\n"}[ending], "latin-1")
+    assert [value["text"] for _, value in read(file, "latin-1")] == ["grün und blöd"]
+    with pytest.raises(UserError, match=r"it looks like latin-1: set data\.encoding latin-1"):
+        read(file)
+
+
+def test_another_encoding_than_the_file_s_is_told(tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines(CHINESE), "utf-16")
+    with pytest.raises(UserError, match="cannot be read as gbk"):
+        read(tmp_path / "a.jsonl", "gbk")
+    with pytest.raises(UserError, match=r"data\.encoding 'gkb' is unknown"):
+        text_files.check_encoding("gkb")
