@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from minimind_jax import __version__, settings
+from minimind_jax import __version__, last_resort, settings
 from minimind_jax import tool_commands as tools
 from minimind_jax.errors import UserError
 from minimind_jax.stages import STAGES
@@ -31,7 +31,8 @@ class Command(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `minimind ARGUMENTS` and returns the exit status: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
+    """Runs `minimind ARGUMENTS` and returns the exit status: 0, 2 for what the user can mend, 1 for a bug,
+    130 for Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show Chinese gets \u4f60, and the run goes on
         if hasattr(stream, "reconfigure"):
@@ -43,6 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # the reader of our output, such as `head`, has left; there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if words := last_resort.explain(error):
+            print(f"minimind: {words}", file=sys.stderr)
+            return 2
+        last_resort.report_bug()
         return 1
     except KeyboardInterrupt:
         print("minimind: stopped", file=sys.stderr)

@@ -48,6 +48,18 @@ def _check_store(bucket: str) -> None:
         raise UserError(f"{bucket} cannot be used: {error}{hint}") from error
 
 
+def cache_home(given: str = "") -> Path:
+    """The folder for what is kept between runs: `given`, $MINIMIND_CACHE or ~/.cache/minimind_jax.
+
+    Raises UserError where that is below a home folder and none is known.
+    """
+    given = given or os.environ.get("MINIMIND_CACHE", "")
+    try:
+        return Path(given).expanduser() if given else Path.home() / ".cache" / "minimind_jax"
+    except RuntimeError:
+        raise UserError("your home folder is not known (HOME is not set); set MINIMIND_CACHE to a folder") from None
+
+
 def is_remote(path: PurePath) -> bool:
     """Whether a path of `as_path` is in an object store."""
     return "://" in os.fspath(path)

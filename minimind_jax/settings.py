@@ -19,6 +19,7 @@ import yaml
 
 from minimind_jax.errors import UserError
 from minimind_jax.paths import as_path
+from minimind_jax.texts import read_text
 from minimind_jax.values import convert, is_optional
 
 RUN_LENGTHS = {"training.steps", "training.epochs", "training.tokens"}  # a run has one of them
@@ -143,12 +144,12 @@ def read_yaml(path: str | Path) -> dict[str, Setting]:
 def compose_yaml(path: str | Path) -> tuple[yaml.Node | None, yaml.SafeLoader]:
     """The parsed nodes of a YAML file, which know their lines, and the loader that gives their values."""
     try:
-        loader = _Loader(as_path(path).read_text(encoding="utf-8"))
+        loader = _Loader(read_text(as_path(path), "a config is a YAML file"))
         return loader.get_single_node(), loader
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; a config is a YAML file") from None
+    except RecursionError:
+        raise UserError(f"{path} is not valid YAML: nested too deeply") from None
 
 
 def flatten_yaml(node: yaml.Node, loader: yaml.SafeLoader, file: str, prefix: str = "") -> dict[str, Setting]:

@@ -24,7 +24,7 @@ from minimind_jax.convert.hf_weights import (
     read_safetensors,
     write_safetensors,
 )
-from minimind_jax.convert.replace import read_json, replacing, write_json
+from minimind_jax.convert.replace import replacing, write_json
 from minimind_jax.convert.torch_file import read_torch
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
@@ -32,6 +32,7 @@ from minimind_jax.folders import holds_model, is_adapter
 from minimind_jax.model.config import ModelConfig, union_of_ids
 from minimind_jax.model.transformer import Params
 from minimind_jax.paths import absolute, as_path, local_folder
+from minimind_jax.texts import is_there, read_object
 
 MAX_SHARD_BYTES = 5e9
 
@@ -151,7 +152,7 @@ def to_hf(
 def generation_settings(*folders: Path) -> dict[str, Any] | None:
     """`generation_config.json` of the first of the folders that has one; None where none has."""
     files = (local_folder(as_path(folder)) / "generation_config.json" for folder in folders)
-    return next((read_json(file) for file in files if file.is_file()), None)
+    return next((read_object(file) for file in files if is_there(file)), None)
 
 
 def model_tokenizer(folder: str | Path, other: str | Path | None = None) -> Tokenizer:
@@ -191,7 +192,7 @@ def _with_token_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelCo
 def _make_readable_by_transformers_4(tokenizer_config: Path):
     """Undoes what transformers 5 writes when it saves a tokenizer anew and 4 cannot load: a class that 4 does not have,
     and a list where 4 wants a dict."""
-    values = read_json(tokenizer_config)
+    values = read_object(tokenizer_config)
     if values.get("tokenizer_class") != "TokenizersBackend":
         return
     values["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -204,15 +205,15 @@ def _set_max_tokens(tokenizer_config: Path, labels: Labels):
     """Texts are cut at their end, as transformers' pipeline does with truncation; conversations at their beginning."""
     side = "left" if len(labels.names) == 1 else "right"
     cut = {"model_max_length": labels.max_tokens, "truncation_side": side}
-    write_json(tokenizer_config, {**read_json(tokenizer_config), **cut})
+    write_json(tokenizer_config, {**read_object(tokenizer_config), **cut})
 
 
 def read_hf_config(folder: str | Path) -> ModelConfig:
     """The configuration of a Hugging Face folder. Raises UserError when it has none, or one that is not supported."""
     file = local_folder(as_path(folder)) / "config.json"
-    if not file.is_file():
+    if not is_there(file):
         raise UserError(f"{file}: no such file; expected a Hugging Face model folder")
-    return from_hf_config(read_json(file), str(file))
+    return from_hf_config(read_object(file), str(file))
 
 
 def stored_dtype(folder: str | Path) -> str:
@@ -228,11 +229,11 @@ def _dtype_of(stored: Mapping[str, StoredTensor]) -> str:
 def load_labels(folder: str | Path) -> Labels | None:
     """Of the model with a head of scores in a folder; None for a language model."""
     folder = local_folder(as_path(folder))
-    found = read_labels(read_json(folder / "config.json"))
+    found = read_labels(read_object(folder / "config.json"))
     if found is None:
         return None
     file = folder / "tokenizer_config.json"
-    limit = read_json(file).get("model_max_length") if file.is_file() else None
+    limit = read_object(file).get("model_max_length") if is_there(file) else None
     return Labels(*found, max_tokens=limit if isinstance(limit, int) and limit > 0 else None)
 
 

@@ -5,11 +5,13 @@ theta 10000 when there are only `rope_parameters`). So both spellings of each ar
 `rope_theta` and `rope_parameters`, `num_experts` and `num_local_experts`, `torch_dtype` and `dtype`.
 """
 
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import ModelConfig, RopeScaling, id_tuple, union_of_ids, yarn_attention_factor
+from minimind_jax.values import convert, is_optional
 
 ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
@@ -163,26 +165,51 @@ def from_hf_config(values: Mapping[str, Any], where: str = "config.json") -> Mod
     Raises:
         UserError: a key is missing, or the model has a feature that this project does not compute.
     """
+    try:
+        return _from_hf_config(values, where)
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{where} does not describe a model: {error}; put back the copy it came with") from error
+
+
+def _from_hf_config(values: Mapping[str, Any], where: str) -> ModelConfig:
     model_type = values.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise UserError(f"{where}: model_type {model_type!r} is not supported; it must be {_either(ARCHITECTURES)}")
     _refuse_unsupported(values, where)
     defaults = _MINIMIND_DEFAULTS if model_type == "minimind" else _QWEN3_DEFAULTS
     fields = {name: _required(values, name, where) for name in SIZES}
     fields |= {name: values.get(name, default) for name, default in defaults.items()}
     fields["eos_token_id"] = union_of_ids(_checked_ids(fields["eos_token_id"], where))
-    fields["head_dim"] = values.get("head_dim") or _default_head_dim(model_type, fields)
     if model_type == "qwen3_moe" or values.get("use_moe"):
         fields |= _moe_fields(values, where)
+    fields["head_dim"] = values.get("head_dim")
+    fields = {name: _typed(name, value, where) for name, value in fields.items()}
+    if not fields["head_dim"] and fields["num_attention_heads"] > 0:
+        fields["head_dim"] = _default_head_dim(model_type, fields)
+    fields["rope_theta"], fields["rope_scaling"] = _read_rope(values, fields, where)
+    if _is_extended_by_reader(fields["rope_scaling"]):  # see to_hf_config
+        fields["max_position_embeddings"] = values.get(_CONTEXT_KEY) or _extended_context(fields["rope_scaling"])
     try:
-        fields["rope_theta"], fields["rope_scaling"] = _read_rope(values, fields, where)
-        if _is_extended_by_reader(fields["rope_scaling"]):  # see to_hf_config
-            fields["max_position_embeddings"] = values.get(_CONTEXT_KEY) or _extended_context(fields["rope_scaling"])
         return ModelConfig(**fields)
-    except UserError:
-        raise
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def _typed(name: str, value: Any, where: str) -> Any:
+    """A JSON value in the type of a model's field; text stands for no number and no truth."""
+    kind = typing.get_type_hints(ModelConfig).get(name, float)
+    if name == "eos_token_id" or (value is None and is_optional(kind)):  # ids are checked where they are read
+        return value
+    try:
+        if isinstance(value, bool | int | float):
+            return convert(kind, value)
+    except (ValueError, TypeError, ArithmeticError):
+        pass
+    kind = next((k for k in typing.get_args(kind)), kind)
+    expected = {int: "a whole number", bool: "true or false"}.get(kind, "a number")
+    raise UserError(f"{where}: {name} is {value!r}; expected {expected}")
 
 
 def _default_head_dim(model_type: str, fields: Mapping[str, Any]) -> int:

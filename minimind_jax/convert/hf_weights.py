@@ -22,6 +22,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.heads import SCORE
 from minimind_jax.model.transformer import LanguageModel, Params
+from minimind_jax.texts import read_object
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -216,10 +217,9 @@ def read_safetensors(folder: Path) -> dict[str, StoredTensor]:
     if (folder / "model.safetensors").exists():
         return read_safetensors_file(folder / "model.safetensors")
     index = folder / "model.safetensors.index.json"
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{index}: not an index of shards ({error!r})") from error
+    weight_map = read_object(index, "download it again").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{index}: not an index of shards: weight_map is no object of file names; download it again")
     result = {}
     for file in sorted(set(weight_map.values())):
         if not (folder / file).exists():
@@ -250,5 +250,5 @@ def read_safetensors_file(path: Path) -> dict[str, StoredTensor]:
 def _readable(path: Path):
     try:
         yield
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a complete safetensors file ({error}); download or export it again") from error

@@ -13,13 +13,14 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from minimind_jax.convert.hf_weights import StoredTensor, read_safetensors_file
-from minimind_jax.convert.replace import read_json, replacing, write_json
+from minimind_jax.convert.replace import replacing, write_json
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import ADAPTER_CONFIG
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.lora import PROJECTIONS, Params, RankTable, scale_of
 from minimind_jax.paths import as_path, local_folder
+from minimind_jax.texts import read_object
 
 WEIGHTS = "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"
@@ -194,7 +195,7 @@ def _target_names(table: RankTable) -> list[str]:
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     """adapter_config.json. Raises UserError when it is no LoRA, or has a feature that is not supported."""
     file = local_folder(as_path(folder)) / ADAPTER_CONFIG
-    config = read_json(file)
+    config = read_object(file)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type is {config.get('peft_type')!r}; only LORA adapters are supported")
     for name, absent in _UNSUPPORTED.items():

@@ -169,16 +169,5 @@ def _mark_in(staged: Path) -> str:
     return next(mark for mark in reversed(MARKS) if (staged / mark).exists())
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError, which names the file, for anything else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
-
-
 def write_json(path: Path, values: Mapping[str, Any]):
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -21,6 +21,7 @@ from minimind_jax.data.content import file_identities
 from minimind_jax.data.formats import VERSION as FORMATS_VERSION
 from minimind_jax.data.template import rendering_fingerprint
 from minimind_jax.errors import UserError
+from minimind_jax.paths import cache_home
 
 try:
     import fcntl
@@ -53,8 +54,7 @@ class StoredCache:
 
 def cache_root(data: DataConfig) -> Path:
     """Folder that holds the caches."""
-    given = data.cache_dir or os.environ.get("MINIMIND_CACHE")
-    return (Path(given).expanduser() if given else Path.home() / ".cache" / "minimind_jax") / "tokens"
+    return cache_home(data.cache_dir) / "tokens"
 
 
 def lock_file(folder: Path) -> Path:

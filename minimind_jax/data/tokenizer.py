@@ -29,6 +29,7 @@ from minimind_jax.data.template import (
 from minimind_jax.data.template_check import check_complete, ends_in_thought, raise_as_what_it_is
 from minimind_jax.errors import TemplateFault, UserError
 from minimind_jax.paths import as_path, local_folder
+from minimind_jax.texts import is_there, read_object, read_text
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -95,12 +96,16 @@ class Tokenizer:
         """Raises UserError if the folder has no tokenizer.json, or one of its files cannot be read."""
         folder = local_folder(as_path(folder))
         file = folder / "tokenizer.json"
-        if not file.is_file():
+        if not is_there(file):
             raise UserError(f"{file}: no such file; expected a tokenizer folder (`minimind tokenizer` makes one)")
         try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the Rust library raises bare Exception
-            raise UserError(f"{file}: not a tokenizer: {error}") from error
+            backend = tokenizers.Tokenizer.from_str(read_text(file))
+        except UserError:
+            raise
+        except BaseException as error:  # the Rust library raises bare Exception, and panics of no class of Python's
+            if isinstance(error, KeyboardInterrupt | MemoryError):
+                raise
+            raise UserError(f"{file}: not a tokenizer: {error}; download or train it again") from error
         backend.no_truncation()
         backend.no_padding()
         config = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
@@ -364,11 +369,8 @@ def _special(folder: Path, config: dict[str, Any], name: str, vocabulary: dict[s
 def _read_template(folder: Path, config: dict[str, Any]) -> str | None:
     """chat_template.jinja before the field of tokenizer_config.json, as transformers prefers it."""
     file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except ValueError as error:
-            raise UserError(f"{file}: not UTF-8 text: {error}") from error
+    if is_there(file):
+        return read_text(file)
     template = config.get("chat_template")
     if isinstance(template, list):  # several named templates
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
@@ -379,15 +381,7 @@ def _read_template(folder: Path, config: dict[str, Any]) -> str | None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: a JSON {type(content).__name__}; expected an object")
-    return content
+    return read_object(file) if is_there(file) else {}
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

@@ -1,13 +1,13 @@
 """`generation_config.json` of a model's folder: how its makers sample it, and which tokens end an answer."""
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minimind_jax.errors import UserError
 from minimind_jax.inference.config import FROM_MODEL, SamplingConfig
+from minimind_jax.texts import is_there, read_object
 
 # Keys without a say in what is generated here, and values of the others that change nothing.
 _WITHOUT_EFFECT = {*FROM_MODEL, "do_sample", "bos_token_id", "eos_token_id", "pad_token_id"}
@@ -29,7 +29,7 @@ def read_generation_config(folder: Path) -> GenerationConfig:
     Raises UserError when it is no JSON object or holds a value that makes no sense.
     """
     file = folder / "generation_config.json"
-    values = _read(file) if file.is_file() else {}
+    values = read_object(file) if is_there(file) else {}
     _name_ignored(values, file)
     given = {name: values[name] for name in FROM_MODEL if values.get(name) is not None}
     if values.get("do_sample") is False:
@@ -57,13 +57,3 @@ def _name_ignored(values: dict[str, Any], file: Path) -> None:
             f"{', '.join(FROM_MODEL)})",
             file=sys.stderr,
         )
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: expected a JSON object, found {type(values).__name__}")
-    return values

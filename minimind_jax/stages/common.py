@@ -33,7 +33,7 @@ from minimind_jax.model.config import ModelConfig, union_of_ids
 from minimind_jax.model.heads import SCORE, without_head
 from minimind_jax.model.lora import LEAVES, join, make_adapter, merge, split
 from minimind_jax.model.transformer import LanguageModel, Params
-from minimind_jax.paths import is_remote
+from minimind_jax.paths import cache_home, is_remote
 from minimind_jax.seeds import named_key, named_seed
 from minimind_jax.sharding import (
     announce,
@@ -174,9 +174,10 @@ def check_settings(run: RunFolder, config: PretrainConfig) -> None:
 def enable_compilation_cache() -> None:
     """Keeps compiled programs in $MINIMIND_CACHE/xla or ~/.cache/minimind_jax/xla; $JAX_COMPILATION_CACHE_DIR wins."""
     if jax.config.jax_compilation_cache_dir is None:
-        root = os.environ.get("MINIMIND_CACHE")
-        folder = (Path(root).expanduser() if root else Path.home() / ".cache" / "minimind_jax") / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        try:
+            jax.config.update("jax_compilation_cache_dir", str(cache_home() / "xla"))
+        except UserError as error:  # training goes on without, and tokens may have a folder of their own
+            announce(f"compiled programs are not kept: {error}")
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 

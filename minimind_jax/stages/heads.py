@@ -19,6 +19,7 @@ from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.seeds import named_key
 from minimind_jax.sharding import announce, make_mesh, param_shardings
 from minimind_jax.stages.common import load_model, run_parameters
+from minimind_jax.texts import is_there, read_object
 from minimind_jax.training.run import RunFolder, write_text
 from minimind_jax.training.state import Parameters
 from minimind_jax.training.tracking import is_exported
@@ -60,11 +61,11 @@ def with_head(config: PretrainConfig, model: LanguageModel, labels: tuple[str, .
 
 def own_labels(run: RunFolder) -> Labels | None:
     """The labels that a classifier's run was started with; None where none are kept (a run of an earlier version)."""
-    if run.labels_file.is_file():
+    if is_there(run.labels_file):
         try:
-            kept = json.loads(run.labels_file.read_text("utf-8"))
+            kept = read_object(run.labels_file)
             return Labels(tuple(kept["names"]), kept["several"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise UserError(f"{run.labels_file} is damaged: {error!r}; remove it if {run.model} is there") from error
     return load_labels(run.model)._replace(max_tokens=None) if holds_model(run.model) else None
 

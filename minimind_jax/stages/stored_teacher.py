@@ -17,6 +17,7 @@ from minimind_jax.losses.distillation import teacher_likeliest
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.paths import is_remote
 from minimind_jax.sharding import announce, data_process, make_mesh, shard_batch
+from minimind_jax.texts import is_there, read_object
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.state import fingerprint
 
@@ -53,7 +54,7 @@ class StoredTeacher:
             "seq_len": config.data.seq_len, "packing": config.data.packing, "caches": sorted(caches),
         }  # fmt: skip
         record = self.folder / "made_of.json"
-        earlier = json.loads(record.read_text("utf-8")) if record.is_file() else None
+        earlier = read_object(record, "remove it, to ask the teacher again") if is_there(record) else None
         if earlier and earlier["teacher"] != made_of["teacher"] and run.checkpoint_steps():
             raise UserError(
                 f"teacher.model {config.teacher.model} (or compute.dtype) has changed since {run.path} was started; "

@@ -9,6 +9,7 @@ import yaml
 from minimind_jax.errors import UserError
 from minimind_jax.folders import holds_model
 from minimind_jax.shell import command
+from minimind_jax.texts import is_there, read_text
 from minimind_jax.training.run import RunFolder, write_text
 from minimind_jax.training.tracking import read_metrics
 
@@ -87,8 +88,8 @@ def report_text(run: RunFolder, config: dict, rows: list[dict], train: list[dict
         "## Run",
         _table({**facts, **_machine(recorded)}),
     ]
-    if run.results_file.is_file():
-        sections += ["## Held-out results", run.results_file.read_text("utf-8").strip()]
+    if is_there(run.results_file):
+        sections += ["## Held-out results", read_text(run.results_file, "remove it").strip()]
     if val:
         sections += ["## Validation", _validation(val)]
     samples = [row for row in rows if row.get("samples")]

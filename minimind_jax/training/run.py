@@ -28,6 +28,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_run
 from minimind_jax.paths import absolute, as_path, is_remote, write_object
 from minimind_jax.settings import RUN_LENGTHS
+from minimind_jax.texts import is_there, read_object, read_text
 from minimind_jax.training.checkpoint_files import unfit_for_checkpoints
 from minimind_jax.training.places import Then, mean_the_same
 
@@ -122,7 +123,16 @@ class RunFolder:
 
     def read_config(self) -> dict | None:
         """The settings the run was last started with, or None."""
-        return yaml.safe_load(self.config_file.read_text("utf-8")) if self.config_file.is_file() else None
+        if not is_there(self.config_file):
+            return None
+        mend = "put back a copy of it, or choose another run name"
+        try:
+            values = yaml.safe_load(read_text(self.config_file, mend))
+        except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{self.config_file} is not valid YAML: {' '.join(str(error).split())}; {mend}") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{self.config_file} holds no settings; {mend}")
+        return values
 
     def changed_settings(self, config) -> dict[str, str]:
         """`old -> new` of every dotted key that differs from the settings the run was last started with; how to resume
@@ -171,7 +181,8 @@ class RunFolder:
         write_text(self.environment_file, text + "\n")
 
     def read_environment(self) -> dict:
-        return json.loads(self.environment_file.read_text("utf-8")) if self.environment_file.is_file() else {}
+        mend = "remove it: it only tells what the run was started with"
+        return read_object(self.environment_file, mend) if is_there(self.environment_file) else {}
 
 
 def environment() -> dict:
@@ -228,7 +239,8 @@ def write_text(path: Path, text: str) -> None:
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        # Bytes of a name that are not UTF-8, which Python keeps as halves of surrogate pairs, are written as \\udcff.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

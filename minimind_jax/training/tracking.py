@@ -22,6 +22,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.folders import holds_model
 from minimind_jax.paths import GrowingObject, as_path, is_remote
 from minimind_jax.shell import install_command
+from minimind_jax.texts import is_there
 from minimind_jax.training.run import RunFolder, write_text
 
 WALL_CLOCK = ("seconds", "tokens_per_second", "mfu")
@@ -34,15 +35,19 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         UserError: another line is not a JSON object with `step`.
     """
     path = as_path(path)
-    if not path.is_file():
+    if not is_there(path):
         return []
-    lines = path.read_bytes().split(b"\n")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}; put back a copy of it") from error
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            row["step"]
-        except (ValueError, TypeError, KeyError) as error:
+            if not isinstance(row["step"], int):
+                raise TypeError(f"step is {row['step']!r}")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             if number == len(lines):
                 break  # what follows the last newline: nothing, or a line that was being written
             raise UserError(

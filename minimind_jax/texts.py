@@ -1,0 +1,48 @@
+"""Text and JSON files that others may have written: read, or refused by name with what is wrong with them."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from minimind_jax.errors import UserError
+from minimind_jax.paths import is_remote
+
+
+def is_there(path: Path) -> bool:
+    """Whether anything has this name: also a folder, or a link to nothing."""
+    return path.exists() if is_remote(path) else os.path.lexists(path)
+
+
+def read_text(path: Path, mend: str = "put back a readable copy of it") -> str:
+    """A UTF-8 text; a byte order mark at its beginning is left out.
+
+    mend: what the user can do. Raises UserError for a file that is not there or cannot be read, and for other bytes.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); {mend}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {_reason(path, error)}; {mend}") from error
+
+
+def read_object(path: Path, mend: str = "put back a whole copy of it") -> dict[str, Any]:
+    """A JSON object. Raises UserError, which names the file, for anything else. mend: what the user can do."""
+    text = read_text(path, mend)
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        problem = "it is empty" if not text.strip() else str(error)
+        raise UserError(f"{path}: not JSON: {problem}; {mend}") from error
+    except RecursionError:
+        raise UserError(f"{path}: not JSON that can be read: nested too deeply; {mend}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}; {mend}")
+    return values
+
+
+def _reason(path: Path, error: OSError) -> str:
+    if isinstance(error, FileNotFoundError) and is_there(path):
+        return "it is a link to a file that is not there"
+    return error.strerror or str(error)
