@@ -1,9 +1,6 @@
 """`minimind chat`: a conversation with a model in the terminal."""
 
-import contextlib
 import dataclasses
-import io
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -16,6 +13,7 @@ from minimind_jax.inference.adapters import SwitchedGenerator, load_switched
 from minimind_jax.inference.config import ChatConfig
 from minimind_jax.inference.generate import Generator, Piece, load_generator
 from minimind_jax.inference.text import ThinkSplitter
+from minimind_jax.inference.typed import read_messages
 
 Message = dict[str, Any]
 
@@ -40,7 +38,7 @@ def chat(generator: Generator, config: ChatConfig, console: Console, lines: Iter
     """Answers the user's lines until they end or one is /exit.
 
     Args:
-        lines: what the user types; None reads the standard input, a terminal or a pipe.
+        lines: what the user types, messages and commands; None reads the standard input, a terminal or a pipe.
     """
     conversation = Conversation(generator, config)
     with console.status("Compiling ..."):
@@ -48,7 +46,9 @@ def chat(generator: Generator, config: ChatConfig, console: Console, lines: Iter
     console.print(
         f"{config.model}, context of {generator.room(0)} tokens. /help lists the commands.", style="dim", soft_wrap=True
     )
-    for line in read_lines(console) if lines is None else lines:
+    if lines is None:
+        lines = read_messages(console.print, lambda hint: console.print(hint, style="dim"))
+    for line in lines:
         line = line.strip()
         if line in ("/exit", "/quit"):
             return
@@ -56,31 +56,6 @@ def chat(generator: Generator, config: ChatConfig, console: Console, lines: Iter
             console.print(conversation.command(line), style="dim")
         elif line:
             _answer(conversation, line, console, config.show_speed)
-
-
-def read_lines(console: Console) -> Iterator[str]:
-    """Lines the user types, with editing and history in a terminal; ends at Ctrl-D. Lines of a pipe are shown.
-
-    Bytes that are no text become U+FFFD.
-    """
-    interactive = sys.stdin.isatty()
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")
-    if interactive:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  gives input() line editing
-    while True:
-        try:
-            line = input("> " if interactive else "")
-        except EOFError:
-            console.print()
-            return
-        except KeyboardInterrupt:
-            console.print("\n/exit or Ctrl-D leaves", style="dim")
-            continue
-        if not interactive:
-            console.print(f"> {line}")
-        yield line
 
 
 class Conversation:
@@ -149,6 +124,10 @@ class Conversation:
         self._answers += 1
         yield from self._generator.stream(ids, dataclasses.replace(self._sampling, max_new_tokens=count, seed=seed))
 
+    def opens_thinking(self) -> bool:
+        """Whether the prompt of the next answer ends in an open think block."""
+        return self._generator.tokenizer.prompt_opens_thinking(self._whole(self.messages), open_thinking=self.thinking)
+
     def keep(self, answer: str, thinking: str) -> None:
         """Adds the model's message. If it said nothing, the question is forgotten: silence would teach it silence."""
         if not (answer + thinking).strip():
@@ -168,8 +147,11 @@ class Conversation:
                     return
 
     def _prompt(self, messages: list[Message]) -> list[int]:
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        return encode_prompt(self._generator.tokenizer, [*system, *messages], open_thinking=self.thinking)
+        return encode_prompt(self._generator.tokenizer, self._whole(messages), open_thinking=self.thinking)
+
+    def _whole(self, messages: list[Message]) -> list[Message]:
+        """The messages behind the system prompt."""
+        return [*([{"role": "system", "content": self.system}] if self.system else []), *messages]
 
 
 def _turns(messages: list[Message]) -> list[list[Message]]:
@@ -191,7 +173,7 @@ def _answer(conversation: Conversation, text: str, console: Console, show_speed:
         return
     if dropped:
         console.print(f"({dropped} of the oldest turns no longer fit and are forgotten)", style="dim")
-    splitter = ThinkSplitter(inside=conversation.thinking)
+    splitter = ThinkSplitter(inside=conversation.opens_thinking())
     clock, note = Clock(), ""
     try:
         for piece in conversation.answer():

@@ -22,7 +22,8 @@ class SamplingSettings:
     min_p: only tokens at least min_p times as likely as the likeliest; 0 for all. null: generation_config.json, or 0.
     repetition_penalty: positive logits of tokens already in the prompt or the answer are divided by it, negative ones
         multiplied (arXiv 1909.05858); 1 for none. null: generation_config.json, or 1.
-    stop: generation ends before the first of these strings.
+    stop: generation ends before the first of these strings, which may be special tokens such as <|im_end|>; a shell's
+        \\n, \\t and \\r mean a line break, a tab and a carriage return, two backslashes one.
     ignore_eos: go on after an end-of-text token.
     seed: of the draws. The n-th prompt of a call draws with seed + n, so a batch gives what its prompts give alone.
     """
@@ -56,6 +57,7 @@ class SamplingSettings:
     def resolve(self, model: "SamplingConfig") -> "SamplingConfig":
         """How to sample: as these settings say, and as `model`'s own say where they are null."""
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingConfig)}
+        own["stop"] = tuple(map(_unescaped, self.stop))
         return dataclasses.replace(model, **{name: value for name, value in own.items() if value is not None})
 
 
@@ -155,6 +157,12 @@ class GenerateConfig(SamplingSettings):
             )
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
+
+
+def _unescaped(text: str) -> str:
+    """What `text` means where a shell has left the escapes as they were typed; unknown ones stay."""
+    meant = {"\\n": "\n", "\\t": "\t", "\\r": "\r", "\\\\": "\\"}
+    return re.sub(r"\\[ntr\\]", lambda found: meant[found[0]], text)
 
 
 def readable(text: str) -> str:

@@ -26,13 +26,14 @@ NAMED = 20  # prompts that are too long, in a message
 
 class Request(NamedTuple):
     """A prompt: where it came from (for error messages), its record, the conversation to be answered (None for raw
-    text), its token ids, and the fields of the record beside it."""
+    text), its token ids, the fields of the record beside it, and whether the prompt ends in an open think block."""
 
     where: str
     record: dict[str, Any]
     conversation: Conversation | None
     ids: list[int]
     others: dict[str, Any]
+    opens_thinking: bool = False
 
 
 class TooLong(UserError):
@@ -176,7 +177,7 @@ def _result(config: GenerateConfig, request: Request, answer: Completion | None 
     text, reason = (answer.text, answer.finish_reason) if answer else ("", "")
     if not config.as_conversations:
         return {**request.record, "completion": text, "finish_reason": reason}
-    splitter = ThinkSplitter(inside=config.thinking)
+    splitter = ThinkSplitter(inside=request.opens_thinking)
     splitter.push(text)
     splitter.finish()
     reply = {"role": "assistant", "content": splitter.answer.strip()}
@@ -272,5 +273,6 @@ def _prompt(generator: Generator, config: GenerateConfig, record: Record) -> Req
     if conversation is None:
         system = [{"role": "system", "content": config.system}] if config.system else []
         conversation = Conversation([*system, {"role": "user", "content": text}])
-    ids = encode_prompt(tokenizer, conversation.messages, conversation.tools, open_thinking=config.thinking)
-    return Request(record.where, record.value, conversation, ids, others)
+    asked = (conversation.messages, conversation.tools, config.thinking)
+    ids, opens_thinking = encode_prompt(tokenizer, *asked), tokenizer.prompt_opens_thinking(*asked)
+    return Request(record.where, record.value, conversation, ids, others, opens_thinking)

@@ -8,7 +8,8 @@ from minimind_jax.data.tokenizer import StreamDecoder, Tokenizer
 class AnswerText:
     """Turns tokens into text that is final: what is given out is never taken back.
 
-    Text that may be the start of a stop string is held back until it is not.
+    Text that may be the start of a stop string is held back until it is not. A stop string may hold special tokens,
+    which are not shown.
 
     stopped: a stop string was completed. text: all that was given out.
     """
@@ -16,33 +17,42 @@ class AnswerText:
     def __init__(self, tokenizer: Tokenizer, stop: Iterable[str] = (), skip_special_tokens: bool = True):
         self._decoder = StreamDecoder(tokenizer, skip_special_tokens)
         self._stop = tuple(stop)
+        hidden = tokenizer.special_ids if skip_special_tokens and self._stop else ()
+        self._hidden = {token: tokenizer.byte_pieces[token].decode("utf-8", "replace") for token in hidden}
         self._held = ""
+        self._shown = ""  # of each character held: "1" if it is to be shown
         self.stopped = False
         self.text = ""
 
     def push(self, token_id: int) -> str:
         """The text that became final with this token."""
+        if (hidden := self._hidden.get(int(token_id))) is not None:
+            return self._release(hidden, "0")
         return self._release(self._decoder.push(token_id))
 
     def finish(self) -> str:
         """The rest: no more tokens come."""
         piece = self._release(self._decoder.flush())
         if not self.stopped:
-            piece += self._held
-            self.text += self._held
-            self._held = ""
+            piece += self._give(len(self._held))
         return piece
 
-    def _release(self, new: str) -> str:
+    def _release(self, new: str, shown: str = "1") -> str:
         if self.stopped:
             return ""
         held = self._held + new
+        self._held, self._shown = held, self._shown + shown * len(new)
         found = [start for start in (held.find(stop) for stop in self._stop) if start >= 0]
         self.stopped = bool(found)
         end = min(found) if found else len(held) - _possible_start(held, self._stop)
-        self._held = held[end:]
-        self.text += held[:end]
-        return held[:end]
+        return self._give(end)
+
+    def _give(self, end: int) -> str:
+        """Gives out what is held up to `end`."""
+        given = "".join(char for char, shown in zip(self._held[:end], self._shown, strict=False) if shown == "1")
+        self._held, self._shown = self._held[end:], self._shown[end:]
+        self.text += given
+        return given
 
 
 class ThinkSplitter:

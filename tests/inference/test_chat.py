@@ -1,5 +1,6 @@
 """The terminal chat: history, commands, trimming, thinking, interruption, pipes."""
 
+import dataclasses
 import io
 import json
 import os
@@ -12,13 +13,14 @@ import time
 
 import pytest
 from rich.console import Console
+from templates import QWEN3, with_template
 
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.errors import UserError
 from minimind_jax.inference import chat as chat_module
 from minimind_jax.inference.chat import Clock, Conversation, chat
 from minimind_jax.inference.config import ChatConfig
-from minimind_jax.inference.generate import load_generator
+from minimind_jax.inference.generate import Generator, load_generator
 
 CONFIG = ChatConfig(max_new_tokens=12, temperature=1.0, model="tiny", ignore_eos=True)
 
@@ -64,6 +66,15 @@ def test_the_next_answer_sees_the_whole_conversation(generator):
     [*_, last] = conversation.answer()
     expected = encode_prompt(generator.tokenizer, conversation.messages, open_thinking=False)
     assert last.completion.prompt_tokens == len(expected)
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_the_prompt_tells_whether_an_answer_is_thinking(thinking, generator, tmp_path):
+    tokenizer = with_template(generator.tokenizer.folder, tmp_path / "tokenizer", QWEN3)
+    generator = Generator(generator.model, generator.params, tokenizer)
+    conversation = Conversation(generator, dataclasses.replace(CONFIG, thinking=thinking, system="s"))
+    conversation.ask("How many?")
+    assert not conversation.opens_thinking()
 
 
 def test_a_question_asked_again_is_answered_anew(generator):

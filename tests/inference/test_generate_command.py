@@ -6,14 +6,15 @@ import json
 import os
 
 import pytest
+from templates import DEEPSEEK, QWEN3, with_template
 
 from minimind_jax.data.documents import encode_prompt
-from minimind_jax.data.jsonl import iter_records
+from minimind_jax.data.jsonl import Record, iter_records
 from minimind_jax.data.records import parse_conversation
 from minimind_jax.errors import UserError
 from minimind_jax.inference.answer_file import AnswerFile, PartialFile, json_line, what_makes
 from minimind_jax.inference.config import ChatConfig, GenerateConfig
-from minimind_jax.inference.generate import Completion, load_generator
+from minimind_jax.inference.generate import Completion, Generator, load_generator
 from minimind_jax.inference.generate_command import _request, _result, answer_requests, run
 
 RECORDS = [
@@ -302,3 +303,25 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
         GenerateConfig(**settings)
     with pytest.raises(ValueError, match="model is empty"):
         ChatConfig()
+
+
+@pytest.mark.parametrize(
+    ("template", "thinking", "text", "expected"),
+    [
+        (QWEN3, True, "Five.", ("Five.", None)),
+        (QWEN3, True, "<think>\nI count.\n</think>\n\nFive.", ("Five.", "I count.")),
+        (QWEN3, False, "Five.", ("Five.", None)),
+        (DEEPSEEK, False, "I count.\n</think>\n\nFive.", ("Five.", "I count.")),
+        (None, True, "I count.\n</think>\n\nFive.", ("Five.", "I count.")),
+        (None, False, "Five.", ("Five.", None)),
+    ],
+)
+def test_the_prompt_tells_thinking_from_the_answer(template, thinking, text, expected, generator, tmp_path):
+    if template:
+        tokenizer = with_template(generator.tokenizer.folder, tmp_path / "tokenizer", template)
+        generator = Generator(generator.model, generator.params, tokenizer)
+    config = GenerateConfig(model="m", input="a.jsonl", as_conversations=True, thinking=thinking)
+    for record in ({"prompt": "How many?"}, {"conversations": [{"role": "user", "content": "How many?"}]}):
+        request = _request(generator, config, Record("a.jsonl:1", tmp_path, 1, record))
+        reply = _result(config, request, Completion(text, [1], [0.0], "stop", 4))["conversations"][-1]
+        assert (reply["content"], reply.get("reasoning_content")) == expected

@@ -36,6 +36,30 @@ def test_the_user_comes_before_the_file_and_the_file_before_our_defaults(file, g
     assert ChatConfig(model="m", **given).resolve(model) == expected
 
 
+def test_keys_that_are_not_followed_are_named_once(tmp_path, capsys):
+    ignored = {"no_repeat_ngram_size": 3, "num_beams": 4, "max_new_tokens": 9, "bad_words_ids": [[1]]}
+    neutral = {
+        "num_beam_groups": 1,
+        "length_penalty": 1.0,
+        "typical_p": 1.0,
+        "use_cache": True,
+        "suppress_tokens": None,
+    }
+    read_generation_config(write(tmp_path, {**MINIMIND, **ignored, **neutral, "transformers_version": "4.57"}))
+    told = capsys.readouterr()
+    assert "not followed: no_repeat_ngram_size 3, num_beams 4, max_new_tokens 9, bad_words_ids [[1]] (" in told.err
+    assert told.out == "" and told.err.count("\n") == 1  # answers are printed to the other one
+    read_generation_config(write(tmp_path, {**MINIMIND, **neutral}))
+    assert capsys.readouterr().err == ""
+
+
+def test_stop_strings_may_be_escaped_as_a_shell_leaves_them():
+    typed = ("\\n", "a\\tb", "\\\\n", "\\d", "\n")
+    config = ChatConfig(model="m", stop=typed)
+    assert config.stop == typed
+    assert config.resolve(SamplingConfig()).stop == ("\n", "a\tb", "\\n", "\\d", "\n")
+
+
 def test_without_a_file_our_defaults_hold(tmp_path):
     assert read_generation_config(tmp_path) == (SamplingConfig(), frozenset())
 

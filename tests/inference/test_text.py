@@ -36,6 +36,24 @@ def test_the_first_of_several_stop_strings_wins(tokenizer):
     assert text.text == "cat "
 
 
+@pytest.mark.parametrize("stop", ["<|im_end|>", "mat<|im_end|>", "<|im_end|>\n", "<|im_end|>\n<|im_start|>user"])
+def test_a_stop_string_may_hold_special_tokens(stop, tokenizer):
+    text = AnswerText(tokenizer, stop=(stop,))
+    for token in tokenizer.encode("on<|endoftext|> the mat<|im_end|>\n<|im_start|>user\nmore"):
+        text.push(token)
+    text.finish()
+    expected = "on the " if stop.startswith("mat") else "on the mat"
+    assert (text.text, text.stopped) == (expected, True)  # and no special token is shown, held back or not
+
+
+def test_a_special_token_that_only_begins_a_stop_string_is_not_shown(tokenizer):
+    text = AnswerText(tokenizer, stop=("<|im_end|>\nUser",))
+    for token in tokenizer.encode("a<|im_end|>\nb"):
+        text.push(token)
+    text.finish()
+    assert (text.text, text.stopped) == ("a\nb", False)
+
+
 def test_no_piece_has_half_a_character(tokenizer):
     sentence = "你好，🐱🐶！"
     text = AnswerText(tokenizer)
