@@ -26,7 +26,14 @@ from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.paths import as_path, is_remote, local_folder
 from minimind_jax.training.report import write_report
 from minimind_jax.training.run import RunFolder
-from minimind_jax.training.tracking import WALL_CLOCK, MetricsWriter, append_export, is_exported, read_metrics
+from minimind_jax.training.tracking import (
+    WALL_CLOCK,
+    MetricsWriter,
+    append_export,
+    export_row,
+    is_exported,
+    read_metrics,
+)
 
 
 @pytest.fixture
@@ -73,7 +80,7 @@ def test_a_run_folder_in_a_store(bucket):
         assert len(read_metrics(run.metrics_file)) == 1
         writer.write(2, loss=1.0, learning_rate=0.1)
     assert [row["step"] for row in read_metrics(run.metrics_file)] == [1, 2]
-    append_export(run, 2, "float32")
+    append_export(run, export_row(2, "float32"))
     assert len(read_metrics(run.metrics_file)) == 3 and not is_exported(run)
     assert write_report(run).read_text().startswith("# Run a")
     assert run.loss_picture.read_bytes().startswith(b"\x89PNG")

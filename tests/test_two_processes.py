@@ -189,3 +189,33 @@ def kill_after(run, step, processes):
     for process in processes:
         process.kill()
     outputs(processes, -signal.SIGKILL)
+
+
+def test_what_the_processes_must_agree_on_is_told_by_name_before_the_first_step(folder):
+    """The second host has half of the lines, or another setting: both end at once, and with the same words."""
+    tokenizer = ["tokenizer", "--data", "text.jsonl", "--output", "tokenizer", "--vocab_size", "300"]
+    outputs([start_one(folder, *tokenizer)], 0)
+    (folder / "run.yaml").write_text(yaml.safe_dump({**ELASTIC, "model": PIPELINE["stages"][1]["pretrain"]["model"]}))
+    (folder / "runs").mkdir()
+    hosts = [folder / "host0", folder / "host1"]
+    for host in hosts:
+        host.mkdir()
+        for file in ("run.yaml", "tokenizer", "runs"):
+            (host / file).symlink_to(folder / file)
+    lines = (folder / "text.jsonl").read_text().splitlines(keepends=True)
+    (hosts[0] / "text.jsonl").write_text("".join(lines))
+    (hosts[1] / "text.jsonl").write_text("".join(lines[: len(lines) // 2]))
+    train = ["pretrain", "--config", "run.yaml", "--run", "runs/apart"]
+    for text in outputs(start_pair(hosts, *train), 2):
+        assert "training data: records is 120 on process 0, 60 on process 1" in text
+        assert "training data: content of the files (hash) is" in text
+    (hosts[1] / "text.jsonl").unlink()
+    first, second = outputs(start_pair(hosts, *train), 2)
+    assert "text.jsonl" in first and "text.jsonl" in second
+    (hosts[1] / "text.jsonl").write_text("".join(lines))
+    (hosts[1] / "run.yaml").unlink()
+    other = {**ELASTIC, "seed": 4, "model": PIPELINE["stages"][1]["pretrain"]["model"]}
+    (hosts[1] / "run.yaml").write_text(yaml.safe_dump(other))
+    for text in outputs(start_pair(hosts, *train), 2):
+        assert "do not agree: the setting seed is 3 on process 0, 4 on process 1. Give" in text
+    assert not RunFolder(folder / "runs/apart").metrics_file.exists()

@@ -14,6 +14,7 @@ import grain
 import jax
 import numpy as np
 
+from minimind_jax.agreement import check_agreement, on_all
 from minimind_jax.config import DataConfig, PretrainConfig
 from minimind_jax.data.cuts import check_rows, describe_cuts
 from minimind_jax.data.labels import Classes
@@ -167,6 +168,17 @@ class Batches:
     def trained_tokens_per_epoch(self) -> int:
         """Targets of an epoch; an estimate where documents are held out or cut off."""
         return round(self.cache.info["trained_tokens"] * self.plan.tokens / self.cache.info["tokens"])
+
+    def agreed(self) -> dict[str, str | int]:
+        """What must be the same for all processes, by name."""
+        info = self.cache.info
+        found = {
+            **{"records": info["documents"], "records skipped": info["skipped"], "tokens": info["tokens"]},
+            "content of the files (hash)": self.cache.content,
+            "tokenizer and rendering (hash)": self.cache.made_of,
+            "rows of an epoch": self.plan.rows,
+        }
+        return {f"{self.role}: {name}": value for name, value in found.items()}
 
     def epoch(self, epoch: int) -> Epoch:
         """The rows of an epoch; planned when first asked for, and the newest two kept."""
@@ -342,8 +354,24 @@ def open_data(
     """A stage's training and validation batches; the latter None without `data.val` and `data.val_fraction`.
 
     Builds the caches if there are none yet; the first process speaks of it. Raises UserError for what is wrong with the
-    data.
+    data, and where the data of the processes differ.
     """
+    own = functools.partial(_open_own, kind, config, tokenizer, process_index, process_count, classes, annotate)
+    pair = on_all(own)
+    check_agreement({key: value for batches in pair if batches is not None for key, value in batches.agreed().items()})
+    return pair
+
+
+def _open_own(
+    kind: Kind,
+    config: PretrainConfig,
+    tokenizer: Tokenizer,
+    process_index: int,
+    process_count: int,
+    classes: Classes | None,
+    annotate: Annotate | None,
+) -> tuple[Batches, Batches | None]:
+    """`open_data` of one process."""
     data, seed, speaks = config.data, config.seed, jax.process_index() == 0
     build = functools.partial(build_cache, kind, progress=speaks, report_skipped=speaks, classes=classes)
     cache = build(data.train, tokenizer, data, seed)

@@ -4,7 +4,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,7 +22,6 @@ from minimind_jax.stages.common import check_context, finish_run, is_finished, l
 from minimind_jax.stages.heads import keep_labels, load_body, values_of_pieces, with_head
 from minimind_jax.stages.settle import settle
 from minimind_jax.training.loop import train
-from minimind_jax.training.report import write_report
 from minimind_jax.training.run import RunFolder, write_text
 
 
@@ -78,12 +76,13 @@ def classify(config: ClassifyConfig) -> Path:
         run=run,
     )
     hint = f"  {command('classify', 'predict', '--model', run.path, '--input', 'YOUR_TEXTS.jsonl')}"
-    finish_run(run, config, model, tokenizer, result, hint, labels)
-    if val_batches is not None and jax.process_index() == 0:
+
+    def judge() -> None:
         found = evaluate_batches(run, val_batches, tokenizer, labels, config.data.seq_len)
         write_results(run, found)
         print(describe(found).splitlines()[0])
-    return run.path
+
+    return finish_run(run, config, model, tokenizer, result, hint, labels, judge if val_batches is not None else None)
 
 
 def class_weights(batches: Batches, classes: Classes) -> np.ndarray:
@@ -110,11 +109,10 @@ def evaluate_batches(
 
 
 def write_results(run: RunFolder, found: ClassificationResult) -> None:
-    """results.json and results.md, the confusion matrix as a picture, and the report with them."""
+    """results.json and results.md, which the report takes up, and the confusion matrix as a picture."""
     write_text(run.path / "results.json", json.dumps(found.summary(), ensure_ascii=False, indent=1) + "\n")
     text = describe(found)
     if not found.labels.several:
         draw_confusion(found, run.path / "confusion.png")
         text = f"![confusion matrix](confusion.png)\n\n{text}"
     write_text(run.results_file, text + "\n")
-    write_report(run)

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from minimind_jax.agreement import check_agreement
 from minimind_jax.config import ModelSettings, PretrainConfig, SampleConfig
 from minimind_jax.convert.hf import Labels, load_hf, save_hf
 from minimind_jax.convert.hf_config import to_generation_config
@@ -48,11 +49,12 @@ from minimind_jax.shell import command
 from minimind_jax.stages.adapters import frozen_dtype, load_with_adapters, plan_adapters, save_adapters
 from minimind_jax.stages.settle import changed_data
 from minimind_jax.training.loop import SampleFn, TrainResult
+from minimind_jax.training.origin import agreed_settings, check_start_models
 from minimind_jax.training.program import count_parts
 from minimind_jax.training.report import write_report
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.state import Parameters
-from minimind_jax.training.tracking import append_export, is_exported
+from minimind_jax.training.tracking import append_export, export_row, is_exported
 
 # Fields of a model that decide the shapes of its tensors; a run cannot change them in a model it starts from.
 SHAPE_FIELDS = (
@@ -73,6 +75,7 @@ def start_run(config: PretrainConfig) -> RunFolder:
     enable_compilation_cache()
     run = RunFolder(resolve_run(config.run))
     check_shared(run)
+    check_agreement(agreed_settings(config))
     if holds_model(run.path) and (run.path / "tokenizer.json").is_file():
         raise UserError(
             f"{run.path} is a Hugging Face model, not the folder of a run; choose another run name (with --init_from "
@@ -80,10 +83,11 @@ def start_run(config: PretrainConfig) -> RunFolder:
         )
     run.check_resume(config.resume)
     check_settings(run, config)
-    if not is_exported(run) or run.changed_settings(config):
+    if not is_exported(run) or run.changed_settings(config):  # all before any data is read
         if config.training.batch_tokens is not None:
-            count_parts(config, make_mesh(config.mesh))  # before any data is read
+            count_parts(config, make_mesh(config.mesh))
         check_replaceable(run.model)
+        check_start_models(run, config)
     run.create()
     if jax.process_index() == 0:
         run.lock()
@@ -341,9 +345,12 @@ def finish_run(
     result: TrainResult,
     hint: str,
     labels: Labels | None = None,
+    judge: Callable[[], None] | None = None,
 ) -> Path:
     """Writes model/, report.md and loss.png, says what to type next (`hint`), and returns the run's folder.
 
+    judge: writes what else belongs to the run, about its model; on the first process. Only when all is written is the
+    run finished: one that is killed before writes all of it again.
     Adapters are written as such, unless the model has a head of scores, with `labels`: then they are merged.
     """
     plan, params = plan_adapters(config, model.config), result.params
@@ -363,8 +370,11 @@ def finish_run(
             settings = to_generation_config(model.config, start_generation(config))
             save_adapters(run.model, params, plan, tokenizer, settings)
             hint += f"\n  {command('convert', 'merge-lora', run.path, 'OUTPUT', note='one whole model')}"
-        append_export(run, result.step, config.export_dtype, result.model_step)
-        write_report(run)
+        if judge is not None:
+            judge()
+        row = export_row(result.step, config.export_dtype, result.model_step)
+        write_report(run, row)
+        append_export(run, row)
         print(f"The model is {run.model}, the report {run.report_file}. Next:\n{hint}")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("model")

@@ -2,6 +2,7 @@
 
 import jax
 
+from minimind_jax.agreement import on_all
 from minimind_jax.config import DataConfig, PretrainConfig
 from minimind_jax.data.batches import plan_epoch, split_documents
 from minimind_jax.data.cache_folder import cache_root
@@ -35,7 +36,7 @@ def settle(
     values = run.settled(asked)
     config = with_values(config, values)
     if leaves_open(config):
-        found, told = _from_data(config, kind, tokenizer, model, classes)
+        found, told = on_all(lambda: _from_data(config, kind, tokenizer, model, classes))
         values, config = values | found, with_values(config, found)
         announce(told)
     run.asked = {key: asked[key] for key in values}

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from minimind_jax import STARTED
+from minimind_jax.agreement import check_agreement
 from minimind_jax.config import PretrainConfig
 from minimind_jax.data.batches import Batches
 from minimind_jax.errors import UserError
@@ -24,7 +25,15 @@ from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.sharding import data_process, make_mesh, shard_batch
 from minimind_jax.training.checkpoint import Checkpoints
 from minimind_jax.training.defaults import filled
-from minimind_jax.training.plan import check_patience, check_same_data, data_record, few_steps, planned_steps, run_facts
+from minimind_jax.training.plan import (
+    check_patience,
+    check_same_data,
+    data_record,
+    few_steps,
+    planned_steps,
+    run_facts,
+    schedule_change,
+)
 from minimind_jax.training.profile import Profiler
 from minimind_jax.training.program import Program, make_program
 from minimind_jax.training.progress import TrainingProgress
@@ -34,6 +43,8 @@ from minimind_jax.training.state import Parameters, TrainState, create_state, fi
 from minimind_jax.training.step import TrainStep, make_eval_step
 from minimind_jax.training.stop import StopRequest
 from minimind_jax.training.tracking import MetricsWriter, val_losses
+
+MOST_SKIPPED = 10  # skipped updates from which on a run stops where they are the most
 
 UNWATCHED = {"loss", "nll", "router_loss", "tokens"}  # metrics whose validation value is not written
 
@@ -77,6 +88,7 @@ def train(
     check_patience(config.training, val_batches is not None)
     mesh = make_mesh(config.mesh)
     total_steps = planned_steps(config.training, train_batches)
+    check_agreement({"the number of steps": total_steps})
     program = make_program(config, parameters, loss_fn, mesh, total_steps)
     is_first = jax.process_index() == 0
     losses: dict[int, float] = {}  # step -> validation loss, as far as known
@@ -96,7 +108,12 @@ def train(
                 "more, or choose another run name"
             )
         record = checkpoints.record(start_step) if start_step else {}
-        warning = check_same_data(record["data"], data_record(train_batches)) if record else None
+        warnings = []
+        if record:
+            warnings.append(check_same_data(record["data"], data_record(train_batches)))
+            warnings.append(
+                schedule_change(config.optimizer, start_step, record.get("total_steps", total_steps), total_steps)
+            )
         state = start_state(parameters, program, checkpoints, start_step)
         base = fingerprint(state.frozen)
         if record.get("base", base) != base:
@@ -135,13 +152,13 @@ def train(
             stop=stop,
             speed=Speed(model, config.data.seq_len, record.get("seconds", 0.0), SCORE not in parameters.abstract),
             tokens=record.get("tokens", 0),
+            skipped=record.get("skipped", 0),
             base=base,
         )
         resumed = {"resumed": f"from the checkpoint of step {start_step}"} if start_step else {}
         loop.progress.facts({**facts, "run": str(run.path), **resumed})
-        warnings = [text for text in (warning, few_steps(total_steps, config)) if text]
-        for text in warnings:
-            loop.progress.say(f"[bold red]warning:[/] {text}")
+        for warning in filter(None, [*warnings, few_steps(total_steps, config)]):
+            loop.progress.say(f"[bold red]warning:[/] {warning}")
         state = loop.run(state, start_step)
         checkpoints.wait()
         step = model_step = int(state.step)
@@ -169,7 +186,7 @@ class Loop:
     """The parts of one run, and what happens at its steps. Made by `train`.
 
     parts: micro-batches of a step. losses: step -> validation loss; shared with `checkpoints`. tokens: trained so far.
-    base: fingerprint of the frozen parameters.
+    skipped: updates that were not made. base: fingerprint of the frozen parameters.
     """
 
     config: PretrainConfig
@@ -189,6 +206,7 @@ class Loop:
     stop: StopRequest
     speed: Speed
     tokens: int
+    skipped: int
     base: str
 
     def __post_init__(self):
@@ -245,25 +263,43 @@ class Loop:
         if not self.speed.has_begun:
             seconds = time.perf_counter() - STARTED
             self.progress.say(f"step {step}, the first here, was done {seconds:.1f} s after the program started")
-        if not metrics.pop("finite") and self.training.stop_on_nan:
-            raise self.not_finite(step, metrics)
+        if not metrics.pop("finite"):
+            self.skip(step, metrics)
         self.tokens += round(metrics.pop("tokens"))
         self.speed.add(batch_tokens)
-        row = {**metrics, "tokens": self.tokens}
+        row = {**metrics, "tokens": self.tokens} | ({"skipped": self.skipped} if self.skipped else {})
         is_logged = step == 1 or self.is_due(step, self.training.log_every)
         if is_logged:
             row |= self.speed.read()
             self.writer.write(step, **row)
         self.progress.update(step, row | self.speed.forecast(self.total_steps - step), log=is_logged)
 
+    def skip(self, step: int, metrics: dict) -> None:
+        """Counts an update that was not made, and says so; stops the run when most of them were not."""
+        if self.training.stop_on_nan:
+            raise self.not_finite(step, metrics)
+        self.skipped += 1
+        told = f"{self.skipped:,} of {step:,} updates were skipped so far: the loss or the gradient was not finite"
+        if 2 * self.skipped > step and (self.skipped >= MOST_SKIPPED or step == self.total_steps):
+            raise UserError(
+                f"{told}. Most of them were, so the run has stopped and keeps its older checkpoints. {self.way_out()}"
+            )
+        if self.skipped & (self.skipped - 1) == 0:  # the first, and then ever more rarely
+            self.progress.say(f"[bold red]warning:[/] {told}")
+
     def not_finite(self, step: int, metrics: dict) -> UserError:
         kept = self.checkpoints.steps
         return UserError(
             f"step {step}: the loss ({metrics['loss']}) or the gradient norm ({metrics['grad_norm']}) is not finite; "
-            f"the run has stopped; {f'checkpoint {kept[-1]} is kept' if kept else 'there is no checkpoint yet'}. Try a "
-            f"lower optimizer.learning_rate (now {self.config.optimizer.learning_rate:g}), more "
+            f"the run has stopped; {f'checkpoint {kept[-1]} is kept' if kept else 'there is no checkpoint yet'}. "
+            f"{self.way_out()}; training.stop_on_nan false skips such steps instead"
+        )
+
+    def way_out(self) -> str:
+        return (
+            f"Try a lower optimizer.learning_rate (now {self.config.optimizer.learning_rate:g}), more "
             "optimizer.warmup_fraction, training.max_grad_norm 1, or compute.dtype float32, then run the same command "
-            "again to go on from the checkpoint; training.stop_on_nan false skips such steps instead"
+            "again to go on from the checkpoint"
         )
 
     def save(self, state: TrainState, step: int) -> None:
@@ -271,6 +307,8 @@ class Loop:
             "data": data_record(self.train_batches),
             "base": self.base,
             "tokens": self.tokens,
+            "skipped": self.skipped,
+            "total_steps": self.total_steps,
             "seconds": self.speed.seconds(),
             "config": plain(self.config),
             "versions": package_versions(),

@@ -2,7 +2,7 @@
 
 import math
 
-from minimind_jax.config import PretrainConfig, TrainingConfig
+from minimind_jax.config import OptimizerConfig, PretrainConfig, TrainingConfig
 from minimind_jax.data.batches import Batches
 from minimind_jax.data.cuts import describe_cuts
 from minimind_jax.data.tokenise import RENDERED
@@ -12,6 +12,7 @@ from minimind_jax.model import attention, moe
 from minimind_jax.model.lora import TRAINED, split, without_adapters
 from minimind_jax.model.transformer import LanguageModel, compute_dtype, count_parameters
 from minimind_jax.sharding import row_shards
+from minimind_jax.training.optimizer import make_schedule
 
 SHORTEST = 100  # steps; shorter runs are warned about
 
@@ -96,6 +97,22 @@ def check_same_data(before: dict, now: dict) -> str | None:
     raise UserError(
         f"the data has changed since the checkpoint ({what}), so the run cannot be resumed; restore the data and its "
         "settings, or start another run (another run name, with init_from for the weights)"
+    )
+
+
+def schedule_change(optimizer: OptimizerConfig, step: int, before: int, now: int) -> str | None:
+    """What a run that goes on at `step` with another length must know: a schedule is over the whole length, so the
+    learning rate jumps. None where it does not. before, now: steps of the run."""
+    if before == now:
+        return None
+    old = float(make_schedule(optimizer, max(before, (optimizer.warmup_steps or 0) + 1))(step))
+    new = float(make_schedule(optimizer, now)(step))
+    if abs(new - old) <= 0.01 * max(new, old):
+        return None
+    return (
+        f"the run was planned for {before:,} steps and is now for {now:,}. Its {optimizer.schedule} schedule is over "
+        f"the whole length, so the learning rate goes from {old:.2e} to {new:.2e} at step {step + 1:,}. To train on "
+        "without a jump, start another run from this one's model (--init_from, another --run) with the rate you want"
     )
 
 

@@ -17,8 +17,10 @@ from minimind_jax.training.tracking import read_metrics
 CURVES = ("rewards/margins", "rewards/accuracies", "margin", "accuracy", "divergence")
 
 
-def write_report(run: RunFolder | str | Path) -> Path:
+def write_report(run: RunFolder | str | Path, last: dict | None = None) -> Path:
     """Writes report.md and loss.png of a run, finished or not, and returns the report's path.
+
+    last: the row that metrics.jsonl will end with, of a run that is about to be finished.
 
     Raises:
         UserError: the folder is not a run, or it has no metrics yet.
@@ -27,7 +29,7 @@ def write_report(run: RunFolder | str | Path) -> Path:
     config = run.read_config()
     if config is None:
         raise UserError(f"{run.path} is not a run: it has no config.yaml")
-    rows = read_metrics(run.metrics_file)
+    rows = read_metrics(run.metrics_file) + ([last] if last else [])
     train = [row for row in rows if row.get("loss") is not None]
     if not train:
         raise UserError(f"{run.metrics_file} has no training step yet; start the run first")
@@ -116,6 +118,8 @@ def results(train: list[dict], val: list[dict]) -> dict[str, str]:
         if val[-1].get("val_bits_per_byte") and val[0].get("val_bits_per_byte"):
             start, end = val[0]["val_bits_per_byte"], val[-1]["val_bits_per_byte"]
             found["validation bits per byte"] = f"{start:.4f} → {end:.4f} ({end / start:.1%} of the start)"
+    if last.get("skipped"):
+        found["skipped updates"] = f"{last['skipped']:,} of {last['step']:,}: loss or gradient was not finite"
     if last.get("tokens"):
         found["trained tokens"] = f"{last['tokens']:,}"
     speeds = sorted(row["tokens_per_second"] for row in train if row.get("tokens_per_second"))

@@ -57,6 +57,7 @@ class RunFolder:
         self.report_file = self.path / "report.md"
         self.results_file = self.path / "results.md"
         self.loss_picture = self.path / "loss.png"
+        self.start_models: dict[str, str] = {}  # see `training.origin`; of the run that is under way
         # One lock object a folder and process: whoever has it may take it again. It is let go with the last RunFolder.
         self._lock = None if is_remote(self.path) else FileLock(self.path / ".lock", is_singleton=True)
 
@@ -175,8 +176,9 @@ class RunFolder:
         }
 
     def write_environment(self, facts: dict) -> None:
-        """environment.json: `environment()`, `facts`, which are printed at the start, `asked` and `content`."""
-        known = {**environment(), "run": plain(facts), "asked": self.asked, "content": self.content}
+        """environment.json: `environment()`, `facts`, which are printed at the start, and what else is kept."""
+        kept = {"asked": self.asked, "content": self.content, "start_models": self.start_models}
+        known = {**environment(), "run": plain(facts), **kept}
         text = json.dumps(known, indent=2, ensure_ascii=False)
         write_text(self.environment_file, text + "\n")
 

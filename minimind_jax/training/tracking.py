@@ -62,10 +62,15 @@ def val_losses(rows: list[dict[str, Any]]) -> dict[int, float]:
     return {row["step"]: row["val_loss"] for row in rows if row.get("val_loss") is not None}
 
 
-def append_export(run: RunFolder, step: int, dtype: str, model_step: int | None = None) -> None:
+def export_row(step: int, dtype: str, model_step: int | None = None) -> dict[str, Any]:
     """The last row of a finished run: its model is written, that of `model_step` where it is not the last."""
     earlier = {} if model_step in (None, step) else {"model_step": model_step}
-    row = _line({"step": step, "exported": dtype, **earlier})
+    return {"step": step, "exported": dtype, **earlier}
+
+
+def append_export(run: RunFolder, row: dict[str, Any]) -> None:
+    """Adds an `export_row`; the last thing that a run writes, which makes it finished."""
+    row = _line(row)
     if is_remote(run.metrics_file):
         write_text(run.metrics_file, run.metrics_file.read_text("utf-8") + row)
         return
@@ -74,8 +79,9 @@ def append_export(run: RunFolder, step: int, dtype: str, model_step: int | None 
 
 
 def is_exported(run: RunFolder) -> bool:
-    """Whether the run has written its model and no training has gone on since: one that does removes the `exported` row
-    before it writes anything else (see `MetricsWriter`), so a longer run that is cut off is not taken for finished."""
+    """Whether the run has written its model and all else, and no training has gone on since: one that does removes the
+    `exported` row before it writes anything else (see `MetricsWriter`), so a longer run that is cut off is not taken
+    for finished."""
     rows = read_metrics(run.metrics_file)
     return bool(rows) and "exported" in rows[-1] and holds_model(run.model)
 

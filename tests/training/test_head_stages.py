@@ -35,7 +35,7 @@ from minimind_jax.stages.reward import reward
 from minimind_jax.stages.sft import sft
 from minimind_jax.training.flops import flops_per_token
 from minimind_jax.training.run import RunFolder
-from minimind_jax.training.tracking import read_metrics
+from minimind_jax.training.tracking import is_exported, read_metrics
 
 
 @pytest.mark.parametrize("adapters", [LoRAConfig(), ADAPTERS], ids=["all", "lora"])
@@ -97,9 +97,19 @@ def test_reward_resumes_exactly(make, tmp_path):
     assert_resumes_exactly(reward, config, tmp_path)
 
 
-def test_a_classifier_learns_names_its_labels_and_predicts(make, tmp_path, capsys):
+def test_a_classifier_learns_names_its_labels_and_predicts(make, tmp_path, capsys, monkeypatch):
     config = make(ClassifyConfig, tmp_path / "classify", "labels", training={"steps": 60, "eval_every": 20}, rate=1e-2)
-    run = RunFolder(classify(config))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # it has no results yet, so is not finished
+        patch.setattr("minimind_jax.stages.classify.evaluate_batches", killed)
+        classify(config)
+    run = RunFolder(config.run)
+    assert run.model.is_dir() and not is_exported(run)
+    classify(config)
+    assert is_exported(run)
     results = json.loads((run.path / "results.json").read_text("utf-8"))
     assert results["accuracy"] > 0.9
     assert results["accuracy"] == pytest.approx(last(run.path, "val_accuracy"), abs=1e-6)

@@ -26,6 +26,7 @@ from minimind_jax.stages.sft import sft
 from minimind_jax.training.flops import flops_per_token
 from minimind_jax.training.loop import Loop, train
 from minimind_jax.training.plan import check_same_data, planned_steps
+from minimind_jax.training.report import write_report
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.stop import Interrupted
 from minimind_jax.training.tracking import WALL_CLOCK, read_metrics
@@ -113,7 +114,7 @@ def longer(config, steps=26, **changes):
     return dataclasses.replace(config, training=training, **changes)
 
 
-def test_a_longer_run_that_is_cut_off_is_not_taken_for_the_finished_one(copy, monkeypatch):
+def test_a_longer_run_that_is_cut_off_is_not_taken_for_the_finished_one(copy, monkeypatch, capsys):
     run, config = copy
 
     def cut_off(*_):
@@ -122,6 +123,8 @@ def test_a_longer_run_that_is_cut_off_is_not_taken_for_the_finished_one(copy, mo
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Loop, "run", cut_off)
         pretrain(longer(config))
+    told = " ".join(capsys.readouterr().out.split())
+    assert "planned for 24 steps and is now for 26" in told and "goes from 3.00e-04 to 3.10e-04 at step 25" in told
     pretrain(longer(config, optimizer=OptimizerConfig(learning_rate=1e-4)))
     assert [row["step"] for row in comparable(run) if "exported" in row] == [26]
 
@@ -200,7 +203,7 @@ def test_a_signal_saves_the_step_in_progress(world, tmp_path):
     assert [row["step"] for row in rows if "samples" in row] == [0, 7, 14, 21, 24]
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint_kept(world, tmp_path):
+def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint_kept(world, tmp_path, capsys):
     config = world.pretrain(tmp_path / "run", training={"steps": 8}, checkpoint=CheckpointConfig(every=2))
     bad_step = 5
     model = load_model(config, load_tokenizer(config))
@@ -220,6 +223,25 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint_kept(world, tm
     assert train_directly(goes_on, loss_fn=loss_fn).step == 8
     rows = {row["step"]: row for row in comparable(RunFolder(config.run)) if "loss" in row}
     assert rows[5]["loss"] is None and math.isfinite(rows[8]["loss"])
+    assert [rows[step].get("skipped") for step in (4, 5, 8)] == [None, 1, 1]
+    assert "1 of 5 updates were skipped so far" in capsys.readouterr().out
+    assert "| skipped updates | 1 of 8" in write_report(RunFolder(config.run)).read_text("utf-8")
+
+
+def test_a_run_most_of_whose_updates_are_skipped_stops(world, tmp_path, capsys):
+    """29 of 30 were skipped, and a model was written."""
+    training = {"steps": 30, "stop_on_nan": False, "eval_every": 0}
+    config = world.pretrain(tmp_path / "run", training=training, checkpoint=CheckpointConfig(0))
+    language_model_loss = make_language_model_loss(load_model(config, load_tokenizer(config)))
+
+    def loss_fn(params, batch, key):
+        numerator, denominator, metrics = language_model_loss(params, batch, key)
+        return numerator * jax.numpy.nan, denominator, metrics
+
+    with pytest.raises(UserError, match=r"10 of 10 updates were skipped so far.*Most of them were, so .*Try a lower"):
+        train_directly(config, loss_fn=loss_fn)
+    told = [line for line in capsys.readouterr().out.splitlines() if "were skipped so far" in line]
+    assert len(told) == 4  # after 1, 2, 4 and 8
 
 
 def test_a_checkpoint_of_another_model_or_optimizer_is_refused(copy):

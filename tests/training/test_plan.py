@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 
+from minimind_jax.config import OptimizerConfig
 from minimind_jax.data.batches import open_data
 from minimind_jax.model.config import ComputeConfig
 from minimind_jax.sharding import make_mesh
 from minimind_jax.stages.common import load_model, load_tokenizer
-from minimind_jax.training.plan import run_facts
+from minimind_jax.training.plan import run_facts, schedule_change
 
 
 @pytest.mark.parametrize(
@@ -23,3 +24,11 @@ def test_the_paths_that_compute_are_told(world, tmp_path, experts, path, shown):
     facts = run_facts(config, "pretrain", model, mesh, 1, *open_data("text", config, tokenizer), total_steps=24)
     told = f", experts path: {shown}" if shown else ""
     assert facts["compute"] == f"float32, attention path: grouped{told}, remat none"
+
+
+def test_a_rate_that_jumps_when_a_run_is_made_longer_is_told():
+    cosine = OptimizerConfig(learning_rate=3e-3)
+    assert "from 3.00e-04 to 8.56e-04 at step 21" in schedule_change(cosine, 20, 20, 30)
+    assert schedule_change(cosine, 20, 30, 30) is None
+    constant = OptimizerConfig(learning_rate=3e-3, schedule="constant")
+    assert schedule_change(constant, 20, 20, 30) is None

@@ -12,7 +12,7 @@ from minimind_jax.config import DataConfig, ModelSettings, OptimizerConfig, Pret
 from minimind_jax.errors import UserError
 from minimind_jax.stages.common import check_settings, remove_unused, start_run, tidy
 from minimind_jax.training.run import RunFolder
-from minimind_jax.training.tracking import append_export
+from minimind_jax.training.tracking import append_export, export_row
 
 
 def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
@@ -103,7 +103,7 @@ def test_a_run_goes_on_only_with_the_model_and_start_it_has(tmp_path, capsys):
         check_settings(run, dataclasses.replace(config, model=ModelSettings(rope_theta=500.0)))
     run.model.mkdir()
     (run.model / "config.json").write_text("{}")
-    append_export(run, 5, "float32")
+    append_export(run, export_row(5, "float32"))
     with pytest.raises(UserError, match=r"finished with other settings \(optimizer.learning_rate"):
         check_settings(run, faster)
     check_settings(run, dataclasses.replace(config, export_dtype="float32"))

@@ -1,0 +1,74 @@
+"""What a run starts from: its settings, and weights told by what they are, for a folder may be trained anew under the
+same name."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from minimind_jax.agreement import check_agreement, code_hash, on_all
+from minimind_jax.config import PretrainConfig
+from minimind_jax.convert.load import base_folder
+from minimind_jax.errors import UserError
+from minimind_jax.folders import is_adapter, resolve_model_folder
+from minimind_jax.training.run import RunFolder, flat, package_versions, plain
+
+WHOLE_BYTES = 2**26  # files up to this are read whole
+BLOCKS, BLOCK_BYTES = 256, 2**16  # of larger ones so many blocks, spread evenly: training changes every tensor
+
+
+def start_models(config: PretrainConfig) -> dict[str, str]:
+    """{init_from: hash of the weights, teacher.model: the same}, of those that are set. Takes a fraction of a second.
+
+    Of adapters the weights below them count, too. Raises UserError for a model that is not there.
+    """
+    named = {"init_from": config.init_from}
+    if teacher := getattr(config, "teacher", None):
+        named["teacher.model"] = teacher.model
+    return {key: weights_hash(resolve_model_folder(name, key)) for key, name in named.items() if name}
+
+
+def agreed_settings(config: PretrainConfig) -> dict[str, Any]:
+    """What the processes of a run are told and run with, by name, for `check_agreement`. Folders and threads may differ; what is in them is compared later."""
+    own = {"run", "resume", "init_from", "tokenizer", "teacher.model", "tracking.loggers", "tracking.project"}
+    own |= {f"data.{name}" for name in ("train", "val", "cache_dir", "tokenizer_workers", "loader_workers")}
+    settings = {f"the setting {key}": value for key, value in flat(plain(config)).items() if key not in own}
+    versions = {f"the version of {package}": version for package, version in package_versions().items()}
+    return {**settings, **versions, "the code of minimind_jax": code_hash()}
+
+
+def check_start_models(run: RunFolder, config: PretrainConfig) -> None:
+    """Notes the run's `start_models`. Raises UserError when one holds other weights now than when the run was started,
+    and where those of the processes differ.
+
+    The checkpoint goes on from the old ones, and what is computed from them anew (a reference, a teacher, a frozen
+    base) would be of the new.
+    """
+    run.start_models = on_all(lambda: start_models(config))
+    check_agreement({f"the weights of {key}": found for key, found in run.start_models.items()})
+    before = run.read_environment().get("start_models", {}) if run.checkpoint_steps() else {}
+    for key, found in run.start_models.items():
+        if before.get(key, found) != found:
+            name = config.init_from if key == "init_from" else config.teacher.model
+            raise UserError(
+                f"{key} {name} holds other weights than when {run.path} was started (their hash is {found}, and was "
+                f"{before[key]}); restore them to go on, or start another run"
+            )
+
+
+def weights_hash(folder: Path) -> str:
+    """A hash of the weights of a model's folder: of their files' sizes and bytes, or blocks of bytes."""
+    found = hashlib.blake2b(digest_size=8)
+    for file in sorted(folder.glob("*.safetensors")):
+        size = os.stat(file).st_size
+        found.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as stream:
+            if size <= WHOLE_BYTES:
+                found.update(stream.read())
+                continue
+            for block in range(BLOCKS):
+                stream.seek(block * (size - BLOCK_BYTES) // (BLOCKS - 1))
+                found.update(stream.read(BLOCK_BYTES))
+    if is_adapter(folder):
+        found.update(weights_hash(base_folder(folder)).encode())
+    return found.hexdigest()
