@@ -25,7 +25,7 @@ SETTINGS = {
 def commands(text: str) -> list[list[str]]:
     """The words of every `minimind ...` line and code span, continued lines joined, comments cut off."""
     text = re.sub(r"\\\n(#?\s*)", " ", text)
-    lines = re.findall(r"^[#\s]*minimind (.+)$", text, re.M) + re.findall(r"`minimind ([^`]+)`", text)
+    lines = re.findall(r"^[#\s]*(?:\S*/)?minimind (.+)$", text, re.M) + re.findall(r"`minimind ([^`]+)`", text)
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 

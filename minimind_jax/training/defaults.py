@@ -10,12 +10,12 @@ import math
 from typing import Any, NamedTuple
 
 from minimind_jax.config import Figures, PretrainConfig, TrainingConfig
-from minimind_jax.training.plan import planned_steps
+from minimind_jax.training.plan import SHORTEST, planned_steps
 
 STEPS_PER_EPOCH = 32  # the batch is made smaller until an epoch has as many
-STEPS, MOST_EPOCHS = 400, 60  # then there are more epochs, until the run has as many steps, up to so many
+STEPS, MOST_EPOCHS = 400, 60  # then there are more epochs, until the run has as many steps, up to so many,
 FEW_TOKENS, MUCH_TOKENS = 2e6, 1e8  # of an epoch: up to here the rate for few data, from there on that for much
-HELD_OUT, LARGEST_SHARE = 50, 0.1  # records that tell how well a run does, unless that is a larger share of them
+HELD_OUT, LARGEST_SHARE = 50, 0.05  # records that tell how well a run does, unless that is a larger share of them
 FEWEST_TO_SPLIT = 20  # records; none of fewer is held out
 
 
@@ -52,7 +52,7 @@ def share_held_out(records: int, figures: Figures) -> float:
     """The share of so many records that is held out: the stage's, or more so that there are enough; 0 of a few."""
     if records < FEWEST_TO_SPLIT:
         return 0.0
-    return max(figures.val_fraction, min(LARGEST_SHARE, float(f"{HELD_OUT / records:.1g}")))
+    return max(figures.val_fraction, min(LARGEST_SHARE, _two_digits(HELD_OUT / records)))
 
 
 def following(config: PretrainConfig, amount: Amount, parameters: int, shards: int) -> dict[str, Any]:
@@ -70,7 +70,8 @@ def following(config: PretrainConfig, amount: Amount, parameters: int, shards: i
     rows = found.get("training.batch_tokens", training.batch_tokens) // seq_len
     size = EpochSize(-(-amount.rows // rows), amount.trained)
     if not _has_length(training):
-        epochs = float(max(config.figures.epochs, min(MOST_EPOCHS, math.ceil(STEPS / size.steps_per_epoch))))
+        most = max(MOST_EPOCHS, math.ceil(SHORTEST / size.steps_per_epoch))  # or what a run needs at the least
+        epochs = float(max(config.figures.epochs, min(most, math.ceil(STEPS / size.steps_per_epoch))))
         found["training.epochs"] = epochs
         training = dataclasses.replace(training, epochs=epochs)
     if training.eval_every is None:
