@@ -33,8 +33,8 @@ def progress(what: str, total: int | None = None, *, show: bool = True) -> Itera
             task = bar.add_task(what, total=total)
             yield lambda count: bar.advance(task, count)
     else:
-        with _Lines(what, total) as lines:
-            yield lines.advance
+        with Heartbeat(what, total) as heartbeat:
+            yield heartbeat.advance
 
 
 def tracked(items: Iterable[T], what: str, total: int | None = None, *, show: bool = True) -> Iterator[T]:
@@ -55,15 +55,15 @@ def first_awaited(items: Iterable[T], what: str) -> Iterator[T]:
         yield from iterator
 
 
-class _Lines:
-    """A line on stderr every LINE_EVERY seconds."""
+class Heartbeat:
+    """A line on stderr every LINE_EVERY seconds. Use as a context manager."""
 
-    def __init__(self, what: str, total: int | None):
+    def __init__(self, what: str, total: int | None = None):
         self._what, self._total, self._done = what, total, 0
         self._started, self._ended = time.monotonic(), threading.Event()
         self._thread = threading.Thread(target=self._say, daemon=True)
 
-    def __enter__(self) -> "_Lines":
+    def __enter__(self) -> "Heartbeat":
         self._thread.start()
         return self
 

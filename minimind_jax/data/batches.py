@@ -232,7 +232,12 @@ class Batches:
         def row(index: int) -> Batch:
             return epoch.row(index if index < rows else padding, self.token_bytes)
 
-        return self._read(row, 0, -(-rows // self.rows_per_step) * self.rows_per_step)
+        return self._read(row, 0, self.eval_steps(max_rows) * self.rows_per_step)
+
+    def eval_steps(self, max_rows: int = 0) -> int:
+        """How many batches `eval_batches` gives."""
+        rows = self._evaluation.plan.rows
+        return -(-min(max_rows or rows, rows) // self.rows_per_step)
 
     @functools.cached_property
     def _evaluation(self) -> Epoch:

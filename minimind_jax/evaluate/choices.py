@@ -15,6 +15,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
 from minimind_jax.inference.generate import load_model
 from minimind_jax.inference.likelihood import LikelihoodScorer, Request, encode_pair
+from minimind_jax.progress import progress
 
 ENGLISH = "Question: {question}\nAnswer:"
 CHINESE = "问题：{question}\n答案："
@@ -123,25 +124,35 @@ def evaluate_choices(
     network, params = load_model(folder, dtype)
     tokenizer = load_tokenizer(folder)
     scorer = LikelihoodScorer(network, params, batch_size)
+    if max_questions:
+        questions = {task: asked[:max_questions] for task, asked in questions.items()}
     results = []
-    for task, asked in questions.items():
-        asked = asked[:max_questions] if max_questions else asked
-        requests, groups, cut = [], [], 0
-        for question in asked:
-            shown = [other for other in examples.get(task, []) if other[2:] != question[2:]][:shot_count]
-            if len(shown) < shot_count:
-                raise UserError(f"{task}: {shot_count} examples are asked for, and there are {len(shown)}")
-            context = "".join(_filled(prompt, other) + _spaced(prompt, other, other.answer) + "\n\n" for other in shown)
-            context += _filled(prompt, question)
-            own = [
-                _request(tokenizer, context, _spaced(prompt, question, n), f"{question.where}: choice {n}")
-                for n in range(len(question.choices))
-            ]
-            requests += own
-            cut += max(len(before) + len(choice) for before, choice in own) > scorer.context + 1
-            groups.append((question, len(own)))
-        results.append(dataclasses.replace(_result(task, groups, scorer.score(requests)), cut=cut))
+    total = sum(len(question.choices) for asked in questions.values() for question in asked)
+    with progress("scoring choices", total) as advance:
+        for task, asked in questions.items():
+            requests, groups, cut = [], [], 0
+            for question in asked:
+                own = _requests(tokenizer, prompt, question, examples.get(task, []), shot_count)
+                requests += own
+                cut += max(len(before) + len(choice) for before, choice in own) > scorer.context + 1
+                groups.append((question, len(own)))
+            results.append(dataclasses.replace(_result(task, groups, scorer.score(requests, advance)), cut=cut))
     return results
+
+
+def _requests(
+    tokenizer: Tokenizer, prompt: str, question: Question, examples: Sequence[Question], shot_count: int
+) -> list[Request]:
+    """Each choice as the continuation of the question behind `shot_count` others."""
+    shown = [other for other in examples if other[2:] != question[2:]][:shot_count]
+    if len(shown) < shot_count:
+        raise UserError(f"{question.task}: {shot_count} examples are asked for, and there are {len(shown)}")
+    context = "".join(_filled(prompt, other) + _spaced(prompt, other, other.answer) + "\n\n" for other in shown)
+    context += _filled(prompt, question)
+    return [
+        _request(tokenizer, context, _spaced(prompt, question, n), f"{question.where}: choice {n}")
+        for n in range(len(question.choices))
+    ]
 
 
 def _by_task(questions: Sequence[Question]) -> dict[str, list[Question]]:

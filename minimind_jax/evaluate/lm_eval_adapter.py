@@ -18,12 +18,12 @@ import lm_eval.models  # noqa: F401  registers lm_eval's own, which it would not
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from tqdm import tqdm
 
 from minimind_jax.errors import UserError
 from minimind_jax.inference.config import SamplingConfig
 from minimind_jax.inference.generate import load_generator
 from minimind_jax.inference.likelihood import LikelihoodScorer, encode_pair
+from minimind_jax.progress import progress, tracked
 
 DEFAULT_BATCH = 16
 
@@ -93,12 +93,11 @@ class MiniMindJax(TemplateLM):
         return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
-        found = []
-        for first in tqdm(range(0, len(pairs), 64 * self.batch_size), disable=len(pairs) < 64 * self.batch_size):
-            found += self.scorer.score(pairs[first : first + 64 * self.batch_size])
+        with progress("scoring", len(pairs), show=not disable_tqdm) as advance:
+            found = self.scorer.score(pairs, advance)
         return [(likelihood.log_prob, likelihood.is_greedy) for likelihood in found]
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
@@ -114,7 +113,8 @@ class MiniMindJax(TemplateLM):
             own = [utils.make_disjoint_window(part) for part in parts]
             windows += own
             counts.append(len(own))
-        log_probs = iter(likelihood.log_prob for likelihood in self.scorer.score(windows))
+        with progress("scoring", len(windows), show=not disable_tqdm) as advance:
+            log_probs = iter([likelihood.log_prob for likelihood in self.scorer.score(windows, advance)])
         return [sum(itertools.islice(log_probs, count)) for count in counts]
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
@@ -123,7 +123,7 @@ class MiniMindJax(TemplateLM):
         order = sorted(range(len(requests)), key=lambda n: (str(requests[n].args[1]), -len(requests[n].args[0])))
         groups = itertools.groupby(order, key=lambda n: str(requests[n].args[1]))
         batches = [list(batch) for _, group in groups for batch in _batched(list(group), self.batch_size)]
-        for batch in tqdm(batches, disable=disable_tqdm):
+        for batch in tracked(batches, "writing", len(batches), show=not disable_tqdm):
             sampling = self._sampling(requests[batch[0]].args[1])
             room = self.max_length - sampling.max_new_tokens
             if room < 1:

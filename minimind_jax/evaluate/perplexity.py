@@ -19,6 +19,7 @@ from minimind_jax.folders import resolve_model_folder
 from minimind_jax.inference.generate import load_model
 from minimind_jax.losses.vocabulary import token_scores
 from minimind_jax.model.config import RopeScaling
+from minimind_jax.progress import tracked
 
 DEFAULT_SEQ_LEN = 512
 
@@ -108,7 +109,7 @@ def evaluate_perplexity(
         return nll_T, at_position.add(batch["loss_weights"])
 
     nll_T, tokens_T, byte_count = np.zeros(seq_len), np.zeros(seq_len), 0
-    for batch in batches.eval_batches(max_rows):
+    for batch in tracked(batches.eval_batches(max_rows), "evaluating", batches.eval_steps(max_rows)):
         byte_count += int((batch.pop("target_bytes") * batch["loss_weights"]).sum())
         batch_nll_T, batch_tokens_T = sums(params, batch)
         nll_T += np.asarray(batch_nll_T)

@@ -20,6 +20,7 @@ from minimind_jax.inference.answer_file import AGAIN, AnswerFile, check_output, 
 from minimind_jax.inference.config import GenerateConfig
 from minimind_jax.inference.generate import Completion, Generator, load_generator
 from minimind_jax.inference.text import ThinkSplitter
+from minimind_jax.progress import first_awaited, progress
 
 NAMED = 20  # prompts that are too long, in a message
 
@@ -71,11 +72,12 @@ def _print_answers(generator: Generator, config: GenerateConfig) -> None:
     if len(requests) == 1:
         sampling = config.resolve(generator.sampling)
         count = min(sampling.max_new_tokens, generator.room(len(requests[0].ids)))
-        for piece in generator.stream(requests[0].ids, dataclasses.replace(sampling, max_new_tokens=count)):
+        answer = generator.stream(requests[0].ids, dataclasses.replace(sampling, max_new_tokens=count))
+        for piece in first_awaited(answer, "compiling"):
             print(piece.text, end="", flush=True)
         print()
         return
-    for request, answer in answer_requests(generator, config, iter(requests)):
+    for request, answer in first_awaited(answer_requests(generator, config, iter(requests)), "answering"):
         print(f"> {request.record['prompt']}\n{answer.text}\n")
 
 
@@ -106,7 +108,7 @@ def _write_answers(generator: Generator, config: GenerateConfig, folder: Path) -
         count = len(file.earlier)
         cut_off = sum(earlier["finish_reason"] == "length" for earlier in file.earlier)
         empty = sum(not _says_something(config, earlier) for earlier in file.earlier)
-        for request, answer in answer_requests(generator, config, requests, count):
+        for request, answer in _shown(config, answer_requests(generator, config, requests, count), count):
             result = _result(config, request, answer)
             file.write(result)
             count += 1
@@ -128,10 +130,23 @@ def _says_something(config: GenerateConfig, result: dict[str, Any]) -> bool:
 
 def _print_records(generator: Generator, config: GenerateConfig) -> None:
     changed: Counter = Counter()
-    for request, answer in answer_requests(generator, config, _requests(generator, config, changed)):
+    for request, answer in _shown(config, answer_requests(generator, config, _requests(generator, config, changed))):
         print(json_line(_result(config, request, answer)), flush=True)
     for note in _changes(changed):
         print(note, file=sys.stderr)
+
+
+def _shown(
+    config: GenerateConfig, answers: Iterator[tuple[Request, Completion]], done: int = 0
+) -> Iterator[tuple[Request, Completion]]:
+    """The answers, and how many records have one, unless that is seen on the terminal anyway; `done` had one before."""
+    show = bool(config.output) or not sys.stdout.isatty()
+    total = sum(1 for _ in iter_records(config.input, lambda error: None, reading_of(config))) if show else None
+    with progress("answering", total, show=show) as advance:
+        advance(done)
+        for answered in answers:
+            yield answered
+            advance(1)
 
 
 def _requests(generator: Generator, config: GenerateConfig, changed: Counter) -> Iterator[Request]:

@@ -70,8 +70,10 @@ class LikelihoodScorer:
 
         self._score = score
 
-    def score(self, requests: Sequence[Request]) -> list[Likelihood]:
-        """The likelihood of each continuation.
+    def score(
+        self, requests: Sequence[Request], advance: Callable[[int], None] = lambda count: None
+    ) -> list[Likelihood]:
+        """The likelihood of each continuation. advance: hears how many more are done.
 
         A request longer than the model's context loses the beginning of its context; a continuation that is longer
         itself loses its own beginning, as in lm_eval. Raises ValueError for one that is empty, or has no context.
@@ -84,6 +86,7 @@ class LikelihoodScorer:
             chosen = order[first : first + self.batch_size]
             for index, likelihood in zip(chosen, self._batch([requests[i] for i in chosen]), strict=True):
                 found[index] = likelihood
+            advance(len(chosen))
         return found
 
     def _batch(self, requests: Sequence[Request]) -> Iterator[Likelihood]:

@@ -18,6 +18,7 @@ from minimind_jax.losses.sequences import pair_room
 from minimind_jax.model.lora import TRAINED, join, split, without_adapters
 from minimind_jax.model.transformer import LanguageModel, Params, compute_dtype
 from minimind_jax.paths import is_remote
+from minimind_jax.progress import tracked
 from minimind_jax.sharding import announce, data_process, make_mesh, shard_batch
 from minimind_jax.shell import command
 from minimind_jax.stages.adapters import plan_adapters
@@ -191,7 +192,8 @@ class Precomputed:
             found, _ = answer_log_probs(model, params, batch)
             return found.chosen, found.rejected
 
-        for batch in batches.eval_batches():
+        is_first = jax.process_index() == 0
+        for batch in tracked(batches.eval_batches(), "the reference", batches.eval_steps(), show=is_first):
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
                 placed = shard_batch(batch, self.mesh)
                 found = (placed.pop("documents"), *answers(params, placed))

@@ -16,6 +16,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.losses.distillation import teacher_likeliest
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.paths import is_remote
+from minimind_jax.progress import tracked
 from minimind_jax.sharding import announce, data_process, make_mesh, shard_batch
 from minimind_jax.texts import is_there, read_object
 from minimind_jax.training.run import RunFolder
@@ -115,7 +116,8 @@ class StoredTeacher:
         def ask(params, batch):
             return teacher_likeliest(self.teacher, params, batch, wanted.top_k, self.words, wanted.temperature)
 
-        for batch in batches.eval_batches():
+        is_first = jax.process_index() == 0
+        for batch in tracked(batches.eval_batches(), "the teacher", batches.eval_steps(), show=is_first):
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
                 placed = shard_batch(batch, self.mesh)
                 found = (placed.pop("documents"), placed.pop("places"), *ask(params, placed))

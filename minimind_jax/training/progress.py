@@ -1,13 +1,16 @@
 """What a run says while it trains: a bar with live numbers on a terminal, a line now and then elsewhere."""
 
+import contextlib
 import math
 import sys
 from datetime import timedelta
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
+
+from minimind_jax.progress import Heartbeat
 
 LOSS_SMOOTHING = 0.9
 
@@ -28,19 +31,25 @@ class TrainingProgress:
         self.console = Console(quiet=not active, soft_wrap=True, highlight=False, file=sys.stdout)
         self._loss: float | None = None
         self._bar = Progress(
+            SpinnerColumn(),
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
             TextColumn("{task.completed:,.0f}/{task.total:,.0f}  {task.fields[numbers]}"),
             console=self.console,
             disable=not (active and self.console.is_terminal),
         )
+        self._first_step = contextlib.ExitStack()
+        self._is_silent = self._bar.disable and active
         self._task = self._bar.add_task(stage, total=total_steps, completed=start_step, numbers="compiling")
 
     def __enter__(self) -> "TrainingProgress":
         self._bar.start()
+        if self._is_silent:  # until the first line
+            self._first_step.enter_context(Heartbeat(f"{self.stage}: compiling"))
         return self
 
     def __exit__(self, *_) -> None:
+        self._first_step.close()
         self._bar.stop()
 
     def facts(self, facts: dict[str, str]) -> None:
@@ -59,6 +68,7 @@ class TrainingProgress:
 
         row: loss, learning_rate and, where known, tokens_per_second, mfu and seconds_left.
         """
+        self._first_step.close()
         if math.isfinite(row["loss"]):
             smooth = row["loss"] if self._loss is None else self._loss
             self._loss = LOSS_SMOOTHING * smooth + (1 - LOSS_SMOOTHING) * row["loss"]

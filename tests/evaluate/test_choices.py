@@ -80,9 +80,11 @@ def questions(tmp_path):
     return rows, str(file)
 
 
-def test_the_likeliest_choice_is_the_answer(folder, questions):
+def test_the_likeliest_choice_is_the_answer(folder, questions, monkeypatch, capsys):
     rows, file = questions
+    monkeypatch.setattr("minimind_jax.progress.LINE_EVERY", 0.01)
     results = evaluate_choices(str(folder), [file])
+    assert "scoring choices, 0 of 7, " in capsys.readouterr().err
     assert [(result.task, len(result.right)) for result in results] == [("animals", 2), ("zh", 1)]
     assert results[0].chance == pytest.approx((1 / 2 + 1 / 3) / 2)
     tokenizer = Tokenizer.load(folder)
