@@ -182,7 +182,8 @@ def _with_token_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelCo
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"the tokenizer {tokenizer.folder} has {tokenizer.vocab_size} tokens, the model's vocab_size is "
-            f"{config.vocab_size}; they do not belong together"
+            f"{config.vocab_size}; they do not belong together, unless tokens were added: then train it with "
+            f"--model.vocab_size {tokenizer.vocab_size} first"
         )
     ends = config.eos_token_id if tokenizer.eos_id in config.end_ids else union_of_ids(tokenizer.end_ids)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}

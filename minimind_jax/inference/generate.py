@@ -80,7 +80,8 @@ class Generator:
         if tokenizer and tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
                 f"the tokenizer {tokenizer.folder} has ids up to {tokenizer.vocab_size - 1}, "
-                f"the model only {model.config.vocab_size} (vocab_size); they do not belong together"
+                f"the model only {model.config.vocab_size} (vocab_size); they do not belong together, unless tokens "
+                f"were added: then train it with --model.vocab_size {tokenizer.vocab_size} first"
             )
         self.model, self.params, self.tokenizer = without_kernels(model, params), unstack_layers(params), tokenizer
         self.eos_ids, self.sampling = tuple(sorted(eos_ids)), sampling

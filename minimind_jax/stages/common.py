@@ -34,6 +34,7 @@ from minimind_jax.model.config import ModelConfig, union_of_ids
 from minimind_jax.model.heads import SCORE, without_head
 from minimind_jax.model.lora import LEAVES, join, make_adapter, merge, split
 from minimind_jax.model.transformer import LanguageModel, Params
+from minimind_jax.model.vocabulary import grow_vocabulary
 from minimind_jax.paths import cache_home, is_remote
 from minimind_jax.seeds import named_key, named_seed
 from minimind_jax.sharding import (
@@ -229,8 +230,8 @@ def load_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
 
     From scratch it has as many words as the tokenizer, unless model.vocab_size says another number.
 
-    Raises UserError when the tokenizer has more tokens than the model, or `config.model` sets another shape than
-    init_from has.
+    Raises UserError when the tokenizer has more tokens than the model, `config.model` sets another shape than init_from
+    has, or adapters are asked for over more words than it has.
     """
     ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
     if config.init_from:
@@ -243,9 +244,17 @@ def load_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
         size = {} if config.model.vocab_size else {"vocab_size": tokenizer.vocab_size}
         architecture = config.model.resolve(**ids, **size, eos_token_id=union_of_ids(tokenizer.end_ids))
     if tokenizer.vocab_size > architecture.vocab_size:
+        rows = ", which adds rows drawn around the mean of the others" if config.init_from else ""
         raise UserError(
             f"the tokenizer {tokenizer.folder} has {tokenizer.vocab_size} tokens, more than the model's vocabulary of "
-            f"{architecture.vocab_size}; set model.vocab_size {tokenizer.vocab_size}, or take the model's own tokenizer"
+            f"{architecture.vocab_size}; set --model.vocab_size {tokenizer.vocab_size}{rows}, or take a tokenizer with "
+            "fewer tokens"
+        )
+    if config.lora.rank and config.init_from and architecture.vocab_size > read_config(folder).vocab_size:
+        raise UserError(
+            f"model.vocab_size {architecture.vocab_size} is above the {read_config(folder).vocab_size} of the model "
+            f"{folder}, and adapters train no embedding: train all weights with it first (sft or pretrain without "
+            "lora.rank), then adapters over the model that comes out"
         )
     plan = plan_adapters(config, architecture)
     adapter = plan and make_adapter(plan.table, plan.dropout)
@@ -263,13 +272,25 @@ def check_context(config: PretrainConfig, model: LanguageModel | ModelConfig) ->
         )
 
 
+def say_if_endless(tokenizer: Tokenizer) -> None:
+    """Says so where the chat template writes nothing behind an answer that could end it."""
+    if tokenizer.turn_end_id is None:
+        announce(
+            f"warning: the chat template of {tokenizer.folder} writes no token behind an answer that only ends answers "
+            "(or it is none of this tokenizer, as <|im_end|> may be): the model will not learn to stop; --stop TEXT of "
+            "chat and generate ends answers, or add the token to the tokenizer and set --model.vocab_size"
+        )
+
+
 def with_settings(architecture: ModelConfig, settings: ModelSettings, folder: Path) -> ModelConfig:
     """`architecture` with the fields that `settings` sets; those that would change a tensor's shape must agree, and so
-    must a preset's."""
+    must a preset's. Only more words are possible (see `model.vocabulary`)."""
     given = settings.changes(architecture.max_position_embeddings)
     described = settings.resolve() if settings.preset else None
     for name in SHAPE_FIELDS:
         asked, found = given.get(name, getattr(described, name, None)), getattr(architecture, name)
+        if name == "vocab_size" and given.get(name, 0) > found:
+            continue
         if asked is not None and asked != found:
             key = f"model.{name}" if name in given else f"model.preset {settings.preset}: its {name}"
             raise UserError(
@@ -292,6 +313,7 @@ def run_parameters(config: PretrainConfig, model: LanguageModel, has_head: bool 
     def load() -> Params:
         if plan is None:
             _, params = load_merged(resolve_model_folder(config.init_from, "init_from"))
+            params = grow_vocabulary(params, model.config.vocab_size, named_key(config.seed, "new words"))
         else:
             params = load_with_adapters(config, plan, dtype)
         if SCORE in params and not has_head:

@@ -25,6 +25,7 @@ from minimind_jax.stages.common import (
     load_tokenizer,
     run_parameters,
     sampler,
+    say_if_endless,
     start_run,
     tidy,
 )
@@ -55,6 +56,7 @@ def distill(config: DistillConfig) -> Path:
     tokenizer = load_tokenizer(config)
     model = load_model(config, tokenizer)
     check_context(config, model)
+    say_if_endless(tokenizer)
     config = settle(config, "conversation", tokenizer, model, run)
     teacher, folder = load_teacher(config, tokenizer)
 

@@ -30,6 +30,7 @@ from minimind_jax.stages.common import (
     load_tokenizer,
     run_parameters,
     sampler,
+    say_if_endless,
     start_run,
     tidy,
 )
@@ -61,6 +62,7 @@ def dpo(config: DPOConfig) -> Path:
     tokenizer = load_tokenizer(config)
     model = load_model(config, tokenizer)
     check_context(config, model)
+    say_if_endless(tokenizer)
     config = settle(config, "preference", tokenizer, model, run)
 
     def encode(prompt: str) -> list[int]:

@@ -16,6 +16,7 @@ from minimind_jax.stages.common import (
     load_tokenizer,
     run_parameters,
     sampler,
+    say_if_endless,
     start_run,
     tidy,
 )
@@ -43,6 +44,7 @@ def sft(config: SFTConfig) -> Path:
     tokenizer = load_tokenizer(config)
     model = load_model(config, tokenizer)
     check_context(config, model)
+    say_if_endless(tokenizer)
     config = settle(config, "conversation", tokenizer, model, run)
 
     def encode(prompt: str) -> list[int]:

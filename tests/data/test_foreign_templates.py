@@ -8,6 +8,7 @@ from templates import CHATML, DEEPSEEK, QWEN3, TEMPLATES, with_template
 from minimind_jax.data.tokenise import Encoder
 from minimind_jax.data.tokenizer import Tokenizer, train_bpe
 from minimind_jax.errors import TemplateFault, UserError
+from minimind_jax.stages.common import say_if_endless
 
 USER = {"role": "user", "content": "How many birds?"}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "count", "arguments": {"what": 'bird "s"'}}]}
@@ -40,8 +41,11 @@ def test_our_own_template_ends_with_one_token(small):
     assert small.end_ids == (2,)
 
 
-def test_text_that_is_no_token_ends_nothing(make):
-    assert make(CHATML.replace("<|im_end|>", "<end>")).end_ids == (0,)
+def test_text_that_is_no_token_ends_nothing(make, capsys):
+    tokenizer = make(CHATML.replace("<|im_end|>", "<end>"))
+    assert (tokenizer.turn_end_id, tokenizer.end_ids) == (None, (0,))
+    say_if_endless(tokenizer)
+    assert "the model will not learn to stop" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
