@@ -152,7 +152,7 @@ class ClassifyConfig(PretrainConfig):
 class TeacherConfig:
     """Whom a model learns from, and how.
 
-    model: the teacher, a Hugging Face folder or a run, with the student's tokenizer.
+    model: the teacher, a Hugging Face folder, a run or a name on the hub, with the student's tokenizer.
     alpha: weight of the cross entropy of the data; the divergence from the teacher has 1 - alpha.
     temperature: both models' logits are divided by it for the divergence, which is then multiplied by its square.
     divergence: `forward` is KL(teacher || student), `reverse` KL(student || teacher), `jsd` their generalised

@@ -383,8 +383,9 @@ class PretrainConfig:
     """Next-token training on plain text, from scratch or from a model.
 
     run: a name (a folder under runs/) or a path.
-    init_from: a Hugging Face folder, or a run whose model/ is meant; empty trains from scratch.
-    tokenizer: folder with tokenizer.json; empty takes the tokenizer of init_from.
+    init_from: a Hugging Face folder, a run whose model/ is meant, or a model on the hub (Qwen/Qwen3-0.6B, or
+        NAME@REVISION); empty trains from scratch.
+    tokenizer: folder with tokenizer.json, or a name on the hub; empty takes the tokenizer of init_from.
     seed: of every random draw.
     resume: `auto` goes on where the run was cut off or starts it, `must` fails if there is nothing to resume,
         `never` starts anew and refuses a run folder that holds checkpoints.

@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 from minimind_jax.errors import UserError
+from minimind_jax.hub import fetch, is_hub_name
 from minimind_jax.paths import as_path, is_remote, local_folder
 from minimind_jax.shell import command
 
@@ -36,7 +37,7 @@ def resolve_run(name: str) -> Path:
 
 def resolve_model_folder(name: str, setting: str = "model") -> Path:
     """The folder of the model, or of the adapter, that `name` means: the folder itself, or the model/ of a run (name
-    or path); of one in an object store, a copy on this machine.
+    or path); of one in an object store, a copy on this machine; else what the hub has under that name (see `hub`).
 
     setting: what the user gave the name as, for the message.
 
@@ -63,7 +64,13 @@ def resolve_model_folder(name: str, setting: str = "model") -> Path:
             stages = ", ".join(str(stage) for stage in _folders_in(pipeline) if (stage / "config.yaml").is_file())
             raise UserError(f"{setting}: {pipeline} holds the runs of a pipeline; name the one you mean: {stages}")
     looked = ", ".join(str(place / "config.json") for place in places)
-    raise UserError(f"{setting} {name!r} is neither a Hugging Face folder nor a run (no {looked})")
+    problem = f"{setting} {name!r} is neither a Hugging Face folder nor a run (no {looked})"
+    if not is_hub_name(name):
+        raise UserError(problem)
+    try:
+        return fetch(name, setting)
+    except UserError as error:
+        raise UserError(f"{problem}, and on the hub nothing was to be had. {error}") from error
 
 
 def _last_stage(folder: Path) -> Path | None:

@@ -78,15 +78,16 @@ def from_hf_command(prog: str, argv: Sequence[str]) -> None:
         prog,
         "checks a MiniMind-3, Qwen3 or Qwen3-MoE folder and writes it in the form that training starts from",
         argv,
-        ("source", {"help": "a Hugging Face folder"}),
+        ("source", {"help": "a Hugging Face folder, a run, or a name on the hub, such as Qwen/Qwen3-0.6B"}),
         ("output", {"help": "the folder to write"}),
         ("--dtype", {"choices": DTYPES, "help": "of the tensors; the source's unless given"}),
         ("--tokenizer", {"help": "a folder with tokenizer.json; the source's unless given"}),
         SHARDS,
     )
     from minimind_jax.convert.hf import from_hf
+    from minimind_jax.folders import resolve_model_folder
 
-    from_hf(args.source, args.output, args.dtype, args.tokenizer, args.max_shard_bytes)
+    from_hf(resolve_model_folder(args.source, "source"), args.output, args.dtype, args.tokenizer, args.max_shard_bytes)
     print(f"wrote {args.output}")
 
 
@@ -345,7 +346,10 @@ def perplexity_command(prog: str, argv: Sequence[str]) -> None:
         "perplexity and bits per byte of a model on text, or on the assistant's words of conversations",
         argv,
         ("files", {"nargs": "+", "metavar": "FILE", "help": "files, folders or globs of records"}),
-        ("--model", {"required": True, "help": "a Hugging Face folder, or a run whose model/ is meant"}),
+        (
+            "--model",
+            {"required": True, "help": "a Hugging Face folder, a run whose model/ is meant, or a name on the hub"},
+        ),
         ("--seq_len", {"type": _row_length, "help": "tokens in a row (default: 512, or the model's context)"}),
         ("--kind", {"choices": ("text", "conversation"), "default": "text", "help": "of the records (default: text)"}),
         ("--max_rows", {"type": int, "default": 0, "help": "rows evaluated at most; 0 for all (the default)"}),
@@ -369,7 +373,10 @@ def choices_command(prog: str, argv: Sequence[str]) -> None:
         "how often a model finds the right choice of a question likeliest",
         argv,
         ("files", {"nargs": "+", "metavar": "FILE", "help": "records with question, choices, answer and maybe task"}),
-        ("--model", {"required": True, "help": "a Hugging Face folder, or a run whose model/ is meant"}),
+        (
+            "--model",
+            {"required": True, "help": "a Hugging Face folder, a run whose model/ is meant, or a name on the hub"},
+        ),
         (
             "--shots",
             {"type": _natural, "default": 0, "help": "questions of the task shown with their answers (default: 0)"},

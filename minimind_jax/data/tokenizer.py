@@ -28,6 +28,7 @@ from minimind_jax.data.template import (
 )
 from minimind_jax.data.template_check import check_complete, ends_in_thought, raise_as_what_it_is
 from minimind_jax.errors import TemplateFault, UserError
+from minimind_jax.hub import fetch, is_hub_name
 from minimind_jax.paths import as_path, local_folder
 from minimind_jax.texts import is_there, read_object, read_text
 
@@ -93,9 +94,19 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """Raises UserError if the folder has no tokenizer.json, or one of its files cannot be read."""
+        """folder: or, as text, the name of a model on the hub where no folder has that name.
+
+        Raises UserError if the folder has no tokenizer.json, or one of its files cannot be read.
+        """
+        if isinstance(folder, str) and is_hub_name(folder) and not is_there(as_path(folder)):
+            folder = fetch(folder, "tokenizer", weights=False)
         folder = local_folder(as_path(folder))
         file = folder / "tokenizer.json"
+        if not is_there(file) and is_there(folder / "tokenizer.model"):
+            raise UserError(
+                f"{folder} has a tokenizer.model alone, which is not read here; make a tokenizer.json of it once, with "
+                "transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
         if not is_there(file):
             raise UserError(f"{file}: no such file; expected a tokenizer folder (`minimind tokenizer` makes one)")
         try:

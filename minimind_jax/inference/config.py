@@ -77,7 +77,7 @@ class SamplingConfig(SamplingSettings):
 class ChatConfig(SamplingSettings):
     """A conversation with a model in the terminal.
 
-    model: a Hugging Face folder, or a run whose model/ is meant.
+    model: a Hugging Face folder, a run whose model/ is meant, or a name on the hub.
     adapters: low-rank adapters of the model, folders or runs; the first answers, /adapter NAME chooses another.
     system: the system prompt; empty for none.
     thinking: let the model think before it answers; /think and /nothink switch it.
@@ -102,7 +102,7 @@ class ChatConfig(SamplingSettings):
 class GenerateConfig(SamplingSettings):
     """Answers to prompts on the command line, or to every record of a file.
 
-    model: a Hugging Face folder, or a run whose model/ is meant.
+    model: a Hugging Face folder, a run whose model/ is meant, or a name on the hub.
     prompt: prompts; each is answered.
     input: files, folders or globs of records with `prompt` or `text` (str) or `conversations` (a list of messages; a
         last assistant message is left out and generated anew), instead of prompts.

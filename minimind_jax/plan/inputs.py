@@ -194,7 +194,7 @@ def count_tokens(paths: Sequence[str], kind: Kind, config: PretrainConfig) -> To
 def _tokenizer_folder(config: PretrainConfig) -> Path | None:
     """The folder of the run's tokenizer if it is there already."""
     try:
-        folder = Path(config.tokenizer) if config.tokenizer else resolve_model_folder(config.init_from or "-")
+        folder = config.tokenizer or resolve_model_folder(config.init_from or "-")
         return Tokenizer.load(folder).folder
     except UserError:
         return None

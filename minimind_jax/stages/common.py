@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from minimind_jax import hub
 from minimind_jax.agreement import check_agreement
 from minimind_jax.config import ModelSettings, PretrainConfig, SampleConfig
 from minimind_jax.convert.hf import Labels, load_hf, save_hf
@@ -83,6 +84,7 @@ def start_run(config: PretrainConfig) -> RunFolder:
             f"{run.path} to start from that model)"
         )
     run.check_resume(config.resume)
+    hub.pin(run.read_environment().get("hub", {}))
     check_settings(run, config)
     if not is_exported(run) or run.changed_settings(config):  # all before any data is read
         if config.training.batch_tokens is not None:

@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_run
+from minimind_jax.hub import used_commits
 from minimind_jax.paths import absolute, as_path, is_remote, write_object
 from minimind_jax.settings import RUN_LENGTHS
 from minimind_jax.texts import is_there, read_object, read_text
@@ -178,6 +179,7 @@ class RunFolder:
     def write_environment(self, facts: dict) -> None:
         """environment.json: `environment()`, `facts`, which are printed at the start, and what else is kept."""
         kept = {"asked": self.asked, "content": self.content, "start_models": self.start_models}
+        kept["hub"] = used_commits()
         known = {**environment(), "run": plain(facts), **kept}
         text = json.dumps(known, indent=2, ensure_ascii=False)
         write_text(self.environment_file, text + "\n")
