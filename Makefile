@@ -31,7 +31,7 @@ test: $(VENV)/.test-parity$(PARITY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/.test-parity$(PARITY)
-	$(BIN)/python -m pytest -x -n $(JOBS) --dist loadfile -m slow
+	$(BIN)/python -m pytest -x -n $(JOBS) -m slow
 
 lint: $(VENV)/.test-parity$(PARITY)
 	$(BIN)/ruff check .
