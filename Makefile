@@ -21,6 +21,8 @@ comma := ,
 
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
+# Every process, of which the tests start hundreds, would compile the sources for itself.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-slow lint format wheel clean
 

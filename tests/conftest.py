@@ -10,7 +10,8 @@ import pytest
 
 # Tests compile many tiny programs once each: compiled plainly they take a third of the time and less memory. Read when
 # JAX is first imported, and by the processes that tests start.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+PLAIN = ("backend_optimization_level=0", "cpu_use_fusion_emitters=false", "cpu_parallel_codegen_split_count=1")
+os.environ.setdefault("XLA_FLAGS", " ".join(f"--xla_{flag}" for flag in PLAIN))
 # Every program counts, small ones too: the processes of a test session, and runs in them, compile the same ones.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Half a million objects of libraries stay for good; looking through them again and again took a tenth of the time.
