@@ -92,7 +92,7 @@ class LanguageModel:
 
     def abstract_params(self) -> Params:
         """Shapes and dtypes of the parameters, without making them."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        return jax.tree.map(lambda leaf: leaf, _abstract_params(self))  # dicts of the caller's own
 
     def logical_axes(self) -> Params:
         """For each parameter a tuple with the name of each of its axes: layers, embed, heads, kv_heads, mlp, experts,
@@ -257,3 +257,8 @@ def _transpose_kernels(layers: tuple[Params, ...]) -> tuple[Params, ...]:
         return TransposedKernel(leaf.T) if "kernel" in names and "router" not in names and leaf.ndim == 2 else leaf
 
     return jax.tree_util.tree_map_with_path(transpose, layers)
+
+
+@functools.lru_cache(maxsize=32)
+def _abstract_params(model: LanguageModel) -> Params:
+    return jax.eval_shape(model.init, jax.random.key(0))

@@ -20,6 +20,7 @@ from minimind_jax.config import (
     TrainingConfig,
 )
 from minimind_jax.data.tokenizer import train_bpe
+from minimind_jax.model.config import ComputeConfig
 from minimind_jax.stages.pretrain import pretrain
 
 WORDS = "the cat sat on a mat while dogs run over green hills and birds sing 你好 世界 很 高兴".split()
@@ -73,6 +74,7 @@ class World:
                 num_key_value_heads=1,
                 max_position_embeddings=256,
             ),
+            "compute": ComputeConfig(scan_unroll=1),  # a layer is compiled once
             "data": DataConfig(**data),
             "training": TrainingConfig(**training),
             "optimizer": OptimizerConfig(learning_rate=3e-3),
