@@ -112,12 +112,12 @@ def test_what_cannot_be_evaluated_is_refused(folder, options, message):
         evaluate(folder, **options)
 
 
-def test_rows_without_a_token_to_predict_are_told(folder):
+def test_rows_without_a_token_to_predict_are_left_out(folder):
+    """Of a question of seventy rows the answer is found, however few rows are asked for."""
     messages = [{"role": "user", "content": "What is a cat? " * 200}, {"role": "assistant", "content": "A cat."}]
     (folder / "question.jsonl").write_text(json.dumps({"conversations": messages}) + "\n")
     options = {"kind": "conversation", "rows_per_step": 1, "max_rows": 1, "cache_dir": str(folder / "cache")}
-    with pytest.raises(UserError, match=r"question\.jsonl: the rows evaluated hold no token to predict"):
-        evaluate_perplexity(str(folder / "model"), [str(folder / "question.jsonl")], 32, **options)
+    assert evaluate_perplexity(str(folder / "model"), [str(folder / "question.jsonl")], 32, **options).tokens >= 3
 
 
 def test_a_missing_file_is_told_before_a_row_length_and_the_default_fits_the_model(folder):
