@@ -29,7 +29,9 @@ def start_models(config: PretrainConfig) -> dict[str, str]:
 
 
 def agreed_settings(config: PretrainConfig) -> dict[str, Any]:
-    """What the processes of a run are told and run with, by name, for `check_agreement`. Folders and threads may differ; what is in them is compared later."""
+    """What the processes of a run are told and run with, by name, for `check_agreement`.
+
+    Folders and threads may differ; what is in them is compared later."""
     own = {"run", "resume", "init_from", "tokenizer", "teacher.model", "tracking.loggers", "tracking.project"}
     own |= {f"data.{name}" for name in ("train", "val", "cache_dir", "tokenizer_workers", "loader_workers")}
     settings = {f"the setting {key}": value for key, value in flat(plain(config)).items() if key not in own}
