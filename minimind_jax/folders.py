@@ -45,7 +45,7 @@ def resolve_model_folder(name: str, setting: str = "model") -> Path:
         UserError: nothing is there; the message names the places looked at, and a run that has not finished.
     """
     folder, run = as_path(name).expanduser(), resolve_run(name)
-    last = next((made for place in (run, folder) if (made := _last_stage(place))), None)
+    last = next((made for place in (run, folder) if (made := last_stage(place))), None)
     if last is not None:
         return resolve_model_folder(str(last), setting)
     places = list(dict.fromkeys([folder, folder / "model", run / "model"]))
@@ -73,7 +73,7 @@ def resolve_model_folder(name: str, setting: str = "model") -> Path:
         raise UserError(f"{problem}, and on the hub nothing was to be had. {error}") from error
 
 
-def _last_stage(folder: Path) -> Path | None:
+def last_stage(folder: Path) -> Path | None:
     """The run of a pipeline's last stage, where the folder is a pipeline's."""
     if is_remote(folder) or not (folder / PIPELINE).is_file():
         return None

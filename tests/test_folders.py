@@ -31,7 +31,7 @@ def test_an_unfinished_or_absent_model_is_named_as_it_was_given(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     Path("runs/cut").mkdir(parents=True)
     Path("runs/cut/config.yaml").write_text("run: cut\n")
-    with pytest.raises(UserError, match=r"init_from: the run runs/cut has no model/ yet.*to-hf cut OUTPUT"):
+    with pytest.raises(UserError, match=r"init_from: the run runs/cut has no model/ yet.*to-hf runs/cut OUTPUT"):
         resolve_model_folder("cut", "init_from")
     with pytest.raises(UserError, match=r"model 'nothing' is neither .* runs/nothing/model/config.json"):
         resolve_model_folder("nothing")

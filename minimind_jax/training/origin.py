@@ -1,20 +1,16 @@
 """What a run starts from: its settings, and weights told by what they are, for a folder may be trained anew under the
 same name."""
 
-import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
 from minimind_jax.agreement import check_agreement, code_hash, on_all
 from minimind_jax.config import PretrainConfig
-from minimind_jax.convert.load import base_folder
+from minimind_jax.convert.identity import tokenizer_hash, weights_hash
 from minimind_jax.errors import UserError
-from minimind_jax.folders import is_adapter, resolve_model_folder
+from minimind_jax.folders import resolve_model_folder
+from minimind_jax.paths import is_remote
 from minimind_jax.training.run import RunFolder, flat, package_versions, plain
-
-WHOLE_BYTES = 2**26  # files up to this are read whole
-BLOCKS, BLOCK_BYTES = 256, 2**16  # of larger ones so many blocks, spread evenly: training changes every tensor
 
 
 def start_models(config: PretrainConfig) -> dict[str, str]:
@@ -40,8 +36,8 @@ def agreed_settings(config: PretrainConfig) -> dict[str, Any]:
 
 
 def check_start_models(run: RunFolder, config: PretrainConfig) -> None:
-    """Notes the run's `start_models`. Raises UserError when one holds other weights now than when the run was started,
-    and where those of the processes differ.
+    """Notes the run's `start_models`, and its tokenizer. Raises UserError when a model holds other weights now than
+    when the run was started, and where those of the processes differ.
 
     The checkpoint goes on from the old ones, and what is computed from them anew (a reference, a teacher, a frozen
     base) would be of the new.
@@ -56,21 +52,5 @@ def check_start_models(run: RunFolder, config: PretrainConfig) -> None:
                 f"{key} {name} holds other weights than when {run.path} was started (their hash is {found}, and was "
                 f"{before[key]}); restore them to go on, or start another run"
             )
-
-
-def weights_hash(folder: Path) -> str:
-    """A hash of the weights of a model's folder: of their files' sizes and bytes, or blocks of bytes."""
-    found = hashlib.blake2b(digest_size=8)
-    for file in sorted(folder.glob("*.safetensors")):
-        size = os.stat(file).st_size
-        found.update(f"{file.name} {size}".encode())
-        with open(file, "rb") as stream:
-            if size <= WHOLE_BYTES:
-                found.update(stream.read())
-                continue
-            for block in range(BLOCKS):
-                stream.seek(block * (size - BLOCK_BYTES) // (BLOCKS - 1))
-                found.update(stream.read(BLOCK_BYTES))
-    if is_adapter(folder):
-        found.update(weights_hash(base_folder(folder)).encode())
-    return found.hexdigest()
+    if config.tokenizer and not is_remote(Path(config.tokenizer)):  # only noted: a changed one changes the data
+        run.start_models["tokenizer"] = tokenizer_hash(Path(config.tokenizer).expanduser())

@@ -1,11 +1,12 @@
 """Whether two settings that name files or folders mean the same ones, also after a project was moved as a whole."""
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minimind_jax.data.tokenizer import TOKENIZER_FILES
-from minimind_jax.folders import holds_model, resolve_run
+from minimind_jax.convert.identity import tokenizer_hash, weights_hash
+from minimind_jax.folders import holds_model, last_stage, resolve_run
 from minimind_jax.paths import is_remote
 
 MODELS = {"init_from", "teacher.model"}  # settings that name a model's folder or a run
@@ -14,11 +15,12 @@ PLACES = {*MODELS, "tokenizer", "data", "data.train", "data.val", "data.cache_di
 
 class Then(NamedTuple):
     """Where the names in a run's settings count from: the working directory and the run's folder when they were
-    written, as absolute paths, and that folder now."""
+    written, as absolute paths, and that folder now. hashes: of the model or tokenizer that a setting named."""
 
     directory: Path
     run: Path
     run_now: Path
+    hashes: Mapping[str, str] = {}
 
     def moved(self, path: Path) -> Path:
         """Where a path of then is, if it was moved together with the run's folder."""
@@ -41,8 +43,9 @@ class Then(NamedTuple):
 def mean_the_same(key: str, before: Any, now: Any, then: Then | None = None) -> bool:
     """Whether the values of the dotted setting `key` name the same files or folder.
 
-    A folder is told by where it is, links followed, a model also by the run it belongs to, and a tokenizer by its
-    files. then: of `before`; None where both count from the present working directory.
+    A folder is told by where it is, links followed, a model also by the run it belongs to, and both it and a tokenizer
+    by their files, as far as those of then are known. then: of `before`; None where both count from the present
+    working directory.
     """
     if key not in PLACES:
         return False
@@ -59,7 +62,19 @@ def mean_the_same(key: str, before: Any, now: Any, then: Then | None = None) -> 
     here = find(now, Path.cwd())
     readings = then.readings(before) if then else [(before, Path.cwd())]
     places = [find(*reading) for reading in readings]
-    return here in places or (key == "tokenizer" and any(_same_tokenizer(place, here) for place in places))
+    return here in places or (bool(found := _hash(key, here)) and found in _hashes_then(key, places, then))
+
+
+def _hashes_then(key: str, places: Sequence[Path], then: Then | None) -> list[str]:
+    noted = [then.hashes[key]] if then and key in then.hashes else []
+    return noted or [_hash(key, place) for place in places]
+
+
+def _hash(key: str, folder: Path) -> str:
+    """Of what the setting `key` names; "" where it is not there, or of another kind."""
+    if key == "tokenizer":
+        return tokenizer_hash(folder)
+    return weights_hash(folder) if key in MODELS and holds_model(folder) else ""
 
 
 def _place(name: str, directory: Path) -> Path:
@@ -68,13 +83,7 @@ def _place(name: str, directory: Path) -> Path:
 
 def _model(name: str, directory: Path) -> Path:
     """The folder of the model that a name means, as `folders.resolve_model_folder` finds it."""
-    folder = _place(name, directory)
-    places = (folder, folder / "model", _place(str(resolve_run(name)), directory) / "model")
+    folder, run = _place(name, directory), _place(str(resolve_run(name)), directory)
+    last = last_stage(run) or last_stage(folder)
+    places = (last / "model",) if last else (folder, folder / "model", run / "model")
     return next((place for place in places if holds_model(place)), folder).resolve()
-
-
-def _same_tokenizer(left: Path, right: Path) -> bool:
-    def content(folder: Path) -> list[bytes | None]:
-        return [(folder / name).read_bytes() if (folder / name).is_file() else None for name in TOKENIZER_FILES]
-
-    return (left / "tokenizer.json").is_file() and content(left) == content(right)

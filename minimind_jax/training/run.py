@@ -156,11 +156,12 @@ class RunFolder:
     def then(self) -> Then | None:
         """Where the run's settings were written, as far as that is known."""
         run = (self.read_config() or {}).get("run")
-        directory = self.read_environment().get("directory", "")
+        noted = self.read_environment()
+        directory = noted.get("directory", "")
         if not run or is_remote(self.path) or not (directory or os.path.isabs(run)):
             return None
         directory = Path(directory or Path.cwd())
-        return Then(directory, directory / resolve_run(run), absolute(self.path))
+        return Then(directory, directory / resolve_run(run), absolute(self.path), noted.get("start_models", {}))
 
     def settled(self, asked: dict) -> dict:
         """Values that the run has, by dotted key, of the settings that followed from its data and are `asked` for (all

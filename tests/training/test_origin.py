@@ -8,6 +8,7 @@ from safetensors.numpy import save_file
 
 from minimind_jax.adapt_config import DistillConfig, DPOConfig, TeacherConfig
 from minimind_jax.config import SFTConfig
+from minimind_jax.convert import identity
 from minimind_jax.errors import UserError
 from minimind_jax.training import origin
 from minimind_jax.training.run import RunFolder
@@ -64,7 +65,7 @@ def test_so_are_a_teacher_and_the_base_of_an_adapter(tmp_path, start):
 
 
 def test_of_large_files_blocks_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(origin, "WHOLE_BYTES", 100)
-    monkeypatch.setattr(origin, "BLOCK_BYTES", 16)
-    found = {origin.weights_hash(tmp_path / "base") for value in (1.0, 2.0) if write_model(tmp_path / "base", value)}
+    monkeypatch.setattr(identity, "WHOLE_BYTES", 100)
+    monkeypatch.setattr(identity, "BLOCK_BYTES", 16)
+    found = {identity.weights_hash(tmp_path / "base") for value in (1.0, 2.0) if write_model(tmp_path / "base", value)}
     assert len(found) == 2

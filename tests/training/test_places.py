@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from minimind_jax.config import DataConfig, PretrainConfig
+from minimind_jax.training.origin import check_start_models
 from minimind_jax.training.places import mean_the_same
 from minimind_jax.training.run import RunFolder
 
@@ -83,6 +84,22 @@ def test_a_project_that_was_moved(project, monkeypatch, was_absolute):
     assert Path(inside.then().current(str(project / "tok") if was_absolute else "tok")) == moved / "tok"
     changed = dataclasses.replace(now, tokenizer=str(moved / "other_tok"), init_from=str(moved / "hub/qwen"))
     assert list(inside.changed_settings(changed)) == ["init_from", "tokenizer"]
+
+
+def test_a_model_or_tokenizer_that_was_renamed_or_copied(project):
+    (project / "runs/base/model/model.safetensors").write_bytes(b"weights")
+    config = config_of("more", *NAMES)
+    run = RunFolder("runs/more").create()
+    check_start_models(run, config)
+    run.write_config(config)
+    run.write_environment({})
+    (project / "tok").rename(project / "words")
+    (project / "runs/base/model").rename(project / "hub/mine")
+    renamed = dataclasses.replace(config, tokenizer="words", init_from="hub/mine")
+    assert run.changed_settings(renamed) == {}
+    (project / "hub/mine/model.safetensors").write_bytes(b"other")
+    (project / "words/tokenizer.json").write_text("3")
+    assert list(run.changed_settings(renamed)) == ["init_from", "tokenizer"]
 
 
 def test_a_run_of_an_older_version_is_compared_from_here(project):
