@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
 from minimind_jax.data.jsonl import Reading, Record
-from minimind_jax.data.messages import Conversation, Message, Place, read_messages, read_tools
+from minimind_jax.data.messages import Conversation, Message, Place, messages_in, read_messages, read_tools
 from minimind_jax.data.preferences import Preference, make_preference
 from minimind_jax.data.values import checked_text, field_names, is_absent, kind_of, loads
 from minimind_jax.errors import UserError
@@ -153,9 +153,9 @@ def _alpaca(fields: Fields) -> Conversation:
 
 def _completion(fields: Fields) -> Conversation:
     """TRL's: only the completion is trained; texts are joined without a template."""
-    prompt, prompt_name = fields.take("prompt")
-    completion, completion_name = fields.take("completion")
-    if isinstance(prompt, str) and isinstance(completion, str) and prompt.lstrip()[:2] != "[{":
+    (prompt, prompt_name), (completion, completion_name) = fields.take("prompt"), fields.take("completion")
+    prompt, completion = messages_in(prompt), messages_in(completion)
+    if isinstance(prompt, str) and isinstance(completion, str):
         fields.tell("`prompt` and `completion` are texts, joined without the chat template (generate with --raw true)")
         texts = {"user": prompt, "assistant": completion}
         names = {"user": prompt_name, "assistant": completion_name}
@@ -172,7 +172,8 @@ def _completion(fields: Fields) -> Conversation:
 
 def _as_messages(value: Any, role: str) -> Any:
     """A text as a message of that role, a message as a list of one."""
-    if isinstance(value, str) and value.lstrip()[:2] != "[{":
+    value = messages_in(value)
+    if isinstance(value, str):
         return [{"role": role, "content": value}]
     return [value] if isinstance(value, dict) else value
 
@@ -340,9 +341,10 @@ def read_record(record: Record, gives: Gives, reading: Reading, keeps: bool = Fa
     keeps: fields that are not understood stay with the record, as where answers are added to it, and are no error.
     Raises UserError for a record of no known format, and for a field that is not understood.
     """
-    unpaired = recognise(record.value, "preference", reading.ignore_fields)
-    found = unpaired if unpaired and unpaired.read is _unpaired else None
-    found = found or recognise(record.value, gives, reading.ignore_fields)
+    found = recognise(record.value, gives, reading.ignore_fields)
+    if "label" in record.value or "kto_tag" in record.value:
+        pairs = recognise(record.value, "preference", reading.ignore_fields)
+        found = pairs if pairs and pairs.read is _unpaired else found
     if found is None:
         raise UserError(f"{record.where}: {_missing(record.value, gives)}")
     fields = Fields(record, reading)

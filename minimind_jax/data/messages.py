@@ -13,6 +13,7 @@ from typing import Any
 from minimind_jax.data.values import (
     check_json,
     checked_text,
+    decode_json,
     field_names,
     is_absent,
     json_list,
@@ -130,8 +131,7 @@ class Place:
 
 def read_messages(turns: Any, place: Place) -> tuple[list[Message], list[dict[str, Any]] | None]:
     """Messages of any dialect as ours, and the tools that a system message offers. Raises UserError with the place."""
-    if isinstance(turns, str) and turns.lstrip()[:1] == "[":  # a cell of CSV or Parquet
-        turns = loads(turns, place.text)
+    turns = messages_in(turns)
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{place.text} is {kind_of(turns)}; expected a list of messages")
     messages, tools = [], None
@@ -153,6 +153,19 @@ def read_messages(turns: Any, place: Place) -> tuple[list[Message], list[dict[st
 
 
 _PLAIN_KEYS = {"role", "content"}
+
+
+def messages_in(value: Any) -> Any:
+    """The messages that a cell of a table holds as JSON; any other value as it is."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        found = decode_json(value)
+    except (ValueError, RecursionError):
+        return value
+    found = [found] if isinstance(found, dict) else found
+    are_messages = found and all(isinstance(message, dict) and {"role", "from"} & message.keys() for message in found)
+    return found if are_messages else value
 
 
 def read_message(message: Any, place: Place) -> Message:

@@ -1,5 +1,6 @@
 """What a pipeline's stages would stop at, found before the first of them trains: files, records, names, settings."""
 
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Sequence
@@ -61,9 +62,10 @@ def check_records(stage: Stage, sample: int | None = None) -> None:
     """Reads the stage's records, or the first `sample` of each file. Raises UserError for files that are not there, and
     for a broken record unless the stage skips those."""
     parse, paths, on_error = _reader(stage)
+    reading = reading_of(stage.config if stage.name == "tokenizer" else stage.config.data)
     for file in expand_paths(paths):
         try:
-            for record in itertools.islice(iter_records([file]), sample):
+            for record in itertools.islice(iter_records([file], reading=reading), sample):
                 parse(record)
         except UserError:
             if on_error == "stop":
@@ -74,7 +76,7 @@ def _reader(stage: Stage) -> tuple[Callable[[Record], object], tuple[str, ...], 
     """How a record of the stage is read, its files, and what it does with a broken one."""
     config = stage.config
     if stage.name == "tokenizer":
-        return text_of, config.data, config.on_error
+        return functools.partial(text_of, reading=reading_of(config)), config.data, config.on_error
     if not config.data.train:
         raise UserError("data.train is empty; give it files, folders or globs")
     reading, paths = reading_of(config.data), (*config.data.train, *config.data.val)
@@ -82,8 +84,8 @@ def _reader(stage: Stage) -> tuple[Callable[[Record], object], tuple[str, ...], 
     parsers |= dict.fromkeys(PAIRS, parse_preference)
     if stage.name in parsers:
         return lambda record: parsers[stage.name](record, reading=reading), paths, config.data.on_error
-    wanted = config.classify
-    return lambda record: check_labelled(record, wanted.text_field, wanted.label_field), paths, config.data.on_error
+    fields = config.text_field, config.classify.label_field
+    return lambda record: check_labelled(record, *fields), paths, config.data.on_error
 
 
 def _check_settings(stage: Stage, before: Sequence[Stage]) -> None:

@@ -146,6 +146,10 @@ CONVERSATIONS = {
         {"instruction": "q", "context": "c", "response": "a", "category": "open_qa"},
         {"conversations": [{**USER, "content": "q\nc"}, ANSWER]},
     ),
+    "a prompt that is JSON": (
+        {"prompt": '[{"x": 1}]', "completion": "[1]"},
+        {"prompt": '[{"x": 1}]', "completion": "[1]"},
+    ),
     "question and answer": ({"question": "q", "answer": "a"}, {"conversations": TALK}),
     "prompt and response": ({"prompt": "q", "response": "a"}, {"conversations": TALK}),
     "Orca": ({"system_prompt": "s", "question": "q", "response": "a"}, {"conversations": [SYSTEM, *TALK]}),

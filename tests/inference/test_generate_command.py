@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import json
 import os
+from pathlib import Path
 
 import pytest
 from templates import DEEPSEEK, QWEN3, with_template
@@ -325,3 +326,61 @@ def test_the_prompt_tells_thinking_from_the_answer(template, thinking, text, exp
         request = _request(generator, config, Record("a.jsonl:1", tmp_path, 1, record))
         reply = _result(config, request, Completion(text, [1], [0.0], "stop", 4))["conversations"][-1]
         assert (reply["content"], reply.get("reasoning_content")) == expected
+
+
+FORMATS = [
+    {"messages": [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "why?"}]},
+    {"conversations": [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "no"}], "system": "Be brief."},
+    {"instruction": "why?", "input": "", "output": "no", "system": "Be brief."},
+    {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "why?"}], "id": 3},
+    {"prompt": "why?", "system": "Be brief."},
+]
+
+
+def test_prompts_of_every_format_ask_the_same(config, generator):
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "why?"}]
+    for line, record in enumerate(FORMATS, 1):
+        request = _request(generator, config, Record(f"in.jsonl:{line}", Path("in.jsonl"), line, record))
+        assert request.ids == encode_prompt(generator.tokenizer, asked)
+        assert set(request.others) <= {"id"}
+
+
+LONG = [{"prompt": "first"}, {"prompt": "cat " * 700 + "end"}, {"prompt": "second"}, {"prompt": "dog " * 800}]
+
+
+@pytest.fixture
+def long_prompts(config):
+    with open(config.input[0], "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in LONG)
+    return config
+
+
+def test_long_prompts_are_all_named_before_anything_is_generated(long_prompts):
+    with pytest.raises(UserError) as caught:
+        run(long_prompts)
+    assert all(f"in.jsonl:{line}: a prompt of" in str(caught.value) for line in (2, 4))
+    assert "in.jsonl:1" not in str(caught.value) and "--long_prompts skip" in str(caught.value)
+    assert not os.path.exists(long_prompts.output + ".partial") and not os.path.exists(long_prompts.output)
+
+
+@pytest.mark.parametrize(("how", "asked"), [("skip", [0, 2]), ("cut", [0, 1, 2, 3])])
+def test_long_prompts_are_left_out_or_cut_by_choice(long_prompts, how, asked, capsys):
+    run(dataclasses.replace(long_prompts, long_prompts=how))
+    answered = lines(long_prompts.output)
+    assert [result["prompt"] for result in answered] == [LONG[i]["prompt"] for i in asked]
+    done = {"skip": "left out", "cut": "cut to their end"}[how]
+    assert f"2 prompts were too long and {done}" in capsys.readouterr().out
+
+
+def test_a_cut_prompt_keeps_its_frame_and_its_end(config, generator):
+    talk = [{"role": "system", "content": "s"}]
+    talk += [{"role": role, "content": f"{role} " * 40} for role in ("user", "assistant")] * 20
+    for value, kept in (
+        ({"messages": [*talk, {"role": "user", "content": "last"}]}, "last"),
+        ({"prompt": "cat " * 700 + "end", "system": "s"}, "end"),
+    ):
+        request = _request(generator, config, Record("in.jsonl:1", Path("in.jsonl"), 1, value), cut=True)
+        assert generator.room(len(request.ids)) >= config.max_new_tokens
+        first, *_, last = request.conversation.messages
+        assert first == talk[0] and last["content"].endswith(kept)
+        assert request.ids == encode_prompt(generator.tokenizer, request.conversation.messages)
