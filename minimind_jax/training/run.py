@@ -103,9 +103,10 @@ class RunFolder:
         """Raises UserError when `resume` (auto, must, never) does not allow what is there, or no run wrote it."""
         steps = self.checkpoint_steps()
         made_by_run = steps or self.metrics_file.is_file() or self.environment_file.is_file()
-        if self.config_file.is_file() and not made_by_run:
+        written = (self.config_file, self.report_file, self.results_file, self.loss_picture)
+        if not made_by_run and (foreign := [str(file) for file in written if file.is_file()]):
             raise UserError(
-                f"{self.config_file} is not of a run (no {self.metrics_file.name} and no {self.environment_file.name} "
+                f"{', '.join(foreign)} is not of a run (no {self.metrics_file.name} and no {self.environment_file.name} "
                 "beside it) and would be overwritten; choose another run name, or move that file"
             )
         if resume == "must" and not steps:

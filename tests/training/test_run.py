@@ -76,6 +76,13 @@ def test_a_config_that_no_run_wrote_is_not_overwritten(tmp_path):
     run.check_resume("auto")
 
 
+@pytest.mark.parametrize("name", ["report.md", "results.md", "loss.png"])
+def test_what_others_wrote_is_not_overwritten(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=rf"{name} is not of a run .* would be overwritten"):
+        RunFolder(tmp_path).check_resume("auto")
+
+
 def test_environment_holds_versions_devices_and_facts(tmp_path):
     run = RunFolder(tmp_path).create()
     run.write_environment({"parameters": 12, "files": ("a",)})
