@@ -12,6 +12,8 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 DEFAULT_PRESET = "minimind-3"
 
+MINIMIND_CHANCES = {"system_prompt_probability": 0.2, "empty_think_removal": 0.8}
+
 
 def at_least(owner, minimum: float, *names: str) -> None:
     """Raises ValueError when one of these fields is set and below the minimum."""
@@ -115,8 +117,10 @@ class DataConfig:
     cache_dir: of tokenised data; empty means $MINIMIND_CACHE or ~/.cache/minimind_jax.
     tokenizer_workers: processes that tokenise; 0 means one for each core.
     loader_workers: threads that read rows ahead of the training step.
-    system_prompt_probability: chance that a conversation without system prompt and tools gets one (SFT).
-    empty_think_removal: chance that a conversation's empty think blocks are removed (SFT).
+    system_prompt_probability: chance that a conversation without system prompt and tools gets one (SFT). null:
+        MiniMind's 0.2 of much data, and 0 of little, which is then learned as `chat` will ask for it.
+    empty_think_removal: chance that a conversation's empty think blocks are removed (SFT). null: MiniMind's 0.8 of much
+        data, and 0 of little.
     redraw_each_epoch: draw these two chances anew for every epoch (the data is then tokenised for each).
     """
 
@@ -133,8 +137,8 @@ class DataConfig:
     cache_dir: str = ""
     tokenizer_workers: int = 0
     loader_workers: int = 1
-    system_prompt_probability: float = 0.2
-    empty_think_removal: float = 0.8
+    system_prompt_probability: float | None = None
+    empty_think_removal: float | None = None
     redraw_each_epoch: bool = False
 
     def __post_init__(self):
@@ -145,6 +149,13 @@ class DataConfig:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be between 0 and 1")
         if self.packing not in ("concat", "best_fit", "pad"):
             raise ValueError(f"data.packing is {self.packing!r}; it must be concat, best_fit or pad")
+
+    @property
+    def chances(self) -> dict[str, float]:
+        """system_prompt_probability and empty_think_removal; MiniMind's while they are null."""
+        given = {"system_prompt_probability": self.system_prompt_probability}
+        given["empty_think_removal"] = self.empty_think_removal
+        return {name: MINIMIND_CHANCES[name] if value is None else value for name, value in given.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -160,10 +160,10 @@ def build_cache(
 
 def _dice(kind: Kind, data: DataConfig, seed: int, epoch: int) -> Dice | None:
     """None where nothing is drawn, so that the seed does not matter."""
-    if kind not in RENDERED or not (data.system_prompt_probability or data.empty_think_removal):
+    if kind not in RENDERED or not any(data.chances.values()):
         return None
     epoch = epoch if data.redraw_each_epoch else 0
-    return Dice(seed, epoch, data.system_prompt_probability, data.empty_think_removal)
+    return Dice(seed, epoch, **data.chances)
 
 
 def _source(files: list[Path], encoder: "Encoder", tokenizer: Tokenizer, root: Path) -> dict[str, Any]:

@@ -10,13 +10,13 @@ from minimind_jax.data.content import file_identities
 from minimind_jax.data.jsonl import expand_paths
 from minimind_jax.data.labels import Classes
 from minimind_jax.data.token_cache import build_cache
-from minimind_jax.data.tokenise import Kind
+from minimind_jax.data.tokenise import RENDERED, Kind
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.model.lora import without_adapters
 from minimind_jax.model.transformer import LanguageModel, count_parameters
 from minimind_jax.sharding import announce, make_mesh, row_shards
-from minimind_jax.training.defaults import Amount, following, leaves_open, share_held_out, with_values
+from minimind_jax.training.defaults import Amount, following, leaves_open, open_chances, share_held_out, with_values
 from minimind_jax.training.run import RunFolder, flat, plain
 
 
@@ -35,6 +35,9 @@ def settle(
     asked = flat(plain(config))
     values = run.settled(asked)
     config = with_values(config, values)
+    size = sum(file.stat().st_size for file in expand_paths(config.data.train))
+    chances = open_chances(config, kind in RENDERED, size)
+    values, config = values | chances, with_values(config, chances)
     if leaves_open(config):
         found, told = on_all(lambda: _from_data(config, kind, tokenizer, model, classes))
         values, config = values | found, with_values(config, found)

@@ -9,12 +9,13 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
-from minimind_jax.config import Figures, PretrainConfig, TrainingConfig
+from minimind_jax.config import MINIMIND_CHANCES, Figures, PretrainConfig, TrainingConfig
 from minimind_jax.training.plan import SHORTEST, planned_steps
 
 STEPS_PER_EPOCH = 32  # the batch is made smaller until an epoch has as many
 STEPS, MOST_EPOCHS = 400, 60  # then there are more epochs, until the run has as many steps, up to so many,
 FEW_TOKENS, MUCH_TOKENS = 2e6, 1e8  # of an epoch: up to here the rate for few data, from there on that for much
+BYTES_PER_TOKEN = 3  # of a data file
 HELD_OUT, LARGEST_SHARE = 50, 0.05  # records that tell how well a run does, unless that is a larger share of them
 FEWEST_TO_SPLIT = 20  # records; none of fewer is held out
 
@@ -36,8 +37,16 @@ class EpochSize(NamedTuple):
     trained_tokens_per_epoch: int
 
 
+def open_chances(config: PretrainConfig, is_rendered: bool, size: int) -> dict[str, float]:
+    """The template's chances that `config` leaves open, by dotted key, for files of `size` bytes. Little data is
+    learned as it will be asked for: drawn at random, most of it would never be seen so."""
+    asked = [name for name in MINIMIND_CHANCES if is_rendered and getattr(config.data, name) is None]
+    is_few = size < FEW_TOKENS * BYTES_PER_TOKEN and not config.data.redraw_each_epoch
+    return {f"data.{name}": 0.0 if is_few else MINIMIND_CHANCES[name] for name in asked}
+
+
 def leaves_open(config: PretrainConfig) -> bool:
-    """Whether anything is to follow from the data."""
+    """Whether anything else is to follow from the data."""
     training = config.training
     needed = [training.batch_tokens, training.eval_every, config.optimizer.learning_rate]
     needed.append(0.0 if config.data.val else config.data.val_fraction)

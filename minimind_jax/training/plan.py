@@ -53,7 +53,7 @@ def data_record(batches: Batches) -> dict[str, str | int | float | bool]:
     """What decides the rows of every step; kept in checkpoints."""
     data, info = batches.data, batches.cache.info
     # The first cache tells nothing of the draws of later epochs. Text has none.
-    chances = ("redraw_each_epoch", "system_prompt_probability", "empty_think_removal")
+    chances = {"redraw_each_epoch": data.redraw_each_epoch, **data.chances}
     return {
         "cache": batches.cache.made_of,
         "content": batches.cache.content,
@@ -68,7 +68,7 @@ def data_record(batches: Batches) -> dict[str, str | int | float | bool]:
         # Best fit without a shuffle once trained the longest rows first.
         "shuffle": data.shuffle or (batches.epoch(0).packing not in ("concat", "pad") and "in order"),
         "seed": batches.seed,
-        **{name: getattr(data, name) for name in chances if info["kind"] in RENDERED},
+        **(chances if info["kind"] in RENDERED else {}),
     }
 
 

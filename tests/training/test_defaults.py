@@ -6,10 +6,18 @@ import pytest
 from run_helpers import with_chats
 
 from minimind_jax.adapt_config import ClassifyConfig, DistillConfig, DPOConfig, RewardConfig
-from minimind_jax.config import DataConfig, LoRAConfig, OptimizerConfig, PretrainConfig, SFTConfig, TrainingConfig
+from minimind_jax.config import (
+    MINIMIND_CHANCES,
+    DataConfig,
+    LoRAConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    SFTConfig,
+    TrainingConfig,
+)
 from minimind_jax.settings import load_settings
 from minimind_jax.stages.sft import sft
-from minimind_jax.training.defaults import Amount, filled, following, share_held_out, with_values
+from minimind_jax.training.defaults import Amount, filled, following, open_chances, share_held_out, with_values
 from minimind_jax.training.plan import SHORTEST
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import read_metrics
@@ -96,6 +104,17 @@ def test_held_out_records_are_enough_to_tell_and_few_to_miss():
     shares = {n: share_held_out(n, SFTConfig.FIGURES) for n in (1, 3, 19, 30, 300, 2000, 10**6)}
     assert [shares[n] for n in (1, 3, 19)] == [0, 0, 0]
     assert shares[30] == shares[300] == 0.05 and 30 <= 2000 * shares[2000] <= 60 and shares[10**6] == 0.001
+
+
+def test_little_data_is_learned_as_chat_asks_for_it():
+    config = SFTConfig()
+    both = {"data.system_prompt_probability": 0.2, "data.empty_think_removal": 0.8}
+    assert open_chances(config, True, 10**9) == both and config.data.chances == MINIMIND_CHANCES
+    assert open_chances(config, True, 40_000) == dict.fromkeys(both, 0.0)
+    assert open_chances(config, False, 40_000) == {}
+    given = SFTConfig(data=DataConfig(system_prompt_probability=0.5))
+    assert open_chances(given, True, 40_000) == {"data.empty_think_removal": 0.0}
+    assert given.data.chances == {"system_prompt_probability": 0.5, "empty_think_removal": 0.8}
 
 
 def test_without_known_data_the_figures_are_those_for_much():
