@@ -114,8 +114,8 @@ def to_hf_command(prog: str, argv: Sequence[str]) -> None:
         step = export_checkpoint(args.source, args.output, args.checkpoint, args.dtype, args.max_shard_bytes)
         print(f"wrote {args.output}, step {step} of {args.source}")
         return
-    from minimind_jax.convert.hf import to_hf
-    from minimind_jax.convert.load import merge_lora
+    from minimind_jax.convert.hf import stored_dtype, to_hf
+    from minimind_jax.convert.load import base_folder, merge_lora
     from minimind_jax.folders import is_adapter, resolve_model_folder
 
     source = resolve_model_folder(args.source, "source")
@@ -123,7 +123,9 @@ def to_hf_command(prog: str, argv: Sequence[str]) -> None:
         merge_lora(source, args.output, dtype=args.dtype or "bfloat16", max_shard_bytes=args.max_shard_bytes)
     else:
         to_hf(source, args.output, args.dtype or "bfloat16", args.max_shard_bytes)
-    print(f"wrote {args.output}")
+    found = stored_dtype(base_folder(source) if is_adapter(source) else source)
+    rounded = not args.dtype and found == "float32"
+    print(f"wrote {args.output}{' in bfloat16 (--dtype float32 keeps the precision of the source)' if rounded else ''}")
 
 
 def from_torch_command(prog: str, argv: Sequence[str]) -> None:

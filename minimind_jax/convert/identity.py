@@ -1,11 +1,12 @@
 """Hashes that tell models and tokenizers by what they are, wherever their folders are."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
 from minimind_jax.convert.load import base_folder
-from minimind_jax.data.tokenizer import TOKENIZER_FILES
+from minimind_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from minimind_jax.folders import is_adapter
 
 WHOLE_BYTES = 2**26  # files up to this are read whole
@@ -31,6 +32,12 @@ def weights_hash(folder: Path) -> str:
     if is_adapter(folder):
         found.update(weights_hash(base_folder(folder)).encode())
     return found.hexdigest()
+
+
+def words_hash(tokenizer: Tokenizer) -> str:
+    """A hash of a tokenizer's words and their ids; its template has no part in it."""
+    words = sorted(tokenizer.vocabulary().items())
+    return hashlib.blake2b(json.dumps(words).encode(), digest_size=8).hexdigest()
 
 
 def tokenizer_hash(folder: Path) -> str:

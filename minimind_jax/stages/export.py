@@ -17,6 +17,7 @@ from minimind_jax.stages import STAGES
 from minimind_jax.stages.common import load_model, load_tokenizer, run_parameters, start_generation
 from minimind_jax.stages.heads import load_body, own_labels, with_head
 from minimind_jax.training.checkpoint import DamagedCheckpoint, load_params
+from minimind_jax.training.origin import check_words
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import read_metrics, val_losses
 
@@ -35,7 +36,8 @@ def export_checkpoint(
     changed, so the run may be under way.
 
     Raises:
-        UserError: no such run or checkpoint, or the tokenizer or model that the run started from is gone.
+        UserError: no such run or checkpoint, the tokenizer or model that the run started from is gone, or the
+            tokenizer has other words by now.
     """
     run = _find_run(name)
     stage, config = _read_settings(run)
@@ -43,6 +45,7 @@ def export_checkpoint(
     places = {key: then.current(getattr(config, key)) for key in ("init_from", "tokenizer")} if then else {}
     config = dataclasses.replace(config, mesh=MeshConfig(), **places)  # of this machine, not those of the training
     tokenizer, labels = load_tokenizer(config), _labels(run, stage, config)
+    check_words(run, tokenizer)
     if labels is None:
         model = load_model(config, tokenizer)
         parameters = run_parameters(config, model)

@@ -6,7 +6,9 @@ from typing import Any
 
 from minimind_jax.agreement import check_agreement, code_hash, on_all
 from minimind_jax.config import PretrainConfig
-from minimind_jax.convert.identity import tokenizer_hash, weights_hash
+from minimind_jax.convert.identity import tokenizer_hash, weights_hash, words_hash
+from minimind_jax.convert.load import load_tokenizer
+from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
 from minimind_jax.paths import is_remote
@@ -36,8 +38,8 @@ def agreed_settings(config: PretrainConfig) -> dict[str, Any]:
 
 
 def check_start_models(run: RunFolder, config: PretrainConfig) -> None:
-    """Notes the run's `start_models`, and its tokenizer. Raises UserError when a model holds other weights now than
-    when the run was started, and where those of the processes differ.
+    """Notes the run's `start_models`, and its tokenizer. Raises UserError when a model holds other weights now, or the
+    tokenizer other words, than when the run was started, and where the weights of the processes differ.
 
     The checkpoint goes on from the old ones, and what is computed from them anew (a reference, a teacher, a frozen
     base) would be of the new.
@@ -54,3 +56,25 @@ def check_start_models(run: RunFolder, config: PretrainConfig) -> None:
             )
     if config.tokenizer and not is_remote(Path(config.tokenizer)):  # only noted: a changed one changes the data
         run.start_models["tokenizer"] = tokenizer_hash(Path(config.tokenizer).expanduser())
+    if words := _words(config):
+        check_words(run, words)
+        run.start_models["words"] = words_hash(words)
+
+
+def _words(config: PretrainConfig) -> Tokenizer | None:
+    """The run's tokenizer; None where there is none, which the stage says."""
+    try:
+        folder = config.init_from and resolve_model_folder(config.init_from, "init_from")
+        return load_tokenizer(folder, config.tokenizer) if folder else Tokenizer.load(config.tokenizer)
+    except UserError:
+        return None
+
+
+def check_words(run: RunFolder, tokenizer: Tokenizer) -> None:
+    """Raises UserError when the run's checkpoints were made with a tokenizer of other words."""
+    before = run.read_environment().get("start_models", {}) if run.checkpoint_steps() else {}
+    if before.get("words", words_hash(tokenizer)) != words_hash(tokenizer):
+        raise UserError(
+            f"the tokenizer {tokenizer.folder} has other words than when {run.path} was started: the ids of its "
+            "checkpoints mean other text; restore the tokenizer, or start another run"
+        )

@@ -9,7 +9,7 @@ from run_helpers import ADAPTERS, write_lines
 from safetensors.numpy import load_file
 from templates import CHATML, with_template
 
-from minimind_jax.config import SFTConfig
+from minimind_jax.config import ModelSettings, SFTConfig
 from minimind_jax.convert.hf import from_hf, load_hf
 from minimind_jax.convert.load import merge_lora
 from minimind_jax.data.documents import encode_prompt
@@ -135,3 +135,23 @@ def test_a_tokenizer_of_other_words_is_refused_where_it_meets_a_model(make, fore
     (bare / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"bare has no tokenizer .*give the one that the model was trained with"):
         load_tokenizer(dataclasses.replace(config, init_from=str(bare), tokenizer=""))
+
+
+def test_a_run_whose_tokenizer_was_trained_anew_goes_on_nowhere(make, foreign, chats, tmp_path):
+    tokenizer = shutil.copytree(foreign.parent / "tokenizer", tmp_path / "tokenizer")
+    config = make(
+        SFTConfig, tmp_path / "run", chats, init_from="", tokenizer=str(tokenizer),
+        data={"val_fraction": 0.0}, training={"steps": 2, "eval_every": 0}, model=ModelSettings(
+            hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+        ),
+    )  # fmt: skip
+    run = sft(config)
+    longer = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=4))
+    template = tokenizer / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# the same words #}")
+    export_checkpoint(str(run), tmp_path / "export", "newest")
+    train_bpe(["zebras quickly xylophone"] * 3, tmp_path / "other", 304)
+    shutil.copy(tmp_path / "other" / "tokenizer.json", tokenizer / "tokenizer.json")
+    for goes_on in (lambda: sft(longer), lambda: export_checkpoint(str(run), tmp_path / "no", "newest")):
+        with pytest.raises(UserError, match=r"tokenizer has other words than when .*run was started"):
+            goes_on()
