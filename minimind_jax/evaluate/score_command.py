@@ -121,7 +121,9 @@ def _write(paths: Sequence[str], reading: Reading, answers, fields: Sequence[str
         write = file.write if file else lambda row: print(json_line(row), flush=True)
         with progress("scoring", total, show=bool(output)) as advance:
             while chunk := list(islice(records, CHUNK if file else 1)):  # what is printed comes as soon as it is known
-                for record, answer in zip(chunk, answers(chunk), strict=True):
+                with progress("compiling", show=not (file or count)):
+                    found = list(answers(chunk))
+                for record, answer in zip(chunk, found, strict=True):
                     write({**record.value, **answer})
                 count += len(chunk)
                 advance(len(chunk))

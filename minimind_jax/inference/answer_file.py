@@ -18,7 +18,7 @@ from minimind_jax.errors import UserError
 
 AGAIN = "--resume never begins anew"
 TABLES = {".csv": ",", ".tsv": "\t"}  # the separator of files whose names end so
-NOT_WRITTEN = (".json", ".parquet", ".gz", ".zst")  # names that promise a form which is not written
+NOT_WRITTEN = (".parquet", ".gz", ".zst")  # names that promise a form which is not written
 
 
 class PartialFile:

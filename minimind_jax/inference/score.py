@@ -1,6 +1,6 @@
 """Scores from a model with a head of them: a classifier's logits, a reward model's score."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -68,8 +68,11 @@ class Scorer:
         self.cut += sum(len(ids) > self.max_tokens for ids in prompts)
         return self.score_ids([ids[-self.max_tokens :] for ids in prompts])
 
-    def score_ids(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-        """(prompts, labels) scores of token ids. Neighbours in length share a batch, so that little is padding."""
+    def score_ids(
+        self, prompts: Sequence[Sequence[int]], advance: Callable[[int], None] = lambda count: None
+    ) -> np.ndarray:
+        """(prompts, labels) scores of token ids. Neighbours in length share a batch, so that little is padding.
+        advance: hears how many more are done."""
         found = np.zeros((len(prompts), len(self.labels.names)), np.float32)
         if any(not ids for ids in prompts):
             raise UserError("a text is empty; there is nothing to score")
@@ -84,4 +87,5 @@ class Scorer:
             for row, i in enumerate(chosen):
                 tokens_BT[row, : len(prompts[i])], lengths_B[row] = prompts[i], len(prompts[i])
             found[chosen] = np.asarray(self._last_scores(self.params, tokens_BT, lengths_B))[: len(chosen)]
+            advance(len(chosen))
         return found

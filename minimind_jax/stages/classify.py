@@ -16,6 +16,7 @@ from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.evaluate.classification import ClassificationResult, describe, draw_confusion, evaluate_logits
 from minimind_jax.inference.score import Scorer
 from minimind_jax.losses.classification import make_classification_loss
+from minimind_jax.progress import progress
 from minimind_jax.sharding import announce, data_process, make_mesh
 from minimind_jax.shell import command
 from minimind_jax.stages.common import check_context, finish_run, is_finished, load_tokenizer, start_run, tidy
@@ -101,7 +102,8 @@ def evaluate_batches(
     """How the model that the run has written does on all documents of `batches`."""
     cache, documents = batches.cache, batches.epoch(0).documents
     scorer = Scorer(str(run.path), max_tokens=seq_len)
-    logits = scorer.score_ids([cache.ids(int(d), 0, seq_len).tolist() for d in documents])
+    with progress("evaluating", len(documents)) as advance:
+        logits = scorer.score_ids([cache.ids(int(d), 0, seq_len).tolist() for d in documents], advance)
     names = np.array(labels.names, object)
     values = cache.values[documents]
     truth = [names[row > 0.5].tolist() for row in values] if labels.several else names[values.astype(int)].tolist()

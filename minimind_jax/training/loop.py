@@ -123,7 +123,8 @@ def train(
                 "it, or start another run"
             )
 
-        facts = run_facts(config, stage, model, mesh, program.parts, train_batches, val_batches, total_steps)
+        has_words = SCORE not in parameters.abstract
+        facts = run_facts(config, stage, model, mesh, program.parts, train_batches, val_batches, total_steps, has_words)
         # Before the settings: while metrics.jsonl says that the model is written, they are those it was written with.
         writer = stack.enter_context(
             MetricsWriter(run, config.tracking, start_step=start_step, settings=plain(config), active=is_first)
@@ -150,7 +151,7 @@ def train(
             progress=progress,
             profiler=stack.enter_context(profiler),
             stop=stop,
-            speed=Speed(model, config.data.seq_len, record.get("seconds", 0.0), SCORE not in parameters.abstract),
+            speed=Speed(model, config.data.seq_len, record.get("seconds", 0.0), has_words),
             tokens=record.get("tokens", 0),
             skipped=record.get("skipped", 0),
             base=base,

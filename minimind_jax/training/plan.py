@@ -125,8 +125,10 @@ def run_facts(
     train_batches: Batches,
     val_batches: Batches | None,
     total_steps: int,
+    has_words: bool = True,
 ) -> dict[str, str]:
-    """What is printed at the start and kept in environment.json. parts: micro-batches of a step."""
+    """What is printed at the start and kept in environment.json. parts: micro-batches of a step. has_words: false of a
+    model with a head of scores, which makes no logits of words."""
     devices, shape = mesh.devices.ravel(), model.config
     parameters = count_parameters(without_adapters(model.abstract_params()))
     sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
@@ -150,7 +152,7 @@ def run_facts(
         "compute": f"{dtype.name}, attention path: {path}{f' ({reason})' if reason else ''}, "
         + f"experts path: {moe.choose_path(model.compute.experts, tokens)}, " * shape.is_moe
         + f"remat {model.compute.remat}",
-        "loss": f"logits of {piece:,} of {vocab:,} words at once on a device",
+        **({"loss": f"logits of {piece:,} of {vocab:,} words at once on a device"} if has_words else {}),
         "devices": f"{devices.size} x {devices[0].device_kind}{f' ({sizes})' if sizes else ''}",
         "training data": describe_data(train_batches),
         "validation data": describe_data(val_batches) if val_batches is not None else "none",

@@ -87,9 +87,18 @@ def test_several_prompts_are_printed_with_their_answers(config, generator, capsy
     assert f"> two\n{expected.text}\n" in capsys.readouterr().out
 
 
-def test_without_output_the_records_are_printed(config, capsys):
+def test_an_output_s_name_promises_no_other_form(config, tmp_path):
+    for name in ("out.csv", "out.parquet", "out.jsonl.gz"):
+        with pytest.raises(UserError, match="JSON lines are written"):
+            run(dataclasses.replace(config, output=str(tmp_path / name)))
+
+
+def test_without_output_the_records_are_printed(config, capsys, monkeypatch):
+    monkeypatch.setattr("minimind_jax.progress.LINE_EVERY", 0.01)
     run(dataclasses.replace(config, output=""))
-    assert [json.loads(line)["finish_reason"] for line in capsys.readouterr().out.splitlines()]
+    printed = capsys.readouterr()
+    assert [json.loads(line)["finish_reason"] for line in printed.out.splitlines()]
+    assert "answering, 0 of " in printed.err
 
 
 @pytest.mark.parametrize(

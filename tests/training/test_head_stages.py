@@ -80,9 +80,8 @@ def test_models_with_scores_write_no_text(make, tmp_path, monkeypatch):
         distill(make(DistillConfig, tmp_path / "student", "labels", teacher=TeacherConfig(model=str(run))))
     again = make(ClassifyConfig, tmp_path / "again", "labels", init_from=str(run))  # its head, in whatever order
     model = load_body(again, load_tokenizer(again), "classify")
-    row = next(
-        row for row in read_metrics(RunFolder(run).metrics_file) if "mfu" in row
-    )  # without a vocabulary's product
+    row = next(row for row in read_metrics(RunFolder(run).metrics_file) if "mfu" in row)
+    assert "loss" not in RunFolder(run).read_environment()["run"]  # which tells of pieces of the vocabulary
     flops = flops_per_token(model.config, again.data.seq_len, has_words=False)
     assert row["mfu"] == pytest.approx(row["tokens_per_second"] * flops / 1e6, rel=1e-3)
     a, b = (
@@ -185,6 +184,9 @@ def test_the_trained_length_goes_with_the_model(make, files, tmp_path, capsys):
     assert [(row["text"], row["tag"]) for row in rows] == [(long, '["a", "b"]'), ('cat, "x"', "")]
     for row, answer in zip(rows, expected, strict=True):
         assert (row["predicted"], float(row["probability"])) == (answer["predicted"], answer["probability"])
+    for name in ("table.parquet", "table.csv.gz"):
+        with pytest.raises(UserError, match="JSON lines are written"):
+            predict(str(run.path), [texts], str(tmp_path / name))
     with pytest.raises(UserError, match="seq_len 1000 is above the model's context"):
         predict(str(run.path), [texts], seq_len=1000)
     transformers = pytest.importorskip("transformers")
