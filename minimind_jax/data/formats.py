@@ -77,13 +77,13 @@ class Fields:
     def tell(self, note: str) -> None:
         self.place("").tell(note)
 
-    def finish(self, name: str) -> None:
+    def finish(self, name: str, gives: Gives) -> None:
         """Raises UserError for a field that was not understood."""
         for field, value in list(self.left.items()):
             if not self.place(field).leave_out(field, self.left, ""):
                 raise UserError(
                     f"{self.record.where}: field {field[:40]!r} ({kind_of(value)}) of a record in the format {name} is "
-                    f"not understood{_hint(self.record.value)}; remove it, or list it in data.ignore_fields to train "
+                    f"not understood{_hint(self.record.value, gives)}; remove it, or list it in data.ignore_fields to train "
                     "without it"
                 )
 
@@ -250,7 +250,7 @@ def _openai_pair(fields: Fields) -> Preference:
     record = dataclasses.replace(fields.record, where=f"{fields.record.where}: {name}", value=asked)
     inner = Fields(record, Reading(ignore_fields=tuple(fields.ignore)))
     base = _chat(inner)
-    inner.finish(_NAMES["preferred_output"])
+    inner.finish(_NAMES["preferred_output"], "preference")
     return _preference(fields, base, {"preferred_output": chosen, "non_preferred_output": rejected})
 
 
@@ -350,7 +350,7 @@ def read_record(record: Record, gives: Gives, reading: Reading, keeps: bool = Fa
     fields = Fields(record, reading)
     read = found.read(fields)
     if not keeps:
-        fields.finish(found.name)
+        fields.finish(found.name, gives)
     return read
 
 
@@ -394,10 +394,10 @@ def _missing(value: dict[str, Any], gives: Gives) -> str:
     )
 
 
-def _hint(value: dict[str, Any]) -> str:
-    """What the record looks like, and which stage takes it."""
+def _hint(value: dict[str, Any], wanted: Gives | None = None) -> str:
+    """What the record looks like, and which stage takes it, unless that is what is wanted."""
     row = next((row for row in FORMATS if all(value.keys() & set(names) for names in row.needs)), None)
     gives = row.gives if row else "text" if isinstance(value.get("text"), str) else None
     if row and row.read is _unpaired:
         return " (this is one answer with a verdict, as for KTO; pairs are needed)"
-    return f" ({TAKEN_BY[gives]})" if gives else ""
+    return f" ({TAKEN_BY[gives]})" if gives not in (None, wanted) else ""

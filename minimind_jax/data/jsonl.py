@@ -218,7 +218,7 @@ def told_lines(told: Counter, most: int = 12) -> list[str]:
     """What was left out or guessed while records were read: a line a file."""
     lines = []
     for file, notes in itertools.groupby(sorted(told.items()), key=lambda item: item[0][0]):
-        counts = [f"{note} ({count:,} times)" for (_, note), count in notes]
+        counts = [f"{note} ({count:,} times)" if count > 1 else f"{note} (once)" for (_, note), count in notes]
         lines.append(f"{file}: {'; '.join(counts)}")
     return lines[:most] + ([f"and {len(lines) - most} more files"] if len(lines) > most else [])
 

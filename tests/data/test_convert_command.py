@@ -26,7 +26,7 @@ def test_files_of_several_formats_become_one_of_ours(tmp_path, capsys):
     assert written(out) == [{"conversations": TALK}] * 3
     told = capsys.readouterr()
     assert "3 records written to" in told.out and "messages (1), instruction and output (2)" in told.out
-    assert "a.json: `id` is ignored (1 times)" in told.err
+    assert "a.json: `id` is ignored (once)" in told.err
 
 
 @pytest.mark.parametrize(

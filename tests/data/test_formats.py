@@ -439,7 +439,7 @@ def test_what_is_trained_of_each_format(tmp_path, tokenizer, capsys):
     ids = tokenizer.decode(cache.ids(2, 0, 99), skip_special_tokens=False)
     assert ids.endswith(f"the cat sat{end}") and "<|im_start|>user" not in ids
     told = capsys.readouterr().err
-    assert "data.json: `id` is ignored (1 times)" in told and "joined without the chat template (" in told
+    assert "data.json: `id` is ignored (once)" in told and "joined without the chat template (" in told
 
 
 def test_pairs_are_compared_as_they_are_rendered(tmp_path, tokenizer):
