@@ -107,7 +107,8 @@ class RunFolder:
         if not made_by_run and (foreign := [str(file) for file in written if file.is_file()]):
             raise UserError(
                 f"{', '.join(foreign)} is not of a run (no {self.metrics_file.name} and no "
-                f"{self.environment_file.name} beside it) and would be overwritten; choose another run name, or move that file"
+                f"{self.environment_file.name} beside it) and would be overwritten; choose another run name, or move "
+                "that file"
             )
         if resume == "must" and not steps:
             raise UserError(
