@@ -11,9 +11,12 @@ from minimind_jax.errors import TemplateFault, UserError
 OPEN_TAG, CLOSE_TAG = "<think>", "</think>"
 
 
-def check_complete(messages: Sequence[Message], tools: Sequence[Any] | None, segments: Sequence[Segment]) -> None:
+def check_complete(
+    messages: Sequence[Message], tools: Sequence[Any] | None, segments: Sequence[Segment], with_answers: bool = True
+) -> None:
     """Raises UserError, which names it, for anything of a conversation that the rendered text does not hold.
 
+    with_answers: False for a prompt, in which a template may shorten what the assistant has said before.
     What is trained must be in its own message's piece (the n-th trained one), the rest anywhere in the text.
     White space does not count, and text may be written as JSON writes it.
     """
@@ -21,6 +24,8 @@ def check_complete(messages: Sequence[Message], tools: Sequence[Any] | None, seg
     answers = iter([_squeezed(segment.text) for segment in segments if segment.trained])
     for index, message in enumerate(messages):
         role = message["role"]
+        if role == "assistant" and not with_answers:
+            continue
         text = next(answers, "") if role == "assistant" and message.get("train", True) else whole
         if lost := [name for name, words in _said(message) if not all(_is_in(word, text) for word in words)]:
             raise UserError(f"the chat template leaves out the {lost[0]} of {role} message {index + 1}; {_ways_out()}")
@@ -67,8 +72,8 @@ def ends_in_thought(prompt: str, without_generation_prompt: str) -> bool:
 
 def _ways_out() -> str:
     return (
-        "the model would not learn it. Take that field out of the records, give a tokenizer whose template writes it "
-        f"(--tokenizer), or copy {TEMPLATE_FILE} into the model's folder as chat_template.jinja to train with ours"
+        "the model would not see it. Leave that out, take a tokenizer whose template writes it (--tokenizer), or copy "
+        f"{TEMPLATE_FILE} into the model's folder as chat_template.jinja to use ours"
     )
 
 

@@ -258,13 +258,16 @@ class Tokenizer:
         open_thinking: bool | None = None,
         enable_thinking: bool | None = None,
     ) -> list[Segment]:
-        """A prompt in the pieces that training tokenises; one piece under a folder's own template."""
+        """A prompt in the pieces that training tokenises; one piece under a folder's own template. Raises UserError if
+        that leaves out something."""
         if self.own_template:
             return render_segments(messages, tools, add_generation_prompt, open_thinking, enable_thinking)
         switch = enable_thinking if open_thinking is None else open_thinking
         thinking = {} if switch is None else {"open_thinking": switch, "enable_thinking": switch}
         variables = {**self._present_tokens(), **thinking, "add_generation_prompt": add_generation_prompt}
-        return [Segment(render_jinja(self.chat_template, messages, tools, **variables), False, 0)]
+        segments = [Segment(render_jinja(self.chat_template, messages, tools, **variables), False, 0)]
+        check_complete(messages, tools, segments, with_answers=False)
+        return segments
 
     def _present_tokens(self) -> dict[str, str]:
         return {name: token for name, token in self.special_tokens.items() if token is not None}

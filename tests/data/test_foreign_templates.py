@@ -5,6 +5,7 @@ import json
 import pytest
 from templates import CHATML, DEEPSEEK, QWEN3, TEMPLATES, with_template
 
+from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.tokenise import Encoder
 from minimind_jax.data.tokenizer import Tokenizer, train_bpe
 from minimind_jax.errors import TemplateFault, UserError
@@ -67,6 +68,18 @@ def test_what_a_template_leaves_out_is_an_error_that_no_setting_skips(template, 
     encoder = Encoder("conversation", str(tokenizer.folder), None, skip=True)
     with pytest.raises(TemplateFault, match="leaves out"):
         encoder.encode([(0, tmp_path / "a.jsonl", 1, line)])
+
+
+def test_a_prompt_is_whole_too(make):
+    silent = CHATML.replace(
+        "<|im_start|>{{", "{% if message.role == 'system' %}{% continue %}{% endif %}<|im_start|>{{"
+    )
+    tokenizer = make(silent)
+    with pytest.raises(UserError, match="leaves out the content of system message 1; the model would not see it"):
+        encode_prompt(tokenizer, [{"role": "system", "content": "Be brief."}, USER])
+    with pytest.raises(UserError, match="leaves out the tools"):
+        encode_prompt(tokenizer, [USER], [{"name": "count"}])
+    assert encode_prompt(tokenizer, [USER, THOUGHT, USER])  # thoughts of earlier answers may go
 
 
 def test_what_is_written_in_another_form_is_not_left_out(make):
