@@ -17,6 +17,7 @@ from minimind_jax.model.transformer import LanguageModel  # noqa: E402
 from minimind_jax.plan.devices import find_device, parse_topology  # noqa: E402
 from minimind_jax.plan.module import read_module  # noqa: E402
 from minimind_jax.sharding import make_mesh  # noqa: E402
+from minimind_jax.training.defaults import filled  # noqa: E402
 
 MODEL = ModelSettings(
     vocab_size=1024, hidden_size=256, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=128
@@ -24,10 +25,8 @@ MODEL = ModelSettings(
 
 
 def needs(mesh: MeshConfig, devices: list, device) -> dict:
-    config = PretrainConfig(
-        model=MODEL, mesh=mesh, data=DataConfig(seq_len=128),
-        training=TrainingConfig(batch_tokens=16 * 128, accumulation_steps=2),
-    )  # fmt: skip
+    training = TrainingConfig(batch_tokens=16 * 128, accumulation_steps=2)
+    config = filled(PretrainConfig(model=MODEL, mesh=mesh, data=DataConfig(seq_len=128), training=training))
     traced, state = compiler.trace_step(
         config, LanguageModel(MODEL.resolve()), make_mesh(mesh, devices), device.platform if device else "cpu"
     )
