@@ -23,7 +23,7 @@ from minimind_jax.training.run import RunFolder
 
 @pytest.fixture
 def dpo_config(make, tmp_path):
-    return make(DPOConfig, tmp_path / "dpo", "pairs", data={"system_prompt_probability": 0.0}, rate=1e-3)
+    return make(DPOConfig, tmp_path / "dpo", "pairs", data={"system_prompt_probability": 0.0}, rate=2e-3)
 
 
 @pytest.mark.parametrize("adapters", [LoRAConfig(), ADAPTERS], ids=["all", "lora"])
@@ -132,8 +132,11 @@ def test_long_prompts_are_cut_and_long_answers_left_out(make, tmp_path):
     config = make(DPOConfig, tmp_path / "run", file, training={"steps": 2})
     run = RunFolder(dpo(config))
     facts = json.dumps(run.read_environment()["run"])
-    assert "1 left out" in facts
+    assert "1 pairs left out whose answers have no room in a row" in facts
     assert np.isfinite(last(run.path, "loss"))
     only = write_lines(tmp_path / "only.jsonl", [{"chosen": [user, answers[0]], "rejected": [user, long]}])
-    with pytest.raises(UserError, match=r"all pairs .* \(1\) have answers longer than data\.seq_len 64; raise it"):
+    with pytest.raises(
+        UserError,
+        match=r"any of 1 pairs: their answers leave no room .* data\.seq_len 64; data\.seq_len \d",
+    ):
         dpo(make(DPOConfig, tmp_path / "none", only))
