@@ -6,13 +6,12 @@ listed in `data.ignore_fields`, or an error that names it; of texts and labels a
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
 from minimind_jax.data.jsonl import Reading, Record
 from minimind_jax.data.messages import Conversation, Message, Place, messages_in, read_messages, read_tools
-from minimind_jax.data.preferences import Preference, make_preference
+from minimind_jax.data.preferences import Preference, make_preference, turns_of
 from minimind_jax.data.values import checked_text, field_names, is_absent, kind_of, loads
 from minimind_jax.errors import UserError
 
@@ -83,8 +82,8 @@ class Fields:
             if not self.place(field).leave_out(field, self.left, ""):
                 raise UserError(
                     f"{self.record.where}: field {field[:40]!r} ({kind_of(value)}) of a record in the format {name} is "
-                    f"not understood{_hint(self.record.value, gives)}; remove it, or list it in data.ignore_fields to train "
-                    "without it"
+                    f"not understood{_hint(self.record.value, gives)}; remove it, or list it in data.ignore_fields to "
+                    "train without it"
                 )
 
 
@@ -107,6 +106,8 @@ def with_system(fields: Fields, messages: list[Message], tools: list | None) -> 
         variables = loads(variables, f"{fields.record.where}: {name}")
     if variables is not None and not isinstance(variables, dict):
         raise UserError(f"{fields.record.where}: {name} is {kind_of(variables)}; expected an object")
+    if reserved := {"messages", "tools", "add_generation_prompt"} & set(variables or ()):
+        raise UserError(f"{fields.record.where}: {name} sets {min(reserved)}, which the record itself says; remove it")
     return Conversation(messages, tools or own_tools, variables or {})
 
 
@@ -128,6 +129,8 @@ def question(fields: Fields) -> list[Message]:
     history, name = fields.take("history")
     if isinstance(history, str):
         history = loads(history, f"{fields.record.where}: {name}")
+    if not isinstance(history, list | None):
+        raise UserError(f"{fields.record.where}: {name} is {kind_of(history)}; expected a list of [question, answer]")
     for index, turn in enumerate(history or ()):
         if not isinstance(turn, list | tuple) or len(turn) != 2:
             raise UserError(f"{fields.record.where}: {name}[{index}] is {kind_of(turn)}; expected [question, answer]")
@@ -197,7 +200,7 @@ def _pair(fields: Fields) -> Preference:
 
 def _preference(fields: Fields, base: Conversation, answers: dict[str, Any]) -> Preference:
     sides, tools = [], []
-    turns = {name: _turns(answer) for name, answer in answers.items() if isinstance(answer, str)}
+    turns = {name: turns_of(answer) for name, answer in answers.items() if isinstance(answer, str)}
     if len(turns) == 2 and all(each and each[0]["role"] == "user" for each in turns.values()):
         answers = turns
     for name, answer in answers.items():
@@ -209,6 +212,9 @@ def _preference(fields: Fields, base: Conversation, answers: dict[str, Any]) -> 
         messages, own_tools = read_messages(_as_messages(answer, "assistant"), fields.place(name))
         sides.append(messages)
         tools.append(own_tools)
+    first = base.messages[0] if base.messages and base.messages[0]["role"] == "system" else None
+    if first and any(side[0]["role"] == "system" and side[0] != first for side in sides):
+        fields.tell("`system` is ignored, since there is a system message")
     return make_preference(base, sides, tools, _margin(fields), fields.place(""))
 
 
@@ -216,7 +222,7 @@ def _pair_prompt(fields: Fields, answers: Sequence[Any]) -> tuple[list[Message],
     if fields.has("prompt"):
         fields.leave_out("messages")  # UltraFeedback's chosen conversation again
         prompt, name = fields.take("prompt")
-        turns = _turns(prompt) if isinstance(prompt, str) else None
+        turns = turns_of(prompt) if isinstance(prompt, str) else None
         if turns and turns[-1]["content"] == "":
             turns.pop()  # "... Assistant:", where the answers go on
         return read_messages(turns or _as_messages(prompt, "user"), fields.place(name))
@@ -227,18 +233,6 @@ def _pair_prompt(fields: Fields, answers: Sequence[Any]) -> tuple[list[Message],
             return [], None
         return read_messages(value, fields.place(name))
     return (question(fields), None) if fields.has(*INSTRUCTION) else ([], None)
-
-
-_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
-
-
-def _turns(text: str) -> list[Message] | None:
-    """Anthropic's way to write a conversation as one text; None if it is none."""
-    pieces = _TURN.split(text)
-    if len(pieces) < 3 or pieces[0].strip():
-        return None
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": said.strip()} for who, said in zip(pieces[1::2], pieces[2::2], strict=True)]
 
 
 def _openai_pair(fields: Fields) -> Preference:
@@ -300,7 +294,7 @@ FORMATS = (
     Format(_NAMES["preferred_output"], "preference", (("preferred_output",), ("non_preferred_output",)), _openai_pair),
     Format("chosen and rejected", "preference", (("chosen",), ("rejected",)), _pair),
     Format("messages", "conversation", (MESSAGES,), _chat),
-    Format("instruction and output", "conversation", (INSTRUCTION, ANSWER), _alpaca),
+    Format("instruction and output", "conversation", ((*INSTRUCTION, "input"), ANSWER), _alpaca),
     Format("prompt and completion", "conversation", (("prompt",), ("completion",)), _completion),
     Format("prompt and response", "conversation", (("prompt",), ("response", "output", "answer")), _response),
 )
@@ -381,16 +375,18 @@ def leave_out_others(record: Record, read: Collection[str]) -> None:
 
 
 def _missing(value: dict[str, Any], gives: Gives) -> str:
-    """What is said of a record in which the fields of no format are found."""
-    for names in dict.fromkeys(row.needs[0] for row in FORMATS if row.gives == gives):
-        given = next((name for name in names if name in value and is_absent(value[name])), None)
-        if given:
-            expected = "a list of messages" if names == MESSAGES else EXPECTED[gives]
-            return f"{given} is {kind_of(value[given])}; expected {expected}"
+    """What is said of a record in which the fields of no format are found, or found empty."""
+    for row in FORMATS:
+        there = [next((name for name in names if name in value), None) for names in row.needs]
+        empty = next((name for name in there if name and is_absent(value[name])), None)
+        if row.gives == gives and all(there) and empty:
+            return (
+                f"{empty} is {kind_of(value[empty])}; expected {'a list of messages' if empty in MESSAGES else 'text'}"
+            )
     first = {"conversation": "conversations", "preference": "rejected" if "chosen" in value else "chosen"}[gives]
     return (
         f"missing field `{first}`; expected {EXPECTED[gives]} (`minimind data convert --rename OLD=NEW` gives fields "
-        f"other names); found the fields {field_names(value)}{_hint(value)}"
+        f"other names); found the fields {field_names(value)}{_hint(value, gives)}"
     )
 
 

@@ -270,15 +270,16 @@ def _reasoning(left: dict[str, Any], thoughts: str, place: Place) -> str:
             left[name] = checked_text(left[name], f"{place.text}.{name}")
     if thoughts:
         left["thinking parts"] = thoughts
-    return _one_of(left, (*REASONING, "thinking parts"), place, same=str.strip) or ""
+    reasoning = _one_of(left, (*REASONING, "thinking parts"), place, same=str.strip) or ""
+    return reasoning if reasoning.strip() else ""
 
 
 def _without_inline_copy(content: str, reasoning: str, place: Place) -> str:
     """The content without the <think> block that says what `reasoning_content` says already."""
     opening, closed, rest = content.partition("</think>")
-    if not closed or "<think>" not in opening:
-        return content
     inner = opening.split("<think>")[-1].strip()
+    if not closed or ("<think>" not in opening and inner != reasoning.strip()):
+        return content
     if inner and inner != reasoning.strip():
         raise UserError(
             f"{place.text}: the <think> block in the content and the field with the reasoning differ; keep one of them"
@@ -360,7 +361,7 @@ def _calls_in_text(text: str, place: Place) -> list[dict[str, Any]]:
     return read_calls(value if isinstance(value, list) else [value], place)
 
 
-_CALL_FIELDS = {"name", "arguments", "function", "id", "type", "index", "call_id"}
+_CALL_FIELDS = {"name", "arguments", "parameters", "function", "id", "type", "index", "call_id"}
 
 
 def read_calls(value: Any, place: Place) -> list[dict[str, Any]]:
@@ -381,7 +382,9 @@ def read_calls(value: Any, place: Place) -> list[dict[str, Any]]:
                     f"{here}: field {name[:40]!r} of a tool call is not understood; remove it, or list it in "
                     "data.ignore_fields"
                 )
-        function = {**function, "arguments": _arguments(function.get("arguments"), f"{here}.arguments")}
+        arguments = function.get("arguments", function.get("parameters"))
+        function = {name: item for name, item in function.items() if name != "parameters"}
+        function["arguments"] = _arguments(arguments, f"{here}.arguments")
         result.append({**call, "function": function} if call.get("function") else function)
     check_json(result, place.text)
     return result if is_text else _pruned(result, place, "of tool calls, ")

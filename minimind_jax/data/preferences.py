@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 
 from minimind_jax.data.messages import Conversation, Message, Place, is_trained
@@ -39,6 +40,18 @@ def make_preference(
     return Preference(
         Conversation(chosen, offered, base.variables), Conversation(rejected, offered, base.variables), margin
     )
+
+
+_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+
+
+def turns_of(text: str) -> list[Message] | None:
+    """Anthropic's way to write a conversation as one text; None if it is none."""
+    pieces = _TURN.split(text)
+    if len(pieces) < 3 or pieces[0].strip():
+        return None
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": said.strip()} for who, said in zip(pieces[1::2], pieces[2::2], strict=True)]
 
 
 def rendered_key(message: Message) -> tuple:

@@ -34,7 +34,7 @@ def read_prompt(record: Record, reading: Reading) -> Prompt:
         conversation = _without_answer(with_system(fields, *fields.messages(*MESSAGES)), record)
     elif isinstance(fields.left.get("prompt"), list | dict):
         conversation = _without_answer(with_system(fields, *fields.messages("prompt")), record)
-    elif fields.has(*INSTRUCTION) and not names[:1] == ["prompt"]:
+    elif fields.has(*INSTRUCTION, "input") and not names[:1] == ["prompt"]:
         conversation = with_system(fields, question(fields), None)
     elif names or any(isinstance(record.value.get(name), str) for name in ("prompt", "text")):
         name = names[0] if names else next(name for name in ("prompt", "text") if name in record.value)

@@ -84,7 +84,7 @@ def kind_of(value: Any) -> str:
         bool: "a boolean",
         int: "a number",
         float: "a number",
-        str: "a string",
+        str: "an empty string" if value == "" else "a string",
         dict: "an object",
         list: "an empty list" if value == [] else "a list",
     }
