@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from minimind_jax.config import DataConfig, DType, Figures, OptimizerConfig, PretrainConfig, at_least
+from minimind_jax.config import DataConfig, DType, Figures, OptimizerConfig, PretrainConfig, SFTConfig, at_least
 
 REFERENCE_FREE = ("simpo", "orpo")
 
@@ -192,3 +192,9 @@ class DistillConfig(PretrainConfig):
     init_from: str = "sft"
     teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
     data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(packing="best_fit", seq_len=768))
+
+
+CONFIGS = {
+    "pretrain": PretrainConfig, "sft": SFTConfig, "dpo": DPOConfig, "distill": DistillConfig, "reward": RewardConfig,
+    "classify": ClassifyConfig,
+}  # fmt: skip

@@ -170,7 +170,7 @@ class TrainingConfig:
         the memory used and not the result (only dropout's draws and a MoE's load-balancing loss are per micro-batch).
     max_grad_norm: the gradient is scaled down to this global norm; 0 for no clipping.
     z_loss: weight of logsumexp(logits)^2 in the loss.
-    log_every: steps between two lines of metrics.
+    log_every: steps between two lines of all metrics, here and in trackers; metrics.jsonl has the loss of every step.
     eval_every: steps between two evaluations; 0 for none but the last step's. null makes about ten, and more in long
         runs.
     sample_every: steps between two rounds of samples; 0 for none but the last step's.

@@ -272,7 +272,7 @@ class Loop:
         is_logged = step == 1 or self.is_due(step, self.training.log_every)
         if is_logged:
             row |= self.speed.read()
-            self.writer.write(step, **row)
+        self.writer.write(step, is_logged, **(row if is_logged else {"loss": row["loss"]}))
         self.progress.update(step, row | self.speed.forecast(self.total_steps - step), log=is_logged)
 
     def skip(self, step: int, metrics: dict) -> None:

@@ -1,16 +1,20 @@
 """The report of a run, made from its folder alone: report.md and loss.png."""
 
+import itertools
 import math
+import shlex
 from datetime import timedelta
 from pathlib import Path
 
 import yaml
 
+from minimind_jax.adapt_config import CONFIGS
 from minimind_jax.errors import UserError
 from minimind_jax.folders import holds_model
 from minimind_jax.shell import command
 from minimind_jax.texts import is_there, read_text
-from minimind_jax.training.run import RunFolder, write_text
+from minimind_jax.training.plan import SHORTEST
+from minimind_jax.training.run import RunFolder, plain, write_text
 from minimind_jax.training.tracking import read_metrics
 
 # Metrics of preferences, reward models, classifiers and distillation that are drawn where they are.
@@ -40,7 +44,7 @@ def write_report(run: RunFolder | str | Path, last: dict | None = None) -> Path:
 
 
 def draw_losses(train: list[dict], val: list[dict], picture: Path) -> None:
-    """Over the steps: training loss (each logged step, and smoothed), validation loss, the curves of the stage that
+    """Over the steps: training loss (each step, and smoothed), validation loss, the curves of the stage that
     CURVES knows, and the learning rate."""
     from matplotlib.figure import Figure  # imported here: training must not wait for it at its start
 
@@ -63,7 +67,8 @@ def draw_losses(train: list[dict], val: list[dict], picture: Path) -> None:
         panel.plot([r["step"] for r in val], [r[f"val_{name}"] for r in val], "o-", color="tab:orange")
         panel.set_ylabel(name)
         panel.grid(alpha=0.3)
-    rates.plot(steps, [row["learning_rate"] for row in train], color="tab:green")
+    logged = [row for row in train if "learning_rate" in row]
+    rates.plot([row["step"] for row in logged], [row["learning_rate"] for row in logged], color="tab:green")
     rates.set_ylabel("learning rate")
     rates.set_xlabel("step")
     rates.grid(alpha=0.3)
@@ -72,10 +77,10 @@ def draw_losses(train: list[dict], val: list[dict], picture: Path) -> None:
 
 
 def smoothed(values: list[float], share: float = 0.05) -> list[float]:
-    """Mean over a centred window of `share` of the values, narrower at the ends."""
-    half = max(1, round(len(values) * share / 2))
-    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
+    """Mean over each value and those before it, of `share` of all in number: nothing shows before it has happened."""
+    width = max(1, round(len(values) * share))
+    sums = list(itertools.accumulate(values, initial=0.0))
+    return [(sums[i + 1] - sums[max(0, i + 1 - width)]) / min(i + 1, width) for i in range(len(values))]
 
 
 def report_text(run: RunFolder, config: dict, rows: list[dict], train: list[dict], val: list[dict]) -> str:
@@ -84,11 +89,12 @@ def report_text(run: RunFolder, config: dict, rows: list[dict], train: list[dict
     facts = {key.replace("_", " "): value for key, value in recorded.get("run", {}).items()}
     sections = [
         f"# Run {run.path.name}",
+        verdict(train, val, _model_step(rows)),
         "![loss](loss.png)",
         "## Result",
         _table(results(train, val) | _model_step(rows)),
         "## Run",
-        _table({**facts, **_machine(recorded)}),
+        _table({**_started(recorded), **facts, **_machine(recorded)}),
     ]
     if is_there(run.results_file):
         sections += ["## Held-out results", read_text(run.results_file, "remove it").strip()]
@@ -101,9 +107,61 @@ def report_text(run: RunFolder, config: dict, rows: list[dict], train: list[dict
         "## How to go on",
         _next_steps(run, facts.get("stage", "STAGE")),
         "## Settings",
-        _code(_yaml(config), "yaml"),
+        f"Those that are not the defaults; all are in {run.config_file.name}.",
+        _code(_yaml(not_default(config, facts.get("stage"))), "yaml"),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def verdict(train: list[dict], val: list[dict], chosen: dict) -> str:
+    """What came of the run, in a sentence or two. chosen: whose model was written, where it is not the last step's."""
+    steps, said = train[-1]["step"], []
+    if steps < SHORTEST:
+        little = "nothing" if steps < SHORTEST / 5 else "little"
+        said.append(f"{steps} step{'s' * (steps != 1)}: {little} can be learned in so few.")
+    if not val:
+        return " ".join([*said, "No validation data: nothing tells how it does on what it has not seen."])
+    best, first, last = min(val, key=lambda row: row["val_loss"]), val[0]["val_loss"], val[-1]["val_loss"]
+    if last > best["val_loss"] * 1.01 and best is not val[0]:
+        kept = "the model is that of that step" if chosen else "fewer epochs, or training.patience, would end there"
+        said.append(
+            f"The validation loss rises since step {best['step']:,} ({best['val_loss']:.4f} → {last:.4f}): it is "
+            f"overfitting; {kept}. What is to be learned by heart may be known all the same."
+        )
+    elif len(val) > 1 and last >= first * 0.999:
+        said.append(
+            f"The validation loss did not fall ({first:.4f} → {last:.4f}): nothing was learned that helps there."
+        )
+    elif len(val) > 1:
+        said.append(f"The validation loss fell from {first:.4f} to {last:.4f}.")
+    else:
+        said.append("The validation loss was taken once, so nothing tells whether it falls.")
+    return " ".join(said)
+
+
+def not_default(config: dict, stage: str | None) -> dict:
+    """The settings in `config` that are not what the stage has by default; all of those of an unknown stage."""
+    defaults = plain(CONFIGS[stage]()) if stage in CONFIGS else {}
+
+    def differing(own: dict, other: dict) -> dict:
+        found = {}
+        for key, value in own.items():
+            if isinstance(value, dict) and isinstance(other.get(key), dict):
+                value = differing(value, other[key])
+                if value:
+                    found[key] = value
+            elif key not in other or value != other[key]:
+                found[key] = value
+        return found
+
+    return differing(config, defaults)
+
+
+def _started(recorded: dict) -> dict[str, str]:
+    """When the run was last started, and with which command."""
+    known = {"date": recorded["date"]} if "date" in recorded else {}
+    words = recorded.get("command")
+    return known | ({"command": f"`{shlex.join([Path(words[0]).name, *words[1:]])}`"} if words else {})
 
 
 def results(train: list[dict], val: list[dict]) -> dict[str, str]:

@@ -13,6 +13,7 @@ runs/NAME/
 """
 
 import dataclasses
+import datetime
 import importlib.metadata
 import json
 import os
@@ -202,6 +203,7 @@ def environment() -> dict:
         "devices": [device.device_kind for device in jax.devices()],
         "processes": jax.process_count(),
         "command": sys.argv,
+        "date": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
         "directory": os.getcwd(),
     }
 

@@ -142,8 +142,9 @@ class MetricsWriter:
         """Whether a row of `step` with `key` is written already (before the run was cut off)."""
         return any(row["step"] == step and key in row for row in reversed(self.rows))
 
-    def write(self, step: int, **values: Any) -> None:
-        """One row: numbers (null where not finite), or anything else JSON holds; only numbers go to the loggers."""
+    def write(self, step: int, tell: bool = True, /, **values: Any) -> None:
+        """One row: numbers (null where not finite), or anything else JSON holds; only numbers go to the loggers, and
+        only if they are to be told."""
         row = {"step": step, **{key: _finite(value) for key, value in values.items()}}
         self.rows.append(row)
         if self._file is None:
@@ -153,7 +154,7 @@ class MetricsWriter:
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}; make room and run again to resume") from error
         numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
-        for log, _ in self._loggers:
+        for log, _ in self._loggers if tell else ():
             log(step, numbers)
 
 

@@ -157,12 +157,20 @@ def test_a_run_records_the_values_and_is_finished_with_the_settings_as_asked(few
 def test_a_longer_run_keeps_the_values_it_was_started_with(few, capsys):
     run, config = few
     before = run.read_config()
-    sft(dataclasses.replace(config, training=TrainingConfig(steps=len(read_metrics(run.metrics_file)) + 60)))
+    sft(dataclasses.replace(config, training=TrainingConfig(steps=80)))
     after = run.read_config()
     for key in ("data", "optimizer"):
         assert after[key] == before[key]
     assert after["training"]["batch_tokens"] == 128 and after["training"]["epochs"] is None
     assert "records to train on" not in capsys.readouterr().out
+
+
+def test_metrics_have_the_loss_of_every_step_however_seldom_they_are_logged(few):
+    rows = read_metrics(few[0].metrics_file)
+    assert few[1].training.log_every == 10
+    steps = [row["step"] for row in rows if "loss" in row]
+    assert steps == list(range(1, steps[-1] + 1))
+    assert [row["step"] for row in rows if "grad_norm" in row][:4] == [1, 10, 20, 30]
 
 
 def test_short_runs_say_what_to_change(few, capsys):

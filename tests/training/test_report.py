@@ -4,7 +4,7 @@ import pytest
 
 from minimind_jax.config import PretrainConfig, TrackingConfig
 from minimind_jax.errors import UserError
-from minimind_jax.training.report import smoothed, write_report
+from minimind_jax.training.report import not_default, smoothed, verdict, write_report
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import MetricsWriter
 
@@ -68,6 +68,44 @@ def test_what_is_no_run_is_refused(run, tmp_path):
         write_report(run)
 
 
-def test_smoothing_keeps_a_constant_and_narrows_at_the_ends():
+def test_smoothing_keeps_a_constant_and_never_looks_ahead():
     assert smoothed([2.0] * 50) == [2.0] * 50
-    assert smoothed([1.0, 2.0, 3.0]) == [1.5, 2.0, 2.5]
+    assert smoothed([1.0, 2.0, 3.0], share=0.7) == [1.0, 1.5, 2.5]
+    falls = smoothed([8.0] * 50 + [1.0] * 50)
+    assert falls[:50] == [8.0] * 50 and 1 < falls[50] < 8 and falls[-1] == 1.0
+
+
+def curve(*losses, every=100):
+    return [{"step": every * place, "val_loss": loss} for place, loss in enumerate(losses)]
+
+
+@pytest.mark.parametrize(
+    "steps, val, chosen, said",
+    [
+        (4, [], {}, "4 steps: nothing can be learned in so few. No validation data"),
+        (
+            60,
+            curve(5.0, 4.0, every=60),
+            {},
+            "60 steps: little can be learned in so few. The validation loss fell from 5",
+        ),
+        (400, [], {}, "No validation data"),
+        (400, curve(5.0, 3.0, 2.0, 2.5), {}, "rises since step 200 (2.0000 → 2.5000): it is overfitting; fewer epochs"),
+        (400, curve(5.0, 3.0, 2.0, 2.5), {"the model": "of step 200"}, "overfitting; the model is that of that step"),
+        (400, curve(5.0, 5.1, 5.2), {}, "did not fall (5.0000 → 5.2000)"),
+        (400, curve(5.0, 3.0, 2.0), {}, "The validation loss fell from 5.0000 to 2.0000."),
+        (400, curve(2.0)[:1], {}, "taken once"),
+    ],
+)
+def test_the_verdict_stands_at_the_top(steps, val, chosen, said):
+    assert said in verdict([{"step": steps, "loss": 1.0}], val, chosen)
+
+
+def test_the_report_says_when_with_which_command_and_what_is_not_the_default(run):
+    run.write_environment({"stage": "pretrain"})
+    text = write_report(run).read_text("utf-8")
+    assert text.splitlines()[2].startswith("40 steps: little can be learned")
+    assert "| date | 20" in text and "| command | `" in text
+    settings = text.partition("## Settings")[2]
+    assert "seed: 77" in settings and "momentum" not in settings and "resume" not in settings
+    assert not_default({"a": {"b": 1}, "c": 2}, "another stage") == {"a": {"b": 1}, "c": 2}

@@ -98,5 +98,5 @@ def _events(file, event_type):
 @pytest.mark.parametrize(("logger", "module"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
 def test_a_logger_that_is_not_installed_names_its_extra(run, monkeypatch, logger, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=rf"names {logger}, whose package {module} .*minimind-jax\[track\]"):
+    with pytest.raises(UserError, match=rf"names {logger}, whose package {module} .*pip install .*tensorboardX"):
         write_steps(run, [1], tracking=TrackingConfig(loggers=(logger,)))
