@@ -221,7 +221,8 @@ def csv_rows(stream: BinaryIO, file: Path, encoding: str) -> Iterator[tuple[int,
         sample = text.read(_SAMPLE)
         first, _, rest = sample.partition("\n")
         skipped = 0
-        separator = first.rstrip("\r\n")[4:5] if first.lower().startswith("sep=") else ""  # a line of Excel's
+        line = first.strip('"\r\n')
+        separator = line[4:5] if line.lower().startswith("sep=") else ""  # a line of Excel's
         if separator:
             sample, skipped = rest, 1
         reader = csv.DictReader(
@@ -231,6 +232,7 @@ def csv_rows(stream: BinaryIO, file: Path, encoding: str) -> Iterator[tuple[int,
             strict=True,
             delimiter=separator or _separator(sample, file),
         )
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()] or None
         twice = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
         if twice:
             raise UserError(f"{file}:1: the header has the column {twice[0][:40]!r} twice; rename one")

@@ -268,12 +268,24 @@ def _cut(generator: Generator, config: GenerateConfig, request: Request) -> Requ
         return tokenizer.decode(tokenizer.encode(text)[over:]).lstrip("\N{REPLACEMENT CHARACTER}")
 
     def encode(messages: list[dict[str, Any]]) -> list[int]:
-        return encode_prompt(tokenizer, messages, asked.tools, open_thinking=config.thinking)
+        return encode_prompt(tokenizer, messages, asked.tools, _thinking(config, asked, request))
 
     messages = shortened(asked.messages, lambda messages: len(encode(messages)), room, keep_end)
     if messages is None:  # its system prompt and tools alone are too long
         return request
     return request._replace(conversation=dataclasses.replace(asked, messages=messages), ids=encode(messages))
+
+
+def _thinking(config: GenerateConfig, asked: Conversation, source: Record | Request) -> bool:
+    """Whether the answer may think, as the record says, or the settings. Raises UserError for other variables."""
+    own = dict(asked.variables)
+    thinking = [own.pop(name) for name in ("open_thinking", "enable_thinking") if name in own]
+    if own:
+        raise UserError(
+            f"{source.where}: chat_template_kwargs has {next(iter(own))!r}, and of these generate follows only "
+            "enable_thinking; --ignore_fields chat_template_kwargs leaves them out"
+        )
+    return bool(thinking[0]) if thinking else config.thinking
 
 
 def _prompt(generator: Generator, config: GenerateConfig, record: Record) -> Request:
@@ -288,6 +300,6 @@ def _prompt(generator: Generator, config: GenerateConfig, record: Record) -> Req
     if conversation is None:
         system = [{"role": "system", "content": config.system}] if config.system else []
         conversation = Conversation([*system, {"role": "user", "content": text}])
-    asked = (conversation.messages, conversation.tools, config.thinking)
+    asked = (conversation.messages, conversation.tools, _thinking(config, conversation, record))
     ids, opens_thinking = encode_prompt(tokenizer, *asked), tokenizer.prompt_opens_thinking(*asked)
     return Request(record.where, record.value, conversation, ids, others, opens_thinking)

@@ -84,6 +84,14 @@ def test_a_tsv_is_separated_by_tabs(tmp_path):
     assert read(tmp_path / "a.tsv") == [(2, {"text": "one, two, three", "label": "x"})]
 
 
+def test_a_separator_that_a_cell_has_too(tmp_path):
+    (tmp_path / "a.csv").write_text(' text ; label\n"a, b, c";x\nd, e, f;y\n')
+    assert [value for _, value in read(tmp_path / "a.csv")] == [
+        {"text": "a, b, c", "label": "x"},
+        {"text": "d, e, f", "label": "y"},
+    ]
+
+
 def test_a_table_of_one_column_needs_quotes_around_commas(tmp_path):
     (tmp_path / "a.csv").write_text('text\n"one, two"\nthree\n')
     assert [value["text"] for _, value in read(tmp_path / "a.csv")] == ["one, two", "three"]

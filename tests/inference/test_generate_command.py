@@ -354,6 +354,17 @@ def test_prompts_of_every_format_ask_the_same(config, generator):
         assert set(request.others) <= {"id"}
 
 
+def test_a_record_says_whether_its_answer_may_think(config, generator):
+    def ids(config, **variables):
+        value = {"messages": [{"role": "user", "content": "why?"}], "chat_template_kwargs": variables}
+        return _request(generator, config, Record("in.jsonl:1", Path("in.jsonl"), 1, value)).ids
+
+    thinks = dataclasses.replace(config, thinking=True)
+    assert ids(config, enable_thinking=True) == ids(thinks) != ids(config) == ids(thinks, enable_thinking=False)
+    with pytest.raises(UserError, match=r"in\.jsonl:1: chat_template_kwargs has 'effort'"):
+        ids(config, effort="high")
+
+
 LONG = [{"prompt": "first"}, {"prompt": "cat " * 700 + "end"}, {"prompt": "second"}, {"prompt": "dog " * 800}]
 
 
