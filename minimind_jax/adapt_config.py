@@ -61,7 +61,7 @@ class DPOConfig(PretrainConfig):
     init_from: str = "sft"
     preference: PreferenceConfig = dataclasses.field(default_factory=PreferenceConfig)
     data: DataConfig = dataclasses.field(
-        default_factory=lambda: DataConfig(seq_len=2048, system_prompt_probability=0.0)
+        default_factory=lambda: DataConfig(packing="best_fit", seq_len=2048, system_prompt_probability=0.0)
     )
 
     def __post_init__(self):
@@ -89,7 +89,7 @@ class RewardConfig(PretrainConfig):
     export_dtype: DType = "float32"
     centring: float = 0.01
     data: DataConfig = dataclasses.field(
-        default_factory=lambda: DataConfig(seq_len=2048, system_prompt_probability=0.0)
+        default_factory=lambda: DataConfig(packing="best_fit", seq_len=2048, system_prompt_probability=0.0)
     )
 
     def __post_init__(self):
@@ -131,7 +131,7 @@ class ClassifyConfig(PretrainConfig):
     init_from: str = "pretrain"
     export_dtype: DType = "float32"
     classify: LabelConfig = dataclasses.field(default_factory=LabelConfig)
-    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(seq_len=256))
+    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(packing="best_fit", seq_len=256))
     optimizer: OptimizerConfig = dataclasses.field(
         default_factory=lambda: OptimizerConfig(schedule="linear", final_fraction=0.0)
     )

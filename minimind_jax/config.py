@@ -108,7 +108,8 @@ class DataConfig:
         how many there are.
     seq_len: tokens in a row.
     packing: `concat` joins documents end to end and drops nothing; `best_fit` puts whole conversations into rows and
-        cuts only at turn boundaries; `pad` is one document a row, cut at seq_len, as MiniMind does.
+        cuts only at turn boundaries; `pad` is one document a row, cut at seq_len, as MiniMind does. Pairs and labelled
+        texts are always packed by best fit.
     on_error: a broken record stops the run before its first step, or is skipped and counted.
     encoding: of files of text: utf-8, gb18030, gbk, big5, utf-16, latin-1, ...
     text_field: where records hold their text; empty takes `text`, `content`, `body`, `document` or `raw_content`.
@@ -400,7 +401,7 @@ class PretrainConfig:
     seed: of every random draw.
     resume: `auto` goes on where the run was cut off or starts it, `must` fails if there is nothing to resume,
         `never` starts anew and refuses a run folder that holds checkpoints.
-    export_dtype: of the tensors in the run's model/ folder.
+    export_dtype: of the tensors in the run's model/ folder; those of adapters are always float32.
     """
 
     FIGURES: ClassVar[Figures] = Figures(81920, 2, 5e-4, few_rate=2e-4, lora_rate=5e-4, val_fraction=0.001)

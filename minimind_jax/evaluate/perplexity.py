@@ -19,6 +19,7 @@ from minimind_jax.folders import resolve_model_folder
 from minimind_jax.inference.generate import load_model
 from minimind_jax.losses.vocabulary import token_scores
 from minimind_jax.model.config import RopeScaling
+from minimind_jax.model.transformer import full_precision
 from minimind_jax.progress import tracked
 
 DEFAULT_SEQ_LEN = 512
@@ -103,7 +104,9 @@ def evaluate_perplexity(
     @jax.jit
     def sums(params, batch):
         output = network.hidden(params, batch["tokens"], batch["positions"], batch["segment_ids"])
-        log_probs_BT = token_scores(output.hidden_BTD, network.head_kernel(params), batch["targets"]).log_probs_BT
+        with full_precision(network.compute):
+            kernel_VD = network.head_kernel(params)
+            log_probs_BT = token_scores(output.hidden_BTD, kernel_VD, batch["targets"]).log_probs_BT
         at_position = jnp.zeros(seq_len, jnp.float32).at[batch["positions"]]
         nll_T = at_position.add(-log_probs_BT * batch["loss_weights"])
         return nll_T, at_position.add(batch["loss_weights"])

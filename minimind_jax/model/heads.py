@@ -26,9 +26,9 @@ def head_axes() -> Params:
 
 
 def scores(params: Params, hidden: Array) -> Array:
-    """hidden (..., D) times the head, float32 (..., C)."""
+    """hidden (..., D) times the head, float32 (..., C), in the full precision of float32 on every device."""
     kernel_DC = params[SCORE]["kernel"].astype(jnp.float32)
-    return hidden.astype(jnp.float32) @ kernel_DC
+    return jnp.matmul(hidden.astype(jnp.float32), kernel_DC, precision=jax.lax.Precision.HIGHEST)
 
 
 def without_head(params: Params) -> Params:

@@ -58,8 +58,8 @@ class Linear(nnx.Module):
         std = 0.0 if is_output and config.zero_init_outputs else config.initializer_range
         self.kernel = _normal(rngs, std, shape, axes)
 
-    def __call__(self, x: Array) -> Array:
-        return multiply(x, self.kernel[...])
+    def __call__(self, x: Array, precision: jax.lax.Precision | None = None) -> Array:
+        return multiply(x, self.kernel[...], precision=precision)
 
 
 class Projection(Linear):
@@ -179,8 +179,9 @@ class MoE(nnx.Module):
     def __call__(self, x_BTD: Array, segment_ids_BT: Array | None, _: Array | None) -> tuple[Array, Array]:
         x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
         is_token_M = None if segment_ids_BT is None else (segment_ids_BT > 0).reshape(-1).astype(jnp.float32)
-        # The choice of experts is a step function of these logits: float32 keeps it the same in every compute dtype.
-        logits_ME = self.router(x_MD.astype(jnp.float32))
+        # The choice of experts is a step function of these logits: float32 keeps it the same in every compute dtype, if
+        # it is not multiplied in pieces of bfloat16 (TPU) or TF32 (GPU), as devices do unless they are told.
+        logits_ME = self.router(x_MD.astype(jnp.float32), jax.lax.Precision.HIGHEST)
         experts = (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj)
         kernels = tuple(linear.kernel[...].astype(x_MD.dtype) for linear in experts)
         out_MD, loss = moe.mixture(self.config, x_MD, logits_ME, is_token_M, kernels, self.path)

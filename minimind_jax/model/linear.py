@@ -1,6 +1,7 @@
 """Matrix products with the kernels of linear layers, arranged as XLA multiplies fast on a CPU."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +26,18 @@ class TransposedKernel:
         return self  # as nnx.Param reads its array
 
 
-def multiply(x: Array, kernel: Array | TransposedKernel, preferred_element_type: jnp.dtype | None = None) -> Array:
-    """x (..., in) times the kernel, in the dtype of x: (..., out). preferred_element_type: for a TransposedKernel."""
+def multiply(
+    x: Array,
+    kernel: Array | TransposedKernel,
+    preferred_element_type: jnp.dtype | None = None,
+    precision: jax.lax.Precision | None = None,
+) -> Array:
+    """x (..., in) times the kernel, in the dtype of x: (..., out). preferred_element_type: for a TransposedKernel.
+    precision: of float32, for an array; None leaves it to the device (see `transformer.full_precision`)."""
     on_cpu = jax.default_backend() == "cpu"
     if not isinstance(kernel, TransposedKernel):
         kernel_IO = kernel.astype(x.dtype)
-        return _product(x, kernel_IO) if on_cpu else x @ kernel_IO
+        return _product(x, kernel_IO, precision) if on_cpu else jnp.matmul(x, kernel_IO, precision=precision)
     kernel_OI = kernel.kernel_OI.astype(x.dtype)
     rows = x.size // x.shape[-1]
     if rows > FEW_ROWS or not on_cpu:
@@ -40,16 +47,16 @@ def multiply(x: Array, kernel: Array | TransposedKernel, preferred_element_type:
     return jax.lax.optimization_barrier(out_OM).T.reshape(*x.shape[:-1], -1)
 
 
-@jax.custom_vjp
-def _product(x, kernel_IO):
-    return x @ kernel_IO
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x, kernel_IO, precision):
+    return jnp.matmul(x, kernel_IO, precision=precision)
 
 
-def _product_forward(x, kernel_IO):
-    return x @ kernel_IO, (x, kernel_IO)
+def _product_forward(x, kernel_IO, precision):
+    return jnp.matmul(x, kernel_IO, precision=precision), (x, kernel_IO)
 
 
-def _product_backward(saved, grad):
+def _product_backward(precision, saved, grad):
     """The kernel's gradient contracts the rows of both operands, for which XLA on a CPU transposes the first.
 
     That is x, which is narrow and shared by the kernels that read it, but for down_proj, whose x is the wide one. JAX's
@@ -59,10 +66,10 @@ def _product_backward(saved, grad):
     rows = tuple(range(x.ndim - 1))
     numbers = ((rows, rows), ((), ()))
     if x.shape[-1] <= 2 * grad.shape[-1]:
-        grad_IO = jax.lax.dot_general(x, grad, numbers)
+        grad_IO = jax.lax.dot_general(x, grad, numbers, precision)
     else:  # the barrier keeps XLA from swapping the operands back
-        grad_IO = jax.lax.optimization_barrier(jax.lax.dot_general(grad, x, numbers)).T
-    return grad @ kernel_IO.T, grad_IO
+        grad_IO = jax.lax.optimization_barrier(jax.lax.dot_general(grad, x, numbers, precision)).T
+    return jnp.matmul(grad, kernel_IO.T, precision=precision), grad_IO
 
 
 _product.defvjp(_product_forward, _product_backward)

@@ -95,7 +95,8 @@ def route(config: ModelConfig, logits_ME: Array, is_token_M: Array, axes: tuple[
 
 def _balance_loss(config: ModelConfig, probs_ME, experts_Mk, is_token_M, axes):
     chosen_ME = jnp.sum(jax.nn.one_hot(experts_Mk, config.num_experts, dtype=jnp.float32), axis=1)
-    sums = (jnp.sum(is_token_M), is_token_M @ chosen_ME, is_token_M @ probs_ME)
+    over_tokens = functools.partial(jnp.matmul, is_token_M, precision=jax.lax.Precision.HIGHEST)
+    sums = (jnp.sum(is_token_M), over_tokens(chosen_ME), over_tokens(probs_ME))
     tokens, load_E, probability_E = jax.lax.psum(sums, axes) if axes else sums
     tokens = jnp.maximum(tokens, 1)
     return config.router_aux_loss_coef * config.num_experts * jnp.sum((load_E / tokens) * (probability_E / tokens))

@@ -3,6 +3,7 @@
 The layers' parameters are stacked on a leading L axis and scanned.
 """
 
+import contextlib
 import dataclasses
 import functools
 import operator
@@ -38,6 +39,21 @@ def compute_dtype(compute: ComputeConfig) -> jnp.dtype:
     if compute.dtype == "auto":
         return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
     return jnp.dtype(compute.dtype)
+
+
+def full_precision(compute: ComputeConfig) -> contextlib.AbstractContextManager:
+    """In which products of float32 are those of float32, where `compute` asks for that dtype by name: devices multiply
+    it in TF32 (GPU) or bfloat16 (TPU) unless they are told. Nothing changes on a CPU."""
+    return jax.default_matmul_precision("highest") if compute.dtype == "float32" else contextlib.nullcontext()
+
+
+def _in_full_precision(method):
+    @functools.wraps(method)
+    def run(self, *args, **kwargs):
+        with full_precision(self.compute):
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 def scan_unroll(compute: ComputeConfig, layers: int) -> int:
@@ -106,6 +122,7 @@ class LanguageModel:
 
         return {**names("surroundings", ()), "layers": names("layers", ("layers",))}
 
+    @_in_full_precision
     def hidden(
         self,
         params: Params,
@@ -141,6 +158,7 @@ class LanguageModel:
         with jax.named_scope("norm"):
             return ModelOutput(outer.norm(x_BTD), router_loss, cache)
 
+    @_in_full_precision
     def logits(self, params: Params, hidden_BTD: Array) -> Array:
         """Scores of the next token, float32 (B, T, V)."""
         with jax.named_scope("head"):

@@ -49,6 +49,7 @@ from minimind_jax.sharding import (
 )
 from minimind_jax.shell import command
 from minimind_jax.stages.adapters import frozen_dtype, load_with_adapters, plan_adapters, save_adapters
+from minimind_jax.stages.effect import check_effect
 from minimind_jax.stages.settle import changed_data
 from minimind_jax.training.loop import SampleFn, TrainResult
 from minimind_jax.training.origin import agreed_settings, check_start_models
@@ -89,6 +90,7 @@ def start_run(config: PretrainConfig) -> RunFolder:
     if not is_exported(run) or run.changed_settings(config):  # all before any data is read
         if config.training.batch_tokens is not None:
             count_parts(config, make_mesh(config.mesh))
+        check_effect(config)
         check_replaceable(run.model)
         check_start_models(run, config)
     run.create()

@@ -16,7 +16,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.losses.preference import REFERENCE, answer_log_probs, make_preference_loss, without_reference
 from minimind_jax.losses.sequences import pair_room
 from minimind_jax.model.lora import TRAINED, join, split, without_adapters
-from minimind_jax.model.transformer import LanguageModel, Params, compute_dtype
+from minimind_jax.model.transformer import LanguageModel, Params, compute_dtype, full_precision
 from minimind_jax.paths import is_remote
 from minimind_jax.progress import tracked
 from minimind_jax.sharding import announce, data_process, make_mesh, shard_batch
@@ -191,7 +191,8 @@ class Precomputed:
     def _fill(self, table: np.ndarray, batches: Batches, model: LanguageModel, params: Params) -> None:
         @jax.jit
         def answers(params, batch):
-            found, _ = answer_log_probs(model, params, batch)
+            with full_precision(model.compute):
+                found, _ = answer_log_probs(model, params, batch)
             return found.chosen, found.rejected
 
         is_first = jax.process_index() == 0

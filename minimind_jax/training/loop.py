@@ -140,7 +140,7 @@ def train(
             mesh=mesh,
             train_step=program.step,
             parts=program.parts,
-            eval_step=make_eval_step(loss_fn, mesh),
+            eval_step=make_eval_step(loss_fn, mesh, config.compute),
             train_batches=train_batches,
             val_batches=val_batches,
             sample_fn=sample_fn,

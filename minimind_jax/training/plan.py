@@ -64,11 +64,11 @@ def data_record(batches: Batches) -> dict[str, str | int | float | bool]:
         "rows of an epoch": batches.rows_per_epoch,
         "rows of a step": batches.rows_per_step,
         "seq_len": data.seq_len,
-        "packing": data.packing,
         # Best fit without a shuffle once trained the longest rows first.
         "shuffle": data.shuffle or (batches.epoch(0).packing not in ("concat", "pad") and "in order"),
         "seed": batches.seed,
         **(chances if info["kind"] in RENDERED else {}),
+        **({"packing": data.packing} if info["kind"] in ("text", "conversation") else {}),
     }
 
 

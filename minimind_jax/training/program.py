@@ -49,6 +49,7 @@ def make_program(
         max_grad_norm=config.training.max_grad_norm,
         seed=config.seed,
         shardings=shardings,
+        compute=config.compute,
     )
     shapes = jax.eval_shape(lambda params: create_state(params, optimizer), trained)._replace(frozen=frozen)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

@@ -11,7 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from minimind_jax.errors import UserError
 from minimind_jax.losses import Batch, LossFn, Metrics, together
+from minimind_jax.model.config import ComputeConfig
 from minimind_jax.model.lora import join
+from minimind_jax.model.transformer import full_precision
 from minimind_jax.seeds import named_key
 from minimind_jax.sharding import ROW_AXES, batch_sharding, row_shards
 from minimind_jax.training.state import TrainState
@@ -28,6 +30,7 @@ def make_train_step(
     max_grad_norm: float = 0.0,
     seed: int = 0,
     shardings: TrainState | None = None,
+    compute: ComputeConfig | None = None,
 ) -> TrainStep:
     """A jitted `(state, batch) -> (state, metrics)`. The state is donated: its arrays are gone after the call.
 
@@ -37,7 +40,8 @@ def make_train_step(
     schedule: of the learning rate, for the metrics; the optimizer is given the step and applies its own.
     max_grad_norm: global norm the gradient is scaled down to, as torch's clip_grad_norm_ does; 0 for no clipping.
     seed: the dropout key of a micro-batch is derived from it, the step and the micro-batch's number.
-    shardings: of the state (see `state_shardings`), when it lies on a mesh.
+    shardings: of the state (see `state_shardings`), when it lies on a mesh. compute: of the model, for the precision of
+    float32.
 
     A loss or gradient that is not finite leaves params and opt_state as they were; the step still counts, so that the
     run gets past the batch if it goes on.
@@ -46,6 +50,7 @@ def make_train_step(
     loss function does not say), finite (1 or 0), and the loss function's own, divided.
     """
 
+    @_precisely(compute)
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         micro_batches = _micro_batches(batch, accumulation_steps, shardings)
         grads, numerator, denominator, metrics = _summed_gradients(loss_fn, state, micro_batches, seed)
@@ -83,17 +88,35 @@ def make_train_step(
     )
 
 
-def make_eval_step(loss_fn: LossFn, mesh: Mesh | None = None) -> Callable[[Any, Batch], Metrics]:
+def make_eval_step(
+    loss_fn: LossFn, mesh: Mesh | None = None, compute: ComputeConfig | None = None
+) -> Callable[[Any, Batch], Metrics]:
     """A jitted `(params, batch) -> sums`: `loss` and the loss function's metrics, each a (numerator, denominator).
 
     No dropout. Those of all batches are put `losses.together`, then divided. mesh: of params and batch, if on one.
+    compute: as in `make_train_step`.
     """
 
+    @_precisely(compute)
     def eval_step(params: Any, batch: Batch) -> Metrics:
         numerator, denominator, metrics = loss_fn(params, batch, None)
         return {**metrics, "loss": (numerator, denominator)}
 
     return jax.jit(eval_step if mesh is None else _with_mesh(eval_step, mesh))
+
+
+def _precisely(compute: ComputeConfig | None) -> Callable[[Callable], Callable]:
+    """Traces a function, gradients included, in the precision that `compute` asks for."""
+
+    def wrap(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def run(*args):
+            with full_precision(compute or ComputeConfig()):
+                return function(*args)
+
+        return run
+
+    return wrap
 
 
 def _with_mesh(function: Callable, mesh: Mesh) -> Callable:

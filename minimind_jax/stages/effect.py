@@ -1,0 +1,82 @@
+"""Settings that would change nothing: refused where a stage never reads them, told where another one turns them off."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from minimind_jax.adapt_config import ClassifyConfig, DistillConfig, DPOConfig, RewardConfig
+from minimind_jax.config import PretrainConfig
+from minimind_jax.errors import UserError
+from minimind_jax.sharding import announce
+from minimind_jax.training.run import flat, plain
+
+_RENDERING = ("data.system_prompt_probability", "data.empty_think_removal", "data.redraw_each_epoch")
+_WRITING = ("training.z_loss", "training.sample_every", "samples.")  # of what a head of scores cannot do
+_OWN_ROWS = ("data.packing",)  # pairs and labelled texts are packed in a way of their own
+
+# What a stage never reads, for whatever other settings; names that end with a dot are of whole sections.
+UNREAD: dict[type[PretrainConfig], tuple[str, ...]] = {
+    PretrainConfig: _RENDERING,
+    DPOConfig: ("training.z_loss", *_OWN_ROWS),
+    RewardConfig: (*_WRITING, *_OWN_ROWS),
+    ClassifyConfig: (*_WRITING, *_OWN_ROWS, *_RENDERING),
+    DistillConfig: ("training.z_loss",),
+}
+
+
+class Off(NamedTuple):
+    """keys: settings without effect where `is_off`; why says so. is_refused: not only told, since who sets them cannot
+    mean what happens."""
+
+    keys: tuple[str, ...]
+    is_off: Callable[[PretrainConfig], bool]
+    why: str
+    is_refused: bool = False
+
+
+TURNED_OFF = (
+    Off(("lora.",), lambda c: not c.lora.rank, "lora.rank is 0, which trains the whole model", is_refused=True),
+    Off(("optimizer.muon_learning_rate", "optimizer.momentum"), lambda c: c.optimizer.name != "muon", "of Muon"),
+    Off(("optimizer.decay_fraction",), lambda c: c.optimizer.schedule != "wsd", "it is of the schedule wsd"),
+    Off(("optimizer.final_fraction",), lambda c: c.optimizer.schedule == "constant", "the schedule is constant"),
+    Off(("training.profile_start",), lambda c: not c.training.profile_steps, "training.profile_steps is 0"),
+    Off(("training.sample_every", "samples."), lambda c: not c.samples.prompts, "samples.prompts is empty"),
+    Off(("data.val_fraction",), lambda c: bool(c.data.val), "data.val is set"),
+    Off(("tracking.project",), lambda c: not c.tracking.loggers, "tracking.loggers is empty"),
+    Off(
+        ("model.initializer_range", "model.zero_init_outputs"),
+        lambda c: bool(c.init_from),
+        "the weights come from init_from",
+    ),
+    Off(("teacher.jsd_beta",), lambda c: c.teacher.divergence != "jsd", "teacher.divergence is not jsd"),
+    Off(("preference.gamma",), lambda c: c.preference.loss != "simpo", "preference.loss is not simpo"),
+)
+
+
+def check_effect(config: PretrainConfig) -> None:
+    """Says which settings that differ from their defaults change nothing, since another one turns them off.
+
+    Raises UserError, naming them, for those that the stage never reads.
+    """
+    unread = UNREAD.get(type(config), ())
+    if refused := _changed(config, unread):
+        raise UserError(
+            f"{', '.join(refused)}: {'has' if len(refused) == 1 else 'have'} no effect in this stage; leave "
+            f"{'it' if len(refused) == 1 else 'them'} out"
+        )
+    if config.lora.rank and not isinstance(config, RewardConfig | ClassifyConfig) and config.export_dtype == "float16":
+        raise UserError("export_dtype float16: adapters (lora.rank) are always written in float32; leave it out")
+    for off in TURNED_OFF:
+        own = [key for key in off.keys if hasattr(config, key.split(".")[0]) and not key.startswith(unread)]
+        if not own or not off.is_off(config) or not (keys := _changed(config, own)):
+            continue
+        if off.is_refused:
+            raise UserError(f"{', '.join(keys)}: without effect, for {off.why}; set that, or leave them out")
+        announce(f"without effect: {', '.join(keys)} ({off.why})")
+
+
+def _changed(config: PretrainConfig, keys) -> list[str]:
+    """The settings among `keys` (names, or whole sections) that differ from their defaults, with their values."""
+    if not keys:
+        return []
+    found, default = flat(plain(config)), flat(plain(type(config)()))
+    return [f"{key} {value}" for key, value in found.items() if key.startswith(tuple(keys)) and value != default[key]]
