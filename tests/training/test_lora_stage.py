@@ -50,7 +50,7 @@ def test_a_base_that_changed_is_told(lora, world, base, tmp_path):
 
     save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, copy / "model.safetensors")
     longer = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=30))
-    with pytest.raises(UserError, match="has changed since the checkpoint of step 24"):
+    with pytest.raises(UserError, match=r"init_from .* holds other weights than when .* was started"):
         sft(longer)
 
 
