@@ -1,5 +1,6 @@
 """Huge memory pages for the large arrays of a computation on the CPU."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -20,9 +21,10 @@ def use_huge_pages() -> None:
     if TUNABLE in tunables or os.environ.get("MINIMIND_HUGE_PAGES") == "0" or not _is_possible():
         return
     os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, f"{TUNABLE}=1"]))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where the caller closed it
+        stream.flush()
+    with contextlib.suppress(OSError):  # then it runs as it is
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _is_possible() -> bool:
