@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 LINE_EVERY = 30.0  # seconds between two lines where there is no terminal
 
@@ -27,7 +27,8 @@ def progress(what: str, total: int | None = None, *, show: bool = True) -> Itera
     if not show:
         yield lambda count: None
     elif console.is_terminal:
-        counted = (BarColumn(), MofNCompleteColumn()) if total else ()
+        count = TextColumn("{task.completed:,.0f}/{task.total:,.0f}")
+        counted = (BarColumn(), count, TimeRemainingColumn()) if total else ()
         columns = SpinnerColumn(), TextColumn("{task.description}"), *counted, TimeElapsedColumn()
         with Progress(*columns, console=console, transient=True, redirect_stdout=False) as bar:
             task = bar.add_task(what, total=total)

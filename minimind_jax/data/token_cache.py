@@ -23,7 +23,6 @@ import filelock
 import numpy as np
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from minimind_jax.config import DataConfig
 from minimind_jax.data.cache_folder import (
@@ -41,6 +40,7 @@ from minimind_jax.data.labels import Classes
 from minimind_jax.data.tokenise import RENDERED, Chunk, Dice, Encoder, Kind, encode_all, process_count, read_chunks
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
+from minimind_jax.progress import progress as show_progress
 
 VALUED: tuple[Kind, ...] = ("preference", "labelled")  # kinds whose documents have values
 KEPT_MESSAGES = 100  # of skipped records; all are counted
@@ -195,7 +195,8 @@ def _build(folder, files, encoder, tokenizer, source, asked_workers, progress) -
     total = sum(file.stat().st_size for file in files)
     started = time.monotonic()
     try:
-        with _progress_bar(total, progress) as advance, _CacheWriter(building, encoder.kind, tokenizer) as writer:
+        bar = show_progress("tokenising, bytes", total, show=progress)
+        with bar as advance, _CacheWriter(building, encoder.kind, tokenizer) as writer:
             workers = process_count(asked_workers, total)
             for chunk in encode_all(encoder, read_chunks(files, advance, encoder.reading), workers):
                 writer.add(chunk)
@@ -341,15 +342,6 @@ def _explained_disk_errors(folder: Path):
 
 
 # What the user sees
-
-
-@contextlib.contextmanager
-def _progress_bar(total: int, show: bool):
-    columns = (TextColumn("Tokenising"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda amount: bar.advance(task, amount)
 
 
 def _report_skipped(cache: TokenCache) -> None:

@@ -52,7 +52,7 @@ def predict(
 
     fields = ("predicted", "probabilities") if labels.several else ("predicted", "probability", "top")[: 2 + (top > 1)]
     count = _write(paths, reading, answers, fields, output)
-    _say_cut(scorer, count, "texts", "end", " (--seq_len reads more)")
+    _say_cut(scorer, count, "texts", "end", " (--seq_len sets another length)")
     return count
 
 
@@ -134,6 +134,13 @@ def _write(paths: Sequence[str], reading: Reading, answers, fields: Sequence[str
 
 
 def _say_cut(scorer: Scorer, count: int, what: str, side: str, advice: str = "") -> None:
+    said = scorer.labels.max_tokens
+    if scorer.max_tokens == scorer.model.config.max_position_embeddings and (not said or said > scorer.max_tokens):
+        print(
+            f"the model does not say where longer {what} were cut in its training (model_max_length in "
+            f"tokenizer_config.json); up to {scorer.max_tokens} tokens were read{advice}",
+            file=sys.stderr,
+        )
     if scorer.cut:
         print(
             f"{scorer.cut:,} of {count:,} {what} were longer than the {scorer.max_tokens} tokens that are read, and "

@@ -184,6 +184,10 @@ def test_the_trained_length_goes_with_the_model(make, files, tmp_path, capsys):
     assert [(row["text"], row["tag"]) for row in rows] == [(long, '["a", "b"]'), ('cat, "x"', "")]
     for row, answer in zip(rows, expected, strict=True):
         assert (row["predicted"], float(row["probability"])) == (answer["predicted"], answer["probability"])
+    config_file = tmp_path / "copy" / "tokenizer_config.json"  # as an earlier version wrote it
+    config_file.write_text(json.dumps({**json.loads(config_file.read_text("utf-8")), "model_max_length": 131072}))
+    predict(str(tmp_path / "copy"), [texts], str(tmp_path / "old.jsonl"))
+    assert "does not say where longer texts were cut in its training" in capsys.readouterr().err
     for name in ("table.parquet", "table.csv.gz"):
         with pytest.raises(UserError, match="JSON lines are written"):
             predict(str(run.path), [texts], str(tmp_path / name))
