@@ -353,7 +353,7 @@ def perplexity_command(prog: str, argv: Sequence[str]) -> None:
             {"required": True, "help": "a Hugging Face folder, a run whose model/ is meant, or a name on the hub"},
         ),
         ("--seq_len", {"type": _row_length, "help": "tokens in a row (default: 512, or the model's context)"}),
-        ("--kind", {"choices": ("text", "conversation"), "default": "text", "help": "of the records (default: text)"}),
+        ("--kind", {"choices": ("text", "conversation"), "help": "found from the first record unless given"}),
         ("--max_rows", {"type": int, "default": 0, "help": "rows evaluated at most; 0 for all (the default)"}),
         *READING,
     )

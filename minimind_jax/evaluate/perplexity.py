@@ -12,6 +12,7 @@ import numpy as np
 from minimind_jax.config import DataConfig
 from minimind_jax.convert.load import load_tokenizer
 from minimind_jax.data.batches import Batches
+from minimind_jax.data.inspect import detect_kind
 from minimind_jax.data.jsonl import READING, Reading, expand_paths
 from minimind_jax.data.token_cache import TokenCache, build_cache
 from minimind_jax.errors import UserError
@@ -61,7 +62,7 @@ def evaluate_perplexity(
     paths: Sequence[str],
     seq_len: int | None = None,
     *,
-    kind: Literal["text", "conversation"] = "text",
+    kind: Literal["text", "conversation"] | None = "text",
     min_document_tokens: int = 0,
     max_rows: int = 0,
     rows_per_step: int = 8,
@@ -79,6 +80,7 @@ def evaluate_perplexity(
     Args:
         model: a Hugging Face folder, or a run (name or path).
         paths: files, folders or globs.
+        kind: found from the first record if None.
         seq_len: tokens in a row; None takes 512, or the model's context if that is less.
         min_document_tokens: shorter documents are left out; at seq_len, every piece but the last of a document is
             full, which is what a comparison of context lengths needs.
@@ -93,7 +95,10 @@ def evaluate_perplexity(
     if max_rows < 0:
         raise UserError(f"max_rows is {max_rows}; it must be at least 0 (0 for all rows)")
     folder = resolve_model_folder(model)
-    expand_paths(paths)  # a file that is missing is told before the model is loaded
+    files = expand_paths(paths)  # a file that is missing is told before the model is loaded
+    kind = kind or detect_kind(files, reading)
+    if kind == "preference":
+        raise UserError(f"{paths[0]}: pairs of answers; perplexity is of texts or conversations")
     network, params = load_model(folder, dtype, rope_scaling)
     limit = network.config.max_position_embeddings
     seq_len = min(DEFAULT_SEQ_LEN, limit) if seq_len is None else seq_len

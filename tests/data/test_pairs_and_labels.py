@@ -1,10 +1,12 @@
 """Pairs of answers and labelled texts: parsing, encoding, packing, and what a row is given beside its tokens."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 
+from minimind_jax.adapt_config import ClassifyConfig, LabelConfig
 from minimind_jax.config import DataConfig
 from minimind_jax.data.batches import Batches
 from minimind_jax.data.documents import encode_conversation, encode_preference
@@ -144,6 +146,26 @@ def test_labels_are_counted_from_their_names(tmp_path):
     records = [parse_labelled(each, classes) for each in iter_records([file])]
     assert [each.text for each in records] == ["one, two", "three", 'four "five"']
     assert [classes.values(each.labels) for each in records] == [(1.0,), (0.0,), (1.0,)]
+
+
+def test_labelled_texts_under_other_names(tmp_path):
+    file = tmp_path / "labels.csv"
+    file.write_text("body;Sprache;label\none;de;a\ntwo;en;b\n", "latin-1")
+    classes = find_classes([file], "text", "label")
+    records = list(iter_records([file], told=(told := Counter())))
+    assert [parse_labelled(each, classes) for each in records] == [("one", ("a",)), ("two", ("b",))]
+    assert told == {(str(file), "`Sprache` is ignored"): 2}
+    classes = find_classes([file], "Sprache", "label")
+    assert parse_labelled(records[0], classes).text == "de"
+
+
+@pytest.mark.parametrize(("shared", "own", "read"), [("", "text", "text"), ("a", "text", "a"), ("", "b", "b")])
+def test_two_settings_name_the_text(shared, own, read):
+    classify = LabelConfig(text_field=own)
+    assert ClassifyConfig(data=DataConfig(text_field=shared), classify=classify).text_field == read
+    if own == "b":
+        with pytest.raises(ValueError, match=r"classify\.text_field is b and data\.text_field a"):
+            ClassifyConfig(data=DataConfig(text_field="a"), classify=classify)
 
 
 def test_labels_that_are_numbers_are_sorted_as_such(tmp_path):

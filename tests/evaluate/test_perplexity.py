@@ -97,6 +97,9 @@ def test_of_conversations_only_the_assistant_s_words_count(folder):
     result = evaluate_perplexity(str(folder / "model"), [str(folder / "talk.jsonl")], SEQ_LEN, **options)
     document = encode_conversation(Tokenizer.load(folder / "model"), Conversation(messages))
     assert result.tokens == document.trained.sum() < len(document.ids) / 2
+    (folder / "talk.json").write_text(json.dumps([{"messages": messages, "id": 1}], indent=1))
+    found = evaluate_perplexity(str(folder / "model"), [str(folder / "talk.json")], SEQ_LEN, **options | {"kind": None})
+    assert (found.tokens, found.nll) == (result.tokens, result.nll)
 
 
 @pytest.mark.parametrize(
