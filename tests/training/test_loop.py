@@ -285,6 +285,7 @@ def test_sft_starts_from_a_run_and_trains_the_answers(whole, world, tmp_path):
         tokenizer="",
         model=ModelSettings(),
         training={"sample_every": 24},
+        data={"system_prompt_probability": 0.2, "empty_think_removal": 0.8},
         samples=SampleConfig(prompts=("the cat",), max_new_tokens=4),
     )
     run = RunFolder(sft(config))
