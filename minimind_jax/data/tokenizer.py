@@ -8,7 +8,6 @@ import codecs
 import functools
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from minimind_jax.data.template import (
     renders_as_ours,
 )
 from minimind_jax.data.template_check import check_complete, ends_in_thought, raise_as_what_it_is
+from minimind_jax.data.token_bytes import bytes_of_tokens
 from minimind_jax.errors import TemplateFault, UserError
 from minimind_jax.hub import fetch, is_hub_name
 from minimind_jax.paths import as_path, local_folder
@@ -197,7 +197,7 @@ class Tokenizer:
     def byte_pieces(self) -> list[bytes]:
         """The bytes of every id, b"" for unused ids."""
         pieces = [b""] * self.vocab_size
-        to_bytes = _byte_level_piece if _is_byte_level(self._backend) else _sentencepiece_piece
+        to_bytes = bytes_of_tokens(self._backend)
         for token, i in self._backend.get_vocab(with_added_tokens=True).items():
             pieces[i] = to_bytes(token)
         return pieces
@@ -400,28 +400,3 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8", newline="")
-
-
-def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
-    return '"ByteLevel"' in json.dumps(json.loads(backend.to_str())["decoder"])
-
-
-@functools.cache
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet: printable bytes stand for themselves, the others for the characters from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-def _byte_level_piece(token: str) -> bytes:
-    table = _byte_of_character()
-    if all(character in table for character in token):
-        return bytes(table[character] for character in token)
-    return token.encode()  # an added token, stored as it is spelled
-
-
-def _sentencepiece_piece(token: str) -> bytes:
-    if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token):
-        return bytes([int(match[1], 16)])
-    return token.replace("▁", " ").encode()
