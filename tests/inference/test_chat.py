@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -238,7 +239,8 @@ class Screen:
         self._shown = self._shown.partition(expected)[2]
 
     def wait_for_more(self):
-        self._wait(lambda: self._shown, "anything")
+        """Until there is text, and not only what controls the terminal."""
+        self._wait(lambda: re.sub(rb"\x1b\[[?;\d]*[a-zA-Z]|\s", b"", self._shown), "anything")
 
     def _wait(self, has_come, what):
         end = time.monotonic() + self._patience
