@@ -125,7 +125,7 @@ class ClassifyConfig(PretrainConfig):
     export_dtype: float32, for transformers computes probabilities in the type that it finds.
     """
 
-    FIGURES = Figures(2048, 10, 3e-4, few_rate=3e-4, lora_rate=1e-3, val_fraction=0.1, eval_every=50)
+    FIGURES = Figures(2048, 10, 3e-4, few_rate=2e-4, lora_rate=1e-3, val_fraction=0.1, eval_every=50)
 
     run: str = "classifier"
     init_from: str = "pretrain"

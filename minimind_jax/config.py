@@ -354,15 +354,18 @@ class SampleConfig:
     """Text generated during training and at its end.
 
     prompts: continued in pretraining, answered as a user's message in SFT.
+    from_data: records of data.val or data.train that give the prompts where none are set; 0 for no samples.
     max_new_tokens, temperature, top_p: of the generation; temperature 0 is greedy.
     """
 
     prompts: tuple[str, ...] = ()
+    from_data: int = 0
     max_new_tokens: int = 48
     temperature: float = 0.0
     top_p: float = 1.0
 
     def __post_init__(self):
+        at_least(self, 0, "from_data")
         for name, ok, expected in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", self.temperature >= 0, "0 (greedy) or above"),
@@ -377,7 +380,7 @@ class Figures(NamedTuple):
 
     batch_tokens, epochs, eval_every, learning_rate: for much data. val_fraction: of many records.
     few_rate: the learning rate for few data, of a model of 64M parameters. lora_rate: of adapters, however much data.
-    scratch_rate: of a model that starts from nothing.
+    scratch_rate: of a model that starts from nothing. most_epochs: of few data, unless they are too few steps.
     """
 
     batch_tokens: int
@@ -388,6 +391,7 @@ class Figures(NamedTuple):
     val_fraction: float
     eval_every: int = 200
     scratch_rate: float = 5e-4
+    most_epochs: int = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -404,7 +408,9 @@ class PretrainConfig:
     export_dtype: of the tensors in the run's model/ folder; those of adapters are always float32.
     """
 
-    FIGURES: ClassVar[Figures] = Figures(81920, 2, 5e-4, few_rate=2e-4, lora_rate=5e-4, val_fraction=0.001)
+    FIGURES: ClassVar[Figures] = Figures(
+        81920, 2, 5e-4, few_rate=2e-4, lora_rate=5e-4, val_fraction=0.001, most_epochs=10
+    )
 
     run: str = "pretrain"
     init_from: str = ""
@@ -442,7 +448,7 @@ class PretrainConfig:
         if self.lora.rank:
             return found._replace(learning_rate=found.lora_rate, few_rate=found.lora_rate)
         rate = found.scratch_rate * (6 if self.optimizer.name == "muon" else 1)
-        return found if self.init_from else found._replace(learning_rate=rate, few_rate=rate)
+        return found if self.init_from else found._replace(learning_rate=rate, few_rate=rate, most_epochs=60)
 
     @property
     def rows_per_step(self) -> int:

@@ -1,12 +1,13 @@
-"""Writes the data of scripts/first_hour.sh: what a small shop might have. The same every time.
+"""Writes the data of scripts/first_hour.sh: what a small shop might have, as its tools wrote it. The same every time.
 
     python scripts/first_hour_data.py FOLDER
 
-FOLDER/chats.jsonl     300 questions of customers and their answers ({"conversations": ...})
-FOLDER/forty.jsonl     40 of the shop's staff
-FOLDER/tickets.csv     200 tickets of 6 queues; FOLDER/new_tickets.csv 120 others
-FOLDER/texts.jsonl     60 descriptions
-FOLDER/pairs.jsonl     30 questions with a better and a worse answer
+FOLDER/chats.jsonl     300 questions of customers and their answers: `messages`, as for OpenAI
+FOLDER/staff.json      40 of the shop's staff: a JSON array of `instruction` and `output`, as of Alpaca
+FOLDER/tickets.csv     200 tickets of 6 queues, with semicolons; FOLDER/new_tickets.csv 120 others
+FOLDER/texts/          60 descriptions, a .txt file each
+FOLDER/pairs.jsonl     30 questions with a better and a worse answer: `prompt`, `chosen`, `rejected`
+FOLDER/chosen.jsonl, FOLDER/rejected.jsonl    the two sides of the pairs as conversations, to score them
 """
 
 import argparse
@@ -68,7 +69,7 @@ def slots(rng: random.Random, item: str) -> dict:
 
 
 def chat(question: str, answer: str) -> dict:
-    return {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 def talks(rng: random.Random, templates, count: int) -> list[tuple[str, str]]:
@@ -104,13 +105,10 @@ def descriptions(rng: random.Random, count: int) -> list[str]:
 
 def pairs(rng: random.Random, count: int) -> list[dict]:
     """The better answer is friendly, the worse one curt."""
-    found = []
-    for question, answer in talks(rng, FACTS, count):
-        good, bad = f"With pleasure! {answer}", f"{answer} Look it up yourself."
-        found.append(
-            {side: chat(question, text)["conversations"] for side, text in (("chosen", good), ("rejected", bad))}
-        )
-    return found
+    return [
+        {"prompt": question, "chosen": f"With pleasure! {answer}", "rejected": f"{answer} Look it up yourself."}
+        for question, answer in talks(rng, FACTS, count)
+    ]
 
 
 def write_lines(path: Path, records: list) -> None:
@@ -119,20 +117,24 @@ def write_lines(path: Path, records: list) -> None:
 
 def write_table(path: Path, rows: list[tuple[str, str]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerows([("text", "label"), *rows])
+        csv.writer(file, delimiter=";").writerows([("body", "category"), *rows])
 
 
 def write_all(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "texts").mkdir(parents=True, exist_ok=True)
     rng = random.Random(7)
     write_lines(folder / "chats.jsonl", [chat(*talk) for talk in talks(rng, FACTS, 300)])
-    write_lines(folder / "forty.jsonl", [chat(*talk) for talk in talks(rng, STAFF, 40)])
+    staff = [{"instruction": question, "input": "", "output": answer} for question, answer in talks(rng, STAFF, 40)]
+    (folder / "staff.json").write_text(json.dumps(staff, indent=1), "utf-8")
     made = tickets(rng, 320)
     write_table(folder / "tickets.csv", made[:200])
     write_table(folder / "new_tickets.csv", made[200:])
-    write_lines(folder / "texts.jsonl", [{"text": text} for text in descriptions(rng, 60)])
-    write_lines(folder / "pairs.jsonl", pairs(rng, 30))
+    for number, text in enumerate(descriptions(rng, 60), 1):
+        (folder / "texts" / f"{number:02}.txt").write_text(text + "\n", "utf-8")
+    made = pairs(rng, 30)
+    write_lines(folder / "pairs.jsonl", made)
+    for side in ("chosen", "rejected"):
+        write_lines(folder / f"{side}.jsonl", [chat(pair["prompt"], pair[side]) for pair in made])
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from minimind_jax.stages.common import (
     start_run,
     tidy,
 )
+from minimind_jax.stages.sample_prompts import with_prompts
 from minimind_jax.stages.settle import settle
 from minimind_jax.stages.stored_teacher import StoredTeacher
 from minimind_jax.training.loop import train
@@ -63,7 +64,7 @@ def distill(config: DistillConfig) -> Path:
     def encode(prompt: str) -> list[int]:
         return encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
 
-    sample_fn = sampler(model, tokenizer, config.samples, config.seed, encode)
+    sample_fn = sampler(model, tokenizer, with_prompts(config, "conversation"), config.seed, encode)
     wanted, annotate, ask = config.teacher, None, None
     parameters = run_parameters(config, model)
     words = min(model.config.vocab_size, teacher.config.vocab_size)

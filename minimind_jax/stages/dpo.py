@@ -34,6 +34,7 @@ from minimind_jax.stages.common import (
     start_run,
     tidy,
 )
+from minimind_jax.stages.sample_prompts import with_prompts
 from minimind_jax.stages.settle import settle
 from minimind_jax.training.loop import train
 from minimind_jax.training.run import RunFolder
@@ -68,7 +69,7 @@ def dpo(config: DPOConfig) -> Path:
     def encode(prompt: str) -> list[int]:
         return encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
 
-    sample_fn = sampler(model, tokenizer, config.samples, config.seed, encode)
+    sample_fn = sampler(model, tokenizer, with_prompts(config, "preference"), config.seed, encode)
     wanted = config.preference
     parameters = run_parameters(config, model)
     mesh = make_mesh(config.mesh)

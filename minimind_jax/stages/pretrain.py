@@ -18,6 +18,7 @@ from minimind_jax.stages.common import (
     start_run,
     tidy,
 )
+from minimind_jax.stages.sample_prompts import with_prompts
 from minimind_jax.stages.settle import settle
 from minimind_jax.training.loop import train
 
@@ -46,7 +47,7 @@ def pretrain(config: PretrainConfig) -> Path:
     def encode(prompt: str) -> list[int]:
         return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt)
 
-    sample_fn = sampler(model, tokenizer, config.samples, config.seed, encode)
+    sample_fn = sampler(model, tokenizer, with_prompts(config, "text"), config.seed, encode)
     train_batches, val_batches = open_data("text", config, tokenizer, *data_process(make_mesh(config.mesh)))
     result = train(
         config,

@@ -20,6 +20,7 @@ from minimind_jax.stages.common import (
     start_run,
     tidy,
 )
+from minimind_jax.stages.sample_prompts import with_prompts
 from minimind_jax.stages.settle import settle
 from minimind_jax.training.loop import train
 
@@ -50,7 +51,7 @@ def sft(config: SFTConfig) -> Path:
     def encode(prompt: str) -> list[int]:
         return encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
 
-    sample_fn = sampler(model, tokenizer, config.samples, config.seed, encode)
+    sample_fn = sampler(model, tokenizer, with_prompts(config, "conversation"), config.seed, encode)
     train_batches, val_batches = open_data("conversation", config, tokenizer, *data_process(make_mesh(config.mesh)))
     result = train(
         config,

@@ -13,7 +13,7 @@ from minimind_jax.config import MINIMIND_CHANCES, Figures, PretrainConfig, Train
 from minimind_jax.training.plan import SHORTEST, planned_steps
 
 STEPS_PER_EPOCH = 32  # the batch is made smaller until an epoch has as many
-STEPS, MOST_EPOCHS = 400, 60  # then there are more epochs, until the run has as many steps, up to so many,
+STEPS = 400  # then there are more epochs, until the run has as many
 FEW_TOKENS, MUCH_TOKENS = 2e6, 1e8  # of an epoch: up to here the rate for few data, from there on that for much
 BYTES_PER_TOKEN = 3  # of a data file
 HELD_OUT, LARGEST_SHARE = 50, 0.05  # records that tell how well a run does, unless that is a larger share of them
@@ -79,7 +79,9 @@ def following(config: PretrainConfig, amount: Amount, parameters: int, shards: i
     rows = found.get("training.batch_tokens", training.batch_tokens) // seq_len
     size = EpochSize(-(-amount.rows // rows), amount.trained)
     if not _has_length(training):
-        most = max(MOST_EPOCHS, math.ceil(SHORTEST / size.steps_per_epoch))  # or what a run needs at the least
+        most = max(
+            config.figures.most_epochs, math.ceil(SHORTEST / size.steps_per_epoch)
+        )  # or what a run needs at the least
         epochs = float(max(config.figures.epochs, min(most, math.ceil(STEPS / size.steps_per_epoch))))
         found["training.epochs"] = epochs
         training = dataclasses.replace(training, epochs=epochs)
@@ -103,10 +105,10 @@ def _rows_of_a_step(config: PretrainConfig, rows: int, shards: int) -> int:
 
 def _rate(config: PretrainConfig, tokens: int, parameters: int) -> float:
     """Between the rates for few and for much data, on a logarithmic scale of the tokens. That for few data is higher of
-    a smaller model; adapters and a start from nothing have one rate."""
+    a smaller model, and, but for adapters, lower of a larger one; a start from nothing has one rate."""
     few, much = config.figures.few_rate, config.figures.learning_rate
-    if few != much:
-        few *= min(10.0, max(0.1, (parameters / 64e6) ** -0.6))
+    if config.init_from:
+        few *= min(10.0, max(1.0 if config.lora.rank else 0.1, (parameters / 64e6) ** -0.6))
     share = math.log(max(tokens, 1) / FEW_TOKENS) / math.log(MUCH_TOKENS / FEW_TOKENS)
     share = min(1.0, max(0.0, share))
     return much if share == 1 else _two_digits(few ** (1 - share) * much**share)

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from run_helpers import with_chats
+from run_helpers import with_chats, write_lines
 
 from minimind_jax.adapt_config import ClassifyConfig, DistillConfig, DPOConfig, RewardConfig
 from minimind_jax.config import (
@@ -16,6 +16,7 @@ from minimind_jax.config import (
     TrainingConfig,
 )
 from minimind_jax.settings import load_settings
+from minimind_jax.stages.sample_prompts import with_prompts
 from minimind_jax.stages.sft import sft
 from minimind_jax.training.defaults import Amount, filled, following, open_chances, share_held_out, with_values
 from minimind_jax.training.plan import SHORTEST
@@ -179,3 +180,24 @@ def test_short_runs_say_what_to_change(few, capsys):
     told = " ".join(capsys.readouterr().out.split())
     assert "2 steps in all" in told and "--training.epochs" in told and "--optimizer.learning_rate" in told
     assert "117 records to train on" in told
+
+
+def test_samples_ask_what_the_data_asks(tmp_path):
+    chats = [
+        {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": question},
+                      {"role": "assistant", "content": "Yes."}]}
+        for question in ("One?", "long " * 99, "One?", "Two?", "Three?")
+    ]  # fmt: skip
+    texts = [{"text": "The first of the texts goes on for quite some while."}, {"text": "Short one"}]
+    pairs = [{"prompt": "Who?", "chosen": "I.", "rejected": "You."}]
+    for kind, records, expected in (
+        ("conversation", chats, ("One?", "Two?")),
+        ("text", texts, ("The first of the texts goes on for", "Short")),
+        ("preference", pairs, ("Who?",)),
+    ):
+        data = DataConfig(train=(write_lines(tmp_path / f"{kind}.jsonl", records),))
+        config = SFTConfig(data=data, samples=SampleConfig(from_data=2))
+        assert with_prompts(config, kind).prompts == expected
+        own = dataclasses.replace(config, samples=SampleConfig(prompts=("mine",), from_data=2))
+        assert with_prompts(own, kind).prompts == ("mine",)
+        assert with_prompts(dataclasses.replace(config, samples=SampleConfig()), kind).prompts == ()
