@@ -151,7 +151,7 @@ def build_cache(
     if cache.info["skipped"] and report_skipped:
         _report_skipped(cache)
     if progress:
-        _report_told(cache)
+        _report_told(cache.folder, tuple(cache.info["told"]))
     return cache
 
 
@@ -351,9 +351,10 @@ def _report_skipped(cache: TokenCache) -> None:
     )
 
 
-def _report_told(cache: TokenCache) -> None:
+@functools.cache  # once, although the stages open a cache more than once
+def _report_told(folder: Path, lines: tuple[str, ...]) -> None:
     """What of the records was ignored or guessed."""
-    for line in cache.info["told"]:
+    for line in lines:
         Console(stderr=True, soft_wrap=True).print(line, highlight=False, markup=False)
 
 
