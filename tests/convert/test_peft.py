@@ -107,6 +107,8 @@ def test_a_folder_written_by_peft_loads_here(settings, base, tmp_path):
 def test_a_merged_model_is_an_ordinary_folder(base, tokenizer, tmp_path):
     config, params, table, _ = adapted(base, "all")
     save_peft(tmp_path / "adapter", params, table, base=base, tokenizer=tokenizer)
+    with pytest.raises(UserError, match="the adapter's or the base model's own folder"):
+        merge_lora(tmp_path / "adapter", tmp_path / "adapter")
     merge_lora(tmp_path / "adapter", tmp_path / "merged", dtype="float32")
     ours = our_logits(config, params, make_adapter(table))
     np.testing.assert_allclose(our_logits(*load_hf(tmp_path / "merged")), ours, atol=1e-5)
