@@ -13,7 +13,10 @@ def named_key(seed: int, name: str, step: int | jax.Array | None = None) -> jax.
     """A JAX key for the draw called `name` (at `step`, if it repeats): the same on every machine and process."""
     import jax  # here, so that the processes that tokenise do without it
 
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
+    key = jax.random.key(low)  # of a larger seed JAX would take these bits alone, without a word
+    key = jax.random.fold_in(key, high) if high else key
+    key = jax.random.fold_in(key, zlib.crc32(name.encode()))
     return key if step is None else jax.random.fold_in(key, step)
 
 

@@ -152,8 +152,9 @@ HOSTILE = [
 @pytest.mark.parametrize("cls", [*(stage.config for stage in STAGES.values()), ChatConfig, GenerateConfig])
 def test_a_hostile_value_is_refused_in_words_or_taken(cls):
     base = {"model": Setting("m", "")} if issubclass(cls, ChatConfig | GenerateConfig) else {}
+    common = {field.key for field in fields_of(PretrainConfig)} if cls is not PretrainConfig else ()
     for field in fields_of(cls):
-        for value in HOSTILE:
+        for value in HOSTILE if field.key not in common else ():
             try:
                 config = make_settings(cls, base | {field.key: Setting(value, "command line")})
             except UserError as error:

@@ -50,6 +50,8 @@ def write_torch(path: str | Path, tensors: Mapping[str, np.ndarray], aliases: Ma
     aliases: further names of a tensor, stored once.
     """
     torch, path = _import_torch(), Path(path)
+    if not path.name or path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file to write, such as model.pth")
     state = {name: torch.from_numpy(cast(name, array, "float16")) for name, array in tensors.items()}
     state |= {alias: state[name] for alias, name in aliases.items()}
     partial = path.with_name(f".{path.name}.partial")
