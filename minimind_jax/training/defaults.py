@@ -79,9 +79,7 @@ def following(config: PretrainConfig, amount: Amount, parameters: int, shards: i
     rows = found.get("training.batch_tokens", training.batch_tokens) // seq_len
     size = EpochSize(-(-amount.rows // rows), amount.trained)
     if not _has_length(training):
-        most = max(
-            config.figures.most_epochs, math.ceil(SHORTEST / size.steps_per_epoch)
-        )  # or what a run needs at the least
+        most = max(config.figures.most_epochs, math.ceil(SHORTEST / size.steps_per_epoch))
         epochs = float(max(config.figures.epochs, min(most, math.ceil(STEPS / size.steps_per_epoch))))
         found["training.epochs"] = epochs
         training = dataclasses.replace(training, epochs=epochs)

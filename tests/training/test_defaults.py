@@ -12,6 +12,7 @@ from minimind_jax.config import (
     LoRAConfig,
     OptimizerConfig,
     PretrainConfig,
+    SampleConfig,
     SFTConfig,
     TrainingConfig,
 )
