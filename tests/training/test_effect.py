@@ -1,13 +1,18 @@
 """Settings that change nothing are refused, or told."""
 
 import dataclasses
+import importlib
+import sys
+from pathlib import Path
 
 import pytest
 
 from minimind_jax.adapt_config import ClassifyConfig, DistillConfig, DPOConfig, RewardConfig, TeacherConfig
 from minimind_jax.config import DataConfig, LoRAConfig, OptimizerConfig, PretrainConfig, SampleConfig, SFTConfig
 from minimind_jax.errors import UserError
-from minimind_jax.stages.effect import check_effect
+from minimind_jax.stages import STAGES
+from minimind_jax.stages.effect import UNREAD, check_effect
+from minimind_jax.training.run import flat, plain
 
 
 def changed(cls, section, **values):
@@ -64,3 +69,48 @@ def test_what_another_setting_turns_off_is_told(capsys):
     for cls in (PretrainConfig, SFTConfig, DPOConfig, RewardConfig, ClassifyConfig, DistillConfig):
         check_effect(cls())
     assert capsys.readouterr().out == ""
+
+
+# Read only where another setting asks for it, which these runs do not.
+ASKED_FOR = (
+    *("training.profile_start", "training.stop_on_nan", "samples.", "optimizer.", "lora.", "tracking.project"),
+    *("teacher.jsd_beta", "preference.gamma", "data.tokenizer_workers"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo", "distill", "reward", "classify"])
+def test_every_setting_of_a_stage_is_read_or_refused(stage, make, base, tmp_path, monkeypatch):
+    """Which fields the program looks at while the stage runs; what it writes down or compares does not count."""
+    data = {"dpo": "pairs", "reward": "pairs", "classify": "labels"}.get(stage, "sft")
+    changes = {"teacher": TeacherConfig(model=base)} if stage == "distill" else {}
+    own = {"packing": "concat"} if stage == "pretrain" else {}
+    config = make(STAGES[stage].config, tmp_path / "run", data, training={"steps": 2}, data=own, **changes)
+    if data == "sft":
+        file = "text.jsonl" if stage == "pretrain" else "chat.jsonl"
+        train = (str(Path(config.data.cache_dir).parent / file),)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=train))
+    read = set()
+    sections = {type(config): ""} | {
+        type(getattr(config, field.name)): f"{field.name}."
+        for field in dataclasses.fields(config)
+        if dataclasses.is_dataclass(getattr(config, field.name))
+    }
+
+    def watched(section, plain_read):
+        def look(self, name):
+            code = sys._getframe(1).f_code
+            is_copied = code.co_filename.endswith("dataclasses.py") or code.co_filename.startswith("<")
+            if not is_copied and not {"plain", "__post_init__", "at_least"} & set(code.co_qualname.split(".")):
+                read.add(section + name)
+            return plain_read(self, name)
+
+        return look
+
+    for cls, section in sections.items():
+        monkeypatch.setattr(cls, "__getattribute__", watched(section, object.__getattribute__))
+    importlib.import_module(f"minimind_jax.stages.{stage}").__dict__[stage](config)
+    fields = flat(plain(type(config)()))
+    unread = {key for key in fields if key not in read and key not in ("run", "resume")}
+    refused = UNREAD.get(type(config), ())
+    assert sorted(key for key in unread if not key.startswith((*refused, *ASKED_FOR))) == []
