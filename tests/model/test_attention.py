@@ -23,10 +23,14 @@ from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.kv_cache import CPU_BLOCK, KVCache, LayerCache
 from minimind_jax.sharding import MESH_AXES
 
+# Compiled as in the model: each of their operations alone would be a program of its own.
+attention = jax.jit(attention, static_argnames="path")
+cached_attention = jax.jit(cached_attention)
+
 
 def make_inputs(B, T, N, K, H, seed=0):
     rng = np.random.default_rng(seed)
-    return tuple(jnp.asarray(2 * rng.standard_normal((B, T, heads, H)), jnp.float32) for heads in (N, K, K))
+    return tuple(jnp.asarray(np.float32(2 * rng.standard_normal((B, T, heads, H)))) for heads in (N, K, K))
 
 
 def make_segments(B, T, seed=0):
@@ -35,7 +39,7 @@ def make_segments(B, T, seed=0):
     segments = np.cumsum(rng.random((B, T)) < 4 / T, axis=1) + 1
     segments[1, : T // 8] = 0
     segments[1, -T // 5 :] = 0
-    return jnp.asarray(segments, jnp.int32)
+    return jnp.asarray(segments.astype(np.int32))
 
 
 def numpy_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
@@ -68,7 +72,7 @@ def test_value_is_the_definition_s(path):
 def test_paths_agree_in_value_and_gradient(T, N, K, packed):
     inputs = make_inputs(2, T, N, K, 16)
     segment_ids_BT = make_segments(2, T) if packed else None
-    weights_BTNH = jax.random.normal(jax.random.key(1), inputs[0].shape)
+    weights_BTNH = np.float32(np.random.default_rng(1).standard_normal(inputs[0].shape))
 
     def total(path, *inputs):
         out_BTNH = attention(*inputs, segment_ids_BT=segment_ids_BT, path=path)
@@ -81,22 +85,23 @@ def test_paths_agree_in_value_and_gradient(T, N, K, packed):
 
     expected, actual = both(*inputs)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * max(1, float(jnp.abs(b).max())))
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(np.asarray(b)).max()))
 
 
 @pytest.mark.parametrize("path", ["reference", "grouped"])
 def test_queries_that_see_nothing_give_zero_and_no_gradient(path):
     inputs = make_inputs(2, 16, 2, 1, 8)
-    segment_ids_BT = jnp.zeros((2, 16), jnp.int32).at[0, 4:].set(1)
+    segment_ids_BT = np.zeros((2, 16), np.int32)
+    segment_ids_BT[0, 4:] = 1
 
     def total(*inputs):
         return jnp.sum(attention(*inputs, segment_ids_BT=segment_ids_BT, path=path) ** 2)
 
-    out_BTNH = attention(*inputs, segment_ids_BT=segment_ids_BT, path=path)
-    assert not jnp.any(out_BTNH[1]) and not jnp.any(out_BTNH[0, :4]) and jnp.all(out_BTNH[0, 4:] != 0)
-    for gradient in jax.grad(total, argnums=(0, 1, 2))(*inputs):
-        assert jnp.all(jnp.isfinite(gradient))
-        assert not jnp.any(gradient[1]) and not jnp.any(gradient[0, :4])
+    out_BTNH = np.asarray(attention(*inputs, segment_ids_BT=segment_ids_BT, path=path))
+    assert not out_BTNH[1].any() and not out_BTNH[0, :4].any() and np.all(out_BTNH[0, 4:] != 0)
+    for gradient in map(np.asarray, jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*inputs)):
+        assert np.isfinite(gradient).all()
+        assert not gradient[1].any() and not gradient[0, :4].any()
 
 
 @pytest.mark.parametrize("path", ["reference", "grouped"])
@@ -193,7 +198,7 @@ def test_kernels_agree_with_the_reference_in_value_and_gradient(monkeypatch, nam
     kernel = functools.partial(kernels.splash, interpret=True) if name == "splash" else cudnn_by_xla(monkeypatch)
     inputs = make_inputs(2, T, 4, 2, H)
     segment_ids_BT = make_segments(2, T) if packed else None
-    weights_BTNH = jax.random.normal(jax.random.key(1), inputs[0].shape)
+    weights_BTNH = np.float32(np.random.default_rng(1).standard_normal(inputs[0].shape))
     reference = functools.partial(attention, path="reference")
 
     def total(function, *inputs):
@@ -202,12 +207,16 @@ def test_kernels_agree_with_the_reference_in_value_and_gradient(monkeypatch, nam
 
     gradient = jax.grad(total, argnums=(1, 2, 3), has_aux=True)
     kernel = kernels.on_mesh(kernel, NO_MESH)
-    actual = jax.jit(lambda *inputs: gradient(lambda *qkv: kernel(*qkv, segment_ids_BT), *inputs))(*inputs)
-    expected = gradient(lambda *qkv: reference(*qkv, segment_ids_BT=segment_ids_BT), *inputs)
+
+    def compiled(function):
+        return jax.jit(functools.partial(gradient, function))(*inputs)
+
+    actual = compiled(lambda *qkv: kernel(*qkv, segment_ids_BT))
+    expected = compiled(lambda *qkv: reference(*qkv, segment_ids_BT=segment_ids_BT))
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * max(1, float(jnp.abs(b).max())))
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(np.asarray(b)).max()))
     if packed:
-        assert not jnp.any(actual[1][1, : T // 8])  # padding
+        assert not np.any(np.asarray(actual[1])[1, : T // 8])  # padding
 
 
 @pytest.mark.parametrize(("length", "block", "padded"), [(1, 128, 128), (340, 384, 384), (768, 384, 768),
@@ -279,7 +288,8 @@ def main():
                     return kernels.on_mesh(_grouped, jax.sharding.get_abstract_mesh())(*qkv, ids)
 
             actual = jax.jit(functools.partial(gradient, cut))(*jax.device_put(inputs, batch_sharding(mesh)))
-            expected = gradient(functools.partial(attention, segment_ids_BT=ids, path="reference"), *inputs)
+            whole = functools.partial(attention, segment_ids_BT=ids, path="reference")
+            expected = jax.jit(functools.partial(gradient, whole))(*inputs)
             errors = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), actual, expected)
             report[f"{sizes} {ids is None}"] = max(jax.tree.leaves(errors))
     print(json.dumps(report))
