@@ -1,5 +1,7 @@
 """Divergences in float64, the loss of a student, and that pieces of the rows change nothing."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +32,10 @@ TEACHERS = {
 }
 
 
+def drawn(model, seed):
+    return jax.jit(model.init)(jax.random.key(seed))
+
+
 def expected(student, teacher, kind, temperature, beta):
     words = min(student.shape[-1], teacher.shape[-1])
     student, teacher = student[..., :words], teacher[..., :words]
@@ -51,9 +57,10 @@ def expected(student, teacher, kind, temperature, beta):
 def test_divergences_are_their_formulas(kind, temperature):
     rng = np.random.default_rng(0)
     student, teacher = rng.standard_normal((2, 30, 12)).astype(np.float32) * 6
-    found = divergences(jnp.asarray(student), jnp.asarray(teacher), kind, temperature, 0.3)
+    compiled = jax.jit(functools.partial(divergences, kind=kind, temperature=temperature, beta=0.3))
+    found = compiled(student, teacher)
     np.testing.assert_allclose(found, expected(student, teacher, kind, temperature, 0.3), rtol=1e-4, atol=1e-6)
-    assert np.abs(divergences(jnp.asarray(student), jnp.asarray(student), kind, temperature, 0.3)).max() < 1e-6
+    assert np.abs(compiled(student, student)).max() < 1e-6
 
 
 def test_forward_divergence_is_torch_s():
@@ -73,9 +80,10 @@ def test_stored_words_are_compared_with_all_others_as_one(kind):
     student, teacher = rng.standard_normal((2, 30, 12)).astype(np.float32) * 3
     whole = expected(student, teacher, kind, 1.5, 0.3)
     less = np.zeros(30)
+    stored = jax.jit(lambda *inputs: stored_divergences(*inputs, kind, 1.5, 0.3))
     for k in (1, 4, 11, 12):
         ids, log_probs = distillation.likeliest(jnp.asarray(teacher), k, 12, 1.5)
-        found = stored_divergences(jnp.asarray(student), ids, log_probs, kind, 1.5, 0.3)
+        found = stored(jnp.asarray(student), ids, log_probs)
         order = np.argsort(-teacher, axis=-1)
 
         def merged(logits, order=order, k=k):
@@ -94,13 +102,14 @@ def test_stored_words_are_compared_with_all_others_as_one(kind):
 @pytest.mark.parametrize(("kind", "words"), [("padded", 50), ("smaller vocabulary", 48)])
 def test_a_stored_teacher_gives_the_same_loss_as_one_that_is_asked(kind, words):
     teacher, batch = TEACHERS[kind], make_batch()
-    params, known = STUDENT.init(jax.random.key(0)), teacher.init(jax.random.key(1))
+    params, known = drawn(STUDENT, 0), drawn(teacher, 1)
     asked = make_distillation_loss(STUDENT, lambda p: (teacher, p[TEACHER]), temperature=1.5)
-    ids, log_probs = distillation.teacher_likeliest(teacher, known, batch, words, words, 1.5)
+    likeliest = jax.jit(lambda known: distillation.teacher_likeliest(teacher, known, batch, words, words, 1.5))
+    ids, log_probs = likeliest(known)
     stored = make_distillation_loss(STUDENT, None, temperature=1.5, words=words)
     both = {**batch, "teacher_ids": ids, "teacher_log_probs": log_probs}
-    wanted = jax.grad(lambda p: asked({**p, TEACHER: known}, batch, None)[0])(params)
-    found = jax.grad(lambda p: stored(p, both, None)[0])(params)
+    wanted = jax.jit(jax.grad(lambda p: asked({**p, TEACHER: known}, batch, None)[0]))(params)
+    found = jax.jit(jax.grad(lambda p: stored(p, both, None)[0]))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, wanted)
 
 
@@ -118,14 +127,15 @@ def make_batch():
 @pytest.mark.parametrize("kind", TEACHERS)
 def test_the_loss_of_a_student(kind):
     teacher, batch = TEACHERS[kind], make_batch()
-    params, known = STUDENT.init(jax.random.key(0)), teacher.init(jax.random.key(1))
+    params, known = drawn(STUDENT, 0), drawn(teacher, 1)
     loss_fn = make_distillation_loss(STUDENT, lambda p: (teacher, p[TEACHER]), alpha=0.25, temperature=1.5)
-    numerator, count, metrics = loss_fn({**params, TEACHER: known}, batch, None)
+    numerator, count, metrics = jax.jit(loss_fn)({**params, TEACHER: known}, batch, None)
     arrays = [batch[name] for name in ("tokens", "positions", "segment_ids")]
-    logits = [np.asarray(model.apply(p, *arrays)[0], np.float64) for model, p in ((STUDENT, params), (teacher, known))]
+    pairs = (STUDENT, params), (teacher, known)
+    logits = [np.asarray(jax.jit(model.apply)(values, *arrays)[0], np.float64) for model, values in pairs]
     apart = expected(*logits, "forward", 1.5, 0.5)
     weights = batch["loss_weights"]
-    nll = make_language_model_loss(STUDENT)(params, batch, None)[0]
+    nll = jax.jit(make_language_model_loss(STUDENT))(params, batch, None)[0]
     np.testing.assert_allclose(metrics["nll"][0], nll, rtol=1e-5)
     np.testing.assert_allclose(metrics["divergence"][0], (weights * apart).sum(), rtol=1e-4)
     np.testing.assert_allclose(numerator, 0.25 * nll + 0.75 * 2.25 * (weights * apart).sum(), rtol=1e-4)

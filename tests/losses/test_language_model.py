@@ -41,10 +41,10 @@ def log_softmax64(logits):
 @pytest.mark.parametrize("model", [DENSE, MOE], ids=["dense", "moe"])
 def test_sums_and_metrics_follow_the_formula(model):
     batch = make_batch(np.random.default_rng(1))
-    params = model.init(jax.random.key(0))
-    numerator, denominator, metrics = make_language_model_loss(model, z_loss=1e-2)(params, batch, None)
+    params = jax.jit(model.init)(jax.random.key(0))
+    numerator, denominator, metrics = jax.jit(make_language_model_loss(model, z_loss=1e-2))(params, batch, None)
 
-    logits, output = model.apply(params, batch["tokens"], batch["positions"], batch["segment_ids"])
+    logits, output = jax.jit(model.apply)(params, batch["tokens"], batch["positions"], batch["segment_ids"])
     log_probs, weights = log_softmax64(logits), batch["loss_weights"].astype(np.float64)
     nll = -(weights * np.take_along_axis(log_probs, batch["targets"][..., None], -1)[..., 0]).sum()
     log_z = np.asarray(logits, np.float64)[..., 0] - log_probs[..., 0]
@@ -70,7 +70,8 @@ def test_nothing_to_train_on_is_zero_and_never_nan(model, padding):
     if padding:
         batch["segment_ids"] = np.zeros_like(batch["segment_ids"])
     loss_fn = make_language_model_loss(model, z_loss=1e-2)
-    value, grads = jax.value_and_grad(lambda p: loss_fn(p, batch, None)[0])(model.init(jax.random.key(0)))
+    params = jax.jit(model.init)(jax.random.key(0))
+    value, grads = jax.jit(jax.value_and_grad(lambda p: loss_fn(p, batch, None)[0]))(params)
     assert value == 0
     for grad in jax.tree.leaves(grads):
         np.testing.assert_array_equal(grad, 0)

@@ -1,5 +1,7 @@
 """Losses of pairs against their formulas in float64, and on packed rows against each answer by itself."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,10 @@ CONFIG = ModelConfig(
     vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, initializer_range=0.2,
 )  # fmt: skip
-MODEL = LanguageModel(CONFIG, ComputeConfig(dtype="float32"))
+MODEL = LanguageModel(CONFIG, ComputeConfig(dtype="float32", scan_unroll=1))
+# Compiled whole: each of their operations alone would be a program of its own.
+init, apply, hidden = map(jax.jit, (MODEL.init, MODEL.apply, MODEL.hidden))
+log_probs_of_answers = jax.jit(answer_log_probs, static_argnums=0)
 
 
 def answers(seed=0, pairs=64):
@@ -65,8 +70,8 @@ def expected(name, policy, reference, counts, beta, e, gamma):
 def test_each_loss_is_its_formula(name, smoothing):
     policy, reference, counts = answers()
     options = {"beta": 0.3, "label_smoothing": smoothing, "gamma": 0.7}
-    both = (Answers(*map(jnp.float32, (*sums, *counts))) for sums in (policy, reference))
-    found, chosen, rejected = pair_losses(name, *both, **options)
+    both = (Answers(*map(np.float32, (*sums, *counts))) for sums in (policy, reference))
+    found, chosen, rejected = jax.jit(functools.partial(pair_losses, name, **options))(*both)
     wanted = expected(name, policy, reference, counts, 0.3, smoothing, 0.7)
     np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=1e-6)
     base = policy / np.maximum(counts, 1) if name in ("simpo", "orpo") else policy - reference
@@ -75,12 +80,12 @@ def test_each_loss_is_its_formula(name, smoothing):
 
 @pytest.mark.parametrize("name", ["sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "simpo", "orpo"])
 def test_gradients_are_finite_at_extremes(name):
-    policy, reference, counts = (jnp.float32(array) for array in answers())
+    policy, reference, counts = (np.float32(array) for array in answers())
 
     def total(policy):
         return jnp.sum(pair_losses(name, Answers(*policy, *counts), Answers(*reference, *counts), beta=0.3)[0])
 
-    assert np.isfinite(jax.grad(total)(policy)).all()
+    assert np.isfinite(jax.jit(jax.grad(total))(policy)).all()
 
 
 def packed():
@@ -110,19 +115,19 @@ def packed():
 
 @pytest.fixture(scope="module")
 def params():
-    return MODEL.init(jax.random.key(0)), MODEL.init(jax.random.key(1))
+    return init(jax.random.key(0)), init(jax.random.key(1))
 
 
 def log_prob(params, ids):
     """Of the tokens after the prompt of two, one answer by itself."""
-    logits = np.asarray(MODEL.apply(params, ids[None])[0][0], np.float64)
+    logits = np.asarray(apply(params, ids[None])[0][0], np.float64)
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return log_probs[np.arange(1, len(ids) - 1), ids[2:]].sum()
 
 
 def test_packed_answers_are_those_by_themselves(params):
     batch, alone = packed()
-    found, _ = answer_log_probs(MODEL, params[0], batch)
+    found, _ = log_probs_of_answers(MODEL, params[0], batch)
     is_pair = np.asarray(found.chosen_count) > 0
     assert is_pair.sum() == 3
     for side, name in enumerate(("chosen", "rejected")):
@@ -137,14 +142,14 @@ def test_the_loss_is_the_mean_over_pairs(params):
     loss_fn = make_preference_loss(
         MODEL, "sigmoid", beta=0.5, sft_weight=0.25, reference=lambda p: (MODEL, p[REFERENCE])
     )
-    numerator, pairs, metrics = loss_fn({**params[0], REFERENCE: params[1]}, batch, None)
+    numerator, pairs, metrics = jax.jit(loss_fn)({**params[0], REFERENCE: params[1]}, batch, None)
     assert float(pairs) == 3
     own, other = (np.array([[log_prob(p, ids) for ids in pair] for pair in alone]) for p in params)
     counts = np.array([[len(ids) - 2 for ids in pair] for pair in alone])
     rewards = 0.5 * (own - other)
     wanted = -log_sigmoid(rewards[:, 0] - rewards[:, 1]) - 0.25 * own[:, 0] / counts[:, 0]
     np.testing.assert_allclose(numerator, wanted.sum(), rtol=1e-5)
-    means = {name: float(top / jnp.maximum(bottom, 1)) for name, (top, bottom) in metrics.items()}
+    means = {name: float(top) / max(float(bottom), 1) for name, (top, bottom) in metrics.items()}
     np.testing.assert_allclose(means["rewards/chosen"], rewards[:, 0].mean(), rtol=1e-4)
     np.testing.assert_allclose(means["rewards/margins"], (rewards[:, 0] - rewards[:, 1]).mean(), rtol=1e-4)
     assert means["rewards/accuracies"] == pytest.approx((rewards[:, 0] > rewards[:, 1]).mean())
@@ -154,7 +159,7 @@ def test_the_loss_is_the_mean_over_pairs(params):
 def test_the_reference_gets_no_gradient(params):
     batch, _ = packed()
     loss_fn = make_preference_loss(MODEL, "sigmoid", beta=0.5, reference=lambda p: (MODEL, p[REFERENCE]))
-    grads = jax.grad(lambda p: loss_fn(p, batch, None)[0])({**params[0], REFERENCE: params[1]})
+    grads = jax.jit(jax.grad(lambda p: loss_fn(p, batch, None)[0]))({**params[0], REFERENCE: params[1]})
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads[REFERENCE]))
     assert any(np.any(leaf) for leaf in jax.tree.leaves(grads["layers"]))
 
@@ -163,17 +168,17 @@ def test_given_log_probabilities_replace_the_reference(params):
     batch, _ = packed()
     both = {**params[0], REFERENCE: params[1]}
     with_model = make_preference_loss(MODEL, "sigmoid", beta=0.5, reference=lambda p: (MODEL, p[REFERENCE]))
-    other, _ = answer_log_probs(MODEL, params[1], batch)
+    other, _ = log_probs_of_answers(MODEL, params[1], batch)
     sums_BS = np.stack([other.chosen, other.rejected], axis=-1).reshape(2, -1)
     given = make_preference_loss(MODEL, "sigmoid", beta=0.5)
-    found = given(params[0], {**batch, "reference_log_probs": sums_BS}, None)[0]
-    np.testing.assert_allclose(found, with_model(both, batch, None)[0], rtol=1e-6)
+    found = jax.jit(given)(params[0], {**batch, "reference_log_probs": sums_BS}, None)[0]
+    np.testing.assert_allclose(found, jax.jit(with_model)(both, batch, None)[0], rtol=1e-6)
 
 
 def test_a_batch_of_padding_has_no_loss(params):
     batch = {name: np.zeros_like(array) for name, array in packed()[0].items()}
     loss_fn = make_preference_loss(MODEL, "sigmoid", beta=0.5, sft_weight=1, reference=lambda p: (MODEL, p[REFERENCE]))
-    numerator, pairs, _ = loss_fn({**params[0], REFERENCE: params[1]}, batch, None)
+    numerator, pairs, _ = jax.jit(loss_fn)({**params[0], REFERENCE: params[1]}, batch, None)
     assert float(numerator) == float(pairs) == 0
 
 
@@ -184,7 +189,7 @@ def test_bradley_terry_is_its_formula():
     rng = np.random.default_rng(0)
     chosen, rejected, margin = rng.standard_normal((3, 50)) * 5
     chosen[:2], rejected[:2] = [300, -300], [-300, 300]
-    found = bradley_terry(*map(jnp.float32, (chosen, rejected, margin)), centring=0.01)
+    found = jax.jit(functools.partial(bradley_terry, centring=0.01))(*map(np.float32, (chosen, rejected, margin)))
     wanted = -log_sigmoid(chosen - rejected - margin) + 0.01 * (chosen + rejected) ** 2
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
@@ -194,11 +199,11 @@ def test_scores_are_those_of_the_last_tokens(params):
     head = init_head(jax.random.key(5), 32, 1)
     batch["margins"] = np.zeros((2, 12), np.float32)
     batch["margins"][0, 2] = 0.5  # of the second pair of the first row
-    numerator, pairs, metrics = make_reward_loss(MODEL, centring=0.01)({**params[0], **head}, batch, None)
+    numerator, pairs, metrics = jax.jit(make_reward_loss(MODEL, centring=0.01))({**params[0], **head}, batch, None)
 
     def score(ids):
-        hidden = np.asarray(MODEL.hidden(params[0], ids[None]).hidden_BTD)[0, -1]
-        return (hidden @ np.asarray(head["score"]["kernel"]))[0]
+        last_D = np.asarray(hidden(params[0], ids[None]).hidden_BTD)[0, -1]
+        return (last_D @ np.asarray(head["score"]["kernel"]))[0]
 
     scores = np.array([[score(ids) for ids in pair] for pair in alone])
     apart = scores[:, 0] - scores[:, 1] - [0, 0.5, 0]
