@@ -107,7 +107,7 @@ def test_a_run_folder_that_is_not_shared_is_told_before_anything_is_trained(fold
     hosts = [folder / "host0", folder / "host1"]
     for text in outputs(start_pair(hosts, "pretrain", "--config", "run.yaml", "--run", "runs/apart"), 2):
         assert "the run's folder runs/apart of process 0 is another one than that of process 1" in text
-    assert not any(path for host in hosts for path in (host / "runs/apart").iterdir())
+    assert not any(path for host in hosts for path in host.glob("runs/apart/*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
