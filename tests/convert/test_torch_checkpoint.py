@@ -175,7 +175,7 @@ def test_absent_and_cut_files(make_model, tmp_path):
 
 def test_without_torch_the_error_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)  # makes `import torch` fail
-    with pytest.raises(UserError, match="pip install torch"):
+    with pytest.raises(UserError, match="pip install 'torch>="):
         from_torch(tmp_path / "in.pth", tmp_path / "model", None)
 
 

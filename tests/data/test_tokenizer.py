@@ -169,12 +169,12 @@ class TestFolders:
     @pytest.mark.parametrize(
         ("file", "content", "message"),
         [
-            ("tokenizer_config.json", b"[]", r"tokenizer_config\.json: a JSON list; expected an object"),
-            ("special_tokens_map.json", b"null", r"special_tokens_map\.json: a JSON NoneType; expected an object"),
+            ("tokenizer_config.json", b"[]", r"tokenizer_config\.json: expected a JSON object, found list"),
+            ("special_tokens_map.json", b"null", r"special_tokens_map\.json: expected a JSON object, found NoneType"),
             ("tokenizer_config.json", b'{"bos_token": 3}', r"tokenizer_config\.json: bos_token is no string"),
             ("tokenizer_config.json", b'{"eos_token": {}}', r"tokenizer_config\.json: eos_token is missing"),
             ("tokenizer_config.json", b'{"chat_template": 5}', r"tokenizer_config\.json: chat_template is no string"),
-            ("chat_template.jinja", "x".encode("utf-16"), r"chat_template\.jinja: not UTF-8 text"),
+            ("chat_template.jinja", "x".encode("utf-16"), r"chat_template\.jinja is not UTF-8 text"),
         ],
     )
     def test_odd_files_are_named(self, small, tmp_path, file, content, message):
