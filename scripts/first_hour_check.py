@@ -34,7 +34,7 @@ def measure(what: str, first: str, second: str) -> float:
     if what == "answers":
         return share([answer(record) == made["completion"].strip() for record, made in pairs])
     if what == "labels":
-        return share([record["category"] == made["label"] for record, made in pairs])
+        return share([record["category"] == made["predicted"] for record, made in pairs])
     return share([better["score"] > worse["score"] for better, worse in pairs])
 
 

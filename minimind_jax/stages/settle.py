@@ -41,7 +41,8 @@ def settle(
     if leaves_open(config):
         found, told = on_all(lambda: _from_data(config, kind, tokenizer, model, classes))
         values, config = values | found, with_values(config, found)
-        announce(told)
+        follow = ", ".join(f"{key} {value:g}" for key, value in (chances | found).items())
+        announce(f"{told}. From that follow, unless you set them: {follow}")
     run.asked = {key: asked[key] for key in values}
     run.content = content_of(config.data)
     return config
@@ -86,5 +87,4 @@ def _from_data(config, kind, tokenizer, model, classes) -> tuple[dict, str]:
     return values, (
         f"{amount.records:,} records to train on ({amount.tokens:,} tokens, {amount.rows:,} rows)"
         + f", {len(held_out):,} held out" * bool(len(held_out))
-        + f". From that follow, unless you set them: {', '.join(f'{key} {value:g}' for key, value in values.items())}"
     )
