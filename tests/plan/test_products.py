@@ -9,6 +9,7 @@ from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.plan.compile import trace_step
 from minimind_jax.plan.products import product_flops
 from minimind_jax.sharding import make_mesh
+from minimind_jax.training.defaults import filled
 from minimind_jax.training.flops import flops_per_token
 
 
@@ -49,11 +50,9 @@ def test_a_ragged_product_takes_each_row_through_one_group():
 
 def test_a_training_step_does_what_the_formula_says_and_full_attention():
     settings = ModelSettings(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
-    config = PretrainConfig(
-        model=settings, compute=ComputeConfig(attention="reference"),
-        data=DataConfig(seq_len=16),
-        training=TrainingConfig(batch_tokens=128, accumulation_steps=2),
-    )  # fmt: skip
+    training = TrainingConfig(batch_tokens=128, accumulation_steps=2)
+    compute, data = ComputeConfig(attention="reference"), DataConfig(seq_len=16)
+    config = filled(PretrainConfig(model=settings, compute=compute, data=data, training=training))
     model = LanguageModel(settings.resolve(), config.compute)
     traced, _ = trace_step(config, model, make_mesh(config.mesh, jax.devices()[:1]), "cpu")
     done = product_flops(traced.jaxpr.jaxpr) / 128
