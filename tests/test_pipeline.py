@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from minimind_jax.adapt_config import ClassifyConfig
+from minimind_jax.config import DataConfig
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
 from minimind_jax.settings import config_names, find_config
 from minimind_jax.stages import check
-from minimind_jax.stages.pipeline import load_pipeline, run_pipeline
+from minimind_jax.stages.pipeline import Stage, _changes, load_pipeline, run_pipeline
+from minimind_jax.training.defaults import with_values
+from minimind_jax.training.run import RunFolder
 
 TINY = {
     "name": "tiny",
@@ -218,3 +222,19 @@ def test_a_pipelines_folder_means_its_last_stage_and_changed_data_is_told(workpl
     run_pipeline(load_pipeline(arguments))
     told = capsys.readouterr().out
     assert told.count("changed since: the content of data.train") == 1 and "remove runs/tiny/sft" in told
+
+
+def test_a_finished_classifier_is_told_to_have_changed_only_where_it_has(tmp_path):
+    config = ClassifyConfig(
+        run=str(tmp_path / "labels"), init_from="base", data=DataConfig(train=("labels.csv",), seq_len=256)
+    )
+    values = {"training.epochs": 27.0, "training.batch_tokens": 256, "training.eval_every": 40}
+    values |= {"optimizer.learning_rate": 1e-3, "data.val_fraction": 0.1}
+    run = RunFolder(config.run).create()
+    run.asked = dict.fromkeys(values)
+    run.write_config(with_values(config, values))
+    run.write_environment({"stage": "classify"})
+    run.metrics_file.write_text('{"step": 1, "loss": 1.0}\n')
+    assert _changes(Stage("classify", config)) == []
+    faster = with_values(config, {"optimizer.learning_rate": 1e-2})
+    assert _changes(Stage("classify", faster)) == ["optimizer.learning_rate 0.001 -> 0.01"]
