@@ -36,7 +36,9 @@ SELF_TEST_TEXTS = {
     "mixed": "用 Python 写一个 function：def add(a, b): return a + b，然后 print(add(1, 2))。🙂",
 }
 MAX_WORD = 1000  # characters of one class, as GPT-2's pattern splits
-_LONG_WORD = re.compile(rf"([^\W\d_]{{{MAX_WORD}}}|\d{{{MAX_WORD}}}|(?:[^\w\s]|_){{{MAX_WORD}}})")
+_CLASSES = (r"[^\W\d_]", r"\d", r"\s", r"(?:[^\w\s]|_)")
+_LONG_WORD = re.compile(f"({'|'.join(f'{one}{{{MAX_WORD}}}' for one in _CLASSES)})")
+_LONG_RUN = re.compile(rf"\S{{{MAX_WORD}}}|\s{{{MAX_WORD}}}")  # finds quickly that there are none
 _SELF_TEST_TALK = [
     {"role": "user", "content": "你好, who are you?"},
     {"role": "assistant", "content": "A small model."},
@@ -100,7 +102,10 @@ def _report(config: TokenizerConfig, tokenizer: Tokenizer, texts: "_Texts", tota
     if skipped:
         print(f"{len(skipped)} records skipped; the first: {skipped[0]}")
     if texts.cut:
-        print(f"{texts.cut:,} records with words of more than {MAX_WORD:,} characters, which were cut for the training")
+        print(
+            f"{texts.cut:,} records with words of more than {MAX_WORD:,} characters, or as many spaces, which were cut "
+            "for the training"
+        )
     if tokenizer.vocab_size < config.vocab_size:
         data = "Give more data" if are_all else "Raise max_records"
         print(
@@ -167,7 +172,7 @@ def _spread(count: int, share: int, rng: random.Random) -> set[int]:
 
 class _Texts:
     """The texts of the records, long words in pieces. used: how many records had one, so far; cut: how many a word of
-    more than MAX_WORD characters."""
+    MAX_WORD characters or more."""
 
     def __init__(
         self,
@@ -192,8 +197,9 @@ class _Texts:
 
 
 def _cut_words(text: str) -> list[str]:
-    """The text, cut inside words longer than MAX_WORD: merging in one word takes the square of its length."""
-    if all(len(run) <= MAX_WORD for run in text.split()):
+    """The text, cut inside words, or stretches of spaces, longer than MAX_WORD: merging in one takes the square of its
+    length."""
+    if not _LONG_RUN.search(text):
         return [text]
     return [piece for piece in _LONG_WORD.split(text) if piece]
 

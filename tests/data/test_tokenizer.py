@@ -320,7 +320,7 @@ class TestStage:
 
     def test_long_words_are_cut_for_the_training_and_told(self, tmp_path, capsys):
         long = "".join(random.Random(0).choices("abcdefgh", k=60_000))  # a minute in one piece
-        texts = ["short words only", f"a {long} b", "1" * 1500 + "." * 1500 + "字" * 3000]
+        texts = ["short words only", f"a {long} b", "1" * 1500 + "." * 1500 + "字" * 3000, "a" + " \n" * 30_000]
         assert _cut_words(texts[0]) == [texts[0]]
         for text in texts:
             assert "".join(_cut_words(text)) == text
@@ -330,7 +330,7 @@ class TestStage:
         (tmp_path / "long.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         train_tokenizer(TokenizerConfig((str(tmp_path / "long.jsonl"),), str(tmp_path / "out"), vocab_size=400))
         printed = capsys.readouterr().out
-        assert "3 of 3 records used\n2 records with words of more than 1,000 characters" in printed
+        assert "4 of 4 records used\n3 records with words of more than 1,000 characters" in printed
 
     def test_outputs_that_are_refused(self, tmp_path):
         config = self.config(tmp_path)
