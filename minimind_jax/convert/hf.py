@@ -82,8 +82,7 @@ def save_hf(
         if tokenizer is not None:
             tokenizer.save(partial)
             _make_readable_by_transformers_4(partial / "tokenizer_config.json")
-            if labels and labels.max_tokens:
-                _set_max_tokens(partial / "tokenizer_config.json", labels)
+            _set_max_tokens(partial / "tokenizer_config.json", config.max_position_embeddings, labels)
         write_safetensors(partial, hf_tensors(config, params), dtype, max_shard_bytes)
     return folder
 
@@ -202,11 +201,15 @@ def _make_readable_by_transformers_4(tokenizer_config: Path):
     write_json(tokenizer_config, values)
 
 
-def _set_max_tokens(tokenizer_config: Path, labels: Labels):
-    """Texts are cut at their end, as transformers' pipeline does with truncation; conversations at their beginning."""
-    side = "left" if len(labels.names) == 1 else "right"
-    cut = {"model_max_length": labels.max_tokens, "truncation_side": side}
-    write_json(tokenizer_config, {**read_object(tokenizer_config), **cut})
+def _set_max_tokens(tokenizer_config: Path, context: int, labels: Labels | None):
+    """Texts are cut at their end, as transformers' pipeline does with truncation; conversations at their beginning.
+    A language model reads its whole context, though its tokenizer may come from a classifier of short texts."""
+    values = read_object(tokenizer_config)
+    said = values.get("model_max_length")
+    limit = labels.max_tokens if labels else context if isinstance(said, int) and said < context else None
+    if limit:
+        side = "left" if labels and len(labels.names) == 1 else "right"
+        write_json(tokenizer_config, {**values, "model_max_length": limit, "truncation_side": side})
 
 
 def read_hf_config(folder: str | Path) -> ModelConfig:

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from minimind_jax.convert.hf import from_hf, load_hf, save_hf, to_hf
+from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.model.transformer import LanguageModel
 
@@ -43,6 +44,18 @@ def test_parameters_and_configuration_come_back_as_they_were(model, tmp_path):
     assert loaded_config == config
     assert jax.tree.structure(loaded) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_a_classifier_s_length_goes_no_further_than_the_classifier(make_model, tokenizer, tmp_path):
+    config, params = make_model("dense")
+    tokenizer.save(tmp_path / "words")
+    file = tmp_path / "words" / "tokenizer_config.json"
+    for said, side, expected in ((16, "left", config.max_position_embeddings), (10**30, "left", 10**30)):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": said, "truncation_side": side}))
+        save_hf(tmp_path / "model", config, params, Tokenizer.load(tmp_path / "words"))
+        written = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+        assert written["model_max_length"] == expected
+        assert written["truncation_side"] == ("right" if said == 16 else "left")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
