@@ -9,8 +9,8 @@ import numpy as np
 
 from minimind_jax.convert.load import load_tokenizer
 from minimind_jax.data.jsonl import Record, iter_records
-from minimind_jax.data.records import field_names
 from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.data.values import field_names, json_list, kind_of
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
 from minimind_jax.inference.generate import load_model
@@ -36,7 +36,7 @@ class ChoiceResult:
     """Of n questions: whether the likeliest choice is right, and whether that with the highest likelihood a byte is.
 
     chance: expected share of right answers of a guess. cut: questions that lost their beginning for want of room in
-        the model's context.
+        the model's context. alike: questions with the same choice twice, of which either is as right.
     """
 
     task: str
@@ -44,15 +44,17 @@ class ChoiceResult:
     right_by_length: np.ndarray
     chance: float
     cut: int = 0
+    alike: int = 0
 
     def describe(self) -> str:
         n = len(self.right)
         accuracy, by_length = float(self.right.mean()), float(self.right_by_length.mean())
         error = math.sqrt(max(accuracy * (1 - accuracy), 1e-12) / max(n - 1, 1))
         cut = f"; {self.cut:,} of them longer than the model's context, which lost their beginning" if self.cut else ""
+        alike = f"; {self.alike:,} of them have a choice twice, which is as right both times" if self.alike else ""
         return (
             f"{self.task}: {n:,} questions, accuracy {accuracy:.4f} +- {error:.4f}, "
-            f"normalised by length {by_length:.4f}, by chance {self.chance:.4f}{cut}"
+            f"normalised by length {by_length:.4f}, by chance {self.chance:.4f}{cut}{alike}"
         )
 
 
@@ -63,12 +65,16 @@ def parse_question(record: Record) -> Question:
     """
     value = record.value
     question, choices, answer = value.get("question"), value.get("choices"), value.get("answer")
+    if isinstance(choices, str) and choices.strip().startswith("["):  # of a CSV cell
+        choices = json_list(choices, f"{record.where}: choices")
     if not isinstance(question, str) or not isinstance(choices, list) or len(choices) < 2:
         raise UserError(
             f"{record.where}: expected `question` (text) and `choices` (a list of two or more), found the fields "
             f"{field_names(value)}"
         )
-    texts = tuple(str(choice) for choice in choices)
+    if odd := [choice for choice in choices if not isinstance(choice, str | int | float)]:
+        raise UserError(f"{record.where}: a choice is {kind_of(odd[0])}; expected text or a number")
+    texts = tuple(str(choice).rstrip() for choice in choices)
     if not all(text.strip() for text in texts):
         raise UserError(f"{record.where}: a choice is empty")
     return Question(record.where, str(value.get("task", "choices")), question, texts, _number(answer, texts, record))
@@ -77,8 +83,9 @@ def parse_question(record: Record) -> Question:
 def _number(answer: Any, choices: Sequence[str], record: Record) -> int:
     number = answer
     if isinstance(answer, str):
-        if answer in choices:
-            return choices.index(answer)
+        named = [n for n, choice in enumerate(choices) if choice.strip() == answer.strip()]
+        if named:
+            return named[0]
         letter = answer.strip().upper()
         number = "ABCDEFGHIJKLMNOPQRSTUVWXYZ".find(letter) if len(letter) == 1 else -1
     if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(choices):
@@ -103,7 +110,8 @@ def evaluate_choices(
     """Results for each task in the files, in the order in which they first appear.
 
     A choice is scored as the continuation of the prompt, " " and the choice; the space is left out where one is there
-    already, and behind a Chinese colon. Spaces at the prompt's end count as the choice's. The question's own answer is
+    already, and behind a Chinese colon. Spaces at the prompt's end count as the choice's, in place of its own; those at
+    a choice's end are left out. The question's own answer is
     never among the examples.
 
     Args:
@@ -174,7 +182,9 @@ def _filled(prompt: str, question: Question) -> str:
 def _spaced(prompt: str, question: Question, number: int) -> str:
     """The choice as it stands behind the prompt."""
     before, choice = _filled(prompt, question), question.choices[number]
-    return ("" if before[-1:].isspace() or choice[0].isspace() or before.endswith("：") else " ") + choice
+    if before[-1:].isspace():
+        return choice.lstrip()
+    return ("" if choice[0].isspace() or before.endswith("：") else " ") + choice
 
 
 def _request(tokenizer: Tokenizer, context: str, choice: str, where: str) -> Request:
@@ -185,12 +195,15 @@ def _request(tokenizer: Tokenizer, context: str, choice: str, where: str) -> Req
 
 
 def _result(task: str, groups: list[tuple[Question, int]], likelihoods: list) -> ChoiceResult:
-    right, by_length, chance, place = [], [], [], 0
+    right, by_length, chance, place, alike = [], [], [], 0, 0
     for question, count in groups:
         log_probs = np.array([found.log_prob for found in likelihoods[place : place + count]])
         sizes = np.array([len(choice.encode()) for choice in question.choices])
-        right.append(int(log_probs.argmax()) == question.answer)
-        by_length.append(int((log_probs / sizes).argmax()) == question.answer)
-        chance.append(1 / count)
+        texts = [choice.strip() for choice in question.choices]
+        is_right = np.array([text == texts[question.answer] for text in texts])
+        right.append(is_right[log_probs.argmax()])
+        by_length.append(is_right[(log_probs / sizes).argmax()])
+        chance.append(is_right.mean())
+        alike += len(set(texts)) < count
         place += count
-    return ChoiceResult(task, np.array(right), np.array(by_length), float(np.mean(chance)))
+    return ChoiceResult(task, np.array(right), np.array(by_length), float(np.mean(chance)), alike=alike)

@@ -1,15 +1,17 @@
 """Log-likelihoods of continuations against the whole forward pass; multiple choice; agreement with lm_eval's hf."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from minimind_jax.convert.hf import save_hf
+from minimind_jax.data.jsonl import Record
 from minimind_jax.data.tokenizer import Tokenizer, train_bpe
 from minimind_jax.errors import UserError
-from minimind_jax.evaluate.choices import evaluate_choices
+from minimind_jax.evaluate.choices import _requests, evaluate_choices, parse_question
 from minimind_jax.inference.generate import load_generator, load_model
 from minimind_jax.inference.likelihood import LikelihoodScorer, encode_pair
 from minimind_jax.model.config import ModelConfig
@@ -123,6 +125,9 @@ def test_examples_are_other_questions(folder, questions):
         ({"question": "q", "choices": ["a", "b"], "answer": True}, "answer is 'True'"),
         ({"question": "q", "choices": ["a", " "], "answer": 0}, "a choice is empty"),
         ({"text": "q"}, "expected `question`"),
+        ({"question": "q", "choices": ["a", None], "answer": 0}, "a choice is null"),
+        ({"question": "q", "choices": ["a", ["b"]], "answer": 0}, "a choice is a list"),
+        ({"question": "q", "choices": "[a, b]", "answer": 0}, "choices is not JSON"),
     ],
 )
 def test_broken_questions_are_told(row, message, folder, tmp_path):
@@ -137,6 +142,25 @@ def test_spaces_at_the_prompt_s_end_go_to_the_continuation(spaces, folder):
     expected = encode("the"), encode(f"the{spaces}cat")[len(encode("the")) :]
     assert encode_pair(encode, f"the{spaces}", "cat", 1, "here") == expected
     assert encode_pair(encode, spaces, "cat", 1, "here") == ([1], encode(f"{spaces}cat"))
+
+
+def test_stray_spaces_make_no_choice_likelier(folder):
+    tokenizer = Tokenizer.load(folder)
+    rows = [{"question": "who?", "choices": each, "answer": "dogs"} for each in (["cat", "dogs"], [" cat ", "dogs\n"])]
+    for prompt in ("", "{question} ", "{question}\u3000", "{question}\n"):
+        tidy, stray = (
+            _requests(tokenizer, prompt, parse_question(Record("here", Path(), 1, row)), [], 0) for row in rows
+        )
+        assert tidy == stray
+
+
+def test_equal_choices_are_equally_right(folder, tmp_path):
+    rows = [{"question": "who?", "choices": ["dogs", "dogs ", "qqqqqqqqqqqqqqqqqqqqqq"], "answer": 1}]
+    rows.append({"question": "who?", "choices": json.dumps(["dogs", "cat"]), "answer": 0})  # as in a CSV cell
+    (tmp_path / "twice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [result] = evaluate_choices(str(folder), [str(tmp_path / "twice.jsonl")])
+    assert result.right[0] and result.chance == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert "1 of them have a choice twice" in result.describe()
 
 
 def test_a_prompt_s_last_space_changes_no_result(folder, questions):
