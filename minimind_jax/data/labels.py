@@ -18,6 +18,7 @@ from minimind_jax.errors import UserError
 LABEL_FIELDS = ("label", "labels", "category", "intent")  # where `label` is looked for, unless a setting names a field
 NAME_FIELDS = ("label_text", "label_name")  # what a number in the field of labels is called
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
+_LIST = re.compile(r"\s*(\[|[({]\s*['\"])")  # also of Python's tuples and sets, which are no JSON
 _BETWEEN_LABELS = re.compile(r"\s*[,;|，、；]\s*")
 
 
@@ -136,7 +137,7 @@ def _field(record: Record, label_field: str) -> str:
 def _labels(record: Record, field: str) -> tuple[tuple[str, ...], bool]:
     """(labels, whether they stand in a list) of a field: a list, also as JSON in a text, or a single one."""
     value, place = record.value[field], f"{record.where}: {field}"
-    if isinstance(value, str) and value.strip().startswith("["):
+    if isinstance(value, str) and _LIST.match(value):
         try:
             value = decode_json(value)
         except (ValueError, RecursionError) as error:
@@ -157,7 +158,7 @@ def _label(label: Any, place: str) -> str:
     if not isinstance(label, str | int) or not str(label).strip():
         raise UserError(
             f"{place} is {reprlib.repr(label)}; expected text or a whole number (for a text without any of several "
-            "labels the empty list [])"
+            "labels the empty list []; --data.on_error skip leaves such records out)"
         )
     return checked_text(str(label).strip(), place)
 
@@ -256,7 +257,8 @@ def _slips(names: Sequence[str], counts: Counter[str]) -> Iterator[str]:
 def _kind_of(name: str) -> Any:
     if _NUMBER.fullmatch(name):
         return Decimal(name)
-    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+    shown = "".join(c for c in name if unicodedata.category(c) != "Cf")  # characters without width, as U+200B
+    return " ".join(unicodedata.normalize("NFKC", shown).casefold().split())
 
 
 def label_changes(known: Sequence[str], found: Sequence[str]) -> str:

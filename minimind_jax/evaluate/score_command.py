@@ -1,6 +1,7 @@
 """`minimind classify predict` and `minimind score`: what a classifier or a reward model says of a file's records."""
 
 import contextlib
+import io
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 
 from minimind_jax.data.jsonl import READING, Reading, Record, expand_paths, iter_records, tell
 from minimind_jax.data.labels import parse_unlabelled
+from minimind_jax.data.messages import Conversation
 from minimind_jax.data.records import parse_conversation
 from minimind_jax.errors import UserError
 from minimind_jax.evaluate.classification import classify_logits
@@ -45,13 +47,15 @@ def predict(
     if len(labels.names) == 1:
         raise UserError(f"{model} is a reward model; use minimind score")
 
-    def answers(chunk: list[Record]) -> Iterator[dict[str, Any]]:
-        texts = [parse_unlabelled(record, reading.text_field or "text") for record in chunk]
+    def parse(record: Record) -> str:
+        return parse_unlabelled(record, reading.text_field or "text")
+
+    def answers(texts: list[str]) -> Iterator[dict[str, Any]]:
         for found, likely in zip(*classify_logits(scorer.texts(texts), labels.several), strict=True):
             yield _answer(labels.names, found, likely, labels.several, top)
 
     fields = ("predicted", "probabilities") if labels.several else ("predicted", "probability", "top")[: 2 + (top > 1)]
-    count = _write(paths, reading, answers, fields, output)
+    count = _write(paths, reading, parse, answers, fields, output)
     _say_cut(scorer, count, "texts", "end", " (--seq_len sets another length)")
     return count
 
@@ -63,12 +67,14 @@ def score(model: str, paths: Sequence[str], output: str = "", dtype: str = "auto
     if len(scorer.labels.names) != 1:
         raise UserError(f"{model} is a classifier ({len(scorer.labels.names)} labels); use minimind classify predict")
 
-    def answers(chunk: list[Record]) -> Iterator[dict[str, Any]]:
-        parsed = [parse_conversation(record, for_training=False, reading=reading) for record in chunk]
+    def parse(record: Record) -> Conversation:
+        return parse_conversation(record, for_training=False, reading=reading)
+
+    def answers(parsed: list[Conversation]) -> Iterator[dict[str, Any]]:
         scores = scorer.conversations([(conversation.messages, conversation.tools) for conversation in parsed])
         return ({"score": round(float(value), 6)} for value in scores[:, 0])
 
-    count = _write(paths, reading, answers, ("score",), output)
+    count = _write(paths, reading, parse, answers, ("score",), output)
     _say_cut(scorer, count, "conversations", "beginning")
     return count
 
@@ -96,21 +102,30 @@ def _check_output(output: str, paths: Sequence[str]) -> None:
         raise UserError(f"output {output} is there already; remove it, or choose another name")
 
 
-def _input_lines(text_field: str) -> Iterator[Record]:
+def _input_lines(reading: Reading, told: Counter) -> Iterator[Record]:
+    place = "standard input"
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding=reading.encoding, errors="surrogateescape")  # which the parsing refuses
     for number, line in enumerate(sys.stdin, 1):
-        if line.strip():
-            yield Record(f"standard input:{number}", Path(), number, {text_field: line.rstrip("\n")})
+        line = line.removeprefix("\ufeff").rstrip("\n")
+        if not line.strip():
+            continue
+        if line.startswith(("{", "[")) and line.rstrip().endswith(("}", "]")):
+            told[place, "a line that looks like JSON is read as text (give records as a file, with --input)"] += 1
+        yield Record(f"{place}:{number}", Path(), number, {reading.text_field or "text": line}, told)
 
 
-def _write(paths: Sequence[str], reading: Reading, answers, fields: Sequence[str], output: str) -> int:
-    """Writes every record with its answer, whose fields are `fields`; the number of records."""
+def _write(paths: Sequence[str], reading: Reading, parse, answers, fields: Sequence[str], output: str) -> int:
+    """Writes every record with its answer, whose fields are `fields`; the number of records. `answers` takes what
+    `parse` makes of them; with an output all are parsed before the first is answered."""
     told: Counter = Counter()
     text_field, total = reading.text_field or "text", None
-    records = iter_records(paths, reading=reading, told=told) if paths else _input_lines(text_field)
+    records = iter_records(paths, reading=reading, told=told) if paths else _input_lines(reading, told)
     line = json_line
     if output and paths:
         total, columns = 0, {}
         for record in iter_records(paths, reading=reading):
+            parse(record)
             total, columns = total + 1, {**columns, **dict.fromkeys(record.value)}
         if separator := TABLES.get(Path(output).suffix):
             line = table_line(dict.fromkeys((*columns, *fields)), separator)
@@ -122,8 +137,10 @@ def _write(paths: Sequence[str], reading: Reading, answers, fields: Sequence[str
         with progress("scoring", total, show=bool(output)) as advance:
             while chunk := list(islice(records, CHUNK if file else 1)):  # what is printed comes as soon as it is known
                 with progress("compiling", show=not (file or count)):
-                    found = list(answers(chunk))
+                    found = list(answers([parse(record) for record in chunk]))
                 for record, answer in zip(chunk, found, strict=True):
+                    for name in record.value.keys() & {*fields}:
+                        told[str(record.file), f"the earlier `{name}` is replaced"] += 1
                     write({**record.value, **answer})
                 count += len(chunk)
                 advance(len(chunk))

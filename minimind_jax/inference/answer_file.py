@@ -167,7 +167,7 @@ def table_line(columns: Iterable[str], separator: str) -> Callable[[dict[str, An
 
     Lists and objects stand as JSON in their cells, None as an empty one.
     """
-    columns, lines = list(columns), []
+    columns, begun = list(columns), []
 
     def cell(value: Any) -> str:
         if value is None or (isinstance(value, float) and not math.isfinite(value)):
@@ -175,14 +175,15 @@ def table_line(columns: Iterable[str], separator: str) -> Callable[[dict[str, An
         text = json_line(value) if isinstance(value, list | dict | bool | int | float) else str(value)
         return text.encode(errors="backslashreplace").decode()
 
-    def line(record: dict[str, Any]) -> str:
+    def row(cells: list[str]) -> str:
         text = io.StringIO()
-        writer = csv.writer(text, delimiter=separator, lineterminator="\n")
-        if not lines:
-            writer.writerow(columns)
-            lines.append(True)
-        writer.writerow([cell(record.get(name)) for name in columns])
-        return text.getvalue().removesuffix("\n")
+        csv.writer(text, delimiter=separator, lineterminator="\r\n").writerow(cells)  # a cell with either is quoted
+        return text.getvalue().removesuffix("\r\n")
+
+    def line(record: dict[str, Any]) -> str:
+        lines = [] if begun else [row(columns)]
+        begun.append(True)
+        return "\n".join([*lines, row([cell(record.get(name)) for name in columns])])
 
     return line
 

@@ -59,8 +59,15 @@ def classify(config: ClassifyConfig) -> Path:
     train_batches, val_batches = open_data(
         "labelled", config, tokenizer, *data_process(make_mesh(config.mesh)), classes=classes, annotate=annotate
     )
-    balanced = wanted.class_weights == "balanced"
-    weights = class_weights(train_batches, classes) if balanced else np.ones(len(classes.names))
+    counts = texts_of_labels(train_batches, classes)
+    if untrained := [name for name, count in zip(classes.names, counts, strict=True) if not count]:
+        announce(
+            f"{len(untrained)} labels have no text to train on ({', '.join(untrained[:8])}), for all of theirs are "
+            "held out; give more texts, or held-out ones of your own (--data.val)"
+        )
+    weights = np.ones(len(counts))
+    if wanted.class_weights == "balanced":
+        weights = class_weights(counts, len(train_batches.epoch(0).documents), classes.several)
     result = train(
         config,
         stage="classify",
@@ -86,14 +93,17 @@ def classify(config: ClassifyConfig) -> Path:
     return finish_run(run, config, model, tokenizer, result, hint, labels, judge if val_batches is not None else None)
 
 
-def class_weights(batches: Batches, classes: Classes) -> np.ndarray:
-    """(C,) n / (C n_c) of one label a text, so that the mean over texts is 1; the ratio of no to yes of several."""
+def texts_of_labels(batches: Batches, classes: Classes) -> np.ndarray:
+    """(C,) how many texts of `batches` have each label."""
     values = batches.cache.values[batches.epoch(0).documents]
-    if classes.several:
-        yes = values.sum(axis=0)
-        return (len(values) - yes) / np.maximum(yes, 1)
-    counts = np.bincount(values[:, 0].astype(int), minlength=len(classes.names))
-    return len(values) / (len(classes.names) * np.maximum(counts, 1))
+    return (
+        values.sum(axis=0) if classes.several else np.bincount(values[:, 0].astype(int), minlength=len(classes.names))
+    )
+
+
+def class_weights(counts: np.ndarray, texts: int, several: bool) -> np.ndarray:
+    """(C,) n / (C n_c) of one label a text, so that the mean over texts is 1; the ratio of no to yes of several."""
+    return ((texts - counts) if several else texts / len(counts)) / np.maximum(counts, 1)
 
 
 def evaluate_batches(

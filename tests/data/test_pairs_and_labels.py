@@ -249,6 +249,9 @@ def test_numbers_are_called_what_stands_beside_them(beside, tmp_path):
         ([{"category": "a", "intent": "b"}], ":1: both category and intent are there"),
         ([{"label": "['fire', 'late']"}], ":1: label is .*no list in JSON"),
         ([{"label": "[urgent]"}], ":1: label is .*no list in JSON"),
+        ([{"label": "('fire', 'late')"}], ":1: label is .*no list in JSON"),
+        ([{"label": "{'fire', 'late'}"}], ":1: label is .*no list in JSON"),
+        ([{"label": '{"fire": 1}'}], ":1: label is {'fire': 1}"),
         ([{"label": ""}], r":1: label is ''.*\[\]"),
         ([{"label": None}], ":1: label is None"),
         ([{"label": ["a", None]}], ":1: label is None"),
@@ -275,6 +278,8 @@ def test_labels_that_look_like_slips_are_told(tmp_path):
         'a list, in a CSV cell as JSON: ["one", "other"]',
     ]
     told.clear()
+    classes_of(tmp_path, {"label": "Yes"}, {"label": "yes\u200b\xa0"}, told=told)
+    assert len(told) == 1 and "differ only in case" in told.pop()
     classes_of(tmp_path, {"label": "Paris, France"}, {"label": "late"}, told=told)
     assert told == []
 

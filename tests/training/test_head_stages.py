@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import json
 import random
 import shutil
@@ -20,6 +21,7 @@ from minimind_jax.adapt_config import (
 )
 from minimind_jax.config import LoRAConfig, SFTConfig
 from minimind_jax.convert.hf import Labels, load_labels, to_hf
+from minimind_jax.data.jsonl import iter_records
 from minimind_jax.errors import UserError
 from minimind_jax.evaluate.score_command import predict, score
 from minimind_jax.inference.answer_file import PartialFile
@@ -163,7 +165,7 @@ def test_labels_belong_to_the_run(make, files, tmp_path):
         export_checkpoint(str(run.path), tmp_path / "again", "newest")
 
 
-def test_the_trained_length_goes_with_the_model(make, files, tmp_path, capsys):
+def test_the_trained_length_goes_with_the_model(make, files, tmp_path, capsys, monkeypatch):
     """On the run, its model/, a converted copy and transformers' pipeline a long text has the same answer."""
     config = make(ClassifyConfig, tmp_path / "classify", "labels", data={"seq_len": 16}, training={"steps": 12})
     run = RunFolder(classify(config))
@@ -184,6 +186,23 @@ def test_the_trained_length_goes_with_the_model(make, files, tmp_path, capsys):
     assert [(row["text"], row["tag"]) for row in rows] == [(long, '["a", "b"]'), ('cat, "x"', "")]
     for row, answer in zip(rows, expected, strict=True):
         assert (row["predicted"], float(row["probability"])) == (answer["predicted"], answer["probability"])
+    earlier = [{"text": "dogs\rsat", "predicted": "x", "a": 'q "r",\r\ns\r'}]
+    predict(str(run.path), [write_lines(tmp_path / "earlier.jsonl", earlier)], str(tmp_path / "ends.csv"))
+    assert "the earlier `predicted` is replaced (once)" in capsys.readouterr().err
+    [row] = [record.value for record in iter_records([tmp_path / "ends.csv"])]
+    assert (row["text"], row["a"]) == (earlier[0]["text"], earlier[0]["a"]) and row["predicted"] in ("birds", "dogs")
+    gaps = write_lines(tmp_path / "gaps.jsonl", [{"text": "dogs"}] * 600 + [{"text": ""}])
+    with pytest.raises(UserError, match=r"gaps.jsonl:601: text is empty"):
+        predict(str(run.path), [gaps], str(tmp_path / "gaps.csv"))
+    assert not list(tmp_path.glob("gaps.csv*"))  # refused before anything is answered
+    lines = io.TextIOWrapper(io.BytesIO('\ufeffdogs 你\r\n\r\n{"text": "cat"}\r\n'.encode("utf-8")), "ascii")
+    monkeypatch.setattr("sys.stdin", lines)
+    assert predict(str(run.path), [], str(tmp_path / "typed.jsonl")) == 2
+    typed = [json.loads(line)["text"] for line in (tmp_path / "typed.jsonl").read_text("utf-8").splitlines()]
+    assert typed == ["dogs 你", '{"text": "cat"}'] and "looks like JSON" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("grün".encode("latin-1")), "utf-8"))
+    with pytest.raises(UserError, match="standard input:1"):
+        predict(str(run.path), [])
     config_file = tmp_path / "copy" / "tokenizer_config.json"  # as an earlier version wrote it
     config_file.write_text(json.dumps({**json.loads(config_file.read_text("utf-8")), "model_max_length": 131072}))
     predict(str(tmp_path / "copy"), [texts], str(tmp_path / "old.jsonl"))
@@ -245,6 +264,15 @@ def test_class_weights_even_out_rare_classes(make, tmp_path):
         classify(config)
     plain, balanced = (last(tmp_path / name, "loss") for name in ("none", "balanced"))
     assert plain == pytest.approx(balanced, abs=0.2) and plain != balanced
+
+
+def test_labels_that_are_only_held_out_are_told(make, tmp_path, capsys):
+    labels = [{"text": "cat", "label": "cat"}] * 30 + [{"text": name, "label": name} for name in "abcdefgh"]
+    file = write_lines(tmp_path / "single.jsonl", labels)
+    run = classify(make(ClassifyConfig, tmp_path / "run", file, data={"val_fraction": 0.5}, training={"steps": 1}))
+    rows = json.loads((run / "results.json").read_text("utf-8"))["classes"]
+    alone = [row["label"] for row in rows if row["texts"] and row["label"] != "cat"]
+    assert alone and f"{len(alone)} labels have no text to train on ({', '.join(alone)})" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
