@@ -30,8 +30,13 @@ def settle(
 ) -> PretrainConfig:
     """`config` with a value for everything that it leaves open; says which, and from how much data they follow.
 
-    A run that goes on keeps the values it was started with. Raises UserError for what is wrong with the data.
+    A run that goes on keeps the values it was started with. Raises UserError for what is wrong with the data, on all
+    processes.
     """
+    return on_all(lambda: _settle(config, kind, tokenizer, model, run, classes))
+
+
+def _settle(config, kind, tokenizer, model, run, classes) -> PretrainConfig:
     asked = flat(plain(config))
     values = run.settled(asked)
     config = with_values(config, values)
@@ -39,7 +44,7 @@ def settle(
     chances = open_chances(config, kind in RENDERED, size)
     values, config = values | chances, with_values(config, chances)
     if leaves_open(config):
-        found, told = on_all(lambda: _from_data(config, kind, tokenizer, model, classes))
+        found, told = _from_data(config, kind, tokenizer, model, classes)
         values, config = values | found, with_values(config, found)
         follow = ", ".join(f"{key} {value:g}" for key, value in (chances | found).items())
         announce(f"{told}. From that follow, unless you set them: {follow}")
