@@ -18,8 +18,10 @@ from minimind_jax.errors import UserError
 LABEL_FIELDS = ("label", "labels", "category", "intent")  # where `label` is looked for, unless a setting names a field
 NAME_FIELDS = ("label_text", "label_name")  # what a number in the field of labels is called
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
-_LIST = re.compile(r"\s*(\[|[({]\s*['\"])")  # also of Python's tuples and sets, which are no JSON
-_BETWEEN_LABELS = re.compile(r"\s*[,;|，、；]\s*")
+_LIST = re.compile(r"\s*([\[{]|\(\s*['\"])")  # also Python's tuples and sets and PostgreSQL's arrays, no JSON
+_BETWEEN_LABELS = re.compile(r"\s*[,;|/\n\t，、；]\s*")
+_YES_AND_NO = {"0", "1", "true", "false"}
+_MISSING = {"nan", "null", "n/a", "#n/a", "<na>"}
 
 
 class LabelledText(NamedTuple):
@@ -179,6 +181,7 @@ def find_classes(
     """
     counts: Counter[str] = Counter()
     fields: dict[str, None] = {}
+    lengths: set[int] = set()
     records = lists = 0
     naming = _Naming()
     for record in iter_records(paths, (lambda error: None) if skip else None, reading):
@@ -192,10 +195,17 @@ def find_classes(
         naming.add(record, given)
         counts.update(given.labels)
         fields[given.field] = None
+        lengths.add(len(given.labels))
         records, lists = records + 1, lists + given.is_list
     if len(counts) < 2:
         found = f"only the label {next(iter(counts))!r}" if counts else "no label"
         raise UserError(f"{', '.join(map(str, paths))}: {found}; a classifier needs at least two")
+    if lists and counts.keys() <= _YES_AND_NO and len(lengths) == 1 and max(lengths) > 1:
+        raise UserError(
+            f"{', '.join(map(str, paths))}: all lists in {', '.join(fields)} are {lengths.pop()} times "
+            f"{' or '.join(sorted(counts))}, as if for every label its yes or no; write the names of those that a text "
+            'has: ["one", "other"]'
+        )
     if list(fields) != [label_field]:
         tell(f"labels are read from {', '.join(fields)}")
     if 0 < lists < records:
@@ -244,6 +254,8 @@ def _slips(names: Sequence[str], counts: Counter[str]) -> Iterator[str]:
     if groups:
         told = "; ".join(", ".join(f"{name!r} x {counts[name]:,}" for name in group) for group in groups[:3])
         yield f"labels that differ only in case, spaces or zeros are classes of their own: {told}"
+    if missing := [f"{name!r} x {counts[name]:,}" for name in names if name.casefold() in _MISSING]:
+        yield f"labels that look like missing ones are classes like others: {', '.join(missing)}; remove those records"
     parts = {name: _BETWEEN_LABELS.split(name) for name in names}
     uses = Counter(part for split in parts.values() for part in split)
     joined = [name for name, split in parts.items() if len(split) > 1 and all(uses[part] > 1 for part in split)]

@@ -88,6 +88,7 @@ def _number(answer: Any, choices: Sequence[str], record: Record) -> int:
             return named[0]
         letter = answer.strip().upper()
         number = "ABCDEFGHIJKLMNOPQRSTUVWXYZ".find(letter) if len(letter) == 1 else -1
+        number = int(letter) if letter.isdecimal() else number  # a number of a CSV cell
     if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(choices):
         raise UserError(
             f"{record.where}: answer is {str(answer)[:40]!r}; expected the right choice's number from 0 to "

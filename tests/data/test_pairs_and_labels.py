@@ -180,6 +180,10 @@ def test_lists_of_labels_make_several(tmp_path):
         '{"text": "x", "label": "a"}\n{"text": "y", "label": ["b", "a", "b"]}\n{"text": "z", "label": []}\n'
     )
     classes = find_classes([file], "text", "label")
+    assert classes_of(tmp_path, {"label": [0]}, {"label": [1, 0]})[1] == [
+        (1.0, 0.0),
+        (1.0, 1.0),
+    ]  # numbers, no yes and no
     assert classes.several and classes.names == ("a", "b")
     found = [classes.values(parse_labelled(each, classes).labels) for each in iter_records([file])]
     assert found == [(1.0, 0.0), (1.0, 1.0), (0.0, 0.0)]
@@ -251,6 +255,10 @@ def test_numbers_are_called_what_stands_beside_them(beside, tmp_path):
         ([{"label": "[urgent]"}], ":1: label is .*no list in JSON"),
         ([{"label": "('fire', 'late')"}], ":1: label is .*no list in JSON"),
         ([{"label": "{'fire', 'late'}"}], ":1: label is .*no list in JSON"),
+        ([{"label": "{fire,late}"}], ":1: label is .*no list in JSON"),
+        ([{"label": [1, 0, 0]}, {"label": [0, 1, 0]}], "label are 3 times 0 or 1, as if for every label its yes or no"),
+        ([{"label": "[0.0, 1.0]"}], "label are 2 times 0 or 1, as if"),
+        ([{"labels": [True, False]}], "labels are 2 times false or true, as if"),
         ([{"label": '{"fire": 1}'}], ":1: label is {'fire': 1}"),
         ([{"label": ""}], r":1: label is ''.*\[\]"),
         ([{"label": None}], ":1: label is None"),
@@ -280,6 +288,10 @@ def test_labels_that_look_like_slips_are_told(tmp_path):
     told.clear()
     classes_of(tmp_path, {"label": "Yes"}, {"label": "yes\u200b\xa0"}, told=told)
     assert len(told) == 1 and "differ only in case" in told.pop()
+    classes_of(tmp_path, {"label": "NaN"}, {"label": "late"}, told=told)
+    assert told.pop().startswith("labels that look like missing ones are classes like others: 'NaN' x 1;")
+    classes_of(tmp_path, *({"label": name} for name in ("fire/late", "fire", "late")), told=told)
+    assert told.pop().startswith("1 labels look like several in one")
     classes_of(tmp_path, {"label": "Paris, France"}, {"label": "late"}, told=told)
     assert told == []
 

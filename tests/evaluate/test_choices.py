@@ -156,7 +156,7 @@ def test_stray_spaces_make_no_choice_likelier(folder):
 
 def test_equal_choices_are_equally_right(folder, tmp_path):
     rows = [{"question": "who?", "choices": ["dogs", "dogs ", "qqqqqqqqqqqqqqqqqqqqqq"], "answer": 1}]
-    rows.append({"question": "who?", "choices": json.dumps(["dogs", "cat"]), "answer": 0})  # as in a CSV cell
+    rows.append({"question": "who?", "choices": json.dumps(["dogs", "cat"]), "answer": "0"})  # as in a CSV cell
     (tmp_path / "twice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     [result] = evaluate_choices(str(folder), [str(tmp_path / "twice.jsonl")])
     assert result.right[0] and result.chance == pytest.approx((2 / 3 + 1 / 2) / 2)
