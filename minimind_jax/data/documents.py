@@ -46,10 +46,12 @@ def encode_conversation(
     rng: np.random.Generator | None = None,
     system_prompt_probability: float = 0.0,
     empty_think_removal: float = 0.0,
+    tell: Callable[[str], None] = lambda note: None,
 ) -> Document:
     """A conversation in the tokenizer's template; trained are the assistant's words and its end of turn.
 
     rng: of this record's dice (`template.dice_rng`); None leaves the conversation as it is.
+    tell: hears what the template leaves out on purpose.
     Raises UserError if the tokenizer's own template cannot be split into prompts and answers.
     """
     if conversation.plain:
@@ -57,11 +59,14 @@ def encode_conversation(
     keep_empty_think = True
     if rng is not None:
         conversation, keep_empty_think = apply_dice(conversation, rng, system_prompt_probability, empty_think_removal)
-    return _encode(tokenizer, _segments(tokenizer, conversation, keep_empty_think))
+    return _encode(tokenizer, _segments(tokenizer, conversation, keep_empty_think, tell))
 
 
-def _segments(tokenizer: Tokenizer, conversation: Conversation, keep_empty_think: bool) -> list[Segment]:
-    return tokenizer.segments(conversation.messages, conversation.tools, keep_empty_think, conversation.variables)
+def _segments(
+    tokenizer: Tokenizer, conversation: Conversation, keep_empty_think: bool, tell: Callable[[str], None]
+) -> list[Segment]:
+    said = conversation.messages, conversation.tools
+    return tokenizer.segments(*said, keep_empty_think, conversation.variables, tell)
 
 
 def _encode_completion(tokenizer: Tokenizer, prompt: str, completion: str) -> Document:
@@ -87,10 +92,11 @@ def encode_preference(
     rng: Callable[[], np.random.Generator] | None = None,
     system_prompt_probability: float = 0.0,
     empty_think_removal: float = 0.0,
+    tell: Callable[[str], None] = lambda note: None,
 ) -> Document:
     """Both sides of a pair end to end, the chosen one first; trained are the assistant's words where they differ.
 
-    rng: makes the generator of this record's dice; both sides get the same draws.
+    rng: makes the generator of this record's dice; both sides get the same draws. tell: see `encode_conversation`.
     Raises UserError where the template writes both sides alike.
     """
     sides = []
@@ -99,7 +105,7 @@ def encode_preference(
         if rng is not None:
             chances = (system_prompt_probability, empty_think_removal)
             conversation, keep_empty_think = apply_dice(conversation, rng(), *chances)
-        sides.append(_segments(tokenizer, conversation, keep_empty_think))
+        sides.append(_segments(tokenizer, conversation, keep_empty_think, tell))
     texts = ["".join(segment.text for segment in side) for side in sides]
     if texts[0] == texts[1]:
         raise UserError(SAME)

@@ -305,27 +305,40 @@ def prefix_segments(
     Raises TemplateFault if the template writes earlier messages differently once more follow (not prefix-consistent),
     for then there is no text of which one part is the prompt and the other the answer.
     """
-    trained = [message.get("train", True) for message in messages]
-    messages = [{name: value for name, value in message.items() if name != "train"} for message in messages]
-    whole = render_jinja(source, messages, tools, **variables)
-    segments: list[Segment] = []
-    done, turn = 0, 0
-    for index, message in enumerate(messages):
+    shown = without_marks(messages)
+    whole = render_jinja(source, shown, tools, **variables)
+    spans: list[tuple[int, int, int]] = []
+    for index, message in enumerate(shown):
         if message["role"] != "assistant":
             continue
-        prompt = render_jinja(source, messages[:index], tools, **{**variables, "add_generation_prompt": True})
-        answered = render_jinja(source, messages[: index + 1], tools, **variables)
+        prompt = render_jinja(source, shown[:index], tools, **{**variables, "add_generation_prompt": True})
+        answered = render_jinja(source, shown[: index + 1], tools, **variables)
+        done = spans[-1][2] if spans else 0
         if not (answered.startswith(prompt) and whole.startswith(answered) and done <= len(prompt)):
             raise TemplateFault(
                 "the model's chat template is not prefix-consistent: it writes the conversation up to message "
                 f"{index + 1} of {len(messages)} differently when more follows, so its answers cannot be told from its "
                 f"prompts. Copy {TEMPLATE_FILE} into the model's folder as chat_template.jinja to train with ours"
             )
-        if len(prompt) > done:
+        spans.append((index, len(prompt), len(answered)))
+    return segments_of_spans(whole, messages, spans)
+
+
+def without_marks(messages: Sequence[Message]) -> list[Message]:
+    """The messages as a foreign template sees them: without our `train`."""
+    return [{name: value for name, value in message.items() if name != "train"} for message in messages]
+
+
+def segments_of_spans(whole: str, messages: Sequence[Message], spans: Sequence[tuple[int, int, int]]) -> list[Segment]:
+    """The segments of a rendering, of which spans (message, start, end) are the assistant's."""
+    segments: list[Segment] = []
+    done, turn = 0, 0
+    for index, start, end in spans:
+        if start > done:
             turn += index > 0 and messages[index - 1]["role"] != "assistant" and bool(segments)
-            segments.append(Segment(whole[done : len(prompt)], False, turn))
-        segments.append(Segment(whole[len(prompt) : len(answered)], trained[index], turn))
-        done = len(answered)
+            segments.append(Segment(whole[done:start], False, turn))
+        segments.append(Segment(whole[start:end], messages[index].get("train", True), turn))
+        done = end
     if done < len(whole):
         follows = bool(messages) and messages[-1]["role"] != "assistant" and bool(segments)
         segments.append(Segment(whole[done:], False, turn + follows))

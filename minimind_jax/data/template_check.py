@@ -10,28 +10,46 @@ from minimind_jax.errors import TemplateFault, UserError
 
 OPEN_TAG, CLOSE_TAG = "<think>", "</think>"
 
+FORGOTTEN = "the chat template leaves out the thinking of earlier answers, of which only the words are trained"
+
 
 def check_complete(
-    messages: Sequence[Message], tools: Sequence[Any] | None, segments: Sequence[Segment], with_answers: bool = True
-) -> None:
+    messages: Sequence[Message],
+    tools: Sequence[Any] | None,
+    segments: Sequence[Segment],
+    with_answers: bool = True,
+    render: Callable[[Sequence[Message]], str] | None = None,
+) -> bool:
     """Raises UserError, which names it, for anything of a conversation that the rendered text does not hold.
 
     with_answers: False for a prompt, in which a template may shorten what the assistant has said before.
+    render: of the first messages alone. Thinking that it writes there, while the answer is the last, and leaves out
+    once more follows is forgotten on purpose: that is no error, and True is returned.
     What is trained must be in its own message's piece (the n-th trained one), the rest anywhere in the text.
     White space does not count, and text may be written as JSON writes it.
     """
     whole = _squeezed("".join(segment.text for segment in segments))
+    forgets = False
     answers = iter([_squeezed(segment.text) for segment in segments if segment.trained])
     for index, message in enumerate(messages):
         role = message["role"]
         if role == "assistant" and not with_answers:
             continue
         text = next(answers, "") if role == "assistant" and message.get("train", True) else whole
-        if lost := [name for name, words in _said(message) if not all(_is_in(word, text) for word in words)]:
-            raise UserError(f"the chat template leaves out the {lost[0]} of {role} message {index + 1}; {_ways_out()}")
+        lost = [(name, words) for name, words in _said(message) if not all(_is_in(word, text) for word in words)]
+        if lost and render and index + 1 < len(messages):
+            thoughts, alone = _thoughts(message), _squeezed(render(messages[: index + 1]))
+            kept = [said for said in lost if not (said in thoughts and all(_is_in(word, alone) for word in said[1]))]
+            forgets |= len(kept) < len(lost)
+            lost = kept
+        if lost:
+            raise UserError(
+                f"the chat template leaves out the {lost[0][0]} of {role} message {index + 1}; {_ways_out()}"
+            )
     told = _squeezed("".join(segment.text for segment in segments if not segment.trained))
     if not all(_is_in(_function(tool).get(key), told) for tool in tools or () for key in ("name", "description")):
         raise UserError(f"the chat template leaves out the tools; {_ways_out()}")
+    return forgets
 
 
 def check_spoken(messages: Sequence[Message]) -> None:
@@ -80,14 +98,21 @@ def _ways_out() -> str:
 def _said(message: Message) -> list[tuple[str, list[Any]]]:
     """(name, words) of all that a message holds."""
     content = message.get("content") or ""
-    thought, answer = _split_thought(content) if message["role"] == "assistant" else ("", content)
+    answer = _split_thought(content)[1] if message["role"] == "assistant" else content
     calls = [_function(call) for call in message.get("tool_calls") or ()]
     called = [word for call in calls for word in (call.get("name"), *_leaves(call.get("arguments")))]
     return [
-        ("content", [thought, answer]),
-        ("reasoning_content", [message.get("reasoning_content") or ""]),
+        ("content", [answer]),
+        *_thoughts(message),
         ("tool_calls", called),
     ]
+
+
+def _thoughts(message: Message) -> list[tuple[str, list[Any]]]:
+    if message["role"] != "assistant":
+        return []
+    inside = _split_thought(message.get("content") or "")[0]
+    return [("content", [inside]), ("reasoning_content", [message.get("reasoning_content") or ""])]
 
 
 def _split_thought(content: str) -> tuple[str, str]:

@@ -86,16 +86,19 @@ class Encoder:
         chances = (dice.system_prompt_probability, dice.empty_think_removal) if dice else ()
         parse = parse_conversation if self.kind == "conversation" else parse_preference
         parsed = parse(record, reading=self.reading)
+        notes: set[str] = set()
         try:
             if self.tokenizer.own_template:
                 sides = [parsed] if self.kind == "conversation" else [parsed.chosen, parsed.rejected]
                 check_spoken([message for side in sides for message in side.messages])
             if self.kind == "preference":
-                return encode_preference(self.tokenizer, parsed, rng, *chances)
-            document = encode_conversation(self.tokenizer, parsed, rng and rng(), *chances)
+                document = encode_preference(self.tokenizer, parsed, rng, *chances, tell=notes.add)
+            else:
+                document = encode_conversation(self.tokenizer, parsed, rng and rng(), *chances, tell=notes.add)
         except UserError as error:  # of the tokenizer's own template, which knows no files
             raise type(error)(f"{record.where}: {error}") from error
-        if not document.trained.any():
+        record.told.update((str(file), note) for note in notes)
+        if self.kind == "conversation" and not document.trained.any():
             raise UserError(f"{record.where}: nothing to train on; expected an assistant message with content")
         return document
 

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from minimind_jax.data.template import (
     CHAT_TEMPLATE,
     Segment,
-    prefix_segments,
     render_jinja,
     render_segments,
     renders_as_ours,
 )
-from minimind_jax.data.template_check import check_complete, ends_in_thought, raise_as_what_it_is
+from minimind_jax.data.template_check import FORGOTTEN, check_complete, ends_in_thought, raise_as_what_it_is
+from minimind_jax.data.template_spans import foreign_segments
 from minimind_jax.data.token_bytes import bytes_of_tokens
 from minimind_jax.errors import TemplateFault, UserError
 from minimind_jax.hub import fetch, is_hub_name
@@ -208,15 +208,17 @@ class Tokenizer:
         tools: Sequence[Any] | None = None,
         keep_empty_think: bool = True,
         variables: Mapping[str, Any] | None = None,
+        tell: Callable[[str], None] = lambda note: None,
     ) -> list[Segment]:
         """A whole conversation in pieces with trained flags, by our template or the folder's own.
 
         keep_empty_think acts on our template only. variables: of the template, that the conversation sets itself.
+        tell: hears what the template leaves out on purpose.
         Raises UserError if a message is not written whole, or cannot be written, and for a variable that our template
         does not have; TemplateFault if that is so for every conversation of its kind.
         """
         if not self.own_template:
-            render = functools.partial(self._checked_segments, variables=variables or {})
+            render = functools.partial(self._checked_segments, variables=variables or {}, tell=tell)
             try:
                 return render(messages, tools)
             except TemplateFault:
@@ -231,10 +233,17 @@ class Tokenizer:
         return render_segments(messages, tools, keep_empty_think=keep_empty_think or bool(variables))
 
     def _checked_segments(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None, variables: Mapping[str, Any]
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[Any] | None,
+        variables: Mapping[str, Any],
+        tell: Callable[[str], None],
     ) -> list[Segment]:
-        segments = prefix_segments(self.chat_template, messages, tools, {**variables, **self._present_tokens()})
-        check_complete(messages, tools, segments)
+        variables = {**variables, **self._present_tokens()}
+        segments = foreign_segments(self.chat_template, messages, tools, variables)
+        render = functools.partial(render_jinja, self.chat_template, tools=tools, **variables)
+        if check_complete(messages, tools, segments, render=render):
+            tell(FORGOTTEN)
         return segments
 
     def prompt_opens_thinking(
