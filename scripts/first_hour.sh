@@ -7,22 +7,22 @@
 # WORK (runs/first_hour): where all of it goes.
 set -euo pipefail
 scripts=$(cd "$(dirname "$0")" && pwd)
-PATH=$PATH:$scripts/../.venv/bin
+PATH=$PATH:$(cd "$scripts/.." && pwd)/.venv/bin
+python=$(dirname "$(command -v minimind)")/python # the one that has minimind_jax
 work=${WORK:-runs/first_hour}
 mkdir -p "$work"
 
 timed() {
-    local before=$SECONDS
-    "$@"
-    echo "==> $((SECONDS - before)) seconds: ${*:1:2}"
+    local TIMEFORMAT="==> %0R seconds, %0U + %0S of the processor: ${*:1:2}"
+    time "$@"
 }
 
 check() {
-    python "$scripts/first_hour_check.py" "$@"
+    "$python" "$scripts/first_hour_check.py" "$@"
 }
 
 make_base() {
-    python -c 'from minimind_jax.stages import demo; demo.collect(demo.FOLDER / "data")'
+    "$python" -c 'from minimind_jax.stages import demo; demo.collect(demo.FOLDER / "data")'
     sed '/^  - sft:/,$d' "$scripts/../configs/quickstart.yaml" >"$work/base.yaml"
     timed minimind pipeline --config "$work/base.yaml" --name first_hour_base \
         --tokenizer.data runs/demo/data/pretrain.jsonl runs/demo/data/sft.jsonl
@@ -30,7 +30,7 @@ make_base() {
 
 base=${1:-runs/first_hour_base/pretrain}
 [ $# -gt 0 ] || make_base
-python "$scripts/first_hour_data.py" "$work"
+"$python" "$scripts/first_hour_data.py" "$work"
 
 timed minimind sft --config sft --init_from "$base" --data.train "$work/chats.jsonl" --run "$work/chats"
 minimind generate --model "$work/chats" --input "$work/chats.jsonl" --output "$work/answers.jsonl" --temperature 0

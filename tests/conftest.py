@@ -3,6 +3,7 @@
 import gc
 import os
 import resource
+import signal
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,10 @@ os.environ.setdefault("XLA_FLAGS", " ".join(f"--xla_{flag}" for flag in PLAIN))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Half a million objects of libraries stay for good; looking through them again and again took a tenth of the time.
 gc.set_threshold(100_000, 50, 100)
+# Signals are tested: `nohup make test`, or a shell's `&`, would have them ignored by every process that tests start.
+for number, usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 COMPILED_MEGABYTES = 1000  # a process that holds more drops its compiled programs, of which a session makes thousands
 
 ROOT = Path(__file__).resolve().parent.parent

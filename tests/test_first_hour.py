@@ -1,6 +1,7 @@
 """The first hour with few records: the documented commands, with nothing set, learn what they are given."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +21,10 @@ def test_few_records_are_learned_by_the_documented_commands(tmp_path):
     told = [line for line in done.stdout.splitlines() if line.startswith("==> ")]
     print("\n".join(told))
     assert done.returncode == 0, done.stdout[-6000:]
-    seconds = {line.split(": ")[1]: int(line.split()[1]) for line in told if " seconds: " in line}
-    assert max(seconds.values()) <= 300, seconds
+    # Five minutes of two cores: the clock itself would measure what else the machine does.
+    found = re.findall(r"==> .* seconds, (\d+) \+ (\d+) of the processor: (.*)", done.stdout)
+    assert len(found) == 7, told
+    assert max(int(user) + int(system) for user, system, _ in found) <= 600, told
 
 
 def test_the_data_is_the_same_every_time_and_what_is_held_out_differs(tmp_path):
