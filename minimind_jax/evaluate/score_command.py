@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from minimind_jax.data.jsonl import READING, Reading, Record, expand_paths, iter_records, tell
+from minimind_jax.data.jsonl import DOCUMENTS, READING, Reading, Record, expand_paths, iter_records, tell
 from minimind_jax.data.labels import parse_unlabelled
 from minimind_jax.data.messages import Conversation
 from minimind_jax.data.records import parse_conversation
@@ -42,13 +42,18 @@ def predict(
     several labels a text: a list `predicted`, and `probabilities` of all.
     """
     _check_output(output, paths)
+    if top < 1:
+        raise UserError(f"top is {top}; it must be at least 1")
     scorer = Scorer(model, dtype, seq_len)
     labels = scorer.labels
     if len(labels.names) == 1:
         raise UserError(f"{model} is a reward model; use minimind score")
 
     def parse(record: Record) -> str:
-        return parse_unlabelled(record, reading.text_field or "text")
+        text = parse_unlabelled(record, reading.text_field or "text")
+        if record.file.name.endswith(DOCUMENTS) and "\n" in text.strip():
+            record.told[str(record.file), "read as one text (its lines are texts on the standard input)"] += 1
+        return text
 
     def answers(texts: list[str]) -> Iterator[dict[str, Any]]:
         for found, likely in zip(*classify_logits(scorer.texts(texts), labels.several), strict=True):
@@ -127,9 +132,9 @@ def _write(paths: Sequence[str], reading: Reading, parse, answers, fields: Seque
         for record in iter_records(paths, reading=reading):
             parse(record)
             total, columns = total + 1, {**columns, **dict.fromkeys(record.value)}
-        if separator := TABLES.get(Path(output).suffix):
+        if separator := TABLES.get(Path(output).suffix.lower()):
             line = table_line(dict.fromkeys((*columns, *fields)), separator)
-    elif separator := TABLES.get(Path(output).suffix):
+    elif separator := TABLES.get(Path(output).suffix.lower()):
         line = table_line((text_field, *fields), separator)
     count = 0
     with PartialFile(Path(output), line) if output else contextlib.nullcontext() as file:

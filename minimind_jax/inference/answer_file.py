@@ -149,7 +149,8 @@ class AnswerFile(PartialFile):
 def check_output(output: Path, inputs: Iterable[Path], tables: bool = False) -> None:
     """Raises UserError, before any work, for an output that could not be written at its end, or whose name promises
     another form than JSON lines (or, with `tables`, than those and TABLES)."""
-    if output.suffix in NOT_WRITTEN or (output.suffix in TABLES and not tables):
+    ending = output.suffix.lower()
+    if ending in NOT_WRITTEN or (ending in TABLES and not tables):
         forms = f".jsonl{' (or .csv, .tsv for a table)' if tables else ''}"
         raise UserError(f"output {output}: JSON lines are written; choose a name that ends in {forms}")
     if not output.parent.is_dir():

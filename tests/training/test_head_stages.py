@@ -195,6 +195,12 @@ def test_the_trained_length_goes_with_the_model(make, files, tmp_path, capsys, m
     with pytest.raises(UserError, match=r"gaps.jsonl:601: text is empty"):
         predict(str(run.path), [gaps], str(tmp_path / "gaps.csv"))
     assert not list(tmp_path.glob("gaps.csv*"))  # refused before anything is answered
+    (tmp_path / "lines.txt").write_text("dogs\ncat\n")
+    assert predict(str(run.path), [str(tmp_path / "lines.txt")], str(tmp_path / "LINES.CSV")) == 1
+    assert "lines.txt: read as one text" in capsys.readouterr().err
+    assert (tmp_path / "LINES.CSV").read_text("utf-8").startswith("text,predicted,probability\n")
+    with pytest.raises(UserError, match="top is 0; it must be at least 1"):
+        predict(str(run.path), [texts], top=0)
     lines = io.TextIOWrapper(io.BytesIO('\ufeffdogs 你\r\n\r\n{"text": "cat"}\r\n'.encode("utf-8")), "ascii")
     monkeypatch.setattr("sys.stdin", lines)
     assert predict(str(run.path), [], str(tmp_path / "typed.jsonl")) == 2
