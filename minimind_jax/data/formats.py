@@ -6,16 +6,19 @@ listed in `data.ignore_fields`, or an error that names it; of texts and labels a
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
+from minimind_jax.data.fields import Fields
 from minimind_jax.data.jsonl import Reading, Record
-from minimind_jax.data.messages import Conversation, Message, Place, messages_in, read_messages, read_tools
+from minimind_jax.data.messages import Conversation, Message, messages_in, read_messages
 from minimind_jax.data.preferences import Preference, make_preference, turns_of
-from minimind_jax.data.values import checked_text, field_names, is_absent, kind_of, loads
+from minimind_jax.data.tools import read_tools
+from minimind_jax.data.values import checked_text, field_names, is_absent, kind_of, loads, without_nulls
 from minimind_jax.errors import UserError
 
-VERSION = 1  # counts up when a record is read as something else than before; caches of tokens are made anew
+VERSION = 2  # counts up when a record is read as something else than before; caches of tokens are made anew
 
 Gives = Literal["text", "conversation", "preference"]
 
@@ -27,75 +30,20 @@ CONTEXT = ("input", "context")
 SYSTEM = ("system", "system_prompt")
 
 
-class Fields:
-    """A record while it is read: what it holds, and what nobody has understood yet."""
-
-    def __init__(self, record: Record, reading: Reading):
-        self.record, self.ignore = record, frozenset(reading.ignore_fields)
-        self.left = {name: value for name, value in record.value.items() if not is_absent(value)}
-        self.leave_out(*self.ignore)
-
-    def has(self, *names: str) -> bool:
-        return any(name in self.left for name in names)
-
-    def place(self, name: str) -> Place:
-        return Place(f"{self.record.where}: {name}", str(self.record.file), self.record.told, self.ignore)
-
-    def take(self, *names: str) -> tuple[Any, str]:
-        """The value that stands under one of the names, and that name; (None, the first name) if there is none.
-
-        Raises UserError where two of them hold different values.
-        """
-        found = [name for name in names if name in self.left]
-        if not found:
-            return None, names[0]
-        values = [self.left.pop(name) for name in found]
-        if any(value != values[0] for value in values[1:]):
-            raise UserError(
-                f"{self.record.where}: the fields {' and '.join(f'`{name}`' for name in found)} mean the same and "
-                f"differ; remove one, or list it in data.ignore_fields"
-            )
-        return values[0], found[0]
-
-    def text(self, *names: str) -> str:
-        """The same, of a text; empty if there is none."""
-        value, name = self.take(*names)
-        return "" if value is None else checked_text(value, f"{self.record.where}: {name}")
-
-    def messages(self, *names: str) -> tuple[list[Message], list[dict[str, Any]] | None]:
-        """Messages of a field (a list, or one message), and the tools on them."""
-        value, name = self.take(*names)
-        return read_messages([value] if isinstance(value, dict) else value, self.place(name))
-
-    def leave_out(self, *names: str) -> None:
-        """These say again what is read already."""
-        for name in names:
-            if self.left.pop(name, None) is not None:
-                self.place(name).tell(f"`{name}` is ignored")
-
-    def tell(self, note: str) -> None:
-        self.place("").tell(note)
-
-    def finish(self, name: str, gives: Gives) -> None:
-        """Raises UserError for a field that was not understood."""
-        for field, value in list(self.left.items()):
-            if not self.place(field).leave_out(field, self.left, ""):
-                raise UserError(
-                    f"{self.record.where}: field {field[:40]!r} ({kind_of(value)}) of a record in the format {name} is "
-                    f"not understood{_hint(self.record.value, gives)}; remove it, or list it in data.ignore_fields to "
-                    "train without it"
-                )
-
-
 def with_system(fields: Fields, messages: list[Message], tools: list | None) -> Conversation:
     """The record's own `system`, `tools` and template settings beside its messages; a system message wins over both."""
     system = fields.text(*SYSTEM)
     value, name = fields.take("tools")
     own_tools = read_tools(value, fields.place(name))
     value, name = fields.take("functions")
-    own_tools = read_tools(value, fields.place(name), bare=True) or own_tools
+    functions = read_tools(value, fields.place(name), bare=True)
+    if functions and own_tools not in (None, functions):
+        raise UserError(f"{fields.record.where}: `tools` and `functions` mean the same and differ; remove one")
+    own_tools = own_tools or functions
     if system and messages and messages[0]["role"] == "system":
-        if messages[0]["content"] != system:
+        if not messages[0]["content"].strip():
+            messages = [{**messages[0], "content": system}, *messages[1:]]
+        elif messages[0]["content"] != system:
             fields.tell("`system` is ignored, since there is a system message")
     elif system:
         messages = [{"role": "system", "content": system}, *messages]
@@ -108,7 +56,7 @@ def with_system(fields: Fields, messages: list[Message], tools: list | None) -> 
         raise UserError(f"{fields.record.where}: {name} is {kind_of(variables)}; expected an object")
     if reserved := {"messages", "tools", "add_generation_prompt"} & set(variables or ()):
         raise UserError(f"{fields.record.where}: {name} sets {min(reserved)}, which the record itself says; remove it")
-    return Conversation(messages, tools or own_tools, variables or {})
+    return Conversation(messages, tools or own_tools, without_nulls(variables or {}))
 
 
 # Conversations
@@ -137,7 +85,9 @@ def question(fields: Fields) -> list[Message]:
         for role, text in zip(("user", "assistant"), turn, strict=True):
             messages.append({"role": role, "content": checked_text(text, f"{fields.record.where}: {name}[{index}]")})
     parts = [fields.text(*INSTRUCTION), fields.text(*CONTEXT)]
-    return [*messages, {"role": "user", "content": "\n".join(part for part in parts if part)}]
+    if not any(part.strip() for part in parts):
+        raise UserError(f"{fields.record.where}: the instruction is empty; expected text")
+    return [*messages, {"role": "user", "content": "\n".join(part for part in parts if part.strip())}]
 
 
 def _alpaca(fields: Fields) -> Conversation:
@@ -156,10 +106,14 @@ def _alpaca(fields: Fields) -> Conversation:
 
 def _completion(fields: Fields) -> Conversation:
     """TRL's: only the completion is trained; texts are joined without a template."""
-    (prompt, prompt_name), (completion, completion_name) = fields.take("prompt"), fields.take("completion")
+    (prompt, prompt_name), (completion, completion_name) = fields.take("prompt"), fields.take(*ANSWER)
     prompt, completion = messages_in(prompt), messages_in(completion)
     if isinstance(prompt, str) and isinstance(completion, str):
-        fields.tell("`prompt` and `completion` are texts, joined without the chat template (generate with --raw true)")
+        fields.tell(
+            "`prompt` and `completion` are texts, joined without the chat template (the model then answers `generate "
+            "--raw true`, not `chat`; for a chat, `minimind data convert` them with --rename prompt=instruction "
+            "completion=output and train on that)"
+        )
         texts = {"user": prompt, "assistant": completion}
         names = {"user": prompt_name, "assistant": completion_name}
         messages = [
@@ -170,6 +124,10 @@ def _completion(fields: Fields) -> Conversation:
     before, tools = read_messages(_as_messages(prompt, "user"), fields.place(prompt_name))
     before = [{**m, "train": False} if m["role"] == "assistant" else m for m in before]
     after, _ = read_messages(_as_messages(completion, "assistant"), fields.place(completion_name))
+    again = len(after) > len(before) and all(a["content"] == b["content"] for a, b in zip(before, after, strict=False))
+    if again and all(a["role"] == b["role"] for a, b in zip(before, after, strict=False)):
+        fields.tell(f"`{completion_name}` begins with the prompt, which stands once")
+        after = after[len(before) :]
     return with_system(fields, [*before, *after], tools)
 
 
@@ -182,6 +140,8 @@ def _as_messages(value: Any, role: str) -> Any:
 
 
 def _response(fields: Fields) -> Conversation:
+    if not isinstance(messages_in(fields.left["prompt"]), str):
+        return _completion(fields)
     fields.left["instruction"] = fields.left.pop("prompt")
     return _alpaca(fields)
 
@@ -193,6 +153,8 @@ def _pair(fields: Fields) -> Preference:
     """chosen and rejected, whole or behind a prompt: TRL's, UltraFeedback's, LLaMA-Factory's and HH-RLHF's."""
     chosen, chosen_name = fields.take("chosen")
     rejected, rejected_name = fields.take("rejected")
+    if isinstance(asked := fields.left.get("prompt"), str) and turns_of(asked):  # "... Assistant:", then " answer"
+        chosen, rejected = (side.strip() if isinstance(side, str) else side for side in (chosen, rejected))
     prompt, tools = _pair_prompt(fields, (chosen, rejected))
     base = with_system(fields, prompt, tools)
     return _preference(fields, base, {chosen_name: chosen, rejected_name: rejected})
@@ -201,8 +163,8 @@ def _pair(fields: Fields) -> Preference:
 def _preference(fields: Fields, base: Conversation, answers: dict[str, Any]) -> Preference:
     sides, tools = [], []
     turns = {name: turns_of(answer) for name, answer in answers.items() if isinstance(answer, str)}
-    if len(turns) == 2 and all(each and each[0]["role"] == "user" for each in turns.values()):
-        answers = turns
+    answers = {**answers, **{name: each for name, each in turns.items() if each and each[0]["role"] == "user"}}
+    answers = _without_prompt(fields, base.messages, answers)
     for name, answer in answers.items():
         if isinstance(answer, str) and not base.messages:
             raise UserError(
@@ -216,6 +178,21 @@ def _preference(fields: Fields, base: Conversation, answers: dict[str, Any]) -> 
     if first and any(side[0]["role"] == "system" and side[0] != first for side in sides):
         fields.tell("`system` is ignored, since there is a system message")
     return make_preference(base, sides, tools, _margin(fields), fields.place(""))
+
+
+def _without_prompt(fields: Fields, prompt: list[Message], answers: dict[str, Any]) -> dict[str, Any]:
+    """Answers that are texts, without the question where both begin with it; told where only one does."""
+    asked = prompt[-1]["content"].strip() if prompt else ""
+    texts = {name: answer.lstrip() for name, answer in answers.items() if isinstance(answer, str)}
+    again = [
+        name for name, text in texts.items() if asked and text.startswith(asked) and text[len(asked) :][:1].isspace()
+    ]
+    if len(again) == 2:
+        fields.tell(f"`{again[0]}` and `{again[1]}` begin with the prompt, which stands once")
+        return {name: text[len(asked) :].lstrip() for name, text in texts.items()}
+    if again:
+        fields.tell(f"only `{again[0]}` begins with the prompt's text, which is trained as part of the answer")
+    return answers
 
 
 def _pair_prompt(fields: Fields, answers: Sequence[Any]) -> tuple[list[Message], list | None]:
@@ -244,7 +221,7 @@ def _openai_pair(fields: Fields) -> Preference:
     record = dataclasses.replace(fields.record, where=f"{fields.record.where}: {name}", value=asked)
     inner = Fields(record, Reading(ignore_fields=tuple(fields.ignore)))
     base = _chat(inner)
-    inner.finish(_NAMES["preferred_output"], "preference")
+    inner.finish(_NAMES["preferred_output"], _hint(asked, "preference"))
     return _preference(fields, base, {"preferred_output": chosen, "non_preferred_output": rejected})
 
 
@@ -265,8 +242,9 @@ def _margin(fields: Fields) -> float:
 
 
 def _check_number(fields: Fields, name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"{fields.record.where}: {name} is {kind_of(value)}; expected a number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        found = value if isinstance(value, float) else kind_of(value)
+        raise UserError(f"{fields.record.where}: {name} is {found}; expected a number")
 
 
 def _unpaired(fields: Fields) -> Preference:
@@ -344,7 +322,7 @@ def read_record(record: Record, gives: Gives, reading: Reading, keeps: bool = Fa
     fields = Fields(record, reading)
     read = found.read(fields)
     if not keeps:
-        fields.finish(found.name, gives)
+        fields.finish(found.name, _hint(record.value, gives))
     return read
 
 

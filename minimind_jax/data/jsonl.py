@@ -91,7 +91,7 @@ def _expand(given: str | Path) -> list[Path]:
         if not found:
             raise UserError(f"{given}: no data in this folder; expected files ending in {EXPECTED}")
     elif path.is_file():
-        if not path.name.endswith(SUFFIXES):
+        if not _ends_in(path, SUFFIXES):
             raise UserError(f"{given}: unknown file type; expected a name ending in {EXPECTED}")
         return [path]
     elif path.exists():
@@ -128,11 +128,15 @@ def _files_below(folder: Path) -> list[Path]:
 
 def _data_of(files: list[Path]) -> list[Path]:
     """The data among the files of a folder. What describes a data set, as its README, is none where there is data."""
-    files = [file for file in files if file.name.endswith(SUFFIXES)]
+    files = [file for file in files if _ends_in(file, SUFFIXES)]
     data = [file for file in files if file.name.lower().split(".")[0] not in NO_DATA]
-    if not any(file.name.endswith((*JSON, *TABLES, ".parquet")) for file in data):
+    if not any(_ends_in(file, (*JSON, *TABLES, ".parquet")) for file in data):
         return files
     return data
+
+
+def _ends_in(file: Path, endings: str | tuple[str, ...]) -> bool:
+    return file.name.lower().endswith(endings)
 
 
 def iter_records(
@@ -164,15 +168,15 @@ def iter_records(
 
 def iter_lines(file: Path, reading: Reading = READING) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
     """(line number from 1, record) of one file: JSON text without blank lines; a dict of CSV, Parquet and documents."""
-    if file.name.endswith(".parquet"):
+    if _ends_in(file, ".parquet"):
         yield from enumerate(_parquet_rows(file), start=1)
         return
     line = 0
     try:
         with _open(file) as stream:
-            if file.name.endswith(TABLES):
+            if _ends_in(file, TABLES):
                 yield from text_files.csv_rows(stream, file, reading.encoding)
-            elif file.name.endswith(DOCUMENTS):
+            elif _ends_in(file, DOCUMENTS):
                 yield 1, {reading.text_field or "text": text_files.document(stream, file, reading.encoding)}
             else:
                 for line, raw in text_files.json_values(stream, file, reading.encoding):
@@ -224,9 +228,9 @@ def told_lines(told: Counter, most: int = 12) -> list[str]:
 
 
 def _open(file: Path) -> io.BufferedIOBase:
-    if file.name.endswith(".gz"):
+    if _ends_in(file, ".gz"):
         return gzip.open(file, "rb")
-    if file.name.endswith(".zst"):
+    if _ends_in(file, ".zst"):
         return io.BufferedReader(_ZstdFile(file))
     return open(file, "rb")
 

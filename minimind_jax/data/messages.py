@@ -6,21 +6,11 @@ name: what would be left out without a word could be what the record is about.
 
 import dataclasses
 import reprlib
-from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Any
 
-from minimind_jax.data.values import (
-    check_json,
-    checked_text,
-    decode_json,
-    field_names,
-    is_absent,
-    json_list,
-    kind_of,
-    loads,
-    without_nulls,
-)
+from minimind_jax.data.tools import calls_in_text, calls_of, read_tools
+from minimind_jax.data.values import Place, checked_text, decode_json, field_names, is_absent, kind_of
 from minimind_jax.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -45,13 +35,6 @@ CALLING_ROLES = ("function_call", "tool_call")  # whose text is the JSON of the 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 SWITCHES = ("train", "training", "loss")  # whether a message is trained; weight says it with a number
 TEXT_PARTS = ("text", "input_text", "output_text")
-
-# What says something about a record or a message and is no part of it: left out, and told once a file with a count.
-IGNORABLE = frozenset(
-    "id prompt_id source dataset category lang language score token_count timestamp model name uuid index idx url date "
-    "created_at conversation_id dialog_id tool_call_id finish_reason license split subset task num_turns num_tokens "
-    "prefix parallel_tool_calls __index_level_0__".split()
-)
 
 Message = dict[str, Any]
 
@@ -102,31 +85,18 @@ def is_trained(message: Message) -> bool:
     return message["role"] == "assistant" and message.get("train", True) and says_something(message)
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a message stands, for errors, and what is told of it.
+def check_closed(messages: list[Message], where: str) -> None:
+    """Raises UserError for an answer to learn from of which the thinking was cut off: it would follow an empty thought.
 
-    text: file, line and field. told: counts of what was left out, by (file, note). ignore: more fields to leave out.
+    where: file and line.
     """
-
-    text: str
-    file: str
-    told: Counter
-    ignore: frozenset[str] = frozenset()
-
-    def tell(self, note: str) -> None:
-        self.told[self.file, note] += 1
-
-    def at(self, more: str) -> "Place":
-        return dataclasses.replace(self, text=self.text + more)
-
-    def leave_out(self, name: str, left: dict[str, Any], where: str = "of messages, ") -> bool:
-        """Whether a field may be ignored; it is then taken out of `left` and told."""
-        if name not in IGNORABLE and name not in self.ignore:
-            return False
-        del left[name]
-        self.tell(f"{where}`{name}` is ignored")
-        return True
+    for index, message in enumerate(messages):
+        if is_trained(message) and message["content"].lstrip().startswith("<think>"):
+            if "</think>" not in message["content"]:
+                raise UserError(
+                    f"{where}: message {index + 1}: its <think> is never closed; close it, remove the message, or give "
+                    "it the weight 0"
+                )
 
 
 def read_messages(turns: Any, place: Place) -> tuple[list[Message], list[dict[str, Any]] | None]:
@@ -139,7 +109,7 @@ def read_messages(turns: Any, place: Place) -> tuple[list[Message], list[dict[st
         if type(message) is dict and message.keys() == _PLAIN_KEYS and message["role"] in ROLES:
             if isinstance(message["content"], str):  # the usual case, quickly
                 content = checked_text(message["content"], f"{place.text}[{index}].content")
-                messages.append({"role": message["role"], "content": content})
+                messages.append(_without_loss_if_empty({"role": message["role"], "content": content}, place))
                 continue
         here = place.at(f"[{index}]")
         messages.append(read_message(message, here))
@@ -179,10 +149,10 @@ def read_message(message: Any, place: Place) -> Message:
     role = _role(given, message, place)
     left.pop("tools", None)
     result: Message = {"role": role, "content": ""}
-    calls = _calls(left, role, place)
+    calls = calls_of(left, role, place)
     content, thoughts = _content(left, message, place, required=not calls)
     if given in CALLING_ROLES:
-        calls, content = [*calls, *_calls_in_text(content, place)], ""
+        calls, content = [*calls, *calls_in_text(content, place)], ""
     result["content"] = content
     reasoning = _reasoning(left, thoughts, place)
     if reasoning:
@@ -202,7 +172,15 @@ def read_message(message: Any, place: Place) -> Message:
                 f"{place.text}: field {name[:40]!r} ({kind_of(value)}) of a message is not understood; remove it, or "
                 "list it in data.ignore_fields to train without it"
             )
-    return result
+    return _without_loss_if_empty(result, place)
+
+
+def _without_loss_if_empty(message: Message, place: Place) -> Message:
+    """An answer of no words is context: whoever learns it learns to say nothing."""
+    if message["role"] != "assistant" or says_something(message) or not message.get("train", True):
+        return message
+    place.tell("empty answers of the assistant are not trained")
+    return {**message, "train": False}
 
 
 def _one_of(
@@ -237,6 +215,9 @@ def _role(given: Any, message: Message, place: Place) -> str:
     raise UserError(f"{place.text}: unknown role {reprlib.repr(given)}; expected one of {', '.join(ROLES)}{hint}")
 
 
+_PART_FIELDS = {"type", "text", "id", "index", "annotations", "logprobs", "cache_control"}
+
+
 def _content(left: dict[str, Any], message: Message, place: Place, required: bool) -> tuple[str, str]:
     """The text of a message, and the thoughts among the parts that it is made of."""
     name = next((name for name in ("content", "value", "text") if name in message), "content")
@@ -260,6 +241,12 @@ def _content(left: dict[str, Any], message: Message, place: Place, required: boo
             continue
         if kind and kind not in TEXT_PARTS:
             raise UserError(f"{here} has type {reprlib.repr(kind)}; only text parts can be trained on")
+        for field in part if isinstance(part, dict) else ():
+            if field not in _PART_FIELDS and field not in place.ignore and not is_absent(part[field]):
+                raise UserError(
+                    f"{here}: field {field[:40]!r} of a part of a message is not understood; remove it, or list it in "
+                    "data.ignore_fields"
+                )
         texts.append(checked_text(part.get("text") if isinstance(part, dict) else part, here))
     return "".join(texts), "".join(thoughts)
 
@@ -278,9 +265,9 @@ def _without_inline_copy(content: str, reasoning: str, place: Place) -> str:
     """The content without the <think> block that says what `reasoning_content` says already."""
     opening, closed, rest = content.partition("</think>")
     inner = opening.split("<think>")[-1].strip()
-    if not closed or ("<think>" not in opening and inner != reasoning.strip()):
+    if not closed or ("<think>" not in opening and inner not in ("", reasoning.strip())):
         return content
-    if inner and inner != reasoning.strip():
+    if (inner and inner != reasoning.strip()) or opening.partition("<think>")[0].strip() not in ("", inner):
         raise UserError(
             f"{place.text}: the <think> block in the content and the field with the reasoning differ; keep one of them"
         )
@@ -308,94 +295,6 @@ def _trained(left: dict[str, Any], role: str, place: Place) -> bool:
                 "between are not supported"
             )
         trained &= bool(weight)
+        if weight and role != "assistant":
+            place.tell(f"`weight` 1 of {role} messages is ignored, only the assistant's are trained")
     return trained or role != "assistant"
-
-
-# Tools and their calls
-
-
-def read_tools(value: Any, place: Place, bare: bool = False) -> list[dict[str, Any]] | None:
-    """The JSON schemas of tools, from a list or its JSON; None if there are none. Raises UserError.
-
-    bare: functions without the wrapping that says so, as OpenAI's `functions` once were.
-    """
-    if is_absent(value) or (isinstance(value, str) and not value.strip()):
-        return None
-    is_text = isinstance(value, str)
-    tools = json_list(value, place.text)
-    for index, tool in enumerate(tools):
-        if not isinstance(tool, dict):
-            raise UserError(f"{place.text}[{index}] is {kind_of(tool)}; expected an object (a function's JSON schema)")
-    check_json(tools, place.text)
-    if not is_text:
-        tools = _pruned(tools, place, "of tools, ")
-    return [{"type": "function", "function": tool} for tool in tools] if bare else tools or None
-
-
-def _pruned(value: Any, place: Place, where: str) -> Any:
-    pruned = without_nulls(value)
-    if pruned != value:
-        place.tell(f"{where}fields that are null are left out")
-    return pruned
-
-
-def _calls(left: dict[str, Any], role: str, place: Place) -> list[dict[str, Any]]:
-    calls = []
-    for name in ("tool_calls", "function_call"):
-        value = left.pop(name, None)
-        if (isinstance(value, str) and not value.strip()) or is_absent(value):
-            continue
-        if role != "assistant":
-            raise UserError(f"{place.text}: {name} on a {role} message; only the assistant calls tools")
-        here = place.at(f".{name}")
-        if name == "function_call":
-            value = [loads(value, here.text) if isinstance(value, str) else value]
-        if calls and value:
-            raise UserError(f"{place.text}: `tool_calls` and `function_call` mean the same; remove one")
-        calls = read_calls(value, here)
-    return calls
-
-
-def _calls_in_text(text: str, place: Place) -> list[dict[str, Any]]:
-    value = loads(text, f"{place.text} (a function call)")
-    return read_calls(value if isinstance(value, list) else [value], place)
-
-
-_CALL_FIELDS = {"name", "arguments", "parameters", "function", "id", "type", "index", "call_id"}
-
-
-def read_calls(value: Any, place: Place) -> list[dict[str, Any]]:
-    """Tool calls with their arguments: {} where they are empty or missing. Raises UserError."""
-    is_text = isinstance(value, str)
-    calls = json_list(value, place.text)
-    result = []
-    for index, call in enumerate(calls):
-        here = f"{place.text}[{index}]"
-        if not isinstance(call, dict):
-            raise UserError(f"{here} is {kind_of(call)}; expected an object with name and arguments")
-        function = call.get("function") or call
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise UserError(f"{here}: missing field `name`; expected the function's name, a string")
-        for name in [*call, *function]:
-            if name not in _CALL_FIELDS and not is_absent({**function, **call}[name]) and name not in place.ignore:
-                raise UserError(
-                    f"{here}: field {name[:40]!r} of a tool call is not understood; remove it, or list it in "
-                    "data.ignore_fields"
-                )
-        arguments = function.get("arguments", function.get("parameters"))
-        function = {name: item for name, item in function.items() if name != "parameters"}
-        function["arguments"] = _arguments(arguments, f"{here}.arguments")
-        result.append({**call, "function": function} if call.get("function") else function)
-    check_json(result, place.text)
-    return result if is_text else _pruned(result, place, "of tool calls, ")
-
-
-def _arguments(value: Any, place: str) -> dict[str, Any] | str:
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return {}
-    parsed = loads(value, place) if isinstance(value, str) else value
-    if parsed is None:
-        return {}
-    if not isinstance(parsed, dict):
-        raise UserError(f"{place} is {kind_of(parsed)}; expected an object or its JSON")
-    return value

@@ -5,7 +5,8 @@ import json
 import re
 from collections.abc import Sequence
 
-from minimind_jax.data.messages import Conversation, Message, Place, is_trained
+from minimind_jax.data.messages import Conversation, Message, is_trained
+from minimind_jax.data.values import Place
 from minimind_jax.errors import UserError
 
 SAME = "chosen and rejected are the same; there is nothing to prefer"
@@ -42,7 +43,7 @@ def make_preference(
     )
 
 
-_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_TURN = re.compile(r"(?:^|\r?\n\r?\n)(Human|Assistant):")
 
 
 def turns_of(text: str) -> list[Message] | None:
@@ -80,6 +81,8 @@ def _system(messages: list[Message]) -> Message | None:
 def _behind(prompt: list[Message], side: list[Message], name: str) -> list[Message]:
     """A side with the prompt before it, unless it begins with it already, with or without the system message."""
     asked = prompt[1:] if _system(prompt) else prompt
+    if asked and asked[-1]["role"] == "assistant" and side and side[0]["role"] == "assistant":
+        raise UserError(f"{name}: the prompt ends with an answer already; expected it to end with the question")
     own = side[1:] if _system(side) else side
     begins = [_shared_key(m) for m in own[: len(asked)]] == [_shared_key(m) for m in asked]
     if asked and begins:

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from minimind_jax.data.formats import INSTRUCTION, MESSAGES, Fields, question, text_fields, with_system
+from minimind_jax.data.fields import Fields
+from minimind_jax.data.formats import INSTRUCTION, MESSAGES, question, text_fields, with_system
 from minimind_jax.data.jsonl import Reading, Record
 from minimind_jax.data.messages import Conversation, read_messages
 from minimind_jax.data.values import checked_text

@@ -4,7 +4,7 @@ from typing import Any
 
 from minimind_jax.data.formats import read_record, read_text
 from minimind_jax.data.jsonl import READING, Reading, Record
-from minimind_jax.data.messages import ROLES, Conversation, Message, is_trained
+from minimind_jax.data.messages import ROLES, Conversation, Message, check_closed, is_trained
 from minimind_jax.data.preferences import Preference
 from minimind_jax.data.values import checked_text, field_names
 from minimind_jax.errors import UserError
@@ -32,6 +32,8 @@ def parse_conversation(record: Record, for_training: bool = True, reading: Readi
             f"{record.where}: nothing to train on; expected at least one assistant message with content, "
             "reasoning_content or tool_calls; remove the line, or pass --data.on_error skip"
         )
+    if for_training:
+        check_closed(conversation.messages, record.where)
     return conversation
 
 
@@ -41,7 +43,9 @@ def parse_preference(record: Record, reading: Reading = READING) -> Preference:
     Raises UserError, also for a pair that is the same on both sides, without a question, or in which a side has no
     answer of its own.
     """
-    return read_record(record, "preference", reading)
+    pair = read_record(record, "preference", reading)
+    check_closed(pair.chosen.messages, f"{record.where}: chosen")
+    return pair
 
 
 def as_record(parsed: str | Conversation | Preference) -> dict[str, Any]:

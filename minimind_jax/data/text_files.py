@@ -18,9 +18,11 @@ from minimind_jax.errors import UserError
 
 MAX_LINE = 1 << 28  # bytes; more is no record but a file without line ends, and would fill the memory
 BOM = codecs.BOM_UTF8
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _BLOCK = 1 << 20  # characters of a JSON array read at a time
 _SAMPLE = 1 << 16  # characters of a table that tell its separator
 _EXTRA, _MISSING = "\0more columns", "\0no column"  # marks of a row of CSV that does not fit its header
+_BROKEN = "\0broken"  # of an element of an array that is no JSON
 csv.field_size_limit(MAX_LINE)
 _SPACE = re.compile(r"[\s,]*")
 
@@ -43,7 +45,7 @@ def encoding_hint(raw: bytes) -> str:
 
 
 def _guess(raw: bytes) -> str | None:
-    if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or raw.count(0) > len(raw) // 4:
+    if raw[:2] in _UTF16_MARKS or raw.count(0) > len(raw) // 4:
         return "utf-16"
     runs = [len(run) for run in re.findall(rb"[\x80-\xff]+", raw)]
     if 2 * sum(length == 1 for length in runs) > len(runs):  # single letters with accents between plain ones
@@ -56,9 +58,22 @@ def _guess(raw: bytes) -> str | None:
     return None
 
 
-def _text(stream: BinaryIO, encoding: str, newline: str | None) -> io.TextIOWrapper:
-    encoding = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+def _text(stream: io.BufferedReader, encoding: str, newline: str | None) -> io.TextIOWrapper:
+    """Decoded text. UTF-16 is told from its mark, or of a file without one from where its zeros are."""
+    name, start = codecs.lookup(encoding).name, stream.peek(2)[:_SAMPLE]
+    if name == "utf-8":
+        encoding = "utf-8-sig"
+    elif name.startswith("utf-16") and start[:2] in _UTF16_MARKS:
+        encoding = "utf-16"
+    elif name == "utf-16":
+        encoding = "utf-16-le" if start[1::2].count(0) >= start[::2].count(0) else "utf-16-be"
     return io.TextIOWrapper(stream, encoding, newline=newline)
+
+
+def _check_zeros(text: str, file: Path) -> None:
+    """Raises UserError for text of which every second character is NUL: UTF-16 that was read as something else."""
+    if text[:_SAMPLE].count("\0") > len(text[:_SAMPLE]) // 3:
+        raise UserError(f"{file}: full of NUL bytes; {encoding_hint(bytes(1))}")
 
 
 def _undecodable(error: UnicodeError, file: Path, encoding: str) -> UserError:
@@ -71,7 +86,7 @@ def _undecodable(error: UnicodeError, file: Path, encoding: str) -> UserError:
 # JSON
 
 
-def json_values(stream: BinaryIO, file: Path, encoding: str) -> Iterator[tuple[int, bytes]]:
+def json_values(stream: BinaryIO, file: Path, encoding: str) -> Iterator[tuple[int, bytes | dict[str, str]]]:
     """(line from 1, JSON text in UTF-8) of each value: of a line, or of an array or a series of pretty-printed ones.
 
     Lines are told from the rest by the first that is not blank. Raises UserError for text that cannot be split.
@@ -133,7 +148,7 @@ def _is_spread(first: bytes) -> bool:
     return False
 
 
-def _spread_values(lines: Iterator[tuple[int, bytes]], file: Path) -> Iterator[tuple[int, bytes]]:
+def _spread_values(lines: Iterator[tuple[int, bytes]], file: Path) -> Iterator[tuple[int, bytes | dict[str, str]]]:
     """The elements of JSON arrays, or JSON values one after another, each with the line that it begins in."""
     text = _TextAhead(lines, file)
     in_array = False
@@ -142,7 +157,7 @@ def _spread_values(lines: Iterator[tuple[int, bytes]], file: Path) -> Iterator[t
             in_array = not in_array
             text.at += 1
         else:
-            yield text.line, text.take_value().encode("utf-8", "surrogatepass")
+            yield text.line, text.take_value()
     if in_array:
         raise UserError(f"{file}:{text.line}: the file ends in the middle of a JSON array; it was cut off")
 
@@ -167,8 +182,12 @@ class _TextAhead:
             if not self._read(_BLOCK):
                 return ""
 
-    def take_value(self) -> str:
-        """The JSON that begins here. Raises UserError if it is none, or longer than MAX_LINE."""
+    def take_value(self) -> bytes | dict[str, str]:
+        """The JSON that begins here; of a broken object that ends where the next begins, what is to be said of it.
+
+        Raises UserError for any other that is none, or longer than MAX_LINE.
+        """
+        broken, indent = None, self.text[self.text.rfind("\n", 0, self.at) + 1 : self.at]
         while True:
             try:
                 _, end = self._decoder.raw_decode(self.text, self.at)
@@ -177,12 +196,28 @@ class _TextAhead:
                 raise UserError(f"{self._file}:{self.line}: JSON nested too deeply") from error
             except ValueError as error:
                 length = len(self.text) - self.at
+                if end := self._next_like_this(indent, error):
+                    broken = {_BROKEN: self._explain(error)}
+                    break
                 if length > MAX_LINE or not self._read(2 * length):
                     raise UserError(f"{self._file}:{self.line}: {self._explain(error)}") from error
         value = self.text[self.at : end]
         self.line += value.count("\n")
         self.at = end
-        return value
+        return broken or value.encode("utf-8", "surrogatepass")
+
+    def _next_like_this(self, indent: str, error: ValueError) -> int | None:
+        """Where the next object begins a line as the broken one here does; None if that is not ahead.
+
+        Nested objects stand further in; where nothing is indented, only the next line counts.
+        """
+        is_cut_off = not self.text[getattr(error, "pos", 0) :].strip()  # so that more may mend it
+        if self.text[self.at] != "{" or indent.strip() or is_cut_off:
+            return None
+        found = re.compile(rf"^{indent}\{{", re.MULTILINE).search(self.text, self.at + 1)
+        if found and not indent and "\n" in self.text[self.at : found.start()].rstrip():
+            return None
+        return found and found.start()
 
     def _explain(self, error: ValueError) -> str:
         if not isinstance(error, json.JSONDecodeError):
@@ -218,7 +253,8 @@ def csv_rows(stream: BinaryIO, file: Path, encoding: str) -> Iterator[tuple[int,
     """The rows under the header, each with the number of its last line. Raises UserError for text that is no CSV."""
     try:
         text = _text(stream, encoding, "")
-        sample = text.read(_SAMPLE)
+        sample = text.read(_SAMPLE).removeprefix("\ufeff")
+        _check_zeros(sample, file)
         first, _, rest = sample.partition("\n")
         skipped = 0
         line = first.strip('"\r\n')
@@ -232,16 +268,21 @@ def csv_rows(stream: BinaryIO, file: Path, encoding: str) -> Iterator[tuple[int,
             strict=True,
             delimiter=separator or _separator(sample, file),
         )
-        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()] or None
+        names = [name.strip() for name in reader.fieldnames or ()]
+        reader.fieldnames = [name or f"Unnamed: {i}" for i, name in enumerate(names)] or None  # as pandas says
         twice = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
         if twice:
             raise UserError(f"{file}:1: the header has the column {twice[0][:40]!r} twice; rename one")
         for row in reader:
+            if not any(row.values()):  # Excel's, below the table
+                continue
             yield reader.line_num + skipped, row
     except UnicodeError as error:
         raise _undecodable(error, file, encoding) from error
     except csv.Error as error:
-        raise UserError(f"{file}: not a readable CSV file: {error}") from error
+        raise UserError(
+            f"{file}: not a readable CSV file: {error} (at line {reader.reader.line_num + skipped})"
+        ) from error
 
 
 def _joined(sample: str, text: io.TextIOWrapper) -> Iterator[str]:
@@ -255,7 +296,7 @@ def _joined(sample: str, text: io.TextIOWrapper) -> Iterator[str]:
 
 def _separator(sample: str, file: Path) -> str:
     """What stands between columns: of the separators that split the header, the one by which most rows fit it."""
-    if file.name.split(".")[-1] == "tsv" or ".tsv." in file.name:
+    if ".tsv" in [suffix.lower() for suffix in file.suffixes[-2:]]:
         return "\t"
     lines = io.StringIO(sample, newline="").readlines()[:200]
     best, most = ",", (0.0, 0)
@@ -272,7 +313,9 @@ def _separator(sample: str, file: Path) -> str:
 
 
 def check_row(row: dict[str, Any], where: str) -> None:
-    """Raises UserError for a row of CSV that does not fit its header."""
+    """Raises UserError for a row of CSV that does not fit its header, and a broken element of an array."""
+    if _BROKEN in row:
+        raise UserError(f"{where}: {row[_BROKEN]}")
     if _EXTRA in row or _MISSING in row.values():
         raise UserError(
             f"{where}: {'more' if _EXTRA in row else 'fewer'} columns than the header has; text with separators or "
@@ -288,4 +331,5 @@ def document(stream: BinaryIO, file: Path, encoding: str) -> str:
         raise _undecodable(error, file, encoding) from error
     if len(text) > MAX_LINE:
         raise UserError(f"{file}: a document of more than {MAX_LINE:,} characters; split the file")
-    return text
+    _check_zeros(text, file)
+    return text.removeprefix("\ufeff")

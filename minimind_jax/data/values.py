@@ -1,10 +1,46 @@
-"""What a value in a record is: absent, text of whole characters, JSON; and how error messages name it."""
+"""What a value in a record is: absent, text of whole characters, JSON; where it stands, and how errors name it."""
 
+import dataclasses
 import json
 import math
+from collections import Counter
 from typing import Any
 
 from minimind_jax.errors import UserError
+
+# What says something about a record or a message and is no part of it: left out, and told once a file with a count.
+IGNORABLE = frozenset(
+    "id,prompt_id,source,dataset,category,lang,language,score,token_count,timestamp,model,name,uuid,index,idx,url,date,"
+    "created_at,conversation_id,dialog_id,tool_call_id,finish_reason,license,split,subset,task,num_turns,num_tokens,"
+    "prefix,parallel_tool_calls,__index_level_0__,Unnamed: 0".split(",")
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a message stands, for errors, and what is told of it.
+
+    text: file, line and field. told: counts of what was left out, by (file, note). ignore: more fields to leave out.
+    """
+
+    text: str
+    file: str
+    told: Counter
+    ignore: frozenset[str] = frozenset()
+
+    def tell(self, note: str) -> None:
+        self.told[self.file, note] += 1
+
+    def at(self, more: str) -> "Place":
+        return dataclasses.replace(self, text=self.text + more)
+
+    def leave_out(self, name: str, left: dict[str, Any], where: str = "of messages, ") -> bool:
+        """Whether a field may be ignored; it is then taken out of `left` and told."""
+        if name not in IGNORABLE and name not in self.ignore:
+            return False
+        del left[name]
+        self.tell(f"{where}`{name}` is ignored")
+        return True
 
 
 def is_absent(value: Any) -> bool:

@@ -206,6 +206,28 @@ CONVERSATIONS = {
             ]
         },
     ),
+    "one tool, as an object or in JSON": (
+        {"messages": TALK, "tools": TOOLS[0], "functions": [json.dumps(TOOLS[0])]},
+        {"conversations": TALK, "tools": TOOLS},
+    ),
+    "nothing, in a cell": (
+        {"messages": [USER, {**ANSWER, "tool_calls": "null"}], "tools": "null", "chat_template_kwargs": {"x": None}},
+        {"conversations": TALK},
+    ),
+    "empty answers": (
+        {"messages": [USER, {**ANSWER, "content": ""}, *TALK]},
+        {"conversations": [USER, {**CONTEXT, "content": ""}, *TALK]},
+    ),
+    "an empty system message": (
+        {"messages": [{**SYSTEM, "content": ""}, *TALK], "system": "s"},
+        {"conversations": [SYSTEM, *TALK]},
+    ),
+    "thinking, its beginning lost": (
+        {"messages": [USER, {**ANSWER, "reasoning": "r", "content": "</think>a"}]},
+        {"conversations": [USER, {**ANSWER, "reasoning_content": "r"}]},
+    ),
+    "the prompt again": ({"prompt": [USER], "completion": TALK}, {"conversations": TALK}),
+    "prompt of messages, response": ({"prompt": [USER], "response": "a"}, {"conversations": TALK}),
     "JSON in a cell": ({"messages": json.dumps(TALK), "tools": "[]", "system": ""}, {"conversations": TALK}),
     "ignorable": ({"id": 1, "source": "x", "score": 0.5, "messages": TALK, "model": "m"}, {"conversations": TALK}),
 }
@@ -337,6 +359,12 @@ def test_pairs(name):
         ({"instruction": "q", "output": "a", "history": 5}, "history is a number; expected a list of"),
         ({"messages": TALK, "chat_template_kwargs": {"tools": []}}, "chat_template_kwargs sets tools"),
         ({"messages": TALK, **answers("a", "b")}, "field 'chosen' .*`minimind dpo`"),
+        ({"messages": TALK, "functions": [{"name": "g"}], "tools": TOOLS}, "`tools` and `functions` .* differ"),
+        ({"messages": TALK, "tools": {"tools": TOOLS}}, r"tools\[0\]: missing field `name`"),
+        ({"messages": [USER, {**ANSWER, "content": "<think>hm"}]}, "message 2: its <think> is never closed"),
+        ({"messages": [USER, {**ANSWER, "reasoning": "r", "content": "b<think>r</think>"}]}, "<think> block .* differ"),
+        ({"messages": [USER, {**ANSWER, "content": [{"type": "text", "text": "a", "weight": 0}]}]}, "field 'weight'"),
+        ({"instruction": " ", "input": "\n", "output": "a"}, "the instruction is empty"),
         ({"body": "text"}, "missing field `conversations`; expected .*`messages`.*found the fields body"),
     ],
 )  # fmt: skip
@@ -359,11 +387,41 @@ def test_refused_conversations(value, message):
         ({"prompt": "q", "chosen": "a", "rejected": [{**ANSWER, "content": "b", "weight": 0}]}, "no answer of its own"),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "note": "x"}, "field 'note'"),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": "1"}, "margin is a string"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": float("nan")}, "margin is nan; expected a number"),
+        ({"conversations": TALK, "chosen": ANSWER, "rejected": {**ANSWER, "content": "b"}}, "ends with an answer"),
+        ({"prompt": "q", "chosen": "<think>a", "rejected": "b"}, "<think> is never closed"),
     ],
 )  # fmt: skip
 def test_refused_pairs(value, message):
     with pytest.raises(UserError, match=message):
         pair(value)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected"),
+    [
+        ("Name one.", "Name one.\nA tern.", " Name one. No."),
+        ("\n\nHuman: Name one.\n\nAssistant:", " A tern.", " No."),
+        ("Name one.", "\r\n\r\nHuman: Name one.\r\n\r\nAssistant: A tern.", "No."),
+        ("\n\nHuman: Name one.\n\nAssistant:", "A tern.", "\n\nHuman: Name one.\n\nAssistant: No."),
+    ],
+)
+def test_the_question_stands_once_in_texts(prompt, chosen, rejected):
+    question = {"role": "user", "content": "Name one."}
+    sides = {"chosen": "A tern.", "rejected": "No."}
+    assert pair({"prompt": prompt, "chosen": chosen, "rejected": rejected}) == {
+        name: [question, {**ANSWER, "content": text}] for name, text in sides.items()
+    }
+
+
+def test_what_is_odd_is_told():
+    given = record({"prompt": "Name one.", "chosen": "Name one. A tern.", "rejected": "No."})
+    assert as_record(parse_preference(given))["chosen"][-1]["content"] == "Name one. A tern."
+    assert "only `chosen` begins with the prompt" in told_lines(given.told)[0]
+    given = record({"messages": [{**USER, "weight": 1}, {**ANSWER, "content": ""}, *TALK]})
+    assert len(parse_conversation(given).messages) == 4
+    assert "`weight` 1 of user messages is ignored" in told_lines(given.told)[0]
+    assert "empty answers of the assistant are not trained (once)" in told_lines(given.told)[0]
 
 
 @pytest.mark.parametrize("arguments", ["", None, "null", {}, "missing"])

@@ -161,3 +161,42 @@ def test_another_encoding_than_the_file_s_is_told(tmp_path):
         read(tmp_path / "a.jsonl", "gbk")
     with pytest.raises(UserError, match=r"data\.encoding 'gkb' is unknown"):
         text_files.check_encoding("gkb")
+
+
+@pytest.mark.parametrize("indent", [None, 0, 2])
+def test_a_broken_element_of_an_array_is_one_record(tmp_path, indent, monkeypatch):
+    """The next one begins where a line begins as its own does, also when blocks of text end within elements."""
+    monkeypatch.setattr(text_files, "_BLOCK", 40)
+    rows = [{"text": "a", "messages": [{"role": "user"}, {"role": "assistant"}]} for _ in range(4)]
+    elements = [json.dumps(row, indent=indent) for row in rows]
+    if indent != 0:
+        elements[1] = elements[1].replace('"a"', "a")
+    text = "[\n" + ",\n".join(" " * bool(indent) + element for element in elements) + "\n]"
+    (tmp_path / "a.json").write_text(text)
+    errors = []
+    found = [record.value for record in iter_records([tmp_path / "a.json"], errors.append)]
+    assert found == rows[: 4 if indent == 0 else 3]
+    assert all("the record that begins here is not JSON: Expecting value in line" in str(error) for error in errors)
+    assert len(errors) == (indent != 0)
+
+
+def test_what_excel_leaves_in_tables(tmp_path):
+    """Columns without a name, rows without a value, and names in capitals."""
+    (tmp_path / "A.CSV").write_bytes(b'\xef\xbb\xbftext;label;;\r\n"a; b";x;;\r\n;;;\r\n\r\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "c"}')
+    named = {"text": "a; b", "label": "x", "Unnamed: 2": "", "Unnamed: 3": ""}
+    assert [record.value for record in iter_records([tmp_path])] == [named, {"text": "c"}]
+
+
+@pytest.mark.parametrize("ending", ["csv", "txt", "jsonl"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["no mark", "mark"])
+@pytest.mark.parametrize(
+    ("written", "encoding"), [("utf-16-le", "utf-16"), ("utf-16-be", "utf-16"), ("utf-16-le", "utf-16-le")]
+)
+def test_utf_16_with_and_without_a_mark(tmp_path, ending, mark, written, encoding):
+    file = tmp_path / f"a.{ending}"
+    text = {"csv": "text,n\nab c,1\n", "txt": "ab c", "jsonl": '{"text": "ab c"}\n'}[ending]
+    file.write_bytes((mark + text).encode(written))
+    assert [r.value["text"] for r in iter_records([file], reading=Reading(encoding=encoding))] == ["ab c"]
+    with pytest.raises(UserError, match=r"data\.encoding utf-16"):
+        list(iter_records([file]))

@@ -1,0 +1,108 @@
+"""Tools that a conversation offers, and calls of them, in every dialect -> as the chat template takes them."""
+
+from typing import Any
+
+from minimind_jax.data.values import Place, check_json, is_absent, json_list, kind_of, loads, without_nulls
+from minimind_jax.errors import UserError
+
+
+def read_tools(value: Any, place: Place, bare: bool = False) -> list[dict[str, Any]] | None:
+    """The JSON schemas of tools, from a list or its JSON; None if there are none. Raises UserError.
+
+    bare: functions without the wrapping that says so, as OpenAI's `functions` once were.
+    """
+    if _is_nothing(value):
+        return None
+    is_text = isinstance(value, str)
+    tools = loads(value, place.text) if is_text else value
+    tools = json_list([tools] if isinstance(tools, dict) and tools else tools, place.text)
+    for index, tool in enumerate(tools):
+        here = f"{place.text}[{index}]"
+        if isinstance(tool, str):  # in a table each schema may be JSON
+            tool = tools[index] = loads(tool, here)
+        if not isinstance(tool, dict):
+            raise UserError(f"{here} is {kind_of(tool)}; expected an object (a function's JSON schema)")
+    check_json(tools, place.text)
+    if not is_text:
+        tools = _pruned(tools, place, "of tools, ")
+    for index, tool in enumerate(tools):
+        function = tool.get("function") or tool
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UserError(f"{place.text}[{index}]: missing field `name`; expected a function's JSON schema")
+    if bare:
+        tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    return tools or None
+
+
+def _is_nothing(value: Any) -> bool:
+    """Absent, also as a cell of a table says it."""
+    return is_absent(value) or (isinstance(value, str) and value.strip() in ("", "null"))
+
+
+def _pruned(value: Any, place: Place, where: str) -> Any:
+    pruned = without_nulls(value)
+    if pruned != value:
+        place.tell(f"{where}fields that are null are left out")
+    return pruned
+
+
+def calls_of(left: dict[str, Any], role: str, place: Place) -> list[dict[str, Any]]:
+    calls = []
+    for name in ("tool_calls", "function_call"):
+        value = left.pop(name, None)
+        if _is_nothing(value):
+            continue
+        if role != "assistant":
+            raise UserError(f"{place.text}: {name} on a {role} message; only the assistant calls tools")
+        here = place.at(f".{name}")
+        if name == "function_call":
+            value = [loads(value, here.text) if isinstance(value, str) else value]
+        if calls and value:
+            raise UserError(f"{place.text}: `tool_calls` and `function_call` mean the same; remove one")
+        calls = read_calls(value, here)
+    return calls
+
+
+def calls_in_text(text: str, place: Place) -> list[dict[str, Any]]:
+    value = loads(text, f"{place.text} (a function call)")
+    return read_calls(value if isinstance(value, list) else [value], place)
+
+
+_CALL_FIELDS = {"name", "arguments", "parameters", "function", "id", "type", "index", "call_id"}
+
+
+def read_calls(value: Any, place: Place) -> list[dict[str, Any]]:
+    """Tool calls with their arguments: {} where they are empty or missing. Raises UserError."""
+    is_text = isinstance(value, str)
+    calls = json_list(value, place.text)
+    result = []
+    for index, call in enumerate(calls):
+        here = f"{place.text}[{index}]"
+        if not isinstance(call, dict):
+            raise UserError(f"{here} is {kind_of(call)}; expected an object with name and arguments")
+        function = call.get("function") or call
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UserError(f"{here}: missing field `name`; expected the function's name, a string")
+        for name in [*call, *function]:
+            if name not in _CALL_FIELDS and not is_absent({**function, **call}[name]) and name not in place.ignore:
+                raise UserError(
+                    f"{here}: field {name[:40]!r} of a tool call is not understood; remove it, or list it in "
+                    "data.ignore_fields"
+                )
+        arguments = function.get("arguments", function.get("parameters"))
+        function = {name: item for name, item in function.items() if name != "parameters"}
+        function["arguments"] = _arguments(arguments, f"{here}.arguments")
+        result.append({**call, "function": function} if call.get("function") else function)
+    check_json(result, place.text)
+    return result if is_text else _pruned(result, place, "of tool calls, ")
+
+
+def _arguments(value: Any, place: str) -> dict[str, Any] | str:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return {}
+    parsed = loads(value, place) if isinstance(value, str) else value
+    if parsed is None:
+        return {}
+    if not isinstance(parsed, dict):
+        raise UserError(f"{place} is {kind_of(parsed)}; expected an object or its JSON")
+    return value
