@@ -10,7 +10,7 @@ import numpy as np
 from minimind_jax.convert.load import load_tokenizer
 from minimind_jax.data.jsonl import Record, iter_records
 from minimind_jax.data.tokenizer import Tokenizer
-from minimind_jax.data.values import field_names, json_list, kind_of
+from minimind_jax.data.values import checked_text, field_names, is_absent, json_list, kind_of
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
 from minimind_jax.inference.generate import load_model
@@ -74,14 +74,21 @@ def parse_question(record: Record) -> Question:
         )
     if odd := [choice for choice in choices if not isinstance(choice, str | int | float)]:
         raise UserError(f"{record.where}: a choice is {kind_of(odd[0])}; expected text or a number")
-    texts = tuple(str(choice).rstrip() for choice in choices)
-    if not all(text.strip() for text in texts):
-        raise UserError(f"{record.where}: a choice is empty")
-    return Question(record.where, str(value.get("task", "choices")), question, texts, _number(answer, texts, record))
+    question = checked_text(question, f"{record.where}: question")
+    texts = tuple(checked_text(str(choice).rstrip(), f"{record.where}: a choice") for choice in choices)
+    for name, text in [("question", question), *(("a choice", text) for text in texts)]:
+        if not any(map(str.isprintable, text.strip())):  # nothing, spaces, or characters without width
+            raise UserError(f"{record.where}: {name} is empty")
+    if len({text.strip() for text in texts}) == 1:
+        raise UserError(f"{record.where}: all choices are {texts[0][:40]!r}; there is nothing to choose")
+    task = value.get("task")
+    task = "choices" if is_absent(task) else checked_text(str(task), f"{record.where}: task")
+    return Question(record.where, task, question, texts, _number(answer, texts, record))
 
 
 def _number(answer: Any, choices: Sequence[str], record: Record) -> int:
-    number = answer
+    number = int(answer) if isinstance(answer, float) and answer.is_integer() else answer
+    answer = str(answer) if isinstance(answer, bool) else answer
     if isinstance(answer, str):
         named = [n for n, choice in enumerate(choices) if choice.strip() == answer.strip()]
         if named:

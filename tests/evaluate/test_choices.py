@@ -125,6 +125,10 @@ def test_examples_are_other_questions(folder, questions):
         ({"question": "q", "choices": ["a", "b"], "answer": True}, "answer is 'True'"),
         ({"question": "q", "choices": ["a", " "], "answer": 0}, "a choice is empty"),
         ({"text": "q"}, "expected `question`"),
+        ({"question": " ", "choices": ["a", "b"], "answer": 0}, "question is empty"),
+        ({"question": "q", "choices": ["a", "\u200b"], "answer": 0}, "a choice is empty"),
+        ({"question": "q", "choices": ["a", "a "], "answer": 0}, "all choices are 'a'"),
+        ({"question": "\ud800", "choices": ["a", "b"], "answer": 0}, "question has half a surrogate pair"),
         ({"question": "q", "choices": ["a", None], "answer": 0}, "a choice is null"),
         ({"question": "q", "choices": ["a", ["b"]], "answer": 0}, "a choice is a list"),
         ({"question": "q", "choices": "[a, b]", "answer": 0}, "choices is not JSON"),
@@ -152,6 +156,14 @@ def test_stray_spaces_make_no_choice_likelier(folder):
             _requests(tokenizer, prompt, parse_question(Record("here", Path(), 1, row)), [], 0) for row in rows
         )
         assert tidy == stray
+
+
+@pytest.mark.parametrize("answer", ["B", "b", 1, 1.0, "1", "false", "false "])
+def test_answers_of_every_form(answer):
+    record = Record("here", Path(), 1, {"question": "q", "choices": ["true", "false"], "answer": answer, "task": None})
+    assert parse_question(record)[1:] == ("choices", "q", ("true", "false"), 1)
+    yes_or_no = {"question": "q", "choices": [True, False], "answer": False}
+    assert parse_question(Record("here", Path(), 1, yes_or_no)).answer == 1
 
 
 def test_equal_choices_are_equally_right(folder, tmp_path):
