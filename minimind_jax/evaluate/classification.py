@@ -10,10 +10,18 @@ import numpy as np
 from minimind_jax.convert.hf import Labels
 
 BINS = 10  # of confidence
-EAST_ASIAN_FONTS = (
-    *("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "PingFang SC"),
+FONTS = (  # of pictures: matplotlib's own, and those that have Chinese
+    *(
+        "DejaVu Sans",
+        "Noto Sans CJK SC",
+        "Source Han Sans SC",
+        "WenQuanYi Zen Hei",
+        "WenQuanYi Micro Hei",
+        "PingFang SC",
+    ),
     *("Microsoft YaHei", "SimHei", "Arial Unicode MS"),
 )
+LONGEST = 40  # characters of a label in a picture
 SHOWN = 40  # classes that a picture of the confusion matrix can name
 CALIBRATED = 100  # texts from which on a curve of confidence against accuracy is more than chance
 
@@ -153,15 +161,23 @@ def _draw_reliability(result: ClassificationResult, axes) -> None:
     axes.grid(alpha=0.3)
 
 
-def _drawable(names: Sequence[str]) -> tuple[Sequence[str], dict[str, list[str]]]:
-    """Names as a picture can show them, and the fonts to take: numbers where no font here has Chinese or the like."""
+def _drawable(names: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Names as a picture can show them, and the font to take: numbers where no font here has all their characters."""
     from matplotlib import font_manager
 
-    if all(ord(character) < 0x2E80 for name in names for character in name):
-        return names, {}
+    shown = [name if len(name) <= LONGEST else name[:LONGEST] + "..." for name in map(_one_line, names)]
     there = {font.name for font in font_manager.fontManager.ttflist}
-    fonts = [font for font in EAST_ASIAN_FONTS if font in there]
-    return (names, {"fontfamily": fonts}) if fonts else ([str(number) for number in range(len(names))], {})
+    for family in FONTS:
+        if family in there:
+            font = font_manager.get_font(font_manager.findfont(family))
+            if all(font.get_char_index(ord(character)) for character in set("".join(shown))):
+                return shown, {"fontfamily": family, "parse_math": False}
+    return [str(number) for number in range(len(names))], {}
+
+
+def _one_line(name: str) -> str:
+    """A label as tables and pictures show it: line ends, and what cannot be seen, are spaces."""
+    return " ".join("".join(c if c.isprintable() else " " for c in name).split())
 
 
 def describe(result: ClassificationResult) -> str:
@@ -174,6 +190,6 @@ def describe(result: ClassificationResult) -> str:
         "|---|---:|---:|---:|---:|",
     ]
     for row in sorted(result.per_class(), key=lambda row: row["f1"]):
-        label = row["label"].replace("|", "\\|")
+        label = _one_line(row["label"]).replace("|", "\\|")
         lines.append(f"| {label} | {row['texts']} | {row['precision']:.3f} | {row['recall']:.3f} | {row['f1']:.3f} |")
     return "\n".join(lines)

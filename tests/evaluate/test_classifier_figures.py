@@ -58,16 +58,23 @@ def test_several_labels_a_text():
     assert [row["recall"] for row in found.per_class()] == [1.0, 0.5]
 
 
-def test_labels_that_no_font_has_become_numbers(tmp_path):
+@pytest.mark.parametrize(
+    "names", [("好", "坏", "一般"), ("$x^$", "US$ 5_{", "\\frac{"), ("a\nb|c", "d\x00", "e" * 300), ("ดี", "अच्छा", "🙂")]
+)
+def test_labels_of_any_alphabet_are_drawn_without_a_warning(names, tmp_path):
+    """Dollars are no formula, line ends no rows; labels that no font has become numbers."""
     logits, truth, _ = drawn(classes=3)
-    names = ("好", "坏", "一般")
     truth = [[names["abc".index(own[0])]] for own in truth]
     found = evaluate_logits(logits, truth, Labels(names))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         draw_confusion(found, tmp_path / "confusion.png")
     assert (tmp_path / "confusion.png").stat().st_size > 5000
-    assert "| 一般 |" in describe(found)
+    table = describe(found).splitlines()
+    assert len(table) == 4 + len(names)
+    for name in names:
+        shown = name.replace("\n", " ").replace("|", "\\|").strip("\x00")
+        assert any(f"| {shown} |" in row for row in table)
 
 
 @pytest.mark.parametrize("texts", [99, 100])
