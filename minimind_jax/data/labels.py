@@ -210,6 +210,8 @@ def find_classes(
         tell(f"labels are read from {', '.join(fields)}")
     if 0 < lists < records:
         tell(f"{lists:,} of {records:,} records have a list of labels, so every text may have any number of them")
+    if len(counts) * 2 > records >= 20:
+        tell(f"{len(counts):,} labels for {records:,} texts: is {', '.join(fields)} the right field?")
     names = tuple(sorted(counts, key=_order))
     for note in _slips(names, counts):
         tell(note)

@@ -290,6 +290,8 @@ def test_labels_that_look_like_slips_are_told(tmp_path):
     assert len(told) == 1 and "differ only in case" in told.pop()
     classes_of(tmp_path, {"label": "NaN"}, {"label": "late"}, told=told)
     assert told.pop().startswith("labels that look like missing ones are classes like others: 'NaN' x 1;")
+    classes_of(tmp_path, *({"label": number} for number in range(20)), told=told)
+    assert told.pop() == "20 labels for 20 texts: is label the right field?"
     classes_of(tmp_path, *({"label": name} for name in ("fire/late", "fire", "late")), told=told)
     assert told.pop().startswith("1 labels look like several in one")
     classes_of(tmp_path, {"label": "Paris, France"}, {"label": "late"}, told=told)
