@@ -33,8 +33,7 @@ class Document:
 
 def encode_text(tokenizer: Tokenizer, text: str) -> Document:
     """Text between the tokenizer's begin and end tokens; every token but the first is trained."""
-    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    ids = np.array([*begin, *tokenizer.encode(text), tokenizer.eos_id], dtype=np.int32)
+    ids = np.array(_framed(tokenizer, tokenizer.encode(text), []), dtype=np.int32)
     trained = np.ones(len(ids), dtype=bool)
     trained[0] = False
     return Document(ids, trained, [0])
@@ -71,10 +70,21 @@ def _segments(
 
 def _encode_completion(tokenizer: Tokenizer, prompt: str, completion: str) -> Document:
     """Two texts end to end between the begin and end tokens, without the template; the second is trained."""
-    before = [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *tokenizer.encode(prompt)]
-    after = [*tokenizer.encode(completion), tokenizer.eos_id]
-    trained = np.arange(len(before) + len(after)) >= max(len(before), 1)
-    return Document(np.array([*before, *after], dtype=np.int32), trained, [0])
+    after = tokenizer.encode(completion)
+    ids = np.array(_framed(tokenizer, tokenizer.encode(prompt), after), dtype=np.int32)
+    answer = len(after) + (after[-1:] != [tokenizer.eos_id])
+    return Document(ids, np.arange(len(ids)) >= max(len(ids) - answer, 1), [0])
+
+
+def _framed(tokenizer: Tokenizer, before: list[int], after: list[int]) -> list[int]:
+    """Two pieces of text between the begin and end tokens, of which a text that has one already gets no second."""
+    ids = [*begun(tokenizer, before), *after]
+    return ids if ids[-1:] == [tokenizer.eos_id] else [*ids, tokenizer.eos_id]
+
+
+def begun(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """The ids of a text behind the tokenizer's begin token, if it has one and they do not begin with it."""
+    return ids if tokenizer.bos_id in (None, *ids[:1]) else [tokenizer.bos_id, *ids]
 
 
 def encode_labelled(tokenizer: Tokenizer, text: LabelledText, classes: Classes) -> Document:

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 from minimind_jax.data.fields import Fields
 from minimind_jax.data.formats import INSTRUCTION, MESSAGES, question, text_fields, with_system
 from minimind_jax.data.jsonl import Reading, Record
-from minimind_jax.data.messages import Conversation, read_messages
+from minimind_jax.data.messages import Conversation, messages_in, read_messages
+from minimind_jax.data.preferences import turns_of
 from minimind_jax.data.values import checked_text
 from minimind_jax.errors import UserError
 
@@ -22,16 +23,20 @@ class Prompt(NamedTuple):
     others: dict[str, Any]
 
 
-def read_prompt(record: Record, reading: Reading) -> Prompt:
+def read_prompt(record: Record, reading: Reading, raw: bool = False) -> Prompt:
     """The question of a record: messages (a last answer is left out), an instruction, a prompt or a text.
 
-    Raises UserError for a record that has none.
+    raw: a text is one, also if it spells messages. Raises UserError for a record that has none.
     """
     fields = Fields(record, reading)
     text = conversation = None
     own = [reading.text_field] if reading.text_field else []
+    if isinstance(asked := fields.left.get("prompt"), str) and not raw:
+        turns = turns_of(asked)
+        fields.left["prompt"] = [turn for turn in turns if turn["content"]] if turns else messages_in(asked)
     names = [name for name in (*own, "prompt", *text_fields(reading)) if isinstance(fields.left.get(name), str)]
     if fields.has(*MESSAGES) and not (own and names):
+        fields.leave_out("prompt")
         conversation = _without_answer(with_system(fields, *fields.messages(*MESSAGES)), record)
     elif isinstance(fields.left.get("prompt"), list | dict):
         conversation = _without_answer(with_system(fields, *fields.messages("prompt")), record)
@@ -41,7 +46,9 @@ def read_prompt(record: Record, reading: Reading) -> Prompt:
         name = names[0] if names else next(name for name in ("prompt", "text") if name in record.value)
         text = checked_text(record.value[name], f"{record.where}: {name}")
         fields.left.pop(name, None)
-        if fields.has("system", "system_prompt", "tools"):
+        if fields.has("system", "system_prompt", "tools", "functions") or (
+            fields.has("chat_template_kwargs") and not raw
+        ):
             messages, _ = read_messages([{"role": "user", "content": text}], fields.place(name))
             text, conversation = None, with_system(fields, messages, None)
     else:

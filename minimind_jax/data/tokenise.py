@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -88,9 +88,12 @@ class Encoder:
         parsed = parse(record, reading=self.reading)
         notes: set[str] = set()
         try:
+            sides = [parsed] if self.kind == "conversation" else [parsed.chosen, parsed.rejected]
+            messages = [message for side in sides if not side.plain for message in side.messages]
             if self.tokenizer.own_template:
-                sides = [parsed] if self.kind == "conversation" else [parsed.chosen, parsed.rejected]
-                check_spoken([message for side in sides for message in side.messages])
+                check_spoken(messages)
+            if any(map(self._ends_inside, messages)):
+                notes.add("messages hold the token that ends a turn among their words: is the template in the data?")
             if self.kind == "preference":
                 document = encode_preference(self.tokenizer, parsed, rng, *chances, tell=notes.add)
             else:
@@ -101,6 +104,14 @@ class Encoder:
         if self.kind == "conversation" and not document.trained.any():
             raise UserError(f"{record.where}: nothing to train on; expected an assistant message with content")
         return document
+
+    def _ends_inside(self, message: dict[str, Any]) -> bool:
+        return bool(self._turn_end) and self._turn_end in message["content"]
+
+    @functools.cached_property
+    def _turn_end(self) -> str:
+        ends = [i for i in (self.tokenizer.turn_end_id,) if i is not None]
+        return self.tokenizer.decode(ends, skip_special_tokens=False)
 
     def encode(self, lines: list[Line]) -> "Chunk":
         """The documents of the lines; a broken line raises its UserError, or is noted if this encoder skips."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minimind_jax.convert.load import base_folder
-from minimind_jax.data.documents import encode_prompt
+from minimind_jax.data.documents import begun, encode_prompt
 from minimind_jax.data.jsonl import Record, expand_paths, iter_records, reading_of, tell
 from minimind_jax.data.messages import Conversation
 from minimind_jax.data.prompts import read_prompt, shortened
@@ -291,11 +291,11 @@ def _thinking(config: GenerateConfig, asked: Conversation, source: Record | Requ
 def _prompt(generator: Generator, config: GenerateConfig, record: Record) -> Request:
     """The conversation to be answered (None for raw text) and the prompt's token ids."""
     tokenizer = generator.tokenizer
-    text, conversation, others = read_prompt(record, reading_of(config))
+    text, conversation, others = read_prompt(record, reading_of(config), config.raw)
     if config.raw:
         if conversation is not None:
             raise UserError(f"{record.where}: a conversation needs the chat template; drop raw")
-        ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
+        ids = begun(tokenizer, tokenizer.encode(text))
         return Request(record.where, record.value, None, ids, others)
     if conversation is None:
         system = [{"role": "system", "content": config.system}] if config.system else []

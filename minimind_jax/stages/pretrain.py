@@ -4,6 +4,7 @@ from pathlib import Path
 
 from minimind_jax.config import PretrainConfig
 from minimind_jax.data.batches import open_data
+from minimind_jax.data.documents import begun
 from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.sharding import data_process, make_mesh
 from minimind_jax.shell import command
@@ -45,7 +46,7 @@ def pretrain(config: PretrainConfig) -> Path:
     config = settle(config, "text", tokenizer, model, run)
 
     def encode(prompt: str) -> list[int]:
-        return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt)
+        return begun(tokenizer, tokenizer.encode(prompt))
 
     sample_fn = sampler(model, tokenizer, with_prompts(config, "text"), config.seed, encode)
     train_batches, val_batches = open_data("text", config, tokenizer, *data_process(make_mesh(config.mesh)))

@@ -44,6 +44,20 @@ def test_text(small):
     assert document.turn_starts == [0]
 
 
+def test_begin_and_end_tokens_stand_once(small):
+    """Also where a text or a completion spells them."""
+    begin, end = (small.decode([i], skip_special_tokens=False) for i in (small.bos_id, small.eos_id))
+    plain = encode_text(small, "hello")
+    for text in (f"{begin}hello", f"hello{end}", f"{begin}hello{end}"):
+        document = encode_text(small, text)
+        assert document.ids.tolist() == plain.ids.tolist() and (document.trained == plain.trained).all()
+    for prompt, completion in (("hello", " there"), (f"{begin}hello", f" there{end}")):
+        value = {"prompt": prompt, "completion": completion}
+        document = encode_conversation(small, parse_conversation(Record("a:1", Path("a"), 1, value)))
+        assert document.ids.tolist() == [1, *small.encode("hello"), *small.encode(" there"), 2]
+        assert small.decode(document.ids[document.trained], skip_special_tokens=False) == f" there{end}"
+
+
 @given(messages(), TOOLS)
 @settings(max_examples=150, deadline=None)
 def test_ids_spell_the_rendering_and_labels_the_answers(small, messages, tools):

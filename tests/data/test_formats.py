@@ -9,6 +9,7 @@ import pytest
 from minimind_jax.config import DataConfig
 from minimind_jax.data.formats import detect
 from minimind_jax.data.jsonl import READING, Reading, Record, told_lines
+from minimind_jax.data.prompts import read_prompt
 from minimind_jax.data.records import as_record, parse_conversation, parse_preference, parse_text
 from minimind_jax.data.token_cache import build_cache
 from minimind_jax.data.tokenizer import train_bpe
@@ -412,6 +413,29 @@ def test_the_question_stands_once_in_texts(prompt, chosen, rejected):
     assert pair({"prompt": prompt, "chosen": chosen, "rejected": rejected}) == {
         name: [question, {**ANSWER, "content": text}] for name, text in sides.items()
     }
+
+
+@pytest.mark.parametrize(
+    ("value", "messages", "variables"),
+    [
+        ({"prompt": json.dumps(TALK)}, [USER], {}),
+        ({"prompt": "\n\nHuman: q\n\nAssistant:"}, [USER], {}),
+        ({"prompt": "q", "chat_template_kwargs": {"enable_thinking": True}}, [USER], {"enable_thinking": True}),
+        ({"prompt": "other", "messages": TALK}, [USER], {}),
+    ],
+)
+def test_prompts_are_read_as_they_are_trained(value, messages, variables):
+    given = record(value)
+    text, conversation, others = read_prompt(given, READING)
+    assert (text, conversation.messages, conversation.variables, others) == (None, messages, variables, {})
+    assert ("`prompt` is ignored" in str(told_lines(given.told))) == ("messages" in value)
+    if "messages" not in value:
+        assert read_prompt(given, READING, raw=True).text == value["prompt"]
+
+
+def test_the_end_of_a_turn_among_words_is_told(tmp_path, tokenizer, capsys):
+    make_cache(tmp_path, tokenizer, "conversation", [{"messages": [USER, {**ANSWER, "content": "a<|im_end|>"}]}])
+    assert "messages hold the token that ends a turn" in capsys.readouterr().err
 
 
 def test_what_is_odd_is_told():
