@@ -25,17 +25,15 @@ from minimind_jax.stages.adapters import plan_adapters
 from minimind_jax.stages.common import (
     check_context,
     finish_run,
-    is_finished,
     load_model,
     load_tokenizer,
     run_parameters,
     sampler,
     say_if_endless,
-    start_run,
-    tidy,
 )
 from minimind_jax.stages.sample_prompts import with_prompts
 from minimind_jax.stages.settle import settle
+from minimind_jax.stages.start import is_finished, start_run, tidy
 from minimind_jax.training.loop import train
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.state import Parameters, fingerprint

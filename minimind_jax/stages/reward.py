@@ -10,9 +10,10 @@ from minimind_jax.losses.reward import make_reward_loss
 from minimind_jax.losses.sequences import pair_room
 from minimind_jax.sharding import data_process, make_mesh
 from minimind_jax.shell import command
-from minimind_jax.stages.common import check_context, finish_run, is_finished, load_tokenizer, start_run, tidy
+from minimind_jax.stages.common import check_context, finish_run, load_tokenizer
 from minimind_jax.stages.heads import load_body, values_of_pieces, with_head
 from minimind_jax.stages.settle import settle
+from minimind_jax.stages.start import is_finished, start_run, tidy
 from minimind_jax.training.loop import train
 
 LABELS = Labels(("reward",))

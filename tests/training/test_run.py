@@ -10,7 +10,7 @@ import yaml
 
 from minimind_jax.config import DataConfig, ModelSettings, OptimizerConfig, PretrainConfig, TrainingConfig
 from minimind_jax.errors import UserError
-from minimind_jax.stages.common import check_settings, remove_unused, start_run, tidy
+from minimind_jax.stages.start import check_settings, remove_unused, start_run, tidy
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import append_export, export_row
 

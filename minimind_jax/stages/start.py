@@ -1,0 +1,180 @@
+"""Before a stage begins: the run's folder, and whether what is in it allows these settings."""
+
+import contextlib
+import functools
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from minimind_jax import hub
+from minimind_jax.agreement import check_agreement
+from minimind_jax.config import PretrainConfig
+from minimind_jax.convert.replace import check_replaceable
+from minimind_jax.errors import UserError
+from minimind_jax.folders import holds_model, resolve_run
+from minimind_jax.paths import cache_home, is_remote
+from minimind_jax.sharding import (
+    announce,
+    first_process_says,
+    initialize_distributed,
+    make_mesh,
+    run_on_first_process,
+)
+from minimind_jax.stages.common import SHAPE_FIELDS
+from minimind_jax.stages.effect import check_effect
+from minimind_jax.stages.settle import changed_data
+from minimind_jax.training.origin import agreed_settings, check_start_models
+from minimind_jax.training.program import count_parts
+from minimind_jax.training.run import RunFolder
+from minimind_jax.training.tracking import is_exported
+
+LENGTH_FIELDS = {"training.steps", "training.epochs", "training.tokens"}
+
+
+def start_run(config: PretrainConfig) -> RunFolder:
+    """Joins the run's processes, turns on the compilation cache, and makes the run's folder.
+
+    Raises UserError when the devices do not fit `config`, when `config.resume` does not allow what the folder holds,
+    when it is a Hugging Face model itself, or when a process of several does not see what the first writes there.
+    """
+    initialize_distributed()
+    enable_compilation_cache()
+    run = RunFolder(resolve_run(config.run))
+    check_shared(run)
+    check_agreement(agreed_settings(config))
+    if holds_model(run.path) and (run.path / "tokenizer.json").is_file():
+        raise UserError(
+            f"{run.path} is a Hugging Face model, not the folder of a run; choose another run name (with --init_from "
+            f"{run.path} to start from that model)"
+        )
+    run.check_resume(config.resume)
+    hub.pin(run.read_environment().get("hub", {}))
+    check_settings(run, config)
+    if not is_exported(run) or run.changed_settings(config):  # all before any data is read
+        if config.training.batch_tokens is not None:
+            count_parts(config, make_mesh(config.mesh))
+        check_effect(config)
+        check_replaceable(run.model)
+        check_start_models(run, config)
+    run.create()
+    if jax.process_index() == 0:
+        run.lock()
+    return run
+
+
+def tidy(stage: Callable[[PretrainConfig], Path]) -> Callable[[PretrainConfig], Path]:
+    """The stage, which leaves no folder behind when it could not start."""
+
+    @functools.wraps(stage)
+    def run(config: PretrainConfig) -> Path:
+        folder = resolve_run(config.run)
+        is_new = not is_remote(folder) and not folder.exists()
+        try:
+            return stage(config)
+        except BaseException:  # Ctrl-C as well
+            if is_new and jax.process_index() == 0:
+                remove_unused(folder)
+            raise
+
+    return run
+
+
+def remove_unused(folder: Path) -> None:
+    """Removes a folder that holds a lock, empty folders and nothing else, and the one around it if it is empty then."""
+    if not folder.is_dir() or any(path.is_file() and path.name != ".lock" for path in folder.rglob("*")):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.parent.rmdir()
+
+
+def check_shared(run: RunFolder, patience: float = 10.0) -> None:
+    """Raises UserError, on all processes, when one does not see a file that the first writes into the run's folder:
+    checkpoints are written by all, which would wait for each other for ever. patience: seconds a disk may be late."""
+    if jax.process_count() == 1:
+        return
+    run.create()
+    # A new name: what a network disk was asked for before it was there it may deny for a while.
+    number = int(multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32))))
+    mark, failure = run.path / f".processes-{number}", None
+    if jax.process_index() == 0:
+        try:
+            mark.write_text("", "utf-8")
+        except OSError as error:
+            failure = error
+    if not first_process_says(failure is None):
+        raise UserError(f"process 0 cannot write into the run's folder {run.path}: {failure or 'it says why'}")
+    late = time.monotonic() + patience
+    while not (seen := mark.exists()) and time.monotonic() < late:
+        time.sleep(0.2)
+    blind = np.flatnonzero(~multihost_utils.process_allgather(np.array(seen))).tolist()
+    run_on_first_process(mark.unlink)
+    if blind:
+        raise UserError(
+            f"the run's folder {run.path} of process 0 is another one than that of "
+            f"process{'es' * (len(blind) > 1)} {', '.join(map(str, blind))}; give --run a folder on a disk that all "
+            "processes see, or gs://BUCKET/NAME"
+        )
+
+
+def check_settings(run: RunFolder, config: PretrainConfig) -> None:
+    """Says which settings differ from those the run was started with.
+
+    Raises UserError when the weights that are there would not be those the settings describe: another start or kind of
+    model (of other shapes: the checkpoint itself tells), or, in a finished run that is not made longer, another
+    optimizer setting, which could have no effect.
+    """
+    if not run.checkpoint_steps() and not is_exported(run):
+        return
+    changed = run.changed_settings(config)
+    told_later = {"optimizer.name", *(f"model.{name}" for name in SHAPE_FIELDS)}
+    prefixes = ["model.", "init_from", "tokenizer", "seed", "lora.", "teacher.model"]
+    prefixes += ["preference.loss", "preference.precompute_reference", "teacher.top_k"]
+    if is_exported(run) and not changed.keys() & LENGTH_FIELDS:
+        prefixes.append("optimizer.")
+    refused = [key for key in changed if key.startswith(tuple(prefixes)) and key not in told_later]
+    if refused:
+        told = "; ".join(f"{key} {changed[key]}" for key in refused)
+        raise UserError(
+            f"{run.path} was {'finished' if is_exported(run) else 'started'} with other settings ({told}); go on with "
+            "those, or choose another run name"
+        )
+    for key, change in changed.items():
+        announce(f"changed since the run was started: {key} {change}")
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs in $MINIMIND_CACHE/xla or ~/.cache/minimind_jax/xla; $JAX_COMPILATION_CACHE_DIR wins."""
+    if jax.config.jax_compilation_cache_dir is None:
+        try:
+            jax.config.update("jax_compilation_cache_dir", str(cache_home() / "xla"))
+        except UserError as error:  # training goes on without, and tokens may have a folder of their own
+            announce(f"compiled programs are not kept: {error}")
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def is_finished(run: RunFolder, config: PretrainConfig) -> bool:
+    """Whether the run has written its model with these settings; says so.
+
+    Raises UserError when there is a model to write over, but no checkpoint of it to go on from.
+    """
+    if config.resume != "never" and is_exported(run) and not run.changed_settings(config):
+        announce(f"{run.path} is finished; its model is {run.model}. Choose another run name to train again.")
+        for change in changed_data(run, config):
+            announce(f"changed since it was trained: {change}")
+        return True
+    if holds_model(run.model) and not run.checkpoint_steps():
+        raise UserError(
+            f"{run.model} is there, but {run.checkpoints} holds no checkpoint to go on from, and training from the "
+            f"start would write over it; choose another run name (with --init_from {run.path} to start from that "
+            "model), or remove the folder"
+        )
+    return False
