@@ -1,5 +1,6 @@
 """How names on the command line become folders: runs, and the models in them."""
 
+import json
 import os
 from pathlib import Path
 
@@ -71,6 +72,21 @@ def resolve_model_folder(name: str, setting: str = "model") -> Path:
         return fetch(name, setting)
     except UserError as error:
         raise UserError(f"{problem}, and on the hub nothing was to be had. {error}") from error
+
+
+def moved_with_run(name: str, model: Path) -> Path | None:
+    """Where the folder is that a run's `model` called `name` (from the root on) when it was written, if both were moved
+    together since; None for a model that is not in its run's folder."""
+    run = model.parent
+    if is_remote(run) or model.name != "model" or not os.path.isabs(name):
+        return None
+    try:
+        named = yaml.safe_load((run / "config.yaml").read_text("utf-8"))["run"]
+        directory = json.loads((run / "environment.json").read_text("utf-8"))["directory"]
+        then = os.path.abspath(Path(directory) / resolve_run(named))
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return None
+    return Path(os.path.normpath(run.resolve() / os.path.relpath(name, then)))
 
 
 def last_stage(folder: Path) -> Path | None:

@@ -1,6 +1,8 @@
 """A model from its folder, whatever kind it is: a Hugging Face folder, or a low-rank adapter over one."""
 
 import dataclasses
+import functools
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +21,7 @@ from minimind_jax.convert.hf import (
 from minimind_jax.convert.peft import StoredAdapter, load_peft, read_adapter_config
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
-from minimind_jax.folders import ADAPTER_CONFIG, holds_model, is_adapter, resolve_model_folder
+from minimind_jax.folders import ADAPTER_CONFIG, holds_model, is_adapter, moved_with_run, resolve_model_folder
 from minimind_jax.model.config import ModelConfig, union_of_ids
 from minimind_jax.model.lora import join, merge
 from minimind_jax.model.transformer import Params
@@ -67,6 +69,10 @@ def base_folder(adapter: Path, base: str = "") -> Path:
     for place in () if base else (as_path(named).expanduser(), adapter / named):
         if holds_model(place) and not is_adapter(place):
             return local_folder(place)
+    moved = None if base else moved_with_run(named, adapter)
+    if moved and holds_model(moved) and not is_adapter(moved):
+        _tell_moved(named, adapter, moved)
+        return moved
     try:
         folder = resolve_model_folder(base or named, "base")
     except UserError as error:
@@ -80,6 +86,12 @@ def base_folder(adapter: Path, base: str = "") -> Path:
     if is_adapter(folder):
         raise UserError(f"{folder} is an adapter itself; a base model must be whole")
     return folder
+
+
+@functools.cache
+def _tell_moved(named: str, adapter: Path, moved: Path) -> None:
+    told = f"the base model {named} is not there; {moved} is taken, which was moved together with {adapter}"
+    print(f"minimind: {told}", file=sys.stderr)
 
 
 def load_tokenizer(folder: Path, other: str | Path | None = None, base: str = "") -> Tokenizer:

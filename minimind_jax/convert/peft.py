@@ -19,7 +19,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.folders import ADAPTER_CONFIG
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.lora import PROJECTIONS, Params, RankTable, scale_of
-from minimind_jax.paths import as_path, local_folder
+from minimind_jax.paths import absolute, as_path, local_folder
 from minimind_jax.texts import read_object
 
 WEIGHTS = "adapter_model.safetensors"
@@ -165,6 +165,8 @@ def save_peft(
         "modules_to_save": None,
     }
     folder = as_path(folder)
+    if absolute(folder) == absolute(as_path(base)):
+        raise UserError(f"{folder} is the base model's own folder, which the adapter needs; choose another output")
     with replacing(folder) as partial:
         write_json(partial / ADAPTER_CONFIG, config)
         if generation_config is not None:

@@ -84,6 +84,16 @@ def check_replaceable(folder: Path) -> None:
                 f"{folder / mark} is not a model's (none of {', '.join(sorted(_MODEL_KEYS))} in it) and would be "
                 "written over; move that file, or choose another output"
             )
+    if not _is_told_as_model(folder, names) and (words := [name for name in names if name in TOKENIZER_FILES]):
+        raise UserError(
+            f"{folder} holds {_some(words)}, but no weights, and its config.json is empty; nothing tells whether those "
+            "are an older model's, which would go. Move them, or choose another output"
+        )
+    if locked := [entry.name for entry in entries if _is_ours(entry.name) and _is_locked(entry)]:
+        raise UserError(
+            f"{folder} holds {_some(locked)}, which may not be written over (read-only); make it writable (chmod u+w), "
+            "or choose another output"
+        )
     unclear = [entry.name for entry in entries if _is_unclear(entry)]
     if unclear:
         raise UserError(
@@ -103,14 +113,33 @@ def _is_unclear(entry: Path) -> bool:
     return entry.suffix in (".safetensors", ".bin") and entry.name != "training_args.bin"
 
 
+def _is_told_as_model(folder: Path, names: Collection[str]) -> bool:
+    """Whether anything in a folder with one of MARKS tells that its files are a model's."""
+    if _STAGED in names or any(name.endswith((".safetensors", ".bin")) for name in names):
+        return True
+    marks = [mark for mark in MARKS if mark in names]
+    return not marks or any(_values(folder / mark) for mark in marks)
+
+
 def _is_of_model(config: Path) -> bool:
     """Whether a file that has the name of a model's configuration is one, or empty."""
+    values = _values(config)
+    return values is not None and (not values or bool(values.keys() & _MODEL_KEYS))
+
+
+def _values(config: Path) -> dict[str, Any] | None:
+    """What a configuration holds, {} for an empty file; None if it is none."""
     try:
         text = config.read_text(encoding="utf-8").strip()
         values = json.loads(text) if text else {}
     except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and (not values or bool(values.keys() & _MODEL_KEYS))
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _is_locked(entry: Path) -> bool:
+    """Whether somebody took the right to write into a file away; putting another in its place needs no such right."""
+    return not is_remote(entry) and entry.is_file() and not entry.is_symlink() and not entry.stat().st_mode & 0o222
 
 
 def _some(names: Collection[str]) -> str:
@@ -122,7 +151,8 @@ def _seal(staged: Path) -> None:
     """Gives the files, which some libraries write for their owner only, the usual mode, and waits for the disk."""
     mode = (staged / _mark_in(staged)).stat().st_mode
     for file in staged.iterdir():
-        file.chmod(mode)
+        if file.stat().st_mode != mode:  # some file systems have one mode for all files and refuse to set any
+            file.chmod(mode)
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ def write_torch(path: str | Path, tensors: Mapping[str, np.ndarray], aliases: Ma
     torch, path = _import_torch(), Path(path)
     if not path.name or path.is_dir():
         raise UserError(f"{path} is a folder; give the name of a file to write, such as model.pth")
+    if path.exists() and path.stat().st_size and not zipfile.is_zipfile(path):  # what torch.save writes is a zip file
+        raise UserError(f"{path} is there already and is no PyTorch file; choose another name")
     state = {name: torch.from_numpy(cast(name, array, "float16")) for name, array in tensors.items()}
     state |= {alias: state[name] for alias, name in aliases.items()}
     partial = path.with_name(f".{path.name}.partial")

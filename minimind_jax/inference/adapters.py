@@ -10,7 +10,7 @@ import numpy as np
 from minimind_jax.convert.load import base_folder, load_tokenizer
 from minimind_jax.convert.peft import StoredAdapter, load_peft
 from minimind_jax.errors import UserError
-from minimind_jax.folders import is_adapter, resolve_model_folder
+from minimind_jax.folders import is_adapter, moved_with_run, resolve_model_folder
 from minimind_jax.inference.generate import Generator, load_generator
 from minimind_jax.inference.generation_config import read_generation_config
 from minimind_jax.model.lora import PROJECTIONS, Adapter, join
@@ -61,7 +61,8 @@ def load_switched(model: str, names: Sequence[str], dtype: str = "auto") -> Swit
             raise UserError(f"adapters: two are called {short}; rename a folder")
         stored[short] = load_peft(place, generator.model.config)
         generator.eos_ids = tuple(sorted({*generator.eos_ids, *_end_ids(place, folder)}))
-        if Path(stored[short].base).resolve() != folder.resolve():
+        its_base = moved_with_run(stored[short].base, place) or Path(stored[short].base)
+        if folder.resolve() not in (its_base.resolve(), Path(stored[short].base).resolve()):
             print(f"warning: the adapter {short} was trained over {stored[short].base}, not over {folder}")
     return switched(generator, stored)
 

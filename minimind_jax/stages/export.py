@@ -72,8 +72,10 @@ def _load_sound(run: RunFolder, checkpoint: str, abstract: Any) -> tuple[int, An
             return step, load_params(run.checkpoints / str(step), abstract)
         except DamagedCheckpoint as error:
             damaged.add(step)
-            if checkpoint not in ("newest", "best") or damaged >= set(run.checkpoint_steps()):
+            if checkpoint not in ("newest", "best"):
                 raise
+            if damaged >= set(run.checkpoint_steps()):
+                raise UserError(f"{error.problem}, and there is no other; start another run") from error
             announce(f"warning: {error.problem}; the next one is taken")
 
 

@@ -33,7 +33,7 @@ class DamagedCheckpoint(UserError):
 
     def __init__(self, checkpoint: Path, problem: str):
         self.problem = f"the checkpoint {checkpoint} cannot be read: {problem}"
-        super().__init__(f"{self.problem}; if it is damaged, remove that folder: {_before(checkpoint)}")
+        super().__init__(f"{self.problem}; if it is damaged, remove that folder: {_instead_of(checkpoint)}")
 
 
 def superseded(steps: Sequence[int], newest: int, val_losses: Mapping[int, float] | None) -> list[int]:
@@ -99,7 +99,7 @@ class Checkpoints:
                 self._check(step)
             except DamagedCheckpoint as error:
                 if len(self._steps) == 1:
-                    raise
+                    raise UserError(f"{error.problem}, and there is none before it; start another run") from error
                 announce(f"warning: {error.problem}; the one before it is used")
                 self._steps.remove(step)
                 self._damaged.add(step)
@@ -254,11 +254,12 @@ def check_sound(checkpoint: Path) -> None:
         raise DamagedCheckpoint(checkpoint, problem)
 
 
-def _before(checkpoint: Path) -> str:
+def _instead_of(checkpoint: Path) -> str:
     """What is used once that checkpoint is away."""
-    names = [path.name for path in checkpoint.parent.iterdir()]
-    older = [int(name) for name in names if name.isdigit() and int(name) < int(checkpoint.name)]
-    return f"the one of step {max(older)} is used" if older else "there is none before it, so start another run"
+    names = {path.name for path in checkpoint.parent.iterdir()} - {checkpoint.name}
+    steps = [int(name) for name in names if name.isdigit()]
+    others = [step for step in steps if step < int(checkpoint.name)] or steps
+    return f"the one of step {max(others)} is used" if others else "there is no other, so start another run"
 
 
 def _quieten() -> None:
@@ -277,7 +278,7 @@ def _reading(checkpoint: Path) -> Iterator[None]:
     except Exception as error:
         raise UserError(
             f"the checkpoint {checkpoint} cannot be read: {_reason(error)}; if it is damaged, remove that folder: "
-            f"{_before(checkpoint)}"
+            f"{_instead_of(checkpoint)}"
         ) from error
 
 

@@ -47,14 +47,16 @@ def write_checksums(checkpoint: Path) -> None:
 
 def damage(checkpoint: Path) -> str | None:
     """What differs between a checkpoint's files and its checksums; "" if nothing does, None if it has no checksums."""
-    if not (checkpoint / CHECKSUMS).exists():
-        return None
     try:
+        if not (checkpoint / CHECKSUMS).exists():
+            return None
         expected = json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8"))["files"]
         expected = {name: (entry["bytes"], entry["crc32"]) for name, entry in expected.items()}
+        found = _checksums(checkpoint)
+    except OSError as error:  # of a failing disk, a broken link, or rights
+        return f"{error.filename or 'a file of it'}: {error.strerror or error}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {CHECKSUMS} is damaged ({type(error).__name__})"
-    found = _checksums(checkpoint)
     for name, (size, crc) in expected.items():
         if name not in found:
             return f"its file {name} is missing"

@@ -84,6 +84,9 @@ def test_others_files_stay_and_stale_ones_of_a_model_go(make_model, tokenizer, t
         (["config.json", "model.fp16.safetensors"], r"model\.fp16\.safetensors"),
         (["config.json", "ema.bin", "consolidated.safetensors"], "consolidated.safetensors, ema.bin"),
         (["config.json", "model.safetensors/x"], "holds model.safetensors"),
+        (["config.json", "vocab.json", "merges.txt"], "holds merges.txt, vocab.json, but no weights"),
+        (["config.json", "tokenizer.json", "README.md"], "holds tokenizer.json, but no weights"),
+        (["adapter_config.json", "added_tokens.json"], "holds added_tokens.json, but no weights"),
     ],
 )
 def test_a_folder_that_cannot_be_told_apart_is_refused_with_a_list(names, told, make_model, tmp_path):
@@ -106,6 +109,39 @@ def test_a_new_repository_takes_a_model(make_model, tmp_path):
     fill(tmp_path / "repo", [".git/HEAD", ".gitattributes", "README.md", "LICENSE"])
     save_hf(tmp_path / "repo", *make_model("dense"))
     assert (tmp_path / "repo" / ".git" / "HEAD").is_file() and load_hf(tmp_path / "repo")
+
+
+def test_a_read_only_file_is_not_written_over(make_model, tmp_path):
+    save_hf(tmp_path, *make_model("dense"))
+    (tmp_path / "model.safetensors").chmod(0o444)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"holds model\.safetensors, which may not be written over .*chmod u\+w"):
+        save_hf(tmp_path, *make_model("dense"), dtype="float32")
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_an_adapter_does_not_replace_the_model_it_needs(make_model, tmp_path):
+    config, params = make_model("dense")
+    save_hf(tmp_path / "base", config, params)
+    (tmp_path / "link").symlink_to("base")
+    table = rank_table(config, 2, ["q_proj"], {})
+    params = join(params, init_adapters(jax.random.key(0), params, table, 4.0, False))
+    for name in ("base", "link"):
+        with pytest.raises(UserError, match="the base model's own folder"):
+            save_peft(tmp_path / name, params, table, base=tmp_path / "base")
+    assert load_hf(tmp_path / "base")
+
+
+def test_a_file_system_with_one_mode_for_all_files_holds_models(make_model, tmp_path, monkeypatch):
+    def chmod(self, mode):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("pathlib.Path.chmod", chmod)
+    before = os.umask(0o077)  # the mode that safetensors sets itself
+    try:
+        assert load_hf(save_hf(tmp_path / "model", *make_model("dense")))
+    finally:
+        os.umask(before)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o007, 0o077])

@@ -160,6 +160,10 @@ def test_a_place_that_cannot_be_written_is_told(make_model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/x\.pth: could not be written: "):
         to_torch(tmp_path / "model", tmp_path / "file" / "x.pth")
+    (tmp_path / "notes.md").write_text("mine")
+    with pytest.raises(UserError, match=r"notes\.md is there already and is no PyTorch file"):
+        to_torch(tmp_path / "model", tmp_path / "notes.md")
+    assert (tmp_path / "notes.md").read_text() == "mine"
 
 
 def test_absent_and_cut_files(make_model, tmp_path):

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from minimind_jax.errors import UserError
 from minimind_jax.paths import absolute
 from minimind_jax.training import checkpoint
-from minimind_jax.training.checkpoint import Checkpoints, flatten
+from minimind_jax.training.checkpoint import Checkpoints, flatten, load_params
 from minimind_jax.training.checkpoint_files import CHECKSUMS
 from minimind_jax.training.run import RunFolder
 
@@ -163,6 +163,18 @@ def test_altered_bytes_are_told_and_the_checkpoint_before_is_used_until_the_step
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.newest() == 2
         assert_same(checkpoints.restore(2, abstract(make_state())), make_state(5))
+
+
+@pytest.mark.parametrize(("step", "other"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize("name", ["state/_METADATA", CHECKSUMS])
+def test_a_file_that_cannot_be_opened_is_damage_and_another_checkpoint_is_named(tmp_path, name, step, other):
+    save_all(tmp_path, [1, 2])
+    (tmp_path / str(step) / name).unlink()
+    (tmp_path / str(step) / name).mkdir() if name == CHECKSUMS else (tmp_path / str(step) / name).symlink_to("gone")
+    with pytest.raises(UserError, match=rf"{name}: .*; if .* the one of step {other} is used"):
+        load_params(tmp_path / str(step), abstract(make_state()).params)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.newest() == (1 if step == 2 else 2)
 
 
 def test_without_a_sound_checkpoint_nothing_starts_anew(tmp_path):

@@ -1,12 +1,15 @@
 """Names of files and folders are compared by what they mean: a run in a project that was moved goes on."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from minimind_jax.config import DataConfig, PretrainConfig
+from minimind_jax.convert.load import base_folder
+from minimind_jax.errors import UserError
 from minimind_jax.training.origin import check_start_models
 from minimind_jax.training.places import mean_the_same
 from minimind_jax.training.run import RunFolder
@@ -84,6 +87,24 @@ def test_a_project_that_was_moved(project, monkeypatch, was_absolute):
     assert Path(inside.then().current(str(project / "tok") if was_absolute else "tok")) == moved / "tok"
     changed = dataclasses.replace(now, tokenizer=str(moved / "other_tok"), init_from=str(moved / "hub/qwen"))
     assert list(inside.changed_settings(changed)) == ["init_from", "tokenizer"]
+
+
+@pytest.mark.parametrize("name", ["more", "runs/more", "PROJECT/runs/more"])
+def test_the_base_of_an_adapter_is_found_after_a_move(project, monkeypatch, capsys, name):
+    run = RunFolder("runs/more").create()
+    run.write_config(config_of(name.replace("PROJECT", str(project)), *NAMES))
+    run.write_environment({})
+    run.model.mkdir()
+    base = {"peft_type": "LORA", "base_model_name_or_path": str(project / "hub/qwen")}
+    (run.model / "adapter_config.json").write_text(json.dumps(base))
+    moved = project.rename(project.with_name("elsewhere"))
+    monkeypatch.chdir(moved.parent)
+    for _ in range(2):
+        assert base_folder(moved / "runs/more/model") == moved / "hub/qwen"
+    assert capsys.readouterr().err.count("moved together") == 1
+    (moved / "hub/qwen").rename(moved / "gone")
+    with pytest.raises(UserError, match="--base FOLDER"):
+        base_folder(moved / "runs/more/model")
 
 
 def test_a_model_or_tokenizer_that_was_renamed_or_copied(project):
