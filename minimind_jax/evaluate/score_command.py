@@ -15,6 +15,7 @@ from minimind_jax.data.jsonl import DOCUMENTS, READING, Reading, Record, expand_
 from minimind_jax.data.labels import parse_unlabelled
 from minimind_jax.data.messages import Conversation
 from minimind_jax.data.records import parse_conversation
+from minimind_jax.data.text_files import encoding_hint
 from minimind_jax.errors import UserError
 from minimind_jax.evaluate.classification import classify_logits
 from minimind_jax.inference.answer_file import TABLES, PartialFile, check_output, json_line, table_line
@@ -110,9 +111,12 @@ def _check_output(output: str, paths: Sequence[str]) -> None:
 def _input_lines(reading: Reading, told: Counter) -> Iterator[Record]:
     place = "standard input"
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding=reading.encoding, errors="surrogateescape")  # which the parsing refuses
+        sys.stdin.reconfigure(encoding=reading.encoding, errors="surrogateescape")
     for number, line in enumerate(sys.stdin, 1):
-        line = line.removeprefix("\ufeff").rstrip("\n")
+        line = line.removeprefix("\ufeff").rstrip("\r\n")
+        if any("\udc80" <= character <= "\udcff" for character in line):
+            hint = encoding_hint(line.encode(reading.encoding, "surrogateescape"))
+            raise UserError(f"{place}:{number}: not {reading.encoding} text; {hint}")
         if not line.strip():
             continue
         if line.startswith(("{", "[")) and line.rstrip().endswith(("}", "]")):

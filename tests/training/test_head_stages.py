@@ -201,13 +201,15 @@ def test_the_trained_length_goes_with_the_model(make, files, tmp_path, capsys, m
     assert (tmp_path / "LINES.CSV").read_text("utf-8").startswith("text,predicted,probability\n")
     with pytest.raises(UserError, match="top is 0; it must be at least 1"):
         predict(str(run.path), [texts], top=0)
-    lines = io.TextIOWrapper(io.BytesIO('\ufeffdogs 你\r\n\r\n{"text": "cat"}\r\n'.encode("utf-8")), "ascii")
+    lines = io.TextIOWrapper(
+        io.BytesIO('\ufeffdogs 你\r\n\r\n{"text": "cat"}\r\n'.encode("utf-8")), "ascii", newline="\n"
+    )
     monkeypatch.setattr("sys.stdin", lines)
     assert predict(str(run.path), [], str(tmp_path / "typed.jsonl")) == 2
     typed = [json.loads(line)["text"] for line in (tmp_path / "typed.jsonl").read_text("utf-8").splitlines()]
     assert typed == ["dogs 你", '{"text": "cat"}'] and "looks like JSON" in capsys.readouterr().err
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("grün".encode("latin-1")), "utf-8"))
-    with pytest.raises(UserError, match="standard input:1"):
+    with pytest.raises(UserError, match=r"standard input:1: not utf-8 text; .*--encoding"):
         predict(str(run.path), [])
     config_file = tmp_path / "copy" / "tokenizer_config.json"  # as an earlier version wrote it
     config_file.write_text(json.dumps({**json.loads(config_file.read_text("utf-8")), "model_max_length": 131072}))
