@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from minimind_jax.data.fields import Fields
 from minimind_jax.data.jsonl import Reading, Record
 from minimind_jax.data.messages import Conversation, Message, messages_in, read_messages
-from minimind_jax.data.preferences import Preference, make_preference, turns_of
+from minimind_jax.data.preferences import Preference, make_preference, shared_key, turns_of
 from minimind_jax.data.tools import read_tools
 from minimind_jax.data.values import checked_text, field_names, is_absent, kind_of, loads, without_nulls
 from minimind_jax.errors import UserError
@@ -84,6 +84,8 @@ def question(fields: Fields) -> list[Message]:
             raise UserError(f"{fields.record.where}: {name}[{index}] is {kind_of(turn)}; expected [question, answer]")
         for role, text in zip(("user", "assistant"), turn, strict=True):
             messages.append({"role": role, "content": checked_text(text, f"{fields.record.where}: {name}[{index}]")})
+    if messages:
+        messages, _ = read_messages(messages, fields.place(name))
     parts = [fields.text(*INSTRUCTION), fields.text(*CONTEXT)]
     if not any(part.strip() for part in parts):
         raise UserError(f"{fields.record.where}: the instruction is empty; expected text")
@@ -114,20 +116,21 @@ def _completion(fields: Fields) -> Conversation:
             "--raw true`, not `chat`; for a chat, `minimind data convert` them with --rename prompt=instruction "
             "completion=output and train on that)"
         )
-        texts = {"user": prompt, "assistant": completion}
-        names = {"user": prompt_name, "assistant": completion_name}
+        if prompt.strip() and completion.startswith(prompt):
+            fields.tell(f"`{completion_name}` begins with the text of `{prompt_name}`, which then stands twice")
+        texts = (("user", prompt, prompt_name), ("assistant", completion, completion_name))
         messages = [
-            {"role": role, "content": checked_text(text, f"{fields.record.where}: {names[role]}")}
-            for role, text in texts.items()
+            {"role": role, "content": checked_text(text, f"{fields.record.where}: {name}")}
+            for role, text, name in texts
         ]
         return Conversation(messages, plain=True)
     before, tools = read_messages(_as_messages(prompt, "user"), fields.place(prompt_name))
     before = [{**m, "train": False} if m["role"] == "assistant" else m for m in before]
     after, _ = read_messages(_as_messages(completion, "assistant"), fields.place(completion_name))
-    again = len(after) > len(before) and all(a["content"] == b["content"] for a, b in zip(before, after, strict=False))
-    if again and all(a["role"] == b["role"] for a, b in zip(before, after, strict=False)):
+    asked, own = ([m for m in part if m["role"] != "system"] for part in (before, after))
+    if asked and len(own) > len(asked) and list(map(shared_key, own[: len(asked)])) == list(map(shared_key, asked)):
         fields.tell(f"`{completion_name}` begins with the prompt, which stands once")
-        after = after[len(before) :]
+        after = own[len(asked) :]
     return with_system(fields, [*before, *after], tools)
 
 
@@ -221,11 +224,11 @@ def _openai_pair(fields: Fields) -> Preference:
     record = dataclasses.replace(fields.record, where=f"{fields.record.where}: {name}", value=asked)
     inner = Fields(record, Reading(ignore_fields=tuple(fields.ignore)))
     base = _chat(inner)
-    inner.finish(_NAMES["preferred_output"], _hint(asked, "preference"))
+    inner.finish(OPENAI_PAIR, _hint(asked, "preference"))
     return _preference(fields, base, {"preferred_output": chosen, "non_preferred_output": rejected})
 
 
-_NAMES = {"preferred_output": "OpenAI preference"}
+OPENAI_PAIR = "OpenAI preference"
 
 
 def _margin(fields: Fields) -> float:
@@ -269,7 +272,7 @@ class Format(NamedTuple):
 FORMATS = (
     Format("KTO (unpaired)", "preference", (("kto_tag",),), _unpaired),
     Format("KTO (unpaired)", "preference", (("prompt",), ("completion",), ("label",)), _unpaired),
-    Format(_NAMES["preferred_output"], "preference", (("preferred_output",), ("non_preferred_output",)), _openai_pair),
+    Format(OPENAI_PAIR, "preference", (("preferred_output",), ("non_preferred_output",)), _openai_pair),
     Format("chosen and rejected", "preference", (("chosen",), ("rejected",)), _pair),
     Format("messages", "conversation", (MESSAGES,), _chat),
     Format("instruction and output", "conversation", ((*INSTRUCTION, "input"), ANSWER), _alpaca),
@@ -337,9 +340,10 @@ def read_text(record: Record, reading: Reading) -> tuple[str, str]:
     name = next((n for n in names if record.value.get(n) is not None), None)
     name = name or next((n for n in names if n in record.value), None)
     if name is None:
+        found = field_names(record.value) + _hint(record.value, "text")
         raise UserError(
-            f"{record.where}: missing field `{names[0]}`; expected a string (data.text_field, of tools "
-            f"--text_field, names another field), found the fields {field_names(record.value)}{_hint(record.value)}"
+            f"{record.where}: missing field `{names[0]}`; expected a string (data.text_field, of tools --text_field, "
+            f"names another field), found the fields {found}"
         )
     leave_out_others(record, {name})
     return checked_text(record.value[name], f"{record.where}: {name}"), name

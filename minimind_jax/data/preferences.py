@@ -69,7 +69,7 @@ def rendered_key(message: Message) -> tuple:
     return "assistant", content.lstrip("\n"), (message.get("reasoning_content") or "").strip("\n"), tuple(calls)
 
 
-def _shared_key(message: Message) -> tuple:
+def shared_key(message: Message) -> tuple:
     """The same for what stands before the answers, where white space at the ends is no difference."""
     return tuple(part.strip() if isinstance(part, str) else part for part in rendered_key(message))
 
@@ -84,7 +84,7 @@ def _behind(prompt: list[Message], side: list[Message], name: str) -> list[Messa
     if asked and asked[-1]["role"] == "assistant" and side and side[0]["role"] == "assistant":
         raise UserError(f"{name}: the prompt ends with an answer already; expected it to end with the question")
     own = side[1:] if _system(side) else side
-    begins = [_shared_key(m) for m in own[: len(asked)]] == [_shared_key(m) for m in asked]
+    begins = [shared_key(m) for m in own[: len(asked)]] == [shared_key(m) for m in asked]
     if asked and begins:
         return [*([_system(side) or _system(prompt)] if _system(side) or _system(prompt) else []), *own]
     if asked and (side is not own or (own and own[0]["role"] == "user")):
@@ -104,7 +104,7 @@ def _with_beginning_of(chosen: list[Message], rejected: list[Message], place: Pl
     """rejected, with chosen's wording where the messages before the answers differ by white space only."""
     count = 0
     for ours, theirs in zip(chosen[:-1], rejected[:-1], strict=False):
-        if _shared_key(ours) != _shared_key(theirs):
+        if shared_key(ours) != shared_key(theirs):
             break
         count += 1
     if any(rendered_key(a) != rendered_key(b) for a, b in zip(chosen[:count], rejected[:count], strict=True)):

@@ -228,6 +228,14 @@ CONVERSATIONS = {
         {"conversations": [USER, {**ANSWER, "reasoning_content": "r"}]},
     ),
     "the prompt again": ({"prompt": [USER], "completion": TALK}, {"conversations": TALK}),
+    "the prompt again, with a system message": (
+        {"prompt": [SYSTEM, USER], "completion": [{**USER, "content": "q\n"}, ANSWER]},
+        {"conversations": [SYSTEM, USER, ANSWER]},
+    ),
+    "an empty answer in the history": (
+        {"instruction": "q", "output": "a", "history": [["q", ""]]},
+        {"conversations": [USER, {**CONTEXT, "content": ""}, *TALK]},
+    ),
     "prompt of messages, response": ({"prompt": [USER], "response": "a"}, {"conversations": TALK}),
     "JSON in a cell": ({"messages": json.dumps(TALK), "tools": "[]", "system": ""}, {"conversations": TALK}),
     "ignorable": ({"id": 1, "source": "x", "score": 0.5, "messages": TALK, "model": "m"}, {"conversations": TALK}),
