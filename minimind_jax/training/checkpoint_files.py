@@ -1,5 +1,6 @@
 """The files of a checkpoint: the path by which Orbax finds them, their checksums, and taking a checkpoint away."""
 
+import contextlib
 import glob
 import json
 import os
@@ -75,7 +76,8 @@ def remove(checkpoint: Path) -> None:
         return
     # A name that Orbax takes for a save that was cut off, and removes at the next start.
     leaving = checkpoint.with_name(f"{checkpoint.name}.orbax-checkpoint-tmp-old")
-    checkpoint.rename(leaving)
+    with contextlib.suppress(FileNotFoundError):  # somebody took it away himself, to make room
+        checkpoint.rename(leaving)
     shutil.rmtree(leaving, ignore_errors=True)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -83,6 +84,15 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps == [2, 5, 6]
         assert_same(checkpoints.restore(2, abstract(make_state())), make_state(2))
+
+
+def test_one_that_was_taken_away_by_hand_during_the_run_is_no_failure(tmp_path):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, make_state(1), {"n": 1})
+        checkpoints.wait()
+        shutil.rmtree(tmp_path / "1")
+        checkpoints.save(2, make_state(2), {"n": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
 
 
 def test_without_validation_only_the_newest_are_kept(tmp_path):
