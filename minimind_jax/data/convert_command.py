@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minimind_jax.data.formats import detect, recognise
-from minimind_jax.data.jsonl import Reading, Record, expand_paths, iter_records, tell
+from minimind_jax.data.jsonl import Reading, Record, expand_paths, iter_records, tell, tell_left_out
 from minimind_jax.data.labels import LABEL_FIELDS, labelled_record
 from minimind_jax.data.records import as_record, parse_conversation, parse_preference, parse_text
 from minimind_jax.data.values import field_names
@@ -67,6 +67,7 @@ def convert(
     finally:
         partial.unlink(missing_ok=True)
     tell(told)
+    tell_left_out(paths)
     if errors:
         print(f"{len(errors):,} records skipped; the first: {errors[0]}", file=sys.stderr)
     formats = ", ".join(f"{name} ({count:,})" for name, count in found.items())

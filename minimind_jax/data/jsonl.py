@@ -87,7 +87,7 @@ def _expand(given: str | Path) -> list[Path]:
         raise UserError("the name of a data file is empty; give a file, a folder or a glob")
     path = Path(given).expanduser()
     if path.is_dir():
-        found = _files_below(path)
+        found = _data_of(_files_below(path))
         if not found:
             raise UserError(f"{given}: no data in this folder; expected files ending in {EXPECTED}")
     elif path.is_file():
@@ -109,7 +109,7 @@ def _expand(given: str | Path) -> list[Path]:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """Raises OSError for a folder that cannot be read, which Path.rglob passes over without a word."""
+    """All files but hidden ones. Raises OSError for a folder that cannot be read, where Path.rglob says nothing."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -123,7 +123,16 @@ def _files_below(folder: Path) -> list[Path]:
             continue
         seen.add(os.path.realpath(root))
         found += [Path(root, name) for name in names if not name.startswith(".")]
-    return _data_of(sorted(found))
+    return sorted(found)
+
+
+def tell_left_out(paths: Iterable[str | Path]) -> None:
+    """Prints, on the standard error, what lies in folders among the paths and is not read."""
+    folders = [folder for folder in (Path(path).expanduser() for path in paths) if folder.is_dir()]
+    inside = [(files, set(_data_of(files))) for files in map(_files_below, folders)]
+    if left := [str(file) for files, data in inside for file in files if file not in data]:
+        more = f" and {len(left) - 3:,} more" if len(left) > 3 else ""
+        print(f"in the folders, not read as data: {', '.join(left[:3])}{more}", file=sys.stderr)
 
 
 def _data_of(files: list[Path]) -> list[Path]:

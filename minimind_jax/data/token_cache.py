@@ -35,7 +35,7 @@ from minimind_jax.data.cache_folder import (
 )
 from minimind_jax.data.content import file_identities
 from minimind_jax.data.formats import VERSION as FORMATS_VERSION
-from minimind_jax.data.jsonl import expand_paths, reading_of, told_lines
+from minimind_jax.data.jsonl import expand_paths, reading_of, tell_left_out, told_lines
 from minimind_jax.data.labels import Classes
 from minimind_jax.data.tokenise import RENDERED, Chunk, Dice, Encoder, Kind, encode_all, process_count, read_chunks
 from minimind_jax.data.tokenizer import Tokenizer
@@ -152,6 +152,7 @@ def build_cache(
         _report_skipped(cache)
     if progress:
         _report_told(cache.folder, tuple(cache.info["told"]))
+        _report_left_out(tuple(map(str, paths)))
     return cache
 
 
@@ -349,6 +350,9 @@ def _report_skipped(cache: TokenCache) -> None:
     Console(stderr=True).print(
         f"Skipped {skipped:,} of {skipped + len(cache):,} records, the first: {first}", highlight=False, markup=False
     )
+
+
+_report_left_out = functools.cache(tell_left_out)
 
 
 @functools.cache  # once, although the stages open a cache more than once

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from minimind_jax.data import text_files
-from minimind_jax.data.jsonl import Reading, expand_paths, iter_records
+from minimind_jax.data.jsonl import Reading, expand_paths, iter_records, tell_left_out
 from minimind_jax.errors import UserError
 
 ROWS = [{"text": "one, {two}", "n": 1}, {"text": "两行\n]", "n": {"a": [1]}}, {"text": "three", "n": None}]
@@ -117,10 +117,14 @@ def test_a_file_is_a_document(tmp_path):
     ]
 
 
-def test_what_describes_a_data_set_is_not_its_data(tmp_path):
+def test_what_describes_a_data_set_is_not_its_data(tmp_path, capsys):
     for name in ("README.md", "LICENSE.txt", "dataset_infos.json", "train.jsonl", "notes.md"):
         (tmp_path / name).write_text("{}")
     assert [file.name for file in expand_paths([tmp_path])] == ["notes.md", "train.jsonl"]
+    (tmp_path / "more.xlsx").touch()
+    tell_left_out([tmp_path, tmp_path / "train.jsonl"])
+    told = capsys.readouterr().err
+    assert "more.xlsx" not in told and "LICENSE.txt" in told and "README.md" in told and "and 1 more" in told
     (tmp_path / "train.jsonl").unlink()
     assert "README.md" in [file.name for file in expand_paths([tmp_path])]
 
