@@ -23,6 +23,7 @@ from minimind_jax.data.tokenizer import TOKENIZER_FILES, StreamDecoder, Tokenize
 from minimind_jax.errors import UserError
 from minimind_jax.progress import progress
 from minimind_jax.stages.tokenizer_origin import ORIGIN, check_origin, origin_of, write_origin
+from minimind_jax.training.stop import answering_ctrl_c
 
 SELF_TEST_TEXTS = {
     "English": (
@@ -71,13 +72,14 @@ def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         workplace = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+        workplace.rmdir()  # it can be written; made again after the training, so that a kill leaves nothing
     except OSError as error:
         raise UserError(f"cannot write output {output}: {error.strerror or error}; choose another folder") from error
     try:
         with progress("counting records"):
             total, records = _draw(files, config.max_records, skip, reading)
         drawn = min(total, config.max_records or total)
-        with progress("training the tokenizer", drawn) as advance:
+        with answering_ctrl_c(), progress("training the tokenizer", drawn) as advance:
             texts = _Texts(records, skip, advance, reading)
             tokenizer = train_bpe(texts, workplace / "new", config.vocab_size)
         _report(config, tokenizer, texts, total, list(skipped))
