@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from minimind_jax import __version__, last_resort, settings
+from minimind_jax import __version__, last_resort, settings, shell
 from minimind_jax import tool_commands as tools
 from minimind_jax.errors import UserError
 from minimind_jax.stages import STAGES
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(argv)
     except UserError as error:
-        print(f"minimind: {error}", file=sys.stderr)
+        print(f"minimind: {shell.with_program(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output, such as `head`, has left; there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -29,6 +29,12 @@ def program() -> list[str]:
     return [shlex.quote(_shortest(Path(sys.executable))), "-m", "minimind_jax"]
 
 
+def with_program(text: str) -> str:
+    """A message whose commands, `minimind WORD ...`, can be pasted, too."""
+    words = " ".join(program())
+    return text if words == "minimind" else re.sub(r"(?<![\w/.-])minimind (?=[a-z])", lambda _: f"{words} ", text)
+
+
 def install_command(extra: str) -> str:
     """What installs the packages of one of our extras, by their own names: this package need not be in any index."""
     wanted = packages_of(extra, importlib.metadata.requires("minimind-jax") or [])

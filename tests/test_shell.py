@@ -23,6 +23,11 @@ def test_the_program_is_named_as_the_shell_finds_it(tmp_path, monkeypatch):
     assert subprocess.run(line, shell=True, capture_output=True, text=True, check=True).stdout == "here\n"
     monkeypatch.chdir(tmp_path)
     assert shell.command("chat") == "'a venv/minimind' chat"
+    told = "minimind: ~/minimind here is an adapter; minimind convert merge-lora makes `minimind chat` quicker"
+    assert shell.with_program(told) == (
+        "minimind: ~/minimind here is an adapter; 'a venv/minimind' convert merge-lora makes `'a venv/minimind' chat` "
+        "quicker"
+    )
     monkeypatch.setenv("PATH", f"{own.parent}:/bin")
     assert shell.command("chat", note="talk") == "minimind chat      # talk"
     other = tmp_path / "other" / "minimind"  # an older one, in front
