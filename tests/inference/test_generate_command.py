@@ -94,7 +94,7 @@ def test_an_output_s_name_promises_no_other_form(config, tmp_path):
 
 
 def test_without_output_the_records_are_printed(config, capsys, monkeypatch):
-    monkeypatch.setattr("minimind_jax.progress.LINE_EVERY", 0.01)
+    monkeypatch.setattr("minimind_jax.progress.LINE_EVERY", 0.001)
     run(dataclasses.replace(config, output=""))
     printed = capsys.readouterr()
     assert [json.loads(line)["finish_reason"] for line in printed.out.splitlines()]
