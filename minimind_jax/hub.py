@@ -30,6 +30,13 @@ def is_hub_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
+def origin_of(folder: Path) -> tuple[str, str] | None:
+    """(OWNER/NAME, commit) of a model's folder in the hub's cache; None for any other folder."""
+    *_, repository, snapshots, commit = ("", "", *folder.parts)
+    found = re.fullmatch(r"models--([^/]+?)--([^/]+)", repository)
+    return (f"{found[1]}/{found[2]}", commit) if found and snapshots == "snapshots" else None
+
+
 def pin(commits: Mapping[str, str]) -> None:
     """From here on these names mean these commits: those that the run at hand began with."""
     _pinned.clear()

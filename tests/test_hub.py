@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hub_server import serve
@@ -12,11 +13,14 @@ from huggingface_hub import constants
 
 from minimind_jax import hub
 from minimind_jax.config import CheckpointConfig, DataConfig, MeshConfig, SFTConfig, TrainingConfig
-from minimind_jax.convert.hf import save_hf
+from minimind_jax.convert.hf import load_hf, save_hf
+from minimind_jax.convert.load import base_folder
+from minimind_jax.convert.peft import save_peft
 from minimind_jax.data.tokenizer import Tokenizer, train_bpe
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
 from minimind_jax.model.config import ModelConfig
+from minimind_jax.model.lora import PROJECTIONS, init_adapters
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.seeds import named_key
 from minimind_jax.sharding import init_params, make_mesh
@@ -169,3 +173,14 @@ def test_a_run_goes_on_from_the_commit_it_began_with_without_the_hub(server, fol
     forget()
     sft(dataclasses.replace(config, training=TrainingConfig(steps=3, batch_tokens=64)))
     assert not server.asked and run.read_environment()["hub"] == {"Own/Tiny": OLD}
+
+
+def test_an_adapter_names_its_base_as_the_hub_does(server, tmp_path):
+    base = resolve_model_folder("Own/Tiny")
+    table = {name: (1,) if name == "q_proj" else (0,) for name in PROJECTIONS}
+    adapters = init_adapters(named_key(0, "lora"), load_hf(base)[1], table, alpha=2, rslora=False)
+    save_peft(tmp_path / "adapter", adapters, table, base=base)
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("Own/Tiny", OLD)
+    assert base_folder(tmp_path / "adapter") == base
+    assert hub.origin_of(tmp_path) is None and hub.origin_of(Path("models--a--b/other/c")) is None

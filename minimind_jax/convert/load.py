@@ -22,6 +22,7 @@ from minimind_jax.convert.peft import StoredAdapter, load_peft, read_adapter_con
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import ADAPTER_CONFIG, holds_model, is_adapter, moved_with_run, resolve_model_folder
+from minimind_jax.hub import is_hub_name
 from minimind_jax.model.config import ModelConfig, union_of_ids
 from minimind_jax.model.lora import join, merge
 from minimind_jax.model.transformer import Params
@@ -65,7 +66,8 @@ def load_merged(folder: str | Path, base: str = "") -> tuple[ModelConfig, Params
 def base_folder(adapter: Path, base: str = "") -> Path:
     """The folder of the model that an adapter belongs to: `base` (a folder or a run) if given, else what its
     configuration names. Raises UserError when it is not there."""
-    named = read_adapter_config(adapter)["base_model_name_or_path"]
+    config = read_adapter_config(adapter)
+    named = config["base_model_name_or_path"]
     for place in () if base else (as_path(named).expanduser(), adapter / named):
         if holds_model(place) and not is_adapter(place):
             return local_folder(place)
@@ -74,7 +76,9 @@ def base_folder(adapter: Path, base: str = "") -> Path:
         _tell_moved(named, adapter, moved)
         return moved
     try:
-        folder = resolve_model_folder(base or named, "base")
+        revision = config.get("revision")
+        asked = f"{named}@{revision}" if revision and is_hub_name(named) else named
+        folder = resolve_model_folder(base or asked, "base")
     except UserError as error:
         if base:
             raise

@@ -17,6 +17,7 @@ from minimind_jax.convert.replace import replacing, write_json
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import ADAPTER_CONFIG
+from minimind_jax.hub import origin_of
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.lora import PROJECTIONS, Params, RankTable, scale_of
 from minimind_jax.paths import absolute, as_path, local_folder
@@ -146,11 +147,13 @@ def save_peft(
         alphas[module] = float(f"{leaf['lora_scale'] / scale_of(rank, 1, rslora):.6g}")
         tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(leaf["lora_a"][:, :rank].T, np.float32)
         tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(leaf["lora_b"][:rank].T, np.float32)
+    named, revision = origin_of(Path(base)) or (str(base), None)  # others have another cache of the hub
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     config = {
         "peft_type": "LORA",
         "task_type": task,
-        "base_model_name_or_path": str(base),
+        "base_model_name_or_path": named,
+        "revision": revision,
         "r": rank,
         "lora_alpha": alpha,
         "use_rslora": rslora,
