@@ -39,7 +39,11 @@ TURNED_OFF = (
     Off(("optimizer.decay_fraction",), lambda c: c.optimizer.schedule != "wsd", "it is of the schedule wsd"),
     Off(("optimizer.final_fraction",), lambda c: c.optimizer.schedule == "constant", "the schedule is constant"),
     Off(("training.profile_start",), lambda c: not c.training.profile_steps, "training.profile_steps is 0"),
-    Off(("training.sample_every", "samples."), lambda c: not c.samples.prompts, "samples.prompts is empty"),
+    Off(
+        ("training.sample_every", "samples."),
+        lambda c: not (c.samples.prompts or c.samples.from_data),
+        "samples.prompts is empty",
+    ),
     Off(("data.val_fraction",), lambda c: bool(c.data.val), "data.val is set"),
     Off(("tracking.project",), lambda c: not c.tracking.loggers, "tracking.loggers is empty"),
     Off(

@@ -66,6 +66,7 @@ def test_what_another_setting_turns_off_is_told(capsys):
         "teacher.jsd_beta 0.2 (teacher.divergence is not jsd)",
     ):
         assert f"without effect: {text}" in told
+    check_effect(SFTConfig(samples=SampleConfig(from_data=2, temperature=0.5)))
     for cls in (PretrainConfig, SFTConfig, DPOConfig, RewardConfig, ClassifyConfig, DistillConfig):
         check_effect(cls())
     assert capsys.readouterr().out == ""
