@@ -74,6 +74,7 @@ def test_a_long_call_answers_ctrl_c_and_the_second_ends_it():
     command = [sys.executable, "-c", BUSY.replace("StopRequest()", "answering_ctrl_c(0.1)").replace("StopRequest", "*")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
+        time.sleep(1)  # the call has begun
         process.send_signal(signal.SIGINT)
         assert "Press Ctrl-C again to stop at once" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
