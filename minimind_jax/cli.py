@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from minimind_jax import __version__, last_resort, settings, shell
+from minimind_jax import __version__, last_resort, shell
 from minimind_jax import tool_commands as tools
+from minimind_jax.config import settings
 from minimind_jax.errors import UserError
 from minimind_jax.stages import STAGES
 

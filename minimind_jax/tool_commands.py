@@ -4,9 +4,9 @@ import argparse
 import math
 from collections.abc import Sequence
 
-from minimind_jax import settings
+from minimind_jax.config import settings
+from minimind_jax.config.generation import ChatConfig, GenerateConfig
 from minimind_jax.errors import UserError
-from minimind_jax.inference.config import ChatConfig, GenerateConfig
 from minimind_jax.shell import install_command
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -210,7 +210,7 @@ def inspect_command(prog: str, argv: Sequence[str]) -> None:
         ("--seed", {"type": int, "default": 42, "help": "of the template's draws and the packing (default: 42)"}),
         *READING,
     )
-    from minimind_jax.config import DataConfig
+    from minimind_jax.config.sections import DataConfig
     from minimind_jax.data.inspect import inspect
     from minimind_jax.data.tokenizer import Tokenizer
 

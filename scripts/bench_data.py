@@ -16,7 +16,8 @@ from pathlib import Path
 import bench_common as bench
 import numpy as np
 
-from minimind_jax.config import DataConfig, PretrainConfig, TrainingConfig
+from minimind_jax.config.sections import DataConfig, TrainingConfig
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.data.batches import open_data
 from minimind_jax.data.tokenizer import Tokenizer
 

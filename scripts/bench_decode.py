@@ -19,7 +19,7 @@ import bench_common as bench
 import jax
 import numpy as np
 
-from minimind_jax.inference.config import SamplingConfig
+from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.inference.generate import Generator, cast_params
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.transformer import LanguageModel

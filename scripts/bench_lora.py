@@ -14,7 +14,8 @@ import bench_common as bench
 import jax
 import numpy as np
 
-from minimind_jax.config import DataConfig, LoRAConfig, PretrainConfig, TrainingConfig
+from minimind_jax.config.sections import DataConfig, LoRAConfig, TrainingConfig
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.convert.peft import rank_table
 from minimind_jax.huge_pages import use_huge_pages
 from minimind_jax.losses.language_model import make_language_model_loss

@@ -30,15 +30,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from minimind_jax.config import (
-    CheckpointConfig,
-    DataConfig,
-    ModelSettings,
-    OptimizerConfig,
-    PretrainConfig,
-    SFTConfig,
-    TrainingConfig,
-)
+from minimind_jax.config.sections import CheckpointConfig, DataConfig, ModelSettings, OptimizerConfig, TrainingConfig
+from minimind_jax.config.stages import PretrainConfig, SFTConfig
 from minimind_jax.convert.torch_checkpoint import from_torch
 
 # Run by MiniMind's Python inside a copy of its checkout.

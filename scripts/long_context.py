@@ -14,15 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minimind_jax.config import (
-    CheckpointConfig,
-    DataConfig,
-    ModelSettings,
-    OptimizerConfig,
-    PretrainConfig,
-    TokenizerConfig,
-    TrainingConfig,
-)
+from minimind_jax.config.sections import CheckpointConfig, DataConfig, ModelSettings, OptimizerConfig, TrainingConfig
+from minimind_jax.config.stages import PretrainConfig, TokenizerConfig
 from minimind_jax.evaluate.perplexity import evaluate_perplexity
 from minimind_jax.model.config import RopeScaling
 from minimind_jax.stages import demo_corpus

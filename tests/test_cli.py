@@ -11,9 +11,9 @@ import pytest
 
 from minimind_jax import __version__, cli
 from minimind_jax.cli import COMMANDS, main
-from minimind_jax.config import PretrainConfig
+from minimind_jax.config.settings import fields_of
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.errors import UserError
-from minimind_jax.settings import fields_of
 
 RUN = "import sys; from minimind_jax.cli import main; sys.exit(main(sys.argv[1:]))"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from minimind_jax.cli import COMMANDS, main
-from minimind_jax.inference.config import ChatConfig, GenerateConfig
-from minimind_jax.settings import config_names, fields_of, find_config
+from minimind_jax.config.generation import ChatConfig, GenerateConfig
+from minimind_jax.config.settings import config_names, fields_of, find_config
 from minimind_jax.stages import STAGES
 from minimind_jax.stages.demo import report_text
 

@@ -12,7 +12,8 @@ from hub_server import serve
 from huggingface_hub import constants
 
 from minimind_jax import hub
-from minimind_jax.config import CheckpointConfig, DataConfig, MeshConfig, SFTConfig, TrainingConfig
+from minimind_jax.config.sections import CheckpointConfig, DataConfig, MeshConfig, TrainingConfig
+from minimind_jax.config.stages import SFTConfig
 from minimind_jax.convert.hf import load_hf, save_hf
 from minimind_jax.convert.load import base_folder
 from minimind_jax.convert.peft import save_peft

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minimind_jax.settings import config_folder
+from minimind_jax.config.settings import config_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 

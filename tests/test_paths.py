@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from minimind_jax import paths
-from minimind_jax.config import PretrainConfig, TrackingConfig
+from minimind_jax.config.sections import TrackingConfig
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.convert.hf import load_hf, save_hf
 from minimind_jax.data.tokenizer import Tokenizer, train_bpe
 from minimind_jax.errors import UserError

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from minimind_jax.adapt_config import ClassifyConfig
-from minimind_jax.config import DataConfig
+from minimind_jax.config.sections import DataConfig
+from minimind_jax.config.settings import config_names, find_config
+from minimind_jax.config.stages import ClassifyConfig
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
-from minimind_jax.settings import config_names, find_config
 from minimind_jax.stages import check
 from minimind_jax.stages.pipeline import Stage, _changes, load_pipeline, run_pipeline
 from minimind_jax.training.defaults import with_values
@@ -148,7 +148,7 @@ def test_goes_on_where_it_was_cut_off(workplace, capsys):
 
 @pytest.mark.parametrize("name", config_names())
 def test_every_config_that_comes_with_the_package_is_valid(name, tmp_path, monkeypatch):
-    from minimind_jax.settings import load_settings
+    from minimind_jax.config.settings import load_settings
     from minimind_jax.stages import STAGES
 
     stage = {"lora": "sft"}.get(name, name)

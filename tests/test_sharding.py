@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minimind_jax.config import MeshConfig, OptimizerConfig
+from minimind_jax.config.sections import MeshConfig, OptimizerConfig
 from minimind_jax.errors import UserError
 from minimind_jax.losses import vocabulary
 from minimind_jax.losses.language_model import make_language_model_loss

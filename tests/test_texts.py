@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from minimind_jax.config import MeshConfig
+from minimind_jax.config.sections import MeshConfig
+from minimind_jax.config.settings import read_yaml
 from minimind_jax.convert.hf import load_hf, read_hf_config, save_hf
 from minimind_jax.convert.peft import read_adapter_config
 from minimind_jax.data.tokenizer import Tokenizer, train_bpe
@@ -14,7 +15,6 @@ from minimind_jax.inference.generation_config import read_generation_config
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.seeds import named_key
-from minimind_jax.settings import read_yaml
 from minimind_jax.sharding import init_params, make_mesh
 from minimind_jax.texts import read_object, read_text
 from minimind_jax.training.run import RunFolder

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from minimind_jax.agreement import check_agreement, on_all
-from minimind_jax.config import DataConfig, PretrainConfig
+from minimind_jax.config.sections import DataConfig
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.data.cuts import check_rows, describe_cuts
 from minimind_jax.data.labels import Classes
 from minimind_jax.data.packing import PackingPlan, plan_best_fit, plan_concat, plan_heads, plan_pad, plan_pairs

@@ -6,7 +6,7 @@ from typing import Literal
 from rich.console import Console
 from rich.filesize import decimal
 
-from minimind_jax.config import DataConfig
+from minimind_jax.config.sections import DataConfig
 from minimind_jax.data.cache_folder import StoredCache, cache_root, is_in_use, remove_cache, stored_caches
 
 SHOWN_FILES = 3

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import filelock
 
-from minimind_jax.config import DataConfig
+from minimind_jax.config.sections import DataConfig
 from minimind_jax.data.content import file_identities
 from minimind_jax.data.formats import VERSION as FORMATS_VERSION
 from minimind_jax.data.template import rendering_fingerprint

@@ -24,7 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.filesize import decimal
 
-from minimind_jax.config import DataConfig
+from minimind_jax.config.sections import DataConfig
 from minimind_jax.data.cache_folder import (
     FORMAT_VERSION,
     cache_root,

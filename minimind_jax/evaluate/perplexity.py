@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minimind_jax.config import DataConfig
+from minimind_jax.config.sections import DataConfig
 from minimind_jax.convert.load import load_tokenizer
 from minimind_jax.data.batches import Batches
 from minimind_jax.data.inspect import detect_kind

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minimind_jax.config.generation import GenerateConfig
 from minimind_jax.convert.load import base_folder
 from minimind_jax.data.documents import begun, encode_prompt
 from minimind_jax.data.jsonl import Record, expand_paths, iter_records, reading_of, tell
@@ -17,7 +18,6 @@ from minimind_jax.data.prompts import read_prompt, shortened
 from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter, resolve_model_folder
 from minimind_jax.inference.answer_file import AGAIN, AnswerFile, check_output, json_line, what_makes
-from minimind_jax.inference.config import GenerateConfig
 from minimind_jax.inference.generate import Completion, Generator, load_generator
 from minimind_jax.inference.text import ThinkSplitter
 from minimind_jax.progress import first_awaited, progress

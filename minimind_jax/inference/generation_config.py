@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minimind_jax.config.generation import FROM_MODEL, SamplingConfig
 from minimind_jax.errors import UserError
-from minimind_jax.inference.config import FROM_MODEL, SamplingConfig
 from minimind_jax.texts import is_there, read_object
 
 # Keys without a say in what is generated here, and values of the others that change nothing.

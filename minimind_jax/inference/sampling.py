@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minimind_jax.inference.config import SamplingConfig
+from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.seeds import named_key
 
 

@@ -13,7 +13,7 @@ from unittest import mock
 
 import numpy as np
 
-from minimind_jax.config import PretrainConfig
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.errors import UserError
 from minimind_jax.plan.devices import Device, Topology
 

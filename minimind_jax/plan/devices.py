@@ -10,8 +10,8 @@ import re
 from typing import Literal, NamedTuple
 
 from minimind_jax import shell
+from minimind_jax.config.settings import nearest
 from minimind_jax.errors import UserError
-from minimind_jax.settings import nearest
 from minimind_jax.training.flops import PEAK_FLOPS
 
 

@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from minimind_jax.config import PretrainConfig
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.losses.vocabulary import piece_size
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.transformer import scan_unroll

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import yaml
 
-from minimind_jax import settings
-from minimind_jax.config import PretrainConfig
+from minimind_jax.config import settings
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.convert.load import read_config
 from minimind_jax.convert.peft import rank_table
 from minimind_jax.data.cache_folder import cache_root, stored_caches

@@ -4,8 +4,15 @@ import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from minimind_jax.adapt_config import ClassifyConfig, DistillConfig, DPOConfig, RewardConfig
-from minimind_jax.config import PretrainConfig, SFTConfig, TokenizerConfig
+from minimind_jax.config.stages import (
+    ClassifyConfig,
+    DistillConfig,
+    DPOConfig,
+    PretrainConfig,
+    RewardConfig,
+    SFTConfig,
+    TokenizerConfig,
+)
 
 
 class StageKind(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minimind_jax.config import PretrainConfig
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.convert.hf import load_hf
 from minimind_jax.convert.load import base_folder
 from minimind_jax.convert.peft import load_peft, rank_table, save_peft

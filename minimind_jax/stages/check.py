@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from minimind_jax.config import PretrainConfig
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.convert.load import read_config
 from minimind_jax.convert.peft import rank_table
 from minimind_jax.data.jsonl import Record, expand_paths, iter_records, reading_of

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from minimind_jax.adapt_config import ClassifyConfig
+from minimind_jax.config.stages import ClassifyConfig
 from minimind_jax.convert.hf import Labels
 from minimind_jax.data.batches import Batches, open_data
 from minimind_jax.data.jsonl import reading_of

@@ -7,7 +7,8 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
-from minimind_jax.config import ModelSettings, PretrainConfig, SampleConfig
+from minimind_jax.config.sections import ModelSettings, SampleConfig
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.convert.hf import Labels, load_hf, save_hf
 from minimind_jax.convert.hf_config import to_generation_config
 from minimind_jax.convert.load import (

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.convert.hf import load_hf, to_hf
 from minimind_jax.data.documents import encode_prompt
-from minimind_jax.inference.config import SamplingConfig
 from minimind_jax.inference.generate import Generator, bucket, load_generator
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.shell import command

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jax
 
-from minimind_jax.adapt_config import DistillConfig
+from minimind_jax.config.stages import DistillConfig
 from minimind_jax.convert.hf import load_labels
 from minimind_jax.convert.load import load_merged, read_config
 from minimind_jax.convert.load import load_tokenizer as load_model_tokenizer

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from minimind_jax.adapt_config import DPOConfig
+from minimind_jax.config.stages import DPOConfig
 from minimind_jax.data.batches import Batches, Piece, open_data
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.tokenizer import Tokenizer

@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from minimind_jax.adapt_config import ClassifyConfig, DistillConfig, DPOConfig, RewardConfig
-from minimind_jax.config import PretrainConfig
+from minimind_jax.config.stages import ClassifyConfig, DistillConfig, DPOConfig, PretrainConfig, RewardConfig
 from minimind_jax.errors import UserError
 from minimind_jax.sharding import announce
 from minimind_jax.training.run import flat, plain

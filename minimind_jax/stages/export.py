@@ -5,8 +5,9 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
-from minimind_jax import settings
-from minimind_jax.config import MeshConfig, PretrainConfig
+from minimind_jax.config import settings
+from minimind_jax.config.sections import MeshConfig
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.convert.hf import MAX_SHARD_BYTES, Labels, save_hf
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_run

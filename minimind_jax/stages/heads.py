@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 
-from minimind_jax.config import PretrainConfig
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.convert.hf import Labels, load_hf, load_labels
 from minimind_jax.data.batches import Annotate, Batch, Piece
 from minimind_jax.data.labels import label_changes

@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from minimind_jax import settings
+from minimind_jax.config import settings
+from minimind_jax.config.settings import Setting
 from minimind_jax.errors import UserError
 from minimind_jax.folders import PIPELINE, resolve_run
-from minimind_jax.settings import Setting
 from minimind_jax.stages import STAGES
 
 ENDS = ("reward", "classify")  # stages whose models no other stage starts from

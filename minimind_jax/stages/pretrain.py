@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minimind_jax.config import PretrainConfig
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.data.batches import open_data
 from minimind_jax.data.documents import begun
 from minimind_jax.losses.language_model import make_language_model_loss

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minimind_jax.adapt_config import RewardConfig
+from minimind_jax.config.stages import RewardConfig
 from minimind_jax.convert.hf import Labels
 from minimind_jax.data.batches import Batch, open_data
 from minimind_jax.data.token_cache import TokenCache

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from minimind_jax.config import PretrainConfig, SampleConfig
+from minimind_jax.config.sections import SampleConfig
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.data.jsonl import iter_records, reading_of
 from minimind_jax.data.records import parse_conversation, parse_preference, parse_text
 from minimind_jax.data.tokenise import Kind

@@ -3,7 +3,8 @@
 import jax
 
 from minimind_jax.agreement import on_all
-from minimind_jax.config import DataConfig, PretrainConfig
+from minimind_jax.config.sections import DataConfig
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.data.batches import plan_epoch, split_documents
 from minimind_jax.data.cache_folder import cache_root
 from minimind_jax.data.content import file_identities

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minimind_jax.config import SFTConfig
+from minimind_jax.config.stages import SFTConfig
 from minimind_jax.data.batches import open_data
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.losses.language_model import make_language_model_loss

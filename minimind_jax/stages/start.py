@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from minimind_jax import hub
 from minimind_jax.agreement import check_agreement
-from minimind_jax.config import PretrainConfig
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.convert.replace import check_replaceable
 from minimind_jax.errors import UserError
 from minimind_jax.folders import holds_model, resolve_run

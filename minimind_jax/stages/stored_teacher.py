@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from minimind_jax.adapt_config import DistillConfig
+from minimind_jax.config.stages import DistillConfig
 from minimind_jax.data.batches import Batch, Batches, Piece, open_data
 from minimind_jax.data.token_cache import TokenCache
 from minimind_jax.data.tokenizer import Tokenizer

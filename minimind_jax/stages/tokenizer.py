@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from minimind_jax.config import TokenizerConfig
+from minimind_jax.config.stages import TokenizerConfig
 from minimind_jax.data.formats import detect
 from minimind_jax.data.jsonl import READING, Reading, Record, expand_paths, iter_records, reading_of
 from minimind_jax.data.records import parse_conversation, parse_preference, parse_text

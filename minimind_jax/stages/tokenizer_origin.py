@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minimind_jax.config import DataConfig, TokenizerConfig
+from minimind_jax.config.sections import DataConfig
+from minimind_jax.config.stages import TokenizerConfig
 from minimind_jax.data.cache_folder import cache_root
 from minimind_jax.data.content import file_identities
 from minimind_jax.errors import UserError

@@ -9,7 +9,8 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
-from minimind_jax.config import MINIMIND_CHANCES, Figures, PretrainConfig, TrainingConfig
+from minimind_jax.config.sections import MINIMIND_CHANCES, TrainingConfig
+from minimind_jax.config.stages import Figures, PretrainConfig
 from minimind_jax.training.plan import SHORTEST, planned_steps
 
 STEPS_PER_EPOCH = 32  # the batch is made smaller until an epoch has as many

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from minimind_jax import STARTED
 from minimind_jax.agreement import check_agreement
-from minimind_jax.config import PretrainConfig
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.data.batches import Batches
 from minimind_jax.errors import UserError
 from minimind_jax.losses import LossFn, Metrics, together

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from minimind_jax.config import OptimizerConfig
+from minimind_jax.config.sections import OptimizerConfig
 from minimind_jax.errors import UserError
 from minimind_jax.model.lora import TRAINED
 from minimind_jax.model.transformer import Params

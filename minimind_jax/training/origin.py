@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_jax.agreement import check_agreement, code_hash, on_all
-from minimind_jax.config import PretrainConfig
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.convert.identity import tokenizer_hash, weights_hash, words_hash
 from minimind_jax.convert.load import load_tokenizer
 from minimind_jax.data.tokenizer import Tokenizer

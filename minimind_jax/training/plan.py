@@ -2,7 +2,8 @@
 
 import math
 
-from minimind_jax.config import OptimizerConfig, PretrainConfig, TrainingConfig
+from minimind_jax.config.sections import OptimizerConfig, TrainingConfig
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.data.batches import Batches
 from minimind_jax.data.cuts import describe_cuts
 from minimind_jax.data.tokenise import RENDERED

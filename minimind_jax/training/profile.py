@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from minimind_jax.config import TrainingConfig
+from minimind_jax.config.sections import TrainingConfig
 from minimind_jax.paths import is_remote
 from minimind_jax.training.run import RunFolder
 

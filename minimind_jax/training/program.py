@@ -7,7 +7,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from minimind_jax.config import PretrainConfig
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.errors import UserError
 from minimind_jax.losses import LossFn
 from minimind_jax.sharding import param_shardings, row_shards

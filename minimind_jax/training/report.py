@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from minimind_jax.adapt_config import CONFIGS
+from minimind_jax.config.stages import CONFIGS
 from minimind_jax.errors import UserError
 from minimind_jax.folders import holds_model
 from minimind_jax.shell import command

@@ -25,11 +25,11 @@ import jax
 import yaml
 from filelock import FileLock, Timeout
 
+from minimind_jax.config.settings import RUN_LENGTHS
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_run
 from minimind_jax.hub import used_commits
 from minimind_jax.paths import absolute, as_path, is_remote, write_object
-from minimind_jax.settings import RUN_LENGTHS
 from minimind_jax.texts import is_there, read_object, read_text
 from minimind_jax.training.checkpoint_files import unfit_for_checkpoints
 from minimind_jax.training.places import Then, mean_the_same

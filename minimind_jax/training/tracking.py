@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from minimind_jax.config import TrackingConfig
+from minimind_jax.config.sections import TrackingConfig
 from minimind_jax.errors import UserError
 from minimind_jax.folders import holds_model
 from minimind_jax.paths import GrowingObject, as_path, is_remote

@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from minimind_jax.config import DataConfig, PretrainConfig, SFTConfig, TrainingConfig
+from minimind_jax.config.sections import DataConfig, TrainingConfig
+from minimind_jax.config.stages import PretrainConfig, SFTConfig
 from minimind_jax.data.batches import Batches, open_data, pad_row, split_documents
 from minimind_jax.data.documents import encode_text
 from minimind_jax.data.token_cache import build_cache

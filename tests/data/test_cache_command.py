@@ -10,7 +10,7 @@ import filelock
 import pytest
 from rich.console import Console
 
-from minimind_jax.config import DataConfig
+from minimind_jax.config.sections import DataConfig
 from minimind_jax.data import cache_folder
 from minimind_jax.data.cache_command import show_caches
 from minimind_jax.data.cache_folder import cache_root, lock_file, stored_caches

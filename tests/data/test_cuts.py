@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from minimind_jax.config import DataConfig, PretrainConfig, TrainingConfig
+from minimind_jax.config.sections import DataConfig, TrainingConfig
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.data.batches import open_data
 from minimind_jax.data.cuts import describe_cuts
 from minimind_jax.data.labels import Classes

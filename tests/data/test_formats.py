@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minimind_jax.config import DataConfig
+from minimind_jax.config.sections import DataConfig
 from minimind_jax.data.formats import detect
 from minimind_jax.data.jsonl import READING, Reading, Record, told_lines
 from minimind_jax.data.prompts import read_prompt

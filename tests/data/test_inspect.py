@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from minimind_jax.config import DataConfig
+from minimind_jax.config.sections import DataConfig
 from minimind_jax.data.inspect import (
     Inspection,
     Packed,

@@ -6,8 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from minimind_jax.adapt_config import ClassifyConfig, LabelConfig
-from minimind_jax.config import DataConfig
+from minimind_jax.config.sections import DataConfig
+from minimind_jax.config.stages import ClassifyConfig, LabelConfig
 from minimind_jax.data.batches import Batches
 from minimind_jax.data.documents import encode_conversation, encode_preference
 from minimind_jax.data.jsonl import Record, iter_records

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minimind_jax.config import DataConfig
+from minimind_jax.config.sections import DataConfig
 from minimind_jax.data import content, template
 from minimind_jax.data.documents import encode_conversation, encode_text
 from minimind_jax.data.jsonl import iter_records
@@ -255,7 +255,7 @@ def test_a_full_disk_is_explained_and_leaves_nothing(tmp_path, tokenizer, data, 
 BUILD = """
 import sys
 import minimind_jax.data.tokenise as tokenise
-from minimind_jax.config import DataConfig
+from minimind_jax.config.sections import DataConfig
 from minimind_jax.data import content
 from minimind_jax.data.token_cache import build_cache
 from minimind_jax.data.tokenizer import Tokenizer

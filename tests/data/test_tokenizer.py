@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from talk import TEXT
 
-from minimind_jax.config import TokenizerConfig
+from minimind_jax.config.stages import TokenizerConfig
 from minimind_jax.data.jsonl import Record
 from minimind_jax.data.template import CHAT_TEMPLATE
 from minimind_jax.data.tokenizer import RESERVED_TOKENS, StreamDecoder, Tokenizer, train_bpe

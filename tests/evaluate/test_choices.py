@@ -56,7 +56,7 @@ def test_likelihoods_are_those_of_the_whole_pass(folder):
 
 
 def _greedy(count):
-    from minimind_jax.inference.config import SamplingConfig
+    from minimind_jax.config.generation import SamplingConfig
 
     return SamplingConfig(max_new_tokens=count, temperature=0.0, ignore_eos=True)
 

@@ -16,11 +16,11 @@ import pytest
 from rich.console import Console
 from templates import QWEN3, with_template
 
+from minimind_jax.config.generation import ChatConfig
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.errors import UserError
 from minimind_jax.inference import chat as chat_module
 from minimind_jax.inference.chat import Clock, Conversation, chat
-from minimind_jax.inference.config import ChatConfig
 from minimind_jax.inference.generate import Generator, load_generator
 
 CONFIG = ChatConfig(max_new_tokens=12, temperature=1.0, model="tiny", ignore_eos=True)
@@ -171,7 +171,7 @@ def test_the_clock_times_the_first_token_apart(monkeypatch):
 
 # Tests that a shell runs in the background inherit an ignored Ctrl-C; a program in a terminal does not.
 PROGRAM = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-PROGRAM += "from minimind_jax.inference.chat import run; from minimind_jax.inference.config import ChatConfig; "
+PROGRAM += "from minimind_jax.inference.chat import run; from minimind_jax.config.generation import ChatConfig; "
 PROGRAM += "run(ChatConfig(model=sys.argv[1], max_new_tokens=int(sys.argv[2]), ignore_eos=True))"
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from templates import DEEPSEEK, QWEN3, with_template
 
+from minimind_jax.config.generation import ChatConfig, GenerateConfig
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.jsonl import Record, iter_records
 from minimind_jax.data.records import parse_conversation
 from minimind_jax.errors import UserError
 from minimind_jax.inference.answer_file import AnswerFile, PartialFile, json_line, what_makes
-from minimind_jax.inference.config import ChatConfig, GenerateConfig
 from minimind_jax.inference.generate import Completion, Generator, load_generator
 from minimind_jax.inference.generate_command import _request, _result, answer_requests, run
 

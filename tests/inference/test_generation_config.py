@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
+from minimind_jax.config.generation import ChatConfig, GenerateConfig, SamplingConfig
 from minimind_jax.errors import UserError
 from minimind_jax.inference.chat import Conversation
-from minimind_jax.inference.config import ChatConfig, GenerateConfig, SamplingConfig
 from minimind_jax.inference.generate import load_generator
 from minimind_jax.inference.generate_command import run
 from minimind_jax.inference.generation_config import read_generation_config

@@ -16,7 +16,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
-from minimind_jax.config import MeshConfig  # noqa: E402
+from minimind_jax.config.sections import MeshConfig  # noqa: E402
 from minimind_jax.model.attention import attention  # noqa: E402
 from minimind_jax.plan.devices import find_device, parse_topology  # noqa: E402
 from minimind_jax.sharding import ROW_AXES, make_mesh  # noqa: E402

@@ -17,8 +17,8 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
-from minimind_jax.config import MeshConfig  # noqa: E402
-from minimind_jax.inference.config import SamplingConfig  # noqa: E402
+from minimind_jax.config.generation import SamplingConfig  # noqa: E402
+from minimind_jax.config.sections import MeshConfig  # noqa: E402
 from minimind_jax.inference.decode import Controls, decode, prefill  # noqa: E402
 from minimind_jax.inference.generate import without_kernels  # noqa: E402
 from minimind_jax.inference.sampling import SamplingValues, row_keys  # noqa: E402

@@ -267,7 +267,7 @@ def test_a_kernel_asked_for_where_it_cannot_run():
 
 def main():
     """In a process with eight devices: `grouped`, cut as a kernel is, against the reference; prints the differences."""
-    from minimind_jax.config import MeshConfig
+    from minimind_jax.config.sections import MeshConfig
     from minimind_jax.model.attention import _grouped
     from minimind_jax.sharding import batch_sharding, make_mesh
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from minimind_jax.config import OptimizerConfig
+from minimind_jax.config.sections import OptimizerConfig
 from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.model.config import ComputeConfig, ModelConfig
 from minimind_jax.model.heads import init_head, scores

@@ -12,7 +12,8 @@ compiler.prepare_process()
 
 import jax  # noqa: E402
 
-from minimind_jax.config import DataConfig, MeshConfig, ModelSettings, PretrainConfig, TrainingConfig  # noqa: E402
+from minimind_jax.config.sections import DataConfig, MeshConfig, ModelSettings, TrainingConfig  # noqa: E402
+from minimind_jax.config.stages import PretrainConfig  # noqa: E402
 from minimind_jax.model.transformer import LanguageModel  # noqa: E402
 from minimind_jax.plan.devices import find_device, parse_topology  # noqa: E402
 from minimind_jax.plan.module import read_module  # noqa: E402

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from minimind_jax.cli import main
-from minimind_jax.config import DataConfig, MeshConfig, ModelSettings, PretrainConfig, TrainingConfig
+from minimind_jax.config.sections import DataConfig, MeshConfig, ModelSettings, TrainingConfig
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.plan import devices
 from minimind_jax.plan.compile import needed_memory
 from minimind_jax.plan.estimate import advice, cost, estimate_memory, fit

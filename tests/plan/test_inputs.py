@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from minimind_jax.config import DataConfig, PretrainConfig, SFTConfig, TrainingConfig
+from minimind_jax.config.sections import DataConfig, TrainingConfig
+from minimind_jax.config.stages import PretrainConfig, SFTConfig
 from minimind_jax.errors import UserError
 from minimind_jax.plan import inputs
 from minimind_jax.plan.devices import find_device, parse_topology, target_config

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from minimind_jax.config import DataConfig, ModelSettings, PretrainConfig, TrainingConfig
+from minimind_jax.config.sections import DataConfig, ModelSettings, TrainingConfig
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.model.config import ComputeConfig
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.plan.compile import trace_step

@@ -10,15 +10,8 @@ import jax
 import pytest
 from run_helpers import ADAPTERS, write_lines
 
-from minimind_jax.config import (
-    CheckpointConfig,
-    DataConfig,
-    ModelSettings,
-    OptimizerConfig,
-    PretrainConfig,
-    SFTConfig,
-    TrainingConfig,
-)
+from minimind_jax.config.sections import CheckpointConfig, DataConfig, ModelSettings, OptimizerConfig, TrainingConfig
+from minimind_jax.config.stages import PretrainConfig, SFTConfig
 from minimind_jax.data.tokenizer import train_bpe
 from minimind_jax.model.config import ComputeConfig
 from minimind_jax.stages.pretrain import pretrain

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shutil
 
-from minimind_jax.config import CheckpointConfig, LoRAConfig
+from minimind_jax.config.sections import CheckpointConfig, LoRAConfig
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import WALL_CLOCK, read_metrics
 

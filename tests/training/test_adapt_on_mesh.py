@@ -14,7 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from minimind_jax.config import DataConfig, MeshConfig, OptimizerConfig, PretrainConfig, TrainingConfig
+from minimind_jax.config.sections import DataConfig, MeshConfig, OptimizerConfig, TrainingConfig
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.convert.peft import rank_table
 from minimind_jax.losses.classification import make_classification_loss
 from minimind_jax.losses.distillation import TEACHER, make_distillation_loss

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from minimind_jax.config import DataConfig
+from minimind_jax.config.sections import DataConfig
 from minimind_jax.data.batches import Batches, split_documents
 from minimind_jax.data.token_cache import build_cache
 from minimind_jax.data.tokenizer import train_bpe

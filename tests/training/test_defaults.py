@@ -5,18 +5,16 @@ import dataclasses
 import pytest
 from run_helpers import with_chats, write_lines
 
-from minimind_jax.adapt_config import ClassifyConfig, DistillConfig, DPOConfig, RewardConfig
-from minimind_jax.config import (
+from minimind_jax.config.sections import (
     MINIMIND_CHANCES,
     DataConfig,
     LoRAConfig,
     OptimizerConfig,
-    PretrainConfig,
     SampleConfig,
-    SFTConfig,
     TrainingConfig,
 )
-from minimind_jax.settings import load_settings
+from minimind_jax.config.settings import load_settings
+from minimind_jax.config.stages import ClassifyConfig, DistillConfig, DPOConfig, PretrainConfig, RewardConfig, SFTConfig
 from minimind_jax.stages.sample_prompts import with_prompts
 from minimind_jax.stages.sft import sft
 from minimind_jax.training.defaults import Amount, filled, following, open_chances, share_held_out, with_values

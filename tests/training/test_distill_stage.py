@@ -7,11 +7,7 @@ import numpy as np
 import pytest
 from run_helpers import ADAPTERS, KEEP_ALL, assert_resumes_exactly, last, rows_of, with_chats
 
-from minimind_jax.adapt_config import (
-    DistillConfig,
-    TeacherConfig,
-)
-from minimind_jax.config import SFTConfig
+from minimind_jax.config.stages import DistillConfig, SFTConfig, TeacherConfig
 from minimind_jax.convert.hf import load_hf
 from minimind_jax.data.tokenizer import Tokenizer, train_bpe
 from minimind_jax.errors import UserError

@@ -8,12 +8,8 @@ import numpy as np
 import pytest
 from run_helpers import ADAPTERS, KEEP_ALL, assert_resumes_exactly, last, rows_of, with_chats, write_lines
 
-from minimind_jax.adapt_config import (
-    DPOConfig,
-    PreferenceConfig,
-    RewardConfig,
-)
-from minimind_jax.config import CheckpointConfig, LoRAConfig
+from minimind_jax.config.sections import CheckpointConfig, LoRAConfig
+from minimind_jax.config.stages import DPOConfig, PreferenceConfig, RewardConfig
 from minimind_jax.errors import UserError
 from minimind_jax.stages.dpo import dpo
 from minimind_jax.stages.reward import reward

@@ -7,8 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from minimind_jax.adapt_config import ClassifyConfig, DistillConfig, DPOConfig, RewardConfig, TeacherConfig
-from minimind_jax.config import DataConfig, LoRAConfig, OptimizerConfig, PretrainConfig, SampleConfig, SFTConfig
+from minimind_jax.config.sections import DataConfig, LoRAConfig, OptimizerConfig, SampleConfig
+from minimind_jax.config.stages import (
+    ClassifyConfig,
+    DistillConfig,
+    DPOConfig,
+    PretrainConfig,
+    RewardConfig,
+    SFTConfig,
+    TeacherConfig,
+)
 from minimind_jax.errors import UserError
 from minimind_jax.stages import STAGES
 from minimind_jax.stages.effect import UNREAD, check_effect

@@ -9,14 +9,15 @@ from run_helpers import ADAPTERS, write_lines
 from safetensors.numpy import load_file
 from templates import CHATML, with_template
 
-from minimind_jax.config import ModelSettings, SFTConfig
+from minimind_jax.config.generation import SamplingConfig
+from minimind_jax.config.sections import ModelSettings
+from minimind_jax.config.stages import SFTConfig
 from minimind_jax.convert.hf import from_hf, load_hf
 from minimind_jax.convert.load import merge_lora
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.tokenizer import train_bpe
 from minimind_jax.errors import UserError
 from minimind_jax.inference.adapters import load_switched
-from minimind_jax.inference.config import SamplingConfig
 from minimind_jax.inference.generate import load_generator
 from minimind_jax.stages.common import load_tokenizer
 from minimind_jax.stages.export import export_checkpoint

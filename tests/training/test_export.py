@@ -10,7 +10,7 @@ from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file
 
 from minimind_jax.cli import main
-from minimind_jax.config import CheckpointConfig, OptimizerConfig
+from minimind_jax.config.sections import CheckpointConfig, OptimizerConfig
 from minimind_jax.convert.hf import load_hf
 from minimind_jax.stages.pretrain import pretrain
 from minimind_jax.stages.sft import sft

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from run_helpers import last
 
-from minimind_jax.inference.config import SamplingConfig
+from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.inference.generate import Generator
 from minimind_jax.model import moe
 from minimind_jax.model.attention import attention, choose_path

@@ -12,14 +12,15 @@ import pytest
 from run_helpers import ADAPTERS, KEEP_ALL, assert_resumes_exactly, last, rows_of, write_lines
 from safetensors.numpy import load_file
 
-from minimind_jax.adapt_config import (
+from minimind_jax.config.sections import LoRAConfig
+from minimind_jax.config.stages import (
     ClassifyConfig,
     DistillConfig,
     LabelConfig,
     RewardConfig,
+    SFTConfig,
     TeacherConfig,
 )
-from minimind_jax.config import LoRAConfig, SFTConfig
 from minimind_jax.convert.hf import Labels, load_labels, to_hf
 from minimind_jax.data.jsonl import iter_records
 from minimind_jax.errors import UserError

@@ -20,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file
 
-from minimind_jax.config import OptimizerConfig
+from minimind_jax.config.sections import OptimizerConfig
 from minimind_jax.stages.pretrain import pretrain
 from minimind_jax.stages.sft import sft
 from minimind_jax.training.run import RunFolder

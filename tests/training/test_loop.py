@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from run_helpers import cut_back
 
-from minimind_jax.config import CheckpointConfig, ModelSettings, OptimizerConfig, SampleConfig, TrainingConfig
+from minimind_jax.config.sections import CheckpointConfig, ModelSettings, OptimizerConfig, SampleConfig, TrainingConfig
 from minimind_jax.convert.hf import load_hf
 from minimind_jax.convert.hf_config import from_hf_config, to_hf_config
 from minimind_jax.data.batches import open_data

@@ -9,7 +9,7 @@ import pytest
 from run_helpers import ADAPTERS, KEEP_ALL, assert_resumes_exactly, last, rows_of, with_chats
 from safetensors.numpy import load_file
 
-from minimind_jax.config import LoRAConfig, OptimizerConfig
+from minimind_jax.config.sections import LoRAConfig, OptimizerConfig
 from minimind_jax.convert.hf import load_hf
 from minimind_jax.convert.load import load_merged, load_parts
 from minimind_jax.errors import UserError

@@ -8,7 +8,8 @@ import pytest
 from run_helpers import ADAPTERS, KEEP_ALL, assert_resumes_exactly, with_chats
 from templates import with_template
 
-from minimind_jax.config import ModelSettings, SFTConfig
+from minimind_jax.config.sections import ModelSettings
+from minimind_jax.config.stages import SFTConfig
 from minimind_jax.convert.hf import load_hf
 from minimind_jax.data.template import CHAT_TEMPLATE
 from minimind_jax.errors import UserError

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from minimind_jax.config import OptimizerConfig
+from minimind_jax.config.sections import OptimizerConfig
 from minimind_jax.errors import UserError
 from minimind_jax.training.optimizer import decay_mask, make_optimizer, make_schedule, muon_mask
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from minimind_jax.adapt_config import DistillConfig, DPOConfig, TeacherConfig
-from minimind_jax.config import SFTConfig
+from minimind_jax.config.stages import DistillConfig, DPOConfig, SFTConfig, TeacherConfig
 from minimind_jax.convert import identity
 from minimind_jax.errors import UserError
 from minimind_jax.training import origin

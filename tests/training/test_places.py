@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from minimind_jax.config import DataConfig, PretrainConfig
+from minimind_jax.config.sections import DataConfig
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.convert.load import base_folder
 from minimind_jax.errors import UserError
 from minimind_jax.training.origin import check_start_models

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from minimind_jax.config import OptimizerConfig
+from minimind_jax.config.sections import OptimizerConfig
 from minimind_jax.data.batches import open_data
 from minimind_jax.model.config import ComputeConfig
 from minimind_jax.sharding import make_mesh

@@ -3,7 +3,8 @@
 import pytest
 from jax.sharding import AbstractMesh
 
-from minimind_jax.config import DataConfig, PretrainConfig, TrainingConfig
+from minimind_jax.config.sections import DataConfig, TrainingConfig
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.errors import UserError
 from minimind_jax.plan.inputs import load_planned
 from minimind_jax.sharding import MESH_AXES

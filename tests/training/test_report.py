@@ -2,7 +2,8 @@
 
 import pytest
 
-from minimind_jax.config import PretrainConfig, TrackingConfig
+from minimind_jax.config.sections import TrackingConfig
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.errors import UserError
 from minimind_jax.training.report import not_default, smoothed, verdict, write_report
 from minimind_jax.training.run import RunFolder

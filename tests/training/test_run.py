@@ -8,7 +8,8 @@ import sys
 import pytest
 import yaml
 
-from minimind_jax.config import DataConfig, ModelSettings, OptimizerConfig, PretrainConfig, TrainingConfig
+from minimind_jax.config.sections import DataConfig, ModelSettings, OptimizerConfig, TrainingConfig
+from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.errors import UserError
 from minimind_jax.stages.start import check_settings, remove_unused, start_run, tidy
 from minimind_jax.training.run import RunFolder

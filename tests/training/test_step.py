@@ -10,7 +10,7 @@ import optax
 import pytest
 from safetensors.numpy import load_file
 
-from minimind_jax.config import OptimizerConfig
+from minimind_jax.config.sections import OptimizerConfig
 from minimind_jax.errors import UserError
 from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.model.config import ModelConfig

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from minimind_jax.config import TrackingConfig
+from minimind_jax.config.sections import TrackingConfig
 from minimind_jax.errors import UserError
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import MetricsWriter, read_metrics, val_losses

@@ -8,11 +8,8 @@ import typing
 import pytest
 import yaml
 
-from minimind_jax.config import PretrainConfig, SFTConfig, TokenizerConfig
-from minimind_jax.errors import UserError
-from minimind_jax.inference.config import ChatConfig, GenerateConfig
-from minimind_jax.model.config import RopeScaling
-from minimind_jax.settings import (
+from minimind_jax.config.generation import ChatConfig, GenerateConfig
+from minimind_jax.config.settings import (
     Setting,
     fields_of,
     find_config,
@@ -22,6 +19,9 @@ from minimind_jax.settings import (
     nearest,
     read_yaml,
 )
+from minimind_jax.config.stages import PretrainConfig, SFTConfig, TokenizerConfig
+from minimind_jax.errors import UserError
+from minimind_jax.model.config import RopeScaling
 from minimind_jax.stages import STAGES
 
 

@@ -1,11 +1,151 @@
-"""The settings of the stages that adapt a model: preferences, reward models, classifiers, distillation."""
+"""The settings of every stage; what only one stage has stands beside it."""
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal, NamedTuple
 
-from minimind_jax.config import DataConfig, DType, Figures, OptimizerConfig, PretrainConfig, SFTConfig, at_least
+from minimind_jax.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    DType,
+    LoRAConfig,
+    MeshConfig,
+    ModelSettings,
+    OptimizerConfig,
+    SampleConfig,
+    TrackingConfig,
+    TrainingConfig,
+    at_least,
+)
+from minimind_jax.model.config import ComputeConfig
 
 REFERENCE_FREE = ("simpo", "orpo")
+
+
+class Figures(NamedTuple):
+    """What a stage takes where nothing is set; `training.defaults` says what becomes of it where data are few.
+
+    batch_tokens, epochs, eval_every, learning_rate: for much data. val_fraction: of many records.
+    few_rate: the learning rate for few data, of a model of 64M parameters. lora_rate: of adapters, however much data.
+    scratch_rate: of a model that starts from nothing. most_epochs: of few data, unless they are too few steps.
+    """
+
+    batch_tokens: int
+    epochs: float
+    learning_rate: float
+    few_rate: float
+    lora_rate: float
+    val_fraction: float
+    eval_every: int = 200
+    scratch_rate: float = 5e-4
+    most_epochs: int = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """Next-token training on plain text, from scratch or from a model.
+
+    run: a name (a folder under runs/) or a path.
+    init_from: a Hugging Face folder, a run whose model/ is meant, or a model on the hub (Qwen/Qwen3-0.6B, or
+        NAME@REVISION); empty trains from scratch.
+    tokenizer: folder with tokenizer.json, or a name on the hub; empty takes the tokenizer of init_from.
+    seed: of every random draw.
+    resume: `auto` goes on where the run was cut off or starts it, `must` fails if there is nothing to resume,
+        `never` starts anew and refuses a run folder that holds checkpoints.
+    export_dtype: of the tensors in the run's model/ folder; those of adapters are always float32.
+    """
+
+    FIGURES: ClassVar[Figures] = Figures(
+        81920, 2, 5e-4, few_rate=2e-4, lora_rate=5e-4, val_fraction=0.001, most_epochs=10
+    )
+
+    run: str = "pretrain"
+    init_from: str = ""
+    tokenizer: str = ""
+    seed: int = 42
+    resume: Literal["auto", "must", "never"] = "auto"
+    export_dtype: DType = "bfloat16"
+    model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
+    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
+    samples: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+
+    def __post_init__(self):
+        rows = self.data.seq_len * self.training.accumulation_steps
+        if self.training.batch_tokens is not None and self.training.batch_tokens % rows:
+            raise ValueError(
+                f"training.batch_tokens {self.training.batch_tokens} does not divide by data.seq_len x "
+                f"training.accumulation_steps = {rows}; try {max(1, round(self.training.batch_tokens / rows)) * rows}"
+            )
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; it must be between -2**63 and 2**63 - 1")
+        if self.resume not in ("auto", "must", "never"):
+            raise ValueError(f"resume is {self.resume!r}; it must be auto, must or never")
+
+    @property
+    def figures(self) -> Figures:
+        """What these settings take for much data where nothing is set."""
+        found = self.FIGURES
+        if self.lora.rank:
+            return found._replace(learning_rate=found.lora_rate, few_rate=found.lora_rate)
+        rate = found.scratch_rate * (6 if self.optimizer.name == "muon" else 1)
+        return found if self.init_from else found._replace(learning_rate=rate, few_rate=rate, most_epochs=60)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step over all micro-batches and devices; of much data while batch_tokens is null."""
+        return (self.training.batch_tokens or self.figures.batch_tokens) // self.data.seq_len
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig(PretrainConfig):
+    """Supervised fine-tuning on conversations; only the assistant's words are trained. Fields as in pretraining."""
+
+    FIGURES = Figures(12288, 2, 1e-5, few_rate=2e-4, lora_rate=5e-4, val_fraction=0.001)
+    LORA_FIGURES: ClassVar[Figures] = Figures(
+        4096, 3, 5e-4, few_rate=5e-4, lora_rate=5e-4, val_fraction=0.05, eval_every=50
+    )
+
+    run: str = "sft"
+    init_from: str = "pretrain"
+    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(packing="best_fit", seq_len=768))
+
+    @property
+    def figures(self) -> Figures:
+        return self.LORA_FIGURES if self.lora.rank else super().figures
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Training of a byte-level BPE tokenizer with MiniMind's 36 reserved tokens.
+
+    data: files, folders or globs of texts, conversations or pairs.
+    output: the folder that is written.
+    vocab_size: tokens in all, the 36 reserved and 256 bytes included.
+    max_records: records used at most, drawn from the beginning to the end of every file; 0 for all.
+    on_error: a broken record stops the training, or is skipped and counted.
+    encoding, text_field, ignore_fields: as of `data` in the stages.
+    overwrite: replace another tokenizer that is at `output`; what was trained with that one cannot be used without it.
+    """
+
+    data: tuple[str, ...] = ()
+    output: str = "runs/tokenizer"
+    vocab_size: int = 6400
+    max_records: int = 10_000
+    on_error: Literal["stop", "skip"] = "stop"
+    encoding: str = "utf-8"
+    text_field: str = ""
+    ignore_fields: tuple[str, ...] = ()
+    overwrite: bool = False
+
+    def __post_init__(self):
+        at_least(self, 36 + 256, "vocab_size")
+        at_least(self, 0, "max_records")
 
 
 @dataclasses.dataclass(frozen=True)

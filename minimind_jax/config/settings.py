@@ -114,7 +114,7 @@ _Loader.add_implicit_resolver(
 
 def config_folder() -> Path:
     """Where the configs are: inside the installed package, or at the top of a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
