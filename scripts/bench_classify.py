@@ -57,7 +57,7 @@ def baseline(train: tuple[list[str], list[str]], test: tuple[list[str], list[str
     answers = model.predict(test[0])
     return {
         "accuracy": round(float(np.mean(answers == np.array(test[1]))), 4),
-        "macro F1": round(float(f1_score(test[1], answers, average="macro")), 4),
+        "macro F1": round(float(f1_score(test[1], answers, labels=sorted(set(test[1])), average="macro")), 4),
         "features": kind,
         "C": c,
         "seconds": round(time.perf_counter() - started, 1),

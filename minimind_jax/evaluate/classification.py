@@ -45,20 +45,20 @@ class ClassificationResult:
         return float((self.truth == self.found).all(axis=1).mean())
 
     def per_class(self) -> list[dict[str, Any]]:
-        """label, texts (which have it), precision, recall, f1 of each class; 0 where they are not defined."""
+        """label, texts (which have it), precision, recall, f1 of each class: 0 where they are not defined, None of a
+        class that no text has, of which nothing is known."""
         both, found, truth = ((a).sum(axis=0) for a in (self.truth & self.found, self.found, self.truth))
         precision, recall = both / np.maximum(found, 1), both / np.maximum(truth, 1)
-        f1 = 2 * both / np.maximum(found + truth, 1)
+        figures = {"precision": precision, "recall": recall, "f1": 2 * both / np.maximum(found + truth, 1)}
         return [
-            {"label": label, "texts": int(n), "precision": float(p), "recall": float(r), "f1": float(f)}
-            for label, n, p, r, f in zip(self.labels.names, truth, precision, recall, f1, strict=True)
+            {"label": label, "texts": int(n), **{name: float(f[i]) if n else None for name, f in figures.items()}}
+            for i, (label, n) in enumerate(zip(self.labels.names, truth, strict=True))
         ]
 
     @property
     def macro_f1(self) -> float:
-        """Mean F1 over the classes that occur, in truth or among the answers (as scikit-learn has it)."""
-        occurs = (self.truth | self.found).any(axis=0)
-        return float(np.mean([row["f1"] for row, there in zip(self.per_class(), occurs, strict=True) if there]))
+        """Mean F1 over the classes that some text has (scikit-learn's, with these as `labels`)."""
+        return float(np.mean([row["f1"] for row in self.per_class() if row["texts"]] or [0.0]))
 
     def calibration(self) -> list[dict[str, float]]:
         """For bins of confidence: texts, mean confidence, accuracy."""
@@ -182,14 +182,19 @@ def _one_line(name: str) -> str:
 
 def describe(result: ClassificationResult) -> str:
     """Markdown: the figures, and the classes from the worst on."""
+    rows = result.per_class()
+    known = sorted((row for row in rows if row["texts"]), key=lambda row: row["f1"])
+    unknown = [row for row in rows if not row["texts"]]
+    over = f" over the {len(known)} of {len(rows)} classes with held-out texts" if unknown else ""
     lines = [
-        f"{len(result.truth):,} texts: accuracy {result.accuracy:.4f}, macro F1 {result.macro_f1:.4f}, expected "
+        f"{len(result.truth):,} texts: accuracy {result.accuracy:.4f}, macro F1 {result.macro_f1:.4f}{over}, expected "
         f"calibration error {result.calibration_error:.4f}",
         "",
         "| class | texts | precision | recall | F1 |",
         "|---|---:|---:|---:|---:|",
     ]
-    for row in sorted(result.per_class(), key=lambda row: row["f1"]):
+    for row in [*known, *unknown]:
         label = _one_line(row["label"]).replace("|", "\\|")
-        lines.append(f"| {label} | {row['texts']} | {row['precision']:.3f} | {row['recall']:.3f} | {row['f1']:.3f} |")
+        figures = [f"{row[name]:.3f}" for name in ("precision", "recall", "f1")] if row["texts"] else ["", "", ""]
+        lines.append(f"| {label} | {row['texts'] or 'none held out'} | {' | '.join(figures)} |")
     return "\n".join(lines)

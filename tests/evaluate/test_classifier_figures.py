@@ -46,9 +46,26 @@ def test_macro_f1_is_scikit_learn_s():
     truth = [own if own[0] != "f" else ["a"] for own in truth]  # a class that is only answered
     found = evaluate_logits(logits, truth, labels)
     theirs = metrics.f1_score(
-        [own[0] for own in truth], [labels.names[i] for i in logits.argmax(axis=1)], average="macro", zero_division=0
+        [own[0] for own in truth],
+        [labels.names[i] for i in logits.argmax(axis=1)],
+        labels=list("abcde"),
+        average="macro",
+        zero_division=0,
     )
     assert found.macro_f1 == pytest.approx(theirs)
+
+
+def test_a_class_of_which_no_text_is_held_out_has_no_figures_and_no_part_in_the_mean():
+    """One label a text and several; whether the class is answered or not."""
+    logits = np.array([[5.0, 0, -5], [0, 5, -5], [-5, 0, 5]])
+    for several in (False, True):
+        found = evaluate_logits(logits, [["a"], ["b"], ["a"]], Labels(("a", "b", "none"), several))
+        rows = {row["label"]: row for row in found.per_class()}
+        assert rows["none"] == {"label": "none", "texts": 0, "precision": None, "recall": None, "f1": None}
+        assert found.macro_f1 == pytest.approx((rows["a"]["f1"] + rows["b"]["f1"]) / 2)
+        first, *_, last = describe(found).splitlines()
+        assert "over the 2 of 3 classes with held-out texts" in first
+        assert last == "| none | none held out |  |  |  |"
 
 
 def test_several_labels_a_text():
