@@ -34,10 +34,10 @@ def write_report(run: RunFolder | str | Path, last: dict | None = None) -> Path:
     if config is None:
         raise UserError(f"{run.path} is not a run: it has no config.yaml")
     rows = read_metrics(run.metrics_file) + ([last] if last else [])
-    train = [row for row in rows if row.get("loss") is not None]
+    train = [row for row in rows if _has(row, "loss")]
     if not train:
         raise UserError(f"{run.metrics_file} has no training step yet; start the run first")
-    val = [row for row in rows if row.get("val_loss") is not None]
+    val = [row for row in rows if _has(row, "val_loss")]
     draw_losses(train, val, run.loss_picture)
     write_text(run.report_file, report_text(run, config, rows, train, val))
     return run.report_file
@@ -48,32 +48,39 @@ def draw_losses(train: list[dict], val: list[dict], picture: Path) -> None:
     CURVES knows, and the learning rate."""
     from matplotlib.figure import Figure  # imported here: training must not wait for it at its start
 
-    curves = [name for name in CURVES if val and f"val_{name}" in val[-1]]
+    curves = [name for name in CURVES if any(_has(row, f"val_{name}") for row in val)]
     figure = Figure(figsize=(8, 6 + 1.5 * len(curves)), layout="constrained")
     losses, *panels, rates = figure.subplots(2 + len(curves), 1, sharex=True, height_ratios=(3, *[1] * len(curves), 1))
-    steps = [row["step"] for row in train]
-    losses.plot(steps, [row["loss"] for row in train], color="tab:blue", alpha=0.3, linewidth=1, label="train")
-    losses.plot(steps, smoothed([row["loss"] for row in train]), color="tab:blue", label="train, smoothed")
+    steps, values = _series(train, "loss")
+    losses.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1, label="train")
+    losses.plot(steps, smoothed(values), color="tab:blue", label="train, smoothed")
     if val:
-        losses.plot(
-            [r["step"] for r in val], [r["val_loss"] for r in val], "o-", color="tab:orange", label="validation"
-        )
+        losses.plot(*_series(val, "val_loss"), "o-", color="tab:orange", label="validation")
     losses.set_ylabel("loss" if curves else "loss (nats per token)")
     losses.legend()
     losses.grid(alpha=0.3)
     for name, panel in zip(curves, panels, strict=True):
-        logged = [row for row in train if name in row]
-        panel.plot([r["step"] for r in logged], smoothed([r[name] for r in logged]), color="tab:blue")
-        panel.plot([r["step"] for r in val], [r[f"val_{name}"] for r in val], "o-", color="tab:orange")
+        steps, values = _series(train, name)
+        panel.plot(steps, smoothed(values), color="tab:blue")
+        panel.plot(*_series(val, f"val_{name}"), "o-", color="tab:orange")
         panel.set_ylabel(name)
         panel.grid(alpha=0.3)
-    logged = [row for row in train if "learning_rate" in row]
-    rates.plot([row["step"] for row in logged], [row["learning_rate"] for row in logged], color="tab:green")
+    rates.plot(*_series(train, "learning_rate"), color="tab:green")
     rates.set_ylabel("learning rate")
     rates.set_xlabel("step")
     rates.grid(alpha=0.3)
     with picture.open("wb") as file:
         figure.savefig(file, format="png", dpi=120)
+
+
+def _series(rows: list[dict], name: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of the rows that have a number of this name; any row may lack any, or have null (not finite)."""
+    there = [row for row in rows if _has(row, name)]
+    return [row["step"] for row in there], [row[name] for row in there]
+
+
+def _has(row: dict, name: str) -> bool:
+    return row.get(name) is not None
 
 
 def smoothed(values: list[float], share: float = 0.05) -> list[float]:
@@ -198,18 +205,16 @@ def _model_step(rows: list[dict]) -> dict[str, str]:
 
 
 def _machine(recorded: dict) -> dict[str, str]:
-    if not recorded:
-        return {}
-    versions = ", ".join(f"{package} {version}" for package, version in recorded["versions"].items())
-    return {
-        "system": f"{recorded['platform']}, Python {recorded['python']}, JAX on {recorded['backend']}",
-        "versions": versions,
-    }
+    """As far as it is recorded; what is told there by other versions may lack some of it."""
+    parts = {"platform": "{}", "python": "Python {}", "backend": "JAX on {}"}
+    system = ", ".join(form.format(recorded[key]) for key, form in parts.items() if key in recorded)
+    versions = ", ".join(f"{package} {version}" for package, version in recorded.get("versions", {}).items())
+    return {key: told for key, told in {"system": system, "versions": versions}.items() if told}
 
 
 def _validation(val: list[dict]) -> str:
     """A table of every evaluation; the first line is the model that the run started from."""
-    more = [name for name in ("bits_per_byte", "chosen_nll", *CURVES) if f"val_{name}" in val[-1]]
+    more = [name for name in ("bits_per_byte", "chosen_nll", *CURVES) if any(_has(row, f"val_{name}") for row in val)]
     titles = ["step", "loss", *(name.replace("_", " ") for name in more)]
     lines = [f"| {' | '.join(titles)} |", "|---:" * len(titles) + "|"]
     for row in val:

@@ -1,11 +1,13 @@
 """The report says what the metrics say."""
 
+import json
+
 import pytest
 
 from minimind_jax.config.sections import TrackingConfig
 from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.errors import UserError
-from minimind_jax.training.report import not_default, smoothed, verdict, write_report
+from minimind_jax.training.report import draw_losses, not_default, report_text, smoothed, verdict, write_report
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import MetricsWriter
 
@@ -59,6 +61,33 @@ def test_a_run_without_validation_has_a_report_too(run):
     rows = [line for line in run.metrics_file.read_text("utf-8").splitlines() if "val_" not in line]
     run.metrics_file.write_text("\n".join(rows) + "\n", "utf-8")
     assert "Validation" not in write_report(run).read_text("utf-8")
+
+
+@pytest.mark.parametrize("gone", ["drop", "null", "only losses"])
+def test_any_row_may_lack_any_number(run, gone):
+    """Rows of other versions, of a run that was cut off in its first line, or null for what was not finite."""
+    rows = [json.loads(line) for line in run.metrics_file.read_text("utf-8").splitlines()]
+    rows[0] |= {"val_accuracy": 0.1}
+    rows[2] |= {"accuracy": 0.1}
+    numbered = [(place, key) for place in (0, 2) for key in rows[place] if key != "step"]
+    for place, key in numbered[:1] if gone == "only losses" else numbered:
+        less = [dict(row) for row in rows]
+        if gone == "only losses":
+            less = [{k: v for k, v in row.items() if k in ("step", "loss")} for row in less]
+        elif gone == "drop":
+            del less[place][key]
+        else:
+            less[place][key] = None
+        train, val = ([r for r in less if r.get(name) is not None] for name in ("loss", "val_loss"))
+        draw_losses(train, val, run.loss_picture)
+        assert "# Run mine" in report_text(run, {}, less, train, val)
+
+
+def test_what_the_machine_was_is_told_as_far_as_it_is_known(run):
+    for known in ({"run": {"stage": "sft"}}, {"versions": {"jax": "0.7"}, "python": "3.12"}):
+        run.environment_file.write_text(json.dumps(known), "utf-8")
+        text = write_report(run).read_text("utf-8")
+    assert "| system | Python 3.12 |\n| versions | jax 0.7 |" in text
 
 
 def test_what_is_no_run_is_refused(run, tmp_path):
