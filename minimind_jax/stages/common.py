@@ -231,13 +231,15 @@ def finish_run(
                 run.model, model.config, params, tokenizer, dtype=config.export_dtype, labels=labels,
                 generation_config=start_generation(config),
             )  # fmt: skip
+            written = config.export_dtype
         else:
             settings = to_generation_config(model.config, start_generation(config))
             save_adapters(run.model, params, plan, tokenizer, settings)
+            written = "adapters in float32"
             hint += f"\n  {command('convert', 'merge-lora', run.path, 'OUTPUT', note='one whole model')}"
         if judge is not None:
             judge()
-        row = export_row(result.step, config.export_dtype, result.model_step)
+        row = export_row(result.step, written, result.model_step)
         write_report(run, row)
         append_export(run, row)
         print(f"The model is {run.model}, the report {run.report_file}. Next:\n{hint}")

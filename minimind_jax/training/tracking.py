@@ -62,10 +62,11 @@ def val_losses(rows: list[dict[str, Any]]) -> dict[int, float]:
     return {row["step"]: row["val_loss"] for row in rows if row.get("val_loss") is not None}
 
 
-def export_row(step: int, dtype: str, model_step: int | None = None) -> dict[str, Any]:
-    """The last row of a finished run: its model is written, that of `model_step` where it is not the last."""
+def export_row(step: int, written: str, model_step: int | None = None) -> dict[str, Any]:
+    """The last row of a finished run: its model is written, in the dtype `written`, or adapters in theirs; that of
+    `model_step` where it is not the last."""
     earlier = {} if model_step in (None, step) else {"model_step": model_step}
-    return {"step": step, "exported": dtype, **earlier}
+    return {"step": step, "exported": written, **earlier}
 
 
 def append_export(run: RunFolder, row: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ def test_lora_trains_saves_and_holds_adapters_only(lora, world, base, capsys):
     sizes = sum(path.stat().st_size for path in (run.checkpoints / "24").rglob("*") if path.is_file())
     assert sizes < 400_000
     assert "merge-lora" in capsys.readouterr().out
+    assert rows_of(run.path)[-1]["exported"] == "adapters in float32"
 
 
 def test_lora_resumes_exactly(lora, world, tmp_path):
