@@ -20,7 +20,7 @@ import numpy as np
 
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.folders import resolve_model_folder
-from minimind_jax.inference.generate import load_model
+from minimind_jax.inference.load import load_model
 from minimind_jax.losses.vocabulary import token_scores
 
 ROWS = 16

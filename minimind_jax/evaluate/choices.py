@@ -13,8 +13,8 @@ from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.data.values import checked_text, field_names, is_absent, json_list, kind_of
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
-from minimind_jax.inference.generate import load_model
 from minimind_jax.inference.likelihood import LikelihoodScorer, Request, encode_pair
+from minimind_jax.inference.load import load_model
 from minimind_jax.progress import progress
 
 ENGLISH = "Question: {question}\nAnswer:"

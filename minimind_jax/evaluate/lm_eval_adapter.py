@@ -21,8 +21,8 @@ from lm_eval.api.registry import register_model
 
 from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.errors import UserError
-from minimind_jax.inference.generate import load_generator
 from minimind_jax.inference.likelihood import LikelihoodScorer, encode_pair
+from minimind_jax.inference.load import load_generator
 from minimind_jax.progress import progress, tracked
 
 DEFAULT_BATCH = 16

@@ -17,7 +17,7 @@ from minimind_jax.data.jsonl import READING, Reading, expand_paths
 from minimind_jax.data.token_cache import TokenCache, build_cache
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
-from minimind_jax.inference.generate import load_model
+from minimind_jax.inference.load import load_model
 from minimind_jax.losses.vocabulary import token_scores
 from minimind_jax.model.config import RopeScaling
 from minimind_jax.model.transformer import full_precision

@@ -11,8 +11,9 @@ from minimind_jax.convert.load import base_folder, load_tokenizer
 from minimind_jax.convert.peft import StoredAdapter, load_peft
 from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter, moved_with_run, resolve_model_folder
-from minimind_jax.inference.generate import Generator, load_generator
+from minimind_jax.inference.generate import Generator
 from minimind_jax.inference.generation_config import read_generation_config
+from minimind_jax.inference.load import load_generator
 from minimind_jax.model.lora import PROJECTIONS, Adapter, join
 from minimind_jax.model.transformer import LanguageModel, Params, compute_dtype, unstack_layers
 

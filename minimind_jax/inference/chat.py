@@ -11,7 +11,8 @@ from minimind_jax.config.generation import ChatConfig
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.errors import UserError
 from minimind_jax.inference.adapters import SwitchedGenerator, load_switched
-from minimind_jax.inference.generate import Generator, Piece, load_generator
+from minimind_jax.inference.generate import Generator, Piece
+from minimind_jax.inference.load import load_generator
 from minimind_jax.inference.text import ThinkSplitter
 from minimind_jax.inference.typed import read_messages
 

@@ -3,23 +3,18 @@
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minimind_jax.convert.load import base_folder, load_merged, load_tokenizer
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
-from minimind_jax.folders import is_adapter, resolve_model_folder
+from minimind_jax.inference.buckets import bucket, round_up
 from minimind_jax.inference.decode import Controls, decode, grow, prefill
-from minimind_jax.inference.generation_config import read_generation_config
 from minimind_jax.inference.sampling import SamplingConfig, SamplingValues, row_keys
 from minimind_jax.inference.text import AnswerText
-from minimind_jax.model.config import ComputeConfig, RopeScaling
-from minimind_jax.model.heads import SCORE
 from minimind_jax.model.transformer import LanguageModel, Params, compute_dtype, unstack_layers
 
 Prompt = str | Sequence[int]
@@ -187,7 +182,7 @@ class _Batch:
             tokens_BP,
             np.array(self.prompt_lengths + [0] * (rows - len(prompts)), np.int32),
             self.controls,
-            slots=_round_up(self.width + min(sampling.max_new_tokens, FIRST_ROOM), SLOT_MULTIPLE),
+            slots=round_up(self.width + min(sampling.max_new_tokens, FIRST_ROOM), SLOT_MULTIPLE),
             cache_dtype=str(compute_dtype(generator.model.compute)),
         )
         self._read()
@@ -246,46 +241,6 @@ class _Batch:
         return answers
 
 
-def load_generator(name: str, dtype: str = "auto") -> Generator:
-    """The model in a Hugging Face folder or a run, with its tokenizer.
-
-    Args:
-        name: a folder, or a run (name or path) whose model/ is meant.
-        dtype: `float32`, `bfloat16`, or `auto`: bfloat16 on GPU and TPU, float32 on CPU.
-
-    Raises:
-        UserError: there is no such model, or its files do not fit together.
-    """
-    folder = resolve_model_folder(name)
-    model, params = load_model(folder, dtype)
-    tokenizer = load_tokenizer(folder)
-    places = [folder, base_folder(folder)] if is_adapter(folder) else [folder]
-    place = next((place for place in places if (place / "generation_config.json").is_file()), folder)
-    defaults = read_generation_config(place)
-    eos_ids = {*defaults.eos_ids, *model.config.end_ids, *tokenizer.end_ids}
-    return Generator(model, params, tokenizer, eos_ids, defaults.sampling)
-
-
-def load_model(
-    folder: str | Path, dtype: str = "auto", rope_scaling: RopeScaling | None = None, has_head: bool = False
-) -> tuple[LanguageModel, Params]:
-    """A model and its parameters in the compute dtype (norms and routers stay float32); an adapter is merged in.
-
-    rope_scaling: replaces the folder's, when given. has_head: it may be a classifier or reward model.
-    Raises UserError.
-    """
-    config, params = load_merged(folder)
-    if SCORE in params and not has_head:
-        raise UserError(
-            f"{folder} is a classifier or reward model and has no words to say; use minimind classify predict, or "
-            "minimind score"
-        )
-    if rope_scaling is not None:
-        config = dataclasses.replace(config, rope_scaling=rope_scaling)
-    model = LanguageModel(config, ComputeConfig(dtype=dtype))
-    return model, cast_params(model, params)
-
-
 def without_kernels(model: LanguageModel, params: Params) -> LanguageModel:
     """`model`, computed by plain products if its parameters lie on several devices: generation is left to the compiler,
     which can cut these and no attention kernel."""
@@ -294,25 +249,3 @@ def without_kernels(model: LanguageModel, params: Params) -> LanguageModel:
         return model
     compute = dataclasses.replace(model.compute, attention="grouped", experts="reference")
     return dataclasses.replace(model, compute=compute)
-
-
-def cast_params(model: LanguageModel, params: Params) -> Params:
-    """The parameters in the compute dtype, so that no step reads and casts them in float32; norms and routers stay."""
-
-    def cast(path, leaf):
-        names = {key.key for key in path}
-        keep = names & {"scale", "router"}
-        return jnp.asarray(leaf, jnp.float32 if keep else compute_dtype(model.compute))
-
-    return jax.tree_util.tree_map_with_path(cast, params)
-
-
-def bucket(count: int, smallest: int, multiple: int) -> int:
-    """The next power of two from `smallest` on; above `multiple`, its next multiple. Few sizes are few programs."""
-    if count > multiple:
-        return _round_up(count, multiple)
-    return max(smallest, 1 << (count - 1).bit_length())
-
-
-def _round_up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple

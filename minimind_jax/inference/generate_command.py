@@ -18,7 +18,8 @@ from minimind_jax.data.prompts import read_prompt, shortened
 from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter, resolve_model_folder
 from minimind_jax.inference.answer_file import AGAIN, AnswerFile, check_output, json_line, what_makes
-from minimind_jax.inference.generate import Completion, Generator, load_generator
+from minimind_jax.inference.generate import Completion, Generator
+from minimind_jax.inference.load import load_generator
 from minimind_jax.inference.text import ThinkSplitter
 from minimind_jax.progress import first_awaited, progress
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minimind_jax.errors import UserError
-from minimind_jax.inference.generate import bucket
+from minimind_jax.inference.buckets import bucket
 from minimind_jax.model.transformer import LanguageModel, Params
 
 

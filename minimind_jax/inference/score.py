@@ -11,7 +11,8 @@ from minimind_jax.convert.hf import Labels, load_labels
 from minimind_jax.convert.load import load_tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter, resolve_model_folder
-from minimind_jax.inference.generate import bucket, load_model
+from minimind_jax.inference.buckets import bucket
+from minimind_jax.inference.load import load_model
 from minimind_jax.model.heads import SCORE, scores, without_head
 
 BATCH_TOKENS = 1 << 14  # scored at once, padding included

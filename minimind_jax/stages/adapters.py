@@ -15,10 +15,10 @@ from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter, resolve_model_folder
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.lora import RankTable, init_adapters, join, scale_of
+from minimind_jax.model.precision import cast_matrices
 from minimind_jax.model.transformer import Params, compute_dtype
 from minimind_jax.paths import absolute
 from minimind_jax.seeds import named_key
-from minimind_jax.training.state import cast_matrices
 
 
 class AdapterPlan(NamedTuple):

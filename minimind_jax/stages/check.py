@@ -17,7 +17,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder, resolve_run
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.sharding import announce, make_mesh
-from minimind_jax.stages.common import check_context, load_model, load_tokenizer, with_settings
+from minimind_jax.stages.common import build_model, check_context, load_tokenizer, with_settings
 from minimind_jax.stages.pipeline import Stage
 from minimind_jax.stages.tokenizer import text_of
 from minimind_jax.training.defaults import filled
@@ -101,7 +101,7 @@ def _check_settings(stage: Stage, before: Sequence[Stage]) -> None:
     if config.lora.rank and not config.init_from:
         raise UserError("lora.rank is set, but there is no model to adapt; give --init_from, or leave lora.rank out")
     if not _maker(config.init_from, before) and not _maker(config.tokenizer, before):
-        check_context(config, load_model(config, load_tokenizer(config)))
+        check_context(config, build_model(config, load_tokenizer(config)))
         return
     architecture = _architecture(config, before)
     if config.lora.rank:

@@ -68,7 +68,7 @@ def start_generation(config: PretrainConfig) -> dict | None:
     return load_generation_settings(resolve_model_folder(config.init_from)) if config.init_from else None
 
 
-def load_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
+def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
     """The network: that of `config.init_from`, or the preset from scratch, with the tokenizer's special ids.
 
     From scratch it has as many words as the tokenizer, unless model.vocab_size says another number.

@@ -17,7 +17,9 @@ import numpy as np
 from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.convert.hf import load_hf, to_hf
 from minimind_jax.data.documents import encode_prompt
-from minimind_jax.inference.generate import Generator, bucket, load_generator
+from minimind_jax.inference.buckets import bucket
+from minimind_jax.inference.generate import Generator
+from minimind_jax.inference.load import load_generator
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.shell import command
 from minimind_jax.stages import demo_corpus

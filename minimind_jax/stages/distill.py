@@ -14,13 +14,14 @@ from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter, resolve_model_folder
 from minimind_jax.losses.distillation import TEACHER, make_distillation_loss
+from minimind_jax.model.precision import cast_matrices
 from minimind_jax.model.transformer import LanguageModel, Params, compute_dtype
 from minimind_jax.sharding import data_process, make_mesh, param_shardings
 from minimind_jax.shell import command
 from minimind_jax.stages.common import (
+    build_model,
     check_context,
     finish_run,
-    load_model,
     load_tokenizer,
     run_parameters,
     sampler,
@@ -31,7 +32,7 @@ from minimind_jax.stages.settle import settle
 from minimind_jax.stages.start import is_finished, start_run, tidy
 from minimind_jax.stages.stored_teacher import StoredTeacher
 from minimind_jax.training.loop import train
-from minimind_jax.training.state import Parameters, cast_matrices
+from minimind_jax.training.state import Parameters
 
 
 @tidy
@@ -53,7 +54,7 @@ def distill(config: DistillConfig) -> Path:
         return run.path
 
     tokenizer = load_tokenizer(config)
-    model = load_model(config, tokenizer)
+    model = build_model(config, tokenizer)
     check_context(config, model)
     say_if_endless(tokenizer)
     config = settle(config, "conversation", tokenizer, model, run)

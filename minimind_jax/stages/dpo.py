@@ -23,9 +23,9 @@ from minimind_jax.sharding import announce, data_process, make_mesh, shard_batch
 from minimind_jax.shell import command
 from minimind_jax.stages.adapters import plan_adapters
 from minimind_jax.stages.common import (
+    build_model,
     check_context,
     finish_run,
-    load_model,
     load_tokenizer,
     run_parameters,
     sampler,
@@ -59,7 +59,7 @@ def dpo(config: DPOConfig) -> Path:
         raise UserError("dpo needs a model that can answer already: give --init_from")
 
     tokenizer = load_tokenizer(config)
-    model = load_model(config, tokenizer)
+    model = build_model(config, tokenizer)
     check_context(config, model)
     say_if_endless(tokenizer)
     config = settle(config, "preference", tokenizer, model, run)

@@ -15,7 +15,7 @@ from minimind_jax.model.lora import join, merge
 from minimind_jax.paths import as_path
 from minimind_jax.sharding import announce
 from minimind_jax.stages import STAGES
-from minimind_jax.stages.common import load_model, load_tokenizer, run_parameters, start_generation
+from minimind_jax.stages.common import build_model, load_tokenizer, run_parameters, start_generation
 from minimind_jax.stages.heads import load_body, own_labels, with_head
 from minimind_jax.training.checkpoint import DamagedCheckpoint, load_params
 from minimind_jax.training.origin import check_words
@@ -48,7 +48,7 @@ def export_checkpoint(
     tokenizer, labels = load_tokenizer(config), _labels(run, stage, config)
     check_words(run, tokenizer)
     if labels is None:
-        model = load_model(config, tokenizer)
+        model = build_model(config, tokenizer)
         parameters = run_parameters(config, model)
     else:
         model = load_body(config, tokenizer, stage)

@@ -18,7 +18,7 @@ from minimind_jax.model.heads import SCORE, head_axes, init_head
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.seeds import named_key
 from minimind_jax.sharding import announce, make_mesh, param_shardings
-from minimind_jax.stages.common import load_model, run_parameters
+from minimind_jax.stages.common import build_model, run_parameters
 from minimind_jax.texts import is_there, read_object
 from minimind_jax.training.run import RunFolder, write_text
 from minimind_jax.training.state import Parameters
@@ -29,7 +29,7 @@ def load_body(config: PretrainConfig, tokenizer: Tokenizer, stage: str) -> Langu
     """The network below a head of scores: that of `config.init_from`, without its language model's head."""
     if not config.init_from:
         raise UserError(f"{stage} needs a model to start from: give --init_from")
-    model = load_model(config, tokenizer)
+    model = build_model(config, tokenizer)
     return dataclasses.replace(model, config=dataclasses.replace(model.config, tie_word_embeddings=True))
 
 

@@ -9,9 +9,9 @@ from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.sharding import data_process, make_mesh
 from minimind_jax.shell import command
 from minimind_jax.stages.common import (
+    build_model,
     check_context,
     finish_run,
-    load_model,
     load_tokenizer,
     run_parameters,
     sampler,
@@ -39,7 +39,7 @@ def pretrain(config: PretrainConfig) -> Path:
         return run.path
 
     tokenizer = load_tokenizer(config)
-    model = load_model(config, tokenizer)
+    model = build_model(config, tokenizer)
     check_context(config, model)
     config = settle(config, "text", tokenizer, model, run)
 

@@ -9,9 +9,9 @@ from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.sharding import data_process, make_mesh
 from minimind_jax.shell import command
 from minimind_jax.stages.common import (
+    build_model,
     check_context,
     finish_run,
-    load_model,
     load_tokenizer,
     run_parameters,
     sampler,
@@ -41,7 +41,7 @@ def sft(config: SFTConfig) -> Path:
         return run.path
 
     tokenizer = load_tokenizer(config)
-    model = load_model(config, tokenizer)
+    model = build_model(config, tokenizer)
     check_context(config, model)
     say_if_endless(tokenizer)
     config = settle(config, "conversation", tokenizer, model, run)

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from minimind_jax.model.lora import TRAINED, Path, join, split
+from minimind_jax.model.precision import cast_matrices
 from minimind_jax.model.transformer import LanguageModel, Params
 
 
@@ -58,16 +59,6 @@ class TrainState(NamedTuple):
     def all_params(self) -> Params:
         """What the loss is given."""
         return join(self.frozen, self.params)
-
-
-def cast_matrices(params: Params, dtype: str) -> Params:
-    """The same parameters with their kernels and embeddings in another dtype; norms and routers stay float32."""
-
-    def cast(path, leaf):
-        names = [key.key for key in path]
-        return leaf.astype(dtype) if names[-1] in ("kernel", "embedding") and "router" not in names else leaf
-
-    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def fingerprint(params: Params) -> str:

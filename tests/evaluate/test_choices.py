@@ -12,8 +12,8 @@ from minimind_jax.data.jsonl import Record
 from minimind_jax.data.tokenizer import Tokenizer, train_bpe
 from minimind_jax.errors import UserError
 from minimind_jax.evaluate.choices import _requests, evaluate_choices, parse_question
-from minimind_jax.inference.generate import load_generator, load_model
 from minimind_jax.inference.likelihood import LikelihoodScorer, encode_pair
+from minimind_jax.inference.load import load_generator, load_model
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.transformer import LanguageModel
 

@@ -12,7 +12,7 @@ from minimind_jax.data.records import Conversation
 from minimind_jax.data.tokenizer import Tokenizer, train_bpe
 from minimind_jax.errors import UserError
 from minimind_jax.evaluate.perplexity import evaluate_perplexity
-from minimind_jax.inference.generate import load_model
+from minimind_jax.inference.load import load_model
 from minimind_jax.model.config import ModelConfig, RopeScaling
 from minimind_jax.model.transformer import LanguageModel
 

@@ -10,7 +10,8 @@ from safetensors.numpy import save_file
 from minimind_jax.convert.hf import save_hf
 from minimind_jax.convert.hf_config import to_hf_config
 from minimind_jax.data.tokenizer import Tokenizer, train_bpe
-from minimind_jax.inference.generate import Generator, load_model
+from minimind_jax.inference.generate import Generator
+from minimind_jax.inference.load import load_model
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.transformer import LanguageModel
 

@@ -21,7 +21,8 @@ from minimind_jax.data.documents import encode_prompt
 from minimind_jax.errors import UserError
 from minimind_jax.inference import chat as chat_module
 from minimind_jax.inference.chat import Clock, Conversation, chat
-from minimind_jax.inference.generate import Generator, load_generator
+from minimind_jax.inference.generate import Generator
+from minimind_jax.inference.load import load_generator
 
 CONFIG = ChatConfig(max_new_tokens=12, temperature=1.0, model="tiny", ignore_eos=True)
 

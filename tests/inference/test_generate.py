@@ -10,8 +10,10 @@ import pytest
 
 from minimind_jax.errors import UserError
 from minimind_jax.inference import generate as generate_module
+from minimind_jax.inference.buckets import bucket
 from minimind_jax.inference.decode import decode, prefill
-from minimind_jax.inference.generate import Generator, bucket, load_generator, load_model
+from minimind_jax.inference.generate import Generator
+from minimind_jax.inference.load import load_generator, load_model
 from minimind_jax.inference.sampling import SamplingConfig
 from minimind_jax.model.config import RopeScaling
 from minimind_jax.model.transformer import unstack_layers

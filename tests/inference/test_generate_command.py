@@ -15,8 +15,9 @@ from minimind_jax.data.jsonl import Record, iter_records
 from minimind_jax.data.records import parse_conversation
 from minimind_jax.errors import UserError
 from minimind_jax.inference.answer_file import AnswerFile, PartialFile, json_line, what_makes
-from minimind_jax.inference.generate import Completion, Generator, load_generator
+from minimind_jax.inference.generate import Completion, Generator
 from minimind_jax.inference.generate_command import _request, _result, answer_requests, run
+from minimind_jax.inference.load import load_generator
 
 RECORDS = [
     {"prompt": "The cat", "id": 7},

@@ -8,9 +8,9 @@ import pytest
 from minimind_jax.config.generation import ChatConfig, GenerateConfig, SamplingConfig
 from minimind_jax.errors import UserError
 from minimind_jax.inference.chat import Conversation
-from minimind_jax.inference.generate import load_generator
 from minimind_jax.inference.generate_command import run
 from minimind_jax.inference.generation_config import read_generation_config
+from minimind_jax.inference.load import load_generator
 
 MINIMIND = {"do_sample": True, "temperature": 0.85, "top_p": 0.85, "top_k": 50, "eos_token_id": 2}
 

@@ -26,7 +26,7 @@ from minimind_jax.data.jsonl import iter_records
 from minimind_jax.errors import UserError
 from minimind_jax.evaluate.score_command import predict, score
 from minimind_jax.inference.answer_file import PartialFile
-from minimind_jax.inference.generate import load_generator
+from minimind_jax.inference.load import load_generator
 from minimind_jax.inference.score import Scorer
 from minimind_jax.model.heads import SCORE
 from minimind_jax.stages.classify import classify

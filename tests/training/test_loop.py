@@ -20,7 +20,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.model.config import RopeScaling
 from minimind_jax.model.transformer import LanguageModel
-from minimind_jax.stages.common import load_model, load_tokenizer, run_parameters
+from minimind_jax.stages.common import build_model, load_tokenizer, run_parameters
 from minimind_jax.stages.pretrain import pretrain
 from minimind_jax.stages.sft import sft
 from minimind_jax.training.flops import flops_per_token
@@ -168,7 +168,7 @@ def test_a_run_cut_off_between_save_and_evaluation_ends_as_if_it_had_not_been(wh
 
 def train_directly(config, sample_fn=None, loss_fn=None):
     tokenizer = load_tokenizer(config)
-    model = load_model(config, tokenizer)
+    model = build_model(config, tokenizer)
     train_batches, val_batches = open_data("text", config, tokenizer)
     return train(
         config,
@@ -208,7 +208,7 @@ def test_a_signal_saves_the_step_in_progress(world, tmp_path):
 def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint_kept(world, tmp_path, capsys):
     config = world.pretrain(tmp_path / "run", training={"steps": 8}, checkpoint=CheckpointConfig(every=2))
     bad_step = 5
-    model = load_model(config, load_tokenizer(config))
+    model = build_model(config, load_tokenizer(config))
     language_model_loss = make_language_model_loss(model)
     batches, _ = open_data("text", config, load_tokenizer(config))
     *_, bad_batch = batches.iterate(0, bad_step)
@@ -234,7 +234,7 @@ def test_a_run_most_of_whose_updates_are_skipped_stops(world, tmp_path, capsys):
     """29 of 30 were skipped, and a model was written."""
     training = {"steps": 30, "stop_on_nan": False, "eval_every": 0}
     config = world.pretrain(tmp_path / "run", training=training, checkpoint=CheckpointConfig(0))
-    language_model_loss = make_language_model_loss(load_model(config, load_tokenizer(config)))
+    language_model_loss = make_language_model_loss(build_model(config, load_tokenizer(config)))
 
     def loss_fn(params, batch, key):
         numerator, denominator, metrics = language_model_loss(params, batch, key)
@@ -335,7 +335,7 @@ def test_a_rope_scaling_makes_the_context_of_the_model_that_is_there_longer(
     def context(**settings):
         model = ModelSettings(rope_scaling=RopeScaling(rope_type, 2.0, original), **settings)
         config = world.sft(tmp_path / "sft", init_from=str(whole.path), tokenizer="", model=model)
-        architecture = load_model(config, load_tokenizer(config)).config
+        architecture = build_model(config, load_tokenizer(config)).config
         assert from_hf_config(to_hf_config(architecture, "float32")) == architecture
         return architecture.max_position_embeddings
 

@@ -1,0 +1,57 @@
+"""Models from their folders, ready to compute with."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from minimind_jax.convert.load import base_folder, load_merged, load_tokenizer
+from minimind_jax.errors import UserError
+from minimind_jax.folders import is_adapter, resolve_model_folder
+from minimind_jax.inference.generate import Generator
+from minimind_jax.inference.generation_config import read_generation_config
+from minimind_jax.model.config import ComputeConfig, RopeScaling
+from minimind_jax.model.heads import SCORE
+from minimind_jax.model.precision import cast_matrices
+from minimind_jax.model.transformer import LanguageModel, Params, compute_dtype
+
+
+def load_generator(name: str, dtype: str = "auto") -> Generator:
+    """The model in a Hugging Face folder or a run, with its tokenizer.
+
+    Args:
+        name: a folder, or a run (name or path) whose model/ is meant.
+        dtype: `float32`, `bfloat16`, or `auto`: bfloat16 on GPU and TPU, float32 on CPU.
+
+    Raises:
+        UserError: there is no such model, or its files do not fit together.
+    """
+    folder = resolve_model_folder(name)
+    model, params = load_model(folder, dtype)
+    tokenizer = load_tokenizer(folder)
+    places = [folder, base_folder(folder)] if is_adapter(folder) else [folder]
+    place = next((place for place in places if (place / "generation_config.json").is_file()), folder)
+    defaults = read_generation_config(place)
+    eos_ids = {*defaults.eos_ids, *model.config.end_ids, *tokenizer.end_ids}
+    return Generator(model, params, tokenizer, eos_ids, defaults.sampling)
+
+
+def load_model(
+    folder: str | Path, dtype: str = "auto", rope_scaling: RopeScaling | None = None, has_head: bool = False
+) -> tuple[LanguageModel, Params]:
+    """A model and its parameters, matrices in the compute dtype; an adapter is merged in.
+
+    rope_scaling: replaces the folder's, when given. has_head: it may be a classifier or reward model.
+    Raises UserError.
+    """
+    config, params = load_merged(folder)
+    if SCORE in params and not has_head:
+        raise UserError(
+            f"{folder} is a classifier or reward model and has no words to say; use minimind classify predict, or "
+            "minimind score"
+        )
+    if rope_scaling is not None:
+        config = dataclasses.replace(config, rope_scaling=rope_scaling)
+    model = LanguageModel(config, ComputeConfig(dtype=dtype))
+    return model, jax.tree.map(jnp.asarray, cast_matrices(params, compute_dtype(model.compute)))
