@@ -125,12 +125,15 @@ def _take_process_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _pipeline(prog: str, argv: Sequence[str]) -> int:
-    from minimind_jax.stages import pipeline
+    from minimind_jax.pipeline import read
 
     if {"-h", "--help"} & set(argv):
-        print(pipeline.__doc__)
+        print(read.__doc__)
         return 0
-    pipeline.run_pipeline(pipeline.load_pipeline(_take_process_flags(argv)))
+    stages = read.load_pipeline(_take_process_flags(argv))
+    from minimind_jax.pipeline.run import run_pipeline
+
+    run_pipeline(stages)
     return 0
 
 
@@ -141,7 +144,7 @@ def _demo(prog: str, argv: Sequence[str]) -> int:
             "the questions it learned and exports it, all in runs/demo.\n--STAGE.key changes configs/quickstart.yaml."
         )
         return 0
-    from minimind_jax.stages.demo import run_demo
+    from minimind_jax.demo.story import run_demo
 
     return run_demo(argv)
 

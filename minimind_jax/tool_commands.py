@@ -109,7 +109,7 @@ def to_hf_command(prog: str, argv: Sequence[str]) -> None:
         SHARDS,
     )
     if args.checkpoint:
-        from minimind_jax.stages.export import export_checkpoint
+        from minimind_jax.runs.export import export_checkpoint
 
         step = export_checkpoint(args.source, args.output, args.checkpoint, args.dtype, args.max_shard_bytes)
         print(f"wrote {args.output}, step {step} of {args.source}")

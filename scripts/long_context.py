@@ -16,9 +16,9 @@ import numpy as np
 
 from minimind_jax.config.sections import CheckpointConfig, DataConfig, ModelSettings, OptimizerConfig, TrainingConfig
 from minimind_jax.config.stages import PretrainConfig, TokenizerConfig
+from minimind_jax.demo import corpus
 from minimind_jax.evaluate.perplexity import evaluate_perplexity
 from minimind_jax.model.config import RopeScaling
-from minimind_jax.stages import demo_corpus
 from minimind_jax.stages.pretrain import pretrain
 from minimind_jax.stages.tokenizer import train_tokenizer
 
@@ -34,7 +34,7 @@ SCALINGS = {
 
 def write_texts(folder: Path) -> tuple[Path, Path]:
     """Training text, and the held-out chapters: every third long one."""
-    texts = [*demo_corpus.topics(), *demo_corpus.docstrings()]
+    texts = [*corpus.topics(), *corpus.docstrings()]
     held_out = [text for text in texts if len(text) > LONG_CHARACTERS][::3]
     train = [text for text in texts if len(text) > MIN_CHARACTERS and text not in held_out]
     folder.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,8 @@ for number, usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.de
         signal.signal(number, usual)
 COMPILED_MEGABYTES = 1000  # a process that holds more drops its compiled programs, of which a session makes thousands
 
+pytest_plugins = ["worlds"]  # a tiny world to train in
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

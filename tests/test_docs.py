@@ -10,8 +10,8 @@ import pytest
 from minimind_jax.cli import COMMANDS, main
 from minimind_jax.config.generation import ChatConfig, GenerateConfig
 from minimind_jax.config.settings import config_names, fields_of, find_config
+from minimind_jax.demo.story import report_text
 from minimind_jax.stages import STAGES
-from minimind_jax.stages.demo import report_text
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -105,7 +105,7 @@ def abstract_batch(config: PretrainConfig):
 def trace_step(config: PretrainConfig, model, mesh, platform: str):
     """The training step of pretraining and fine-tuning as `training.loop.train` builds it, traced for a mesh."""
     from minimind_jax.losses.language_model import make_language_model_loss
-    from minimind_jax.stages.adapters import frozen_dtype
+    from minimind_jax.runs.adapters import frozen_dtype
     from minimind_jax.training.program import make_program
     from minimind_jax.training.state import Parameters
 

@@ -21,8 +21,8 @@ from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.lora import Adapter, make_adapter
+from minimind_jax.pipeline.read import Stage, load_pipeline
 from minimind_jax.stages import STAGES
-from minimind_jax.stages.pipeline import Stage, load_pipeline
 from minimind_jax.training.defaults import filled
 
 PLANNED: dict[str, Kind] = {"pretrain": "text", "sft": "conversation"}  # stages, and the records they train on

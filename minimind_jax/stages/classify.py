@@ -17,12 +17,13 @@ from minimind_jax.evaluate.classification import ClassificationResult, describe,
 from minimind_jax.inference.score import Scorer
 from minimind_jax.losses.classification import make_classification_loss
 from minimind_jax.progress import progress
+from minimind_jax.runs.begin import is_finished, start_run, tidy
+from minimind_jax.runs.finish import finish_run
+from minimind_jax.runs.heads import keep_labels, load_body, values_of_pieces, with_head
+from minimind_jax.runs.models import check_context, load_tokenizer
+from minimind_jax.runs.settle import settle
 from minimind_jax.sharding import announce, data_process, make_mesh
 from minimind_jax.shell import command
-from minimind_jax.stages.common import check_context, finish_run, load_tokenizer
-from minimind_jax.stages.heads import keep_labels, load_body, values_of_pieces, with_head
-from minimind_jax.stages.settle import settle
-from minimind_jax.stages.start import is_finished, start_run, tidy
 from minimind_jax.training.loop import train
 from minimind_jax.training.run import RunFolder, write_text
 

@@ -16,21 +16,14 @@ from minimind_jax.folders import is_adapter, resolve_model_folder
 from minimind_jax.losses.distillation import TEACHER, make_distillation_loss
 from minimind_jax.model.precision import cast_matrices
 from minimind_jax.model.transformer import LanguageModel, Params, compute_dtype
+from minimind_jax.runs.begin import is_finished, start_run, tidy
+from minimind_jax.runs.finish import finish_run
+from minimind_jax.runs.frozen import StoredTeacher
+from minimind_jax.runs.models import build_model, check_context, load_tokenizer, run_parameters, say_if_endless
+from minimind_jax.runs.samples import sampler, with_prompts
+from minimind_jax.runs.settle import settle
 from minimind_jax.sharding import data_process, make_mesh, param_shardings
 from minimind_jax.shell import command
-from minimind_jax.stages.common import (
-    build_model,
-    check_context,
-    finish_run,
-    load_tokenizer,
-    run_parameters,
-    sampler,
-    say_if_endless,
-)
-from minimind_jax.stages.sample_prompts import with_prompts
-from minimind_jax.stages.settle import settle
-from minimind_jax.stages.start import is_finished, start_run, tidy
-from minimind_jax.stages.stored_teacher import StoredTeacher
 from minimind_jax.training.loop import train
 from minimind_jax.training.state import Parameters
 

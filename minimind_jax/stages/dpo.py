@@ -19,21 +19,14 @@ from minimind_jax.model.lora import TRAINED, join, split, without_adapters
 from minimind_jax.model.transformer import LanguageModel, Params, compute_dtype, full_precision
 from minimind_jax.paths import is_remote
 from minimind_jax.progress import tracked
+from minimind_jax.runs.adapters import plan_adapters
+from minimind_jax.runs.begin import is_finished, start_run, tidy
+from minimind_jax.runs.finish import finish_run
+from minimind_jax.runs.models import build_model, check_context, load_tokenizer, run_parameters, say_if_endless
+from minimind_jax.runs.samples import sampler, with_prompts
+from minimind_jax.runs.settle import settle
 from minimind_jax.sharding import announce, data_process, make_mesh, shard_batch
 from minimind_jax.shell import command
-from minimind_jax.stages.adapters import plan_adapters
-from minimind_jax.stages.common import (
-    build_model,
-    check_context,
-    finish_run,
-    load_tokenizer,
-    run_parameters,
-    sampler,
-    say_if_endless,
-)
-from minimind_jax.stages.sample_prompts import with_prompts
-from minimind_jax.stages.settle import settle
-from minimind_jax.stages.start import is_finished, start_run, tidy
 from minimind_jax.training.loop import train
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.state import Parameters, fingerprint

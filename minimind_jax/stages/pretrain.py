@@ -6,19 +6,13 @@ from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.data.batches import open_data
 from minimind_jax.data.documents import begun
 from minimind_jax.losses.language_model import make_language_model_loss
+from minimind_jax.runs.begin import is_finished, start_run, tidy
+from minimind_jax.runs.finish import finish_run
+from minimind_jax.runs.models import build_model, check_context, load_tokenizer, run_parameters
+from minimind_jax.runs.samples import sampler, with_prompts
+from minimind_jax.runs.settle import settle
 from minimind_jax.sharding import data_process, make_mesh
 from minimind_jax.shell import command
-from minimind_jax.stages.common import (
-    build_model,
-    check_context,
-    finish_run,
-    load_tokenizer,
-    run_parameters,
-    sampler,
-)
-from minimind_jax.stages.sample_prompts import with_prompts
-from minimind_jax.stages.settle import settle
-from minimind_jax.stages.start import is_finished, start_run, tidy
 from minimind_jax.training.loop import train
 
 

@@ -8,12 +8,13 @@ from minimind_jax.data.batches import Batch, open_data
 from minimind_jax.data.token_cache import TokenCache
 from minimind_jax.losses.reward import make_reward_loss
 from minimind_jax.losses.sequences import pair_room
+from minimind_jax.runs.begin import is_finished, start_run, tidy
+from minimind_jax.runs.finish import finish_run
+from minimind_jax.runs.heads import load_body, values_of_pieces, with_head
+from minimind_jax.runs.models import check_context, load_tokenizer
+from minimind_jax.runs.settle import settle
 from minimind_jax.sharding import data_process, make_mesh
 from minimind_jax.shell import command
-from minimind_jax.stages.common import check_context, finish_run, load_tokenizer
-from minimind_jax.stages.heads import load_body, values_of_pieces, with_head
-from minimind_jax.stages.settle import settle
-from minimind_jax.stages.start import is_finished, start_run, tidy
 from minimind_jax.training.loop import train
 
 LABELS = Labels(("reward",))

@@ -22,7 +22,7 @@ from minimind_jax.data.template import render
 from minimind_jax.data.tokenizer import TOKENIZER_FILES, StreamDecoder, Tokenizer, train_bpe
 from minimind_jax.errors import UserError
 from minimind_jax.progress import progress
-from minimind_jax.stages.tokenizer_origin import ORIGIN, check_origin, origin_of, write_origin
+from minimind_jax.runs.tokenizer_origin import ORIGIN, check_origin, origin_of, write_origin
 from minimind_jax.training.stop import answering_ctrl_c
 
 SELF_TEST_TEXTS = {

@@ -3,7 +3,8 @@
 import dataclasses
 
 import pytest
-from run_helpers import with_chats, write_lines
+from run_helpers import with_chats
+from worlds import write_lines
 
 from minimind_jax.config.sections import (
     MINIMIND_CHANCES,
@@ -15,7 +16,7 @@ from minimind_jax.config.sections import (
 )
 from minimind_jax.config.settings import load_settings
 from minimind_jax.config.stages import ClassifyConfig, DistillConfig, DPOConfig, PretrainConfig, RewardConfig, SFTConfig
-from minimind_jax.stages.sample_prompts import with_prompts
+from minimind_jax.runs.samples import with_prompts
 from minimind_jax.stages.sft import sft
 from minimind_jax.training.defaults import Amount, filled, following, open_chances, share_held_out, with_values
 from minimind_jax.training.plan import SHORTEST

@@ -20,7 +20,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.model.config import RopeScaling
 from minimind_jax.model.transformer import LanguageModel
-from minimind_jax.stages.common import build_model, load_tokenizer, run_parameters
+from minimind_jax.runs.models import build_model, load_tokenizer, run_parameters
 from minimind_jax.stages.pretrain import pretrain
 from minimind_jax.stages.sft import sft
 from minimind_jax.training.flops import flops_per_token

@@ -11,7 +11,7 @@ import yaml
 from minimind_jax.config.sections import DataConfig, ModelSettings, OptimizerConfig, TrainingConfig
 from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.errors import UserError
-from minimind_jax.stages.start import check_settings, remove_unused, start_run, tidy
+from minimind_jax.runs.begin import check_settings, remove_unused, start_run, tidy
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import append_export, export_row
 

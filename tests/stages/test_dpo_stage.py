@@ -6,7 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
-from run_helpers import ADAPTERS, KEEP_ALL, assert_resumes_exactly, last, rows_of, with_chats, write_lines
+from run_helpers import KEEP_ALL, assert_resumes_exactly, last, rows_of, with_chats
+from worlds import ADAPTERS, write_lines
 
 from minimind_jax.config.sections import CheckpointConfig, LoRAConfig
 from minimind_jax.config.stages import DPOConfig, PreferenceConfig, RewardConfig

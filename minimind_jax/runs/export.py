@@ -13,10 +13,10 @@ from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_run
 from minimind_jax.model.lora import join, merge
 from minimind_jax.paths import as_path
+from minimind_jax.runs.heads import load_body, own_labels, with_head
+from minimind_jax.runs.models import build_model, load_tokenizer, run_parameters, start_generation
 from minimind_jax.sharding import announce
 from minimind_jax.stages import STAGES
-from minimind_jax.stages.common import build_model, load_tokenizer, run_parameters, start_generation
-from minimind_jax.stages.heads import load_body, own_labels, with_head
 from minimind_jax.training.checkpoint import DamagedCheckpoint, load_params
 from minimind_jax.training.origin import check_words
 from minimind_jax.training.run import RunFolder

@@ -1,6 +1,6 @@
 """`minimind demo`: a small model learns from real text that every machine can get, answers, and is exported.
 
-The text is collected by `demo_corpus`, the training is the pipeline of configs/quickstart.yaml, and what is printed at
+The text is collected by `demo.corpus`, the training is the pipeline of configs/quickstart.yaml, and what is printed at
 the end is measured here: bits per byte, answers before and after fine-tuning, the share of the dialogues' questions
 that the model answers word for word, and that the exported folder computes what was trained.
 """
@@ -17,13 +17,14 @@ import numpy as np
 from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.convert.hf import load_hf, to_hf
 from minimind_jax.data.documents import encode_prompt
+from minimind_jax.demo import corpus
 from minimind_jax.inference.buckets import bucket
 from minimind_jax.inference.generate import Generator
 from minimind_jax.inference.load import load_generator
 from minimind_jax.model.transformer import LanguageModel, Params
+from minimind_jax.pipeline.read import load_pipeline
+from minimind_jax.pipeline.run import run_pipeline
 from minimind_jax.shell import command
-from minimind_jax.stages import demo_corpus
-from minimind_jax.stages.pipeline import load_pipeline, run_pipeline
 from minimind_jax.training.checkpoint import load_params
 from minimind_jax.training.run import RunFolder, write_text
 from minimind_jax.training.tracking import read_metrics
@@ -67,7 +68,7 @@ def run_demo(overrides: Sequence[str] = ()) -> int:
     before, after = answers(pretrained, SAMPLE_QUESTIONS), answers(tuned, SAMPLE_QUESTIONS)
     samples = list(zip(SAMPLE_QUESTIONS, before, after, strict=True))
     print("\nAsking every question of the dialogues")
-    recalls = [recall(tuned, language) for language in demo_corpus.LANGUAGES]
+    recalls = [recall(tuned, language) for language in corpus.LANGUAGES]
     facts = [*bits_per_byte(FOLDER / "pretrain"), *recall_lines(recalls), export_line(exported, difference)]
     report = report_text(facts, samples, time.perf_counter() - started)
     write_text(FOLDER / "report.md", report)
@@ -78,14 +79,14 @@ def run_demo(overrides: Sequence[str] = ()) -> int:
 def collect(folder: Path) -> dict[str, Path]:
     """The data files, written unless they are there."""
     files = {name: folder / f"{name}.jsonl" for name in ("pretrain", "sft")}
-    return files if all(file.is_file() for file in files.values()) else demo_corpus.write_data(folder)
+    return files if all(file.is_file() for file in files.values()) else corpus.write_data(folder)
 
 
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
 def prompt_ids(generator: Generator, turns: Sequence[str]) -> list[int]:
-    return encode_prompt(generator.tokenizer, demo_corpus.messages(turns))
+    return encode_prompt(generator.tokenizer, corpus.messages(turns))
 
 
 def greedy(generator: Generator, prompts: Sequence[Sequence[int]], longest: int) -> list[str]:
@@ -100,7 +101,7 @@ def answers(generator: Generator, questions: Sequence[str]) -> list[str]:
 
 def recall(generator: Generator, language: str) -> Recall:
     """Asks every question of a language's dialogues, with the turns before it; compares answers word for word."""
-    expected = demo_corpus.questions(demo_corpus.dialogues(language))
+    expected = corpus.questions(corpus.dialogues(language))
     prompts = {question: prompt_ids(generator, question) for question in expected}
     longest = {q: max(len(generator.tokenizer.encode(a)) for a in found) for q, found in expected.items()}
     exact = 0

@@ -4,17 +4,11 @@ import dataclasses
 import json
 import shutil
 
-from minimind_jax.config.sections import CheckpointConfig, LoRAConfig
+from minimind_jax.config.sections import CheckpointConfig
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import WALL_CLOCK, read_metrics
 
-ADAPTERS = LoRAConfig(rank=4, alpha=8)
 KEEP_ALL = CheckpointConfig(every=4, keep=10)
-
-
-def write_lines(path, records):
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
-    return str(path)
 
 
 def with_chats(config, world):

@@ -1,16 +1,12 @@
 """What the training stages share: where a run starts from, what it writes at its end."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-from jax.experimental import multihost_utils
 
-from minimind_jax.config.sections import ModelSettings, SampleConfig
+from minimind_jax.config.sections import ModelSettings
 from minimind_jax.config.stages import PretrainConfig
-from minimind_jax.convert.hf import Labels, load_hf, save_hf
-from minimind_jax.convert.hf_config import to_generation_config
 from minimind_jax.convert.load import (
     load_generation_settings,
     load_merged,
@@ -20,27 +16,20 @@ from minimind_jax.convert.load import load_tokenizer as load_model_tokenizer
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
-from minimind_jax.inference.generate import Generator
-from minimind_jax.inference.sampling import SamplingConfig
 from minimind_jax.model.config import ModelConfig, union_of_ids
-from minimind_jax.model.heads import SCORE, without_head
-from minimind_jax.model.lora import LEAVES, join, make_adapter, merge, split
+from minimind_jax.model.heads import SCORE
+from minimind_jax.model.lora import make_adapter
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.model.vocabulary import grow_vocabulary
-from minimind_jax.seeds import named_key, named_seed
+from minimind_jax.runs.adapters import frozen_dtype, load_with_adapters, plan_adapters
+from minimind_jax.seeds import named_key
 from minimind_jax.sharding import (
     announce,
     init_params,
     make_mesh,
     param_shardings,
 )
-from minimind_jax.shell import command
-from minimind_jax.stages.adapters import frozen_dtype, load_with_adapters, plan_adapters, save_adapters
-from minimind_jax.training.loop import SampleFn, TrainResult
-from minimind_jax.training.report import write_report
-from minimind_jax.training.run import RunFolder
 from minimind_jax.training.state import Parameters
-from minimind_jax.training.tracking import append_export, export_row
 
 # Fields of a model that decide the shapes of its tensors; a run cannot change them in a model it starts from.
 SHAPE_FIELDS = (
@@ -166,88 +155,3 @@ def run_parameters(config: PretrainConfig, model: LanguageModel, has_head: bool 
 
     parameters = Parameters.of(model, load, dtype)
     return parameters
-
-
-def sampler(
-    model: LanguageModel, tokenizer: Tokenizer, samples: SampleConfig, seed: int, encode: Callable[[str], Sequence[int]]
-) -> SampleFn | None:
-    """Writes on from each of `samples.prompts`; `encode` makes a prompt's tokens. None without prompts.
-
-    Raises UserError for a prompt that is empty or too long, now and not when the model could not be exported for it.
-    """
-    if not samples.prompts:
-        return None
-    prompts = [list(encode(prompt)) for prompt in samples.prompts]
-    context = model.config.max_position_embeddings
-    for prompt, ids in zip(samples.prompts, prompts, strict=True):
-        if not ids:
-            raise UserError("samples.prompts: a prompt is empty, and the tokenizer has no token to begin a text with")
-        if len(ids) + samples.max_new_tokens > context:
-            raise UserError(
-                f"samples.prompts: the {len(ids)} tokens of {prompt[:40]!r} and samples.max_new_tokens "
-                f"{samples.max_new_tokens} exceed the model's context of {context} tokens; shorten the prompt or ask "
-                "for fewer"
-            )
-    sampling = SamplingConfig(
-        max_new_tokens=samples.max_new_tokens,
-        temperature=samples.temperature,
-        top_p=samples.top_p,
-        seed=named_seed(seed, "samples") % 2**31,
-    )
-
-    def sample(params: Params) -> list[tuple[str, str]]:
-        completions = Generator(model, params, tokenizer).generate(prompts, sampling)
-        return [(prompt, done.text) for prompt, done in zip(samples.prompts, completions, strict=True)]
-
-    return sample
-
-
-def finish_run(
-    run: RunFolder,
-    config: PretrainConfig,
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    result: TrainResult,
-    hint: str,
-    labels: Labels | None = None,
-    judge: Callable[[], None] | None = None,
-) -> Path:
-    """Writes model/, report.md and loss.png, says what to type next (`hint`), and returns the run's folder.
-
-    judge: writes what else belongs to the run, about its model; on the first process. Only when all is written is the
-    run finished: one that is killed before writes all of it again.
-    Adapters are written as such, unless the model has a head of scores, with `labels`: then they are merged.
-    """
-    plan, params = plan_adapters(config, model.config), result.params
-    if plan is not None:
-        params, _ = split(params, lambda path: path[-1] in LEAVES or path[0] == SCORE)
-    if jax.process_count() > 1:
-        params = multihost_utils.process_allgather(params, tiled=True)
-    if jax.process_index() == 0:
-        if plan is not None and labels is not None:
-            params = merge(join(_body(load_hf(plan.base)[1]), params))
-        if plan is None or labels is not None:
-            save_hf(
-                run.model, model.config, params, tokenizer, dtype=config.export_dtype, labels=labels,
-                generation_config=start_generation(config),
-            )  # fmt: skip
-            written = config.export_dtype
-        else:
-            settings = to_generation_config(model.config, start_generation(config))
-            save_adapters(run.model, params, plan, tokenizer, settings)
-            written = "adapters in float32"
-            hint += f"\n  {command('convert', 'merge-lora', run.path, 'OUTPUT', note='one whole model')}"
-        if judge is not None:
-            judge()
-        row = export_row(result.step, written, result.model_step)
-        write_report(run, row)
-        append_export(run, row)
-        print(f"The model is {run.model}, the report {run.report_file}. Next:\n{hint}")
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("model")
-    return run.path
-
-
-def _body(params: Params) -> Params:
-    """A model's parameters without any head of its own."""
-    return {name: tree for name, tree in without_head(params).items() if name != "lm_head"}

@@ -20,6 +20,9 @@ from minimind_jax.convert.replace import check_replaceable
 from minimind_jax.errors import UserError
 from minimind_jax.folders import holds_model, resolve_run
 from minimind_jax.paths import cache_home, is_remote
+from minimind_jax.runs.effect import check_effect
+from minimind_jax.runs.models import SHAPE_FIELDS
+from minimind_jax.runs.settle import changed_data
 from minimind_jax.sharding import (
     announce,
     first_process_says,
@@ -27,9 +30,6 @@ from minimind_jax.sharding import (
     make_mesh,
     run_on_first_process,
 )
-from minimind_jax.stages.common import SHAPE_FIELDS
-from minimind_jax.stages.effect import check_effect
-from minimind_jax.stages.settle import changed_data
 from minimind_jax.training.origin import agreed_settings, check_start_models
 from minimind_jax.training.program import count_parts
 from minimind_jax.training.run import RunFolder

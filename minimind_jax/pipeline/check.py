@@ -16,9 +16,9 @@ from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder, resolve_run
 from minimind_jax.model.config import ModelConfig
+from minimind_jax.pipeline.read import Stage
+from minimind_jax.runs.models import build_model, check_context, load_tokenizer, with_settings
 from minimind_jax.sharding import announce, make_mesh
-from minimind_jax.stages.common import build_model, check_context, load_tokenizer, with_settings
-from minimind_jax.stages.pipeline import Stage
 from minimind_jax.stages.tokenizer import text_of
 from minimind_jax.training.defaults import filled
 from minimind_jax.training.optimizer import make_schedule

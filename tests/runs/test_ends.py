@@ -5,9 +5,9 @@ import json
 import shutil
 
 import pytest
-from run_helpers import ADAPTERS, write_lines
 from safetensors.numpy import load_file
 from templates import CHATML, with_template
+from worlds import ADAPTERS, write_lines
 
 from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.config.sections import ModelSettings
@@ -18,9 +18,9 @@ from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.tokenizer import train_bpe
 from minimind_jax.errors import UserError
 from minimind_jax.inference.adapters import load_switched
-from minimind_jax.inference.load import load_generator
-from minimind_jax.stages.common import load_tokenizer
-from minimind_jax.stages.export import export_checkpoint
+from minimind_jax.inference.generate import load_generator
+from minimind_jax.runs.export import export_checkpoint
+from minimind_jax.runs.models import load_tokenizer
 from minimind_jax.stages.sft import sft
 
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9}

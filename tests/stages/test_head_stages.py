@@ -9,8 +9,9 @@ import shutil
 
 import numpy as np
 import pytest
-from run_helpers import ADAPTERS, KEEP_ALL, assert_resumes_exactly, last, rows_of, write_lines
+from run_helpers import KEEP_ALL, assert_resumes_exactly, last, rows_of
 from safetensors.numpy import load_file
+from worlds import ADAPTERS, write_lines
 
 from minimind_jax.config.sections import LoRAConfig
 from minimind_jax.config.stages import (
@@ -29,11 +30,11 @@ from minimind_jax.inference.answer_file import PartialFile
 from minimind_jax.inference.load import load_generator
 from minimind_jax.inference.score import Scorer
 from minimind_jax.model.heads import SCORE
+from minimind_jax.runs.export import export_checkpoint
+from minimind_jax.runs.heads import keep_labels, load_body, with_head
+from minimind_jax.runs.models import load_tokenizer
 from minimind_jax.stages.classify import classify
-from minimind_jax.stages.common import load_tokenizer
 from minimind_jax.stages.distill import distill
-from minimind_jax.stages.export import export_checkpoint
-from minimind_jax.stages.heads import keep_labels, load_body, with_head
 from minimind_jax.stages.reward import reward
 from minimind_jax.stages.sft import sft
 from minimind_jax.training.flops import flops_per_token

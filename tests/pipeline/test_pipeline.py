@@ -12,8 +12,9 @@ from minimind_jax.config.settings import config_names, find_config
 from minimind_jax.config.stages import ClassifyConfig
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
-from minimind_jax.stages import check
-from minimind_jax.stages.pipeline import Stage, _changes, load_pipeline, run_pipeline
+from minimind_jax.pipeline import check
+from minimind_jax.pipeline.read import Stage, load_pipeline
+from minimind_jax.pipeline.run import _changes, run_pipeline
 from minimind_jax.training.defaults import with_values
 from minimind_jax.training.run import RunFolder
 

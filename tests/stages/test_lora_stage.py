@@ -6,14 +6,15 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from run_helpers import ADAPTERS, KEEP_ALL, assert_resumes_exactly, last, rows_of, with_chats
+from run_helpers import KEEP_ALL, assert_resumes_exactly, last, rows_of, with_chats
 from safetensors.numpy import load_file
+from worlds import ADAPTERS
 
 from minimind_jax.config.sections import LoRAConfig, OptimizerConfig
 from minimind_jax.convert.hf import load_hf
 from minimind_jax.convert.load import load_merged, load_parts
 from minimind_jax.errors import UserError
-from minimind_jax.stages.export import export_checkpoint
+from minimind_jax.runs.export import export_checkpoint
 from minimind_jax.stages.sft import sft
 from minimind_jax.training.run import RunFolder
 

@@ -5,7 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-from run_helpers import ADAPTERS, KEEP_ALL, assert_resumes_exactly, last, rows_of, with_chats
+from run_helpers import KEEP_ALL, assert_resumes_exactly, last, rows_of, with_chats
+from worlds import ADAPTERS
 
 from minimind_jax.config.stages import DistillConfig, SFTConfig, TeacherConfig
 from minimind_jax.convert.hf import load_hf

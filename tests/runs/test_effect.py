@@ -18,8 +18,8 @@ from minimind_jax.config.stages import (
     TeacherConfig,
 )
 from minimind_jax.errors import UserError
+from minimind_jax.runs.effect import UNREAD, check_effect
 from minimind_jax.stages import STAGES
-from minimind_jax.stages.effect import UNREAD, check_effect
 from minimind_jax.training.run import flat, plain
 
 

@@ -5,8 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from run_helpers import ADAPTERS, KEEP_ALL, assert_resumes_exactly, with_chats
+from run_helpers import KEEP_ALL, assert_resumes_exactly, with_chats
 from templates import with_template
+from worlds import ADAPTERS
 
 from minimind_jax.config.sections import ModelSettings
 from minimind_jax.config.stages import SFTConfig
@@ -15,7 +16,7 @@ from minimind_jax.data.template import CHAT_TEMPLATE
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
 from minimind_jax.model.transformer import LanguageModel
-from minimind_jax.stages.common import build_model, load_tokenizer
+from minimind_jax.runs.models import build_model, load_tokenizer
 from minimind_jax.stages.sft import sft
 
 

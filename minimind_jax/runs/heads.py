@@ -16,9 +16,9 @@ from minimind_jax.errors import UserError
 from minimind_jax.folders import holds_model, is_adapter, resolve_model_folder
 from minimind_jax.model.heads import SCORE, head_axes, init_head
 from minimind_jax.model.transformer import LanguageModel, Params
+from minimind_jax.runs.models import build_model, run_parameters
 from minimind_jax.seeds import named_key
 from minimind_jax.sharding import announce, make_mesh, param_shardings
-from minimind_jax.stages.common import build_model, run_parameters
 from minimind_jax.texts import is_there, read_object
 from minimind_jax.training.run import RunFolder, write_text
 from minimind_jax.training.state import Parameters

@@ -1,0 +1,1 @@
+"""`minimind demo`: its text and its story."""

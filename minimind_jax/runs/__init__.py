@@ -1,0 +1,1 @@
+"""What stages are assembled from: where a run begins, its models, what it writes at its end."""
