@@ -18,7 +18,7 @@ from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.tokenizer import train_bpe
 from minimind_jax.errors import UserError
 from minimind_jax.inference.adapters import load_switched
-from minimind_jax.inference.generate import load_generator
+from minimind_jax.inference.load import load_generator
 from minimind_jax.runs.export import export_checkpoint
 from minimind_jax.runs.models import load_tokenizer
 from minimind_jax.stages.sft import sft
