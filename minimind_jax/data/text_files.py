@@ -23,6 +23,7 @@ _BLOCK = 1 << 20  # characters of a JSON array read at a time
 _SAMPLE = 1 << 16  # characters of a table that tell its separator
 _EXTRA, _MISSING = "\0more columns", "\0no column"  # marks of a row of CSV that does not fit its header
 _BROKEN = "\0broken"  # of an element of an array that is no JSON
+_CUT = "it was cut off; get it whole, or go on without its last record (in training: --data.on_error skip)"
 csv.field_size_limit(MAX_LINE)
 _SPACE = re.compile(r"[\s,]*")
 
@@ -158,18 +159,22 @@ def _spread_values(lines: Iterator[tuple[int, bytes]], file: Path) -> Iterator[t
             text.at += 1
         else:
             yield text.line, text.take_value()
-    if in_array:
-        raise UserError(f"{file}:{text.line}: the file ends in the middle of a JSON array; it was cut off")
+    if in_array and not text.ends_broken:  # an error of the record that is not there: the others can be kept
+        yield text.line, {_BROKEN: f"the file ends in the middle of a JSON array, behind record {text.count}; {_CUT}"}
 
 
 class _TextAhead:
-    """As much text of a file as is needed. at: place of the next character in it, which stands in line `line`."""
+    """As much text of a file as is needed. at: place of the next character in it, which stands in line `line`.
+
+    count: values taken. ends_broken: whether the last one was no JSON and the file ended with it.
+    """
 
     _decoder = json.JSONDecoder()
 
     def __init__(self, lines: Iterator[tuple[int, bytes]], file: Path):
         self._lines, self._file = lines, file
         self.text, self.at, self.line = "", 0, 0
+        self.count, self.ends_broken = 0, False
 
     def next_character(self) -> str:
         """The next one that is no space and no comma; empty at the end of the file."""
@@ -183,11 +188,13 @@ class _TextAhead:
                 return ""
 
     def take_value(self) -> bytes | dict[str, str]:
-        """The JSON that begins here; of a broken object that ends where the next begins, what is to be said of it.
+        """The JSON that begins here; what is to be said of a broken object that ends where the next begins, or with the
+        file.
 
         Raises UserError for any other that is none, or longer than MAX_LINE.
         """
         broken, indent = None, self.text[self.text.rfind("\n", 0, self.at) + 1 : self.at]
+        self.count += 1
         while True:
             try:
                 _, end = self._decoder.raw_decode(self.text, self.at)
@@ -199,8 +206,13 @@ class _TextAhead:
                 if end := self._next_like_this(indent, error):
                     broken = {_BROKEN: self._explain(error)}
                     break
-                if length > MAX_LINE or not self._read(2 * length):
-                    raise UserError(f"{self._file}:{self.line}: {self._explain(error)}") from error
+                if length <= MAX_LINE and self._read(2 * length):
+                    continue
+                self.ends_broken = self.text[self.at] == "{" and self._is_last(indent, error)
+                if self.ends_broken and length <= MAX_LINE:
+                    end, broken = len(self.text), {_BROKEN: self._explain(error)}
+                    break
+                raise UserError(f"{self._file}:{self.line}: {self._explain(error)}") from error
         value = self.text[self.at : end]
         self.line += value.count("\n")
         self.at = end
@@ -219,13 +231,25 @@ class _TextAhead:
             return None
         return found and found.start()
 
+    def _is_last(self, indent: str, error: ValueError) -> bool:
+        """Whether nothing can follow the broken object, of which the file has no more: it is cut off, or no later line
+        begins as a record's does (see `_next_like_this`)."""
+        is_followed = indent.strip() or re.search(rf"^{indent}\{{", self.text[self.at + 1 :], re.MULTILINE)
+        return self._is_cut_off(error) or not is_followed
+
+    def _is_cut_off(self, error: ValueError) -> bool:
+        rest = self.text[getattr(error, "pos", 0) :]
+        return "Unterminated string" in str(error) or not re.search(r'[][{}":,]', rest)
+
     def _explain(self, error: ValueError) -> str:
         if not isinstance(error, json.JSONDecodeError):
             return f"not readable JSON: {error}"
         line = self.line + self.text.count("\n", self.at, error.pos)
+        is_end = self.ends_broken and self._is_cut_off(error)
+        way_out = f"the file ends there: {_CUT}" if is_end else "expected a JSON array of objects, or one object a line"
         return (
-            f"the record that begins here is not JSON: {error.msg} in line {line} at column {error.colno}; expected a "
-            "JSON array of objects, or one object a line"
+            f"the record that begins here is not JSON: {error.msg} in line {line} at column {error.colno}; "
+            f"{way_out} (this is record {self.count} of the file)"
         )
 
     def _read(self, wanted: int) -> bool:
@@ -236,6 +260,9 @@ class _TextAhead:
             try:
                 pieces.append(raw.decode("utf-8"))
             except UnicodeDecodeError as error:
+                if error.end == len(raw) and "unexpected end" in error.reason:  # the file is cut off in a character
+                    pieces.append(raw[: error.start].decode("utf-8"))
+                    break
                 raise UserError(f"{self._file}:{number}: not UTF-8 text; {encoding_hint(raw)}") from error
             size += len(raw)
             if size >= wanted:

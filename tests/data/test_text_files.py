@@ -60,6 +60,28 @@ def test_broken_arrays_name_the_line(tmp_path, text, message):
         read(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize(
+    "end",
+    ["{", "", '{"text": "今', '{"text": tr', '{"text": "a\\', '{"text": c}\n]', b'{"text": "\xe4\xbb'],
+)
+def test_the_records_before_a_broken_end_of_an_array_are_kept(tmp_path, end):
+    """Cut off between records, within one, in a character; or a last one that is no JSON. One that others may follow
+    in its line stays an error: they would be lost with it."""
+    end, file = end if isinstance(end, bytes) else end.encode(), tmp_path / "a.json"
+    for between in (",", ",\n", ",\n "):
+        if b"]" in end and "\n" not in between:
+            continue
+        file.write_bytes(f'[{between[1:]}{{"text": "a"}}{between}{{"text": "b"}}{between}'.encode() + end)
+        errors: list = []
+        assert [r.value["text"] for r in iter_records([file], errors.append)] == ["a", "b"]
+        assert len(errors) == 1
+        with pytest.raises(UserError, match=rf"json:{4 if len(between) > 1 else 1}: .*record [23]"):
+            read(file)
+    file.write_text('[{"text": "a"},{"text": b},{"text": "c"}]')
+    with pytest.raises(UserError, match="this is record 2 of the file"):
+        list(iter_records([file], errors.append))
+
+
 TABLE = [("text", "label"), ('a "b", c; d', "x"), ("one\ntwo", "y|z"), ("tab\there", "x")]
 
 
