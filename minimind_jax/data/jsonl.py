@@ -3,7 +3,9 @@
 What a file holds is told by its name's ending, and of JSON by its first line. Files may be compressed (gzip, zstd).
 """
 
+import contextlib
 import dataclasses
+import functools
 import glob
 import gzip
 import io
@@ -180,6 +182,7 @@ def iter_lines(file: Path, reading: Reading = READING) -> Iterator[tuple[int, by
     if _ends_in(file, ".parquet"):
         yield from enumerate(_parquet_rows(file), start=1)
         return
+    _tell_wrong_encoding(file, reading.encoding)
     line = 0
     try:
         with _open(file) as stream:
@@ -192,6 +195,17 @@ def iter_lines(file: Path, reading: Reading = READING) -> Iterator[tuple[int, by
                     yield line, raw
     except (EOFError, OSError, zlib.error, *_zstd_errors()) as error:
         raise UserError(f"{file}:{line + 1}: cannot be read: {error}") from error
+
+
+@functools.cache  # once, however often the file is read
+def _tell_wrong_encoding(file: Path, encoding: str) -> None:
+    with contextlib.suppress(EOFError, OSError, zlib.error, *_zstd_errors()), _open(file) as stream:
+        if text_files.is_foreign_utf8(stream, encoding):
+            print(
+                f"warning: {file} is UTF-8 text, and is read as {encoding}, which makes other characters of it; leave "
+                "data.encoding out (of tools: --encoding) if it looks wrong",
+                file=sys.stderr,
+            )
 
 
 def parse_line(raw: bytes | dict[str, Any], file: Path, line: int, told: Counter | None = None) -> Record:

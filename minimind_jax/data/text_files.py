@@ -45,6 +45,21 @@ def encoding_hint(raw: bytes) -> str:
     return f"{looks} (of tools: --encoding), or save the file as UTF-8"
 
 
+def is_foreign_utf8(stream: BinaryIO, encoding: str, enough: int = 1 << 20) -> bool:
+    """Whether text that is to be read in another encoding is UTF-8, with characters that are read wrongly then: as far
+    as its first `enough` bytes, and from there on to the first that is none of ASCII."""
+    if codecs.lookup(encoding).name == "utf-8":
+        return False
+    decoder, is_ascii, seen = codecs.getincrementaldecoder("utf-8")(), True, 0
+    while (is_ascii or seen < enough) and (raw := stream.read(_BLOCK)):
+        try:
+            is_ascii = decoder.decode(raw).isascii() and is_ascii
+        except UnicodeDecodeError:
+            return False
+        seen += len(raw)
+    return not is_ascii
+
+
 def _guess(raw: bytes) -> str | None:
     if raw[:2] in _UTF16_MARKS or raw.count(0) > len(raw) // 4:
         return "utf-16"

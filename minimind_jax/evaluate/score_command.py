@@ -15,7 +15,7 @@ from minimind_jax.data.jsonl import DOCUMENTS, READING, Reading, Record, expand_
 from minimind_jax.data.labels import parse_unlabelled
 from minimind_jax.data.messages import Conversation
 from minimind_jax.data.records import parse_conversation
-from minimind_jax.data.text_files import encoding_hint
+from minimind_jax.data.text_files import encoding_hint, is_foreign_utf8
 from minimind_jax.errors import UserError
 from minimind_jax.evaluate.classification import classify_logits
 from minimind_jax.inference.answer_file import TABLES, PartialFile, check_output, json_line, table_line
@@ -114,11 +114,14 @@ def _input_lines(reading: Reading, told: Counter) -> Iterator[Record]:
         sys.stdin.reconfigure(encoding=reading.encoding, errors="surrogateescape")
     for number, line in enumerate(sys.stdin, 1):
         line = line.removeprefix("\ufeff").rstrip("\r\n")
+        raw = line.encode(reading.encoding, "surrogateescape")
         if any("\udc80" <= character <= "\udcff" for character in line):
-            hint = encoding_hint(line.encode(reading.encoding, "surrogateescape"))
+            hint = encoding_hint(raw)
             raise UserError(f"{place}:{number}: not {reading.encoding} text; {hint}")
         if not line.strip():
             continue
+        if is_foreign_utf8(io.BytesIO(raw), reading.encoding):
+            told[place, f"a line is UTF-8 text, and is read as {reading.encoding} (leave --encoding out)"] += 1
         if line.startswith(("{", "[")) and line.rstrip().endswith(("}", "]")):
             told[place, "a line that looks like JSON is read as text (give records as a file, with --input)"] += 1
         yield Record(f"{place}:{number}", Path(), number, {reading.text_field or "text": line}, told)

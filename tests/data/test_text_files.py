@@ -181,6 +181,21 @@ def test_latin_1(tmp_path, ending):
         read(file)
 
 
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".txt", ".jsonl.gz"])
+def test_utf_8_that_is_read_as_another_encoding_is_told_once(tmp_path, capsys, ending, monkeypatch):
+    """Also where the first character that is none of ASCII comes late, or a block ends within it."""
+    monkeypatch.setattr(text_files, "_BLOCK", 40)
+    for name, text, is_told in [("late", "a" * 99 + "今天天气", "utf-8"), ("right", "今天", ""), ("ascii", "abc", "")]:
+        file = tmp_path / f"{name}{ending}"
+        form = {".csv": f"text\n{text}\n", ".txt": text}.get(ending, json.dumps([{"text": text}], ensure_ascii=False))
+        data = form.encode(is_told or "gb18030")
+        file.write_bytes(gzip.compress(data) if ending.endswith(".gz") else data)
+        for _ in range(2):
+            assert len(read(file, "gb18030")) == 1
+        told = capsys.readouterr().err
+        assert told.count(f"{file} is UTF-8 text, and is read as gb18030") == bool(is_told), told
+
+
 def test_another_encoding_than_the_file_s_is_told(tmp_path):
     (tmp_path / "a.jsonl").write_text(lines(CHINESE), "utf-16")
     with pytest.raises(UserError, match="cannot be read as gbk"):
