@@ -24,7 +24,7 @@ from minimind_jax.runs.models import check_context, load_tokenizer
 from minimind_jax.runs.settle import settle
 from minimind_jax.sharding import announce, data_process, make_mesh
 from minimind_jax.shell import command
-from minimind_jax.training.loop import train
+from minimind_jax.training.packed import train_on_rows
 from minimind_jax.training.run import RunFolder, write_text
 
 
@@ -70,7 +70,7 @@ def classify(config: ClassifyConfig) -> Path:
     weights = np.ones(len(counts))
     if wanted.class_weights == "balanced":
         weights = class_weights(counts, len(train_batches.epoch(0).documents), classes.several)
-    result = train(
+    result = train_on_rows(
         config,
         stage="classify",
         model=model,

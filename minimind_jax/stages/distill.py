@@ -24,7 +24,7 @@ from minimind_jax.runs.samples import sampler, with_prompts
 from minimind_jax.runs.settle import settle
 from minimind_jax.sharding import data_process, make_mesh, param_shardings
 from minimind_jax.shell import command
-from minimind_jax.training.loop import train
+from minimind_jax.training.packed import train_on_rows
 from minimind_jax.training.state import Parameters
 
 
@@ -73,7 +73,7 @@ def distill(config: DistillConfig) -> Path:
     train_batches, val_batches = open_data(
         "conversation", config, tokenizer, *data_process(make_mesh(config.mesh)), annotate=annotate
     )
-    result = train(
+    result = train_on_rows(
         config,
         stage="distill",
         model=model,

@@ -27,7 +27,7 @@ from minimind_jax.runs.samples import sampler, with_prompts
 from minimind_jax.runs.settle import settle
 from minimind_jax.sharding import announce, data_process, make_mesh, shard_batch
 from minimind_jax.shell import command
-from minimind_jax.training.loop import train
+from minimind_jax.training.packed import train_on_rows
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.state import Parameters, fingerprint
 
@@ -71,7 +71,7 @@ def dpo(config: DPOConfig) -> Path:
         reference = Reference(model, has_own=not _starts_as_the_base(config, model))
         parameters = reference.add_to(parameters)
     train_batches, val_batches = open_data("preference", config, tokenizer, *data_process(mesh), annotate=annotate)
-    result = train(
+    result = train_on_rows(
         config,
         stage="dpo",
         model=model,

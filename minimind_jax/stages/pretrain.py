@@ -13,7 +13,7 @@ from minimind_jax.runs.samples import sampler, with_prompts
 from minimind_jax.runs.settle import settle
 from minimind_jax.sharding import data_process, make_mesh
 from minimind_jax.shell import command
-from minimind_jax.training.loop import train
+from minimind_jax.training.packed import train_on_rows
 
 
 @tidy
@@ -42,7 +42,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
     sample_fn = sampler(model, tokenizer, with_prompts(config, "text"), config.seed, encode)
     train_batches, val_batches = open_data("text", config, tokenizer, *data_process(make_mesh(config.mesh)))
-    result = train(
+    result = train_on_rows(
         config,
         stage="pretrain",
         model=model,

@@ -15,7 +15,7 @@ from minimind_jax.runs.models import check_context, load_tokenizer
 from minimind_jax.runs.settle import settle
 from minimind_jax.sharding import data_process, make_mesh
 from minimind_jax.shell import command
-from minimind_jax.training.loop import train
+from minimind_jax.training.packed import train_on_rows
 
 LABELS = Labels(("reward",))
 
@@ -49,7 +49,7 @@ def reward(config: RewardConfig) -> Path:
     train_batches, val_batches = open_data(
         "preference", config, tokenizer, *data_process(make_mesh(config.mesh)), annotate=margins
     )
-    result = train(
+    result = train_on_rows(
         config,
         stage="reward",
         model=model,

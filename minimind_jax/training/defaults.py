@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from minimind_jax.config.sections import MINIMIND_CHANCES, TrainingConfig
 from minimind_jax.config.stages import Figures, PretrainConfig
-from minimind_jax.training.plan import SHORTEST, planned_steps
+from minimind_jax.training.facts import SHORTEST
 
 STEPS_PER_EPOCH = 32  # the batch is made smaller until an epoch has as many
 STEPS = 400  # then there are more epochs, until the run has as many
@@ -32,10 +32,22 @@ class Amount(NamedTuple):
 
 
 class EpochSize(NamedTuple):
-    """What `planned_steps` asks of the batches."""
+    """What `planned_steps` asks of the data, which `Batches` know, too."""
 
     steps_per_epoch: int
     trained_tokens_per_epoch: int
+
+
+def planned_steps(training: TrainingConfig, epoch: EpochSize) -> int:
+    """Optimizer steps of the run; one epoch when neither steps, epochs nor tokens is set."""
+    if training.steps is not None:
+        return training.steps
+    if training.tokens is not None:
+        tokens_per_step = epoch.trained_tokens_per_epoch / epoch.steps_per_epoch
+        return max(1, math.ceil(training.tokens / tokens_per_step))
+    epochs = 1 if training.epochs is None else training.epochs
+    # 0.1 of 30 steps is 3.0000000000000004 in floating point: three steps, not four.
+    return max(1, math.ceil(epochs * epoch.steps_per_epoch - 1e-6))
 
 
 def open_chances(config: PretrainConfig, is_rendered: bool, size: int) -> dict[str, float]:

@@ -1,4 +1,5 @@
-"""The one training loop. A stage gives it data, a loss and parameters; it trains, watches, saves and resumes.
+"""The one training loop. A stage gives it a source of batches, a loss and parameters; it trains, watches, saves and
+resumes.
 
 Order of events at a step: its metrics, then the checkpoint, then the evaluation, then the samples. A run that is cut
 off between two of them does the rest when it is resumed, so its metrics are those of a run that was not.
@@ -7,7 +8,7 @@ off between two of them does the rest when it is resumed, so its metrics are tho
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -17,36 +18,26 @@ from jax.sharding import Mesh
 from minimind_jax import STARTED
 from minimind_jax.agreement import check_agreement
 from minimind_jax.config.stages import PretrainConfig
-from minimind_jax.data.batches import Batches
 from minimind_jax.errors import UserError
-from minimind_jax.losses import LossFn, Metrics, together
+from minimind_jax.losses import LossFn
 from minimind_jax.model.heads import SCORE
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.sharding import data_process, make_mesh, shard_batch
 from minimind_jax.training.checkpoint import Checkpoints
 from minimind_jax.training.defaults import filled
-from minimind_jax.training.plan import (
-    check_patience,
-    check_same_data,
-    data_record,
-    few_steps,
-    planned_steps,
-    run_facts,
-    schedule_change,
-)
+from minimind_jax.training.facts import check_patience, few_steps, run_facts, schedule_change
 from minimind_jax.training.profile import Profiler
 from minimind_jax.training.program import Program, make_program
 from minimind_jax.training.progress import TrainingProgress
 from minimind_jax.training.run import RunFolder, package_versions, plain
+from minimind_jax.training.source import Evaluation, Source
 from minimind_jax.training.speed import Speed
 from minimind_jax.training.state import Parameters, TrainState, create_state, fingerprint
-from minimind_jax.training.step import TrainStep, make_eval_step
+from minimind_jax.training.step import TrainStep
 from minimind_jax.training.stop import StopRequest
 from minimind_jax.training.tracking import MetricsWriter, val_losses
 
 MOST_SKIPPED = 10  # skipped updates from which on a run stops where they are the most
-
-UNWATCHED = {"loss", "nll", "router_loss", "tokens"}  # metrics whose validation value is not written
 
 SampleFn = Callable[[Params], list[tuple[str, str]]]
 
@@ -68,15 +59,15 @@ def train(
     model: LanguageModel,
     parameters: Parameters,
     loss_fn: LossFn,
-    train_batches: Batches,
-    val_batches: Batches | None,
+    source: Source,
+    evaluation: Evaluation | None,
     run: RunFolder,
     sample_fn: SampleFn | None = None,
 ) -> TrainResult:
     """Trains for the steps that `config.training` plans, going on from the run's newest checkpoint.
 
-    parameters: what is trained, and what `loss_fn` (see `losses`) reads beside it. sample_fn: (prompt, text) pairs
-    written by the model with these parameters.
+    parameters: what is trained, and what `loss_fn` (see `losses`) reads beside it. source: of the batches. evaluation:
+    at `training.eval_every`. sample_fn: (prompt, text) pairs written by the model with these parameters.
 
     Writes metrics.jsonl, environment.json, config.yaml and checkpoints into the run's folder.
     Raises:
@@ -85,9 +76,9 @@ def train(
     """
     config = filled(config)
     run.check_resume(config.resume)
-    check_patience(config.training, val_batches is not None)
+    check_patience(config.training, evaluation is not None)
     mesh = make_mesh(config.mesh)
-    total_steps = planned_steps(config.training, train_batches)
+    total_steps = source.planned_steps(config.training)
     check_agreement({"the number of steps": total_steps})
     program = make_program(config, parameters, loss_fn, mesh, total_steps)
     is_first = jax.process_index() == 0
@@ -110,7 +101,7 @@ def train(
         record = checkpoints.record(start_step) if start_step else {}
         warnings = []
         if record:
-            warnings.append(check_same_data(record["data"], data_record(train_batches)))
+            warnings.append(source.check_record(record["data"]))
             warnings.append(
                 schedule_change(config.optimizer, start_step, record.get("total_steps", total_steps), total_steps)
             )
@@ -124,7 +115,7 @@ def train(
             )
 
         has_words = SCORE not in parameters.abstract
-        facts = run_facts(config, stage, model, mesh, program.parts, train_batches, val_batches, total_steps, has_words)
+        facts = run_facts(config, stage, model, mesh, program.parts, source, evaluation, total_steps, has_words)
         # Before the settings: while metrics.jsonl says that the model is written, they are those it was written with.
         writer = stack.enter_context(
             MetricsWriter(run, config.tracking, start_step=start_step, settings=plain(config), active=is_first)
@@ -139,10 +130,8 @@ def train(
             config=config,
             mesh=mesh,
             train_step=program.step,
-            parts=program.parts,
-            eval_step=make_eval_step(loss_fn, mesh, config.compute),
-            train_batches=train_batches,
-            val_batches=val_batches,
+            source=source,
+            evaluation=evaluation,
             sample_fn=sample_fn,
             total_steps=total_steps,
             checkpoints=checkpoints,
@@ -182,21 +171,28 @@ def start_state(parameters: Parameters, program: Program, checkpoints: Checkpoin
     return state._replace(frozen=parameters.split(parameters.load())[1] if program.abstract.frozen else {})
 
 
+class Unread(NamedTuple):
+    """A step under way: its metrics on the device, what the source told of it, and the tokens of its batch."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    told: Mapping[str, float]
+    tokens: int
+
+
 @dataclasses.dataclass
 class Loop:
     """The parts of one run, and what happens at its steps. Made by `train`.
 
-    parts: micro-batches of a step. losses: step -> validation loss; shared with `checkpoints`. tokens: trained so far.
+    losses: step -> validation loss; shared with `checkpoints`. tokens: trained so far.
     skipped: updates that were not made. base: fingerprint of the frozen parameters.
     """
 
     config: PretrainConfig
     mesh: Mesh
     train_step: TrainStep
-    parts: int
-    eval_step: Callable
-    train_batches: Batches
-    val_batches: Batches | None
+    source: Source
+    evaluation: Evaluation | None
     sample_fn: SampleFn | None
     total_steps: int
     checkpoints: Checkpoints
@@ -218,16 +214,19 @@ class Loop:
         self.observe(state, start_step)
         if self.has_lost_patience():
             return state
-        unread: tuple[int, dict, int] | None = None
+        unread: Unread | None = None
         _, row_processes = data_process(self.mesh)
-        with contextlib.closing(self.train_batches.iterate(start_step, self.total_steps - start_step)) as batches:
-            for step, batch in enumerate(batches, start_step + 1):
-                self.stop_if_asked(state, step - 1, unread)
+        with contextlib.closing(self.source):
+            self.source.begin(start_step, self.total_steps)
+            for step in range(start_step + 1, self.total_steps + 1):
+                if (step - 1) % self.source.stride == 0:
+                    self.stop_if_asked(state, step - 1, unread)
+                batch, told = self.source.next(step - 1, state.all_params())
                 state, metrics = self.profiler.step(step, self.train_step, state, shard_batch(batch, self.mesh))
                 # Step N is under way before the metrics of N - 1 are read: the device never waits for the host.
                 self.read(unread)
                 # Rows of other processes are as full as ours, nearly: asking them would cost a message a step.
-                unread = (step, metrics, int(np.count_nonzero(batch["segment_ids"])) * row_processes)
+                unread = Unread(step, metrics, told, int(np.count_nonzero(batch["segment_ids"])) * row_processes)
                 self.checkpoints.poll()
                 is_saved = self.is_due(step, self.checkpoint.every) or (
                     self.training.patience > 0 and self.is_due(step, self.training.eval_every)
@@ -250,16 +249,19 @@ class Loop:
         return 0 < self.training.patience <= since_best
 
     def is_due(self, step: int, every: int) -> bool:
-        return step == self.total_steps or (every > 0 and step % every == 0)
+        """Whether what is done `every` steps is to be done after `step`; what falls into a stride waits for its end."""
+        stride = self.source.stride
+        is_reached = every > 0 and step % stride == 0 and step // every > (step - stride) // every
+        return is_reached or step == self.total_steps
 
     def is_watched(self, step: int) -> bool:
         return self.is_due(step, self.training.eval_every) or self.is_due(step, self.training.sample_every)
 
-    def read(self, unread: tuple[int, dict, int] | None) -> None:
+    def read(self, unread: Unread | None) -> None:
         """Waits for a step's metrics; logs them, and stops the run when they are not finite."""
         if unread is None:
             return
-        step, metrics, batch_tokens = unread
+        step, metrics, told, batch_tokens = unread
         metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
         if not self.speed.has_begun:
             seconds = time.perf_counter() - STARTED
@@ -268,11 +270,11 @@ class Loop:
             self.skip(step, metrics)
         self.tokens += round(metrics.pop("tokens"))
         self.speed.add(batch_tokens)
-        row = {**metrics, "tokens": self.tokens} | ({"skipped": self.skipped} if self.skipped else {})
-        is_logged = step == 1 or self.is_due(step, self.training.log_every)
+        row = {**metrics, "tokens": self.tokens, **told} | ({"skipped": self.skipped} if self.skipped else {})
+        is_logged = step == 1 or step == self.total_steps or step % self.training.log_every == 0
         if is_logged:
             row |= self.speed.read()
-        self.writer.write(step, is_logged, **(row if is_logged else {"loss": row["loss"]}))
+        self.writer.write(step, is_logged or bool(told), **(row if is_logged else {"loss": row["loss"], **told}))
         self.progress.update(step, row | self.speed.forecast(self.total_steps - step), log=is_logged)
 
     def skip(self, step: int, metrics: dict) -> None:
@@ -305,7 +307,7 @@ class Loop:
 
     def save(self, state: TrainState, step: int) -> None:
         record = {
-            "data": data_record(self.train_batches),
+            "data": self.source.record(),
             "base": self.base,
             "tokens": self.tokens,
             "skipped": self.skipped,
@@ -318,7 +320,7 @@ class Loop:
             self.writer.sync()  # the metrics up to a checkpoint are there when it is
             self.checkpoints.save(step, state._replace(frozen={}), record)
 
-    def stop_if_asked(self, state: TrainState, step: int, unread: tuple[int, dict, int] | None) -> None:
+    def stop_if_asked(self, state: TrainState, step: int, unread: Unread | None) -> None:
         if not self.stop.should_stop(step):
             return
         self.read(unread)
@@ -337,7 +339,7 @@ class Loop:
     def observe(self, state: TrainState, step: int) -> None:
         """The evaluation and the samples due at `step`, unless they were written before the run was cut off."""
         with self.speed.pause():
-            if self.val_batches is not None and self.is_due(step, self.training.eval_every):
+            if self.evaluation is not None and self.is_due(step, self.training.eval_every):
                 if not self.writer.has(step, "val_loss"):
                     self.evaluate(state.all_params(), step)
             if self.sample_fn is not None and self.is_due(step, self.training.sample_every):
@@ -345,24 +347,13 @@ class Loop:
                     self.sample(state.all_params(), step)
 
     def evaluate(self, params: Params, step: int) -> None:
-        """Writes val_loss (of language models in nats per target) and the loss function's other metrics as val_NAME;
-        left out when the run is asked to stop meanwhile."""
-        found: list[Metrics] = []
-        for batch in self.val_batches.eval_batches(self.training.eval_rows):
-            if self.stop.signal is not None:
-                return
-            for part in range(self.parts):  # no more rows at once than in training
-                rows = {name: array[part :: self.parts] for name, array in batch.items()}
-                found.append(self.eval_step(params, shard_batch(rows, self.mesh)))
-        total = together(jax.tree.map(lambda *values: np.stack(values), *jax.device_get(found)))
-        if not total["loss"][1]:  # would be a loss of 0, the best there is
-            raise UserError(f"step {step}: nothing in the validation data counts; give other data.val, or more of it")
-        means = {name: float(top) / max(float(bottom), 1.0) for name, (top, bottom) in total.items()}
-        row = {"val_loss": means.get("nll", means["loss"])}
-        row |= {f"val_{name}": value for name, value in means.items() if name not in UNWATCHED}
-        self.writer.write(step, **row)
-        self.losses[step] = row["val_loss"]
-        numbers = "  ".join(f"{name.removeprefix('val_').replace('_', ' ')} {value:.4f}" for name, value in row.items())
+        """Writes the evaluation's numbers as val_NAME; left out when the run is asked to stop meanwhile."""
+        found = self.evaluation(params, lambda: self.stop.signal is not None)
+        if found is None:
+            return
+        self.writer.write(step, **{f"val_{name}": value for name, value in found.items()})
+        self.losses[step] = found["loss"]
+        numbers = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items())
         self.progress.say(f"validation at step {step}: {numbers}")
 
     def sample(self, params: Params, step: int) -> None:

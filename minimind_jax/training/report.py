@@ -13,7 +13,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.folders import holds_model
 from minimind_jax.shell import command
 from minimind_jax.texts import is_there, read_text
-from minimind_jax.training.plan import SHORTEST
+from minimind_jax.training.facts import SHORTEST
 from minimind_jax.training.run import RunFolder, plain, write_text
 from minimind_jax.training.tracking import read_metrics
 

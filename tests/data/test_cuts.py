@@ -13,7 +13,7 @@ from minimind_jax.data.labels import Classes
 from minimind_jax.data.packing import plan_best_fit, plan_concat, plan_heads, plan_pairs, split_at_turns
 from minimind_jax.data.tokenizer import train_bpe
 from minimind_jax.errors import UserError
-from minimind_jax.training.plan import describe_data
+from minimind_jax.training.packed import describe_data
 
 WORDS = "the cat sat on a mat while dogs run"
 

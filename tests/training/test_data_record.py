@@ -9,7 +9,7 @@ from minimind_jax.data.batches import Batches, split_documents
 from minimind_jax.data.token_cache import build_cache
 from minimind_jax.data.tokenizer import train_bpe
 from minimind_jax.errors import UserError
-from minimind_jax.training.plan import check_same_data, data_record
+from minimind_jax.training.packed import check_same_data, data_record
 
 
 @pytest.fixture(scope="module")

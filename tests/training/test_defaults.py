@@ -19,7 +19,7 @@ from minimind_jax.config.stages import ClassifyConfig, DistillConfig, DPOConfig,
 from minimind_jax.runs.samples import with_prompts
 from minimind_jax.stages.sft import sft
 from minimind_jax.training.defaults import Amount, filled, following, open_chances, share_held_out, with_values
-from minimind_jax.training.plan import SHORTEST
+from minimind_jax.training.facts import SHORTEST
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import read_metrics
 

@@ -23,9 +23,10 @@ from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.runs.models import build_model, load_tokenizer, run_parameters
 from minimind_jax.stages.pretrain import pretrain
 from minimind_jax.stages.sft import sft
+from minimind_jax.training.defaults import planned_steps
 from minimind_jax.training.flops import flops_per_token
-from minimind_jax.training.loop import Loop, train
-from minimind_jax.training.plan import check_same_data, planned_steps
+from minimind_jax.training.loop import Loop
+from minimind_jax.training.packed import check_same_data, train_on_rows
 from minimind_jax.training.report import write_report
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.stop import Interrupted
@@ -170,7 +171,7 @@ def train_directly(config, sample_fn=None, loss_fn=None):
     tokenizer = load_tokenizer(config)
     model = build_model(config, tokenizer)
     train_batches, val_batches = open_data("text", config, tokenizer)
-    return train(
+    return train_on_rows(
         config,
         stage="test",
         model=model,

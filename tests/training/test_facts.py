@@ -9,7 +9,8 @@ from minimind_jax.data.batches import open_data
 from minimind_jax.model.config import ComputeConfig
 from minimind_jax.runs.models import build_model, load_tokenizer
 from minimind_jax.sharding import make_mesh
-from minimind_jax.training.plan import run_facts, schedule_change
+from minimind_jax.training.facts import run_facts, schedule_change
+from minimind_jax.training.packed import PackedRows
 
 
 @pytest.mark.parametrize(
@@ -21,7 +22,8 @@ def test_the_paths_that_compute_are_told(world, tmp_path, experts, path, shown):
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_experts=experts))
     tokenizer = load_tokenizer(config)
     model, mesh = build_model(config, tokenizer), make_mesh(config.mesh)
-    facts = run_facts(config, "pretrain", model, mesh, 1, *open_data("text", config, tokenizer), total_steps=24)
+    train_batches, _ = open_data("text", config, tokenizer)
+    facts = run_facts(config, "pretrain", model, mesh, 1, PackedRows(train_batches), None, total_steps=24)
     told = f", experts path: {shown}" if shown else ""
     assert facts["compute"] == f"float32, attention path: grouped{told}, remat none"
 

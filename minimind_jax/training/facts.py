@@ -1,12 +1,7 @@
-"""What a run will do, known before its first step: its length, its data, the facts printed at the start."""
-
-import math
+"""What a run will do, known before its first step: what is printed at the start, and what is warned of."""
 
 from minimind_jax.config.sections import OptimizerConfig, TrainingConfig
 from minimind_jax.config.stages import PretrainConfig
-from minimind_jax.data.batches import Batches
-from minimind_jax.data.cuts import describe_cuts
-from minimind_jax.data.tokenise import RENDERED
 from minimind_jax.errors import UserError
 from minimind_jax.losses.vocabulary import piece_size
 from minimind_jax.model import attention, moe
@@ -14,20 +9,9 @@ from minimind_jax.model.lora import TRAINED, split, without_adapters
 from minimind_jax.model.transformer import LanguageModel, compute_dtype, count_parameters
 from minimind_jax.sharding import row_shards
 from minimind_jax.training.optimizer import make_schedule
+from minimind_jax.training.source import Evaluation, Source
 
 SHORTEST = 100  # steps; shorter runs are warned about
-
-
-def planned_steps(training: TrainingConfig, batches: Batches) -> int:
-    """Optimizer steps of the run; one epoch when neither steps, epochs nor tokens is set."""
-    if training.steps is not None:
-        return training.steps
-    if training.tokens is not None:
-        tokens_per_step = batches.trained_tokens_per_epoch / batches.steps_per_epoch
-        return max(1, math.ceil(training.tokens / tokens_per_step))
-    epochs = 1 if training.epochs is None else training.epochs
-    # 0.1 of 30 steps is 3.0000000000000004 in floating point: three steps, not four.
-    return max(1, math.ceil(epochs * batches.steps_per_epoch - 1e-6))
 
 
 def check_patience(training: TrainingConfig, has_validation: bool) -> None:
@@ -47,57 +31,6 @@ def few_steps(steps: int, config: PretrainConfig) -> str | None:
         f"{steps} step{'s' * (steps != 1)} in all: a model learns little in fewer than {SHORTEST}. For more steps: "
         f"--training.epochs N, --training.steps N{rows * (config.rows_per_step > 1)}, or more data; to learn more in "
         f"each: a higher --optimizer.learning_rate than {config.optimizer.learning_rate:g}"
-    )
-
-
-def data_record(batches: Batches) -> dict[str, str | int | float | bool]:
-    """What decides the rows of every step; kept in checkpoints."""
-    data, info = batches.data, batches.cache.info
-    # The first cache tells nothing of the draws of later epochs. Text has none.
-    chances = {"redraw_each_epoch": data.redraw_each_epoch, **data.chances}
-    return {
-        "cache": batches.cache.made_of,
-        "content": batches.cache.content,
-        "documents": info["documents"],
-        "tokens": info["tokens"],
-        "trained tokens": info["trained_tokens"],
-        "tokens of an epoch": batches.plan.tokens,  # fewer or more with another data.val_fraction
-        "rows of an epoch": batches.rows_per_epoch,
-        "rows of a step": batches.rows_per_step,
-        "seq_len": data.seq_len,
-        # Best fit without a shuffle once trained the longest rows first.
-        "shuffle": data.shuffle or (batches.epoch(0).packing not in ("concat", "pad") and "in order"),
-        "seed": batches.seed,
-        **(chances if info["kind"] in RENDERED else {}),
-        **({"packing": data.packing} if info["kind"] in ("text", "conversation") else {}),
-    }
-
-
-def check_same_data(before: dict, now: dict) -> str | None:
-    """Compares the data record of a checkpoint with that of the run at hand; returns a warning, or None.
-
-    Files that were only moved or touched are the same data; a tokenizer or a rendering that makes as many tokens of it
-    is worth a warning. What the checkpoint does not say, since an earlier version of this program wrote it, is not
-    compared.
-    Raises:
-        UserError: the steps of the checkpoint were made from other batches.
-    """
-    changed = {key: (before[key], now[key]) for key in now if key in before and before[key] != now[key]}
-    if set(changed) <= {"cache"}:
-        return (
-            "the tokenizer or the way this version renders conversations is not that of the checkpoint (or an earlier "
-            "version wrote it, which cannot tell). There are as many documents and tokens, so the run goes on; it is "
-            "exact only if their content is the same"
-            if changed
-            else None
-        )
-    changed.pop("cache", None)
-    if changed.pop("content", None) and not changed:  # counts say more where they differ
-        changed["content"] = ("that of the checkpoint", "another in the files")
-    what = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
-    raise UserError(
-        f"the data has changed since the checkpoint ({what}), so the run cannot be resumed; restore the data and its "
-        "settings, or start another run (another run name, with init_from for the weights)"
     )
 
 
@@ -123,8 +56,8 @@ def run_facts(
     model: LanguageModel,
     mesh,
     parts: int,
-    train_batches: Batches,
-    val_batches: Batches | None,
+    source: Source,
+    evaluation: Evaluation | None,
     total_steps: int,
     has_words: bool = True,
 ) -> dict[str, str]:
@@ -144,7 +77,6 @@ def run_facts(
     vocab = shape.vocab_size // mesh.shape["tensor"]
     tokens = rows[0] * config.data.seq_len // row_shards(mesh)  # of a micro-batch on a device
     piece = piece_size(tokens, vocab)
-    epochs = total_steps / train_batches.steps_per_epoch
     return {
         "stage": stage,
         "model": f"{parameters:,} parameters ({shape.num_hidden_layers} layers of width {shape.hidden_size}, "
@@ -155,10 +87,9 @@ def run_facts(
         + f"remat {model.compute.remat}",
         **({"loss": f"logits of {piece:,} of {vocab:,} words at once on a device"} if has_words else {}),
         "devices": f"{devices.size} x {devices[0].device_kind}{f' ({sizes})' if sizes else ''}",
-        "training data": describe_data(train_batches),
-        "validation data": describe_data(val_batches) if val_batches is not None else "none",
         "batch": f"{config.rows_per_step} rows of {config.data.seq_len} tokens{in_parts}",
-        "steps": f"{total_steps:,} ({epochs:.3g} epochs of {train_batches.steps_per_epoch:,})",
+        **source.facts(total_steps),
+        "validation data": evaluation.describe() if evaluation is not None else "none",
     }
 
 
@@ -168,12 +99,3 @@ def _adapter_facts(model: LanguageModel, parameters: int) -> dict[str, str]:
     trained = count_parameters(split(model.abstract_params(), lambda path: path[-1] in TRAINED)[0])
     ranks = ", ".join(f"{name} {rank}" for name, rank in model.adapter.ranks)
     return {"adapters": f"ranks {ranks}; {trained:,} parameters trained ({trained / parameters:.2%})"}
-
-
-def describe_data(batches: Batches) -> str:
-    """`1,234 documents, 56,789 tokens in 120 rows, packed 98.7 % full`, and what is cut or left out of them."""
-    plan, epoch = batches.plan, batches.epoch(0)
-    cut = describe_cuts(epoch)
-    return f"{len(epoch.documents):,} documents, {plan.tokens:,} tokens in {plan.rows:,} rows, " + (
-        cut or f"packed {plan.efficiency:.1%} full"
-    )
