@@ -108,7 +108,7 @@ def evaluate_perplexity(
 
     @jax.jit
     def sums(params, batch):
-        output = network.hidden(params, batch["tokens"], batch["positions"], batch["segment_ids"])
+        output = network.read_batch(params, batch)
         with full_precision(network.compute):
             kernel_VD = network.head_kernel(params)
             log_probs_BT = token_scores(output.hidden_BTD, kernel_VD, batch["targets"]).log_probs_BT

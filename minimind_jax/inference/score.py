@@ -13,7 +13,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter, resolve_model_folder
 from minimind_jax.inference.buckets import bucket
 from minimind_jax.inference.load import load_model
-from minimind_jax.model.heads import SCORE, scores, without_head
+from minimind_jax.model.heads import SCORE, scores
 
 BATCH_TOKENS = 1 << 14  # scored at once, padding included
 MAX_ROWS = 64
@@ -48,7 +48,7 @@ class Scorer:
         @jax.jit
         def last_scores(params, tokens_BT, lengths_B):
             segments_BT = (jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]).astype(jnp.int32)
-            output = self.model.hidden(without_head(params), tokens_BT, None, segments_BT)
+            output = self.model.hidden(params, tokens_BT, None, segments_BT)
             last_B1D = jnp.take_along_axis(output.hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)
             return scores(params, last_B1D[:, 0])
 

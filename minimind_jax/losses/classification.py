@@ -6,7 +6,7 @@ from jax import Array
 
 from minimind_jax.losses import Batch, LossFn, Metrics
 from minimind_jax.losses.sequences import last_hidden
-from minimind_jax.model.heads import scores, without_head
+from minimind_jax.model.heads import scores
 from minimind_jax.model.transformer import LanguageModel, Params
 
 
@@ -43,7 +43,7 @@ def make_classification_loss(
 
     def loss_fn(params: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
         segments_BT, values_BSX = batch["segment_ids"], batch["values"]
-        output = model.hidden(without_head(params), batch["tokens"], batch["positions"], segments_BT, dropout_key=key)
+        output = model.read_batch(params, batch, key)
         hidden_BSD, held_BS = last_hidden(output.hidden_BTD, segments_BT, room=values_BSX.shape[1])
         logits_BSC = scores(params, hidden_BSD)
         losses_BS = class_losses(logits_BSC, values_BSX, weights, several, label_smoothing)

@@ -90,16 +90,14 @@ def make_distillation_loss(
     """
 
     def loss_fn(params: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
-        arrays = batch["tokens"], batch["positions"], batch["segment_ids"]
-        own = {name: tree for name, tree in params.items() if name != TEACHER}
-        output = model.hidden(own, *arrays, dropout_key=key)
+        output = model.read_batch(params, batch, key)
         if teacher is None:
             vocab, known = model.config.vocab_size, (batch["teacher_ids"], batch["teacher_log_probs"])
         else:
             teacher_model, teacher_params = teacher(jax.lax.stop_gradient(params))
             vocab = max(model.config.vocab_size, teacher_model.config.vocab_size)
             with jax.named_scope("teacher"):
-                known = (jax.lax.stop_gradient(teacher_model.hidden(teacher_params, *arrays).hidden_BTD),)
+                known = (jax.lax.stop_gradient(teacher_model.read_batch(teacher_params, batch).hidden_BTD),)
 
         def apart_of(logits_BTV, *known):
             if teacher is None:
@@ -109,7 +107,7 @@ def make_distillation_loss(
 
         @jax.checkpoint
         def piece(hidden_BTD, targets_BT, *known):
-            logits_BTV = model.logits(own, hidden_BTD)
+            logits_BTV = model.logits(params, hidden_BTD)
             log_probs_BTV = jax.nn.log_softmax(logits_BTV)
             nll_BT = -jnp.take_along_axis(log_probs_BTV, targets_BT[..., None], axis=-1)[..., 0]
             return nll_BT, apart_of(logits_BTV, *known)
@@ -132,7 +130,7 @@ def teacher_likeliest(
     model: LanguageModel, params: Params, batch: Batch, k: int, words: int, temperature: float
 ) -> tuple[Array, Array]:
     """`likeliest` of a teacher for all tokens of packed rows, (B, T, k) each."""
-    output = model.hidden(params, batch["tokens"], batch["positions"], batch["segment_ids"])
+    output = model.read_batch(params, batch)
 
     def piece(hidden_BTD):
         return likeliest(model.logits(params, hidden_BTD), k, words, temperature)

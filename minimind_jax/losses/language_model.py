@@ -25,7 +25,7 @@ def make_language_model_loss(model: LanguageModel, z_loss: float = 0.0) -> LossF
     """
 
     def loss_fn(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array, Metrics]:
-        output = model.hidden(params, batch["tokens"], batch["positions"], batch["segment_ids"], dropout_key=key)
+        output = model.read_batch(params, batch, key)
         with jax.named_scope("head"):
             scores = token_scores(output.hidden_BTD, model.head_kernel(params), batch["targets"])
         weights_BT = batch["loss_weights"].astype(jnp.float32)

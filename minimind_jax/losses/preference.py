@@ -93,7 +93,7 @@ def answer_log_probs(
 
     batch: as in `language_model`, with the two answers of a pair as neighbouring documents, the chosen one first.
     """
-    output = model.hidden(params, batch["tokens"], batch["positions"], batch["segment_ids"], dropout_key=key)
+    output = model.read_batch(params, batch, key)
     with jax.named_scope("head"):
         scores = token_scores(output.hidden_BTD, model.head_kernel(params), batch["targets"])
     weights_BT, room = batch["loss_weights"], pair_room(batch["tokens"].shape[1])
@@ -135,7 +135,7 @@ def make_preference_loss(
             return jax.lax.stop_gradient(answer_log_probs(*reference(params), batch)[0])
 
     def loss_fn(params: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
-        policy, output = answer_log_probs(model, without_reference(params), batch, key)
+        policy, output = answer_log_probs(model, params, batch, key)
         losses, chosen_rewards, rejected_rewards = pair_losses(
             name, policy, reference_answers(params, batch, policy), **options
         )

@@ -6,7 +6,7 @@ from jax import Array
 
 from minimind_jax.losses import Batch, LossFn, Metrics
 from minimind_jax.losses.sequences import last_hidden, pair_room
-from minimind_jax.model.heads import scores, without_head
+from minimind_jax.model.heads import scores
 from minimind_jax.model.transformer import LanguageModel, Params
 
 
@@ -28,8 +28,7 @@ def make_reward_loss(model: LanguageModel, centring: float = 0.0) -> LossFn:
 
     def loss_fn(params: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
         segments_BT, room = batch["segment_ids"], pair_room(batch["tokens"].shape[1])
-        body = without_head(params)
-        output = model.hidden(body, batch["tokens"], batch["positions"], segments_BT, dropout_key=key)
+        output = model.read_batch(params, batch, key)
         hidden_BSD, held_BS = last_hidden(output.hidden_BTD, segments_BT, room)
         scores_BS = scores(params, hidden_BSD)[..., 0]
         chosen, rejected = scores_BS[:, 0::2], scores_BS[:, 1::2]

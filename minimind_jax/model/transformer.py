@@ -87,6 +87,7 @@ class LanguageModel:
     of `jax.jit` or closed over.
 
     Parameters of the layers have a leading L axis; linear kernels are (in, out). See docs of the project for the tree.
+    Others that stand beside them (a head of scores, a teacher) are ignored.
     adapter: the low-rank adapters that are in the parameters, too (see `lora`); None for none.
     """
 
@@ -121,6 +122,12 @@ class LanguageModel:
             return nnx.to_pure_dict(tree)
 
         return {**names("surroundings", ()), "layers": names("layers", ("layers",))}
+
+    def read_batch(self, params: Params, batch: dict[str, Array], dropout_key: Array | None = None) -> ModelOutput:
+        """`hidden` of packed rows: tokens, positions and segment_ids (B, T) of a batch, whose other arrays are ignored.
+        Whatever trains or scores on batches reads them here."""
+        arrays = batch["tokens"], batch["positions"], batch["segment_ids"]
+        return self.hidden(params, *arrays, dropout_key=dropout_key)
 
     @_in_full_precision
     def hidden(
@@ -184,8 +191,9 @@ class LanguageModel:
         return _split_abstract(kind, self.config, self.compute, self.adapter)
 
     def _surroundings(self, params: Params) -> Surroundings:
-        graph, _ = self._split("surroundings")
-        return nnx.merge(graph, {name: value for name, value in params.items() if name != "layers"})
+        """Of the parameters its own: others may stand beside them, a head of scores or another model."""
+        graph, own = self._split("surroundings")
+        return nnx.merge(graph, {name: params[name] for name in own})
 
     def _context(self, tokens_BT, positions_BT, segment_ids_BT, cache, write_index):
         if positions_BT is None:

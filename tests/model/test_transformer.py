@@ -236,3 +236,19 @@ def test_a_model_is_hashable_and_a_static_argument():
 ])  # fmt: skip
 def test_layers_are_one_program_unless_many_or_recomputed(layers, settings, unrolled):
     assert scan_unroll(ComputeConfig(**settings), layers) == unrolled
+
+
+def test_parameters_that_are_not_the_model_s_change_nothing():
+    model, params = make(tie_word_embeddings=False)
+    beside = {**params, "score": {"kernel": jnp.ones((32, 1))}, "teacher": params}
+    batch = dict(zip(("tokens", "positions", "segment_ids"), packed_row(), strict=False), targets=None)
+
+    def total(params):
+        return jnp.sum(jnp.sin(model.logits(params, model.read_batch(params, batch).hidden_BTD)))
+
+    gradients = jax.jit(jax.grad(total))(beside)
+    assert not any(jnp.any(leaf) for leaf in jax.tree.leaves((gradients["score"], gradients["teacher"])))
+    for a, b in zip(
+        jax.tree.leaves(gradients), jax.tree.leaves({**gradients, **jax.jit(jax.grad(total))(params)}), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
