@@ -1,19 +1,15 @@
 """What a row's length costs the data: documents that are cut, tokens lost, rows in which nothing is trained."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
+from minimind_jax.data.epoch import Epoch
 from minimind_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from minimind_jax.data.batches import Epoch
 
 NOUNS = {"text": "documents", "conversation": "conversations", "preference": "pairs", "labelled": "texts"}
 
 
-def describe_cuts(epoch: "Epoch") -> str:
-    """What is cut or left out of an epoch's documents (a `batches.Epoch`), in words; "" where nothing is."""
+def describe_cuts(epoch: Epoch) -> str:
+    """What is cut or left out of an epoch's documents, in words; "" where nothing is."""
     plan, packing, noun = epoch.plan, epoch.packing, NOUNS[epoch.cache.kind]
     lengths = epoch.cache.lengths[epoch.documents]
     told = []
@@ -42,7 +38,7 @@ def describe_cuts(epoch: "Epoch") -> str:
     return "; ".join(told)
 
 
-def check_rows(epoch: "Epoch", role: str) -> None:
+def check_rows(epoch: Epoch, role: str) -> None:
     """Raises UserError when an epoch has no row, with the way out. role: what the data is."""
     if epoch.plan.rows:
         return
@@ -59,7 +55,7 @@ def check_rows(epoch: "Epoch", role: str) -> None:
     )
 
 
-def _what_is_cut(epoch: "Epoch", packing: str) -> str:
+def _what_is_cut(epoch: Epoch, packing: str) -> str:
     plan = epoch.plan
     if packing == "best_fit":
         further = int((plan.starts > 0).sum())

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minimind_jax.config.sections import DataConfig
-from minimind_jax.data.batches import plan_epoch
+from minimind_jax.data.epoch import plan_epoch
 from minimind_jax.data.formats import detect
 from minimind_jax.data.jsonl import READING, Reading, expand_paths, iter_records, reading_of
 from minimind_jax.data.packing import PackingPlan

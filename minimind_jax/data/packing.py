@@ -57,13 +57,6 @@ class PackingPlan:
         """Share of the rows' places that hold a token."""
         return self.tokens / (self.rows * self.seq_len) if self.rows else 1.0
 
-    def pieces(self, row: int) -> list[tuple[int, int, int]]:
-        """(document, start, stop) of each piece of a row, in order."""
-        where = slice(self.row_starts[row], self.row_starts[row + 1])
-        return list(
-            zip(self.documents[where].tolist(), self.starts[where].tolist(), self.stops[where].tolist(), strict=True)
-        )
-
 
 def plan_concat(
     lengths: np.ndarray, seq_len: int, seed: int, epoch: int, shuffle: bool = True, targets: CountTargets | None = None

@@ -201,16 +201,20 @@ def encode_all(encoder: Encoder, chunks: Iterator[list[Line]], workers: int) -> 
         pool.shutdown(cancel_futures=True)
 
 
+_main_module = threading.Lock()  # of two threads that tokenise, one could put back what the other has hidden
+
+
 @contextlib.contextmanager
 def _hidden_main_module():
     """Spawned processes import the program's main file anew: a script without `if __name__ == "__main__":` would start
     its whole run again in each. Ours need nothing from it, so they are not told which it is."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+    with _main_module:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
 
 
 def process_count(asked: int, total_bytes: int) -> int:

@@ -93,7 +93,7 @@ def on_platform(platform: str) -> Iterator[None]:
 
 
 def abstract_batch(config: PretrainConfig):
-    """Shapes of a batch (see `data.batches.pack_row`)."""
+    """Shapes of a batch (see `data.rows.pack_rows`)."""
     import jax
 
     shape = (config.rows_per_step, config.data.seq_len)

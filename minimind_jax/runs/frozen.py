@@ -1,7 +1,6 @@
 """A teacher's likeliest words of every token, computed once and kept in the run's folder."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -9,7 +8,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from minimind_jax.config.stages import DistillConfig
-from minimind_jax.data.batches import Batch, Batches, Piece, open_data
+from minimind_jax.data.batches import Batches
+from minimind_jax.data.open import open_data
+from minimind_jax.data.rows import Batch, Pieces
 from minimind_jax.data.token_cache import TokenCache
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
@@ -28,8 +29,8 @@ Table = tuple[np.ndarray, np.ndarray]  # ids and log_probs of a cache's tokens, 
 class StoredTeacher:
     """What `losses.distillation.likeliest` finds for every token of a run's data.
 
-    `annotate` gives rows `teacher_ids` int32 and `teacher_log_probs` float32, (T, k). A token's words are those behind
-    the tokens before it in its row's piece; so pieces must be the same in every epoch.
+    `annotate` gives rows `teacher_ids` int32 and `teacher_log_probs` float32, (rows, T, k). A token's words are those
+    behind the tokens before it in its row's piece; so pieces must be the same in every epoch.
 
     Raises UserError for settings under which they are not, and when the tables cannot be written.
     """
@@ -66,21 +67,18 @@ class StoredTeacher:
         multihost_utils.sync_global_devices("stored teacher")
         self.tables = {name: self._open(name, "r") for name in caches}
 
-    def annotate(self, cache: TokenCache, pieces: list[Piece]) -> Batch:
-        T, k = self.config.data.seq_len, self.config.teacher.top_k
-        found = {"teacher_ids": np.zeros((T, k), np.int32), "teacher_log_probs": np.zeros((T, k), np.float32)}
-        for here, document, start, stop in _spans(pieces):
-            offset = cache.offsets[document]
-            for array, table in zip(found.values(), self.tables[cache.folder.name], strict=True):
-                array[here] = table[offset + start : offset + stop]
+    def annotate(self, cache: TokenCache, pieces: Pieces) -> Batch:
+        sources, found = pieces.sources(cache), {}
+        for name, table in zip(("teacher_ids", "teacher_log_probs"), self.tables[cache.folder.name], strict=True):
+            dtype = np.int32 if name == "teacher_ids" else np.float32
+            found[name] = pieces.spread(table[sources], dtype=dtype)
         return found
 
-    def _places(self, _: TokenCache, pieces: list[Piece]) -> Batch:
-        """documents, places int32 (T,): where each token of a row is; -1 for padding."""
-        documents, places = np.full((2, self.config.data.seq_len), -1, np.int32)
-        for here, document, start, stop in _spans(pieces):
-            documents[here], places[here] = document, np.arange(start, stop)
-        return {"documents": documents, "places": places}
+    def _places(self, _: TokenCache, pieces: Pieces) -> Batch:
+        """documents, places int32 (rows, T): where each token is; -1 for padding."""
+        documents, starts = (np.repeat(of_piece, pieces.lengths) for of_piece in (pieces.documents, pieces.starts))
+        found = {"documents": documents, "places": starts + pieces.positions}
+        return {name: pieces.spread(values, padding=-1) for name, values in found.items()}
 
     def _make(self, sides: list[Batches], caches: dict[str, TokenCache], params: Params, made_of: dict) -> None:
         k = self.config.teacher.top_k
@@ -141,14 +139,6 @@ class StoredTeacher:
         arrays = (np.memmap(file, dtype, mode) for file, dtype in zip(self._files(name), types, strict=True))
         ids, log_probs = (array.reshape(-1, self.config.teacher.top_k) for array in arrays)
         return ids, log_probs
-
-
-def _spans(pieces: list[Piece]) -> Iterator[tuple[slice, int, int, int]]:
-    """Where each piece of a row lies in it, and the piece: document, start, stop."""
-    place = 0
-    for document, start, stop in pieces:
-        yield slice(place, place + stop - start), document, start, stop
-        place += stop - start
 
 
 def _check(config: DistillConfig, words: int, run: RunFolder) -> None:

@@ -8,8 +8,9 @@ import numpy as np
 
 from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.convert.hf import Labels, load_hf, load_labels
-from minimind_jax.data.batches import Annotate, Batch, Piece
+from minimind_jax.data.epoch import Annotate
 from minimind_jax.data.labels import label_changes
+from minimind_jax.data.rows import Batch, Pieces
 from minimind_jax.data.token_cache import TokenCache
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
@@ -94,11 +95,12 @@ def keep_labels(run: RunFolder, found: Labels) -> Labels:
 
 
 def values_of_pieces(name: str, room: int) -> Annotate:
-    """An `Annotate` that gives a row the values of its pieces' documents as `name`: (room, width), 0 where is none."""
+    """An `Annotate` that gives rows the values of their pieces' documents as `name`: (rows, room, width), 0 where is
+    none."""
 
-    def annotate(cache: TokenCache, pieces: list[Piece]) -> Batch:
-        found = np.zeros((room, cache.values.shape[1]), np.float32)
-        found[: len(pieces)] = cache.values[[document for document, *_ in pieces]]
+    def annotate(cache: TokenCache, pieces: Pieces) -> Batch:
+        found = np.zeros((pieces.row_count, room, cache.values.shape[1]), np.float32)
+        found[pieces.rows, pieces.segments] = cache.values[pieces.documents]
         return {name: found}
 
     return annotate

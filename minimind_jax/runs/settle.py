@@ -5,11 +5,12 @@ import jax
 from minimind_jax.agreement import on_all
 from minimind_jax.config.sections import DataConfig
 from minimind_jax.config.stages import PretrainConfig
-from minimind_jax.data.batches import plan_epoch, split_documents
 from minimind_jax.data.cache_folder import cache_root
 from minimind_jax.data.content import file_identities
+from minimind_jax.data.epoch import plan_epoch
 from minimind_jax.data.jsonl import expand_paths
 from minimind_jax.data.labels import Classes
+from minimind_jax.data.open import split_documents
 from minimind_jax.data.token_cache import build_cache
 from minimind_jax.data.tokenise import RENDERED, Kind
 from minimind_jax.data.tokenizer import Tokenizer

@@ -9,9 +9,10 @@ import numpy as np
 
 from minimind_jax.config.stages import ClassifyConfig
 from minimind_jax.convert.hf import Labels
-from minimind_jax.data.batches import Batches, open_data
+from minimind_jax.data.batches import Batches
 from minimind_jax.data.jsonl import reading_of
 from minimind_jax.data.labels import Classes, find_classes
+from minimind_jax.data.open import open_data
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.evaluate.classification import ClassificationResult, describe, draw_confusion, evaluate_logits
 from minimind_jax.inference.score import Scorer

@@ -8,8 +8,8 @@ from minimind_jax.config.stages import DistillConfig
 from minimind_jax.convert.hf import load_labels
 from minimind_jax.convert.load import load_merged, read_config
 from minimind_jax.convert.load import load_tokenizer as load_model_tokenizer
-from minimind_jax.data.batches import open_data
 from minimind_jax.data.documents import encode_prompt
+from minimind_jax.data.open import open_data
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter, resolve_model_folder

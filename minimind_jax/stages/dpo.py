@@ -9,8 +9,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from minimind_jax.config.stages import DPOConfig
-from minimind_jax.data.batches import Batches, Piece, open_data
+from minimind_jax.data.batches import Batches
 from minimind_jax.data.documents import encode_prompt
+from minimind_jax.data.open import open_data
+from minimind_jax.data.rows import Pieces
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.losses.preference import REFERENCE, answer_log_probs, make_preference_loss, without_reference
@@ -169,15 +171,16 @@ class Precomputed:
             if jax.process_index() == 0:
                 _write_tables(file, made_of, self.tables)
 
-    def annotate(self, cache, pieces: list[Piece]) -> dict[str, np.ndarray]:
-        """reference_log_probs (S,) of a row whose pieces are the sides of pairs."""
-        found = np.zeros(self.room, np.float32)
-        found[: len(pieces)] = self.tables[cache.folder.name][[document for document, *_ in pieces[::2]]].ravel()
+    def annotate(self, cache, pieces: Pieces) -> dict[str, np.ndarray]:
+        """reference_log_probs (rows, S) of rows whose pieces are the sides of pairs."""
+        found = np.zeros((pieces.row_count, self.room), np.float32)
+        sides = self.tables[cache.folder.name][pieces.documents, pieces.segments % 2]
+        found[pieces.rows, pieces.segments] = sides
         return {"reference_log_probs": found}
 
-    def _numbers(self, cache, pieces: list[Piece]) -> dict[str, np.ndarray]:
-        found = np.full(self.room // 2, -1, np.int32)
-        found[: len(pieces) // 2] = [document for document, *_ in pieces[::2]]
+    def _numbers(self, cache, pieces: Pieces) -> dict[str, np.ndarray]:
+        found = np.full((pieces.row_count, self.room // 2), -1, np.int32)
+        found[pieces.rows, pieces.segments // 2] = pieces.documents
         return {"documents": found}
 
     def _fill(self, table: np.ndarray, batches: Batches, model: LanguageModel, params: Params) -> None:

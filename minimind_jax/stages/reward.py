@@ -4,7 +4,8 @@ from pathlib import Path
 
 from minimind_jax.config.stages import RewardConfig
 from minimind_jax.convert.hf import Labels
-from minimind_jax.data.batches import Batch, open_data
+from minimind_jax.data.open import open_data
+from minimind_jax.data.rows import Batch, Pieces
 from minimind_jax.data.token_cache import TokenCache
 from minimind_jax.losses.reward import make_reward_loss
 from minimind_jax.losses.sequences import pair_room
@@ -43,8 +44,8 @@ def reward(config: RewardConfig) -> Path:
     config = settle(config, "preference", tokenizer, model, run)
     values = values_of_pieces("margins", pair_room(config.data.seq_len))
 
-    def margins(cache: TokenCache, documents: list[int]) -> Batch:
-        return {name: array[:, 0] for name, array in values(cache, documents).items()}
+    def margins(cache: TokenCache, pieces: Pieces) -> Batch:
+        return {name: array[..., 0] for name, array in values(cache, pieces).items()}
 
     train_batches, val_batches = open_data(
         "preference", config, tokenizer, *data_process(make_mesh(config.mesh)), annotate=margins

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from minimind_jax.config.stages import SFTConfig
-from minimind_jax.data.batches import open_data
 from minimind_jax.data.documents import encode_prompt
+from minimind_jax.data.open import open_data
 from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.runs.begin import is_finished, start_run, tidy
 from minimind_jax.runs.finish import finish_run

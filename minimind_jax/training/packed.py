@@ -9,8 +9,9 @@ import numpy as np
 
 from minimind_jax.config.sections import TrainingConfig
 from minimind_jax.config.stages import PretrainConfig
-from minimind_jax.data.batches import Batch, Batches
+from minimind_jax.data.batches import Batches
 from minimind_jax.data.cuts import describe_cuts
+from minimind_jax.data.rows import Batch
 from minimind_jax.data.tokenise import RENDERED
 from minimind_jax.errors import UserError
 from minimind_jax.losses import LossFn, together

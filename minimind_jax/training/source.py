@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from minimind_jax.config.sections import TrainingConfig
-from minimind_jax.data.batches import Batch
+from minimind_jax.data.rows import Batch
 from minimind_jax.model.transformer import Params
 
 

@@ -6,11 +6,14 @@ import json
 
 import numpy as np
 import pytest
+from slow_rows import rows_of
 
 from minimind_jax.config.sections import DataConfig, TrainingConfig
 from minimind_jax.config.stages import PretrainConfig, SFTConfig
-from minimind_jax.data.batches import Batches, open_data, pad_row, split_documents
+from minimind_jax.data.batches import Batches
 from minimind_jax.data.documents import encode_text
+from minimind_jax.data.open import open_data, split_documents
+from minimind_jax.data.rows import Pieces, pad_rows
 from minimind_jax.data.token_cache import build_cache
 from minimind_jax.data.tokenizer import Tokenizer, train_bpe
 from minimind_jax.errors import UserError
@@ -67,6 +70,9 @@ def make(config, tokenizer):
         return Batches(cache, data, rows_per_step, seed, token_bytes, *process, select=select, redraw=redraw)
 
     return make
+
+
+PACKINGS = ("concat", "best_fit", "pad")
 
 
 def take(batches, start, steps):
@@ -144,11 +150,31 @@ def test_target_bytes_of_a_text_are_its_bytes(text_cache, make):
     assert total == sum(len(text.encode()) for text in TEXTS)
 
 
+@pytest.mark.parametrize(
+    ("kind", "packing", "seq_len"),
+    [*itertools.product(["text"], PACKINGS, [4, 32, 240]), *itertools.product(["conversation"], PACKINGS, [100, 240])],
+)
+def test_the_rows_of_a_step_are_those_built_one_by_one(text_cache, talk_cache, make, kind, packing, seq_len):
+    """Bit for bit, with padding rows at the end, whatever the documents and the number of rows."""
+    cache = text_cache if kind == "text" else talk_cache
+    batches = make(cache, 3, packing=packing, seq_len=seq_len, select=lambda cache: np.arange(len(cache))[::2])
+    for step in range(min(batches.steps_per_epoch + 2, 40)):
+        epoch, within = batches.locate(step)
+        expected = rows_of(batches.epoch(epoch), range(3 * within, 3 * within + 3), batches.token_bytes)
+        assert_same([batches.step(step)], [expected])
+
+
+def pad_row(cache, document, tokenizer, end_id=None):
+    one = [np.array([value]) for value in (0, 0, document, 0, min(int(cache.lengths[document]), SEQ_LEN))]
+    rows = pad_rows(cache, Pieces(1, SEQ_LEN, *one), tokenizer.token_bytes(), end_id)
+    return {name: array[0] for name, array in rows.items()}
+
+
 def test_pad_rows_of_text_are_minimind_s(text_cache, tokenizer, make):
     for document, text in enumerate(TEXTS):
         ids = [tokenizer.bos_id, *tokenizer.encode(text)[: SEQ_LEN - 2], tokenizer.eos_id]
         padded = np.array(ids + [tokenizer.pad_id] * (SEQ_LEN - len(ids)))
-        row = pad_row(text_cache, document, SEQ_LEN, tokenizer.token_bytes())
+        row = pad_row(text_cache, document, tokenizer, tokenizer.eos_id)
         np.testing.assert_array_equal(row["tokens"], padded)
         np.testing.assert_array_equal(row["targets"][: len(ids) - 1], padded[1 : len(ids)])
         np.testing.assert_array_equal(row["loss_weights"], np.arange(SEQ_LEN) < len(ids) - 1)
@@ -158,7 +184,7 @@ def test_pad_rows_of_text_are_minimind_s(text_cache, tokenizer, make):
     assert max(len(tokenizer.encode(text)) for text in TEXTS) > SEQ_LEN  # some were cut
     batches = make(text_cache, packing="pad", shuffle=False)
     rows = np.concatenate([batch["tokens"] for batch in take(batches, 0, batches.steps_per_epoch)])
-    expected = [pad_row(text_cache, d, SEQ_LEN, tokenizer.token_bytes())["tokens"] for d in range(len(TEXTS))]
+    expected = [pad_row(text_cache, d, tokenizer, tokenizer.eos_id)["tokens"] for d in range(len(TEXTS))]
     np.testing.assert_array_equal(rows[: len(TEXTS)], expected)
 
 
@@ -166,7 +192,7 @@ def test_pad_rows_of_conversations_are_their_first_tokens(talk_cache, tokenizer)
     for document, length in enumerate(talk_cache.lengths):
         ids = talk_cache.ids(document, 0, SEQ_LEN)
         labels = np.where(talk_cache.is_trained(document, 0, SEQ_LEN), ids, -100)
-        row = pad_row(talk_cache, document, SEQ_LEN, tokenizer.token_bytes())
+        row = pad_row(talk_cache, document, tokenizer)
         n = min(int(length), SEQ_LEN)
         np.testing.assert_array_equal(row["tokens"][:n], ids)
         np.testing.assert_array_equal(
@@ -196,7 +222,7 @@ def test_epochs_differ_and_seeds_differ(text_cache, make):
     assert tokens[0] != tokens[1] and tokens[0] != other
 
 
-@pytest.mark.parametrize(("packing", "threads"), [*itertools.product(["concat", "best_fit", "pad"], [0, 2])])
+@pytest.mark.parametrize(("packing", "threads"), [*itertools.product(PACKINGS, [0, 2])])
 def test_starting_at_any_step_equals_a_straight_run(text_cache, make, packing, threads):
     straight = take(make(text_cache, packing=packing), 0, 40)
     assert make(text_cache, packing=packing).steps_per_epoch < 20  # several epochs
@@ -211,8 +237,8 @@ def test_a_late_step_is_reached_without_replaying(talk_cache, make):
     step = 10**6
     (batch,) = take(batches, step, 1)
     epoch, within = divmod(step, batches.steps_per_epoch)
-    row = batches.epoch(epoch).row(within * 4, batches.token_bytes)
-    np.testing.assert_array_equal(batch["tokens"][0], row["tokens"])
+    rows = batches.epoch(epoch).rows([within * 4], batches.token_bytes)
+    np.testing.assert_array_equal(batch["tokens"][0], rows["tokens"][0])
 
 
 def test_loader_threads_do_not_change_the_batches(talk_cache, make):

@@ -4,12 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from slow_rows import pieces_of
 
 from minimind_jax.config.sections import DataConfig, TrainingConfig
 from minimind_jax.config.stages import PretrainConfig
-from minimind_jax.data.batches import open_data
 from minimind_jax.data.cuts import describe_cuts
 from minimind_jax.data.labels import Classes
+from minimind_jax.data.open import open_data
 from minimind_jax.data.packing import plan_best_fit, plan_concat, plan_heads, plan_pairs, split_at_turns
 from minimind_jax.data.tokenizer import train_bpe
 from minimind_jax.errors import UserError
@@ -55,7 +56,8 @@ def chats(*lengths):
 
 def rows(batches):
     """All rows of an epoch that hold anything."""
-    found = [batches.row(index) for index in range(batches.steps_per_epoch * batches.rows_per_step)]
+    steps = [batches.step(step) for step in range(batches.steps_per_epoch)]
+    found = [{name: array[row] for name, array in step.items()} for step in steps for row in range(len(step["tokens"]))]
     return [row for row in found if row["segment_ids"].any()]
 
 
@@ -90,7 +92,7 @@ def test_data_that_fits_is_planned_as_before_and_nothing_is_told(folder, tokeniz
     elif packing == "concat":
         without = plan_concat(lengths, 512, batches.seed, 0)
     if packing != "pad":
-        assert [plan.pieces(r) for r in range(plan.rows)] == [without.pieces(r) for r in range(without.rows)]
+        assert [pieces_of(plan, r) for r in range(plan.rows)] == [pieces_of(without, r) for r in range(without.rows)]
     assert not plan.dropped_tokens and not plan.untrained
     if packing != "concat":
         assert describe_cuts(batches.epoch(0)) == "" and "packed" in describe_data(batches)
@@ -171,4 +173,4 @@ def test_without_a_shuffle_every_plan_keeps_the_order_of_the_data():
         plan_pairs(2 * lengths, lambda d: np.array([0, 1, lengths[d]]), 80, 0, 0, shuffle=False),
     ):
         assert (np.diff(plan.documents) >= 0).all() and len(np.unique(plan.documents)) == 50
-        assert all(sum(b - a for _, a, b in plan.pieces(row)) <= plan.seq_len for row in range(plan.rows))
+        assert all(sum(b - a for _, a, b in pieces_of(plan, row)) <= plan.seq_len for row in range(plan.rows))

@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from slow_rows import pieces_of
 
 from minimind_jax.config.sections import DataConfig
 from minimind_jax.config.stages import ClassifyConfig, LabelConfig
@@ -93,7 +94,7 @@ def test_pairs_stay_together_and_long_prompts_lose_their_beginning():
     assert (plan.left_out, plan.cut_documents) == (1, 1)
     seen = {}
     for row in range(plan.rows):
-        pieces = plan.pieces(row)
+        pieces = pieces_of(plan, row)
         assert sum(stop - start for _, start, stop in pieces) <= 32 and len(pieces) % 2 == 0
         for (document, start, stop), (other, rejected_start, rejected_stop) in zip(
             pieces[::2], pieces[1::2], strict=True
@@ -109,7 +110,7 @@ def test_pairs_stay_together_and_long_prompts_lose_their_beginning():
 def test_long_texts_keep_their_heads():
     plan = plan_heads(np.array([5, 40, 3]), 16, seed=0, epoch=0)
     assert plan.cut_documents == 1 and plan.dropped_tokens == 24
-    pieces = sorted(piece for row in range(plan.rows) for piece in plan.pieces(row))
+    pieces = sorted(piece for row in range(plan.rows) for piece in pieces_of(plan, row))
     assert pieces == [(0, 0, 5), (1, 0, 16), (2, 0, 3)]
 
 
@@ -122,12 +123,12 @@ def test_a_row_of_pairs(tokenizer, tmp_path):
     np.testing.assert_array_equal(cache.values, np.arange(5)[:, None])
 
     def annotate(cache, pieces):
-        found = np.full(8, -1)
-        found[: len(pieces)] = [document for document, *_ in pieces]
+        found = np.full((pieces.row_count, 8), -1)
+        found[pieces.rows, pieces.segments] = pieces.documents
         return {"documents": found}
 
     batches = Batches(cache, data, 1, 0, tokenizer.token_bytes(), annotate=annotate)
-    row = batches.row(0)
+    row = {name: array[0] for name, array in batches.step(0).items()}
     count = int(row["segment_ids"].max())
     documents = row["documents"][:count]
     np.testing.assert_array_equal(documents[::2], documents[1::2])

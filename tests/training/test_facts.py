@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from minimind_jax.config.sections import OptimizerConfig
-from minimind_jax.data.batches import open_data
+from minimind_jax.data.open import open_data
 from minimind_jax.model.config import ComputeConfig
 from minimind_jax.runs.models import build_model, load_tokenizer
 from minimind_jax.sharding import make_mesh

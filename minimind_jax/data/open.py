@@ -1,0 +1,101 @@
+"""A stage's data, opened: the caches of its files, and which documents are held out."""
+
+import functools
+
+import jax
+import numpy as np
+
+from minimind_jax.agreement import check_agreement, on_all
+from minimind_jax.config.stages import PretrainConfig
+from minimind_jax.data.batches import Batches
+from minimind_jax.data.epoch import Annotate
+from minimind_jax.data.labels import Classes
+from minimind_jax.data.token_cache import TokenCache, build_cache
+from minimind_jax.data.tokenise import RENDERED, Kind
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.seeds import named_seed
+
+
+def open_data(
+    kind: Kind,
+    config: PretrainConfig,
+    tokenizer: Tokenizer,
+    process_index: int = 0,
+    process_count: int = 1,
+    *,
+    classes: Classes | None = None,
+    annotate: Annotate | None = None,
+) -> tuple[Batches, Batches | None]:
+    """A stage's training and validation batches; the latter None without `data.val` and `data.val_fraction`.
+
+    Builds the caches if there are none yet; the first process speaks of it. Raises UserError for what is wrong with the
+    data, and where the data of the processes differ.
+    """
+    own = functools.partial(_open_own, kind, config, tokenizer, process_index, process_count, classes, annotate)
+    pair = on_all(own)
+    check_agreement({key: value for batches in pair if batches is not None for key, value in batches.agreed().items()})
+    return pair
+
+
+def _open_own(
+    kind: Kind,
+    config: PretrainConfig,
+    tokenizer: Tokenizer,
+    process_index: int,
+    process_count: int,
+    classes: Classes | None,
+    annotate: Annotate | None,
+) -> tuple[Batches, Batches | None]:
+    """`open_data` of one process."""
+    data, seed, speaks = config.data, config.seed, jax.process_index() == 0
+    build = functools.partial(build_cache, kind, progress=speaks, report_skipped=speaks, classes=classes)
+    cache = build(data.train, tokenizer, data, seed)
+    fraction = config.figures.val_fraction if data.val_fraction is None else data.val_fraction
+    fraction = 0.0 if data.val else fraction
+    make = functools.partial(
+        Batches,
+        data=data,
+        rows_per_step=config.rows_per_step,
+        seed=seed,
+        token_bytes=tokenizer.token_bytes(),
+        process_index=process_index,
+        process_count=process_count,
+        annotate=annotate,
+    )
+
+    def redraw(epoch: int, ahead: bool) -> TokenCache:
+        shown = {"progress": False, "report_skipped": False} if ahead else {}
+        return build(data.train, tokenizer, data, seed, epoch, **shown)
+
+    train = make(
+        cache,
+        role="training data",
+        select=lambda c: split_documents(c, fraction, seed)[0],
+        redraw=redraw if data.redraw_each_epoch and kind in RENDERED else None,
+    )
+    if data.val:
+        return train, make(build(data.val, tokenizer, data, seed), role="validation data")
+    if not len(split_documents(cache, fraction, seed)[1]):
+        return train, None
+    return train, make(cache, role="validation data", select=lambda c: split_documents(c, fraction, seed)[1])
+
+
+def split_documents(cache: TokenCache, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(training, validation) documents; a record's side depends on its number, the fraction and the seed alone.
+
+    At least one document is held out if the fraction is above 0 and there are two.
+    """
+    draws = _hash01(np.asarray(cache.records), named_seed(seed, "validation"))
+    held_out = draws < fraction
+    if fraction and len(cache) > 1:
+        held_out[np.argmin(draws)] = True
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def _hash01(numbers: np.ndarray, seed: int) -> np.ndarray:
+    """SplitMix64's finaliser: a float in [0, 1) for each integer."""
+    with np.errstate(over="ignore"):
+        x = numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (x ^ (x >> np.uint64(31))) / 2.0**64
