@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from minimind_jax import __version__, last_resort, shell
+from minimind_jax import __version__, last_resort, shell, signals
 from minimind_jax import tool_commands as tools
 from minimind_jax.config import settings
 from minimind_jax.errors import UserError
@@ -33,13 +33,14 @@ class Command(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `minimind ARGUMENTS` and returns the exit status: 0, 2 for what the user can mend, 1 for a bug,
-    130 for Ctrl-C."""
+    128 + signal for Ctrl-C (130), SIGTERM (143) and SIGHUP (129)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show Chinese gets \u4f60, and the run goes on
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        return _dispatch(argv)
+        with signals.answering():
+            return _dispatch(argv)
     except UserError as error:
         print(f"minimind: {shell.with_program(str(error))}", file=sys.stderr)
         return 2
@@ -53,8 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         last_resort.report_bug()
         return 1
     except KeyboardInterrupt:
-        print("minimind: stopped", file=sys.stderr)
+        signals.say("stopped")
         return 130
+    except signals.Stopped as stop:
+        signals.say(f"{stop.signal.name}: stopped")
+        return stop.code
 
 
 def _dispatch(argv: list[str]) -> int:

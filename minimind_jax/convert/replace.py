@@ -16,6 +16,7 @@ from minimind_jax.data.tokenizer import TOKENIZER_FILES
 from minimind_jax.errors import UserError
 from minimind_jax.folders import ADAPTER_CONFIG, holds_model
 from minimind_jax.paths import is_remote, upload_folder
+from minimind_jax.signals import telling, uninterrupted
 
 MARKS = ("config.json", ADAPTER_CONFIG)  # each makes a folder a model's; removed first and written last
 _TEMPLATES = "additional_chat_templates"
@@ -39,11 +40,13 @@ def replacing(folder: Path) -> Iterator[Path]:
     folder inside and then moved, those in MARKS last, so a kill leaves the older model, the new one, or no model.
     Raises UserError when they cannot be written, or `check_replaceable` refuses the folder.
     """
-    if is_remote(folder):
-        with _uploading(folder) as staged:
-            yield staged
-        return
-    folder = folder.resolve()  # through a link
+    write = _uploading(folder) if is_remote(folder) else _replacing(folder.resolve())  # through a link
+    with telling(lambda: f"{folder}: no model was written{_kept(folder)}; give the command again"), write as staged:
+        yield staged
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
     check_replaceable(folder)
     staged, is_new = folder / _STAGED, not folder.exists()
     try:
@@ -58,11 +61,15 @@ def replacing(folder: Path) -> Iterator[Path]:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
             raise
-        _move_into_place(staged, folder)
+        with uninterrupted():
+            _move_into_place(staged, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        kept = "; the older model there is unchanged" if holds_model(folder) else ""
-        raise UserError(f"{folder}: the model could not be written: {reason}{kept}") from error
+        raise UserError(f"{folder}: the model could not be written: {reason}{_kept(folder)}") from error
+
+
+def _kept(folder: Path) -> str:
+    return "; the older model there is unchanged" if holds_model(folder) else ""
 
 
 def check_replaceable(folder: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from minimind_jax.convert.hf_weights import DTYPES, StoredTensor, cast
 from minimind_jax.errors import UserError
 from minimind_jax.shell import install_command
+from minimind_jax.signals import telling
 
 # What compilation and data parallelism put before the names.
 _WRAPPERS = ("_orig_mod.", "module.")
@@ -59,9 +60,10 @@ def write_torch(path: str | Path, tensors: Mapping[str, np.ndarray], aliases: Ma
     state |= {alias: state[name] for alias, name in aliases.items()}
     partial = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, partial)
-        os.replace(partial, path)
+        with telling(lambda: f"{path} was not written; give the command again"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(state, partial)
+            os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path}: could not be written: {error}") from error
     finally:

@@ -14,6 +14,7 @@ from minimind_jax.data.labels import LABEL_FIELDS, labelled_record
 from minimind_jax.data.records import as_record, parse_conversation, parse_preference, parse_text
 from minimind_jax.data.values import field_names
 from minimind_jax.errors import UserError
+from minimind_jax.signals import telling
 
 KINDS = ("text", "conversation", "preference", "labelled")
 
@@ -47,7 +48,10 @@ def convert(
     found: Counter = Counter()
     partial = target.with_name(f"{target.name}.partial")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
+        with (
+            telling(lambda: f"{output} was not written; give the command again"),
+            open(partial, "w", encoding="utf-8") as file,
+        ):
             for record in iter_records(files, on_bad, reading, told):
                 try:
                     record = _renamed(record, renamed or {})

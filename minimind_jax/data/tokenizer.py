@@ -114,7 +114,7 @@ class Tokenizer:
         except UserError:
             raise
         except BaseException as error:  # the Rust library raises bare Exception, and panics of no class of Python's
-            if isinstance(error, KeyboardInterrupt | MemoryError):
+            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
                 raise
             raise UserError(f"{file}: not a tokenizer: {error}; download or train it again") from error
         backend.no_truncation()

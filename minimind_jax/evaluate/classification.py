@@ -1,6 +1,7 @@
 """How good a classifier is on labelled texts: accuracy, F1, calibration, and who is taken for whom."""
 
 import dataclasses
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from minimind_jax.convert.hf import Labels
+from minimind_jax.signals import uninterrupted
 
 BINS = 10  # of confidence
 FONTS = (  # of pictures: matplotlib's own, and those that have Chinese
@@ -120,8 +122,10 @@ def evaluate_logits(logits: np.ndarray, truth: Sequence[Sequence[str]], labels: 
 
 def draw_confusion(result: ClassificationResult, picture: Path) -> None:
     """Writes `confusion_figure` as PNG."""
-    with picture.open("wb") as file:
-        confusion_figure(result).savefig(file, format="png", dpi=110)
+    drawn = io.BytesIO()
+    confusion_figure(result).savefig(drawn, format="png", dpi=110)
+    with uninterrupted():
+        picture.write_bytes(drawn.getvalue())
 
 
 def confusion_figure(result: ClassificationResult):

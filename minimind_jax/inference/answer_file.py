@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 from minimind_jax.errors import UserError
+from minimind_jax.signals import telling
 
 AGAIN = "--resume never begins anew"
 TABLES = {".csv": ",", ".tsv": "\t"}  # the separator of files whose names end so
@@ -28,6 +29,7 @@ class PartialFile:
     """
 
     _advice = "make room and give the same command again"
+    _again = "the same command begins anew and writes over it"
 
     def __init__(self, output: Path, line: Callable[[dict[str, Any]], str] | None = None):
         """Raises UserError if nothing can be written there."""
@@ -50,13 +52,19 @@ class PartialFile:
             raise
 
     def __enter__(self):
+        self._telling = telling(self._what_is_left, of=(BaseException,))
+        self._telling.__enter__()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *error) -> None:
         with contextlib.suppress(OSError):  # what could not be written was told by `write`
             self._file.close()
         self._leave()
         self._unlock()
+        self._telling.__exit__(*error)
+
+    def _what_is_left(self) -> str:
+        return f"what was answered is in {self._partial}; {self._again}" if self._partial.exists() else ""
 
     def write(self, answer: dict[str, Any]) -> None:
         try:
@@ -91,6 +99,7 @@ class AnswerFile(PartialFile):
     """
 
     _advice = f"{PartialFile._advice}, which goes on from here"
+    _again = "the same command goes on from there"
 
     def __init__(self, output: Path, settings: dict[str, Any], resume: bool):
         """Raises UserError if nothing can be written there, or if the earlier lines were made with other settings."""

@@ -16,6 +16,7 @@ from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.runs.adapters import plan_adapters, save_adapters
 from minimind_jax.runs.models import start_generation
 from minimind_jax.shell import command
+from minimind_jax.signals import telling
 from minimind_jax.training.loop import TrainResult
 from minimind_jax.training.report import write_report
 from minimind_jax.training.run import RunFolder
@@ -44,28 +45,36 @@ def finish_run(
     if jax.process_count() > 1:
         params = multihost_utils.process_allgather(params, tiled=True)
     if jax.process_index() == 0:
-        if plan is not None and labels is not None:
-            params = merge(join(_body(load_hf(plan.base)[1]), params))
-        if plan is None or labels is not None:
-            save_hf(
-                run.model, model.config, params, tokenizer, dtype=config.export_dtype, labels=labels,
-                generation_config=start_generation(config),
-            )  # fmt: skip
-            written = config.export_dtype
-        else:
-            settings = to_generation_config(model.config, start_generation(config))
-            save_adapters(run.model, params, plan, tokenizer, settings)
-            written = "adapters in float32"
-            hint += f"\n  {command('convert', 'merge-lora', run.path, 'OUTPUT', note='one whole model')}"
-        if judge is not None:
-            judge()
-        row = export_row(result.step, written, result.model_step)
-        write_report(run, row)
-        append_export(run, row)
+        with telling(lambda: _what_is_left(run), of=(BaseException,)):
+            if plan is not None and labels is not None:
+                params = merge(join(_body(load_hf(plan.base)[1]), params))
+            if plan is None or labels is not None:
+                save_hf(
+                    run.model, model.config, params, tokenizer, dtype=config.export_dtype, labels=labels,
+                    generation_config=start_generation(config),
+                )  # fmt: skip
+                written = config.export_dtype
+            else:
+                settings = to_generation_config(model.config, start_generation(config))
+                save_adapters(run.model, params, plan, tokenizer, settings)
+                written = "adapters in float32"
+                hint += f"\n  {command('convert', 'merge-lora', run.path, 'OUTPUT', note='one whole model')}"
+            if judge is not None:
+                judge()
+            row = export_row(result.step, written, result.model_step)
+            write_report(run, row)
+            append_export(run, row)
         print(f"The model is {run.model}, the report {run.report_file}. Next:\n{hint}")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("model")
     return run.path
+
+
+def _what_is_left(run: RunFolder) -> str:
+    return (
+        f"the training of {run.path} is done and saved; what belongs to its end, {run.model.name}/ and "
+        f"{run.report_file.name}, is not all written: the same command goes on there"
+    )
 
 
 def _body(params: Params) -> Params:

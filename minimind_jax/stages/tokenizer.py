@@ -23,7 +23,6 @@ from minimind_jax.data.tokenizer import TOKENIZER_FILES, StreamDecoder, Tokenize
 from minimind_jax.errors import UserError
 from minimind_jax.progress import progress
 from minimind_jax.runs.tokenizer_origin import ORIGIN, check_origin, origin_of, write_origin
-from minimind_jax.training.stop import answering_ctrl_c
 
 SELF_TEST_TEXTS = {
     "English": (
@@ -79,7 +78,7 @@ def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
         with progress("counting records"):
             total, records = _draw(files, config.max_records, skip, reading)
         drawn = min(total, config.max_records or total)
-        with answering_ctrl_c(), progress("training the tokenizer", drawn) as advance:
+        with progress("training the tokenizer", drawn) as advance:
             texts = _Texts(records, skip, advance, reading)
             tokenizer = train_bpe(texts, workplace / "new", config.vocab_size)
         _report(config, tokenizer, texts, total, list(skipped))

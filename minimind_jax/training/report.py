@@ -1,5 +1,6 @@
 """The report of a run, made from its folder alone: report.md and loss.png."""
 
+import io
 import itertools
 import math
 import shlex
@@ -12,6 +13,7 @@ from minimind_jax.config.stages import CONFIGS
 from minimind_jax.errors import UserError
 from minimind_jax.folders import holds_model
 from minimind_jax.shell import command
+from minimind_jax.signals import uninterrupted
 from minimind_jax.texts import is_there, read_text
 from minimind_jax.training.facts import SHORTEST
 from minimind_jax.training.run import RunFolder, plain, write_text
@@ -69,8 +71,10 @@ def draw_losses(train: list[dict], val: list[dict], picture: Path) -> None:
     rates.set_ylabel("learning rate")
     rates.set_xlabel("step")
     rates.grid(alpha=0.3)
-    with picture.open("wb") as file:
-        figure.savefig(file, format="png", dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
+    with uninterrupted():
+        picture.write_bytes(drawn.getvalue())
 
 
 def _series(rows: list[dict], name: str) -> tuple[list[int], list[float]]:

@@ -1,17 +1,14 @@
 """The one place that decides whether a run should stop early: signals, and preemption of a cluster's machines."""
 
-import contextlib
 import os
-import select
 import signal
-import sys
 import threading
-from collections.abc import Iterator
 
 import jax
 from jax.experimental import multihost_utils
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+from minimind_jax.signals import SIGNALS, say, silence_lost_outputs
+
 ENDED_AT_ONCE = 1  # exit code of a run that was asked three times
 
 
@@ -101,59 +98,3 @@ class StopRequest:
         )
         if self._heard > 2:
             os._exit(ENDED_AT_ONCE)
-
-
-@contextlib.contextmanager
-def answering_ctrl_c(patience: float = 1.0) -> Iterator[None]:
-    """For long calls that Python cannot interrupt: a Ctrl-C that they have kept waiting for `patience` seconds is
-    answered, and the next one ends the process at once. Does nothing outside of the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    receiving, sending = os.pipe()
-    os.set_blocking(sending, False)
-    delivered = threading.Event()
-
-    def listen() -> None:
-        while received := os.read(receiving, 1):
-            if received[0] == signal.SIGINT and not delivered.wait(patience):
-                say("SIGINT: stopping when this part is done. Press Ctrl-C again to stop at once.")
-                if os.read(receiving, 1) and not delivered.is_set():
-                    os._exit(128 + signal.SIGINT)
-
-    def deliver(number: int, frame) -> None:
-        delivered.set()
-        raise KeyboardInterrupt
-
-    listener = threading.Thread(target=listen, daemon=True)
-    handler, pipe = signal.signal(signal.SIGINT, deliver), signal.set_wakeup_fd(sending, warn_on_full_buffer=False)
-    listener.start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(pipe)
-        signal.signal(signal.SIGINT, handler)
-        delivered.set()
-        os.close(sending)
-        listener.join()
-        os.close(receiving)
-
-
-def say(text: str) -> None:
-    """A line on the standard error, if somebody is there to read it."""
-    with contextlib.suppress(OSError, ValueError):
-        print(f"minimind: {text}", file=sys.stderr, flush=True)
-
-
-def silence_lost_outputs() -> None:
-    """Sends the outputs whose reader has left, a closed terminal or a pipe's other end, to nowhere: a run that saves
-    must not fail because it says so."""
-    if not hasattr(select, "poll"):
-        return
-    for descriptor in (1, 2):
-        poll = select.poll()
-        poll.register(descriptor, 0)
-        if any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)

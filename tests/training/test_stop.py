@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from minimind_jax.training.stop import ENDED_AT_ONCE, SIGNALS, StopRequest, answering_ctrl_c
+from minimind_jax.signals import SIGNALS
+from minimind_jax.training.stop import ENDED_AT_ONCE, StopRequest
 
 # Is busy for long where Python cannot run a handler, as in a compilation.
 BUSY = """
@@ -68,25 +69,6 @@ def test_the_first_is_answered_at_once_and_the_third_ends_a_busy_process():
             process.send_signal(signal.SIGINT)
             assert words in process.stderr.readline()
         assert process.wait(10) == ENDED_AT_ONCE
-
-
-def test_a_long_call_answers_ctrl_c_and_the_second_ends_it():
-    command = [sys.executable, "-c", BUSY.replace("StopRequest()", "answering_ctrl_c(0.1)").replace("StopRequest", "*")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(1)  # the call has begun
-        process.send_signal(signal.SIGINT)
-        assert "Press Ctrl-C again to stop at once" in process.stderr.readline()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 130
-
-
-def test_where_python_can_answer_ctrl_c_nothing_is_added(capsys):
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), answering_ctrl_c(0.05):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(5)
-    assert signal.getsignal(signal.SIGINT) is before and not capsys.readouterr().err
 
 
 def test_a_run_whose_terminal_is_closed_saves(tmp_path):
