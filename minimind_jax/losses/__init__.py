@@ -1,28 +1,50 @@
 """Losses: pure functions of arrays that return sums, so that nothing depends on how a batch was cut.
 
 A loss function takes `(params, batch, key)`, one micro-batch and a dropout key (None for no dropout), and returns
-`(numerator, denominator, metrics)`: float32 sums over the micro-batch, and for each metric its own pair of sums. The
-step adds them over micro-batches and devices and divides once. A metric named min_... or max_... is the smallest or
-largest value of the micro-batch (an infinity, if it has none) and 1.
+`(numerator, denominator, metrics)`: float32 sums over the micro-batch, and numbers that say how they are put together
+(see `Metric`). The step does so over micro-batches and devices, and divides once.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 Batch = dict[str, jax.Array]
-Metrics = dict[str, tuple[jax.Array, jax.Array]]
+
+_REDUCTIONS = {"sum": jnp.sum, "min": jnp.min, "max": jnp.max}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A number of a micro-batch, and how it becomes that of several: Metric(total, count) is a mean over all of them,
+    Metric(total) a sum, Metric(value, by="min") the smallest value.
+
+    count: of what the total is a sum over, 0 where there was nothing. by: how totals are put together; where there was
+    nothing they are 0, for `min` infinity and for `max` -infinity.
+    """
+
+    total: Array
+    count: Array | None = None
+    by: Literal["sum", "min", "max"] = dataclasses.field(default="sum", metadata={"static": True})
+
+    def joined(self) -> "Metric":
+        """That of n micro-batches together, of whose metrics the fields are stacked, (n,)."""
+        total = _REDUCTIONS[self.by](self.total, axis=0)
+        return Metric(total, None if self.count is None else jnp.sum(self.count, axis=0), self.by)
+
+    def value(self) -> Array:
+        return self.total if self.count is None else self.total / jnp.maximum(self.count, 1)
+
+
+Metrics = dict[str, Metric]
 LossFn = Callable[[Any, Batch, jax.Array | None], tuple[jax.Array, jax.Array, Metrics]]
 
 
 def together(metrics: Metrics) -> Metrics:
-    """The metrics of several micro-batches, (n,) each, as those of all of them."""
-
-    def join(name: str, values: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
-        if name.startswith(("min_", "max_")):
-            return (jnp.min if name.startswith("min_") else jnp.max)(values, axis=0), jnp.ones(())
-        return jnp.sum(values, axis=0), jnp.sum(counts, axis=0)
-
-    return {name: join(name, *pair) for name, pair in metrics.items()}
+    """The metrics of n micro-batches, stacked, as those of all of them."""
+    return {name: metric.joined() for name, metric in metrics.items()}

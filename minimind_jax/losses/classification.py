@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from minimind_jax.losses import Batch, LossFn, Metrics
+from minimind_jax.losses import Batch, LossFn, Metric, Metrics
 from minimind_jax.losses.sequences import last_hidden
 from minimind_jax.model.heads import scores
 from minimind_jax.model.transformer import LanguageModel, Params
@@ -57,9 +57,9 @@ def make_classification_loss(
         texts, weight = jnp.sum(held_BS).astype(jnp.float32), jnp.sum(weight_BS)
         router_loss = output.router_loss * weight
         metrics = {
-            "accuracy": (jnp.sum(jnp.where(held_BS, right_BS, 0)).astype(jnp.float32), texts),
-            "router_loss": (router_loss, weight),
-            "tokens": (jnp.sum(segments_BT > 0).astype(jnp.float32), jnp.zeros(())),  # a sum, no mean
+            "accuracy": Metric(jnp.sum(jnp.where(held_BS, right_BS, 0)).astype(jnp.float32), texts),
+            "router_loss": Metric(router_loss, weight),
+            "tokens": Metric(jnp.sum(segments_BT > 0).astype(jnp.float32)),
         }
         return jnp.sum(jnp.where(held_BS, losses_BS, 0)) + router_loss, weight, metrics
 

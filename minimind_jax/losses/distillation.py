@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from minimind_jax.losses import Batch, LossFn, Metrics
+from minimind_jax.losses import Batch, LossFn, Metric, Metrics
 from minimind_jax.model.transformer import LanguageModel, Params
 
 Divergence = Literal["forward", "reverse", "jsd"]
@@ -118,9 +118,13 @@ def make_distillation_loss(
         count = jnp.sum(weights_BT)
         router_loss = output.router_loss * count
         numerator = alpha * nll + (1 - alpha) * temperature**2 * apart + router_loss
-        metrics = {"nll": (nll, count), "divergence": (apart, count), "router_loss": (router_loss, count)}
+        metrics = {
+            "nll": Metric(nll, count),
+            "divergence": Metric(apart, count),
+            "router_loss": Metric(router_loss, count),
+        }
         if "target_bytes" in batch:
-            metrics["bits_per_byte"] = (nll / jnp.log(2.0), jnp.sum(weights_BT * batch["target_bytes"]))
+            metrics["bits_per_byte"] = Metric(nll / jnp.log(2.0), jnp.sum(weights_BT * batch["target_bytes"]))
         return numerator, count, metrics
 
     return loss_fn

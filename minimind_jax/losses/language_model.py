@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from minimind_jax.losses import Batch, LossFn, Metrics
+from minimind_jax.losses import Batch, LossFn, Metric, Metrics
 from minimind_jax.losses.vocabulary import token_scores
 from minimind_jax.model.transformer import LanguageModel, Params
 
@@ -35,9 +35,9 @@ def make_language_model_loss(model: LanguageModel, z_loss: float = 0.0) -> LossF
         numerator = nll + router_loss
         if z_loss:
             numerator += z_loss * jnp.sum(weights_BT * jnp.square(scores.log_sums_BT))
-        metrics = {"nll": (nll, count), "router_loss": (router_loss, count)}
+        metrics = {"nll": Metric(nll, count), "router_loss": Metric(router_loss, count)}
         if "target_bytes" in batch:
-            metrics["bits_per_byte"] = (nll / jnp.log(2.0), jnp.sum(weights_BT * batch["target_bytes"]))
+            metrics["bits_per_byte"] = Metric(nll / jnp.log(2.0), jnp.sum(weights_BT * batch["target_bytes"]))
         return numerator, count, metrics
 
     return loss_fn

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from minimind_jax.losses import Batch, LossFn, Metrics
+from minimind_jax.losses import Batch, LossFn, Metric, Metrics
 from minimind_jax.losses.sequences import pair_room, sum_by_segment
 from minimind_jax.losses.vocabulary import token_scores
 from minimind_jax.model.transformer import LanguageModel, ModelOutput, Params
@@ -149,15 +149,15 @@ def make_preference_loss(
         router_loss = output.router_loss * pairs
         numerator = total(losses) + sft_weight * total(chosen_nll) + router_loss
         metrics = {
-            "rewards/chosen": (total(chosen_rewards), pairs),
-            "rewards/rejected": (total(rejected_rewards), pairs),
-            "rewards/margins": (total(chosen_rewards - rejected_rewards), pairs),
-            "rewards/accuracies": (total(chosen_rewards > rejected_rewards), pairs),
-            "logps/chosen": (total(policy.chosen), pairs),
-            "logps/rejected": (total(policy.rejected), pairs),
-            "chosen_nll": (-total(policy.chosen), total(policy.chosen_count)),
-            "router_loss": (router_loss, pairs),
-            "tokens": (jnp.sum(batch["loss_weights"]), jnp.zeros(())),  # a sum, no mean
+            "rewards/chosen": Metric(total(chosen_rewards), pairs),
+            "rewards/rejected": Metric(total(rejected_rewards), pairs),
+            "rewards/margins": Metric(total(chosen_rewards - rejected_rewards), pairs),
+            "rewards/accuracies": Metric(total(chosen_rewards > rejected_rewards), pairs),
+            "logps/chosen": Metric(total(policy.chosen), pairs),
+            "logps/rejected": Metric(total(policy.rejected), pairs),
+            "chosen_nll": Metric(-total(policy.chosen), total(policy.chosen_count)),
+            "router_loss": Metric(router_loss, pairs),
+            "tokens": Metric(jnp.sum(batch["loss_weights"])),
         }
         return numerator, pairs, metrics
 

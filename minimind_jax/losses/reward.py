@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from minimind_jax.losses import Batch, LossFn, Metrics
+from minimind_jax.losses import Batch, LossFn, Metric, Metrics
 from minimind_jax.losses.sequences import last_hidden, pair_room
 from minimind_jax.model.heads import scores
 from minimind_jax.model.transformer import LanguageModel, Params
@@ -41,13 +41,13 @@ def make_reward_loss(model: LanguageModel, centring: float = 0.0) -> LossFn:
         router_loss = output.router_loss * pairs
         losses = bradley_terry(chosen, rejected, batch["margins"][:, 0::2], centring)
         metrics = {
-            "accuracy": (total(chosen > rejected), pairs),
-            "margin": (total(chosen - rejected), pairs),
-            "mean_reward": (total(chosen + rejected), 2 * pairs),
-            "min_reward": (jnp.min(jnp.where(is_pair, jnp.minimum(chosen, rejected), jnp.inf)), jnp.ones(())),
-            "max_reward": (jnp.max(jnp.where(is_pair, jnp.maximum(chosen, rejected), -jnp.inf)), jnp.ones(())),
-            "router_loss": (router_loss, pairs),
-            "tokens": (jnp.sum(segments_BT > 0).astype(jnp.float32), jnp.zeros(())),  # a sum, no mean
+            "accuracy": Metric(total(chosen > rejected), pairs),
+            "margin": Metric(total(chosen - rejected), pairs),
+            "mean_reward": Metric(total(chosen + rejected), 2 * pairs),
+            "min_reward": Metric(jnp.min(jnp.where(is_pair, jnp.minimum(chosen, rejected), jnp.inf)), by="min"),
+            "max_reward": Metric(jnp.max(jnp.where(is_pair, jnp.maximum(chosen, rejected), -jnp.inf)), by="max"),
+            "router_loss": Metric(router_loss, pairs),
+            "tokens": Metric(jnp.sum(segments_BT > 0).astype(jnp.float32)),
         }
         return total(losses) + router_loss, pairs, metrics
 

@@ -91,11 +91,11 @@ class HeldOutRows:
                 rows = {name: array[part :: self._parts] for name, array in batch.items()}
                 found.append(self._step(params, shard_batch(rows, self._mesh)))
         total = together(jax.tree.map(lambda *values: np.stack(values), *jax.device_get(found)))
-        if not total["loss"][1]:  # would be a loss of 0, the best there is
+        if not total["loss"].count:  # would be a loss of 0, the best there is
             raise UserError("nothing in the validation data counts; give other data.val, or more of it")
-        means = {name: float(top) / max(float(bottom), 1.0) for name, (top, bottom) in total.items()}
-        watched = {name: value for name, value in means.items() if name not in UNWATCHED}
-        return {"loss": means.get("nll", means["loss"]), **watched}
+        values = {name: float(metric.value()) for name, metric in total.items()}
+        watched = {name: value for name, value in values.items() if name not in UNWATCHED}
+        return {"loss": values.get("nll", values["loss"]), **watched}
 
 
 def data_record(batches: Batches) -> dict[str, str | int | float | bool]:

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from minimind_jax.errors import UserError
-from minimind_jax.losses import Batch, LossFn, Metrics, together
+from minimind_jax.losses import Batch, LossFn, Metric, Metrics, together
 from minimind_jax.model.config import ComputeConfig
 from minimind_jax.model.lora import join
 from minimind_jax.model.transformer import full_precision
@@ -47,7 +47,7 @@ def make_train_step(
     run gets past the batch if it goes on.
 
     Metrics, scalars on the device: loss, grad_norm (before clipping), learning_rate, tokens (the denominator, if the
-    loss function does not say), finite (1 or 0), and the loss function's own, divided.
+    loss function does not say), finite (1 or 0), and the values of the loss function's own.
     """
 
     @_precisely(compute)
@@ -70,7 +70,7 @@ def make_train_step(
             )
         metrics = {
             "tokens": denominator,
-            **{name: total / jnp.maximum(count, 1) for name, (total, count) in metrics.items()},
+            **{name: metric.value() for name, metric in metrics.items()},
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": schedule(state.step),
@@ -91,16 +91,16 @@ def make_train_step(
 def make_eval_step(
     loss_fn: LossFn, mesh: Mesh | None = None, compute: ComputeConfig | None = None
 ) -> Callable[[Any, Batch], Metrics]:
-    """A jitted `(params, batch) -> sums`: `loss` and the loss function's metrics, each a (numerator, denominator).
+    """A jitted `(params, batch) -> metrics`: `loss` and the loss function's own.
 
-    No dropout. Those of all batches are put `losses.together`, then divided. mesh: of params and batch, if on one.
+    No dropout. Those of all batches are put `losses.together`. mesh: of params and batch, if on one.
     compute: as in `make_train_step`.
     """
 
     @_precisely(compute)
     def eval_step(params: Any, batch: Batch) -> Metrics:
         numerator, denominator, metrics = loss_fn(params, batch, None)
-        return {**metrics, "loss": (numerator, denominator)}
+        return {**metrics, "loss": Metric(numerator, denominator)}
 
     return jax.jit(eval_step if mesh is None else _with_mesh(eval_step, mesh))
 

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from minimind_jax.config.sections import OptimizerConfig
 from minimind_jax.errors import UserError
+from minimind_jax.losses import Metric
 from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.transformer import LanguageModel
@@ -272,7 +273,7 @@ def test_the_state_is_donated_and_nothing_is_compiled_twice():
 
 def test_dropout_keys_come_from_seed_step_and_micro_batch():
     def draw(params, batch, key):
-        return jnp.sum(params["w"]), jnp.float32(1), {"draw": (jax.random.uniform(key), jnp.float32(1))}
+        return jnp.sum(params["w"]), jnp.float32(1), {"draw": Metric(jax.random.uniform(key), jnp.float32(1))}
 
     optimizer = keep_gradient()
     step = make_train_step(draw, optimizer, optax.constant_schedule(0.0), accumulation_steps=2, seed=9)
@@ -289,13 +290,13 @@ def test_rows_that_do_not_divide():
         step(state, pack(documents(np.random.default_rng(9)), PACKED))
 
 
-def test_metrics_of_micro_batches_are_means_or_extremes():
+def test_metrics_of_micro_batches_are_means_sums_or_extremes():
     model, one = LanguageModel(ModelConfig(**TINY)), np.float32(1)
 
     def loss_fn(params, batch, key):
         first = jnp.float32(batch["tokens"][:, 0])
-        metrics = {"mean": (jnp.sum(first), jnp.float32(len(first))), "min_x": (jnp.min(first), one),
-                   "max_x": (jnp.max(first), one)}  # fmt: skip
+        metrics = {"x": Metric(jnp.sum(first), jnp.float32(len(first))), "all_x": Metric(jnp.sum(first)),
+                   "least_x": Metric(jnp.min(first), by="min"), "most_x": Metric(jnp.max(first), by="max")}  # fmt: skip
         return make_language_model_loss(model)(params, batch, key)[0], one, metrics
 
     batch = pack(documents(np.random.default_rng(9)), PACKED)
@@ -303,15 +304,15 @@ def test_metrics_of_micro_batches_are_means_or_extremes():
     for accumulation_steps in (1, 2, 4):
         step, state = train_setup(loss_fn, accumulation_steps=accumulation_steps)
         found = step(state, batch)[1]
-        wanted = (first.mean(), first.min(), first.max())
-        np.testing.assert_allclose([found[name] for name in ("mean", "min_x", "max_x")], wanted, rtol=1e-6)
+        wanted = (first.mean(), first.sum(), first.min(), first.max())
+        np.testing.assert_allclose([found[n] for n in ("x", "all_x", "least_x", "most_x")], wanted, rtol=1e-6)
 
 
 def test_evaluation_gives_the_sums():
     model = LanguageModel(ModelConfig(**TINY, dropout=0.5))
     params, batch = model.init(jax.random.key(0)), pack(documents(np.random.default_rng(10)), PACKED)
-    sums = make_eval_step(make_language_model_loss(model))(params, batch)
+    found = make_eval_step(make_language_model_loss(model))(params, batch)
     loss, _ = loss_and_gradient(LanguageModel(ModelConfig(**TINY)), params, batch)
-    assert sums["loss"][1] == batch["loss_weights"].sum()
-    np.testing.assert_allclose(sums["loss"][0] / sums["loss"][1], loss, rtol=1e-6)
-    np.testing.assert_allclose(sums["nll"], sums["loss"], rtol=1e-6)
+    assert found["loss"].count == batch["loss_weights"].sum()
+    np.testing.assert_allclose(found["loss"].total / found["loss"].count, loss, rtol=1e-6)
+    np.testing.assert_allclose(jax.tree.leaves(found["nll"]), jax.tree.leaves(found["loss"]), rtol=1e-6)
