@@ -23,6 +23,14 @@ def at_least(owner, minimum: float, *names: str) -> None:
             raise ValueError(f"{name} is {value}; it must be at least {minimum}")
 
 
+def check_shares(owner, section: str, *names: str) -> None:
+    """Raises ValueError when one of these fields is set and not between 0 and 1."""
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{section}{name} is {value}; it must be between 0 and 1")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
     """A preset and what differs from it.
@@ -99,7 +107,7 @@ class ModelSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class FilesConfig:
     """Where the records are and how they become rows of tokens.
 
     train: files, folders or globs (.jsonl, .json, .csv, .tsv, .parquet, .txt, .md; .gz and .zst of these).
@@ -107,9 +115,6 @@ class DataConfig:
     val_fraction: share of the training records held out when `val` is empty; 0 for no validation; null follows from
         how many there are.
     seq_len: tokens in a row.
-    packing: `concat` joins documents end to end and drops nothing; `best_fit` puts whole conversations into rows and
-        cuts only at turn boundaries; `pad` is one document a row, cut at seq_len, as MiniMind does. Pairs and labelled
-        texts are always packed by best fit.
     on_error: a broken record stops the run before its first step, or is skipped and counted.
     encoding: of files of text: utf-8, gb18030, gbk, big5, utf-16, latin-1, ...
     text_field: where records hold their text; empty takes `text`, `content`, `body`, `document` or `raw_content`.
@@ -118,18 +123,12 @@ class DataConfig:
     cache_dir: of tokenised data; empty means $MINIMIND_CACHE or ~/.cache/minimind_jax.
     tokenizer_workers: processes that tokenise; 0 means one for each core.
     loader_workers: threads that read rows ahead of the training step.
-    system_prompt_probability: chance that a conversation without system prompt and tools gets one (SFT). null:
-        MiniMind's 0.2 of much data, and 0 of little, which is then learned as `chat` will ask for it.
-    empty_think_removal: chance that a conversation's empty think blocks are removed (SFT). null: MiniMind's 0.8 of much
-        data, and 0 of little.
-    redraw_each_epoch: draw these two chances anew for every epoch (the data is then tokenised for each).
     """
 
     train: tuple[str, ...] = ()
     val: tuple[str, ...] = ()
     val_fraction: float | None = None
     seq_len: int = 512
-    packing: Literal["concat", "best_fit", "pad"] = "concat"
     on_error: Literal["stop", "skip"] = "stop"
     encoding: str = "utf-8"
     text_field: str = ""
@@ -138,29 +137,62 @@ class DataConfig:
     cache_dir: str = ""
     tokenizer_workers: int = 0
     loader_workers: int = 1
+
+    def __post_init__(self):
+        at_least(self, 4, "seq_len")
+        at_least(self, 0, "tokenizer_workers", "loader_workers")
+        check_shares(self, "data.", "val_fraction")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig(FilesConfig):
+    """Files of texts, which one row may share.
+
+    packing: `concat` joins documents end to end and drops nothing; `best_fit` puts whole conversations into rows and
+        cuts only at turn boundaries; `pad` is one document a row, cut at seq_len, as MiniMind does.
+    """
+
+    packing: Literal["concat", "best_fit", "pad"] = "concat"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.packing not in ("concat", "best_fit", "pad"):
+            raise ValueError(f"data.packing is {self.packing!r}; it must be concat, best_fit or pad")
+
+
+@dataclasses.dataclass(frozen=True)
+class PairsConfig(FilesConfig):
+    """Files of pairs of answers, rendered by the chat template and packed by best fit.
+
+    system_prompt_probability: chance that a conversation without system prompt and tools gets one. null: MiniMind's
+        0.2 of much data, and 0 of little, which is then learned as `chat` will ask for it.
+    empty_think_removal: chance that a conversation's empty think blocks are removed. null: MiniMind's 0.8 of much
+        data, and 0 of little.
+    redraw_each_epoch: draw these two chances anew for every epoch (the data is then tokenised for each).
+    """
+
     system_prompt_probability: float | None = None
     empty_think_removal: float | None = None
     redraw_each_epoch: bool = False
 
     def __post_init__(self):
-        at_least(self, 4, "seq_len")
-        at_least(self, 0, "tokenizer_workers", "loader_workers")
-        for name in ("val_fraction", "system_prompt_probability", "empty_think_removal"):
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"data.{name} is {getattr(self, name)}; it must be between 0 and 1")
-        if self.packing not in ("concat", "best_fit", "pad"):
-            raise ValueError(f"data.packing is {self.packing!r}; it must be concat, best_fit or pad")
+        super().__post_init__()
+        check_shares(self, "data.", *MINIMIND_CHANCES)
 
     @property
     def chances(self) -> dict[str, float]:
         """system_prompt_probability and empty_think_removal; MiniMind's while they are null."""
-        given = {"system_prompt_probability": self.system_prompt_probability}
-        given["empty_think_removal"] = self.empty_think_removal
+        given = {name: getattr(self, name) for name in MINIMIND_CHANCES}
         return {name: MINIMIND_CHANCES[name] if value is None else value for name, value in given.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingConfig:
+class DataConfig(TextConfig, PairsConfig):
+    """Files of conversations, which are rendered, and of which one row may hold several."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
     """How long, how much at once, and what is watched.
 
     steps, epochs, tokens: the length of the run; set one (tokens counts trained tokens, approximately). If none is set,
@@ -170,11 +202,9 @@ class TrainingConfig:
     accumulation_steps: micro-batches of one optimizer step, fewer where a device's rows do not divide by it; it changes
         the memory used and not the result (only dropout's draws and a MoE's load-balancing loss are per micro-batch).
     max_grad_norm: the gradient is scaled down to this global norm; 0 for no clipping.
-    z_loss: weight of logsumexp(logits)^2 in the loss.
     log_every: steps between two lines of all metrics, here and in trackers; metrics.jsonl has the loss of every step.
     eval_every: steps between two evaluations; 0 for none but the last step's. null makes about ten, and more in long
         runs.
-    sample_every: steps between two rounds of samples; 0 for none but the last step's.
     eval_rows: validation rows used at most; 0 for all.
     patience: evaluations without a lower validation loss after which the run ends; the model written is then that of
         the lowest. A checkpoint is saved at every evaluation. 0 for never.
@@ -189,11 +219,9 @@ class TrainingConfig:
     batch_tokens: int | None = None
     accumulation_steps: int = 1
     max_grad_norm: float = 1.0
-    z_loss: float = 0.0
     log_every: int = 10
     eval_every: int | None = None
     eval_rows: int = 256
-    sample_every: int = 0
     patience: int = 0
     stop_on_nan: bool = True
     profile_steps: int = 0
@@ -207,8 +235,35 @@ class TrainingConfig:
             if getattr(self, name) <= 0:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; it must be above 0")
         at_least(self, 1, "batch_tokens", "accumulation_steps", "log_every")
-        at_least(self, 0, "eval_every", "eval_rows", "sample_every", "patience", "max_grad_norm", "z_loss")
-        at_least(self, 0, "profile_steps", "profile_start")
+        at_least(self, 0, "eval_every", "eval_rows", "patience", "max_grad_norm", "profile_steps", "profile_start")
+
+
+@dataclasses.dataclass(frozen=True)
+class WritingLoopConfig(LoopConfig):
+    """The loop of a model that writes text.
+
+    sample_every: steps between two rounds of samples; 0 for none but the last step's.
+    """
+
+    sample_every: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, 0, "sample_every")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig(WritingLoopConfig):
+    """The loop of a model that learns by cross entropy alone.
+
+    z_loss: weight of logsumexp(logits)^2 in the loss.
+    """
+
+    z_loss: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, 0, "z_loss")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,9 +305,8 @@ class OptimizerConfig:
 
     def __post_init__(self):
         at_least(self, 0, "learning_rate", "weight_decay", "warmup_steps")
-        for name in ("b1", "b2", "momentum", "warmup_fraction", "final_fraction", "decay_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be between 0 and 1")
+        shares = ("b1", "b2", "momentum", "warmup_fraction", "final_fraction", "decay_fraction")
+        check_shares(self, "optimizer.", *shares)
 
 
 @dataclasses.dataclass(frozen=True)

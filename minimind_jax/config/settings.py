@@ -255,7 +255,14 @@ def make_settings(cls: type, given: Mapping[str, Setting], **defaults: Any) -> A
     """
     fields = {field.key: field for field in fields_of(cls)}
     values = dict(defaults)
+    former = getattr(cls, "FORMER", {})
     for key, setting in given.items():
+        if key not in fields and key in former:
+            unset, reason = former[key]
+            if setting.value != unset:
+                told = f"{key} {setting.value}: has no effect in this stage, for {reason}; leave it out"
+                raise UserError(f"{setting.where}: {told}")
+            continue
         if key not in fields:
             raise UserError(_unknown_key(key, setting, fields))
         values[key] = _typed(fields[key], setting)

@@ -1,24 +1,33 @@
 """The settings of every stage; what only one stage has stands beside it."""
 
 import dataclasses
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from minimind_jax.config.sections import (
     CheckpointConfig,
     DataConfig,
     DType,
+    FilesConfig,
+    LoopConfig,
     LoRAConfig,
     MeshConfig,
     ModelSettings,
     OptimizerConfig,
+    PairsConfig,
     SampleConfig,
+    TextConfig,
     TrackingConfig,
     TrainingConfig,
+    WritingLoopConfig,
     at_least,
+    check_shares,
 )
 from minimind_jax.model.config import ComputeConfig
 
 REFERENCE_FREE = ("simpo", "orpo")
+
+NOT_RENDERED = "no record of this stage is rendered by the chat template"
+WRITES_NOTHING = "its model writes no text"
 
 
 class Figures(NamedTuple):
@@ -41,8 +50,8 @@ class Figures(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class PretrainConfig:
-    """Next-token training on plain text, from scratch or from a model.
+class RunConfig:
+    """What every training stage has.
 
     run: a name (a folder under runs/) or a path.
     init_from: a Hugging Face folder, a run whose model/ is meant, or a model on the hub (Qwen/Qwen3-0.6B, or
@@ -54,26 +63,39 @@ class PretrainConfig:
     export_dtype: of the tensors in the run's model/ folder; those of adapters are always float32.
     """
 
-    FIGURES: ClassVar[Figures] = Figures(
-        81920, 2, 5e-4, few_rate=2e-4, lora_rate=5e-4, val_fraction=0.001, most_epochs=10
-    )
+    FIGURES: ClassVar[Figures]
 
-    run: str = "pretrain"
+    # Settings that every stage had once: the value of a stage that ignored them, which is in config.yaml of its runs,
+    # and why it has them no longer. Any other value is refused.
+    FORMER: ClassVar[dict[str, tuple[Any, str]]] = {
+        "data.packing": ("best_fit", "pairs and labelled texts are packed in a way of their own"),
+        "data.system_prompt_probability": (None, NOT_RENDERED),
+        "data.empty_think_removal": (None, NOT_RENDERED),
+        "data.redraw_each_epoch": (False, NOT_RENDERED),
+        "training.z_loss": (0.0, "it is of the stages that train by cross entropy alone, pretrain and sft"),
+        "training.sample_every": (0, WRITES_NOTHING),
+        "samples.prompts": ([], WRITES_NOTHING),
+        "samples.from_data": (0, WRITES_NOTHING),
+        "samples.max_new_tokens": (48, WRITES_NOTHING),
+        "samples.temperature": (0.0, WRITES_NOTHING),
+        "samples.top_p": (1.0, WRITES_NOTHING),
+    }
+
+    run: str
     init_from: str = ""
     tokenizer: str = ""
     seed: int = 42
     resume: Literal["auto", "must", "never"] = "auto"
     export_dtype: DType = "bfloat16"
     model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    data: FilesConfig = dataclasses.field(default_factory=FilesConfig)
+    training: LoopConfig = dataclasses.field(default_factory=LoopConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
-    samples: SampleConfig = dataclasses.field(default_factory=SampleConfig)
 
     def __post_init__(self):
         rows = self.data.seq_len * self.training.accumulation_steps
@@ -86,6 +108,11 @@ class PretrainConfig:
             raise ValueError(f"seed is {self.seed}; it must be between -2**63 and 2**63 - 1")
         if self.resume not in ("auto", "must", "never"):
             raise ValueError(f"resume is {self.resume!r}; it must be auto, must or never")
+
+    @classmethod
+    def is_former(cls, key: str, value: Any) -> bool:
+        """Whether this is the value of a setting that every stage had once, where nobody had set it."""
+        return key in cls.FORMER and cls.FORMER[key][0] == value
 
     @property
     def figures(self) -> Figures:
@@ -103,8 +130,27 @@ class PretrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SFTConfig(PretrainConfig):
-    """Supervised fine-tuning on conversations; only the assistant's words are trained. Fields as in pretraining."""
+class WriterConfig(RunConfig):
+    """What the stages have whose models write text."""
+
+    training: WritingLoopConfig = dataclasses.field(default_factory=WritingLoopConfig)
+    samples: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig(WriterConfig):
+    """Next-token training on plain text, from scratch or from a model."""
+
+    FIGURES = Figures(81920, 2, 5e-4, few_rate=2e-4, lora_rate=5e-4, val_fraction=0.001, most_epochs=10)
+
+    run: str = "pretrain"
+    data: TextConfig = dataclasses.field(default_factory=TextConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig(WriterConfig):
+    """Supervised fine-tuning on conversations; only the assistant's words are trained."""
 
     FIGURES = Figures(12288, 2, 1e-5, few_rate=2e-4, lora_rate=5e-4, val_fraction=0.001)
     LORA_FIGURES: ClassVar[Figures] = Figures(
@@ -114,6 +160,7 @@ class SFTConfig(PretrainConfig):
     run: str = "sft"
     init_from: str = "pretrain"
     data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(packing="best_fit", seq_len=768))
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
 
     @property
     def figures(self) -> Figures:
@@ -188,8 +235,8 @@ class PreferenceConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DPOConfig(PretrainConfig):
-    """Learning from pairs of answers, chosen and rejected (DPO and its relatives). Other fields as in pretraining.
+class DPOConfig(WriterConfig):
+    """Learning from pairs of answers, chosen and rejected (DPO and its relatives).
 
     Both answers of a pair lie in one row of data.seq_len tokens; where they do not fit, the beginning of the prompt is
     cut away on both sides alike. The template's chances are drawn once for a pair.
@@ -200,8 +247,8 @@ class DPOConfig(PretrainConfig):
     run: str = "dpo"
     init_from: str = "sft"
     preference: PreferenceConfig = dataclasses.field(default_factory=PreferenceConfig)
-    data: DataConfig = dataclasses.field(
-        default_factory=lambda: DataConfig(packing="best_fit", seq_len=2048, system_prompt_probability=0.0)
+    data: PairsConfig = dataclasses.field(
+        default_factory=lambda: PairsConfig(seq_len=2048, system_prompt_probability=0.0)
     )
 
     def __post_init__(self):
@@ -214,8 +261,8 @@ class DPOConfig(PretrainConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardConfig(PretrainConfig):
-    """A model that scores conversations, trained on pairs of answers (Bradley-Terry). Other fields as in pretraining.
+class RewardConfig(RunConfig):
+    """A model that scores conversations, trained on pairs of answers (Bradley-Terry).
 
     centring: weight of (score of the chosen + score of the rejected)^2, which keeps scores around 0 (TRL's default is
         0, its paper's 0.01).
@@ -228,8 +275,8 @@ class RewardConfig(PretrainConfig):
     init_from: str = "sft"
     export_dtype: DType = "float32"
     centring: float = 0.01
-    data: DataConfig = dataclasses.field(
-        default_factory=lambda: DataConfig(packing="best_fit", seq_len=2048, system_prompt_probability=0.0)
+    data: PairsConfig = dataclasses.field(
+        default_factory=lambda: PairsConfig(seq_len=2048, system_prompt_probability=0.0)
     )
 
     def __post_init__(self):
@@ -259,8 +306,8 @@ class LabelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassifyConfig(PretrainConfig):
-    """A classifier of texts, from a model. Other fields as in pretraining; data.seq_len cuts longer texts.
+class ClassifyConfig(RunConfig):
+    """A classifier of texts, from a model; data.seq_len cuts longer texts.
 
     export_dtype: float32, for transformers computes probabilities in the type that it finds.
     """
@@ -271,7 +318,7 @@ class ClassifyConfig(PretrainConfig):
     init_from: str = "pretrain"
     export_dtype: DType = "float32"
     classify: LabelConfig = dataclasses.field(default_factory=LabelConfig)
-    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(packing="best_fit", seq_len=256))
+    data: FilesConfig = dataclasses.field(default_factory=lambda: FilesConfig(seq_len=256))
     optimizer: OptimizerConfig = dataclasses.field(
         default_factory=lambda: OptimizerConfig(schedule="linear", final_fraction=0.0)
     )
@@ -311,9 +358,7 @@ class TeacherConfig:
     jsd_beta: float = 0.5
 
     def __post_init__(self):
-        for name in ("alpha", "jsd_beta"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"teacher.{name} is {getattr(self, name)}; it must be between 0 and 1")
+        check_shares(self, "teacher.", "alpha", "jsd_beta")
         if self.top_k < 0:
             raise ValueError(f"teacher.top_k is {self.top_k}; it must be 0 (off) or above")
         if not self.temperature > 0:
@@ -323,8 +368,8 @@ class TeacherConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DistillConfig(PretrainConfig):
-    """Learning from conversations and from a larger model's probabilities at once. Other fields as in fine-tuning."""
+class DistillConfig(WriterConfig):
+    """Learning from conversations and from a larger model's probabilities at once."""
 
     FIGURES = Figures(12288, 1, 5e-6, few_rate=2e-4, lora_rate=5e-4, val_fraction=0.001)
 

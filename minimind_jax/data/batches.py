@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import grain
 import numpy as np
 
-from minimind_jax.config.sections import DataConfig
+from minimind_jax.config.sections import FilesConfig
 from minimind_jax.data.cuts import check_rows, describe_cuts
 from minimind_jax.data.epoch import Annotate, Epoch, plan_epoch
 from minimind_jax.data.rows import Batch
@@ -43,7 +43,7 @@ class Batches:
     def __init__(
         self,
         cache: TokenCache,
-        data: DataConfig,
+        data: FilesConfig,
         rows_per_step: int,
         seed: int,
         token_bytes: np.ndarray,
@@ -134,7 +134,7 @@ class Batches:
             if told := describe_cuts(planned):
                 announce(f"{self.role} of epoch {epoch + 1}: {told}")
 
-    def _plan(self, cache: TokenCache, data: DataConfig, seed: int, epoch: int) -> Epoch:
+    def _plan(self, cache: TokenCache, data: FilesConfig, seed: int, epoch: int) -> Epoch:
         planned = plan_epoch(cache, self._select(cache), data, seed, epoch)
         return dataclasses.replace(planned, annotate=self._annotate)
 

@@ -6,7 +6,7 @@ from typing import Literal
 from rich.console import Console
 from rich.filesize import decimal
 
-from minimind_jax.config.sections import DataConfig
+from minimind_jax.config.sections import FilesConfig
 from minimind_jax.data.cache_folder import StoredCache, cache_root, is_in_use, remove_cache, stored_caches
 
 SHOWN_FILES = 3
@@ -25,7 +25,7 @@ def show_caches(
     cannot be removed.
     """
     console = console or Console()
-    root = cache_root(DataConfig(cache_dir=cache_dir))
+    root = cache_root(FilesConfig(cache_dir=cache_dir))
     asked = [cache for cache in stored_caches(root) if time.time() - cache.last_used >= days * DAY]
     if clear:
         _clear(console, [cache for cache in asked if cache.stale or clear == "all"])

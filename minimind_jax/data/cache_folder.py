@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import filelock
 
-from minimind_jax.config.sections import DataConfig
+from minimind_jax.config.sections import FilesConfig
 from minimind_jax.data.content import file_identities
 from minimind_jax.data.formats import VERSION as FORMATS_VERSION
 from minimind_jax.data.template import rendering_fingerprint
@@ -52,7 +52,7 @@ class StoredCache:
         return _NAME.fullmatch(self.folder.name)["key"]
 
 
-def cache_root(data: DataConfig) -> Path:
+def cache_root(data: FilesConfig) -> Path:
     """Folder that holds the caches."""
     return cache_home(data.cache_dir) / "tokens"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import grain
 import numpy as np
 
-from minimind_jax.config.sections import DataConfig
+from minimind_jax.config.sections import FilesConfig
 from minimind_jax.data.packing import PackingPlan, plan_best_fit, plan_concat, plan_heads, plan_pad, plan_pairs
 from minimind_jax.data.rows import Batch, Pieces, pack_rows, pad_rows
 from minimind_jax.data.token_cache import TokenCache
@@ -65,7 +65,7 @@ class Epoch:
         )
 
 
-def plan_epoch(cache: TokenCache, documents: np.ndarray, data: DataConfig, seed: int, epoch: int) -> Epoch:
+def plan_epoch(cache: TokenCache, documents: np.ndarray, data: FilesConfig, seed: int, epoch: int) -> Epoch:
     """Packs these documents of a cache for one epoch and draws the order of the rows."""
     lengths = cache.lengths[documents]
     targets = functools.partial(_count_targets, cache, documents)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from minimind_jax.agreement import check_agreement, on_all
-from minimind_jax.config.stages import PretrainConfig
+from minimind_jax.config.stages import RunConfig
 from minimind_jax.data.batches import Batches
 from minimind_jax.data.epoch import Annotate
 from minimind_jax.data.labels import Classes
@@ -18,7 +18,7 @@ from minimind_jax.seeds import named_seed
 
 def open_data(
     kind: Kind,
-    config: PretrainConfig,
+    config: RunConfig,
     tokenizer: Tokenizer,
     process_index: int = 0,
     process_count: int = 1,
@@ -39,7 +39,7 @@ def open_data(
 
 def _open_own(
     kind: Kind,
-    config: PretrainConfig,
+    config: RunConfig,
     tokenizer: Tokenizer,
     process_index: int,
     process_count: int,
@@ -71,7 +71,7 @@ def _open_own(
         cache,
         role="training data",
         select=lambda c: split_documents(c, fraction, seed)[0],
-        redraw=redraw if data.redraw_each_epoch and kind in RENDERED else None,
+        redraw=redraw if kind in RENDERED and data.redraw_each_epoch else None,
     )
     if data.val:
         return train, make(build(data.val, tokenizer, data, seed), role="validation data")

@@ -24,7 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.filesize import decimal
 
-from minimind_jax.config.sections import DataConfig
+from minimind_jax.config.sections import FilesConfig
 from minimind_jax.data.cache_folder import (
     FORMAT_VERSION,
     cache_root,
@@ -113,7 +113,7 @@ def build_cache(
     kind: Kind,
     paths: Iterable[str | Path],
     tokenizer: Tokenizer,
-    data: DataConfig,
+    data: FilesConfig,
     seed: int,
     epoch: int = 0,
     progress: bool = True,
@@ -159,7 +159,7 @@ def build_cache(
 # What a cache depends on
 
 
-def _dice(kind: Kind, data: DataConfig, seed: int, epoch: int) -> Dice | None:
+def _dice(kind: Kind, data: FilesConfig, seed: int, epoch: int) -> Dice | None:
     """None where nothing is drawn, so that the seed does not matter."""
     if kind not in RENDERED or not any(data.chances.values()):
         return None
@@ -362,7 +362,7 @@ def _report_told(folder: Path, lines: tuple[str, ...]) -> None:
         Console(stderr=True, soft_wrap=True).print(line, highlight=False, markup=False)
 
 
-def _report_stale(cache: TokenCache, data: DataConfig) -> None:
+def _report_stale(cache: TokenCache, data: FilesConfig) -> None:
     """Says how much space earlier states of these files take, which nothing removes by itself."""
     files = {path for path, *_ in cache.info["source"]["files"]}
     earlier = [c for c in stored_caches(cache.folder.parent) if c.stale and files & set(c.files)]

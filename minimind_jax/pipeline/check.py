@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from minimind_jax.config.stages import PretrainConfig
+from minimind_jax.config.stages import RunConfig
 from minimind_jax.convert.load import read_config
 from minimind_jax.convert.peft import rank_table
 from minimind_jax.data.jsonl import Record, expand_paths, iter_records, reading_of
@@ -89,7 +89,7 @@ def _reader(stage: Stage) -> tuple[Callable[[Record], object], tuple[str, ...], 
 
 
 def _check_settings(stage: Stage, before: Sequence[Stage]) -> None:
-    config: PretrainConfig = stage.config
+    config: RunConfig = stage.config
     RunFolder(stage.folder).check_resume(config.resume)
     if config.training.batch_tokens is not None:
         count_parts(config, make_mesh(config.mesh))
@@ -120,7 +120,7 @@ def _maker(name: str, before: Sequence[Stage]) -> Stage | None:
     return next((made for made in before if name and made.folder in (Path(name), resolve_run(name))), None)
 
 
-def _architecture(config: PretrainConfig, before: Sequence[Stage]) -> ModelConfig:
+def _architecture(config: RunConfig, before: Sequence[Stage]) -> ModelConfig:
     """The model that a stage will have, from the settings of those that make it."""
     if not config.init_from:
         tokens = None if config.model.vocab_size else _tokens(config, before)
@@ -132,7 +132,7 @@ def _architecture(config: PretrainConfig, before: Sequence[Stage]) -> ModelConfi
     return with_settings(_architecture(maker.config, before[: before.index(maker)]), config.model, maker.folder)
 
 
-def _tokens(config: PretrainConfig, before: Sequence[Stage]) -> int | None:
+def _tokens(config: RunConfig, before: Sequence[Stage]) -> int | None:
     """How many tokens the stage's tokenizer has at most; None for that of the model it starts from."""
     if not config.tokenizer:
         return None

@@ -13,7 +13,7 @@ from unittest import mock
 
 import numpy as np
 
-from minimind_jax.config.stages import PretrainConfig
+from minimind_jax.config.stages import RunConfig
 from minimind_jax.errors import UserError
 from minimind_jax.plan.devices import Device, Topology
 
@@ -92,7 +92,7 @@ def on_platform(platform: str) -> Iterator[None]:
         yield
 
 
-def abstract_batch(config: PretrainConfig):
+def abstract_batch(config: RunConfig):
     """Shapes of a batch (see `data.rows.pack_rows`)."""
     import jax
 
@@ -102,7 +102,7 @@ def abstract_batch(config: PretrainConfig):
     return {**batch, "loss_weights": jax.ShapeDtypeStruct(shape, np.float32)}
 
 
-def trace_step(config: PretrainConfig, model, mesh, platform: str):
+def trace_step(config: RunConfig, model, mesh, platform: str):
     """The training step of pretraining and fine-tuning as `training.loop.train` builds it, traced for a mesh."""
     from minimind_jax.losses.language_model import make_language_model_loss
     from minimind_jax.runs.adapters import frozen_dtype

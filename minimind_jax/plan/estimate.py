@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from minimind_jax.config.stages import PretrainConfig
+from minimind_jax.config.stages import RunConfig
 from minimind_jax.losses.vocabulary import piece_size
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.transformer import scan_unroll
@@ -27,7 +27,7 @@ class Estimate(NamedTuple):
 
 
 def estimate_memory(
-    config: PretrainConfig, model: ModelConfig, mesh_shape: dict[str, int], state: int, params: int
+    config: RunConfig, model: ModelConfig, mesh_shape: dict[str, int], state: int, params: int
 ) -> Estimate:
     """Memory of a step by formulas, in bfloat16 or float32 as `compute.dtype` says (auto: bfloat16).
 
@@ -74,9 +74,7 @@ def fit(device: Device, needed: int) -> tuple[bool, str]:
     return False, f"does not fit, {share:.0%} of the memory"
 
 
-def advice(
-    config: PretrainConfig, mesh_shape: dict[str, int], memory: int, state: int, needed: int | None
-) -> list[str]:
+def advice(config: RunConfig, mesh_shape: dict[str, int], memory: int, state: int, needed: int | None) -> list[str]:
     """Settings that make a step smaller, the cheapest first.
 
     memory: of a device. state, needed: bytes of the state and of the whole step on each; needed None where unknown.

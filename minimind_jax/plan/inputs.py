@@ -10,7 +10,7 @@ from typing import NamedTuple
 import yaml
 
 from minimind_jax.config import settings
-from minimind_jax.config.stages import PretrainConfig
+from minimind_jax.config.stages import RunConfig
 from minimind_jax.convert.load import read_config
 from minimind_jax.convert.peft import rank_table
 from minimind_jax.data.cache_folder import cache_root, stored_caches
@@ -37,7 +37,7 @@ class Planned(NamedTuple):
     """note: what had to be assumed about the model, or empty."""
 
     stage: str
-    config: PretrainConfig
+    config: RunConfig
     architecture: ModelConfig
     note: str
 
@@ -101,7 +101,7 @@ def _config_only(argv: Sequence[str]) -> list[str]:
     return ["--config", *configs]
 
 
-def _architecture(config: PretrainConfig, before: Sequence[Stage]) -> tuple[ModelConfig, str]:
+def _architecture(config: RunConfig, before: Sequence[Stage]) -> tuple[ModelConfig, str]:
     """The model that the stage will have, and what had to be assumed.
 
     That of init_from where it is there; of a pipeline's stage before, which will make it; else what `model` says.
@@ -119,7 +119,7 @@ def _architecture(config: PretrainConfig, before: Sequence[Stage]) -> tuple[Mode
     return dataclasses.replace(architecture, **config.model.changes(architecture.max_position_embeddings)), ""
 
 
-def _own_size(config: PretrainConfig) -> dict[str, int]:
+def _own_size(config: RunConfig) -> dict[str, int]:
     """The vocabulary of a model from scratch that no setting says: the tokenizer's, if that is there already."""
     folder = None if config.model.vocab_size else _tokenizer_folder(config)
     return {"vocab_size": Tokenizer.load(folder).vocab_size} if folder else {}
@@ -156,7 +156,7 @@ def planned_tokens(planned: Planned, data: Sequence[str], tokens: int | None) ->
     return Tokens(round(count * epochs), f"{source}, {epochs:g} epoch{'s' * (epochs != 1)}")
 
 
-def _training_files(config: PretrainConfig) -> list[str]:
+def _training_files(config: RunConfig) -> list[str]:
     """The files of `data.train`; none where one is not there yet, or in an object store."""
     try:
         return [str(file) for file in expand_paths(config.data.train)] if config.data.train else []
@@ -164,7 +164,7 @@ def _training_files(config: PretrainConfig) -> list[str]:
         return []
 
 
-def count_tokens(paths: Sequence[str], kind: Kind, config: PretrainConfig) -> Tokens:
+def count_tokens(paths: Sequence[str], kind: Kind, config: RunConfig) -> Tokens:
     """Tokens of data files: from the cache that tokenising them left, from a sample, or from their size alone."""
     files = expand_paths(paths)
     names = {str(file.resolve()) for file in files}
@@ -191,7 +191,7 @@ def count_tokens(paths: Sequence[str], kind: Kind, config: PretrainConfig) -> To
     return Tokens(count, f"about {count:,} tokens, estimated from the first {min(1, read / size):.1%}")
 
 
-def _tokenizer_folder(config: PretrainConfig) -> Path | None:
+def _tokenizer_folder(config: RunConfig) -> Path | None:
     """The folder of the run's tokenizer if it is there already."""
     try:
         folder = config.tokenizer or resolve_model_folder(config.init_from or "-")

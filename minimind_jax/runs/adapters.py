@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minimind_jax.config.stages import PretrainConfig
+from minimind_jax.config.stages import RunConfig
 from minimind_jax.convert.hf import load_hf
 from minimind_jax.convert.load import base_folder
 from minimind_jax.convert.peft import load_peft, rank_table, save_peft
@@ -33,7 +33,7 @@ class AdapterPlan(NamedTuple):
     dropout: float
 
 
-def plan_adapters(config: PretrainConfig, architecture: ModelConfig) -> AdapterPlan | None:
+def plan_adapters(config: RunConfig, architecture: ModelConfig) -> AdapterPlan | None:
     """The adapters that `config.lora` asks for; None without any. Those in `init_from` are trained further.
 
     Raises UserError for targets that the model does not have, another rank than the adapter in init_from has, and a run
@@ -77,12 +77,12 @@ def _told(table: RankTable) -> str:
     return ", ".join(f"{name} {ranks(found)}" for name, found in table.items() if any(found))
 
 
-def frozen_dtype(config: PretrainConfig) -> str:
+def frozen_dtype(config: RunConfig) -> str:
     """Of the matrices below the adapters."""
     return str(compute_dtype(config.compute)) if config.lora.base_dtype == "auto" else config.lora.base_dtype
 
 
-def load_with_adapters(config: PretrainConfig, plan: AdapterPlan, dtype: str) -> Params:
+def load_with_adapters(config: RunConfig, plan: AdapterPlan, dtype: str) -> Params:
     """The base model, its matrices in that dtype, with the adapters: new ones, or those of the plan."""
     _, params = load_hf(plan.base)
     adapters = plan.stored

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from minimind_jax import hub
 from minimind_jax.agreement import check_agreement
-from minimind_jax.config.stages import PretrainConfig
+from minimind_jax.config.stages import RunConfig
 from minimind_jax.convert.replace import check_replaceable
 from minimind_jax.errors import UserError
 from minimind_jax.folders import holds_model, resolve_run
@@ -38,7 +38,7 @@ from minimind_jax.training.tracking import is_exported
 LENGTH_FIELDS = {"training.steps", "training.epochs", "training.tokens"}
 
 
-def start_run(config: PretrainConfig) -> RunFolder:
+def start_run(config: RunConfig) -> RunFolder:
     """Joins the run's processes, turns on the compilation cache, and makes the run's folder.
 
     Raises UserError when the devices do not fit `config`, when `config.resume` does not allow what the folder holds,
@@ -69,11 +69,11 @@ def start_run(config: PretrainConfig) -> RunFolder:
     return run
 
 
-def tidy(stage: Callable[[PretrainConfig], Path]) -> Callable[[PretrainConfig], Path]:
+def tidy(stage: Callable[[RunConfig], Path]) -> Callable[[RunConfig], Path]:
     """The stage, which leaves no folder behind when it could not start."""
 
     @functools.wraps(stage)
-    def run(config: PretrainConfig) -> Path:
+    def run(config: RunConfig) -> Path:
         folder = resolve_run(config.run)
         is_new = not is_remote(folder) and not folder.exists()
         try:
@@ -124,7 +124,7 @@ def check_shared(run: RunFolder, patience: float = 10.0) -> None:
         )
 
 
-def check_settings(run: RunFolder, config: PretrainConfig) -> None:
+def check_settings(run: RunFolder, config: RunConfig) -> None:
     """Says which settings differ from those the run was started with.
 
     Raises UserError when the weights that are there would not be those the settings describe: another start or kind of
@@ -161,7 +161,7 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def is_finished(run: RunFolder, config: PretrainConfig) -> bool:
+def is_finished(run: RunFolder, config: RunConfig) -> bool:
     """Whether the run has written its model with these settings; says so.
 
     Raises UserError when there is a model to write over, but no checkpoint of it to go on from.

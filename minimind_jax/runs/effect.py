@@ -1,33 +1,22 @@
-"""Settings that would change nothing: refused where a stage never reads them, told where another one turns them off."""
+"""Settings that change nothing since another one turns them off: told, or refused."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-from minimind_jax.config.stages import ClassifyConfig, DistillConfig, DPOConfig, PretrainConfig, RewardConfig
+from minimind_jax.config.stages import RunConfig, WriterConfig
 from minimind_jax.errors import UserError
 from minimind_jax.sharding import announce
 from minimind_jax.training.run import flat, plain
 
-_RENDERING = ("data.system_prompt_probability", "data.empty_think_removal", "data.redraw_each_epoch")
-_WRITING = ("training.z_loss", "training.sample_every", "samples.")  # of what a head of scores cannot do
-_OWN_ROWS = ("data.packing",)  # pairs and labelled texts are packed in a way of their own
-
-# What a stage never reads, for whatever other settings; names that end with a dot are of whole sections.
-UNREAD: dict[type[PretrainConfig], tuple[str, ...]] = {
-    PretrainConfig: _RENDERING,
-    DPOConfig: ("training.z_loss", *_OWN_ROWS),
-    RewardConfig: (*_WRITING, *_OWN_ROWS),
-    ClassifyConfig: (*_WRITING, *_OWN_ROWS, *_RENDERING),
-    DistillConfig: ("training.z_loss",),
-}
-
 
 class Off(NamedTuple):
-    """keys: settings without effect where `is_off`; why says so. is_refused: not only told, since who sets them cannot
-    mean what happens."""
+    """keys: settings, or whole sections (which end with a dot), without effect where `is_off`; why says so.
+
+    is_refused: not only told, since who sets them cannot mean what happens.
+    """
 
     keys: tuple[str, ...]
-    is_off: Callable[[PretrainConfig], bool]
+    is_off: Callable[[RunConfig], bool]
     why: str
     is_refused: bool = False
 
@@ -55,31 +44,22 @@ TURNED_OFF = (
 )
 
 
-def check_effect(config: PretrainConfig) -> None:
+def check_effect(config: RunConfig) -> None:
     """Says which settings that differ from their defaults change nothing, since another one turns them off.
 
-    Raises UserError, naming them, for those that the stage never reads.
+    Raises UserError, naming them, for those that cannot mean what happens.
     """
-    unread = UNREAD.get(type(config), ())
-    if refused := _changed(config, unread):
-        raise UserError(
-            f"{', '.join(refused)}: {'has' if len(refused) == 1 else 'have'} no effect in this stage; leave "
-            f"{'it' if len(refused) == 1 else 'them'} out"
-        )
-    if config.lora.rank and not isinstance(config, RewardConfig | ClassifyConfig) and config.export_dtype == "float16":
+    if config.lora.rank and isinstance(config, WriterConfig) and config.export_dtype == "float16":
         raise UserError("export_dtype float16: adapters (lora.rank) are always written in float32; leave it out")
     for off in TURNED_OFF:
-        own = [key for key in off.keys if hasattr(config, key.split(".")[0]) and not key.startswith(unread)]
-        if not own or not off.is_off(config) or not (keys := _changed(config, own)):
+        if not (keys := _changed(config, off.keys)) or not off.is_off(config):
             continue
         if off.is_refused:
             raise UserError(f"{', '.join(keys)}: without effect, for {off.why}; set that, or leave them out")
         announce(f"without effect: {', '.join(keys)} ({off.why})")
 
 
-def _changed(config: PretrainConfig, keys) -> list[str]:
+def _changed(config: RunConfig, keys: tuple[str, ...]) -> list[str]:
     """The settings among `keys` (names, or whole sections) that differ from their defaults, with their values."""
-    if not keys:
-        return []
     found, default = flat(plain(config)), flat(plain(type(config)()))
-    return [f"{key} {value}" for key, value in found.items() if key.startswith(tuple(keys)) and value != default[key]]
+    return [f"{key} {value}" for key, value in found.items() if key.startswith(keys) and value != default[key]]

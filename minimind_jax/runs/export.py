@@ -7,7 +7,7 @@ from typing import Any
 
 from minimind_jax.config import settings
 from minimind_jax.config.sections import MeshConfig
-from minimind_jax.config.stages import PretrainConfig
+from minimind_jax.config.stages import RunConfig
 from minimind_jax.convert.hf import MAX_SHARD_BYTES, Labels, save_hf
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_run
@@ -80,7 +80,7 @@ def _load_sound(run: RunFolder, checkpoint: str, abstract: Any) -> tuple[int, An
             announce(f"warning: {error.problem}; the next one is taken")
 
 
-def _labels(run: RunFolder, stage: str, config: PretrainConfig) -> Labels | None:
+def _labels(run: RunFolder, stage: str, config: RunConfig) -> Labels | None:
     """Of the stages whose models have a head of scores."""
     if stage not in ("reward", "classify"):
         return None
@@ -124,7 +124,7 @@ def _find_run(name: str) -> RunFolder:
     raise UserError(f"source {name!r} is not a run (no {looked}), and only runs have checkpoints")
 
 
-def _read_settings(run: RunFolder) -> tuple[str, PretrainConfig]:
+def _read_settings(run: RunFolder) -> tuple[str, RunConfig]:
     """The run's stage, and its settings."""
     stage = run.read_environment().get("run", {}).get("stage")
     if stage not in STAGES:

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
-from minimind_jax.config.stages import PretrainConfig
+from minimind_jax.config.stages import RunConfig
 from minimind_jax.convert.hf import Labels, load_hf, save_hf
 from minimind_jax.convert.hf_config import to_generation_config
 from minimind_jax.data.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ from minimind_jax.training.tracking import append_export, export_row
 
 def finish_run(
     run: RunFolder,
-    config: PretrainConfig,
+    config: RunConfig,
     model: LanguageModel,
     tokenizer: Tokenizer,
     result: TrainResult,

@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 
-from minimind_jax.config.stages import PretrainConfig
+from minimind_jax.config.stages import RunConfig
 from minimind_jax.convert.hf import Labels, load_hf, load_labels
 from minimind_jax.data.epoch import Annotate
 from minimind_jax.data.labels import label_changes
@@ -26,7 +26,7 @@ from minimind_jax.training.state import Parameters
 from minimind_jax.training.tracking import is_exported
 
 
-def load_body(config: PretrainConfig, tokenizer: Tokenizer, stage: str) -> LanguageModel:
+def load_body(config: RunConfig, tokenizer: Tokenizer, stage: str) -> LanguageModel:
     """The network below a head of scores: that of `config.init_from`, without its language model's head."""
     if not config.init_from:
         raise UserError(f"{stage} needs a model to start from: give --init_from")
@@ -34,7 +34,7 @@ def load_body(config: PretrainConfig, tokenizer: Tokenizer, stage: str) -> Langu
     return dataclasses.replace(model, config=dataclasses.replace(model.config, tie_word_embeddings=True))
 
 
-def with_head(config: PretrainConfig, model: LanguageModel, labels: tuple[str, ...]) -> Parameters:
+def with_head(config: RunConfig, model: LanguageModel, labels: tuple[str, ...]) -> Parameters:
     """The parameters of a run with a head of these scores: the one of init_from if it has the same, or a new one."""
     scores = len(labels)
     parameters = run_parameters(config, model, has_head=True)

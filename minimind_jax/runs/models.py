@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 
 from minimind_jax.config.sections import ModelSettings
-from minimind_jax.config.stages import PretrainConfig
+from minimind_jax.config.stages import RunConfig
 from minimind_jax.convert.load import (
     load_generation_settings,
     load_merged,
@@ -38,7 +38,7 @@ SHAPE_FIELDS = (
 )
 
 
-def load_tokenizer(config: PretrainConfig) -> Tokenizer:
+def load_tokenizer(config: RunConfig) -> Tokenizer:
     """The tokenizer of the run: `config.tokenizer`, or that of the model it starts from.
 
     Raises UserError when there is none, or its words are not those of the model.
@@ -52,12 +52,12 @@ def load_tokenizer(config: PretrainConfig) -> Tokenizer:
     return load_model_tokenizer(resolve_model_folder(config.init_from, "init_from"), config.tokenizer)
 
 
-def start_generation(config: PretrainConfig) -> dict | None:
+def start_generation(config: RunConfig) -> dict | None:
     """The generation settings of the model that the run starts from; None from scratch, or where it has none."""
     return load_generation_settings(resolve_model_folder(config.init_from)) if config.init_from else None
 
 
-def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
+def build_model(config: RunConfig, tokenizer: Tokenizer) -> LanguageModel:
     """The network: that of `config.init_from`, or the preset from scratch, with the tokenizer's special ids.
 
     From scratch it has as many words as the tokenizer, unless model.vocab_size says another number.
@@ -93,7 +93,7 @@ def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
     return LanguageModel(architecture, config.compute, adapter)
 
 
-def check_context(config: PretrainConfig, model: LanguageModel | ModelConfig) -> None:
+def check_context(config: RunConfig, model: LanguageModel | ModelConfig) -> None:
     """Raises UserError for rows longer than the context that the exported model says it has."""
     architecture = model.config if isinstance(model, LanguageModel) else model
     context, seq_len = architecture.max_position_embeddings, config.data.seq_len
@@ -132,7 +132,7 @@ def with_settings(architecture: ModelConfig, settings: ModelSettings, folder: Pa
     return dataclasses.replace(architecture, **given)
 
 
-def run_parameters(config: PretrainConfig, model: LanguageModel, has_head: bool = False) -> Parameters:
+def run_parameters(config: RunConfig, model: LanguageModel, has_head: bool = False) -> Parameters:
     """What the run trains: the parameters of `config.init_from`, or drawn from the seed, or adapters over them.
 
     has_head: init_from may be a model with a head of scores, which is left out.

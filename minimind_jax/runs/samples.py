@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from minimind_jax.config.sections import SampleConfig
-from minimind_jax.config.stages import PretrainConfig
+from minimind_jax.config.stages import RunConfig
 from minimind_jax.data.jsonl import iter_records, reading_of
 from minimind_jax.data.records import parse_conversation, parse_preference, parse_text
 from minimind_jax.data.tokenise import Kind
@@ -21,7 +21,7 @@ BEGINNING = 40  # characters of a text, of which the last word is left out
 LOOKED_AT = 200  # records
 
 
-def with_prompts(config: PretrainConfig, kind: Kind) -> SampleConfig:
+def with_prompts(config: RunConfig, kind: Kind) -> SampleConfig:
     """`config.samples`, with the first questions or beginnings of texts of data.val or data.train where it has none."""
     samples, data, found = config.samples, config.data, {}
     if samples.prompts or not samples.from_data:

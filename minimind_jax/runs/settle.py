@@ -3,8 +3,8 @@
 import jax
 
 from minimind_jax.agreement import on_all
-from minimind_jax.config.sections import DataConfig
-from minimind_jax.config.stages import PretrainConfig
+from minimind_jax.config.sections import FilesConfig
+from minimind_jax.config.stages import RunConfig
 from minimind_jax.data.cache_folder import cache_root
 from minimind_jax.data.content import file_identities
 from minimind_jax.data.epoch import plan_epoch
@@ -23,13 +23,13 @@ from minimind_jax.training.run import RunFolder, flat, plain
 
 
 def settle(
-    config: PretrainConfig,
+    config: RunConfig,
     kind: Kind,
     tokenizer: Tokenizer,
     model: LanguageModel,
     run: RunFolder,
     classes: Classes | None = None,
-) -> PretrainConfig:
+) -> RunConfig:
     """`config` with a value for everything that it leaves open; says which, and from how much data they follow.
 
     A run that goes on keeps the values it was started with. Raises UserError for what is wrong with the data, on all
@@ -38,7 +38,7 @@ def settle(
     return on_all(lambda: _settle(config, kind, tokenizer, model, run, classes))
 
 
-def _settle(config, kind, tokenizer, model, run, classes) -> PretrainConfig:
+def _settle(config, kind, tokenizer, model, run, classes) -> RunConfig:
     asked = flat(plain(config))
     values = run.settled(asked)
     config = with_values(config, values)
@@ -55,7 +55,7 @@ def _settle(config, kind, tokenizer, model, run, classes) -> PretrainConfig:
     return config
 
 
-def content_of(data: DataConfig) -> dict[str, list[str]]:
+def content_of(data: FilesConfig) -> dict[str, list[str]]:
     """Hashes of the files of data.train and data.val. Raises UserError for files that are not there."""
     found = {"data.train": data.train, "data.val": data.val}
     return {
@@ -64,7 +64,7 @@ def content_of(data: DataConfig) -> dict[str, list[str]]:
     }
 
 
-def changed_data(run: RunFolder, config: PretrainConfig) -> list[str]:
+def changed_data(run: RunFolder, config: RunConfig) -> list[str]:
     """A sentence about each of data.train and data.val whose content is not what the run was trained on."""
     before = run.read_environment().get("content", {})
     try:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minimind_jax.config.sections import DataConfig
+from minimind_jax.config.sections import FilesConfig
 from minimind_jax.config.stages import TokenizerConfig
 from minimind_jax.data.cache_folder import cache_root
 from minimind_jax.data.content import file_identities
@@ -21,7 +21,7 @@ def origin_of(config: TokenizerConfig, files: Sequence[Path]) -> dict[str, Any]:
     for place in ("data", "output", "overwrite"):
         settings.pop(place)
     settings["ignore_fields"] = list(settings["ignore_fields"])  # as JSON has it
-    return {**settings, "data": [content for *_, content in file_identities(files, cache_root(DataConfig()))]}
+    return {**settings, "data": [content for *_, content in file_identities(files, cache_root(FilesConfig()))]}
 
 
 def write_origin(folder: Path, origin: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import math
 from typing import Any, NamedTuple
 
 from minimind_jax.config.sections import MINIMIND_CHANCES, TrainingConfig
-from minimind_jax.config.stages import Figures, PretrainConfig
+from minimind_jax.config.stages import Figures, RunConfig
 from minimind_jax.training.facts import SHORTEST
 
 STEPS_PER_EPOCH = 32  # the batch is made smaller until an epoch has as many
@@ -50,15 +50,17 @@ def planned_steps(training: TrainingConfig, epoch: EpochSize) -> int:
     return max(1, math.ceil(epochs * epoch.steps_per_epoch - 1e-6))
 
 
-def open_chances(config: PretrainConfig, is_rendered: bool, size: int) -> dict[str, float]:
+def open_chances(config: RunConfig, is_rendered: bool, size: int) -> dict[str, float]:
     """The template's chances that `config` leaves open, by dotted key, for files of `size` bytes. Little data is
     learned as it will be asked for: drawn at random, most of it would never be seen so."""
-    asked = [name for name in MINIMIND_CHANCES if is_rendered and getattr(config.data, name) is None]
+    if not is_rendered:
+        return {}
+    asked = [name for name in MINIMIND_CHANCES if getattr(config.data, name) is None]
     is_few = size < FEW_TOKENS * BYTES_PER_TOKEN and not config.data.redraw_each_epoch
     return {f"data.{name}": 0.0 if is_few else MINIMIND_CHANCES[name] for name in asked}
 
 
-def leaves_open(config: PretrainConfig) -> bool:
+def leaves_open(config: RunConfig) -> bool:
     """Whether anything else is to follow from the data."""
     training = config.training
     needed = [training.batch_tokens, training.eval_every, config.optimizer.learning_rate]
@@ -77,7 +79,7 @@ def share_held_out(records: int, figures: Figures) -> float:
     return max(figures.val_fraction, min(LARGEST_SHARE, _two_digits(HELD_OUT / records)))
 
 
-def following(config: PretrainConfig, amount: Amount, parameters: int, shards: int) -> dict[str, Any]:
+def following(config: RunConfig, amount: Amount, parameters: int, shards: int) -> dict[str, Any]:
     """Values of the settings that `config` leaves open, by dotted key.
 
     parameters: of the model. shards: devices that share the rows of a step.
@@ -105,7 +107,7 @@ def following(config: PretrainConfig, amount: Amount, parameters: int, shards: i
     return found
 
 
-def _rows_of_a_step(config: PretrainConfig, rows: int, shards: int) -> int:
+def _rows_of_a_step(config: RunConfig, rows: int, shards: int) -> int:
     """As many as the stage's figure, or a power of two that leaves an epoch of these rows enough steps; at least one
     for each of the devices, and a multiple of them."""
     most = max(1, config.figures.batch_tokens // config.data.seq_len)
@@ -114,7 +116,7 @@ def _rows_of_a_step(config: PretrainConfig, rows: int, shards: int) -> int:
     return max(1, wanted // shards) * shards
 
 
-def _rate(config: PretrainConfig, tokens: int, parameters: int) -> float:
+def _rate(config: RunConfig, tokens: int, parameters: int) -> float:
     """Between the rates for few and for much data, on a logarithmic scale of the tokens. That for few data is higher of
     a smaller model, and, but for adapters, lower of a larger one; a start from nothing has one rate."""
     few, much = config.figures.few_rate, config.figures.learning_rate
@@ -129,7 +131,7 @@ def _two_digits(number: float) -> float:
     return float(f"{number:.2g}")
 
 
-def with_values(config: PretrainConfig, values: dict[str, Any]) -> PretrainConfig:
+def with_values(config: RunConfig, values: dict[str, Any]) -> RunConfig:
     """`config` with these values, by dotted key."""
     sections: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
@@ -140,7 +142,7 @@ def with_values(config: PretrainConfig, values: dict[str, Any]) -> PretrainConfi
     )
 
 
-def filled(config: PretrainConfig) -> PretrainConfig:
+def filled(config: RunConfig) -> RunConfig:
     """`config` with the figures for much data where it leaves something open, as for a run whose data is not known."""
     figures, rows = config.figures, config.data.seq_len * config.training.accumulation_steps
     much = Amount(*[10**12] * 4)

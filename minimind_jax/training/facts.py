@@ -1,7 +1,7 @@
 """What a run will do, known before its first step: what is printed at the start, and what is warned of."""
 
 from minimind_jax.config.sections import OptimizerConfig, TrainingConfig
-from minimind_jax.config.stages import PretrainConfig
+from minimind_jax.config.stages import RunConfig
 from minimind_jax.errors import UserError
 from minimind_jax.losses.vocabulary import piece_size
 from minimind_jax.model import attention, moe
@@ -22,7 +22,7 @@ def check_patience(training: TrainingConfig, has_validation: bool) -> None:
         )
 
 
-def few_steps(steps: int, config: PretrainConfig) -> str | None:
+def few_steps(steps: int, config: RunConfig) -> str | None:
     """What so short a run means, and the settings that make it longer; None for one that is long enough."""
     if steps >= SHORTEST:
         return None
@@ -51,7 +51,7 @@ def schedule_change(optimizer: OptimizerConfig, step: int, before: int, now: int
 
 
 def run_facts(
-    config: PretrainConfig,
+    config: RunConfig,
     stage: str,
     model: LanguageModel,
     mesh,

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from minimind_jax import STARTED
 from minimind_jax.agreement import check_agreement
-from minimind_jax.config.stages import PretrainConfig
+from minimind_jax.config.stages import RunConfig
 from minimind_jax.errors import UserError
 from minimind_jax.losses import LossFn
 from minimind_jax.model.heads import SCORE
@@ -53,7 +53,7 @@ class TrainResult(NamedTuple):
 
 
 def train(
-    config: PretrainConfig,
+    config: RunConfig,
     *,
     stage: str,
     model: LanguageModel,
@@ -188,7 +188,7 @@ class Loop:
     skipped: updates that were not made. base: fingerprint of the frozen parameters.
     """
 
-    config: PretrainConfig
+    config: RunConfig
     mesh: Mesh
     train_step: TrainStep
     source: Source
@@ -255,7 +255,11 @@ class Loop:
         return is_reached or step == self.total_steps
 
     def is_watched(self, step: int) -> bool:
-        return self.is_due(step, self.training.eval_every) or self.is_due(step, self.training.sample_every)
+        """Whether a step ends in an evaluation or in samples."""
+        return self.is_due(step, self.training.eval_every) or self.has_samples(step)
+
+    def has_samples(self, step: int) -> bool:
+        return self.sample_fn is not None and self.is_due(step, self.training.sample_every)
 
     def read(self, unread: Unread | None) -> None:
         """Waits for a step's metrics; logs them, and stops the run when they are not finite."""
@@ -342,9 +346,8 @@ class Loop:
             if self.evaluation is not None and self.is_due(step, self.training.eval_every):
                 if not self.writer.has(step, "val_loss"):
                     self.evaluate(state.all_params(), step)
-            if self.sample_fn is not None and self.is_due(step, self.training.sample_every):
-                if not self.writer.has(step, "samples"):
-                    self.sample(state.all_params(), step)
+            if self.has_samples(step) and not self.writer.has(step, "samples"):
+                self.sample(state.all_params(), step)
 
     def evaluate(self, params: Params, step: int) -> None:
         """Writes the evaluation's numbers as val_NAME; left out when the run is asked to stop meanwhile."""

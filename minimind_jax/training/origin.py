@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_jax.agreement import check_agreement, code_hash, on_all
-from minimind_jax.config.stages import PretrainConfig
+from minimind_jax.config.stages import RunConfig
 from minimind_jax.convert.identity import tokenizer_hash, weights_hash, words_hash
 from minimind_jax.convert.load import load_tokenizer
 from minimind_jax.data.tokenizer import Tokenizer
@@ -15,7 +15,7 @@ from minimind_jax.paths import is_remote
 from minimind_jax.training.run import RunFolder, flat, package_versions, plain
 
 
-def start_models(config: PretrainConfig) -> dict[str, str]:
+def start_models(config: RunConfig) -> dict[str, str]:
     """{init_from: hash of the weights, teacher.model: the same}, of those that are set. Takes a fraction of a second.
 
     Of adapters the weights below them count, too. Raises UserError for a model that is not there.
@@ -26,7 +26,7 @@ def start_models(config: PretrainConfig) -> dict[str, str]:
     return {key: weights_hash(resolve_model_folder(name, key)) for key, name in named.items() if name}
 
 
-def agreed_settings(config: PretrainConfig) -> dict[str, Any]:
+def agreed_settings(config: RunConfig) -> dict[str, Any]:
     """What the processes of a run are told and run with, by name, for `check_agreement`.
 
     Folders and threads may differ; what is in them is compared later."""
@@ -37,7 +37,7 @@ def agreed_settings(config: PretrainConfig) -> dict[str, Any]:
     return {**settings, **versions, "the code of minimind_jax": code_hash()}
 
 
-def check_start_models(run: RunFolder, config: PretrainConfig) -> None:
+def check_start_models(run: RunFolder, config: RunConfig) -> None:
     """Notes the run's `start_models`, and its tokenizer. Raises UserError when a model holds other weights now, or the
     tokenizer other words, than when the run was started, and where the weights of the processes differ.
 
@@ -61,7 +61,7 @@ def check_start_models(run: RunFolder, config: PretrainConfig) -> None:
         run.start_models["words"] = words_hash(words)
 
 
-def _words(config: PretrainConfig) -> Tokenizer | None:
+def _words(config: RunConfig) -> Tokenizer | None:
     """The run's tokenizer; None where there is none, which the stage says."""
     try:
         folder = config.init_from and resolve_model_folder(config.init_from, "init_from")

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from minimind_jax.config.sections import TrainingConfig
-from minimind_jax.config.stages import PretrainConfig
+from minimind_jax.config.stages import RunConfig
 from minimind_jax.data.batches import Batches
 from minimind_jax.data.cuts import describe_cuts
 from minimind_jax.data.rows import Batch
@@ -26,7 +26,7 @@ UNWATCHED = {"loss", "nll", "router_loss", "tokens"}  # metrics whose validation
 
 
 def train_on_rows(
-    config: PretrainConfig, *, loss_fn: LossFn, train_batches: Batches, val_batches: Batches | None, **given
+    config: RunConfig, *, loss_fn: LossFn, train_batches: Batches, val_batches: Batches | None, **given
 ) -> TrainResult:
     """`loop.train` on packed rows, evaluated by the loss of the validation rows, if any. given: its other arguments."""
     evaluation = None if val_batches is None else HeldOutRows(config, loss_fn, val_batches)
@@ -72,7 +72,7 @@ class PackedRows:
 class HeldOutRows:
     """The loss of held-out rows, and the other means that the loss function knows, as a `source.Evaluation`."""
 
-    def __init__(self, config: PretrainConfig, loss_fn: LossFn, batches: Batches):
+    def __init__(self, config: RunConfig, loss_fn: LossFn, batches: Batches):
         config, self._mesh, self.batches = filled(config), make_mesh(config.mesh), batches
         self._parts = count_parts(config, self._mesh)  # no more rows at once than in training
         self._most_rows = config.training.eval_rows
@@ -101,8 +101,6 @@ class HeldOutRows:
 def data_record(batches: Batches) -> dict[str, str | int | float | bool]:
     """What decides the rows of every step; kept in checkpoints."""
     data, info = batches.data, batches.cache.info
-    # The first cache tells nothing of the draws of later epochs. Text has none.
-    chances = {"redraw_each_epoch": data.redraw_each_epoch, **data.chances}
     return {
         "cache": batches.cache.made_of,
         "content": batches.cache.content,
@@ -116,7 +114,8 @@ def data_record(batches: Batches) -> dict[str, str | int | float | bool]:
         # Best fit without a shuffle once trained the longest rows first.
         "shuffle": data.shuffle or (batches.epoch(0).packing not in ("concat", "pad") and "in order"),
         "seed": batches.seed,
-        **(chances if info["kind"] in RENDERED else {}),
+        # The first cache tells nothing of the draws of later epochs. Text has none.
+        **({"redraw_each_epoch": data.redraw_each_epoch, **data.chances} if info["kind"] in RENDERED else {}),
         **({"packing": data.packing} if info["kind"] in ("text", "conversation") else {}),
     }
 

@@ -7,7 +7,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from minimind_jax.config.stages import PretrainConfig
+from minimind_jax.config.stages import RunConfig
 from minimind_jax.errors import UserError
 from minimind_jax.losses import LossFn
 from minimind_jax.sharding import param_shardings, row_shards
@@ -27,9 +27,7 @@ class Program(NamedTuple):
     abstract: TrainState
 
 
-def make_program(
-    config: PretrainConfig, parameters: Parameters, loss_fn: LossFn, mesh: Mesh, total_steps: int
-) -> Program:
+def make_program(config: RunConfig, parameters: Parameters, loss_fn: LossFn, mesh: Mesh, total_steps: int) -> Program:
     """The training step of `config` for these parameters on `mesh`; nothing is computed or compiled yet.
 
     Raises UserError for a warm-up that is longer than the run, and for rows or parameters that do not divide over the
@@ -56,7 +54,7 @@ def make_program(
     return Program(step, parts, optimizer, shardings, abstract)
 
 
-def count_parts(config: PretrainConfig, mesh: Mesh) -> int:
+def count_parts(config: RunConfig, mesh: Mesh) -> int:
     """Micro-batches of a step: `training.accumulation_steps`, or as many fewer as a device's rows divide into.
 
     So settings made for one device run on many, which need fewer parts for the same memory.

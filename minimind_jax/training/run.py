@@ -146,6 +146,7 @@ class RunFolder:
         files and folders differ when they mean others."""
         before, now = flat(self.read_config() or {}), flat(plain(config))
         now |= self.settled(now)
+        before = {key: value for key, value in before.items() if key in now or not config.is_former(key, value)}
         before = before and {**flat(plain(type(config)())), **before}
         keys = (now.keys() | before.keys()) - {"resume", "run"} if before else ()
         differing = [key for key in sorted(keys) if before.get(key) != now.get(key)]
