@@ -10,11 +10,9 @@ import pytest
 
 from minimind_jax.config.sections import (
     CheckpointConfig,
-    DataConfig,
     LoRAConfig,
     ModelSettings,
     OptimizerConfig,
-    TrainingConfig,
 )
 from minimind_jax.config.stages import PretrainConfig, SFTConfig
 from minimind_jax.data.tokenizer import train_bpe
@@ -40,18 +38,17 @@ class World:
     folder: Path
 
     def pretrain(self, run: Path, **changes) -> PretrainConfig:
-        return self._config(PretrainConfig, run, "text.jsonl", "concat", **changes)
+        return self._config(PretrainConfig, run, "text.jsonl", **changes)
 
     def sft(self, run: Path, **changes) -> SFTConfig:
-        return self._config(SFTConfig, run, "chat.jsonl", "best_fit", **{"init_from": "", **changes})
+        return self._config(SFTConfig, run, "chat.jsonl", **{"init_from": "", **changes})
 
-    def _config(self, cls, run, file, packing, training=None, data=None, **changes):
+    def _config(self, cls, run, file, training=None, data=None, **changes):
         """`training` and `data` are changes of fields; `changes` of the rest."""
         data = {
             "train": (str(self.folder / file),),
             "val_fraction": 0.05,
             "seq_len": 32,
-            "packing": packing,
             "cache_dir": str(self.folder / "cache"),
             "tokenizer_workers": 1,
             **(data or {}),
@@ -78,8 +75,8 @@ class World:
                 max_position_embeddings=256,
             ),
             "compute": ComputeConfig(scan_unroll=1),  # a layer is compiled once
-            "data": DataConfig(**data),
-            "training": TrainingConfig(**training),
+            "data": dataclasses.replace(cls().data, **data),
+            "training": dataclasses.replace(cls().training, **training),
             "optimizer": OptimizerConfig(learning_rate=3e-3),
             "checkpoint": CheckpointConfig(every=3),
             **changes,
@@ -165,13 +162,13 @@ def make(world, files, base):
     def make(cls, run, train, **changes):
         rate = OptimizerConfig(learning_rate=changes.pop("rate", 3e-3))
         own = {
-            "data": {"train": (files.get(train, train),), "seq_len": 64, "val_fraction": 0.2, "packing": "best_fit"},
+            "data": {"train": (files.get(train, train),), "seq_len": 64, "val_fraction": 0.2},
             "training": {"steps": 24, "eval_every": 8, "eval_rows": 0, "batch_tokens": 256},
         }
         for section in own:
             own[section].update(changes.pop(section, {}))
         changes = {"init_from": base, "optimizer": rate, "tokenizer": "", **changes}
-        return world._config(cls, run, "chat.jsonl", "best_fit", **own, **changes)
+        return world._config(cls, run, "chat.jsonl", **own, **changes)
 
     return make
 
