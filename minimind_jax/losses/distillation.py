@@ -8,12 +8,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from minimind_jax.losses import Batch, LossFn, Metric, Metrics
-from minimind_jax.model.transformer import LanguageModel, Params
+from minimind_jax.losses.pieces import by_columns, logits
+from minimind_jax.model.transformer import LanguageModel, Params, full_precision
 
 Divergence = Literal["forward", "reverse", "jsd"]
 TEACHER = "teacher"  # the key of the teacher's parameters
-
-PIECE_BYTES = 2**28  # logits of one model made at once
 
 
 def divergences(student: Array, teacher: Array, kind: Divergence, temperature: float = 1.0, beta: float = 0.5) -> Array:
@@ -84,35 +83,37 @@ def make_distillation_loss(
 
     teacher: of all parameters, the teacher's model and parameters; no gradient reaches them. None: what is known of it
     is in the batch, `teacher_ids` and `teacher_log_probs` (B, T, k) of `likeliest`, with the same `words` (all of the
-    student's when None). Logits, their softmaxes and sums are float32; they are made for a piece of the rows at a time,
-    and again for the gradient.
+    student's when None). Logits, their softmaxes and sums are float32; they are made for some columns at a time, and
+    again for the gradient.
     Batch and metrics as in `language_model`, and the metric `divergence` (not times temperature^2).
     """
 
     def loss_fn(params: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
         output = model.read_batch(params, batch, key)
+        kernels = (model.head_kernel(params),)
         if teacher is None:
-            vocab, known = model.config.vocab_size, (batch["teacher_ids"], batch["teacher_log_probs"])
+            known = batch["teacher_ids"], batch["teacher_log_probs"]
         else:
             teacher_model, teacher_params = teacher(jax.lax.stop_gradient(params))
-            vocab = max(model.config.vocab_size, teacher_model.config.vocab_size)
             with jax.named_scope("teacher"):
                 known = (jax.lax.stop_gradient(teacher_model.read_batch(teacher_params, batch).hidden_BTD),)
-
-        def apart_of(logits_BTV, *known):
-            if teacher is None:
-                return stored_divergences(logits_BTV[..., :words], *known, divergence, temperature, jsd_beta)
-            known_BTV = jax.lax.stop_gradient(teacher_model.logits(teacher_params, *known))
-            return divergences(logits_BTV, known_BTV, divergence, temperature, jsd_beta)
+            kernels += (teacher_model.head_kernel(teacher_params),)
 
         @jax.checkpoint
-        def piece(hidden_BTD, targets_BT, *known):
-            logits_BTV = model.logits(params, hidden_BTD)
+        def piece(kernels, hidden_BTD, targets_BT, *known):
+            logits_BTV = logits(hidden_BTD, kernels[0])
             log_probs_BTV = jax.nn.log_softmax(logits_BTV)
             nll_BT = -jnp.take_along_axis(log_probs_BTV, targets_BT[..., None], axis=-1)[..., 0]
-            return nll_BT, apart_of(logits_BTV, *known)
+            if teacher is None:
+                ids_BTK, log_probs_BTK = known
+                apart_BT = stored_divergences(
+                    logits_BTV[..., :words], ids_BTK, log_probs_BTK, divergence, temperature, jsd_beta
+                )
+            else:
+                apart_BT = divergences(logits_BTV, logits(known[0], kernels[1]), divergence, temperature, jsd_beta)
+            return nll_BT, apart_BT
 
-        nll_BT, divergence_BT = _by_columns(piece, vocab, output.hidden_BTD, batch["targets"], *known)
+        nll_BT, divergence_BT = by_columns(piece, kernels, output.hidden_BTD, batch["targets"], *known)
         weights_BT = batch["loss_weights"].astype(jnp.float32)
         nll, apart = jnp.sum(weights_BT * nll_BT), jnp.sum(weights_BT * divergence_BT)
         count = jnp.sum(weights_BT)
@@ -136,23 +137,8 @@ def teacher_likeliest(
     """`likeliest` of a teacher for all tokens of packed rows, (B, T, k) each."""
     output = model.read_batch(params, batch)
 
-    def piece(hidden_BTD):
-        return likeliest(model.logits(params, hidden_BTD), k, words, temperature)
+    def piece(kernels, hidden_BTD):
+        return likeliest(logits(hidden_BTD, *kernels), k, words, temperature)
 
-    return _by_columns(piece, model.config.vocab_size, output.hidden_BTD)
-
-
-def _by_columns(function: Callable, vocab: int, *arrays: Array) -> tuple[Array, ...]:
-    """function(*arrays), (B, T, ...) each, over as many columns at a time as make PIECE_BYTES of logits; they divide
-    T."""
-    B, T = arrays[0].shape[:2]
-    most = max(1, PIECE_BYTES // (4 * B * vocab))
-    columns = max(size for size in range(1, T + 1) if T % size == 0 and size <= most)
-    if columns == T:
-        return function(*arrays)
-
-    def pieces(array: Array) -> Array:  # (T / columns, B, columns, ...): rows stay where they are on a mesh
-        return jnp.moveaxis(array.reshape(B, T // columns, columns, *array.shape[2:]), 1, 0)
-
-    found = jax.lax.map(lambda each: function(*each), tuple(map(pieces, arrays)))
-    return tuple(jnp.moveaxis(array, 0, 1).reshape(B, T, *array.shape[3:]) for array in found)
+    with full_precision(model.compute):
+        return by_columns(piece, (model.head_kernel(params),), output.hidden_BTD)

@@ -15,10 +15,10 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
+from minimind_jax.losses.pieces import PIECE_BYTES
 from minimind_jax.sharding import ROW_AXES, RULES, current_mesh
 
-WHOLE_BYTES = 2**30  # logits of a device up to this are made whole and kept for the gradient
-PIECE_BYTES = 2**28  # beyond, this much at once: enough for the matrix products, small beside a large kernel
+WHOLE_BYTES = 2**30  # logits of a device up to this are made whole and kept for the gradient; else PIECE_BYTES at once
 
 VOCAB, EMBED = RULES["vocab"], RULES["embed"]  # the mesh axes over which the kernel is cut
 ROWS, LOGITS = PartitionSpec(ROW_AXES), PartitionSpec(ROW_AXES, None, VOCAB)

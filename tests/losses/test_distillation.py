@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minimind_jax.losses import distillation
+from minimind_jax.losses import distillation, pieces
 from minimind_jax.losses.distillation import (
     TEACHER,
     divergences,
@@ -142,15 +142,16 @@ def test_the_loss_of_a_student(kind):
     assert float(count) == weights.sum()
 
 
-def test_pieces_of_the_rows_change_nothing(monkeypatch):
+@pytest.mark.parametrize("columns", [4, 7])  # 7: three pieces of 6, the last one filled up
+def test_pieces_of_the_rows_change_nothing(monkeypatch, columns):
     teacher, batch = TEACHERS["dense"], make_batch()
     params = {**STUDENT.init(jax.random.key(0)), TEACHER: teacher.init(jax.random.key(1))}
     loss_fn = make_distillation_loss(STUDENT, lambda p: (teacher, p[TEACHER]), divergence="jsd")
     loss = jax.value_and_grad(lambda p: loss_fn(p, batch, None)[0])
     whole = loss(params)
-    monkeypatch.setattr(distillation, "PIECE_BYTES", 4 * 2 * 50 * 4)  # four columns
-    pieces = loss(params)
-    for ours, expected in zip(jax.tree.leaves(pieces), jax.tree.leaves(whole), strict=True):
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 4 * 2 * 50 * columns)
+    in_pieces = loss(params)
+    for ours, expected in zip(jax.tree.leaves(in_pieces), jax.tree.leaves(whole), strict=True):
         rounding = 2**-23 * np.abs(expected).max()  # of a term of these sums, which are made in another order
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=2 * rounding)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(whole[1][TEACHER]))
