@@ -52,7 +52,7 @@ def export_checkpoint(
         parameters = run_parameters(config, model)
     else:
         model = load_body(config, tokenizer, stage)
-        parameters = with_head(config, model, labels.names)
+        parameters = with_head(config, model, labels)
     trained, frozen = parameters.split(parameters.abstract)
     step, params = _load_sound(run, checkpoint, trained)
     if frozen:

@@ -8,6 +8,7 @@ import numpy as np
 
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.convert.hf import Labels, load_hf, load_labels
+from minimind_jax.convert.load import base_folder
 from minimind_jax.data.epoch import Annotate
 from minimind_jax.data.labels import label_changes
 from minimind_jax.data.rows import Batch, Pieces
@@ -34,9 +35,10 @@ def load_body(config: RunConfig, tokenizer: Tokenizer, stage: str) -> LanguageMo
     return dataclasses.replace(model, config=dataclasses.replace(model.config, tie_word_embeddings=True))
 
 
-def with_head(config: RunConfig, model: LanguageModel, labels: tuple[str, ...]) -> Parameters:
-    """The parameters of a run with a head of these scores: the one of init_from if it has the same, or a new one."""
-    scores = len(labels)
+def with_head(config: RunConfig, model: LanguageModel, labels: Labels) -> Parameters:
+    """The parameters of a run with a head of these scores: the one of init_from if it has the same, or a new one, and
+    then what is left out is told."""
+    scores = len(labels.names)
     parameters = run_parameters(config, model, has_head=True)
     abstract = jax.eval_shape(lambda: init_head(jax.random.key(0), model.config.hidden_size, scores))
     shardings = param_shardings(make_mesh(config.mesh), head_axes(), abstract)
@@ -44,12 +46,13 @@ def with_head(config: RunConfig, model: LanguageModel, labels: tuple[str, ...]) 
     def load() -> Params:
         folder = resolve_model_folder(config.init_from, "init_from")
         head = init_head(named_key(config.seed, "head"), model.config.hidden_size, scores)
-        found = None if is_adapter(folder) else load_labels(folder)
-        if found is not None and set(found.names) == set(labels):
-            order = [found.names.index(label) for label in labels]
-            head = {SCORE: {name: array[..., order] for name, array in load_hf(folder)[1][SCORE].items()}}
+        folder = base_folder(folder) if is_adapter(folder) else folder
+        found = load_labels(folder)
+        if found is not None and (other := _differing(found, labels)):
+            announce(f"the head of {folder} is left out, and a new one trained: {other}")
         elif found is not None:
-            announce(f"the labels are not those of {folder}: its head is left out, and a new one trained")
+            order = [found.names.index(name) for name in labels.names] if scores > 1 else [0]
+            head = {SCORE: {name: array[..., order] for name, array in load_hf(folder)[1][SCORE].items()}}
         return {**parameters.load(), **jax.device_put(head, shardings)}
 
     return Parameters(
@@ -58,6 +61,21 @@ def with_head(config: RunConfig, model: LanguageModel, labels: tuple[str, ...]) 
         load,
         lambda path: path[0] == SCORE or parameters.is_trained(path),
     )
+
+
+def _differing(found: Labels, wanted: Labels) -> str:
+    """Why a head's scores are not the wanted ones; "" where they are, in whatever order and whatever a score is called.
+    A score among several labels is not trained as one of which the likeliest counts."""
+    kinds = [
+        "one score (a reward model's)"
+        if len(labels.names) == 1
+        else f"{'any number' if labels.several else 'one'} of {len(labels.names)} labels a text"
+        for labels in (found, wanted)
+    ]
+    if kinds[0] != kinds[1]:
+        return f"it gives {kinds[0]}, and here it is {kinds[1]}"
+    changes = label_changes(found.names, wanted.names) if len(wanted.names) > 1 else ""
+    return changes and f"it has other labels ({changes})"
 
 
 def own_labels(run: RunFolder) -> Labels | None:

@@ -75,7 +75,7 @@ def classify(config: ClassifyConfig) -> Path:
         config,
         stage="classify",
         model=model,
-        parameters=with_head(config, model, classes.names),
+        parameters=with_head(config, model, labels),
         loss_fn=make_classification_loss(
             model,
             jnp.asarray(weights, jnp.float32),

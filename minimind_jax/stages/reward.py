@@ -54,7 +54,7 @@ def reward(config: RewardConfig) -> Path:
         config,
         stage="reward",
         model=model,
-        parameters=with_head(config, model, LABELS.names),
+        parameters=with_head(config, model, LABELS),
         loss_fn=make_reward_loss(model, config.centring),
         train_batches=train_batches,
         val_batches=val_batches,

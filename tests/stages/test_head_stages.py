@@ -22,8 +22,9 @@ from minimind_jax.config.stages import (
     SFTConfig,
     TeacherConfig,
 )
-from minimind_jax.convert.hf import Labels, load_labels, to_hf
+from minimind_jax.convert.hf import Labels, load_hf, load_labels, save_hf, to_hf
 from minimind_jax.data.jsonl import iter_records
+from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.evaluate.score_command import predict, score
 from minimind_jax.inference.answer_file import PartialFile
@@ -89,10 +90,42 @@ def test_models_with_scores_write_no_text(make, tmp_path, monkeypatch):
     flops = flops_per_token(model.config, again.data.seq_len, has_words=False)
     assert row["mfu"] == pytest.approx(row["tokens_per_second"] * flops / 1e6, rel=1e-3)
     a, b = (
-        np.asarray(with_head(again, model, labels).load()[SCORE]["kernel"])
+        np.asarray(with_head(again, model, Labels(labels)).load()[SCORE]["kernel"])
         for labels in (("birds", "cat", "dogs"), ("dogs", "birds", "cat"))
     )
     np.testing.assert_array_equal(a[:, [2, 0, 1]], b)
+
+
+ONE, MANY, REWARD = Labels(("a", "b")), Labels(("a", "b"), several=True), Labels(("reward",))
+TURNED = {ONE: Labels(("b", "a")), MANY: Labels(("b", "a"), several=True)}
+HEADS = [  # of init_from, of the run, what is told
+    (ONE, TURNED[ONE], None),
+    (MANY, TURNED[MANY], None),
+    (Labels(("LABEL_0",)), REWARD, None),
+    (ONE, TURNED[MANY], "it gives one of 2 labels a text, and here it is any number of 2 labels a text"),
+    (MANY, TURNED[ONE], "it gives any number of 2 labels a text, and here it is one of 2 labels a text"),
+    (Labels(("a", "b", "c")), ONE, "it gives one of 3 labels a text, and here it is one of 2"),
+    (Labels(("a", "c")), ONE, "it has other labels (new: 'b'; gone: 'c')"),
+    (ONE, REWARD, "it gives one of 2 labels a text, and here it is one score (a reward model's)"),
+    (MANY, REWARD, "it gives any number of 2 labels a text, and here it is one score"),
+    (REWARD, ONE, "it gives one score (a reward model's), and here it is one of 2 labels a text"),
+    (REWARD, MANY, "it gives one score (a reward model's), and here it is any number of 2 labels a text"),
+]
+
+
+def test_a_head_of_other_scores_is_left_out_with_a_word(make, base, tmp_path, capsys):
+    folder = tmp_path / "start"
+    config, params = load_hf(RunFolder(base).model)
+    settings = make(ClassifyConfig, tmp_path / "run", "labels", init_from=str(folder))
+    tokenizer = Tokenizer.load(RunFolder(base).model)
+    for start, wanted, told in HEADS:
+        head = np.arange(config.hidden_size * len(start.names), dtype=np.float32).reshape(-1, len(start.names))
+        save_hf(folder, config, {**params, SCORE: {"kernel": head}}, tokenizer, "float32", labels=start)
+        loaded = with_head(settings, load_body(settings, tokenizer, "classify"), wanted).load()
+        kept = head if start.names == ("LABEL_0",) else head[:, ::-1]
+        assert np.array_equal(loaded[SCORE]["kernel"], kept) == (told is None), (start, wanted)
+        said = capsys.readouterr().out
+        assert (told or "") in said and ("left out" in said) == bool(told)
 
 
 def test_reward_resumes_exactly(make, tmp_path):
