@@ -1,10 +1,12 @@
-"""What the processes of a run must agree on, compared before the first step: they would otherwise train on different
-things, or wait for each other for ever."""
+"""What the processes of a run tell each other outside of its steps: what they must agree on, and that one has failed.
+They would otherwise train on different things, or wait for each other for ever."""
 
+import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +15,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from minimind_jax.errors import UserError
+from minimind_jax.signals import say
 
+PATIENCE = 10.0  # seconds until a failure is said that the other processes have not heard of yet
 T = TypeVar("T")
 
 
@@ -24,7 +28,7 @@ def check_agreement(about: dict[str, Any]) -> None:
     """
     if jax.process_count() == 1:
         return
-    told = [json.loads(text) for text in _gather(json.dumps(about, sort_keys=True))]
+    told = [json.loads(text) for text in exchange(json.dumps(about, sort_keys=True))]
     differing = []
     for name in dict.fromkeys(name for one in told for name in one):
         values = [json.dumps(one[name], ensure_ascii=False) if name in one else "nothing" for one in told]
@@ -39,19 +43,50 @@ def check_agreement(about: dict[str, Any]) -> None:
 
 
 def on_all(work: Callable[[], T]) -> T:
-    """What `work` returns. Where it raises UserError on one process, it does so on all, which would else wait."""
-    result, failure = None, None
-    try:
+    """What `work` returns. Where it fails on one process, UserError is raised on the others, which would else wait."""
+    with ending_together():
         result = work()
-    except UserError as error:
-        failure = error
-    failures = _gather(str(failure or "")) if jax.process_count() > 1 else []
-    if failure is not None:
-        raise failure
-    for process, message in enumerate(failures):
-        if message:
-            raise UserError(f"process {process} has stopped: {message}")
+    exchange()
     return result
+
+
+def on_first(work: Callable[[], object]) -> None:
+    """Does `work` on the first process; the others wait until it is done, or has failed."""
+    on_all(lambda: work() if jax.process_index() == 0 else None)
+
+
+def first_says(flag: bool) -> bool:
+    """The first process's `flag`, on all of them: for questions to a disk that changes while they are asked."""
+    return bool(json.loads(exchange(json.dumps(bool(flag)))[0]))
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """Where the body fails on one process, the others get a UserError that says so in their next `exchange`, or at the
+    end of their own body; it may be entered within itself. In the body all talk is by `exchange`."""
+    try:
+        yield
+    except BaseException as error:
+        if jax.distributed.is_initialized() and not getattr(error, "is_told", False):
+            message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            late = threading.Timer(PATIENCE, say, [f"the other processes have not heard yet that {message}"])
+            late.daemon = True
+            late.start()
+            with contextlib.suppress(UserError):  # of another process that has failed, too
+                exchange(failure=message)
+            late.cancel()
+            error.is_told = True
+        raise
+
+
+@contextlib.contextmanager
+def ending_alone() -> Iterator[None]:
+    """For a part of `ending_together` in which the processes talk in other ways, as in their steps."""
+    try:
+        yield
+    except BaseException as error:
+        error.is_told = True
+        raise
 
 
 @functools.cache
@@ -63,8 +98,20 @@ def code_hash() -> str:
     return found.hexdigest()
 
 
+def exchange(text: str = "", failure: str = "") -> list[str]:
+    """The text of each process. Raises UserError where one has failed, and says with what."""
+    if jax.process_count() == 1:
+        return [text]
+    told = _gather(f"!{failure}" if failure else f" {text}")
+    for process, said in enumerate(told):
+        if said.startswith("!") and process != jax.process_index():
+            error = UserError(f"process {process} has stopped: {said[1:]}")
+            error.is_told = True
+            raise error
+    return [said[1:] for said in told]
+
+
 def _gather(text: str) -> list[str]:
-    """The text of each process."""
     content = np.frombuffer(text.encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.array(len(content), np.int32))
     padded = np.zeros(int(lengths.max()), np.uint8)

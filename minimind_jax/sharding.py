@@ -6,11 +6,11 @@ placed once, and the compiler inserts the communication (mesh axes are of type A
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from minimind_jax.errors import UserError
@@ -83,19 +83,6 @@ def announce(text: str) -> None:
     """Prints, on the first process only."""
     if jax.process_index() == 0:
         print(text, flush=True)
-
-
-def first_process_says(flag: bool) -> bool:
-    """The first process's `flag`, on all of them: for questions to a disk that changes while they are asked."""
-    return bool(multihost_utils.broadcast_one_to_all(flag)) if jax.process_count() > 1 else flag
-
-
-def run_on_first_process(work: Callable[[], object]) -> None:
-    """Does `work` on the first process; the others wait until it is done."""
-    if jax.process_index() == 0:
-        work()
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("run_on_first_process")
 
 
 def make_mesh(config, devices: list[jax.Device] | None = None) -> Mesh:

@@ -1,6 +1,7 @@
 """Whole commands in two processes that form a JAX cluster, as on two hosts with a shared disk."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -219,3 +220,36 @@ def test_what_the_processes_must_agree_on_is_told_by_name_before_the_first_step(
     for text in outputs(start_pair(hosts, *train), 2):
         assert "do not agree: the setting seed is 3 on process 0, 4 on process 1. Give" in text
     assert not RunFolder(folder / "runs/apart").metrics_file.exists()
+
+
+def test_an_error_that_one_process_alone_has_ends_both_with_its_words(folder):
+    """The second host lacks the tokenizer, reads a broken record while it looks for labels, or its run's end fails on
+    the first: nobody waits for ever."""
+    tokenizer = ["tokenizer", "--data", "text.jsonl", "--output", "tokenizer", "--vocab_size", "300"]
+    outputs([start_one(folder, *tokenizer)], 0)
+    model = PIPELINE["stages"][1]["pretrain"]["model"]
+    (folder / "run.yaml").write_text(yaml.safe_dump({**ELASTIC, "model": model, "training": {"steps": 2}}))
+    (folder / "runs").mkdir()
+    hosts = [folder / "host0", folder / "host1"]
+    for host in hosts:
+        host.mkdir()
+        for file in ("run.yaml", "runs", "text.jsonl", "tokenizer"):
+            (host / file).symlink_to(folder / file)
+        lines = [f'{{"text": "{word} sleeps", "label": "{word}"}}\n' for word in ("cat", "dog") for _ in range(20)]
+        (host / "labels.jsonl").write_text("".join(lines))
+    (hosts[1] / "tokenizer").unlink()
+    pretrain = ["pretrain", "--config", "run.yaml", "--run", "runs/start"]
+    for text in outputs(start_pair(hosts, *pretrain), 2):
+        assert "tokenizer.json: no such file" in text
+    assert not (folder / "runs/start").exists()
+    (hosts[1] / "tokenizer").symlink_to(folder / "tokenizer")
+    outputs(start_pair(hosts, *pretrain), 0)
+    (hosts[1] / "labels.jsonl").write_text("".join([*lines[:-1], '{"text": "cow sleeps"}\n']))
+    classify = ["classify", "--init_from", "runs/start", "--data.train", "labels.jsonl", "--run", "runs/apart"]
+    for text in outputs(start_pair(hosts, *classify, "--data.seq_len", "32", "--training.batch_tokens", "128"), 2):
+        assert "labels.jsonl:40: missing field `label`" in text
+    shutil.rmtree(folder / "runs/start/model")
+    (folder / "runs/start/report.md").unlink()
+    (folder / "runs/start/report.md").mkdir()
+    first, second = outputs(start_pair(hosts, *pretrain), 2)
+    assert "report.md" in first and "process 0 has stopped: " in second and "report.md" in second

@@ -6,12 +6,13 @@ from typing import Any
 
 import yaml
 
+from minimind_jax.agreement import ending_together, first_says, on_first
 from minimind_jax.config import settings
 from minimind_jax.folders import PIPELINE
 from minimind_jax.pipeline.check import check_stages, watch_records
 from minimind_jax.pipeline.read import Stage
 from minimind_jax.runs.settle import changed_data
-from minimind_jax.sharding import announce, first_process_says, initialize_distributed, run_on_first_process
+from minimind_jax.sharding import announce, initialize_distributed
 from minimind_jax.stages import STAGES
 from minimind_jax.training.places import mean_the_same
 from minimind_jax.training.run import RunFolder, plain, write_text
@@ -21,11 +22,16 @@ def run_pipeline(stages: Sequence[Stage]) -> None:
     """Checks all stages, then runs what is not done, in order. One that is asked to stop saves its state and ends the
     process. Raises UserError."""
     initialize_distributed()
+    with ending_together():
+        _run_in_order(stages)
+
+
+def _run_in_order(stages: Sequence[Stage]) -> None:
     check_stages(stages)
     renewed = ""
     for number, stage in enumerate(stages, 1):
         title = f"[{number}/{len(stages)}] {stage.name}"
-        if first_process_says(stage.is_finished):
+        if first_says(stage.is_finished):
             announce(f"{title}: done, in {stage.folder}")
             for line in _what_changed(stage, renewed):
                 announce(line)
@@ -34,11 +40,11 @@ def run_pipeline(stages: Sequence[Stage]) -> None:
         if not renewed:
             watch_records([later for later in stages[number:] if not later.is_finished])
         if stage.name == "tokenizer":
-            run_on_first_process(lambda stage=stage: _make_tokenizer(stage))
+            on_first(lambda stage=stage: _make_tokenizer(stage))
         else:
             STAGES[stage.name].load()(stage.config)
         renewed = renewed or stage.name
-        run_on_first_process(lambda: _write_last(stages))
+        on_first(lambda: _write_last(stages))
 
 
 def _write_last(stages: Sequence[Stage]) -> None:

@@ -10,11 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from minimind_jax import hub
-from minimind_jax.agreement import check_agreement
+from minimind_jax.agreement import check_agreement, ending_together, exchange, on_first
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.convert.replace import check_replaceable
 from minimind_jax.errors import UserError
@@ -23,13 +21,7 @@ from minimind_jax.paths import cache_home, is_remote
 from minimind_jax.runs.effect import check_effect
 from minimind_jax.runs.models import SHAPE_FIELDS
 from minimind_jax.runs.settle import changed_data
-from minimind_jax.sharding import (
-    announce,
-    first_process_says,
-    initialize_distributed,
-    make_mesh,
-    run_on_first_process,
-)
+from minimind_jax.sharding import announce, initialize_distributed, make_mesh
 from minimind_jax.training.origin import agreed_settings, check_start_models
 from minimind_jax.training.program import count_parts
 from minimind_jax.training.run import RunFolder
@@ -70,14 +62,15 @@ def start_run(config: RunConfig) -> RunFolder:
 
 
 def tidy(stage: Callable[[RunConfig], Path]) -> Callable[[RunConfig], Path]:
-    """The stage, which leaves no folder behind when it could not start."""
+    """The stage, which leaves no folder behind when it could not start, and ends on all processes if it does on one."""
 
     @functools.wraps(stage)
     def run(config: RunConfig) -> Path:
         folder = resolve_run(config.run)
         is_new = not is_remote(folder) and not folder.exists()
         try:
-            return stage(config)
+            with ending_together():
+                return stage(config)
         except BaseException:  # Ctrl-C as well
             if is_new and jax.process_index() == 0:
                 remove_unused(folder)
@@ -102,26 +95,26 @@ def check_shared(run: RunFolder, patience: float = 10.0) -> None:
         return
     run.create()
     # A new name: what a network disk was asked for before it was there it may deny for a while.
-    number = int(multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32))))
-    mark, failure = run.path / f".processes-{number}", None
-    if jax.process_index() == 0:
-        try:
-            mark.write_text("", "utf-8")
-        except OSError as error:
-            failure = error
-    if not first_process_says(failure is None):
-        raise UserError(f"process 0 cannot write into the run's folder {run.path}: {failure or 'it says why'}")
+    mark = run.path / f".processes-{exchange(secrets.token_hex(4))[0]}"
+    on_first(lambda: _write_mark(run, mark))
     late = time.monotonic() + patience
     while not (seen := mark.exists()) and time.monotonic() < late:
         time.sleep(0.2)
-    blind = np.flatnonzero(~multihost_utils.process_allgather(np.array(seen))).tolist()
-    run_on_first_process(mark.unlink)
+    blind = [process for process, answer in enumerate(exchange("seen" if seen else "")) if not answer]
+    on_first(mark.unlink)
     if blind:
         raise UserError(
             f"the run's folder {run.path} of process 0 is another one than that of "
             f"process{'es' * (len(blind) > 1)} {', '.join(map(str, blind))}; give --run a folder on a disk that all "
             "processes see, or gs://BUCKET/NAME"
         )
+
+
+def _write_mark(run: RunFolder, mark: Path) -> None:
+    try:
+        mark.write_text("", "utf-8")
+    except OSError as error:
+        raise UserError(f"the run's folder {run.path} cannot be written into: {error}") from error
 
 
 def check_settings(run: RunFolder, config: RunConfig) -> None:

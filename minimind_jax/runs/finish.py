@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
+from minimind_jax.agreement import exchange
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.convert.hf import Labels, load_hf, save_hf
 from minimind_jax.convert.hf_config import to_generation_config
@@ -65,8 +66,7 @@ def finish_run(
             write_report(run, row)
             append_export(run, row)
         print(f"The model is {run.model}, the report {run.report_file}. Next:\n{hint}")
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("model")
+    exchange()  # the others wait until all is written
     return run.path
 
 

@@ -20,9 +20,10 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from minimind_jax.agreement import first_says
 from minimind_jax.errors import UserError
 from minimind_jax.paths import absolute, as_path, is_remote
-from minimind_jax.sharding import announce, first_process_says
+from minimind_jax.sharding import announce
 from minimind_jax.training.checkpoint_files import CHECKSUMS, damage, orbax_path, remove, write_checksums
 
 TEMPORARY = "*.orbax-checkpoint-tmp*"
@@ -192,7 +193,7 @@ class Checkpoints:
                 check_sound(self.folder / str(step))
             except DamagedCheckpoint as found:
                 error = found
-        if not first_process_says(error is None):
+        if not first_says(error is None):
             raise error or DamagedCheckpoint(self.folder / str(step), "process 0 says why")
         self._sound.add(step)
 

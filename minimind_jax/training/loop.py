@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from minimind_jax import STARTED
-from minimind_jax.agreement import check_agreement
+from minimind_jax.agreement import check_agreement, ending_alone
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.errors import UserError
 from minimind_jax.losses import LossFn
@@ -83,7 +83,7 @@ def train(
     program = make_program(config, parameters, loss_fn, mesh, total_steps)
     is_first = jax.process_index() == 0
     losses: dict[int, float] = {}  # step -> validation loss, as far as known
-    with contextlib.ExitStack() as stack:
+    with ending_alone(), contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())  # the last to go: a second signal must not disturb a save
         checkpoints = stack.enter_context(
             Checkpoints(
