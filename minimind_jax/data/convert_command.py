@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from minimind_jax.data.formats import detect, recognise
+from minimind_jax.data.formats import TEXT, detect, recognise, renaming
 from minimind_jax.data.jsonl import Reading, Record, expand_paths, iter_records, tell, tell_left_out
 from minimind_jax.data.labels import LABEL_FIELDS, labelled_record
 from minimind_jax.data.records import as_record, parse_conversation, parse_preference, parse_text
@@ -116,8 +116,9 @@ def _kind(record: Record, reading: Reading) -> str:
         return "labelled"
     if found is None:
         raise UserError(
-            f"{record.where}: no format that is read has the fields {field_names(record.value)}; --rename OLD=NEW "
-            "gives them the names of one (docs/data.md lists them), --text_field names a text"
+            f"{record.where}: no format that is read has the fields {field_names(record.value)}; --rename "
+            f"{renaming(record.value, (*TEXT, *LABEL_FIELDS))} gives them the names of one (docs/data.md lists them), "
+            "--text_field names a text"
         )
     return found
 

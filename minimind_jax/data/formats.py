@@ -7,6 +7,7 @@ listed in `data.ignore_fields`, or an error that names it; of texts and labels a
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +16,16 @@ from minimind_jax.data.jsonl import Reading, Record
 from minimind_jax.data.messages import Conversation, Message, messages_in, read_messages
 from minimind_jax.data.preferences import Preference, make_preference, shared_key, turns_of
 from minimind_jax.data.tools import read_tools
-from minimind_jax.data.values import checked_text, field_names, is_absent, kind_of, loads, without_nulls
+from minimind_jax.data.values import (
+    checked_text,
+    field_names,
+    is_absent,
+    kind_of,
+    loads,
+    meant,
+    respelled,
+    without_nulls,
+)
 from minimind_jax.errors import UserError
 
 VERSION = 2  # counts up when a record is read as something else than before; caches of tokens are made anew
@@ -343,7 +353,7 @@ def read_text(record: Record, reading: Reading) -> tuple[str, str]:
         found = field_names(record.value) + _hint(record.value, "text")
         raise UserError(
             f"{record.where}: missing field `{names[0]}`; expected a string (data.text_field, of tools --text_field, "
-            f"names another field), found the fields {found}"
+            f"names another field{meant(record.value, names)}), found the fields {found}"
         )
     leave_out_others(record, {name})
     return checked_text(record.value[name], f"{record.where}: {name}"), name
@@ -367,9 +377,16 @@ def _missing(value: dict[str, Any], gives: Gives) -> str:
             )
     first = {"conversation": "conversations", "preference": "rejected" if "chosen" in value else "chosen"}[gives]
     return (
-        f"missing field `{first}`; expected {EXPECTED[gives]} (`minimind data convert --rename OLD=NEW` gives fields "
-        f"other names); found the fields {field_names(value)}{_hint(value, gives)}"
+        f"missing field `{first}`; expected {EXPECTED[gives]} (`minimind data convert --rename {renaming(value)}` "
+        f"gives fields other names); found the fields {field_names(value)}{_hint(value, gives)}"
     )
+
+
+def renaming(value: dict[str, Any], more: Collection[str] = TEXT) -> str:
+    """What `data convert --rename` may be given for the fields of a record: those that only have another case, if any.
+    more: names beside those of FORMATS."""
+    known = {name for row in FORMATS for names in row.needs for name in names} | {*SYSTEM, *CONTEXT, *more}
+    return " ".join(shlex.quote(f"{field}={name}") for field, name in respelled(value, known).items()) or "OLD=NEW"
 
 
 def _hint(value: dict[str, Any], wanted: Gives | None = None) -> str:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from minimind_jax.data.formats import TEXT, leave_out_others
 from minimind_jax.data.jsonl import READING, Reading, Record, iter_records
-from minimind_jax.data.values import checked_text, decode_json, field_names
+from minimind_jax.data.values import checked_text, decode_json, field_names, meant
 from minimind_jax.errors import UserError
 
 LABEL_FIELDS = ("label", "labels", "category", "intent")  # where `label` is looked for, unless a setting names a field
@@ -90,7 +90,8 @@ def parse_unlabelled(record: Record, text_field: str = "text") -> str:
     if not isinstance(text, str):
         raise UserError(
             f"{record.where}: expected a field `{text_field}` with the text, found the fields "
-            f"{field_names(record.value)} (data.text_field, of tools --text_field, names another)"
+            f"{field_names(record.value)} (data.text_field, of tools --text_field, names another"
+            f"{meant(record.value, TEXT)})"
         )
     if not text.strip():
         raise UserError(f"{record.where}: {place} is empty; remove the line (in training: --data.on_error skip)")
@@ -127,7 +128,7 @@ def _field(record: Record, label_field: str) -> str:
     if not there:
         raise UserError(
             f"{record.where}: missing field `{label_field}`; expected the text's label, found the fields "
-            f"{field_names(record.value)} (classify.label_field names another)"
+            f"{field_names(record.value)} (classify.label_field names another{meant(record.value, wanted)})"
         )
     if tuple(there[:2]) in (LABEL_FIELDS[:2], LABEL_FIELDS[2:]):  # neither is the likelier one
         raise UserError(

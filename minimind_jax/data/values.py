@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 from minimind_jax.errors import UserError
@@ -105,6 +106,18 @@ def check_json(value: Any, place: str) -> None:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{place} cannot be written as JSON: {error}") from error
+
+
+def respelled(value: dict[str, Any], names: Collection[str]) -> dict[str, str]:
+    """{field: name} of the fields that are one of the names but for case and spaces around, as Excel's headers are."""
+    plain = {field: field.strip().casefold() for field in value}
+    alike = Counter(plain.values())
+    return {field: name for field, name in plain.items() if name in names and name != field and alike[name] == 1}
+
+
+def meant(value: dict[str, Any], names: Collection[str]) -> str:
+    """ ": FIELD", for the end of a hint, where a field is one of the names but for its case; else ""."""
+    return "".join(f": {field}" for field in list(respelled(value, names))[:1])
 
 
 def field_names(value: dict[str, Any]) -> str:

@@ -78,3 +78,26 @@ def test_what_is_refused(tmp_path, monkeypatch, capsys, arguments, message):
     assert convert(*arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("header", "kind", "command"),
+    [
+        ("Text;Label", None, "--rename Text=text Label=label gives"),
+        ("TEXT;LABEL", "labelled", "names another: TEXT)"),
+        ("Body; x", "text", "names another field: Body)"),
+        ("Instruction;OUTPUT", "conversation", "--rename Instruction=instruction OUTPUT=output`"),
+        ("Text;TEXT", None, "--rename OLD=NEW"),
+    ],
+)
+def test_headers_in_another_case_are_named_with_the_way_out(tmp_path, capsys, header, kind, command):
+    """Excel's, in capitals; spaces around a header do not count."""
+    file, output = tmp_path / "in.csv", tmp_path / "out.jsonl"
+    kind = ("--kind", kind) if kind else ()
+    file.write_text(f"{header}\ngood day;a\nbad day;b\n")
+    assert convert(file, output, *kind) == 2 and command in capsys.readouterr().err
+    if "=text" in command:
+        assert convert(file, output, *kind, "--rename", "Text=text", "Label=label") == 0
+    file.write_text(f" {header.lower()} \ngood day;a\nbad day;b\n")
+    if header != "Text;TEXT":
+        assert convert(file, tmp_path / "spaces.jsonl", *kind) == 0
