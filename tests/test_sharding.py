@@ -36,7 +36,7 @@ from minimind_jax.sharding import (
     param_shardings,
     shard_batch,
 )
-from minimind_jax.training.optimizer import make_optimizer, make_schedule
+from minimind_jax.training.optimizer import make_clip, make_optimizer, make_rates
 from minimind_jax.training.state import create_state, state_shardings
 from minimind_jax.training.step import make_train_step
 
@@ -93,11 +93,11 @@ def train_on(devices, model, mesh_config, optimizer_name, accumulation_steps):
     # eps is raised so that Adam's division does not blow up the rounding of gradients near zero.
     config = OptimizerConfig(name=optimizer_name, learning_rate=1e-2, eps=1e-4)
     abstract = model.abstract_params()
-    optimizer, schedule = make_optimizer(config, STEPS, abstract), make_schedule(config, STEPS)
+    optimizer, rates = make_optimizer(config, STEPS), make_rates(config, STEPS)
     shardings = state_shardings(optimizer, param_shardings(mesh, model.logical_axes(), abstract), abstract)
     step = make_train_step(
-        make_language_model_loss(model), optimizer, schedule,
-        accumulation_steps=accumulation_steps, max_grad_norm=1.0, shardings=shardings,
+        make_language_model_loss(model), optimizer, rates, make_clip(1.0),
+        accumulation_steps=accumulation_steps, shardings=shardings,
     )  # fmt: skip
     state = create_state(init_params(model, jax.random.key(0), mesh), optimizer, shardings)
     history, (index, count) = [], data_process(mesh)

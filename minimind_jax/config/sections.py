@@ -206,8 +206,10 @@ class LoopConfig:
     eval_every: steps between two evaluations; 0 for none but the last step's. null makes about ten, and more in long
         runs.
     eval_rows: validation rows used at most; 0 for all.
-    patience: evaluations without a lower validation loss after which the run ends; the model written is then that of
-        the lowest. A checkpoint is saved at every evaluation. 0 for never.
+    watch: which number of an evaluation says how good the model is: `min loss`, or `max` or `min` and the name of
+        another one, as metrics.jsonl has it behind val_, such as `max accuracy`.
+    patience: evaluations that are not better than the best before them after which the run ends; the model written is
+        then that of the best. A checkpoint is saved at every evaluation. 0 for never.
     stop_on_nan: stop with the last good checkpoint kept when the loss or the gradient is not finite.
     profile_steps: steps traced into the run's profile/, for Perfetto and XProf; 0 for none. --profile alone means 5.
     profile_start: steps before the trace; the first compiles.
@@ -222,6 +224,7 @@ class LoopConfig:
     log_every: int = 10
     eval_every: int | None = None
     eval_rows: int = 256
+    watch: str = "min loss"
     patience: int = 0
     stop_on_nan: bool = True
     profile_steps: int = 0
@@ -234,6 +237,9 @@ class LoopConfig:
         for name in given:
             if getattr(self, name) <= 0:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; it must be above 0")
+        direction, *names = self.watch.split()
+        if direction not in ("min", "max") or len(names) != 1:
+            raise ValueError(f"training.watch is {self.watch!r}; it must be min or max and a name, such as min loss")
         at_least(self, 1, "batch_tokens", "accumulation_steps", "log_every")
         at_least(self, 0, "eval_every", "eval_rows", "patience", "max_grad_norm", "profile_steps", "profile_start")
 
@@ -358,7 +364,7 @@ class CheckpointConfig:
 
     every: steps between two saves; 0 saves only at the end and when the run is stopped.
     keep: newest checkpoints kept.
-    keep_best: of those saved at a step that is evaluated, keep the one with the lowest validation loss, too.
+    keep_best: of those saved at a step that is evaluated, keep the best one (by training.watch), too.
     """
 
     every: int = 500

@@ -21,10 +21,10 @@ from minimind_jax.runs.models import build_model, check_context, load_tokenizer,
 from minimind_jax.sharding import announce, make_mesh
 from minimind_jax.stages.tokenizer import text_of
 from minimind_jax.training.defaults import filled
-from minimind_jax.training.facts import check_patience
 from minimind_jax.training.optimizer import make_schedule
 from minimind_jax.training.program import count_parts
 from minimind_jax.training.run import RunFolder
+from minimind_jax.training.watch import check_patience
 
 SAMPLE = 50  # records of each file
 TEXTS, TALKS, PAIRS = ("pretrain",), ("sft", "distill"), ("dpo", "reward")

@@ -20,7 +20,8 @@ from minimind_jax.stages import STAGES
 from minimind_jax.training.checkpoint import DamagedCheckpoint, load_params
 from minimind_jax.training.origin import check_words
 from minimind_jax.training.run import RunFolder
-from minimind_jax.training.tracking import read_metrics, val_losses
+from minimind_jax.training.tracking import read_metrics
+from minimind_jax.training.watch import Watch
 
 
 def export_checkpoint(
@@ -105,11 +106,11 @@ def choose_step(run: RunFolder, checkpoint: str, damaged: Container[int] = ()) -
         return steps[-1]
     there = f"{run.checkpoints} holds those of the steps {', '.join(map(str, steps))}"
     if checkpoint == "best":
-        losses = val_losses(read_metrics(run.metrics_file))
-        known = [step for step in steps if step in losses]
-        if not known:
-            raise UserError(f"no checkpoint was saved at a step with a validation loss; {there}")
-        return min(known, key=lambda step: (losses[step], step))
+        watch = Watch.of_run(run.read_config(), read_metrics(run.metrics_file))
+        best = watch.best(steps)
+        if best is None:
+            raise UserError(f"no checkpoint was saved at a step with a validation {watch.name}; {there}")
+        return best
     if int(checkpoint) not in steps:
         raise UserError(f"there is no checkpoint of step {checkpoint}; {there}")
     return int(checkpoint)

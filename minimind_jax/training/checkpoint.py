@@ -11,7 +11,7 @@ Orbax writes a last object into a checkpoint that is whole.
 import contextlib
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,12 @@ class DamagedCheckpoint(UserError):
         super().__init__(f"{self.problem}; if it is damaged, remove that folder: {_instead_of(checkpoint)}")
 
 
-def superseded(steps: Sequence[int], newest: int, val_losses: Mapping[int, float] | None) -> list[int]:
-    """Steps of checkpoints that need not be kept: all but the newest `newest` and, of those with a validation loss, the
-    one with the lowest (None: not kept)."""
-    preserved = set(sorted(steps)[-newest:])
-    if known := [step for step in steps if step in (val_losses or {})]:
-        preserved.add(min(known, key=lambda step: (val_losses[step], step)))
+Best = Callable[[Sequence[int]], int | None]  # which of these steps is the best; None where that is not known
+
+
+def superseded(steps: Sequence[int], newest: int, best: Best | None) -> list[int]:
+    """Steps of checkpoints that need not be kept: all but the newest `newest` and the best (None: not kept)."""
+    preserved = {*sorted(steps)[-newest:], best and best(steps)}
     return [step for step in steps if step not in preserved]
 
 
@@ -52,16 +52,16 @@ class Checkpoints:
     Args:
         folder: where they are; created if needed. What a killed save left behind is removed.
         keep: newest checkpoints kept.
-        val_losses: step -> validation loss, updated by the caller; the best checkpoint is kept too. None: not kept.
+        best: of some steps the one whose checkpoint is kept, too. None: only the newest are.
 
     Use as a context manager: leaving it waits for the save in progress.
     """
 
-    def __init__(self, folder: str | Path, *, keep: int = 2, val_losses: dict[int, float] | None = None):
+    def __init__(self, folder: str | Path, *, keep: int = 2, best: Best | None = None):
         self.folder = absolute(as_path(folder))
         _quieten()
         self._checkpointer = ocp.training.Checkpointer(orbax_path(self.folder), cleanup_tmp_directories=True)
-        self._keep, self._val_losses = keep, val_losses
+        self._keep, self._best = keep, best
         self._steps = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
         self._sound: set[int] = set()  # steps whose checksums were compared
         self._damaged: set[int] = set()
@@ -126,7 +126,7 @@ class Checkpoints:
             )
         except Exception as error:
             raise self._failure(error) from error
-        old = superseded([*self._steps, step], self._keep, self._val_losses)
+        old = superseded([*self._steps, step], self._keep, self._best)
         self._steps = sorted({*self._steps, step} - set(old))
         shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
         self._pending = self._background.submit(self._finish, response, step, shapes, old)

@@ -1,25 +1,24 @@
 """What a run will do, known before its first step: what is printed at the start, and what is warned of."""
 
-from minimind_jax.config.sections import OptimizerConfig, TrainingConfig
+import math
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from minimind_jax.config.sections import OptimizerConfig
 from minimind_jax.config.stages import RunConfig
-from minimind_jax.errors import UserError
 from minimind_jax.losses.vocabulary import piece_size
 from minimind_jax.model import attention, moe
+from minimind_jax.model.heads import SCORE
 from minimind_jax.model.lora import TRAINED, split, without_adapters
 from minimind_jax.model.transformer import LanguageModel, compute_dtype, count_parameters
 from minimind_jax.sharding import row_shards
 from minimind_jax.training.optimizer import make_schedule
 from minimind_jax.training.source import Evaluation, Source
+from minimind_jax.training.state import Parameters
 
 SHORTEST = 100  # steps; shorter runs are warned about
-
-
-def check_patience(training: TrainingConfig, has_validation: bool) -> None:
-    """Raises UserError for a run that is to wait for validation that it does not have."""
-    if training.patience and (not has_validation or training.eval_every == 0):
-        raise UserError(
-            "training.patience needs validation: set data.val or data.val_fraction, and training.eval_every"
-        )
 
 
 def few_steps(steps: int, config: RunConfig) -> str | None:
@@ -54,17 +53,17 @@ def run_facts(
     config: RunConfig,
     stage: str,
     model: LanguageModel,
-    mesh,
+    parameters: Parameters,
+    mesh: Mesh,
     parts: int,
+    total_steps: int,
     source: Source,
     evaluation: Evaluation | None,
-    total_steps: int,
-    has_words: bool = True,
 ) -> dict[str, str]:
-    """What is printed at the start and kept in environment.json. parts: micro-batches of a step. has_words: false of a
-    model with a head of scores, which makes no logits of words."""
+    """What is printed at the start and kept in environment.json. parts: micro-batches of a step."""
     devices, shape = mesh.devices.ravel(), model.config
-    parameters = count_parameters(without_adapters(model.abstract_params()))
+    has_words = SCORE not in parameters.abstract  # a head of scores makes no logits of words
+    size = count_parameters(without_adapters(model.abstract_params()))
     sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     experts = f", {shape.num_experts} experts, {shape.num_experts_per_tok} used" if shape.is_moe else ""
     asked = config.training.accumulation_steps
@@ -79,9 +78,10 @@ def run_facts(
     piece = piece_size(tokens, vocab)
     return {
         "stage": stage,
-        "model": f"{parameters:,} parameters ({shape.num_hidden_layers} layers of width {shape.hidden_size}, "
+        "model": f"{size:,} parameters ({shape.num_hidden_layers} layers of width {shape.hidden_size}, "
         f"{shape.vocab_size:,} tokens{experts})",
-        **_adapter_facts(model, parameters),
+        **_adapter_facts(model, size),
+        **_group_facts(parameters),
         "compute": f"{dtype.name}, attention path: {path}{f' ({reason})' if reason else ''}, "
         + f"experts path: {moe.choose_path(model.compute.experts, tokens)}, " * shape.is_moe
         + f"remat {model.compute.remat}",
@@ -91,6 +91,22 @@ def run_facts(
         **source.facts(total_steps),
         "validation data": evaluation.describe() if evaluation is not None else "none",
     }
+
+
+def _group_facts(parameters: Parameters) -> dict[str, str]:
+    """Parts of the model that are trained in another way than the rest."""
+    trained, masks = parameters.split(parameters.abstract)[0], parameters.layer_masks()
+    facts = {}
+    if masks is not None:
+        share = jax.tree.map(lambda mask, leaf: round(np.mean(mask) * math.prod(leaf.shape)), masks, trained)
+        facts["layers"] = f"some are kept as they are; {sum(jax.tree.leaves(share)):,} parameters trained"
+    for group in parameters.groups:
+        size = count_parameters(split(trained, group.takes)[0])
+        facts[f"optimizer of {group.name}"] = (
+            f"{size:,} parameters, {group.config.name} at {group.config.learning_rate:g}, gradient norm "
+            f"{group.max_grad_norm:g}"
+        )
+    return facts
 
 
 def _adapter_facts(model: LanguageModel, parameters: int) -> dict[str, str]:

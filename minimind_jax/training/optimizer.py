@@ -1,11 +1,14 @@
-"""Learning-rate schedules, and AdamW or Muon as one optax transformation.
+"""Learning-rate schedules, clipping, and AdamW or Muon as one optax transformation, of all or of groups of parameters.
 
 The optimizers take the step as an argument, `optimizer.update(grads, opt_state, params, step=step)`, and keep no
 count of their own for the learning rate: the step of the train state is the only one, so a skipped update cannot make
 the schedule lag behind.
 """
 
+import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +16,21 @@ import optax
 
 from minimind_jax.config.sections import OptimizerConfig
 from minimind_jax.errors import UserError
-from minimind_jax.model.lora import TRAINED
+from minimind_jax.model.lora import TRAINED, Path
 from minimind_jax.model.transformer import Params
+
+
+class Group(NamedTuple):
+    """Parameters with an optimizer of their own beside that of the others: a value model, a projector.
+
+    name: of their metrics, `grad_norm/NAME` and `learning_rate/NAME`. takes: of a parameter's path. config: of their
+    optimizer and schedule. max_grad_norm: of their gradient alone, which is not part of the others' norm.
+    """
+
+    name: str
+    takes: Callable[[Path], bool]
+    config: OptimizerConfig
+    max_grad_norm: float
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int, peak: float | None = None) -> optax.Schedule:
@@ -61,37 +77,92 @@ def make_schedule(config: OptimizerConfig, total_steps: int, peak: float | None 
     return schedule
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int, params: Params) -> optax.GradientTransformationExtraArgs:
+def make_rates(
+    config: OptimizerConfig, total_steps: int, groups: Sequence[Group] = ()
+) -> Callable[[jax.Array], dict[str, jax.Array]]:
+    """The learning rates at a step, by the names of their metrics."""
+    schedules = {"learning_rate": make_schedule(config, total_steps)}
+    schedules |= {f"learning_rate/{group.name}": make_schedule(group.config, total_steps) for group in groups}
+    return lambda step: {name: schedule(step) for name, schedule in schedules.items()}
+
+
+def make_clip(
+    max_grad_norm: float = 0.0, groups: Sequence[Group] = ()
+) -> Callable[[Params], tuple[Params, dict[str, jax.Array]]]:
+    """Scales a gradient down to a global norm, as torch's clip_grad_norm_ does (0: not at all), each group's by itself.
+
+    Returns (the gradient, the norms before that by the names of their metrics).
+    """
+    limits = {"": max_grad_norm, **{group.name: group.max_grad_norm for group in groups}}
+
+    def clip(grads: Params) -> tuple[Params, dict[str, jax.Array]]:
+        names = group_names(grads, groups)
+        members: dict[str, list[jax.Array]] = {name: [] for name in limits}
+        jax.tree.map(lambda name, grad: members[name].append(grad), names, grads)
+        norms = {name: optax.tree.norm(grads) for name, grads in members.items()}
+        scales = {name: jnp.minimum(limit / (norms[name] + 1e-6), 1) for name, limit in limits.items() if limit}
+        grads = jax.tree.map(lambda name, grad: grad * scales[name] if name in scales else grad, names, grads)
+        return grads, {f"grad_norm/{name}" if name else "grad_norm": norm for name, norm in norms.items()}
+
+    return clip
+
+
+def make_optimizer(
+    config: OptimizerConfig, total_steps: int, groups: Sequence[Group] = ()
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of all parameters: that of `config`, and of each group its own."""
+    if not groups:
+        return _adamw_or_muon(config, total_steps)
+    configs = {"": config, **{group.name: group.config for group in groups}}
+    parts = {name: _adamw_or_muon(own, total_steps) for name, own in configs.items()}
+    return optax.partition(parts, lambda params: group_names(params, groups))
+
+
+def group_names(params: Params, groups: Sequence[Group]) -> Params:
+    """The name of each parameter's group, "" for none. Raises ValueError where there are two."""
+
+    def name(path: list[str]) -> str:
+        found = [group.name for group in groups if group.takes(tuple(path))]
+        if len(found) > 1:
+            raise ValueError(f"{'.'.join(path)} is in the groups {', '.join(found)}")
+        return found[0] if found else ""
+
+    return _map_names(name, params)
+
+
+def _adamw_or_muon(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformationExtraArgs:
     """AdamW or Muon with decoupled weight decay: w -= rate(step) * (direction + weight_decay * w).
 
-    params: the parameters or their shapes; only their names are used, for which `weight_decay` and Muon apply to.
     AdamW computes what torch.optim.AdamW does. Muon (arXiv 2502.16982) orthogonalises the Nesterov momentum of the
     matrices inside the layers and scales it to the RMS of an Adam update; the others get AdamW.
-    Clipping is the step's.
     """
     adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
     adam_rate = _scale_by_schedule(make_schedule(config, total_steps))
     if config.name == "adamw":
         direction, rate = adam, adam_rate
     else:
-        labels = jax.tree.map(lambda is_muon: "muon" if is_muon else "adam", muon_mask(params))
+
+        def labels(params):
+            return jax.tree.map(lambda is_muon: "muon" if is_muon else "adam", muon_mask(params))
+
         muon_rate = _scale_by_schedule(make_schedule(config, total_steps, config.muon_learning_rate))
         direction = optax.partition({"muon": scale_by_muon(config.momentum), "adam": adam}, labels)
         rate = optax.partition({"muon": muon_rate, "adam": adam_rate}, labels)
     add_decay = add_cautious_decay if config.cautious_decay else optax.add_decayed_weights
-    decay = add_decay(config.weight_decay, decay_mask(params, config.decay))
+    decay = add_decay(config.weight_decay, functools.partial(decay_mask, decay=config.decay))
     return optax.chain(direction, decay, rate)
 
 
-def add_cautious_decay(weight_decay: float, mask: Params) -> optax.GradientTransformation:
-    """direction + weight_decay * w where the mask is True and both have the same sign, so that the step w -= rate *
-    direction makes w smaller; the direction alone elsewhere (cautious weight decay, arXiv 2510.12402)."""
+def add_cautious_decay(weight_decay: float, mask: Callable[[Params], Params]) -> optax.GradientTransformation:
+    """direction + weight_decay * w where the mask of the parameters is True and both have the same sign, so that the
+    step w -= rate * direction makes w smaller; the direction alone elsewhere (cautious weight decay, arXiv 2510.12402).
+    """
 
     def add(directions, params):
         def decayed(direction, w, masked):
             return direction + weight_decay * jnp.where(direction * w > 0, w, 0) if masked else direction
 
-        return jax.tree.map(decayed, directions, params, mask)
+        return jax.tree.map(decayed, directions, params, mask(params))
 
     return optax.stateless(add)
 

@@ -11,9 +11,9 @@ from minimind_jax.config.stages import RunConfig
 from minimind_jax.errors import UserError
 from minimind_jax.losses import LossFn
 from minimind_jax.sharding import param_shardings, row_shards
-from minimind_jax.training.optimizer import make_optimizer, make_schedule
+from minimind_jax.training.optimizer import make_clip, make_optimizer, make_rates
 from minimind_jax.training.state import Parameters, TrainState, create_state, state_shardings
-from minimind_jax.training.step import TrainStep, make_train_step
+from minimind_jax.training.step import Skip, TrainStep, make_train_step
 
 
 class Program(NamedTuple):
@@ -27,29 +27,40 @@ class Program(NamedTuple):
     abstract: TrainState
 
 
-def make_program(config: RunConfig, parameters: Parameters, loss_fn: LossFn, mesh: Mesh, total_steps: int) -> Program:
+def make_program(
+    config: RunConfig,
+    parameters: Parameters,
+    loss_fn: LossFn,
+    mesh: Mesh,
+    total_steps: int,
+    skip: Skip | None = None,
+) -> Program:
     """The training step of `config` for these parameters on `mesh`; nothing is computed or compiled yet.
 
+    skip: as in `make_train_step`.
     Raises UserError for a warm-up that is longer than the run, and for rows or parameters that do not divide over the
     mesh.
     """
     parts = count_parts(config, mesh)
     trained, frozen = parameters.split(parameters.abstract)
     lies = parameters.split(param_shardings(mesh, parameters.axes, parameters.abstract))
-    schedule = make_schedule(config.optimizer, total_steps)
-    optimizer = make_optimizer(config.optimizer, total_steps, trained)
+    optimizer = make_optimizer(config.optimizer, total_steps, parameters.groups)
     shardings = state_shardings(optimizer, lies[0], trained, lies[1])
+    shardings = shardings._replace(held=skip and shardings.step)
     step = make_train_step(
         loss_fn,
         optimizer,
-        schedule,
+        make_rates(config.optimizer, total_steps, parameters.groups),
+        make_clip(config.training.max_grad_norm, parameters.groups),
         accumulation_steps=parts,
-        max_grad_norm=config.training.max_grad_norm,
         seed=config.seed,
+        masks=parameters.layer_masks(),
+        skip=skip,
         shardings=shardings,
         compute=config.compute,
     )
     shapes = jax.eval_shape(lambda params: create_state(params, optimizer), trained)._replace(frozen=frozen)
+    shapes = shapes._replace(held=skip and shapes.step)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return Program(step, parts, optimizer, shardings, abstract)
 

@@ -18,6 +18,7 @@ from minimind_jax.texts import is_there, read_text
 from minimind_jax.training.facts import SHORTEST
 from minimind_jax.training.run import RunFolder, plain, write_text
 from minimind_jax.training.tracking import read_metrics
+from minimind_jax.training.watch import Watch
 
 # Metrics of preferences, reward models, classifiers and distillation that are drawn where they are.
 CURVES = ("rewards/margins", "rewards/accuracies", "margin", "accuracy", "divergence")
@@ -39,7 +40,7 @@ def write_report(run: RunFolder | str | Path, last: dict | None = None) -> Path:
     train = [row for row in rows if _has(row, "loss")]
     if not train:
         raise UserError(f"{run.metrics_file} has no training step yet; start the run first")
-    val = [row for row in rows if _has(row, "val_loss")]
+    val = [row for row in rows if _has(row, Watch.of_run(config, ()).key)]
     draw_losses(train, val, run.loss_picture)
     write_text(run.report_file, report_text(run, config, rows, train, val))
     return run.report_file
@@ -56,7 +57,7 @@ def draw_losses(train: list[dict], val: list[dict], picture: Path) -> None:
     steps, values = _series(train, "loss")
     losses.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1, label="train")
     losses.plot(steps, smoothed(values), color="tab:blue", label="train, smoothed")
-    if val:
+    if any(_has(row, "val_loss") for row in val):
         losses.plot(*_series(val, "val_loss"), "o-", color="tab:orange", label="validation")
     losses.set_ylabel("loss" if curves else "loss (nats per token)")
     losses.legend()
@@ -96,14 +97,15 @@ def smoothed(values: list[float], share: float = 0.05) -> list[float]:
 
 def report_text(run: RunFolder, config: dict, rows: list[dict], train: list[dict], val: list[dict]) -> str:
     """report.md as text."""
+    watch = Watch.of_run(config, val)
     recorded = run.read_environment()
     facts = {key.replace("_", " "): value for key, value in recorded.get("run", {}).items()}
     sections = [
         f"# Run {run.path.name}",
-        verdict(train, val, _model_step(rows)),
+        verdict(train, val, watch, _model_step(rows, watch)),
         "![loss](loss.png)",
         "## Result",
-        _table(results(train, val) | _model_step(rows)),
+        _table(results(train, val, watch) | _model_step(rows, watch)),
         "## Run",
         _table({**_started(recorded), **facts, **_machine(recorded)}),
     ]
@@ -124,29 +126,31 @@ def report_text(run: RunFolder, config: dict, rows: list[dict], train: list[dict
     return "\n\n".join(sections) + "\n"
 
 
-def verdict(train: list[dict], val: list[dict], chosen: dict) -> str:
+def verdict(train: list[dict], val: list[dict], watch: Watch, chosen: dict) -> str:
     """What came of the run, in a sentence or two. chosen: whose model was written, where it is not the last step's."""
     steps, said = train[-1]["step"], []
     if steps < SHORTEST:
         little = "nothing" if steps < SHORTEST / 5 else "little"
         said.append(f"{steps} step{'s' * (steps != 1)}: {little} can be learned in so few.")
-    if not val:
+    at, values = _series(val, watch.key)
+    if not values:
         return " ".join([*said, "No validation data: nothing tells how it does on what it has not seen."])
-    best, first, last = min(val, key=lambda row: row["val_loss"]), val[0]["val_loss"], val[-1]["val_loss"]
-    if last > best["val_loss"] * 1.01 and best is not val[0]:
+    number, is_max = f"The validation {watch.name}", watch.direction == "max"
+    worsens, improve, improved = ("falls", "rise", "rose") if is_max else ("rises", "fall", "fell")
+    best, first, last = watch.best(at), values[0], values[-1]
+    top = values[at.index(best)]
+    if (last < top * 0.99 if is_max else last > top * 1.01) and best != at[0]:
         kept = "the model is that of that step" if chosen else "fewer epochs, or training.patience, would end there"
         said.append(
-            f"The validation loss rises since step {best['step']:,} ({best['val_loss']:.4f} → {last:.4f}): it is "
-            f"overfitting; {kept}. What is to be learned by heart may be known all the same."
+            f"{number} {worsens} since step {best:,} ({top:.4f} → {last:.4f}): it is overfitting; {kept}. What is to "
+            "be learned by heart may be known all the same."
         )
-    elif len(val) > 1 and last >= first * 0.999:
-        said.append(
-            f"The validation loss did not fall ({first:.4f} → {last:.4f}): nothing was learned that helps there."
-        )
-    elif len(val) > 1:
-        said.append(f"The validation loss fell from {first:.4f} to {last:.4f}.")
+    elif len(values) == 1:
+        said.append(f"{number} was taken once, so nothing tells whether it {improve}s.")
+    elif last <= first * 1.001 if is_max else last >= first * 0.999:
+        said.append(f"{number} did not {improve} ({first:.4f} → {last:.4f}): nothing was learned that helps there.")
     else:
-        said.append("The validation loss was taken once, so nothing tells whether it falls.")
+        said.append(f"{number} {improved} from {first:.4f} to {last:.4f}.")
     return " ".join(said)
 
 
@@ -175,20 +179,24 @@ def _started(recorded: dict) -> dict[str, str]:
     return known | ({"command": f"`{shlex.join([Path(words[0]).name, *words[1:]])}`"} if words else {})
 
 
-def results(train: list[dict], val: list[dict]) -> dict[str, str]:
+def results(train: list[dict], val: list[dict], watch: Watch) -> dict[str, str]:
     """The figures a reader looks for first."""
     last = train[-1]
     found = {"steps": f"{last['step']:,}", "training loss": f"{train[0]['loss']:.4f} → {last['loss']:.4f}"}
     if val:
-        best = min(val, key=lambda row: row["val_loss"])
-        found["validation loss"] = f"{val[0]['val_loss']:.4f} (step {val[0]['step']}) → {val[-1]['val_loss']:.4f}"
-        if best is not val[-1]:
-            found["best validation loss"] = f"{best['val_loss']:.4f} (step {best['step']})"
+        at, values = _series(val, watch.key)
+        best = watch.best(at)
+        found[f"validation {watch.name}"] = f"{values[0]:.4f} (step {at[0]}) → {values[-1]:.4f}"
+        if best != at[-1]:
+            found[f"best validation {watch.name}"] = f"{values[at.index(best)]:.4f} (step {best})"
         if val[-1].get("val_bits_per_byte") and val[0].get("val_bits_per_byte"):
             start, end = val[0]["val_bits_per_byte"], val[-1]["val_bits_per_byte"]
             found["validation bits per byte"] = f"{start:.4f} → {end:.4f} ({end / start:.1%} of the start)"
     if last.get("skipped"):
         found["skipped updates"] = f"{last['skipped']:,} of {last['step']:,}: loss or gradient was not finite"
+    for name in (name for name in last if name.startswith("skipped/")):
+        metric = name.removeprefix("skipped/")
+        found[f"updates skipped for {metric}"] = f"{last[name]:,} of {last['step']:,}: it was above its limit"
     if last.get("tokens"):
         found["trained tokens"] = f"{last['tokens']:,}"
     speeds = sorted(row["tokens_per_second"] for row in train if row.get("tokens_per_second"))
@@ -202,10 +210,10 @@ def results(train: list[dict], val: list[dict]) -> dict[str, str]:
     return found
 
 
-def _model_step(rows: list[dict]) -> dict[str, str]:
+def _model_step(rows: list[dict], watch: Watch) -> dict[str, str]:
     """Of a run that ended when it got no better."""
     step = rows[-1].get("model_step")
-    return {} if step is None else {"the model": f"of step {step:,}, whose validation loss is the lowest"}
+    return {} if step is None else {"the model": f"of step {step:,}, whose {watch.told()}"}
 
 
 def _machine(recorded: dict) -> dict[str, str]:
@@ -219,11 +227,12 @@ def _machine(recorded: dict) -> dict[str, str]:
 def _validation(val: list[dict]) -> str:
     """A table of every evaluation; the first line is the model that the run started from."""
     more = [name for name in ("bits_per_byte", "chosen_nll", *CURVES) if any(_has(row, f"val_{name}") for row in val)]
-    titles = ["step", "loss", *(name.replace("_", " ") for name in more)]
+    more = [*(["loss"] if any(_has(row, "val_loss") for row in val) else []), *more]
+    titles = ["step", *(name.replace("_", " ") for name in more)]
     lines = [f"| {' | '.join(titles)} |", "|---:" * len(titles) + "|"]
     for row in val:
         numbers = [row.get(f"val_{name}") for name in more]
-        cells = [f"{row['step']:,}", f"{row['val_loss']:.4f}", *("" if n is None else f"{n:.4f}" for n in numbers)]
+        cells = [f"{row['step']:,}", *("" if n is None else f"{n:.4f}" for n in numbers)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """What training changes: the step, the parameters and the optimizer's state; and what it only reads."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from minimind_jax.model.lora import TRAINED, Path, join, split
 from minimind_jax.model.precision import cast_matrices
 from minimind_jax.model.transformer import LanguageModel, Params
+from minimind_jax.training.optimizer import Group
 
 
 class Parameters(NamedTuple):
@@ -20,13 +21,29 @@ class Parameters(NamedTuple):
 
     abstract, axes: shapes and dtypes, and logical axes, of all. load: makes or loads all of them, onto the mesh. It is
     called when there is no checkpoint, and for the frozen ones at every start, since checkpoints do not hold them.
-    is_trained: of a parameter's path.
+    is_trained: of a parameter's path. groups: those with an optimizer of their own. layers: of the path of a trained
+    parameter that is stacked over layers, the numbers of those that are trained; None for all. The others keep every
+    bit, though they are part of a checkpoint and have moments, which are 0.
     """
 
     abstract: Params
     axes: Params
     load: Callable[[], Params]
     is_trained: Callable[[Path], bool] = lambda path: True
+    groups: tuple[Group, ...] = ()
+    layers: Callable[[Path], Sequence[int] | None] = lambda path: None
+
+    def layer_masks(self) -> Params | None:
+        """Of each trained parameter which of its values are: True, or a mask (L, 1, ...) over its layers. None: all."""
+
+        def mask(path, leaf):
+            layers = self.layers(tuple(entry.key for entry in path))
+            if layers is None:
+                return True
+            return np.isin(np.arange(leaf.shape[0]), layers).reshape(-1, *[1] * (len(leaf.shape) - 1))
+
+        masks = jax.tree_util.tree_map_with_path(mask, self.split(self.abstract)[0])
+        return None if all(mask is True for mask in jax.tree.leaves(masks)) else masks
 
     def split(self, tree: Params) -> tuple[Params, Params]:
         """(trained, frozen) of a tree of all parameters."""
@@ -49,12 +66,18 @@ class Parameters(NamedTuple):
 
 class TrainState(NamedTuple):
     """step: int32 scalar, optimizer steps done. params: those that are trained, float32. opt_state: of the optax
-    optimizer, float32. frozen: parameters that the loss reads beside them; no part of a checkpoint."""
+    optimizer, float32. frozen: parameters that the loss reads beside them. held: int32 scalar, why the rest of a stride
+    is not trained on, 0 where it is (see `step.Skip`); None without such a rule. The last two are in no checkpoint."""
 
     step: jax.Array
     params: Params
     opt_state: Any
     frozen: Params = {}  # noqa: RUF012  never changed in place, as no pytree is
+    held: jax.Array | None = None
+
+    def stored(self) -> "TrainState":
+        """What a checkpoint holds."""
+        return self._replace(frozen={}, held=None)
 
     def all_params(self) -> Params:
         """What the loss is given."""
@@ -96,7 +119,7 @@ def create_state(
     def create(params):
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    out = shardings and shardings._replace(frozen={})
+    out = shardings and shardings.stored()
     return jax.jit(create, out_shardings=out)(params)._replace(frozen=frozen or {})
 
 

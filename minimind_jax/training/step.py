@@ -1,8 +1,8 @@
 """The one training step that all stages share, and its evaluation twin."""
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +13,37 @@ from minimind_jax.errors import UserError
 from minimind_jax.losses import Batch, LossFn, Metric, Metrics, together
 from minimind_jax.model.config import ComputeConfig
 from minimind_jax.model.lora import join
-from minimind_jax.model.transformer import full_precision
+from minimind_jax.model.transformer import Params, full_precision
 from minimind_jax.seeds import named_key
 from minimind_jax.sharding import ROW_AXES, batch_sharding, row_shards
 from minimind_jax.training.state import TrainState
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
+MADE, NOT_FINITE = 0, 1  # values of the metric `skipped`; 2 and more are the limits of a `Skip`, in their order
+
+
+class Skip(NamedTuple):
+    """Updates that a stage does not want: those of a step of which a metric is above a limit (PPO's `approx_kl`), and
+    those of the steps behind it up to a multiple of `stride`.
+
+    above: metric -> limit. stride: steps that belong together (see `source.Source`).
+    """
+
+    above: Mapping[str, float]
+    stride: int = 1
+
 
 def make_train_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformationExtraArgs,
-    schedule: optax.Schedule,
+    rates: Callable[[jax.Array], dict[str, jax.Array]],
+    clip: Callable[[Params], tuple[Params, dict[str, jax.Array]]],
     *,
     accumulation_steps: int = 1,
-    max_grad_norm: float = 0.0,
     seed: int = 0,
+    masks: Params | None = None,
+    skip: Skip | None = None,
     shardings: TrainState | None = None,
     compute: ComputeConfig | None = None,
 ) -> TrainStep:
@@ -37,17 +52,19 @@ def make_train_step(
     loss_fn: sums over one micro-batch (see `losses`), given all parameters; the gradient is of those that are trained.
     The numerators' gradients and the denominators are summed over `accumulation_steps` micro-batches and all devices
     and divided once, so that how a batch is cut changes nothing.
-    schedule: of the learning rate, for the metrics; the optimizer is given the step and applies its own.
-    max_grad_norm: global norm the gradient is scaled down to, as torch's clip_grad_norm_ does; 0 for no clipping.
+    optimizer, rates, clip: of `training.optimizer`. The optimizer is given the step and applies its own rates, which
+    are here for the metrics.
     seed: the dropout key of a micro-batch is derived from it, the step and the micro-batch's number.
+    masks: `Parameters.layer_masks`, of the values that are trained.
     shardings: of the state (see `state_shardings`), when it lies on a mesh. compute: of the model, for the precision of
     float32.
 
-    A loss or gradient that is not finite leaves params and opt_state as they were; the step still counts, so that the
-    run gets past the batch if it goes on.
+    A loss or gradient that is not finite leaves params and opt_state as they were, and so does `skip`; the step still
+    counts, so that the run gets past the batch if it goes on.
 
     Metrics, scalars on the device: loss, grad_norm (before clipping), learning_rate, tokens (the denominator, if the
-    loss function does not say), finite (1 or 0), and the values of the loss function's own.
+    loss function does not say), skipped (0 for an update that was made, else why not), and the values of the loss
+    function's own.
     """
 
     @_precisely(compute)
@@ -55,28 +72,24 @@ def make_train_step(
         micro_batches = _micro_batches(batch, accumulation_steps, shardings)
         grads, numerator, denominator, metrics = _summed_gradients(loss_fn, state, micro_batches, seed)
         divisor = jnp.maximum(denominator, 1)
-        loss = numerator / divisor
+        values = {"tokens": denominator, **{name: metric.value() for name, metric in metrics.items()}}
+        values["loss"] = numerator / divisor
         with jax.named_scope("clip"):
             grads = jax.tree.map(lambda grad: grad / divisor, grads)
-            grad_norm = optax.tree.norm(grads)
-            if max_grad_norm:
-                grads = jax.tree.map(lambda grad: grad * jnp.minimum(max_grad_norm / (grad_norm + 1e-6), 1), grads)
+            grads, norms = clip(_where(masks, grads, jax.tree.map(jnp.zeros_like, grads)))
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
-            params = optax.apply_updates(state.params, updates)
-            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            params = _where(masks, optax.apply_updates(state.params, updates), state.params)
+            finite = jnp.all(jnp.isfinite(jnp.stack([values["loss"], *norms.values()])))
+            held = _held(skip, state, values)
+            skipped = jnp.where(finite, MADE if held is None else held, NOT_FINITE)
             params, opt_state = jax.tree.map(
-                lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+                lambda new, old: jnp.where(skipped == MADE, new, old),
+                (params, opt_state),
+                (state.params, state.opt_state),
             )
-        metrics = {
-            "tokens": denominator,
-            **{name: metric.value() for name, metric in metrics.items()},
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "learning_rate": schedule(state.step),
-            "finite": finite.astype(jnp.int32),
-        }
-        return TrainState(state.step + 1, params, opt_state, state.frozen), metrics
+        metrics = {**values, **norms, **rates(state.step), "skipped": skipped}
+        return TrainState(state.step + 1, params, opt_state, state.frozen, held), metrics
 
     if shardings is None:
         return jax.jit(train_step, donate_argnums=0)
@@ -86,6 +99,23 @@ def make_train_step(
         in_shardings=(shardings, batch_sharding(shardings.step.mesh)),
         out_shardings=(shardings, shardings.step),
     )
+
+
+def _where(masks: Params | None, new: Params, old: Params) -> Params:
+    """`new` where the masks are True, `old` elsewhere."""
+    if masks is None:
+        return new
+    return jax.tree.map(lambda mask, new, old: new if mask is True else jnp.where(mask, new, old), masks, new, old)
+
+
+def _held(skip: Skip | None, state: TrainState, values: dict[str, jax.Array]) -> jax.Array | None:
+    """Which limit forbids this update, or did so before in its stride; MADE for none, None without limits."""
+    if skip is None:
+        return None
+    held = jnp.where(state.step % skip.stride == 0, MADE, state.held)
+    for number, (name, limit) in enumerate(skip.above.items(), NOT_FINITE + 1):
+        held = jnp.where((held == MADE) & (values[name] > limit), number, held)
+    return held
 
 
 def make_eval_step(

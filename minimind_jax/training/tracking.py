@@ -57,11 +57,6 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def val_losses(rows: list[dict[str, Any]]) -> dict[int, float]:
-    """step -> validation loss, of the rows that have one."""
-    return {row["step"]: row["val_loss"] for row in rows if row.get("val_loss") is not None}
-
-
 def export_row(step: int, written: str, model_step: int | None = None) -> dict[str, Any]:
     """The last row of a finished run: its model is written, in the dtype `written`, or adapters in theirs; that of
     `model_step` where it is not the last."""

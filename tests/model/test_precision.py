@@ -12,7 +12,7 @@ from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.model.config import ComputeConfig, ModelConfig
 from minimind_jax.model.heads import init_head, scores
 from minimind_jax.model.transformer import LanguageModel
-from minimind_jax.training.optimizer import make_schedule
+from minimind_jax.training.optimizer import make_clip, make_rates
 from minimind_jax.training.state import create_state
 from minimind_jax.training.step import make_eval_step, make_train_step
 
@@ -40,12 +40,12 @@ def lowered_steps(compute, experts=0):
     rows = {name: jnp.ones((2, 32), jnp.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
     batch = {**rows, "loss_weights": jnp.ones((2, 32))}
     state = jax.eval_shape(lambda params: create_state(params, optimizer), model.abstract_params())
-    schedule = make_schedule(OptimizerConfig(learning_rate=1e-3), 10)
+    rates = make_rates(OptimizerConfig(learning_rate=1e-3), 10)
 
     class Stepless:
         init, update = optimizer.init, staticmethod(lambda grads, state, params, step: optimizer.update(grads, state))
 
-    step = make_train_step(loss, Stepless, schedule, compute=compute)
+    step = make_train_step(loss, Stepless, rates, make_clip(), compute=compute)
     return step.lower(state, batch), make_eval_step(loss, compute=compute).lower(state.params, batch)
 
 

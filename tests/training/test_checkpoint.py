@@ -20,6 +20,7 @@ from minimind_jax.training import checkpoint
 from minimind_jax.training.checkpoint import Checkpoints, flatten, load_params
 from minimind_jax.training.checkpoint_files import CHECKSUMS
 from minimind_jax.training.run import RunFolder
+from minimind_jax.training.watch import Watch
 
 
 class State(NamedTuple):
@@ -75,12 +76,12 @@ def test_training_goes_on_during_a_save_without_changing_what_is_saved(tmp_path)
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
     # A run saves before it evaluates: the loss of a checkpoint becomes known after its save.
-    losses = {}
-    with Checkpoints(tmp_path, keep=2, val_losses=losses) as checkpoints:
+    watch = Watch("min loss")
+    with Checkpoints(tmp_path, keep=2, best=watch.best) as checkpoints:
         for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5), (5, None), (6, 4.0)):
             checkpoints.save(step, make_state(step), {})
             if loss is not None:
-                losses[step] = loss
+                watch.add(step, {"loss": loss})
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps == [2, 5, 6]
         assert_same(checkpoints.restore(2, abstract(make_state())), make_state(2))

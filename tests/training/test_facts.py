@@ -11,6 +11,7 @@ from minimind_jax.runs.models import build_model, load_tokenizer
 from minimind_jax.sharding import make_mesh
 from minimind_jax.training.facts import run_facts, schedule_change
 from minimind_jax.training.packed import PackedRows
+from minimind_jax.training.state import Parameters
 
 
 @pytest.mark.parametrize(
@@ -23,7 +24,8 @@ def test_the_paths_that_compute_are_told(world, tmp_path, experts, path, shown):
     tokenizer = load_tokenizer(config)
     model, mesh = build_model(config, tokenizer), make_mesh(config.mesh)
     train_batches, _ = open_data("text", config, tokenizer)
-    facts = run_facts(config, "pretrain", model, mesh, 1, PackedRows(train_batches), None, total_steps=24)
+    parameters = Parameters.of(model, dict)
+    facts = run_facts(config, "pretrain", model, parameters, mesh, 1, 24, PackedRows(train_batches), None)
     told = f", experts path: {shown}" if shown else ""
     assert facts["compute"] == f"float32, attention path: grouped{told}, remat none"
 

@@ -54,7 +54,7 @@ MUON_NAMES = {
 
 
 def train(config, params, grads_of_steps):
-    optimizer = make_optimizer(config, len(grads_of_steps), params)
+    optimizer = make_optimizer(config, len(grads_of_steps))
     update = jax.jit(lambda g, s, p, step: optimizer.update(g, s, p, step=step))
     state = optimizer.init(params)
     for step, grads in enumerate(grads_of_steps):

@@ -10,6 +10,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.training.report import draw_losses, not_default, report_text, smoothed, verdict, write_report
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import MetricsWriter
+from minimind_jax.training.watch import Watch
 
 
 @pytest.fixture
@@ -128,7 +129,9 @@ def curve(*losses, every=100):
     ],
 )
 def test_the_verdict_stands_at_the_top(steps, val, chosen, said):
-    assert said in verdict([{"step": steps, "loss": 1.0}], val, chosen)
+    watch = Watch("min loss")
+    watch.add_rows(val)
+    assert said in verdict([{"step": steps, "loss": 1.0}], val, watch, chosen)
 
 
 def test_the_report_says_when_with_which_command_and_what_is_not_the_default(run):

@@ -17,12 +17,17 @@ from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.seeds import named_key
-from minimind_jax.training.optimizer import make_optimizer, make_schedule
+from minimind_jax.training.optimizer import make_clip, make_optimizer, make_rates, make_schedule
 from minimind_jax.training.state import create_state
-from minimind_jax.training.step import make_eval_step, make_train_step
+from minimind_jax.training.step import MADE, NOT_FINITE, make_eval_step, make_train_step
 
 TINY = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "intermediate_size": 48}  # fmt: skip
+
+
+def no_rates(step):
+    return {}
+
 
 HF_NAMES = {
     "embed": "embed_tokens",
@@ -79,12 +84,12 @@ def keep_gradient():
     return optax.GradientTransformationExtraArgs(lambda params: jax.tree.map(jnp.zeros_like, params), update)
 
 
-def loss_and_gradient(model, params, batch, accumulation_steps=1, **settings):
+def loss_and_gradient(model, params, batch, accumulation_steps=1, max_grad_norm=0.0):
     """One real step's loss and gradient."""
     optimizer = keep_gradient()
     step = make_train_step(
-        make_language_model_loss(model), optimizer, optax.constant_schedule(0.0),
-        accumulation_steps=accumulation_steps, **settings,
+        make_language_model_loss(model), optimizer, no_rates, make_clip(max_grad_norm),
+        accumulation_steps=accumulation_steps,
     )  # fmt: skip
     state, metrics = step(create_state(params, optimizer), batch)
     return metrics["loss"], state.opt_state
@@ -114,8 +119,8 @@ def golden_batch(arrays, index):
 def test_five_steps_are_minimind_s(fixtures_dir, name):
     model, params, arrays = golden(fixtures_dir, name)
     config = OptimizerConfig(learning_rate=5e-3, decay="all")
-    optimizer = make_optimizer(config, 5, params)
-    step = make_train_step(make_language_model_loss(model), optimizer, make_schedule(config, 5), max_grad_norm=1.0)
+    optimizer = make_optimizer(config, 5)
+    step = make_train_step(make_language_model_loss(model), optimizer, make_rates(config, 5), make_clip(1.0))
     state = create_state(params, optimizer)
     for i in range(5):
         state, metrics = step(state, golden_batch(arrays, i))
@@ -207,9 +212,9 @@ def train_setup(loss_fn=None, steps=10, **settings):
     model = LanguageModel(ModelConfig(**TINY))
     config = OptimizerConfig(learning_rate=1e-2)
     params = model.init(jax.random.key(1))
-    optimizer = make_optimizer(config, steps, params)
+    optimizer = make_optimizer(config, steps)
     loss_fn = loss_fn or make_language_model_loss(model)
-    step = make_train_step(loss_fn, optimizer, make_schedule(config, steps), max_grad_norm=1.0, **settings)
+    step = make_train_step(loss_fn, optimizer, make_rates(config, steps), make_clip(1.0), **settings)
     return step, create_state(params, optimizer)
 
 
@@ -229,7 +234,7 @@ def test_a_batch_without_trained_tokens():
     step, state = train_setup()
     state, metrics = step(state, batch)
     values = {name: float(value) for name, value in metrics.items()}
-    assert (values["loss"], values["grad_norm"], values["tokens"], values["finite"]) == (0, 0, 0, 1)
+    assert (values["loss"], values["grad_norm"], values["tokens"], values["skipped"]) == (0, 0, 0, MADE)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
@@ -239,14 +244,14 @@ def test_a_loss_that_is_not_finite_leaves_everything_but_the_step():
     step, state = train_setup()
     state, metrics = step(state, good)
     before = jax.tree.map(np.array, state)
-    assert metrics["finite"] == 1
+    assert metrics["skipped"] == MADE
     state, metrics = step(state, bad)
-    assert metrics["finite"] == 0 and not np.isfinite(metrics["loss"])
+    assert metrics["skipped"] == NOT_FINITE and not np.isfinite(metrics["loss"])
     assert state.step == 2
     for got, expected in zip(jax.tree.leaves(state[1:]), jax.tree.leaves(before[1:]), strict=True):
         np.testing.assert_array_equal(got, expected)
     state, metrics = step(state, good)
-    assert metrics["finite"] == 1
+    assert metrics["skipped"] == MADE
     # The schedule goes by the step, the skipped one included.
     np.testing.assert_allclose(metrics["learning_rate"], make_schedule(OptimizerConfig(learning_rate=1e-2), 10)(2))
 
@@ -276,7 +281,7 @@ def test_dropout_keys_come_from_seed_step_and_micro_batch():
         return jnp.sum(params["w"]), jnp.float32(1), {"draw": Metric(jax.random.uniform(key), jnp.float32(1))}
 
     optimizer = keep_gradient()
-    step = make_train_step(draw, optimizer, optax.constant_schedule(0.0), accumulation_steps=2, seed=9)
+    step = make_train_step(draw, optimizer, no_rates, make_clip(), accumulation_steps=2, seed=9)
     state = create_state({"w": np.ones(2, np.float32)}, optimizer)
     for number in range(2):
         state, metrics = step(state, {"tokens": np.zeros((4, 3), np.int32)})

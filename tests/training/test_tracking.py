@@ -8,7 +8,7 @@ import pytest
 from minimind_jax.config.sections import TrackingConfig
 from minimind_jax.errors import UserError
 from minimind_jax.training.run import RunFolder
-from minimind_jax.training.tracking import MetricsWriter, read_metrics, val_losses
+from minimind_jax.training.tracking import MetricsWriter, read_metrics
 
 NO_LOGGERS = TrackingConfig()
 
@@ -59,7 +59,6 @@ def test_what_was_written_before_the_kill_is_known(run):
         writer.write(4, val_loss=2.0)
     writer = write_steps(run, [], start_step=4)
     assert writer.has(4, "val_loss") and not writer.has(4, "samples") and not writer.has(3, "loss")
-    assert val_losses(writer.rows) == {4: 2.0}
 
 
 def test_numbers_json_does_not_have_become_null(run):

@@ -1,0 +1,125 @@
+"""What is told of the steps of a run, and counted: metrics, updates that were not made, tokens and time."""
+
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from minimind_jax import STARTED
+from minimind_jax.config.stages import RunConfig
+from minimind_jax.errors import UserError
+from minimind_jax.training.checkpoint import Checkpoints
+from minimind_jax.training.progress import TrainingProgress
+from minimind_jax.training.speed import Speed
+from minimind_jax.training.step import MADE, NOT_FINITE, Skip
+from minimind_jax.training.timetable import Timetable
+from minimind_jax.training.tracking import MetricsWriter
+
+MOST_SKIPPED = 10  # updates that were not finite from which on a run stops where they are the most
+
+
+class Step(NamedTuple):
+    """A step that the device is doing: its metrics there, what the source told of it, and the tokens of its batch."""
+
+    number: int
+    metrics: Mapping[str, jax.Array]
+    told: Mapping[str, float]
+    tokens: int
+
+
+class Journal:
+    """Writes metrics.jsonl and the progress of one run, a step behind the device, which so never waits for the host.
+
+    record: of the checkpoint that the run goes on from (see `Journal.record`), {} at its start. skip: that of the step.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        timetable: Timetable,
+        writer: MetricsWriter,
+        progress: TrainingProgress,
+        speed: Speed,
+        record: Mapping[str, Any],
+        checkpoints: Checkpoints,
+        skip: Skip | None,
+    ):
+        self.config, self.timetable, self.speed, self.checkpoints = config, timetable, speed, checkpoints
+        self.writer, self.progress = writer, progress
+        self.tokens: int = record.get("tokens", 0)
+        skipped = record.get("skipped", 0)
+        # By the names of their metrics; an earlier version knew of those alone that were not finite.
+        self.skipped: dict[str, int] = dict(skipped) if isinstance(skipped, dict) else {"skipped": skipped}
+        self._limits = [] if skip is None else list(skip.above.items())
+        self._unread: Step | None = None
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this: tokens trained on, updates not made, seconds."""
+        return {"tokens": self.tokens, "skipped": self.skipped, "seconds": self.speed.seconds()}
+
+    def follow(self, step: Step) -> None:
+        """A step is under way: the one before it is done, or soon, and is read."""
+        before, self._unread = self._unread, step
+        self._read(before)
+
+    def catch_up(self) -> None:
+        """Waits for the step that is under way, and reads it. Raises UserError as `_read`."""
+        before, self._unread = self._unread, None
+        self._read(before)
+
+    def _read(self, step: Step | None) -> None:
+        """Logs a step's metrics; raises UserError when they are not finite and the run is to stop then."""
+        if step is None:
+            return
+        metrics = {name: value.item() for name, value in jax.device_get(step.metrics).items()}
+        if not self.speed.has_begun:
+            seconds = time.perf_counter() - STARTED
+            self.progress.say(f"step {step.number}, the first here, was done {seconds:.1f} s after the program started")
+        if (why := metrics.pop("skipped")) != MADE:
+            self._skip(step.number, why, metrics)
+        self.tokens += round(metrics.pop("tokens"))
+        self.speed.add(step.tokens)
+        row = {**metrics, "tokens": self.tokens, **step.told}
+        row |= {name: count for name, count in self.skipped.items() if count}
+        is_logged = self.timetable.logs(step.number)
+        if is_logged:
+            row |= self.speed.read()
+        written = row if is_logged else {"loss": row["loss"], **step.told}
+        self.writer.write(step.number, is_logged or bool(step.told), **written)
+        left = self.timetable.total_steps - step.number
+        self.progress.update(step.number, row | self.speed.forecast(left), log=is_logged)
+
+    def _skip(self, step: int, why: int, metrics: Mapping[str, float]) -> None:
+        """Counts an update that was not made, and says so the first time and then ever more rarely."""
+        if why == NOT_FINITE:
+            name, reason = "skipped", "the loss or the gradient was not finite"
+            if self.config.training.stop_on_nan:
+                raise self._not_finite(step, metrics)
+        else:
+            metric, limit = self._limits[why - NOT_FINITE - 1]
+            name, reason = f"skipped/{metric}", f"{metric} was above {limit:g}, then or before in the stride"
+        count = self.skipped[name] = self.skipped.get(name, 0) + 1
+        told = f"{count:,} of {step:,} updates were skipped so far: {reason}"
+        is_most = 2 * count > step and (count >= MOST_SKIPPED or step == self.timetable.total_steps)
+        if why == NOT_FINITE and is_most:
+            raise UserError(
+                f"{told}. Most of them were, so the run has stopped and keeps its older checkpoints. {self._way_out()}"
+            )
+        if count & (count - 1) == 0:
+            self.progress.say(f"[bold red]warning:[/] {told}")
+
+    def _not_finite(self, step: int, metrics: Mapping[str, float]) -> UserError:
+        kept = self.checkpoints.steps
+        return UserError(
+            f"step {step}: the loss ({metrics['loss']}) or the gradient norm ({metrics['grad_norm']}) is not finite; "
+            f"the run has stopped; {f'checkpoint {kept[-1]} is kept' if kept else 'there is no checkpoint yet'}. "
+            f"{self._way_out()}; training.stop_on_nan false skips such steps instead"
+        )
+
+    def _way_out(self) -> str:
+        return (
+            f"Try a lower optimizer.learning_rate (now {self.config.optimizer.learning_rate:g}), more "
+            "optimizer.warmup_fraction, training.max_grad_norm 1, or compute.dtype float32, then run the same command "
+            "again to go on from the checkpoint"
+        )
