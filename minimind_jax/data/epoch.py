@@ -4,8 +4,8 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
-import grain
 import numpy as np
+from grain.experimental import index_shuffle
 
 from minimind_jax.config.sections import FilesConfig
 from minimind_jax.data.packing import PackingPlan, plan_best_fit, plan_concat, plan_heads, plan_pad, plan_pairs
@@ -21,15 +21,15 @@ Annotate = Callable[[TokenCache, Pieces], Batch]
 class Epoch:
     """The rows of one epoch.
 
-    documents: (n,) documents of the cache the plan is about. order: row of the plan at each place of the epoch.
-    packing: `data.packing`; for kinds with one of their own, the kind. annotate: adds to rows what belongs to their
-    pieces.
+    documents: (n,) documents of the cache the plan is about. shuffle_seed: of the order of the rows; None for the
+    plan's. packing: `data.packing`; for kinds with one of their own, the kind. annotate: adds to rows what belongs to
+    their pieces.
     """
 
     cache: TokenCache
     documents: np.ndarray
     plan: PackingPlan
-    order: grain.MapDataset
+    shuffle_seed: int | None
     packing: str
     annotate: "Annotate | None" = None
 
@@ -49,8 +49,9 @@ class Epoch:
 
     def _pieces(self, places: Sequence[int]) -> Pieces:
         """The pieces of the rows at these places, of which those beyond the last row come last."""
-        plan = self.plan
-        rows = np.array([self.order[place] for place in places if place < plan.rows], np.int64)
+        plan, last, seed = self.plan, self.plan.rows - 1, self.shuffle_seed
+        there = [place for place in places if place <= last]
+        rows = np.array(there if seed is None else [index_shuffle(place, last, seed, 4) for place in there], np.int64)
         counts = plan.row_starts[rows + 1] - plan.row_starts[rows]
         segments = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         pieces = np.repeat(plan.row_starts[rows], counts) + segments
@@ -82,11 +83,9 @@ def plan_epoch(cache: TokenCache, documents: np.ndarray, data: FilesConfig, seed
         plan = plan_best_fit(lengths, *places, *((starts, targets) if is_chat else ()))
     else:
         plan = plan_pad(lengths, data.seq_len, targets)
-    order = grain.MapDataset.range(plan.rows)
-    if data.shuffle and plan.rows:
-        order = order.shuffle(seed=named_seed(seed, "rows", epoch) % 2**32)
+    shuffle_seed = named_seed(seed, "rows", epoch) % 2**32 if data.shuffle else None
     packing = data.packing if cache.kind in ("text", "conversation") else cache.kind
-    return Epoch(cache, documents, plan, order, packing)
+    return Epoch(cache, documents, plan, shuffle_seed, packing)
 
 
 def _turns(cache: TokenCache, documents: np.ndarray, index: int) -> np.ndarray:

@@ -68,17 +68,16 @@ class StoredTeacher:
         self.tables = {name: self._open(name, "r") for name in caches}
 
     def annotate(self, cache: TokenCache, pieces: Pieces) -> Batch:
-        sources, found = pieces.sources(cache), {}
-        for name, table in zip(("teacher_ids", "teacher_log_probs"), self.tables[cache.folder.name], strict=True):
-            dtype = np.int32 if name == "teacher_ids" else np.float32
-            found[name] = pieces.spread(table[sources], dtype=dtype)
+        ids, log_probs = (table[pieces.sources(cache)] for table in self.tables[cache.folder.name])
+        found = {"teacher_ids": ids.astype(np.int32), "teacher_log_probs": log_probs}
+        for array in found.values():
+            array[pieces.is_padding] = 0
         return found
 
     def _places(self, _: TokenCache, pieces: Pieces) -> Batch:
         """documents, places int32 (rows, T): where each token is; -1 for padding."""
-        documents, starts = (np.repeat(of_piece, pieces.lengths) for of_piece in (pieces.documents, pieces.starts))
-        found = {"documents": documents, "places": starts + pieces.positions}
-        return {name: pieces.spread(values, padding=-1) for name, values in found.items()}
+        documents, starts = pieces.each(pieces.documents, -1), pieces.each(pieces.starts, -1)
+        return {"documents": documents.astype(np.int32), "places": (starts + pieces.positions).astype(np.int32)}
 
     def _make(self, sides: list[Batches], caches: dict[str, TokenCache], params: Params, made_of: dict) -> None:
         k = self.config.teacher.top_k
