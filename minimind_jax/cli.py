@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from minimind_jax import __version__, last_resort, shell, signals
+from minimind_jax import __version__, compiled, last_resort, shell, signals
 from minimind_jax import tool_commands as tools
 from minimind_jax.config import settings
 from minimind_jax.errors import UserError
@@ -71,6 +71,7 @@ def _dispatch(argv: list[str]) -> int:
     for words in (2, 1):
         name = " ".join(argv[:words])
         if name in COMMANDS:
+            compiled.keep_programs()
             status = COMMANDS[name].run(f"minimind {name}", argv[words:])
             return status if isinstance(status, int) else 0
     raise UserError(_unknown_command(argv))

@@ -63,8 +63,10 @@ def prepare_process() -> None:
 
 def compile_only_devices(device: Device, topology: Topology) -> list:
     """Devices that can be compiled for and nothing else. Raises UserError with the compiler's own words."""
+    import jax
     from jax.experimental import topologies
 
+    jax.config.update("jax_enable_compilation_cache", False)  # a kept program can only be read where its device is
     try:
         return list(topologies.get_topology_desc(topology.name, platform=device.platform, **topology.options).devices)
     except Exception as error:  # RuntimeError, NotImplementedError, JaxRuntimeError: each plugin has its own

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import os
 import secrets
 import shutil
 import time
@@ -17,7 +16,7 @@ from minimind_jax.config.stages import RunConfig
 from minimind_jax.convert.replace import check_replaceable
 from minimind_jax.errors import UserError
 from minimind_jax.folders import holds_model, resolve_run
-from minimind_jax.paths import cache_home, is_remote
+from minimind_jax.paths import is_remote
 from minimind_jax.runs.effect import check_effect
 from minimind_jax.runs.models import SHAPE_FIELDS
 from minimind_jax.runs.settle import changed_data
@@ -31,13 +30,12 @@ LENGTH_FIELDS = {"training.steps", "training.epochs", "training.tokens"}
 
 
 def start_run(config: RunConfig) -> RunFolder:
-    """Joins the run's processes, turns on the compilation cache, and makes the run's folder.
+    """Joins the run's processes and makes the run's folder.
 
     Raises UserError when the devices do not fit `config`, when `config.resume` does not allow what the folder holds,
     when it is a Hugging Face model itself, or when a process of several does not see what the first writes there.
     """
     initialize_distributed()
-    enable_compilation_cache()
     run = RunFolder(resolve_run(config.run))
     check_shared(run)
     check_agreement(agreed_settings(config))
@@ -141,17 +139,6 @@ def check_settings(run: RunFolder, config: RunConfig) -> None:
         )
     for key, change in changed.items():
         announce(f"changed since the run was started: {key} {change}")
-
-
-def enable_compilation_cache() -> None:
-    """Keeps compiled programs in $MINIMIND_CACHE/xla or ~/.cache/minimind_jax/xla; $JAX_COMPILATION_CACHE_DIR wins."""
-    if jax.config.jax_compilation_cache_dir is None:
-        try:
-            jax.config.update("jax_compilation_cache_dir", str(cache_home() / "xla"))
-        except UserError as error:  # training goes on without, and tokens may have a folder of their own
-            announce(f"compiled programs are not kept: {error}")
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def is_finished(run: RunFolder, config: RunConfig) -> bool:

@@ -4,6 +4,8 @@ import dataclasses
 import datetime
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -405,3 +407,13 @@ def test_a_cut_prompt_keeps_its_frame_and_its_end(config, generator):
         first, *_, last = request.conversation.messages
         assert first == talk[0] and last["content"].endswith(kept)
         assert request.ids == encode_prompt(generator.tokenizer, request.conversation.messages)
+
+
+def test_what_was_compiled_is_kept_for_the_next_call(model_folder, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    subprocess.run(
+        [sys.executable, "-m", "minimind_jax", "generate", "--model", model_folder, "--prompt", "cat"],
+        env={**environment, "MINIMIND_CACHE": str(tmp_path)}, check=True,
+    )  # fmt: skip
+    kept = {file.name.partition("-")[0] for file in (tmp_path / "xla").iterdir()}
+    assert {"jit_prefill", "jit_decode"} <= kept
