@@ -39,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        with signals.answering():
-            return _dispatch(argv)
+        return signals.exit_status(lambda: _dispatch(argv))
     except UserError as error:
         print(f"minimind: {shell.with_program(str(error))}", file=sys.stderr)
         return 2
@@ -53,12 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         last_resort.report_bug()
         return 1
-    except KeyboardInterrupt:
-        signals.say("stopped")
-        return 130
-    except signals.Stopped as stop:
-        signals.say(f"{stop.signal.name}: stopped")
-        return stop.code
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -35,62 +35,105 @@ def answering(patience: float = 1.0) -> Iterator[None]:
     """Within, SIGINT raises KeyboardInterrupt, and SIGTERM and SIGHUP raise Stopped. One that a long call, such as
     compiling, keeps waiting for `patience` seconds is answered, and the next one ends the process at once.
 
+    An exception that never arrives, for it was raised in a callback of the garbage collector (JAX has one), is raised
+    again; one that a library has made another error of, as its compiled parts do, is itself again.
     A signal that is ignored, as under nohup, stays so. Does nothing outside of the main thread.
     """
     numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     if threading.current_thread() is not threading.main_thread() or not numbers:
         yield
         return
-    receiving, sending = os.pipe()
-    os.set_blocking(sending, False)
-    delivered = float("-inf")  # when the handler ran last
+    answers = _Answers(numbers, patience)
+    handlers = {number: signal.signal(number, answers.deliver) for number in numbers}
+    hook, sys.unraisablehook = sys.unraisablehook, answers.raise_again
+    try:
+        yield
+    except Exception as error:
+        if answers.raised is not None and type(answers.raised).__name__ in str(error):
+            raise answers.raised from error
+        raise
+    finally:
+        sys.unraisablehook = hook
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        answers.close()
 
-    def deliver(number: int, frame) -> None:
-        nonlocal delivered
-        before, delivered = delivered, time.monotonic()
+
+class _Answers:
+    """The handler of signals, and a thread that hears of them at once, even while the main thread cannot run it."""
+
+    def __init__(self, numbers: list[int], patience: float):
+        self.raised: BaseException | None = None
+        self._numbers, self._patience, self._hook = numbers, patience, sys.unraisablehook
+        self._delivered = float("-inf")  # when the handler ran last
+        self._resend: threading.Timer | None = None
+        # The system writes a signal's number into this pipe when it comes.
+        self._receiving, self._sending = os.pipe()
+        os.set_blocking(self._sending, False)
+        self._earlier_pipe = signal.set_wakeup_fd(self._sending, warn_on_full_buffer=False)
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+
+    def close(self) -> None:
+        if self._resend is not None:
+            self._resend.cancel()
+        signal.set_wakeup_fd(self._earlier_pipe)
+        self._delivered = time.monotonic() + self._patience  # nothing is left to be answered
+        os.close(self._sending)
+        self._listener.join()
+        os.close(self._receiving)
+
+    def deliver(self, number: int, frame) -> None:
+        before, self._delivered = self._delivered, time.monotonic()
         silence_lost_outputs()
         if _holds:
             _held.append(number)
-        elif number == signal.SIGINT:
-            raise KeyboardInterrupt
-        elif delivered - before > _TOGETHER:
-            raise Stopped(number)
+        elif number == signal.SIGINT or self._delivered - before > _TOGETHER:
+            self.raised = KeyboardInterrupt() if number == signal.SIGINT else Stopped(number)
+            raise self.raised
 
-    def is_delivered(since: float) -> bool:
-        while delivered < since - _SOON:
-            if time.monotonic() > since + patience:
-                return False
-            time.sleep(patience / 20)
-        return True
+    def raise_again(self, lost: "sys.UnraisableHookArgs") -> None:
+        if self.raised is None or lost.exc_value is not self.raised:
+            self._hook(lost)
+            return
+        self._delivered = float("-inf")
+        number = getattr(self.raised, "signal", signal.SIGINT)
+        self._resend = threading.Timer(_SOON / 4, os.kill, [os.getpid(), number])
+        self._resend.start()
 
-    def listen() -> None:
+    def _listen(self) -> None:
         asked = float("-inf")  # when a signal came that is not delivered yet
-        while received := os.read(receiving, 1):
-            if received[0] not in numbers:
+        while received := os.read(self._receiving, 1):
+            if received[0] not in self._numbers:
                 continue
-            if delivered < asked - _SOON:
+            if self._delivered < asked - _SOON:
                 for tell in reversed(_left):
                     say(tell())
                 os._exit(128 + received[0])
-            if not is_delivered(since := time.monotonic()):
+            if not self._is_delivered(since := time.monotonic()):
                 asked, name = since, signal.Signals(received[0]).name
                 again = "Press Ctrl-C again" if name == "SIGINT" else "Send it again"
                 say(f"{name}: stopping when this part is done. {again} to stop at once.")
 
-    listener = threading.Thread(target=listen, daemon=True)
-    handlers = {number: signal.signal(number, deliver) for number in numbers}
-    pipe = signal.set_wakeup_fd(sending, warn_on_full_buffer=False)
-    listener.start()
+    def _is_delivered(self, since: float) -> bool:
+        while self._delivered < since - _SOON:
+            if time.monotonic() > since + self._patience:
+                return False
+            time.sleep(self._patience / 20)
+        return True
+
+
+def exit_status(work: Callable[[], int]) -> int:
+    """What `work` returns; where a signal ends it, which is told, 128 + signal."""
     try:
-        yield
-    finally:
-        signal.set_wakeup_fd(pipe)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        delivered = time.monotonic() + patience  # nothing is left to be answered
-        os.close(sending)
-        listener.join()
-        os.close(receiving)
+        with answering():
+            return work()
+    except KeyboardInterrupt:
+        say("stopped")
+        return 128 + signal.SIGINT
+    except Stopped as stop:
+        say(f"{stop.signal.name}: stopped")
+        return stop.code
 
 
 @contextlib.contextmanager

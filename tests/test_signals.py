@@ -1,5 +1,6 @@
 """Signals end a command: answered at once, with what was begun put in order and told."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -51,6 +52,37 @@ def test_where_python_can_answer_it_is_an_exception_and_nothing_is_added(number,
         os.kill(os.getpid(), number)
         time.sleep(5)
     assert [signal.getsignal(each) for each in SIGNALS] == before and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_an_exception_that_is_lost_in_a_callback_comes_again(number):
+    """Where JAX looks after the garbage collector, Python only prints what is raised."""
+    sent = []
+
+    def callback(phase, info):
+        if not sent:
+            sent.append(phase)
+            os.kill(os.getpid(), number)
+            time.sleep(0.05)
+
+    gc.callbacks.append(callback)
+    try:
+        with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else Stopped), answering():
+            gc.collect()
+            assert sent
+            time.sleep(5)
+    finally:
+        gc.callbacks.remove(callback)
+
+
+def test_an_exception_that_a_library_makes_another_error_of_is_itself_again():
+    with pytest.raises(Stopped) as stop, answering():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except Stopped as error:
+            raise ValueError(f"Non-hashable static arguments: {type(error).__name__}: 143") from error
+    assert stop.value.code == 143
 
 
 def test_an_ignored_signal_stays_ignored():
