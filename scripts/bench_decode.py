@@ -23,14 +23,14 @@ from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.inference.generate import Generator
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.precision import cast_matrices
-from minimind_jax.model.transformer import LanguageModel, compute_dtype
+from minimind_jax.model.transformer import LanguageModel
 
 
 def serve_ours(settings: dict) -> None:
     shape = {"num_experts": 4, "num_experts_per_tok": 1} if settings["moe"] else {}
     config = ModelConfig(hidden_size=settings["hidden_size"], num_hidden_layers=settings["layers"], **shape)
     model = LanguageModel(config)
-    params = cast_matrices(jax.jit(model.init)(jax.random.key(0)), compute_dtype(model.compute))
+    params = cast_matrices(jax.jit(model.init)(jax.random.key(0)), model.dtype)
     generator = Generator(model, params)
     prompts = np.random.default_rng(0).integers(3, 6400, (settings["rows"], settings["prompt_len"])).tolist()
 

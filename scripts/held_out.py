@@ -40,8 +40,8 @@ def bits_per_byte(model: str, file: str | Path, records: int = 600, window: int 
 
     @jax.jit
     def nll(params, tokens_BT, targets_BT, weights_BT):
-        hidden_BTD = network.hidden(params, tokens_BT, segment_ids_BT=weights_BT.astype(jnp.int32)).hidden_BTD
-        scores = token_scores(hidden_BTD, network.head_kernel(params), targets_BT)
+        hidden_BTD = network.read_rows(params, network.embed(params, tokens_BT)).hidden_BTD
+        scores = token_scores(hidden_BTD, network.head_kernel(params), targets_BT, network.platform)
         return -jnp.sum(scores.log_probs_BT * weights_BT)
 
     total = 0.0

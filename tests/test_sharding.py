@@ -149,7 +149,7 @@ def collectives_of_experts():
     mesh = make_mesh(MESHES["data 8"])
 
     def loss(x_MD, kernels, logits_ME):
-        out_MD, router_loss = moe.mixture(MOE["moe k 2"].config, x_MD, logits_ME, None, kernels, "ragged")
+        out_MD, router_loss = moe.mixture(MOE["moe k 2"].config, x_MD, logits_ME, None, kernels, "ragged", "cpu")
         return jnp.sum(out_MD**2) + router_loss
 
     def shape(*sizes, rows=None):
@@ -173,7 +173,7 @@ def difference_of_pieces(mesh_config):
         targets_BT = jax.random.randint(keys[2], (8, 6), 0, 600)
 
         def total(hidden_BTD, kernel_VD):
-            scores = vocabulary.token_scores(hidden_BTD, kernel_VD, targets_BT)
+            scores = vocabulary.token_scores(hidden_BTD, kernel_VD, targets_BT, "cpu")
             return jnp.sum(weights_BT * (scores.log_probs_BT + scores.log_sums_BT**2)), scores
 
         inputs = jax.random.normal(keys[0], (8, 6, 32)), jax.random.normal(keys[1], (600, 32))

@@ -111,7 +111,7 @@ def evaluate_perplexity(
         output = network.read_batch(params, batch)
         with full_precision(network.compute):
             kernel_VD = network.head_kernel(params)
-            log_probs_BT = token_scores(output.hidden_BTD, kernel_VD, batch["targets"]).log_probs_BT
+            log_probs_BT = token_scores(output.hidden_BTD, kernel_VD, batch["targets"], network.platform).log_probs_BT
         at_position = jnp.zeros(seq_len, jnp.float32).at[batch["positions"]]
         nll_T = at_position.add(-log_probs_BT * batch["loss_weights"])
         return nll_T, at_position.add(batch["loss_weights"])

@@ -15,7 +15,7 @@ from minimind_jax.inference.generate import Generator
 from minimind_jax.inference.generation_config import read_generation_config
 from minimind_jax.inference.load import load_generator
 from minimind_jax.model.lora import PROJECTIONS, Adapter, join
-from minimind_jax.model.transformer import LanguageModel, Params, compute_dtype, unstack_layers
+from minimind_jax.model.transformer import LanguageModel, Params
 
 OFF = "off"  # the name of the base model by itself
 
@@ -80,10 +80,10 @@ def switched(generator: Generator, stored: dict[str, StoredAdapter]) -> Switched
         for name in PROJECTIONS
         if any(name in each.table for each in stored.values())
     }
-    dtype = compute_dtype(generator.model.compute)
-    shapes = LanguageModel(generator.model.config, adapter=Adapter(tuple(ranks.items()))).abstract_params()
+    model = generator.model
+    shapes = LanguageModel(model.config, adapter=Adapter(tuple(ranks.items()))).abstract_params()
     trees = {OFF: None, **{name: each.tree for name, each in stored.items()}}
-    adapters = {name: unstack_layers(_filled(tree, shapes, ranks, dtype)) for name, tree in trees.items()}
+    adapters = {name: model.unstack(_filled(tree, shapes, ranks, model.dtype)) for name, tree in trees.items()}
     made = SwitchedGenerator(generator, adapters, Adapter(tuple(ranks.items())))
     made.use(next(iter(stored)))
     return made

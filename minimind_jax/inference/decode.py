@@ -1,7 +1,7 @@
 """The compiled part of generation: prefill of the prompts, the loop that makes tokens, growth of its buffers.
 
-Prompts are padded on the left to a common bucket, so that all rows write the same slot at each step. A program is
-compiled once for each (rows, prompt bucket, slots); how many tokens are made is an argument, not a shape.
+Rows begin at slot 0, whatever their lengths. A program is compiled once for each (rows, prompt bucket, slots); how many
+tokens are made is an argument, not a shape.
 """
 
 import functools
@@ -16,11 +16,11 @@ from minimind_jax.model.transformer import LanguageModel, Params
 
 
 class DecodeState(NamedTuple):
-    """A batch being generated. Slot s of every array belongs to the same token of a row.
+    """A batch being generated. Slot s of every array belongs to the token at position s of a row.
 
-    tokens_BS, logprobs_BS: prompt (left-padded) and answer; log-probabilities of the answer's tokens.
-    filled: slots of tokens_BS in use, the same for all rows. The newest token is not in the cache yet.
-    lengths_B: tokens of each row without padding.
+    tokens_BS, logprobs_BS: prompt and answer; log-probabilities of the answer's tokens.
+    lengths_B: tokens of each row. The newest is not in the cache yet.
+    made: tokens that were made of each row that has not ended.
     ended_B: rows that made an end-of-text token, or were ended by the caller.
     seen_BV: tokens each row holds; None without a repetition penalty.
     """
@@ -28,8 +28,8 @@ class DecodeState(NamedTuple):
     cache: KVCache
     tokens_BS: jax.Array
     logprobs_BS: jax.Array
-    filled: jax.Array
     lengths_B: jax.Array
+    made: jax.Array
     ended_B: jax.Array
     seen_BV: jax.Array | None
 
@@ -45,7 +45,7 @@ class Controls(NamedTuple):
     eos_E: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("model", "slots", "cache_dtype"))
+@functools.partial(jax.jit, static_argnames=("model", "slots"))
 def prefill(
     model: LanguageModel,
     params: Params,
@@ -54,61 +54,60 @@ def prefill(
     controls: Controls,
     *,
     slots: int,
-    cache_dtype: str,
 ) -> DecodeState:
-    """Reads left-padded prompts and makes the first token of each row; logits are computed at the last slot only.
+    """Reads prompts, padded at their ends, and makes the first token of each row.
 
     A row of length 0 only fills up the batch: it is ended from the start.
     """
     rows, width = tokens_BP.shape
-    slot_P = jnp.arange(width)
-    positions_BP = jnp.maximum(slot_P - (width - lengths_B)[:, None], -1)
-    cache = KVCache.create(model.config, rows, slots, jnp.dtype(cache_dtype))
-    output = model.hidden(params, tokens_BP, positions_BP, cache=cache, write_index=0)
+    cache, lasts_B = model.new_cache(rows, slots), jnp.maximum(lengths_B - 1, 0)
+    hidden_BPD, cache = model.read_prompt(params, model.embed(params, tokens_BP), lengths_B, cache)
+    last_B1D = jnp.take_along_axis(hidden_BPD, lasts_B[:, None, None], axis=1)
     seen_BV = None
     if controls.values.repetition_penalty_B is not None:
-        ids_BP = jnp.where(positions_BP >= 0, tokens_BP, model.config.vocab_size)  # padding is not "seen"
+        is_token_BP = jnp.arange(width) < lengths_B[:, None]
+        ids_BP = jnp.where(is_token_BP, tokens_BP, model.config.vocab_size)  # padding is not "seen"
         seen_BV = jnp.zeros((rows, model.config.vocab_size), bool)
         seen_BV = seen_BV.at[jnp.arange(rows)[:, None], ids_BP].set(True, mode="drop")
     state = DecodeState(
-        cache=output.cache,
+        cache=cache,
         tokens_BS=jnp.pad(tokens_BP.astype(jnp.int32), ((0, 0), (0, slots - width))),
         logprobs_BS=jnp.zeros((rows, slots), jnp.float32),
-        filled=jnp.int32(width),
         lengths_B=lengths_B,
+        made=jnp.int32(0),
         ended_B=lengths_B == 0,
         seen_BV=seen_BV,
     )
-    return _append(state, model.logits(params, output.hidden_BTD[:, -1:])[:, 0], controls)
+    return _append(state, model.logits(params, last_B1D)[:, 0], controls)
 
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
 def decode(
     model: LanguageModel, params: Params, state: DecodeState, controls: Controls, until: jax.Array
 ) -> DecodeState:
-    """Makes tokens until `until` slots are filled or every row has ended. `state` is donated: use the result."""
+    """Makes tokens until `until` of them are made or every row has ended. `state` is donated: use the result."""
 
     def unfinished(state):
-        return (state.filled < until) & ~jnp.all(state.ended_B)
+        return (state.made < until) & ~jnp.all(state.ended_B)
 
     def step(state):
-        write_index = state.filled - 1
-        newest_B1 = jax.lax.dynamic_slice_in_dim(state.tokens_BS, write_index, 1, axis=1)
-        positions_B1 = jnp.where(state.ended_B, -1, state.lengths_B - 1)[:, None]
-        output = model.hidden(params, newest_B1, positions_B1, cache=state.cache, write_index=write_index)
-        return _append(state._replace(cache=output.cache), model.logits(params, output.hidden_BTD)[:, 0], controls)
+        lasts_B = jnp.maximum(state.lengths_B - 1, 0)
+        newest_B1 = jnp.take_along_axis(state.tokens_BS, lasts_B[:, None], axis=1)
+        hidden_B1D, cache = model.read_next(params, model.embed(params, newest_B1), lasts_B, state.cache)
+        return _append(state._replace(cache=cache), model.logits(params, hidden_B1D)[:, 0], controls)
 
     return jax.lax.while_loop(unfinished, step, state)
 
 
-@functools.partial(jax.jit, static_argnames=("slots",))
-def grow(state: DecodeState, slots: int) -> DecodeState:
+@functools.partial(jax.jit, static_argnames=("model", "slots"))
+def grow(model: LanguageModel, state: DecodeState, slots: int) -> DecodeState:
     """The same state with room for more tokens."""
-    more = slots - state.tokens_BS.shape[1]
+    rows, now = state.tokens_BS.shape
+    widths = ((0, 0), (0, slots - now))
     return state._replace(
-        cache=state.cache.grow(slots),
-        tokens_BS=jnp.pad(state.tokens_BS, ((0, 0), (0, more))),
-        logprobs_BS=jnp.pad(state.logprobs_BS, ((0, 0), (0, more))),
+        cache=state.cache.into(model.new_cache(rows, slots)),
+        tokens_BS=jnp.pad(state.tokens_BS, widths),
+        logprobs_BS=jnp.pad(state.logprobs_BS, widths),
     )
 
 
@@ -116,15 +115,16 @@ def _append(state: DecodeState, logits_BV, controls: Controls) -> DecodeState:
     """Chooses the next token of each row. Draws depend on the row's key and the token's position, on nothing else."""
     keys_B = jax.vmap(jax.random.fold_in)(controls.keys_B, state.lengths_B)
     token_B, logprob_B = sample(logits_BV, keys_B, controls.values, state.seen_BV)
-    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=state.filled, axis=1)
+    is_open_B, slots = ~state.ended_B, state.tokens_BS.shape[1]
+    place = (jnp.arange(len(token_B)), jnp.where(is_open_B, state.lengths_B, slots))  # beyond the end nothing is set
     seen_BV = state.seen_BV
     if seen_BV is not None:
         seen_BV = seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)
     return state._replace(
-        tokens_BS=write(state.tokens_BS, token_B[:, None]),
-        logprobs_BS=write(state.logprobs_BS, logprob_B[:, None]),
-        filled=state.filled + 1,
-        lengths_B=state.lengths_B + ~state.ended_B,
+        tokens_BS=state.tokens_BS.at[place].set(token_B, mode="drop"),
+        logprobs_BS=state.logprobs_BS.at[place].set(logprob_B, mode="drop"),
+        lengths_B=state.lengths_B + is_open_B,
+        made=state.made + 1,
         ended_B=state.ended_B | jnp.isin(token_B, controls.eos_E),
         seen_BV=seen_BV,
     )

@@ -15,7 +15,7 @@ from minimind_jax.inference.buckets import bucket, round_up
 from minimind_jax.inference.decode import Controls, decode, grow, prefill
 from minimind_jax.inference.sampling import SamplingConfig, SamplingValues, row_keys
 from minimind_jax.inference.text import AnswerText
-from minimind_jax.model.transformer import LanguageModel, Params, compute_dtype, unstack_layers
+from minimind_jax.model.transformer import LanguageModel, Params
 
 Prompt = str | Sequence[int]
 DEFAULT = SamplingConfig()
@@ -78,7 +78,7 @@ class Generator:
                 f"the model only {model.config.vocab_size} (vocab_size); they do not belong together, unless tokens "
                 f"were added: then train it with --model.vocab_size {tokenizer.vocab_size} first"
             )
-        self.model, self.params, self.tokenizer = without_kernels(model, params), unstack_layers(params), tokenizer
+        self.model, self.params, self.tokenizer = unfused(model, params), model.unstack(params), tokenizer
         self.eos_ids, self.sampling = tuple(sorted(eos_ids)), sampling
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig = DEFAULT) -> list[Completion]:
@@ -157,7 +157,7 @@ class _Batch:
     """A batch in generation: its state on the device, and a copy of its tokens on the host."""
 
     def __init__(self, generator: Generator, prompts: list[list[int]], sampling: SamplingConfig):
-        longest = max(map(len, prompts))
+        longest = self.longest = max(map(len, prompts))
         if sampling.max_new_tokens > generator.room(longest):
             raise UserError(
                 f"a prompt of {longest} tokens and max_new_tokens {sampling.max_new_tokens} exceed the model's context "
@@ -168,10 +168,10 @@ class _Batch:
         self.pushed = [0] * len(prompts)
         self.stopped_at: list[int | None] = [None] * len(prompts)  # length of answers that a stop string ended
         rows = bucket(len(prompts), smallest=1, multiple=16)
-        self.width = bucket(longest, smallest=16, multiple=1024)
-        tokens_BP = np.zeros((rows, self.width), np.int32)
+        width = bucket(longest, smallest=16, multiple=1024)
+        tokens_BP = np.zeros((rows, width), np.int32)
         for row, prompt in enumerate(prompts):
-            tokens_BP[row, self.width - len(prompt) :] = prompt
+            tokens_BP[row, : len(prompt)] = prompt
         self.eos_ids = (-1,) if sampling.ignore_eos else generator.eos_ids or (-1,)
         self.controls = Controls(
             SamplingValues.of(sampling, rows), row_keys(sampling.seed, rows), np.array(self.eos_ids, np.int32)
@@ -182,8 +182,7 @@ class _Batch:
             tokens_BP,
             np.array(self.prompt_lengths + [0] * (rows - len(prompts)), np.int32),
             self.controls,
-            slots=round_up(self.width + min(sampling.max_new_tokens, FIRST_ROOM), SLOT_MULTIPLE),
-            cache_dtype=str(compute_dtype(generator.model.compute)),
+            slots=round_up(width + min(sampling.max_new_tokens, FIRST_ROOM), SLOT_MULTIPLE),
         )
         self._read()
 
@@ -194,24 +193,25 @@ class _Batch:
     def run(self, count: int) -> None:
         """Makes up to `count` more tokens in every row that has not ended."""
         model, params = self.generator.model, self.generator.params
-        target = self.width + min(self.made + count, self.sampling.max_new_tokens)
-        while self.width + self.made < target and not self.ended_B.all():
+        target = min(self.made + count, self.sampling.max_new_tokens)
+        while self.made < target and not self.ended_B.all():
             slots = self.state.tokens_BS.shape[1]
-            if self.width + self.made == slots:
+            if self.longest + self.made == slots:
                 slots *= 2
-                self.state = grow(self.state, slots=slots)
-            self.state = decode(model, params, self.state, self.controls, np.int32(min(target, slots)))
+                self.state = grow(model, self.state, slots=slots)
+            until = np.int32(min(target, slots - self.longest))
+            self.state = decode(model, params, self.state, self.controls, until)
             self._read()
 
     def _read(self) -> None:
         # copies: a view of a buffer would keep the next step from reusing it
-        self.made = int(self.state.filled) - self.width
+        self.made, self.lengths_B = int(self.state.made), np.array(self.state.lengths_B)
         self.tokens_BS, self.logprobs_BS = np.array(self.state.tokens_BS), np.array(self.state.logprobs_BS)
         self.ended_B = np.array(self.state.ended_B)
 
     def ids(self, row: int) -> list[int]:
         """The answer so far, up to and with the token that ended it."""
-        ids = self.tokens_BS[row, self.width : self.width + self.made].tolist()
+        ids = self.tokens_BS[row, self.prompt_lengths[row] : self.lengths_B[row]].tolist()
         end = next((n + 1 for n, token in enumerate(ids) if token in self.eos_ids), len(ids))
         return ids[: min(end, self.stopped_at[row] or end)]
 
@@ -234,16 +234,16 @@ class _Batch:
         answers = []
         for row, prompt_tokens in enumerate(self.prompt_lengths):
             ids = self.ids(row)
-            logprobs = self.logprobs_BS[row, self.width : self.width + len(ids)].tolist()
+            logprobs = self.logprobs_BS[row, prompt_tokens : prompt_tokens + len(ids)].tolist()
             stopped = self.stopped_at[row] is not None or ids[-1] in self.eos_ids
             text = texts[row].text if texts else ""
             answers.append(Completion(text, ids, logprobs, "stop" if stopped else "length", prompt_tokens))
         return answers
 
 
-def without_kernels(model: LanguageModel, params: Params) -> LanguageModel:
+def unfused(model: LanguageModel, params: Params) -> LanguageModel:
     """`model`, computed by plain products if its parameters lie on several devices: generation is left to the compiler,
-    which can cut these and no attention kernel."""
+    which can cut these and no fused attention."""
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
     if sharding is None or sharding.num_devices == 1:
         return model

@@ -60,15 +60,14 @@ class LikelihoodScorer:
         self.context = min(max_length or (1 << 30), model.config.max_position_embeddings)
 
         def judge(kernels, hidden_BCD, targets_BC):
-            logits_BCV = logits(hidden_BCD, *kernels)
+            logits_BCV = logits(hidden_BCD, *kernels, model.platform)
             log_probs_BCV = jax.nn.log_softmax(logits_BCV)
             chosen_BC = jnp.take_along_axis(log_probs_BCV, targets_BC[..., None], axis=-1)[..., 0]
             return chosen_BC, jnp.argmax(logits_BCV, axis=-1) == targets_BC
 
         @jax.jit
         def score(params, tokens_BT, lengths_B, targets_BC, places_BC):
-            segments_BT = (jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]).astype(jnp.int32)
-            hidden_BTD = model.hidden(params, tokens_BT, None, segments_BT).hidden_BTD
+            hidden_BTD = model.read_rows(params, model.embed(params, tokens_BT), lengths_B=lengths_B).hidden_BTD
             hidden_BCD = jnp.take_along_axis(hidden_BTD, places_BC[..., None], axis=1)
             with full_precision(model.compute):
                 return by_columns(judge, (model.head_kernel(params),), hidden_BCD, targets_BC)

@@ -14,7 +14,7 @@ from minimind_jax.inference.generation_config import read_generation_config
 from minimind_jax.model.config import ComputeConfig, RopeScaling
 from minimind_jax.model.heads import SCORE
 from minimind_jax.model.precision import cast_matrices
-from minimind_jax.model.transformer import LanguageModel, Params, compute_dtype
+from minimind_jax.model.transformer import LanguageModel, Params
 
 
 def load_generator(name: str, dtype: str = "auto") -> Generator:
@@ -54,4 +54,4 @@ def load_model(
     if rope_scaling is not None:
         config = dataclasses.replace(config, rope_scaling=rope_scaling)
     model = LanguageModel(config, ComputeConfig(dtype=dtype))
-    return model, jax.tree.map(jnp.asarray, cast_matrices(params, compute_dtype(model.compute)))
+    return model, jax.tree.map(jnp.asarray, cast_matrices(params, model.dtype))

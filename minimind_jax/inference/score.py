@@ -47,8 +47,7 @@ class Scorer:
 
         @jax.jit
         def last_scores(params, tokens_BT, lengths_B):
-            segments_BT = (jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]).astype(jnp.int32)
-            output = self.model.hidden(params, tokens_BT, None, segments_BT)
+            output = self.model.read_rows(params, self.model.embed(params, tokens_BT), lengths_B=lengths_B)
             last_B1D = jnp.take_along_axis(output.hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)
             return scores(params, last_B1D[:, 0])
 

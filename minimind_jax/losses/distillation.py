@@ -101,7 +101,7 @@ def make_distillation_loss(
 
         @jax.checkpoint
         def piece(kernels, hidden_BTD, targets_BT, *known):
-            logits_BTV = logits(hidden_BTD, kernels[0])
+            logits_BTV = logits(hidden_BTD, kernels[0], model.platform)
             log_probs_BTV = jax.nn.log_softmax(logits_BTV)
             nll_BT = -jnp.take_along_axis(log_probs_BTV, targets_BT[..., None], axis=-1)[..., 0]
             if teacher is None:
@@ -110,7 +110,9 @@ def make_distillation_loss(
                     logits_BTV[..., :words], ids_BTK, log_probs_BTK, divergence, temperature, jsd_beta
                 )
             else:
-                apart_BT = divergences(logits_BTV, logits(known[0], kernels[1]), divergence, temperature, jsd_beta)
+                apart_BT = divergences(
+                    logits_BTV, logits(known[0], kernels[1], model.platform), divergence, temperature, jsd_beta
+                )
             return nll_BT, apart_BT
 
         nll_BT, divergence_BT = by_columns(piece, kernels, output.hidden_BTD, batch["targets"], *known)
@@ -138,7 +140,7 @@ def teacher_likeliest(
     output = model.read_batch(params, batch)
 
     def piece(kernels, hidden_BTD):
-        return likeliest(logits(hidden_BTD, *kernels), k, words, temperature)
+        return likeliest(logits(hidden_BTD, *kernels, model.platform), k, words, temperature)
 
     with full_precision(model.compute):
         return by_columns(piece, (model.head_kernel(params),), output.hidden_BTD)

@@ -27,7 +27,7 @@ def make_language_model_loss(model: LanguageModel, z_loss: float = 0.0) -> LossF
     def loss_fn(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array, Metrics]:
         output = model.read_batch(params, batch, key)
         with jax.named_scope("head"):
-            scores = token_scores(output.hidden_BTD, model.head_kernel(params), batch["targets"])
+            scores = token_scores(output.hidden_BTD, model.head_kernel(params), batch["targets"], model.platform)
         weights_BT = batch["loss_weights"].astype(jnp.float32)
         nll = -jnp.sum(weights_BT * scores.log_probs_BT)
         count = jnp.sum(weights_BT)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
+from minimind_jax.model.config import Platform
 from minimind_jax.model.linear import TransposedKernel, multiply
 from minimind_jax.sharding import MESH_AXES, ROW_AXES, current_mesh, row_shards
 
@@ -15,9 +16,9 @@ PIECE_BYTES = 2**28  # logits that a device makes at once: enough for matrix pro
 CUT = PartitionSpec(ROW_AXES, tuple(axis for axis in MESH_AXES if axis not in ROW_AXES))
 
 
-def logits(hidden_BTD: Array, kernel_VD: Array) -> Array:
+def logits(hidden_BTD: Array, kernel_VD: Array, platform: Platform) -> Array:
     """hidden kernel^T in the dtype of the hidden states, added up in float32."""
-    return multiply(hidden_BTD, TransposedKernel(kernel_VD), jnp.float32)
+    return multiply(hidden_BTD, TransposedKernel(kernel_VD), platform, jnp.float32)
 
 
 def by_columns(

@@ -95,7 +95,7 @@ def answer_log_probs(
     """
     output = model.read_batch(params, batch, key)
     with jax.named_scope("head"):
-        scores = token_scores(output.hidden_BTD, model.head_kernel(params), batch["targets"])
+        scores = token_scores(output.hidden_BTD, model.head_kernel(params), batch["targets"], model.platform)
     weights_BT, room = batch["loss_weights"], pair_room(batch["tokens"].shape[1])
     sums_BS = sum_by_segment(weights_BT * scores.log_probs_BT, batch["segment_ids"], room)
     counts_BS = sum_by_segment(weights_BT, batch["segment_ids"], room)

@@ -16,6 +16,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from minimind_jax.losses.pieces import PIECE_BYTES
+from minimind_jax.model.config import Platform
 from minimind_jax.sharding import ROW_AXES, RULES, current_mesh
 
 WHOLE_BYTES = 2**30  # logits of a device up to this are made whole and kept for the gradient; else PIECE_BYTES at once
@@ -41,18 +42,18 @@ def piece_size(tokens: int, vocab: int) -> int:
     return min(vocab, 128 * max(1, PIECE_BYTES // (4 * 128 * tokens)))
 
 
-@jax.custom_vjp
-def token_scores(hidden_BTD: Array, kernel_VD: Array, targets_BT: Array) -> TokenScores:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def token_scores(hidden_BTD: Array, kernel_VD: Array, targets_BT: Array, platform: Platform) -> TokenScores:
     """The scores of `targets_BT` under logits = hidden kernel^T, differentiable in hidden and kernel.
 
     The kernel is taken in the dtype of the hidden states; products add up in float32 and all behind them is float32.
     The gradient of the logits is rounded to that dtype for its two products. On a mesh (`jax.set_mesh`) the rows must
-    divide by data x fsdp, as `shard_batch` sees to.
+    divide by data x fsdp, as `shard_batch` sees to. platform: of the devices that compute it.
     """
-    return _forward(hidden_BTD, kernel_VD, targets_BT)[0]
+    return _forward(hidden_BTD, kernel_VD, targets_BT, platform)[0]
 
 
-def _forward(hidden_BTD, kernel_VD, targets_BT):
+def _forward(hidden_BTD, kernel_VD, targets_BT, platform):
     if current_mesh() is None:
         scores, logits_BTV = _forward_part(hidden_BTD, kernel_VD, targets_BT, axes=())
     else:
@@ -63,11 +64,11 @@ def _forward(hidden_BTD, kernel_VD, targets_BT):
     return scores, (hidden_BTD, kernel_VD, targets_BT, scores.log_sums_BT, logits_BTV)
 
 
-def _backward(saved, grads: TokenScores):
+def _backward(platform, saved, grads: TokenScores):
     hidden_BTD, kernel_VD, targets_BT, log_sums_BT, logits_BTV = saved
-    part, part_kernel_VD = functools.partial(_backward_part, axes=()), kernel_VD
+    part, part_kernel_VD = functools.partial(_backward_part, platform, axes=()), kernel_VD
     if current_mesh() is not None:
-        part = functools.partial(_backward_part, axes=(VOCAB,))
+        part = functools.partial(_backward_part, platform, axes=(VOCAB,))
         specs = (ROWS, PartitionSpec(VOCAB), ROWS, ROWS, LOGITS, ROWS)
         part = jax.shard_map(part, in_specs=specs, out_specs=(ROWS, PartitionSpec(VOCAB, EMBED)), check_vma=False)
         part_kernel_VD = kernel_VD.astype(hidden_BTD.dtype)
@@ -102,14 +103,14 @@ def _forward_part(hidden_BTD, kernel_VD, targets_BT, axes):
     return TokenScores(sums.chosen_BT - log_sums_BT, log_sums_BT), logits_BTV
 
 
-def _backward_part(hidden_BTD, kernel_VD, targets_BT, log_sums_BT, logits_BTV, grads, axes):
+def _backward_part(platform, hidden_BTD, kernel_VD, targets_BT, log_sums_BT, logits_BTV, grads, axes):
     """d logits = d log_probs * onehot(target) + (d log_sums - d log_probs) * softmax; then the two products."""
     targets_BT = targets_BT - jax.lax.axis_index(axes) * kernel_VD.shape[0]
     at_softmax_BT1 = (grads.log_sums_BT - grads.log_probs_BT)[..., None]
 
     def products(kernel_VD, logits_BTV, targets_BT):
         grad_BTV = at_softmax_BT1 * jnp.exp(logits_BTV - log_sums_BT[..., None])
-        grad_BTV = _add_at(grad_BTV, targets_BT, grads.log_probs_BT).astype(hidden_BTD.dtype)
+        grad_BTV = _add_at(grad_BTV, targets_BT, grads.log_probs_BT, platform).astype(hidden_BTD.dtype)
         to_hidden_BTD = _product("BTV,VD->BTD", grad_BTV, kernel_VD.astype(hidden_BTD.dtype))
         return to_hidden_BTD, _product("BTV,BTD->VD", grad_BTV, hidden_BTD)
 
@@ -176,10 +177,10 @@ def _merge(a: _Sums, b: _Sums) -> _Sums:
     return _Sums(largest_BT, total_BT, a.chosen_BT + b.chosen_BT)
 
 
-def _add_at(x_BTV, targets_BT, values_BT):
+def _add_at(x_BTV, targets_BT, values_BT, platform):
     """Adds values to the entries of the targets. On a CPU by index: XLA would put the sum into both products behind it,
     and compute everything before it twice, once in strides."""
-    if jax.default_backend() != "cpu":
+    if platform != "cpu":
         return x_BTV + jnp.where(targets_BT[..., None] == jnp.arange(x_BTV.shape[-1]), values_BT[..., None], 0)
     place_BT = jnp.where(targets_BT < 0, x_BTV.shape[-1], targets_BT)  # beyond the end, where nothing is added
     rows_B1, columns_T = jnp.arange(targets_BT.shape[0])[:, None], jnp.arange(targets_BT.shape[1])

@@ -4,8 +4,8 @@
 query heads that share a key/value head become rows of one matrix product per (batch, key/value head), rows ordered by
 time (R = T * G, row t * G + g), so that a block of queries is a contiguous slice; it is multiplied only with the keys
 that the causal mask lets it see. The backward pass computes the softmax again from its logarithmic sums instead of
-keeping it, as FlashAttention does (arXiv 2205.14135). `cudnn` and `splash` are kernels of GPUs and TPUs, in
-`attention_kernels`.
+keeping it, as FlashAttention does (arXiv 2205.14135), so that only the scores of one block are ever held. `cudnn` and
+`splash` are fused operations of GPUs and TPUs, in `fused_attention`.
 """
 
 import functools
@@ -19,17 +19,20 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh
 
 from minimind_jax.errors import UserError
-from minimind_jax.model import attention_kernels as kernels
+from minimind_jax.model import fused_attention as fused
+from minimind_jax.model.config import Platform
 from minimind_jax.model.kv_cache import LayerCache
 
 # Values of the forward pass that recomputation policies keep, because making them again is most of attention's work.
 # (cuDNN's have no name: with such a policy its forward pass runs twice.)
-SAVED_NAMES = ("attention_out", "attention_log_sums", kernels.SPLASH_SAVED_NAME)
+SAVED_NAMES = ("attention_out", "attention_log_sums", fused.SPLASH_SAVED_NAME)
 Path = Literal["auto", "reference", "grouped", "cudnn", "splash"]
+
+BLOCK = 256  # most queries whose scores `grouped` holds at once
 
 
 class Choice(NamedTuple):
-    """path: the one taken. reason: why not the kernel of this platform, None where it is taken or there is none."""
+    """path: the one taken. reason: why not the fused one of this platform, None where it is taken or there is none."""
 
     path: Path
     reason: str | None = None
@@ -40,39 +43,32 @@ def choose_path(
     query_shape: tuple[int, int, int, int],
     kv_heads: int,
     dtype: jnp.dtype,
+    platform: Platform,
     mesh: Mesh | AbstractMesh | None = None,
 ) -> Choice:
     """The path for whole rows, queries being (B, T, N, H); `cached_attention` has none to choose.
 
-    `auto` depends on where the computation runs: on the devices of `mesh`, else on JAX's default ones.
-
-    Raises UserError when a kernel is asked for that cannot run there.
+    Raises UserError when a fused one is asked for that cannot run there.
     """
-    platform = _platform(mesh)
-    kernel = {"gpu": "cudnn", "tpu": "splash"}.get(platform)
-    if path == "auto" and kernel is not None:
-        obstacle = _obstacle(kernel, query_shape, kv_heads, dtype, mesh)
-        return Choice(kernel) if obstacle is None else Choice("grouped", f"not {kernel}: {obstacle}")
+    own = {"gpu": "cudnn", "tpu": "splash"}.get(platform)
+    if path == "auto" and own is not None:
+        obstacle = _obstacle(own, query_shape, kv_heads, dtype, mesh)
+        return Choice(own) if obstacle is None else Choice("grouped", f"not {own}: {obstacle}")
     if path in ("cudnn", "splash"):
-        obstacle = f"this is a {platform}" if path != kernel else _obstacle(path, query_shape, kv_heads, dtype, mesh)
+        obstacle = f"this is a {platform}" if path != own else _obstacle(path, query_shape, kv_heads, dtype, mesh)
         if obstacle is not None:
             raise UserError(f"compute.attention {path} cannot run here: {obstacle}; auto takes a path that can")
     return Choice("grouped" if path == "auto" else path)
 
 
-def _platform(mesh) -> str:
-    device = None if mesh is None or mesh.empty else mesh.abstract_mesh.abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
-def _obstacle(kernel: Path, query_shape, kv_heads, dtype, mesh) -> str | None:
-    """Why `kernel` cannot do it on its platform."""
+def _obstacle(path: Path, query_shape, kv_heads, dtype, mesh) -> str | None:
+    """Why a fused path cannot be taken on its platform."""
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16, not {jnp.dtype(dtype).name}"
     tensor = 1 if mesh is None or mesh.empty else mesh.shape["tensor"]
     if kv_heads % tensor:
         return f"{kv_heads} key/value heads do not divide by mesh.tensor {tensor}"
-    return kernels.cudnn_obstacle(query_shape[-1]) if kernel == "cudnn" else None
+    return fused.cudnn_obstacle(query_shape[-1]) if path == "cudnn" else None
 
 
 def attention(
@@ -81,45 +77,47 @@ def attention(
     v_BTKH: Array,
     *,
     segment_ids_BT: Array | None = None,
-    path: Path = "auto",
+    path: Path,
+    platform: Platform,
 ) -> Array:
     """softmax(q k^T / sqrt(H)) v over the keys a query may see, (B, T, N, H); 0 for a query that sees none.
 
     Query t sees keys s <= t of its own segment, and nothing in segment 0 (padding); all of a row is one segment when
-    segment_ids_BT is None. Query head n uses key/value head n // G, G = N / K.
+    segment_ids_BT is None. Query head n uses key/value head n // G, G = N / K. path: one that `choose_path` gave.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    path = choose_path(path, q_BTNH.shape, k_BTKH.shape[2], q_BTNH.dtype, mesh).path
     if path == "grouped":
-        return _grouped(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        return _grouped(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, platform)
     if path == "reference":
         k_BKHT, v_BKTH = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)
-        return _reference(q_BTNH, k_BKHT, v_BKTH, causal_mask(segment_ids_BT, 0, q_BTNH.shape[1]))
-    kernel = kernels.cudnn if path == "cudnn" else kernels.splash
-    return kernels.on_mesh(kernel, mesh)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        return _reference(q_BTNH, k_BKHT, v_BKTH, causal_mask(segment_ids_BT, q_BTNH.shape[1]), platform)
+    attend = {"cudnn": fused.cudnn, "splash": fused.splash}[path]
+    return fused.on_mesh(attend, jax.sharding.get_abstract_mesh())(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
 
-def cached_attention(
-    q_BTNH: Array, cache: LayerCache, query_positions_BT: Array, key_positions_BS: Array, used: Array | int
-) -> Array:
-    """`attention` over the slots of a cache: a query at position p sees the keys at positions 0..p; -1 marks an empty
-    slot, and all behind the first `used` ones are empty. The plain formula, in the dtype of the queries; on a CPU block
-    by block for a single one."""
-    is_past_BTS = key_positions_BS[:, None, :] <= query_positions_BT[:, :, None]
-    mask_BTS = is_past_BTS & (key_positions_BS >= 0)[:, None, :]
-    if q_BTNH.shape[1] == 1 and jax.default_backend() == "cpu":
-        return _single_query(q_BTNH, cache, mask_BTS, used)
+def cached_attention(q_BTNH: Array, cache: LayerCache, positions_BT: Array, platform: Platform) -> Array:
+    """`attention` over the slots of a cache, in which slot s holds the token at position s of its row: a query at
+    position p sees slots 0..p. The plain formula, in the dtype of the queries; on a CPU block by block for a single
+    one."""
+    if q_BTNH.shape[1] == 1 and platform == "cpu":
+        return _single_query(q_BTNH, cache, positions_BT)
     k_BKHS, v_BKSH = (x.astype(q_BTNH.dtype) for x in cache.join())
-    return _reference(q_BTNH, k_BKHS, v_BKSH, mask_BTS)
+    mask_BTS = jnp.arange(v_BKSH.shape[2]) <= positions_BT[:, :, None]
+    return _reference(q_BTNH, k_BKHS, v_BKSH, mask_BTS, platform)
 
 
-def causal_mask(segment_ids_BT: Array | None, start: int, stop: int) -> Array:
-    """Which of the keys 0..stop the queries start..stop see, boolean (B or 1, stop - start, stop)."""
-    causal_TS = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
+def causal_mask(segment_ids_BT: Array | None, length: int) -> Array:
+    """Which of `length` keys each query sees, boolean (B or 1, T, T)."""
     if segment_ids_BT is None:
-        return causal_TS[None]
-    query_BT1, key_B1S = segment_ids_BT[:, start:stop, None], segment_ids_BT[:, None, :stop]
-    return causal_TS & (query_BT1 == key_B1S) & (query_BT1 > 0)
+        return _mask(None, None, 0, length, length)
+    return _mask(segment_ids_BT, segment_ids_BT, 0, length, length)
+
+
+def _mask(query_ids_Bt: Array | None, key_ids_BS: Array | None, start, queries: int, keys: int) -> Array:
+    """Which of the first `keys` keys the queries start..start + queries see, boolean (B or 1, queries, keys)."""
+    causal_tS = start + jnp.arange(queries)[:, None] >= jnp.arange(keys)
+    if query_ids_Bt is None:
+        return causal_tS[None]
+    return causal_tS & (query_ids_Bt[:, :, None] == key_ids_BS[:, None]) & (query_ids_Bt[:, :, None] > 0)
 
 
 def _softmax_parts(scores: Array, mask: Array) -> tuple[Array, Array, Array]:
@@ -131,26 +129,27 @@ def _softmax_parts(scores: Array, mask: Array) -> tuple[Array, Array, Array]:
     return weights, jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-30), largest
 
 
-def _product(subscripts: str, a: Array, b: Array) -> Array:
+def _product(subscripts: str, a: Array, b: Array, platform: Platform) -> Array:
     """A matrix product that adds up in float32."""
-    if jax.default_backend() == "cpu":  # where XLA lacks bfloat16 x bfloat16 -> float32 for some layouts
+    if platform == "cpu":  # where XLA lacks bfloat16 x bfloat16 -> float32 for some layouts
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
-def _reference(q_BTNH, k_BKHS, v_BKSH, mask_BTS):
+def _reference(q_BTNH, k_BKHS, v_BKSH, mask_BTS, platform):
     B, T, N, H = q_BTNH.shape
     K = v_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = _product("BTKGH,BKHS->BKGTS", q_BTKGH, k_BKHS) / math.sqrt(H)
+    scores_BKGTS = _product("BTKGH,BKHS->BKGTS", q_BTKGH, k_BKHS, platform) / math.sqrt(H)
     weights_BKGTS, total_BKGT1, _ = _softmax_parts(scores_BKGTS, mask_BTS[:, None, None])
     probs_BKGTS = (weights_BKGTS / total_BKGT1).astype(v_BKSH.dtype)
-    return _product("BKGTS,BKSH->BTKGH", probs_BKGTS, v_BKSH).astype(q_BTNH.dtype).reshape(B, T, N, H)
+    return _product("BKGTS,BKSH->BTKGH", probs_BKGTS, v_BKSH, platform).astype(q_BTNH.dtype).reshape(B, T, N, H)
 
 
-def _single_query(q_B1NH, cache: LayerCache, mask_B1S, used):
-    """`_reference` for one query a row on a CPU: block by block, up to the last used slot, so that time follows the
-    tokens and not the size of the cache. Sums so far are rescaled when a larger score is found (arXiv 2205.14135)."""
+def _single_query(q_B1NH, cache: LayerCache, positions_B1):
+    """`_reference` for one query a row on a CPU: block by block, up to the last slot that a row sees, so that time
+    follows the tokens and not the size of the cache. Sums so far are rescaled when a larger score is found (arXiv
+    2205.14135)."""
     B, _, N, H = q_B1NH.shape
     K, size = cache.v_CBKsH.shape[2:4]
     q_BKGH = q_B1NH.astype(jnp.float32).reshape(B, K, N // K, H) / math.sqrt(H)
@@ -158,9 +157,9 @@ def _single_query(q_B1NH, cache: LayerCache, mask_B1S, used):
     def add_block(index, state):
         out_BKGH, total_BKG1, largest_BKG1 = state
         take = functools.partial(jax.lax.dynamic_index_in_dim, index=index, axis=0, keepdims=False)
-        mask_B1s = jax.lax.dynamic_slice_in_dim(mask_B1S, index * size, size, axis=2)
+        mask_B11s = (index * size + jnp.arange(size) <= positions_B1)[:, None, None]
         scores_BKGs = jnp.einsum("BKGH,BKHs->BKGs", q_BKGH, take(cache.k_CBKHs))
-        scores_BKGs = jnp.where(mask_B1s[:, None], scores_BKGs, -1e30)
+        scores_BKGs = jnp.where(mask_B11s, scores_BKGs, -1e30)
         new_largest_BKG1 = jnp.maximum(largest_BKG1, jnp.max(scores_BKGs, axis=-1, keepdims=True))
         weights_BKGs, kept_BKG1 = jnp.exp(scores_BKGs - new_largest_BKG1), jnp.exp(largest_BKG1 - new_largest_BKG1)
         new_out_BKGH = jnp.einsum("BKGs,BKsH->BKGH", weights_BKGs, take(cache.v_CBKsH))
@@ -169,72 +168,121 @@ def _single_query(q_B1NH, cache: LayerCache, mask_B1S, used):
 
     column = functools.partial(jnp.full, (B, K, N // K, 1), dtype=jnp.float32)
     start = (jnp.zeros(q_BKGH.shape, jnp.float32), column(0), column(-1e29))
-    out_BKGH, total_BKG1, _ = jax.lax.fori_loop(0, -(-used // size), add_block, start)
+    blocks = jnp.max(positions_B1) // size + 1
+    out_BKGH, total_BKG1, _ = jax.lax.fori_loop(0, blocks, add_block, start)
     out_BKGH = out_BKGH / jnp.maximum(total_BKG1, 1e-30)
     return out_BKGH.astype(q_B1NH.dtype).reshape(B, 1, N, H)
 
 
-def _grouped(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
+def _grouped(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, platform):
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     q_BTKGH = (q_BTNH * (1 / math.sqrt(H))).reshape(B, T, K, N // K, H)
     q_BKRH = q_BTKGH.transpose(0, 2, 1, 3, 4).reshape(B, K, -1, H)
     k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
-    out_BKRH = _triangle(q_BKRH, k_BKTH, v_BKTH, segment_ids_BT)
+    out_BKRH = _triangle(platform, q_BKRH, k_BKTH, v_BKTH, segment_ids_BT)
     return out_BKRH.reshape(B, K, T, N // K, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
 
 
-def _query_blocks(length: int) -> list[tuple[int, int]]:
-    """Equal ranges of about 96 queries, at most 8: more would hide little more and take long to compile."""
-    count = min(8, math.ceil(length / 96))
-    size = math.ceil(length / count)
-    return [(start, min(start + size, length)) for start in range(0, length, size)]
+class _Cut(NamedTuple):
+    """How the queries of a row are cut: into at most 8 `ranges` of about 96 queries or more, as more would hide little
+    more and take long to compile, and each into `blocks` of `size` queries. A block is multiplied with the keys up to
+    the end of its range; those of a range come one after another."""
+
+    ranges: int
+    blocks: int
+    size: int
+
+    @classmethod
+    def of(cls, length: int) -> "_Cut":
+        ranges = min(8, math.ceil(length / 96))
+        blocks = math.ceil(length / (ranges * BLOCK))
+        return cls(ranges, blocks, math.ceil(length / (ranges * blocks)))
+
+    def pad(self, x: Array, axis: int, group: int = 1) -> Array:
+        """Rows of zeros behind the queries, so that all blocks are full. group: rows of x for each query."""
+        missing = self.ranges * self.blocks * self.size * group - x.shape[axis]
+        return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+
+    def cut(self, x: Array, axis: int, number: int) -> Array:
+        """The blocks of one range of a padded array on a leading axis."""
+        rows = x.shape[axis] // self.ranges
+        x = jax.lax.slice_in_dim(x, number * rows, (number + 1) * rows, axis=axis)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], self.blocks, -1, *x.shape[axis + 1 :]), axis, 0)
+
+    def join(self, ranges: list[Array], rows: int) -> Array:
+        """(..., rows, H) of the blocks (blocks, ..., block's rows, H) of all ranges."""
+        parts = [jnp.moveaxis(x, 0, -3).reshape(*x.shape[1:-2], -1, x.shape[-1]) for x in ranges]
+        return jnp.concatenate(parts, axis=-2)[..., :rows, :]
 
 
-def _row_mask(segment_ids_BT, start, stop, group):
-    """`causal_mask` for query rows, (B or 1, 1, rows, stop)."""
-    return jnp.repeat(causal_mask(segment_ids_BT, start, stop), group, axis=1)[:, None]
+def _over_blocks(step, cut: _Cut, length: int, carry, ids_BT, *rows_BKRX):
+    """carry and outputs of `step(carry, mask, stop, rows of a block ...)` over the blocks of all ranges.
+
+    mask: (B or 1, 1, block's rows, stop) of the keys 0..stop. rows_BKRX: G rows for each query.
+    """
+    group = rows_BKRX[0].shape[2] // length
+    rows_BKRX = [cut.pad(x, 2, group) for x in rows_BKRX]
+    query_ids = None if ids_BT is None else cut.pad(ids_BT, 1)
+    outs = []
+    for number in range(cut.ranges):
+        first, stop = (min(end * cut.blocks * cut.size, length) for end in (number, number + 1))
+        key_ids = None if ids_BT is None else ids_BT[:, :stop]
+
+        def run(carry, block, key_ids=key_ids, stop=stop):
+            start, query_ids, rows = block
+            mask = jnp.repeat(_mask(query_ids, key_ids, start, cut.size, stop), group, axis=1)[:, None]
+            return step(carry, mask, stop, *rows)
+
+        starts = first + cut.size * jnp.arange(cut.blocks)
+        ids = None if ids_BT is None else cut.cut(query_ids, 1, number)
+        rows = [cut.cut(x, 2, number) for x in rows_BKRX]
+        carry, out = jax.lax.scan(run, carry, (starts, ids, rows), unroll=cut.blocks == 1)
+        outs.append(out)
+    return carry, [cut.join(list(parts), length * group) for parts in zip(*outs, strict=True)]
 
 
-@jax.custom_vjp
-def _triangle(q_BKRH, k_BKTH, v_BKTH, segment_ids_BT):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _triangle(platform, q_BKRH, k_BKTH, v_BKTH, segment_ids_BT):
     """Attention of scaled query rows, block by block of queries."""
-    return _triangle_forward(q_BKRH, k_BKTH, v_BKTH, segment_ids_BT)[0]
+    return _triangle_forward(platform, q_BKRH, k_BKTH, v_BKTH, segment_ids_BT)[0]
 
 
-def _triangle_forward(q_BKRH, k_BKTH, v_BKTH, segment_ids_BT):
+def _triangle_forward(platform, q_BKRH, k_BKTH, v_BKTH, segment_ids_BT):
     T = k_BKTH.shape[2]
-    G = q_BKRH.shape[2] // T
-    outs, log_sums = [], []
-    for start, stop in _query_blocks(T):
+
+    def step(_, mask, stop, q):
         k, v = k_BKTH[:, :, :stop], v_BKTH[:, :, :stop]
-        scores = _product("BKRH,BKSH->BKRS", q_BKRH[:, :, start * G : stop * G], k)
-        weights, total, largest = _softmax_parts(scores, _row_mask(segment_ids_BT, start, stop, G))
-        outs.append((_product("BKRS,BKSH->BKRH", weights.astype(v.dtype), v) / total).astype(q_BKRH.dtype))
-        log_sums.append(largest + jnp.log(total))
-    out_BKRH = checkpoint_name(jnp.concatenate(outs, axis=2), SAVED_NAMES[0])
-    log_sums_BKR1 = checkpoint_name(jnp.concatenate(log_sums, axis=2), SAVED_NAMES[1])
+        weights, total, largest = _softmax_parts(_product("BKRH,BKSH->BKRS", q, k, platform), mask)
+        out = _product("BKRS,BKSH->BKRH", weights.astype(v.dtype), v, platform) / total
+        return None, (out.astype(q.dtype), largest + jnp.log(total))
+
+    _, outs = _over_blocks(step, _Cut.of(T), T, None, segment_ids_BT, q_BKRH)
+    out_BKRH, log_sums_BKR1 = (checkpoint_name(x, name) for x, name in zip(outs, SAVED_NAMES, strict=False))
     return out_BKRH, (q_BKRH, k_BKTH, v_BKTH, segment_ids_BT, out_BKRH, log_sums_BKR1)
 
 
-def _triangle_backward(saved, grad_BKRH):
+def _triangle_backward(platform, saved, grad_BKRH):
     q_BKRH, k_BKTH, v_BKTH, segment_ids_BT, out_BKRH, log_sums_BKR1 = saved
     dtype, T = q_BKRH.dtype, k_BKTH.shape[2]
-    G = q_BKRH.shape[2] // T
     # sum_s(probs * grad of probs), the part of the softmax's gradient that all keys share
-    shared_BKR1 = _product("BKRH,BKRH->BKR", grad_BKRH, out_BKRH)[..., None]
-    grad_q, grad_k, grad_v = [], jnp.zeros(k_BKTH.shape, jnp.float32), jnp.zeros(v_BKTH.shape, jnp.float32)
-    for start, stop in _query_blocks(T):
-        rows = slice(start * G, stop * G)
-        q, grad, k, v = q_BKRH[:, :, rows], grad_BKRH[:, :, rows], k_BKTH[:, :, :stop], v_BKTH[:, :, :stop]
-        scores = _product("BKRH,BKSH->BKRS", q, k) - log_sums_BKR1[:, :, rows]
-        probs = jnp.exp(jnp.where(_row_mask(segment_ids_BT, start, stop, G), scores, -jnp.inf))
-        grad_scores = probs * (_product("BKRH,BKSH->BKRS", grad, v) - shared_BKR1[:, :, rows])
+    shared_BKR1 = _product("BKRH,BKRH->BKR", grad_BKRH, out_BKRH, platform)[..., None]
+
+    def step(carry, mask, stop, q, grad, log_sums, shared):
+        grad_k, grad_v = carry
+        k, v = k_BKTH[:, :, :stop], v_BKTH[:, :, :stop]
+        scores = _product("BKRH,BKSH->BKRS", q, k, platform) - log_sums
+        probs = jnp.exp(jnp.where(mask, scores, -jnp.inf))
+        grad_scores = probs * (_product("BKRH,BKSH->BKRS", grad, v, platform) - shared)
         probs, grad_scores = probs.astype(dtype), grad_scores.astype(dtype)
-        grad_v = grad_v.at[:, :, :stop].add(_product("BKRS,BKRH->BKSH", probs, grad))
-        grad_k = grad_k.at[:, :, :stop].add(_product("BKRS,BKRH->BKSH", grad_scores, q))
-        grad_q.append(_product("BKRS,BKSH->BKRH", grad_scores, k).astype(dtype))
-    return jnp.concatenate(grad_q, axis=2), grad_k.astype(dtype), grad_v.astype(dtype), None
+        grad_v = grad_v.at[:, :, :stop].add(_product("BKRS,BKRH->BKSH", probs, grad, platform))
+        grad_k = grad_k.at[:, :, :stop].add(_product("BKRS,BKRH->BKSH", grad_scores, q, platform))
+        return (grad_k, grad_v), [_product("BKRS,BKSH->BKRH", grad_scores, k, platform).astype(dtype)]
+
+    zeros = jnp.zeros(k_BKTH.shape, jnp.float32)
+    rows = (q_BKRH, grad_BKRH, log_sums_BKR1, shared_BKR1)
+    (grad_k, grad_v), (grad_q,) = _over_blocks(step, _Cut.of(T), T, (zeros, zeros), segment_ids_BT, *rows)
+    return grad_q, grad_k.astype(dtype), grad_v.astype(dtype), None
 
 
 _triangle.defvjp(_triangle_forward, _triangle_backward)

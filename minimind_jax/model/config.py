@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+Platform = Literal["cpu", "gpu", "tpu"]  # where a network is computed, as JAX calls its backends
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:

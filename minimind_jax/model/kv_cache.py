@@ -1,13 +1,12 @@
-"""Keys and values of the tokens so far, in arrays of a fixed size."""
+"""Keys and values of the tokens so far, in arrays of a fixed size: the token at position p of a row is in slot p."""
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from minimind_jax.model.config import ModelConfig
+from minimind_jax.model.config import ModelConfig, Platform
 
 CPU_BLOCK = 64  # slots that a single query reads at once on a CPU
 
@@ -23,39 +22,38 @@ class LayerCache(NamedTuple):
     k_CBKHs: Array
     v_CBKsH: Array
 
-    def write(self, k_BTKH: Array, v_BTKH: Array, index) -> "LayerCache":
-        """The cache with the keys and values of T tokens in slots index..index+T of every row."""
+    @property
+    def slots(self) -> int:
+        return self.v_CBKsH.shape[0] * self.v_CBKsH.shape[3]
+
+    def fill(self, k_BTKH: Array, v_BTKH: Array) -> "LayerCache":
+        """The cache with the keys and values of each row's first T tokens."""
         k_BKHT, v_BKTH = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)
-        return LayerCache(_write(self.k_CBKHs, k_BKHT, index, 3), _write(self.v_CBKsH, v_BKTH, index, 2))
+        return LayerCache(_fill(self.k_CBKHs, k_BKHT, 3), _fill(self.v_CBKsH, v_BKTH, 2))
 
-    def grow(self, more: int) -> "LayerCache":
-        """The cache with `more` empty slots behind its own."""
+    def write(self, k_BTKH: Array, v_BTKH: Array, positions_BT: Array) -> "LayerCache":
+        """The cache with keys and values of tokens at these positions; those beyond the last slot are dropped."""
+        rows_B1, (block_BT, slot_BT) = jnp.arange(len(positions_BT))[:, None], self._places(positions_BT)
+        return LayerCache(
+            self.k_CBKHs.at[block_BT, rows_B1, :, :, slot_BT].set(k_BTKH.astype(self.k_CBKHs.dtype), mode="drop"),
+            self.v_CBKsH.at[block_BT, rows_B1, :, slot_BT].set(v_BTKH.astype(self.v_CBKsH.dtype), mode="drop"),
+        )
 
-        def grow(blocks, axis):
-            widths = [(0, more if i == axis else 0) for i in range(4)]
-            return _split_blocks(jnp.pad(_join_blocks(blocks, axis), widths), axis)
-
-        return LayerCache(grow(self.k_CBKHs, 3), grow(self.v_CBKsH, 2))
+    def _places(self, positions_BT: Array) -> tuple[Array, Array]:
+        """The block, and the slot in it, of each position."""
+        return jnp.divmod(positions_BT, self.v_CBKsH.shape[3])
 
     def join(self) -> tuple[Array, Array]:
         """Keys (B, K, H, S) and values (B, K, S, H)."""
         return _join_blocks(self.k_CBKHs, 3), _join_blocks(self.v_CBKsH, 2)
 
 
-def _write(blocks: Array, x: Array, index, axis: int) -> Array:
-    """The blocks with x in slots from `index` on; axis: that of the slots in x."""
-    x = x.astype(blocks.dtype)
-    if x.shape[axis] > 1:
-        return _split_blocks(jax.lax.dynamic_update_slice_in_dim(_join_blocks(blocks, axis), x, index, axis), axis)
-    start = [0] * blocks.ndim
-    start[0], start[axis + 1] = jnp.divmod(index, blocks.shape[axis + 1])
-    return jax.lax.dynamic_update_slice(blocks, x[None], start)
-
-
-def _split_blocks(x: Array, axis: int) -> Array:
-    """The axis of S slots becomes two, of which the one of blocks goes first."""
-    size = _block_slots(x.shape[axis])
-    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
+def _fill(blocks: Array, x: Array, axis: int) -> Array:
+    """The blocks with x in the first slots; axis: that of the slots in x, which goes first as that of the blocks."""
+    size = blocks.shape[axis + 1]
+    x = jnp.pad(x, [(0, -x.shape[i] % size if i == axis else 0) for i in range(4)])
+    x = jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
+    return jax.lax.dynamic_update_slice(blocks, x.astype(blocks.dtype), (0,) * 5)
 
 
 def _join_blocks(blocks: Array, axis: int) -> Array:
@@ -63,38 +61,21 @@ def _join_blocks(blocks: Array, axis: int) -> Array:
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
-def _block_slots(slots: int) -> int:
-    """Slots of a block of a cache of that many."""
-    return math.gcd(slots, CPU_BLOCK) if jax.default_backend() == "cpu" else slots
-
-
 class KVCache(NamedTuple):
-    """The layers' caches, and which token each slot holds. Each layer has arrays of its own: one of all layers would
-    be copied where a layer is read.
-
-    positions_BS: int32 position of the token in each slot; -1 for an empty slot or padding, which no query sees.
-    """
+    """The layers' caches. Each layer has arrays of its own: one of all layers would be copied where a layer is read."""
 
     layers: tuple[LayerCache, ...]
-    positions_BS: Array
 
     @classmethod
-    def create(cls, config: ModelConfig, batch: int, slots: int, dtype=jnp.float32) -> "KVCache":
-        """An empty cache for `batch` rows of at most `slots` tokens, padding included."""
-        K, H, size = config.num_key_value_heads, config.head_dim, _block_slots(slots)
-        shapes = [(slots // size, batch, K, *block) for block in ((H, size), (size, H))]
+    def create(cls, config: ModelConfig, rows: int, slots: int, dtype: jnp.dtype, platform: Platform) -> "KVCache":
+        """An empty cache for rows of `slots` tokens; on a CPU of as many more as fill the last block."""
+        K, H, size = config.num_key_value_heads, config.head_dim, CPU_BLOCK if platform == "cpu" else slots
+        shapes = [(-(-slots // size), rows, K, *block) for block in ((H, size), (size, H))]
         layers = tuple(
             LayerCache(*(jnp.zeros(shape, dtype) for shape in shapes)) for _ in range(config.num_hidden_layers)
         )
-        return cls(layers, jnp.full((batch, slots), -1, jnp.int32))
+        return cls(layers)
 
-    def write_positions(self, positions_BT: Array, index) -> "KVCache":
-        """The cache with T tokens announced in slots index..index+T of every row."""
-        positions_BT = positions_BT.astype(jnp.int32)
-        return self._replace(positions_BS=jax.lax.dynamic_update_slice(self.positions_BS, positions_BT, (0, index)))
-
-    def grow(self, slots: int) -> "KVCache":
-        """The cache with that many slots in all, the new ones empty."""
-        more = slots - self.positions_BS.shape[1]
-        layers = tuple(layer.grow(more) for layer in self.layers)
-        return KVCache(layers, jnp.pad(self.positions_BS, ((0, 0), (0, more)), constant_values=-1))
+    def into(self, larger: "KVCache") -> "KVCache":
+        """The larger cache with these tokens in it."""
+        return jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice(new, old, (0,) * 5), self, larger)

@@ -4,6 +4,7 @@ Norms before attention and feed-forward, RMS-normalised query and key heads, rot
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -12,22 +13,28 @@ from flax import nnx
 from jax import Array
 
 from minimind_jax.model import moe, rope
-from minimind_jax.model.attention import attention, cached_attention
-from minimind_jax.model.config import ComputeConfig, ModelConfig
+from minimind_jax.model.config import ModelConfig, Platform
 from minimind_jax.model.kv_cache import LayerCache
 from minimind_jax.model.linear import multiply
 from minimind_jax.model.lora import Adapter
 
+# (queries BTNH, keys BTKH, values BTKH, cache of the layer) -> (what the queries read BTNH, the cache with these in it)
+Attend = Callable[[Array, Array, Array, LayerCache | None], tuple[Array, LayerCache | None]]
+
 
 class Context(NamedTuple):
-    """What all layers share in one forward pass."""
+    """What all layers share in one forward pass.
+
+    attend: which keys a query sees, and how that is computed. is_token_BT: what is not padding; None where all is.
+    experts: the path of a mixture (see `moe`).
+    """
 
     cos_BTh: Array
     sin_BTh: Array
-    positions_BT: Array
-    segment_ids_BT: Array | None
-    cache_positions_BS: Array | None
-    write_index: Array | int | None
+    is_token_BT: Array | None
+    attend: Attend
+    experts: moe.Path
+    platform: Platform
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
@@ -58,8 +65,8 @@ class Linear(nnx.Module):
         std = 0.0 if is_output and config.zero_init_outputs else config.initializer_range
         self.kernel = _normal(rngs, std, shape, axes)
 
-    def __call__(self, x: Array, precision: jax.lax.Precision | None = None) -> Array:
-        return multiply(x, self.kernel[...], precision=precision)
+    def __call__(self, x: Array, platform: Platform, precision: jax.lax.Precision | None = None) -> Array:
+        return multiply(x, self.kernel[...], platform, precision=precision)
 
 
 class Projection(Linear):
@@ -74,12 +81,12 @@ class Projection(Linear):
             self.lora_b = nnx.Param(jnp.zeros((self.rank, shape[1]), jnp.float32), axes=(None, axes[1]))
             self.lora_scale = nnx.Param(jnp.ones((), jnp.float32), axes=())
 
-    def __call__(self, x: Array, dropout_key: Array | None = None) -> Array:
-        out = super().__call__(x)
+    def __call__(self, x: Array, platform: Platform, dropout_key: Array | None = None) -> Array:
+        out = super().__call__(x, platform)
         if not self.rank:
             return out
-        low = multiply(dropout(x, self.dropout, dropout_key), self.lora_a[...])
-        return out + multiply(low, self.lora_b[...]) * self.lora_scale[...].astype(out.dtype)
+        low = multiply(dropout(x, self.dropout, dropout_key), self.lora_a[...], platform)
+        return out + multiply(low, self.lora_b[...], platform) * self.lora_scale[...].astype(out.dtype)
 
 
 class Embedding(nnx.Module):
@@ -108,8 +115,8 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention with normalised, rotated query and key heads."""
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig, adapter: Adapter | None, *, rngs: nnx.Rngs):
-        self.config, self.compute = config, compute
+    def __init__(self, config: ModelConfig, adapter: Adapter | None, *, rngs: nnx.Rngs):
+        self.config = config
         D, H = config.hidden_size, config.head_dim
         query_width, key_width = config.num_attention_heads * H, config.num_key_value_heads * H
         project = functools.partial(Projection, config, adapter, rngs=rngs)
@@ -125,21 +132,14 @@ class Attention(nnx.Module):
     ) -> tuple[Array, LayerCache | None]:
         B, T, _ = x_BTD.shape
         H = self.config.head_dim
-        keys = _split_key(dropout_key, 4)
-        q_BTNH = self.q_norm(self.q_proj(x_BTD, keys[0]).reshape(B, T, -1, H))
-        k_BTKH = self.k_norm(self.k_proj(x_BTD, keys[1]).reshape(B, T, -1, H))
-        v_BTKH = self.v_proj(x_BTD, keys[2]).reshape(B, T, -1, H)
+        keys, platform = _split_key(dropout_key, 4), context.platform
+        q_BTNH = self.q_norm(self.q_proj(x_BTD, platform, keys[0]).reshape(B, T, -1, H))
+        k_BTKH = self.k_norm(self.k_proj(x_BTD, platform, keys[1]).reshape(B, T, -1, H))
+        v_BTKH = self.v_proj(x_BTD, platform, keys[2]).reshape(B, T, -1, H)
         q_BTNH = rope.apply_rope(q_BTNH, context.cos_BTh, context.sin_BTh)
         k_BTKH = rope.apply_rope(k_BTKH, context.cos_BTh, context.sin_BTh)
-        if cache is not None:
-            cache = cache.write(k_BTKH, v_BTKH, context.write_index)
-        if context.cache_positions_BS is None:
-            path = self.compute.attention
-            out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=context.segment_ids_BT, path=path)
-        else:
-            used = context.write_index + T
-            out_BTNH = cached_attention(q_BTNH, cache, context.positions_BT, context.cache_positions_BS, used)
-        return self.o_proj(out_BTNH.reshape(B, T, -1), keys[3]), cache
+        out_BTNH, cache = context.attend(q_BTNH, k_BTKH, v_BTKH, cache)
+        return self.o_proj(out_BTNH.reshape(B, T, -1), platform, keys[3]), cache
 
 
 class MLP(nnx.Module):
@@ -152,10 +152,10 @@ class MLP(nnx.Module):
         self.up_proj = project("up_proj", (D, F), ("embed", "mlp"))
         self.down_proj = project("down_proj", (F, D), ("mlp", "embed"), is_output=True)
 
-    def __call__(self, x_BTD: Array, segment_ids_BT: Array | None, dropout_key: Array | None) -> tuple[Array, Array]:
-        keys = _split_key(dropout_key, 3)
-        gated_BTF = jax.nn.silu(self.gate_proj(x_BTD, keys[0])) * self.up_proj(x_BTD, keys[1])
-        return self.down_proj(gated_BTF, keys[2]), jnp.zeros((), jnp.float32)
+    def __call__(self, x_BTD: Array, context: Context, dropout_key: Array | None) -> tuple[Array, Array]:
+        keys, platform = _split_key(dropout_key, 3), context.platform
+        gated_BTF = jax.nn.silu(self.gate_proj(x_BTD, platform, keys[0])) * self.up_proj(x_BTD, platform, keys[1])
+        return self.down_proj(gated_BTF, platform, keys[2]), jnp.zeros((), jnp.float32)
 
 
 class Experts(nnx.Module):
@@ -171,32 +171,33 @@ class Experts(nnx.Module):
 class MoE(nnx.Module):
     """A router and E experts in place of the MLP; returns the output and the load-balancing loss."""
 
-    def __init__(self, config: ModelConfig, path: moe.Path, *, rngs: nnx.Rngs):
-        self.config, self.path = config, path
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
         self.router = Linear(config, (config.hidden_size, config.num_experts), ("embed", None), rngs=rngs)
         self.experts = Experts(config, rngs=rngs)
 
-    def __call__(self, x_BTD: Array, segment_ids_BT: Array | None, _: Array | None) -> tuple[Array, Array]:
+    def __call__(self, x_BTD: Array, context: Context, _: Array | None) -> tuple[Array, Array]:
         x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        is_token_M = None if segment_ids_BT is None else (segment_ids_BT > 0).reshape(-1).astype(jnp.float32)
+        is_token_BT, platform = context.is_token_BT, context.platform
+        is_token_M = None if is_token_BT is None else is_token_BT.reshape(-1).astype(jnp.float32)
         # The choice of experts is a step function of these logits: float32 keeps it the same in every compute dtype, if
         # it is not multiplied in pieces of bfloat16 (TPU) or TF32 (GPU), as devices do unless they are told.
-        logits_ME = self.router(x_MD.astype(jnp.float32), jax.lax.Precision.HIGHEST)
+        logits_ME = self.router(x_MD.astype(jnp.float32), platform, jax.lax.Precision.HIGHEST)
         experts = (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj)
         kernels = tuple(linear.kernel[...].astype(x_MD.dtype) for linear in experts)
-        out_MD, loss = moe.mixture(self.config, x_MD, logits_ME, is_token_M, kernels, self.path)
+        out_MD, loss = moe.mixture(self.config, x_MD, logits_ME, is_token_M, kernels, context.experts, platform)
         return out_MD.reshape(x_BTD.shape), loss
 
 
 class Block(nnx.Module):
     """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig, adapter: Adapter | None, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, adapter: Adapter | None, *, rngs: nnx.Rngs):
         self.rate = config.dropout
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, compute, adapter, rngs=rngs)
+        self.attention = Attention(config, adapter, rngs=rngs)
         self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MoE(config, compute.experts, rngs=rngs) if config.is_moe else MLP(config, adapter, rngs=rngs)
+        self.mlp = MoE(config, rngs=rngs) if config.is_moe else MLP(config, adapter, rngs=rngs)
 
     def __call__(self, x_BTD: Array, context: Context, cache: LayerCache | None, dropout_key: Array | None):
         keys, adapter_keys = _split_key(dropout_key, 2), _split_key(_fold(dropout_key, 1), 2)
@@ -204,7 +205,7 @@ class Block(nnx.Module):
             update_BTD, cache = self.attention(self.input_norm(x_BTD), context, cache, adapter_keys[0])
             x_BTD = x_BTD + dropout(update_BTD, self.rate, keys[0])
         with jax.named_scope("mlp"):
-            update_BTD, router_loss = self.mlp(self.post_attention_norm(x_BTD), context.segment_ids_BT, adapter_keys[1])
+            update_BTD, router_loss = self.mlp(self.post_attention_norm(x_BTD), context, adapter_keys[1])
             x_BTD = x_BTD + dropout(update_BTD, self.rate, keys[1])
         return x_BTD, cache, router_loss
 

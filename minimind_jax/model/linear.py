@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from minimind_jax.model.config import Platform
+
 # Up to so many rows the product with a kernel stored as (out, in) has the kernel as its first operand.
 FEW_ROWS = 64
 
@@ -29,12 +31,13 @@ class TransposedKernel:
 def multiply(
     x: Array,
     kernel: Array | TransposedKernel,
+    platform: Platform,
     preferred_element_type: jnp.dtype | None = None,
     precision: jax.lax.Precision | None = None,
 ) -> Array:
     """x (..., in) times the kernel, in the dtype of x: (..., out). preferred_element_type: for a TransposedKernel.
     precision: of float32, for an array; None leaves it to the device (see `transformer.full_precision`)."""
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = platform == "cpu"
     if not isinstance(kernel, TransposedKernel):
         kernel_IO = kernel.astype(x.dtype)
         return _product(x, kernel_IO, precision) if on_cpu else jnp.matmul(x, kernel_IO, precision=precision)

@@ -84,8 +84,9 @@ def init_adapters(key: Array, kernels: Params, table: RankTable, alpha: float, r
 def merge(params: Params) -> Params:
     """The parameters with every adapter added into its kernel: W + scale A B, computed in float32.
 
-    params: arrays of NumPy or JAX, stacked. Returns a tree without adapters.
+    params: arrays of NumPy or JAX, stacked (ValueError if they are not). Returns a tree without adapters.
     """
+    _check_stacked(params)
 
     def merged(node: Any) -> Any:
         if not isinstance(node, dict):
@@ -101,8 +102,14 @@ def merge(params: Params) -> Params:
 
 
 def without_adapters(params: Params) -> Params:
-    """The model as it is with its adapters off: the same arrays."""
+    """The model as it is with its adapters off: the same arrays, stacked (ValueError if they are not)."""
+    _check_stacked(params)
     return split(params, lambda path: path[-1] not in LEAVES)[0]
+
+
+def _check_stacked(params: Params) -> None:
+    if not isinstance(params["layers"], dict):
+        raise ValueError("the layers of these parameters were unstacked for generation; give those they were made of")
 
 
 # Trees of parameters: nested dicts ------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from minimind_jax.model.config import ModelConfig
+from minimind_jax.model.config import ModelConfig, Platform
 from minimind_jax.sharding import ROW_AXES, RULES, current_mesh
 
 Path = Literal["auto", "reference", "ragged", "tiled", "blocked"]
@@ -41,7 +41,13 @@ class Routing(NamedTuple):
 
 
 def mixture(
-    config: ModelConfig, x_MD: Array, logits_ME: Array, is_token_M: Array | None, kernels: Kernels, path: Path = "auto"
+    config: ModelConfig,
+    x_MD: Array,
+    logits_ME: Array,
+    is_token_M: Array | None,
+    kernels: Kernels,
+    path: Path,
+    platform: Platform,
 ) -> tuple[Array, Array]:
     """Routes M tokens by the router's logits and applies their experts: (M, D) in the dtype of x, load-balancing loss.
 
@@ -52,14 +58,14 @@ def mixture(
         is_token_M = jnp.ones(x_MD.shape[0])
     if current_mesh() is None:
         routing = route(config, logits_ME, is_token_M)
-        return apply_experts(x_MD, routing, kernels, path), routing.loss
+        return apply_experts(x_MD, routing, kernels, choose_path(path, x_MD.shape[0], platform)), routing.loss
     rows, into, out_of = PartitionSpec(ROW_AXES), PartitionSpec(EXPERT, EMBED, MLP), PartitionSpec(EXPERT, MLP, EMBED)
-    part = functools.partial(_mixture_part, config, path)
+    part = functools.partial(_mixture_part, config, path, platform)
     on_mesh = jax.shard_map(part, in_specs=(rows, rows, rows, (into, into, out_of)), out_specs=(rows, PartitionSpec()))
     return on_mesh(x_MD, logits_ME, is_token_M, kernels)
 
 
-def _mixture_part(config, path, x_MD, logits_ME, is_token_M, kernels):
+def _mixture_part(config, path, platform, x_MD, logits_ME, is_token_M, kernels):
     """`mixture` on one device of a mesh: its rows, its part of the kernels, gathered over fsdp."""
     routing = route(config, logits_ME, is_token_M, ROW_AXES)
     gate_EDF, up_EDF = (jax.lax.all_gather(kernel, EMBED, axis=1, tiled=True) for kernel in kernels[:2])
@@ -70,6 +76,7 @@ def _mixture_part(config, path, x_MD, logits_ME, is_token_M, kernels):
     x_MD, experts_Mk, weights_Mk = (vary(array, (EXPERT, MLP)) for array in (x_MD, *routing[:2]))
     own_Mk = experts_Mk - jax.lax.axis_index(EXPERT) * gate_EDF.shape[0]
     is_part = gate_EDF.shape[0] < config.num_experts
+    path = choose_path(path, x_MD.shape[0], platform)
     out_MD = apply_experts(x_MD, Routing(own_Mk, weights_Mk, routing.loss), kernels, path, is_part=is_part)
     return jax.lax.psum(out_MD, (EXPERT, MLP)), routing.loss
 
@@ -102,21 +109,21 @@ def _balance_loss(config: ModelConfig, probs_ME, experts_Mk, is_token_M, axes):
     return config.router_aux_loss_coef * config.num_experts * jnp.sum((load_E / tokens) * (probability_E / tokens))
 
 
-def choose_path(path: Path, tokens: int) -> Path:
+def choose_path(path: Path, tokens: int, platform: Platform) -> Path:
     """The path that `auto` stands for. Few tokens are bound by reading the weights, which `reference` does once."""
     if path != "auto":
         return path
     if tokens < 64:
         return "reference"
-    return {"cpu": "blocked", "tpu": "ragged"}.get(jax.default_backend(), "tiled")
+    return {"cpu": "blocked", "tpu": "ragged"}.get(platform, "tiled")
 
 
-def apply_experts(x_MD: Array, routing: Routing, kernels: Kernels, path: Path = "auto", is_part: bool = False) -> Array:
+def apply_experts(x_MD: Array, routing: Routing, kernels: Kernels, path: Path, is_part: bool = False) -> Array:
     """sum_j weights_Mj * down_e(silu(gate_e(x)) * up_e(x)), e = experts_Mj, in the dtype of x; (M, D).
 
-    is_part: experts_Mk may name experts that are none of the E in `kernels` (those of other devices); they add nothing.
+    path: one that `choose_path` gave. is_part: experts_Mk may name experts that are none of the E in `kernels` (those
+    of other devices); they add nothing.
     """
-    path = choose_path(path, x_MD.shape[0])
     if path == "reference":
         return _reference(x_MD, routing, *kernels)
     M, k = routing.experts_Mk.shape

@@ -15,10 +15,10 @@ from flax import nnx
 from jax import Array
 
 from minimind_jax.model import rope
-from minimind_jax.model.attention import SAVED_NAMES
-from minimind_jax.model.config import ComputeConfig, ModelConfig
+from minimind_jax.model.attention import SAVED_NAMES, attention, cached_attention, choose_path
+from minimind_jax.model.config import ComputeConfig, ModelConfig, Platform
 from minimind_jax.model.kv_cache import KVCache
-from minimind_jax.model.layers import Block, Context, Surroundings, dropout
+from minimind_jax.model.layers import Attend, Block, Context, Surroundings, dropout
 from minimind_jax.model.linear import TransposedKernel, multiply
 from minimind_jax.model.lora import Adapter
 
@@ -26,19 +26,10 @@ Params = dict[str, Any]
 
 
 class ModelOutput(NamedTuple):
-    """hidden_BTD: after the last norm, in the compute dtype. router_loss: float32 scalar, 0 for a dense model.
-    cache: the key/value cache with these tokens in it, None when none was given."""
+    """hidden_BTD: after the last norm, in the compute dtype. router_loss: float32 scalar, 0 for a dense model."""
 
     hidden_BTD: Array
     router_loss: Array
-    cache: KVCache | None
-
-
-def compute_dtype(compute: ComputeConfig) -> jnp.dtype:
-    """The dtype of activations and matrix products; `auto` is bfloat16 where the default device is no CPU."""
-    if compute.dtype == "auto":
-        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    return jnp.dtype(compute.dtype)
 
 
 def full_precision(compute: ComputeConfig) -> contextlib.AbstractContextManager:
@@ -68,17 +59,15 @@ def count_parameters(params: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _make(kind: str, config: ModelConfig, compute: ComputeConfig, adapter: Adapter | None, key: Array) -> nnx.Module:
+def _make(kind: str, config: ModelConfig, adapter: Adapter | None, key: Array) -> nnx.Module:
     rngs = nnx.Rngs(params=key)
-    return Block(config, compute, adapter, rngs=rngs) if kind == "layers" else Surroundings(config, rngs=rngs)
+    return Block(config, adapter, rngs=rngs) if kind == "layers" else Surroundings(config, rngs=rngs)
 
 
 @functools.lru_cache(maxsize=32)
-def _split_abstract(
-    kind: str, config: ModelConfig, compute: ComputeConfig, adapter: Adapter | None
-) -> tuple[nnx.GraphDef, nnx.State]:
+def _split_abstract(kind: str, config: ModelConfig, adapter: Adapter | None) -> tuple[nnx.GraphDef, nnx.State]:
     """Graph definition and shapes of one layer (`layers`) or of the rest (`surroundings`)."""
-    return nnx.split(nnx.eval_shape(lambda: _make(kind, config, compute, adapter, jax.random.key(0))))
+    return nnx.split(nnx.eval_shape(lambda: _make(kind, config, adapter, jax.random.key(0))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,21 +75,34 @@ class LanguageModel:
     """A model as pure functions of its parameters, a nested dict of float32 arrays. Hashable: may be a static argument
     of `jax.jit` or closed over.
 
+    Three functions read tokens, as the embeddings that `embed` makes of them, some of which may be those of images:
+    `read_rows` whole rows, to train and to score; `read_prompt` the beginnings of rows into a cache; `read_next` what
+    follows in each row, its next token or more of a long prompt.
+
     Parameters of the layers have a leading L axis; linear kernels are (in, out). See docs of the project for the tree.
     Others that stand beside them (a head of scores, a teacher) are ignored.
     adapter: the low-rank adapters that are in the parameters, too (see `lora`); None for none.
+    platform: of the devices it runs on, by default JAX's own; dtypes and paths that are `auto` follow from it.
     """
 
     config: ModelConfig
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     adapter: Adapter | None = None
+    platform: Platform = dataclasses.field(default_factory=jax.default_backend)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of activations and matrix products."""
+        if self.compute.dtype == "auto":
+            return jnp.dtype("float32" if self.platform == "cpu" else "bfloat16")
+        return jnp.dtype(self.compute.dtype)
 
     def init(self, key: Array) -> Params:
         """Fresh parameters: N(0, initializer_range) for embeddings and kernels, 1 for norms; 0 for the kernels that add
         to the residual stream, with zero_init_outputs. Adapters are 0 (see `lora.init_adapters`)."""
 
         def initial(kind, key):
-            return nnx.to_pure_dict(nnx.state(_make(kind, self.config, self.compute, self.adapter, key), nnx.Param))
+            return nnx.to_pure_dict(nnx.state(_make(kind, self.config, self.adapter, key), nnx.Param))
 
         outer_key, layers_key = jax.random.split(key)
         layer_keys = jax.random.split(layers_key, self.config.num_hidden_layers)
@@ -123,53 +125,104 @@ class LanguageModel:
 
         return {**names("surroundings", ()), "layers": names("layers", ("layers",))}
 
+    def embed(self, params: Params, tokens_BT: Array) -> Array:
+        """What the network reads, (B, T, D) in the compute dtype."""
+        with jax.named_scope("embed"):
+            return self._surroundings(params).embed(tokens_BT, self.dtype)
+
     def read_batch(self, params: Params, batch: dict[str, Array], dropout_key: Array | None = None) -> ModelOutput:
-        """`hidden` of packed rows: tokens, positions and segment_ids (B, T) of a batch, whose other arrays are ignored.
-        Whatever trains or scores on batches reads them here."""
-        arrays = batch["tokens"], batch["positions"], batch["segment_ids"]
-        return self.hidden(params, *arrays, dropout_key=dropout_key)
+        """`read_rows` of a batch: its tokens, positions and segment_ids (B, T); other arrays are ignored. Whatever
+        trains or scores on batches reads them here."""
+        x_BTD = self.embed(params, batch["tokens"])
+        return self.read_rows(params, x_BTD, batch["positions"], batch["segment_ids"], dropout_key=dropout_key)
 
     @_in_full_precision
-    def hidden(
+    def read_rows(
         self,
         params: Params,
-        tokens_BT: Array,
+        x_BTD: Array,
         positions_BT: Array | None = None,
         segment_ids_BT: Array | None = None,
         *,
-        cache: KVCache | None = None,
-        write_index: Array | int | None = None,
+        lengths_B: Array | None = None,
         dropout_key: Array | None = None,
     ) -> ModelOutput:
-        """The network without its head.
+        """The network without its head over whole rows.
 
         positions_BT: int32 position of each token in its document, 0..T-1 when None.
         segment_ids_BT: int32, 0 for padding and 1.. for the documents of a packed row; attention stays inside a
-            document. None: each row is one document without padding.
-        cache, write_index: the T tokens are written to slots write_index..write_index+T of every row, and each sees
-            the tokens in the cache at positions up to its own. Padding has position -1 and is never seen, so prompts
-            of unequal length are padded on the left and share one write index. With the number 0 they are the first
-            tokens of their rows, in order.
+            document. None: each row is one document.
+        lengths_B: tokens of each row, where it is one document and what is behind it padding. That needs no mask, which
+            segment ids do: no token sees what follows. What comes out for padding is then of no use.
         dropout_key: of this pass; None for no dropout. Embeddings and both branches of a layer are dropped out.
         """
-        context, cache = self._context(tokens_BT, positions_BT, segment_ids_BT, cache, write_index)
-        outer = self._surroundings(params)
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
+        is_token_BT = None if segment_ids_BT is None else segment_ids_BT > 0
+        if lengths_B is not None:
+            is_token_BT = positions_BT < lengths_B[:, None]
         keys_L = None
-        with jax.named_scope("embed"):
-            x_BTD = outer.embed(tokens_BT, compute_dtype(self.compute))
-            if dropout_key is not None:
-                embed_key, layers_key = jax.random.split(dropout_key)
-                x_BTD = dropout(x_BTD, self.config.dropout, embed_key)
-                keys_L = jax.random.split(layers_key, self.config.num_hidden_layers)
-        x_BTD, cache, router_loss = self._layers(params["layers"], x_BTD, context, cache, keys_L)
-        with jax.named_scope("norm"):
-            return ModelOutput(outer.norm(x_BTD), router_loss, cache)
+        if dropout_key is not None:
+            embed_key, layers_key = jax.random.split(dropout_key)
+            x_BTD = dropout(x_BTD, self.config.dropout, embed_key)
+            keys_L = jax.random.split(layers_key, self.config.num_hidden_layers)
+        length_BT = None
+        if self._needs_length:
+            found_BT = rope.document_length(positions_BT, segment_ids_BT)
+            length_BT = found_BT if lengths_B is None else lengths_B[:, None]
+        attend = self._attend_row(x_BTD, segment_ids_BT)
+        context = self._context(positions_BT, length_BT, is_token_BT, lambda q, k, v, _: (attend(q, k, v), None))
+        x_BTD, router_loss = self._layers(params["layers"], x_BTD, context, keys_L)
+        return ModelOutput(self._norm(params, x_BTD), router_loss)
+
+    def new_cache(self, rows: int, slots: int) -> KVCache:
+        """An empty cache for `rows` rows of `slots` tokens."""
+        return KVCache.create(self.config, rows, slots, self.dtype, self.platform)
+
+    @_in_full_precision
+    def read_prompt(self, params: Params, x_BTD: Array, lengths_B: Array, cache: KVCache) -> tuple[Array, KVCache]:
+        """Hidden states (B, T, D) of the first T tokens of each row, and the cache with them in slots 0..T-1.
+
+        lengths_B: how many of them are tokens; behind them is padding, for which what comes out is of no use.
+        """
+        B, T, _ = x_BTD.shape
+        positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+        attend = self._attend_row(x_BTD, None)
+        context = self._context(
+            positions_BT, lengths_B[:, None], None, lambda q, k, v, layer: (attend(q, k, v), layer.fill(k, v))
+        )
+        return self._read_into(cache, params, x_BTD, context)
+
+    @_in_full_precision
+    def read_next(
+        self, params: Params, x_BTD: Array, starts_B: Array, cache: KVCache, lengths_B: Array | None = None
+    ) -> tuple[Array, KVCache]:
+        """Hidden states (B, T, D) of T more tokens of each row, and the cache with them in slots starts..starts+T-1.
+
+        starts_B: tokens of each row that the cache holds, which the new ones see; what is in later slots is written
+        over, tokens beyond the last slot are dropped. lengths_B: tokens of each row with these, where padding is behind
+        them.
+        """
+        T = x_BTD.shape[1]
+        positions_BT = starts_B[:, None] + jnp.arange(T)
+        length_B = starts_B + T if lengths_B is None else lengths_B
+
+        def attend(q_BTNH, k_BTKH, v_BTKH, layer):
+            layer = layer.write(k_BTKH, v_BTKH, positions_BT)
+            return cached_attention(q_BTNH, layer, positions_BT, self.platform), layer
+
+        context = self._context(positions_BT, length_B[:, None], None, attend)
+        if T == 1 and self.platform == "cpu":
+            # XLA computes cosines again wherever they are read, in every layer and for every head, but not a product.
+            identity = jnp.eye(context.cos_BTh.shape[-1])
+            context = context._replace(cos_BTh=context.cos_BTh @ identity, sin_BTh=context.sin_BTh @ identity)
+        return self._read_into(cache, params, x_BTD, context)
 
     @_in_full_precision
     def logits(self, params: Params, hidden_BTD: Array) -> Array:
         """Scores of the next token, float32 (B, T, V)."""
         with jax.named_scope("head"):
-            return multiply(hidden_BTD, TransposedKernel(self.head_kernel(params)), jnp.float32)
+            return multiply(hidden_BTD, TransposedKernel(self.head_kernel(params)), self.platform, jnp.float32)
 
     def head_kernel(self, params: Params) -> Array:
         """What hidden states are multiplied with, (V, D) float32: the embedding when tied."""
@@ -183,43 +236,58 @@ class LanguageModel:
         positions_BT: Array | None = None,
         segment_ids_BT: Array | None = None,
     ) -> tuple[Array, ModelOutput]:
-        """`logits` of `hidden`, and the latter's output."""
-        output = self.hidden(params, tokens_BT, positions_BT, segment_ids_BT)
+        """`logits` of `read_rows`, and the latter's output."""
+        output = self.read_rows(params, self.embed(params, tokens_BT), positions_BT, segment_ids_BT)
         return self.logits(params, output.hidden_BTD), output
 
+    def unstack(self, params: Params) -> Params:
+        """The same parameters for generation, which all functions here take, too: `layers` is a tuple of one tree a
+        layer, and on a CPU the layers' kernels are stored as (out, in).
+
+        A scan copies each layer's kernels out of the stack at every token, which takes as long as the products
+        themselves. The program is longer and compiles more slowly.
+        """
+        if isinstance(params["layers"], tuple):
+            return params
+        layers = _unstack(params["layers"])
+        return {**params, "layers": _transpose_kernels(layers) if self.platform == "cpu" else layers}
+
     def _split(self, kind: str) -> tuple[nnx.GraphDef, nnx.State]:
-        return _split_abstract(kind, self.config, self.compute, self.adapter)
+        return _split_abstract(kind, self.config, self.adapter)
 
     def _surroundings(self, params: Params) -> Surroundings:
         """Of the parameters its own: others may stand beside them, a head of scores or another model."""
         graph, own = self._split("surroundings")
         return nnx.merge(graph, {name: params[name] for name in own})
 
-    def _context(self, tokens_BT, positions_BT, segment_ids_BT, cache, write_index):
-        if positions_BT is None:
-            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        if cache is not None:
-            cache = cache.write_positions(positions_BT, write_index)
-        length_BT = None
-        if self.config.rope_scaling is not None and self.config.rope_scaling.rope_type == "dynamic":
-            seen = positions_BT if cache is None else cache.positions_BS
-            length_BT = rope.document_length(seen, segment_ids_BT)
-            length_BT = length_BT if cache is None else length_BT[:, :1]
-        cos_BTh, sin_BTh = rope.rope_tables(self.config, positions_BT, length_BT)
-        if cache is not None and positions_BT.shape[1] == 1 and jax.default_backend() == "cpu":
-            # XLA computes cosines again wherever they are read, in every layer and for every head, but not a product.
-            identity = jnp.eye(cos_BTh.shape[-1])
-            cos_BTh, sin_BTh = cos_BTh @ identity, sin_BTh @ identity
-        seen_BS = None if cache is None else cache.positions_BS
-        if cache is not None and isinstance(write_index, int) and write_index == 0:
-            # Nothing else can be seen in the cache: attention of whole rows, by the platform's kernel.
-            segment_ids_BT, seen_BS = (positions_BT >= 0).astype(jnp.int32), None
-        return Context(cos_BTh, sin_BTh, positions_BT, segment_ids_BT, seen_BS, write_index), cache
+    @property
+    def _needs_length(self) -> bool:
+        scaling = self.config.rope_scaling
+        return scaling is not None and scaling.rope_type == "dynamic"
 
-    def _layers(self, layers: Params, x_BTD: Array, context: Context, cache: KVCache | None, keys_L: Array | None):
-        """Scans the layers; returns the residual stream, the cache and the sum of the router losses."""
-        if cache is not None or isinstance(layers, tuple):
-            return self._loose_layers(layers, x_BTD, context, cache, keys_L)
+    def _context(self, positions_BT, length_BT, is_token_BT, attend: Attend) -> Context:
+        cos_BTh, sin_BTh = rope.rope_tables(self.config, positions_BT, length_BT)
+        return Context(cos_BTh, sin_BTh, is_token_BT, attend, self.compute.experts, self.platform)
+
+    def _attend_row(self, x_BTD: Array, segment_ids_BT: Array | None):
+        """Attention over the row itself, by the path that the model and its devices allow."""
+        shape, mesh = self.config, jax.sharding.get_abstract_mesh()
+        queries = (*x_BTD.shape[:2], shape.num_attention_heads, shape.head_dim)
+        path = choose_path(
+            self.compute.attention, queries, shape.num_key_value_heads, self.dtype, self.platform, mesh
+        ).path
+        return functools.partial(attention, segment_ids_BT=segment_ids_BT, path=path, platform=self.platform)
+
+    def _norm(self, params: Params, x_BTD: Array) -> Array:
+        with jax.named_scope("norm"):
+            return self._surroundings(params).norm(x_BTD)
+
+    def _layers(self, layers: Params, x_BTD: Array, context: Context, keys_L: Array | None) -> tuple[Array, Array]:
+        """Scans the layers; returns the residual stream and the sum of the router losses."""
+        if isinstance(layers, tuple):
+            keys = [None] * len(layers) if keys_L is None else keys_L
+            x_BTD, _, router_loss = self._loose_layers(layers, x_BTD, context, [None] * len(layers), keys)
+            return x_BTD, router_loss
         graph, _ = self._split("layers")
 
         def run(x_BTD, layer):
@@ -238,34 +306,24 @@ class LanguageModel:
             run = jax.checkpoint(run, policy=keep)
         with jax.named_scope("layers"):
             x_BTD, losses_L = jax.lax.scan(run, x_BTD, (layers, keys_L), unroll=scan_unroll(self.compute, L))
-        return x_BTD, None, jnp.sum(losses_L)
+        return x_BTD, jnp.sum(losses_L)
 
-    def _loose_layers(self, layers, x_BTD, context: Context, cache: KVCache | None, keys_L):
-        """`_layers` one after another, of parameters from `unstack_layers`, or of stacked ones with a cache."""
+    def _read_into(self, cache: KVCache, params: Params, x_BTD: Array, context: Context) -> tuple[Array, KVCache]:
+        layers = params["layers"] if isinstance(params["layers"], tuple) else _unstack(params["layers"])
+        keys = [None] * len(layers)
+        x_BTD, caches, _ = self._loose_layers(layers, x_BTD, context, cache.layers, keys)
+        return self._norm(params, x_BTD), KVCache(caches)
+
+    def _loose_layers(self, layers, x_BTD, context: Context, caches, keys):
+        """One layer after another: the residual stream, the layers' caches and the sum of the router losses."""
         graph, _ = self._split("layers")
-        layers = layers if isinstance(layers, tuple) else _unstack(layers)
-        losses, caches = [], []
-        for index, params in enumerate(layers):
+        losses, written = [], []
+        for params, cache, key in zip(layers, caches, keys, strict=True):
             with jax.named_scope("layers"):
-                key = None if keys_L is None else keys_L[index]
-                layer_cache = None if cache is None else cache.layers[index]
-                x_BTD, layer_cache, loss = nnx.merge(graph, params)(x_BTD, context, layer_cache, key)
+                x_BTD, cache, loss = nnx.merge(graph, params)(x_BTD, context, cache, key)
             losses.append(loss)
-            caches.append(layer_cache)
-        return x_BTD, cache and cache._replace(layers=tuple(caches)), sum(losses)
-
-
-def unstack_layers(params: Params) -> Params:
-    """The same parameters for generation, which `LanguageModel` takes, too: `layers` is a tuple of one tree a layer,
-    and on a CPU the layers' kernels are stored as (out, in).
-
-    A scan copies each layer's kernels out of the stack at every token, which takes as long as the products themselves.
-    The program is longer and compiles more slowly.
-    """
-    if isinstance(params["layers"], tuple):
-        return params
-    layers = _unstack(params["layers"])
-    return {**params, "layers": _transpose_kernels(layers) if jax.default_backend() == "cpu" else layers}
+            written.append(cache)
+        return x_BTD, tuple(written), sum(losses)
 
 
 @jax.jit

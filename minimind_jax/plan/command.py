@@ -81,14 +81,18 @@ def make_plan(args: argparse.Namespace, argv: Sequence[str]) -> dict:
     parts = count_parts(planned.config, mesh)
     training = dataclasses.replace(planned.config.training, accumulation_steps=parts)
     config = dataclasses.replace(planned.config, training=training)
-    model = LanguageModel(planned.architecture, config.compute, inputs.planned_adapter(planned))
-    traced, state = compiler.trace_step(config, model, mesh, device.platform)
+    model = LanguageModel(planned.architecture, config.compute, inputs.planned_adapter(planned), device.backend)
+    traceable = model
+    if not package:  # fused attention cannot even be traced without its compiler
+        compute = dataclasses.replace(model.compute, attention="grouped")
+        traceable = dataclasses.replace(model, compute=compute)
+    traced, state = compiler.trace_step(config, traceable, mesh)
     params, opt_state, whole = compiler.state_bytes(state)
 
     formula = flops_per_token(model.config, config.data.seq_len, model.adapter is not None)
     plan = {
         "model": _model_facts(planned, model),
-        "step": _step_facts(config, model, device.platform, mesh if package else None),
+        "step": _step_facts(config, model, mesh),
         "device": {
             "name": args.device,
             "topology": args.topology or device.smallest,
@@ -137,31 +141,29 @@ def _model_facts(planned, model) -> dict:
     }
 
 
-def _step_facts(config, model, platform: str, mesh) -> dict:
-    """mesh: of the target's devices; None where there are none to compile for."""
+def _step_facts(config, model, mesh) -> dict:
     from minimind_jax.model import attention
-    from minimind_jax.model.transformer import compute_dtype
 
     shape, parts = model.config, config.training.accumulation_steps
     queries = (config.rows_per_step // parts, config.data.seq_len, shape.num_attention_heads, shape.head_dim)
-    with compiler.on_platform(platform):
-        dtype = compute_dtype(model.compute)
-        choice = attention.choose_path(model.compute.attention, queries, shape.num_key_value_heads, dtype, mesh)
-        return {
-            "tokens": config.training.batch_tokens,
-            "rows": config.rows_per_step,
-            "seq_len": config.data.seq_len,
-            "accumulation_steps": parts,
-            "dtype": dtype.name,
-            "remat": config.compute.remat,
-            "attention_path": choice.path,
-            "attention_reason": choice.reason,
-        }
+    choice = attention.choose_path(
+        model.compute.attention, queries, shape.num_key_value_heads, model.dtype, model.platform, mesh
+    )
+    return {
+        "tokens": config.training.batch_tokens,
+        "rows": config.rows_per_step,
+        "seq_len": config.data.seq_len,
+        "accumulation_steps": parts,
+        "dtype": model.dtype.name,
+        "remat": config.compute.remat,
+        "attention_path": choice.path,
+        "attention_reason": choice.reason,
+    }
 
 
 def _compiled_facts(traced, package: str, platform: str, count: int, batch_tokens: int) -> dict:
     """What the compiler has to say: memory, kernels, collectives, its own FLOPs."""
-    from minimind_jax.plan.module import ATTENTION_KERNELS, read_module
+    from minimind_jax.plan.module import ATTENTION_CALLS, read_module
 
     started = time.monotonic()
     step = compiler.compile_step(traced, platform)
@@ -174,13 +176,15 @@ def _compiled_facts(traced, package: str, platform: str, count: int, batch_token
     if step.memory is None:
         return {**facts, "memory": {"total": step.needed, "refused": True}}
     module = read_module(step.text)
-    is_attention = {name: any(name.startswith(kernel) for kernel in ATTENTION_KERNELS) for name in module.kernels}
+    is_attention = {name: any(map(name.startswith, ATTENTION_CALLS)) for name in module.custom_calls}
     return {
         **facts,
         "memory": {**step.memory._asdict(), "total": step.memory.total},
         "cost_analysis_flops_per_token": step.flops and step.flops * count / batch_tokens,
         "attention_kernels": {
-            name: {"count": calls, "runs": runs} for name, (calls, runs) in module.kernels.items() if is_attention[name]
+            name: {"count": calls, "runs": runs}
+            for name, (calls, runs) in module.custom_calls.items()
+            if is_attention[name]
         },
         "collectives": {kind: vars(found) for kind, found in sorted(module.collectives.items())},
         "loops_of_unknown_length": module.unknown_loops,

@@ -3,13 +3,10 @@
 The order in a process: `prepare_process` before JAX starts, `compile_only_devices`, `trace_step`, `compile_step`.
 """
 
-import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator
 from typing import NamedTuple
-from unittest import mock
 
 import numpy as np
 
@@ -83,17 +80,6 @@ def emulated_devices(count: int) -> list:
     return jax.devices("cpu")[:count]
 
 
-@contextlib.contextmanager
-def on_platform(platform: str) -> Iterator[None]:
-    """Whatever asks JAX for its platform while a step is traced hears that of the target.
-
-    The model chooses dtype, attention and experts by `jax.default_backend()`; so the program is the one that the device
-    would run.
-    """
-    with mock.patch("jax.default_backend", lambda: {"cuda": "gpu"}.get(platform, platform)):
-        yield
-
-
 def abstract_batch(config: RunConfig):
     """Shapes of a batch (see `data.rows.pack_rows`)."""
     import jax
@@ -104,19 +90,21 @@ def abstract_batch(config: RunConfig):
     return {**batch, "loss_weights": jax.ShapeDtypeStruct(shape, np.float32)}
 
 
-def trace_step(config: RunConfig, model, mesh, platform: str):
-    """The training step of pretraining and fine-tuning as `training.loop.train` builds it, traced for a mesh."""
+def trace_step(config: RunConfig, model, mesh):
+    """The training step of pretraining and fine-tuning as `training.loop.train` builds it, traced for a mesh.
+
+    model: of the platform that the step is to run on.
+    """
     from minimind_jax.losses.language_model import make_language_model_loss
     from minimind_jax.runs.adapters import frozen_dtype
     from minimind_jax.training.program import make_program
     from minimind_jax.training.state import Parameters
 
-    with on_platform(platform):
-        loss_fn = make_language_model_loss(model, config.training.z_loss)
-        steps = config.training.steps or max(TYPICAL_STEPS, (config.optimizer.warmup_steps or 0) + 1)
-        parameters = Parameters.of(model, load=dict, frozen_dtype=frozen_dtype(config))
-        program = make_program(config, parameters, loss_fn, mesh, steps)
-        return program.step.trace(program.abstract, abstract_batch(config)), program.abstract
+    loss_fn = make_language_model_loss(model, config.training.z_loss)
+    steps = config.training.steps or max(TYPICAL_STEPS, (config.optimizer.warmup_steps or 0) + 1)
+    parameters = Parameters.of(model, load=dict, frozen_dtype=frozen_dtype(config, model))
+    program = make_program(config, parameters, loss_fn, mesh, steps)
+    return program.step.trace(program.abstract, abstract_batch(config)), program.abstract
 
 
 def compile_step(traced, platform: str) -> CompiledStep:
@@ -126,8 +114,7 @@ def compile_step(traced, platform: str) -> CompiledStep:
     # Without a device nothing can be timed, so kernels are taken as the compiler's model ranks them.
     options = {"xla_gpu_autotune_level": "0"} if platform == "cuda" else None
     try:
-        with on_platform(platform):
-            compiled = traced.lower().compile(compiler_options=options)
+        compiled = traced.lower().compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise UserError(f"the compiler refused the step: {_first_line(error)}") from error

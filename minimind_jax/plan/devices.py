@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 from minimind_jax import shell
 from minimind_jax.config.settings import nearest
 from minimind_jax.errors import UserError
+from minimind_jax.model.config import Platform
 from minimind_jax.training.flops import PEAK_FLOPS
 
 
@@ -40,6 +41,11 @@ class Device(NamedTuple):
     memory: int
     target: str | Gpu
     smallest: str
+
+    @property
+    def backend(self) -> Platform:
+        """What JAX calls the platform where there is a device."""
+        return "gpu" if self.platform == "cuda" else "tpu"
 
     @property
     def peak_flops(self) -> float:

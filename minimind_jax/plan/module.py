@@ -1,4 +1,4 @@
-"""Reading the text of a compiled program: which kernels and collectives are in it, and how often they run.
+"""Reading the text of a compiled program: which custom calls and collectives are in it, and how often they run.
 
 The text is a list of computations. One line is one operation: `%name = shape operation(operands), attributes`. Loops
 name their body and condition, fusions and calls the computation they run; so each computation runs as many times as
@@ -16,7 +16,7 @@ COLLECTIVES = (
     *("collective-permute", "collective-broadcast"),
 )
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16}  # the others say their bits: f32, f8e4m3fn
-ATTENTION_KERNELS = ("__cudnn$fmha", "tpu_custom_call")
+ATTENTION_CALLS = ("__cudnn$fmha", "tpu_custom_call")
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
@@ -46,10 +46,10 @@ class Collective:
 
 
 class Module(NamedTuple):
-    """collectives: by kind. kernels: custom calls by target, (count, runs). unknown_loops: taken for one round."""
+    """collectives: by kind. custom_calls: by target, (count, runs). unknown_loops: taken for one round."""
 
     collectives: dict[str, Collective]
-    kernels: dict[str, tuple[int, int]]
+    custom_calls: dict[str, tuple[int, int]]
     unknown_loops: int
 
 
@@ -58,15 +58,15 @@ def read_module(text: str) -> Module:
     computations, entry = split_computations(text)
     runs, unknown_loops = count_runs(computations, entry)
     collectives: dict[str, Collective] = {}
-    kernels: dict[str, tuple[int, int]] = {}
+    custom_calls: dict[str, tuple[int, int]] = {}
     seen_channels = set()
     for name, operations in computations.items():
         shapes = {operation.name: operation.shape for operation in operations}
         for operation in operations:
             if operation.kind == "custom-call":
                 target = re.search(r'custom_call_target="([^"]+)"', operation.rest)[1]
-                count, times = kernels.get(target, (0, 0))
-                kernels[target] = (count + 1, times + runs[name])
+                count, times = custom_calls.get(target, (0, 0))
+                custom_calls[target] = (count + 1, times + runs[name])
                 continue
             kind = operation.kind.removesuffix("-start")
             if kind not in COLLECTIVES or _is_repeated(operation, seen_channels):
@@ -77,7 +77,7 @@ def read_module(text: str) -> Module:
             found.count += 1
             found.runs += runs[name]
             found.bytes += runs[name] * _moved_bytes(operation, shapes)
-    return Module(collectives, kernels, unknown_loops)
+    return Module(collectives, custom_calls, unknown_loops)
 
 
 def split_computations(text: str) -> tuple[dict[str, list[Operation]], str]:

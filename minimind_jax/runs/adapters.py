@@ -16,7 +16,7 @@ from minimind_jax.folders import is_adapter, resolve_model_folder
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.lora import RankTable, init_adapters, join, scale_of
 from minimind_jax.model.precision import cast_matrices
-from minimind_jax.model.transformer import Params, compute_dtype
+from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.paths import absolute
 from minimind_jax.seeds import named_key
 
@@ -77,9 +77,9 @@ def _told(table: RankTable) -> str:
     return ", ".join(f"{name} {ranks(found)}" for name, found in table.items() if any(found))
 
 
-def frozen_dtype(config: RunConfig) -> str:
+def frozen_dtype(config: RunConfig, model: LanguageModel) -> str:
     """Of the matrices below the adapters."""
-    return str(compute_dtype(config.compute)) if config.lora.base_dtype == "auto" else config.lora.base_dtype
+    return model.dtype.name if config.lora.base_dtype == "auto" else config.lora.base_dtype
 
 
 def load_with_adapters(config: RunConfig, plan: AdapterPlan, dtype: str) -> Params:

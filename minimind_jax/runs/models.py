@@ -140,7 +140,7 @@ def run_parameters(config: RunConfig, model: LanguageModel, has_head: bool = Fal
     mesh = make_mesh(config.mesh)
     if not config.init_from:
         return Parameters.of(model, lambda: init_params(model, named_key(config.seed, "init"), mesh))
-    plan, dtype = plan_adapters(config, model.config), frozen_dtype(config)
+    plan, dtype = plan_adapters(config, model.config), frozen_dtype(config, model)
 
     def load() -> Params:
         if plan is None:

@@ -15,7 +15,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter, resolve_model_folder
 from minimind_jax.losses.distillation import TEACHER, make_distillation_loss
 from minimind_jax.model.precision import cast_matrices
-from minimind_jax.model.transformer import LanguageModel, Params, compute_dtype
+from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.runs.begin import is_finished, start_run, tidy
 from minimind_jax.runs.finish import finish_run
 from minimind_jax.runs.frozen import StoredTeacher
@@ -129,12 +129,11 @@ def load_teacher_params(config: DistillConfig, teacher: LanguageModel, folder: P
     _, known = load_merged(folder)
     known = {name: tree for name, tree in known.items() if name in abstract}
     lies = param_shardings(make_mesh(config.mesh), teacher.logical_axes(), abstract)
-    return jax.device_put(cast_matrices(known, str(compute_dtype(config.compute))), lies)
+    return jax.device_put(cast_matrices(known, teacher.dtype), lies)
 
 
 def _abstract_teacher(config: DistillConfig, teacher: LanguageModel) -> Params:
-    dtype = str(compute_dtype(config.compute))
-    return jax.eval_shape(lambda params: cast_matrices(params, dtype), teacher.abstract_params())
+    return jax.eval_shape(lambda params: cast_matrices(params, teacher.dtype), teacher.abstract_params())
 
 
 def with_teacher(config: DistillConfig, parameters: Parameters, teacher: LanguageModel, folder: Path) -> Parameters:

@@ -18,7 +18,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.losses.preference import REFERENCE, answer_log_probs, make_preference_loss, without_reference
 from minimind_jax.losses.sequences import pair_room
 from minimind_jax.model.lora import TRAINED, join, split, without_adapters
-from minimind_jax.model.transformer import LanguageModel, Params, compute_dtype, full_precision
+from minimind_jax.model.transformer import LanguageModel, Params, full_precision
 from minimind_jax.paths import is_remote
 from minimind_jax.progress import tracked
 from minimind_jax.runs.adapters import plan_adapters
@@ -158,7 +158,7 @@ class Precomputed:
         caches = {batches.cache.folder.name: batches for batches in pair if batches is not None}
         file = run.path / "reference.npz"
         params = parameters.load()
-        made_of = f"{fingerprint(params)}, rows of {config.data.seq_len}, {compute_dtype(config.compute)}"
+        made_of = f"{fingerprint(params)}, rows of {config.data.seq_len}, {model.dtype}"
         self.tables = _read_tables(file, made_of, caches)
         if self.tables is None:
             count = sum(len(batches.cache) for batches in caches.values())

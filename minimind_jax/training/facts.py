@@ -12,7 +12,7 @@ from minimind_jax.losses.vocabulary import piece_size
 from minimind_jax.model import attention, moe
 from minimind_jax.model.heads import SCORE
 from minimind_jax.model.lora import TRAINED, split, without_adapters
-from minimind_jax.model.transformer import LanguageModel, compute_dtype, count_parameters
+from minimind_jax.model.transformer import LanguageModel, count_parameters
 from minimind_jax.sharding import row_shards
 from minimind_jax.training.optimizer import make_schedule
 from minimind_jax.training.source import Evaluation, Source
@@ -70,9 +70,10 @@ def run_facts(
     in_parts = f" in {parts} parts" * (asked > 1)
     if parts < asked:
         in_parts += f", not {asked}: a device has {config.rows_per_step // row_shards(mesh)} rows of a step"
-    dtype = compute_dtype(model.compute)
     rows = (config.rows_per_step // parts, config.data.seq_len, shape.num_attention_heads, shape.head_dim)
-    path, reason = attention.choose_path(model.compute.attention, rows, shape.num_key_value_heads, dtype, mesh)
+    path, reason = attention.choose_path(
+        model.compute.attention, rows, shape.num_key_value_heads, model.dtype, model.platform, mesh
+    )
     vocab = shape.vocab_size // mesh.shape["tensor"]
     tokens = rows[0] * config.data.seq_len // row_shards(mesh)  # of a micro-batch on a device
     piece = piece_size(tokens, vocab)
@@ -82,8 +83,8 @@ def run_facts(
         f"{shape.vocab_size:,} tokens{experts})",
         **_adapter_facts(model, size),
         **_group_facts(parameters),
-        "compute": f"{dtype.name}, attention path: {path}{f' ({reason})' if reason else ''}, "
-        + f"experts path: {moe.choose_path(model.compute.experts, tokens)}, " * shape.is_moe
+        "compute": f"{model.dtype.name}, attention path: {path}{f' ({reason})' if reason else ''}, "
+        + f"experts path: {moe.choose_path(model.compute.experts, tokens, model.platform)}, " * shape.is_moe
         + f"remat {model.compute.remat}",
         **({"loss": f"logits of {piece:,} of {vocab:,} words at once on a device"} if has_words else {}),
         "devices": f"{devices.size} x {devices[0].device_kind}{f' ({sizes})' if sizes else ''}",

@@ -16,7 +16,6 @@ from minimind_jax.inference.generate import Generator
 from minimind_jax.inference.load import load_generator, load_model
 from minimind_jax.inference.sampling import SamplingConfig
 from minimind_jax.model.config import RopeScaling
-from minimind_jax.model.transformer import unstack_layers
 
 GOLDEN = ("dense", "dense_untied", "dense_headdim", "moe_k1_norm", "moe_k1_nonorm", "moe_k2")
 GREEDY = SamplingConfig(max_new_tokens=24, temperature=0, ignore_eos=True)
@@ -84,7 +83,7 @@ def test_the_seed_decides_the_draws(dense):
 def test_layers_apart_compute_what_the_scanned_stack_does(golden_folder):
     model, params = load_model(golden_folder("moe_k2"))
     tokens = jnp.asarray([PROMPTS[0]])
-    apart = unstack_layers(params)
+    apart = model.unstack(params)
     assert len(apart["layers"]) == 2
     stacked, loose = (jax.jit(model.apply)(p, tokens) for p in (params, apart))
     np.testing.assert_allclose(loose[0], stacked[0], atol=1e-5)

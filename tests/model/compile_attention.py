@@ -17,18 +17,20 @@ import jax.numpy as jnp  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
 from minimind_jax.config.sections import MeshConfig  # noqa: E402
-from minimind_jax.model.attention import attention  # noqa: E402
-from minimind_jax.plan.devices import find_device, parse_topology  # noqa: E402
+from minimind_jax.model.attention import attention, choose_path  # noqa: E402
+from minimind_jax.plan.devices import Device, find_device, parse_topology  # noqa: E402
 from minimind_jax.sharding import ROW_AXES, make_mesh  # noqa: E402
 
 
-def compiled(devices: list, platform: str, sizes: dict[str, int], shape: list[int], packed: bool):
+def compiled(devices: list, device: Device, sizes: dict[str, int], shape: list[int], packed: bool):
     mesh = make_mesh(MeshConfig(**sizes), devices)
     B, T, N, K, H = shape
+    path = choose_path("auto", (B, T, N, H), K, jnp.bfloat16, device.backend, mesh).path
 
     def total(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=segment_ids_BT if packed else None)
+            ids_BT = segment_ids_BT if packed else None
+            out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=ids_BT, path=path, platform=device.backend)
         return jnp.sum(jnp.square(out_BTNH.astype(jnp.float32)))
 
     def argument(shape, dtype, *axes):
@@ -41,7 +43,7 @@ def compiled(devices: list, platform: str, sizes: dict[str, int], shape: list[in
     def from_projections(q, k, v, ids):
         return total(*(x.reshape(B, T, -1, H) for x in (q, k, v)), ids)
 
-    options = {"xla_gpu_autotune_level": "0"} if platform == "cuda" else None
+    options = {"xla_gpu_autotune_level": "0"} if device.platform == "cuda" else None
     lowered = jax.jit(jax.grad(from_projections, argnums=(0, 1, 2))).lower(*arrays, ids_BT)
     return lowered.compile(compiler_options=options)
 
@@ -51,7 +53,7 @@ def main(name: str, topology: str, cases: str) -> None:
     devices = compiler.compile_only_devices(device, parse_topology(device, topology))
     report = []
     for case in json.loads(cases):
-        program = compiled(devices, device.platform, **case)
+        program = compiled(devices, device, **case)
         targets = re.findall(r'custom_call_target="([^"]+)"', program.as_text())
         kernels = [target for target in targets if "fmha" in target or target == "tpu_custom_call"]
         report.append({"kernels": kernels, "temporaries": program.memory_analysis().temp_size_in_bytes})

@@ -20,9 +20,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 from minimind_jax.config.generation import SamplingConfig  # noqa: E402
 from minimind_jax.config.sections import MeshConfig  # noqa: E402
 from minimind_jax.inference.decode import Controls, decode, prefill  # noqa: E402
-from minimind_jax.inference.generate import without_kernels  # noqa: E402
+from minimind_jax.inference.generate import unfused  # noqa: E402
 from minimind_jax.inference.sampling import SamplingValues, row_keys  # noqa: E402
-from minimind_jax.model.config import ComputeConfig, ModelConfig  # noqa: E402
+from minimind_jax.model.config import ComputeConfig, ModelConfig, Platform  # noqa: E402
 from minimind_jax.model.transformer import LanguageModel  # noqa: E402
 from minimind_jax.plan.devices import find_device, parse_topology  # noqa: E402
 from minimind_jax.sharding import make_mesh, param_shardings  # noqa: E402
@@ -31,14 +31,16 @@ ROWS, LAYERS = 2, 2
 
 
 def layer_of(mesh: Mesh, stacked: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """One layer's parameter, as `unstack_layers` makes it."""
+    """One layer's parameter, as `LanguageModel.unstack` makes it."""
     place = NamedSharding(mesh, PartitionSpec(*stacked.sharding.spec[1:]))
     return jax.ShapeDtypeStruct(stacked.shape[1:], stacked.dtype, sharding=place)
 
 
-def compile_case(platform: str, devices: list, sizes: dict, length: int, model: dict) -> list[str]:
+def compile_case(platform: Platform, devices: list, sizes: dict, length: int, model: dict) -> list[str]:
     """The kernels in the program that reads ROWS prompts; where there is a mesh, the next step is compiled as well."""
-    model = LanguageModel(ModelConfig(num_hidden_layers=LAYERS, **model), ComputeConfig(dtype="bfloat16"))
+    model = LanguageModel(
+        ModelConfig(num_hidden_layers=LAYERS, **model), ComputeConfig(dtype="bfloat16"), None, platform
+    )
     mesh = make_mesh(MeshConfig(**sizes), devices)
     whole = NamedSharding(mesh, PartitionSpec())
 
@@ -47,21 +49,18 @@ def compile_case(platform: str, devices: list, sizes: dict, length: int, model: 
 
     params = model.abstract_params()
     params = jax.tree.map(argument, params, param_shardings(mesh, model.logical_axes(), params))
-    model = without_kernels(model, params)
+    model = unfused(model, params)
     params["layers"] = tuple(jax.tree.map(functools.partial(layer_of, mesh), params["layers"]) for _ in range(LAYERS))
     controls = Controls(SamplingValues.of(SamplingConfig(temperature=0.0), ROWS), row_keys(0, ROWS), jnp.array([2]))
     controls = jax.tree.map(argument, controls)
     tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole) for shape in ((ROWS, length), (ROWS,)))
-    with compiler.on_platform(platform):
-        reading = prefill.lower(
-            model, params, tokens, lengths, controls, slots=length + 128, cache_dtype="bfloat16"
-        ).compile()  # fmt: skip
-        if sizes:
-            state = jax.tree.map(argument, reading.out_info)
-            making = decode.lower(model, params, state, controls, jnp.int32(length + 8)).compile()
-            for program in (reading, making):  # what the host reads must be whole on each process's devices
-                outputs = program.output_shardings._replace(cache=None, seen_BV=None)
-                assert all(sharding.is_fully_replicated for sharding in jax.tree.leaves(outputs))
+    reading = prefill.lower(model, params, tokens, lengths, controls, slots=length + 128).compile()
+    if sizes:
+        state = jax.tree.map(argument, reading.out_info)
+        making = decode.lower(model, params, state, controls, jnp.int32(8)).compile()
+        for program in (reading, making):  # what the host reads must be whole on each process's devices
+            outputs = program.output_shardings._replace(cache=None, seen_BV=None)
+            assert all(sharding.is_fully_replicated for sharding in jax.tree.leaves(outputs))
     targets = re.findall(r'custom_call_target="([^"]+)"', reading.as_text())
     return sorted({target for target in targets if "fmha" in target or target == "tpu_custom_call"})
 
@@ -69,7 +68,7 @@ def compile_case(platform: str, devices: list, sizes: dict, length: int, model: 
 def main(name: str, topology: str, cases: str) -> None:
     device = find_device(name)
     devices = compiler.compile_only_devices(device, parse_topology(device, topology))
-    print(json.dumps([compile_case(device.platform, devices, **case) for case in json.loads(cases)]))
+    print(json.dumps([compile_case(device.backend, devices, **case) for case in json.loads(cases)]))
 
 
 if __name__ == "__main__":

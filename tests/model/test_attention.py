@@ -17,15 +17,16 @@ import numpy as np
 import pytest
 
 from minimind_jax.errors import UserError
-from minimind_jax.model import attention_kernels as kernels
+from minimind_jax.model import attention as attention_module
+from minimind_jax.model import fused_attention as fused
 from minimind_jax.model.attention import Choice, attention, cached_attention, choose_path
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.kv_cache import CPU_BLOCK, KVCache, LayerCache
 from minimind_jax.sharding import MESH_AXES
 
 # Compiled as in the model: each of their operations alone would be a program of its own.
-attention = jax.jit(attention, static_argnames="path")
-cached_attention = jax.jit(cached_attention)
+attention = jax.jit(functools.partial(attention, platform="cpu"), static_argnames="path")
+cached_attention = jax.jit(functools.partial(cached_attention, platform="cpu"))
 
 
 def make_inputs(B, T, N, K, H, seed=0):
@@ -67,9 +68,12 @@ def test_value_is_the_definition_s(path):
 
 @pytest.mark.parametrize(
     ("T", "N", "K", "packed"),
-    [(230, 4, 2, True), (230, 4, 2, False), (97, 3, 3, True), (1, 2, 1, False), (40, 6, 1, True)],
-)
-def test_paths_agree_in_value_and_gradient(T, N, K, packed):
+    [(230, 4, 2, True), (230, 4, 2, False), (97, 3, 3, True), (1, 2, 1, False), (40, 6, 1, True),
+     (500, 2, 1, True), (500, 2, 1, False)],
+)  # fmt: skip
+def test_paths_agree_in_value_and_gradient(monkeypatch, T, N, K, packed):
+    if T == 500:  # blocks of a long row: several in each range, the last ones filled up
+        monkeypatch.setattr(attention_module, "BLOCK", 24)
     inputs = make_inputs(2, T, N, K, 16)
     segment_ids_BT = make_segments(2, T) if packed else None
     weights_BTNH = np.float32(np.random.default_rng(1).standard_normal(inputs[0].shape))
@@ -86,6 +90,20 @@ def test_paths_agree_in_value_and_gradient(T, N, K, packed):
     expected, actual = both(*inputs)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(np.asarray(b)).max()))
+
+
+def test_memory_grows_with_the_row_and_not_with_its_square():
+    """Of the gradient, as the compiler counts it."""
+
+    def temporaries(T):
+        q, k, v = (jax.ShapeDtypeStruct((1, T, heads, 64), jnp.float32) for heads in (8, 2, 2))
+        total = lambda *qkv: jnp.sum(jnp.square(attention(*qkv, path="grouped")))  # noqa: E731
+        compiled = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(q, k, v).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    short, long = temporaries(4096), temporaries(16384)
+    assert long < 4.4 * short
+    assert long < 4 * (4 * 8 * attention_module.BLOCK * 16384)  # float32 scores of a block of queries, 8 heads
 
 
 @pytest.mark.parametrize("path", ["reference", "grouped"])
@@ -119,31 +137,29 @@ def make_cache(k_BSKH, v_BSKH) -> LayerCache:
     """All slots written, in the dtype of the keys."""
     B, S, K, H = k_BSKH.shape
     config = ModelConfig(hidden_size=K * H, num_attention_heads=K, num_key_value_heads=K, num_hidden_layers=1)
-    return KVCache.create(config, B, S, k_BSKH.dtype).layers[0].write(k_BSKH, v_BSKH, 0)
+    return KVCache.create(config, B, S, k_BSKH.dtype, "cpu").layers[0].fill(k_BSKH, v_BSKH)
 
 
-def test_cache_positions_say_what_is_seen():
+def test_a_query_sees_the_slots_up_to_its_position():
     q, k, v = make_inputs(2, 3, 2, 1, 8)
     all_k, all_v = (jnp.concatenate((x, x + 1), axis=1) for x in (k, v))
-    cache = make_cache(all_k, all_v)
-    key_positions_BS = jnp.array([[0, 1, 2, -1, -1, -1], [-1, -1, 0, 1, 2, 3]])
-    query_positions_BT = jnp.array([[0, 1, 2], [1, 2, 3]])
-    out_BTNH = cached_attention(q, cache, query_positions_BT, key_positions_BS, 6)
+    positions_BT = jnp.array([[0, 1, 2], [2, 3, 4]])
+    out_BTNH = cached_attention(q, make_cache(all_k, all_v), positions_BT)
     first = attention(q[:1], k[:1], v[:1], path="reference")
     np.testing.assert_allclose(out_BTNH[0], first[0], atol=1e-6)
-    keys, values = all_k[1:, 2:4], all_v[1:, 2:4]  # what the query at position 1 of the second row sees
-    weights = jax.nn.softmax(jnp.einsum("NH,SH->NS", q[1, 0], keys[0, :, 0]) / np.sqrt(8))
-    np.testing.assert_allclose(out_BTNH[1, 0], weights @ values[0, :, 0], atol=1e-6)
+    keys, values = all_k[1:, :4], all_v[1:, :4]  # what the query at position 3 of the second row sees
+    weights = jax.nn.softmax(jnp.einsum("NH,SH->NS", q[1, 1], keys[0, :, 0]) / np.sqrt(8))
+    np.testing.assert_allclose(out_BTNH[1, 1], weights @ values[0, :, 0], atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_one_query_at_a_time_equals_all_of_them(dtype):
     q, k, v = (x.astype(dtype) for x in make_inputs(2, 6, 4, 2, 8))
     cache = make_cache(k, v)
-    positions_BT = jnp.array([[0, 1, 2, 3, 4, 5], [-1, -1, 0, 1, 2, 3]])
-    together = cached_attention(q, cache, positions_BT, positions_BT, 6)
+    positions_BT = jnp.array([[0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 2, 3]])
+    together = cached_attention(q, cache, positions_BT)
     for t in range(6):
-        alone = cached_attention(q[:, t : t + 1], cache, positions_BT[:, t : t + 1], positions_BT, t + 1)
+        alone = cached_attention(q[:, t : t + 1], cache, positions_BT[:, t : t + 1])
         assert alone.dtype == dtype
         # the probabilities of many queries are rounded to bfloat16, and so are both outputs
         tolerance = 1e-6 if dtype == jnp.float32 else 0.01
@@ -151,32 +167,23 @@ def test_one_query_at_a_time_equals_all_of_them(dtype):
         np.testing.assert_allclose(*pair, rtol=tolerance, atol=tolerance)
 
 
-def test_one_query_goes_over_blocks_of_slots_and_stops_behind_the_last_one_used():
-    slots, filled = 3 * CPU_BLOCK + 32, 2 * CPU_BLOCK + 5
+def test_one_query_goes_over_blocks_of_slots_and_stops_behind_the_last_one_seen():
+    slots, lasts = 3 * CPU_BLOCK, (CPU_BLOCK + 4, 2, 0)
     q, k, v = make_inputs(3, slots, 4, 2, 8)
     query = q[:, :1] * 3  # scores that grow from block to block, and shrink
-    positions = np.full((3, slots), -1)
-    for row, padding in enumerate((0, CPU_BLOCK + 7, filled)):  # the last row is padding alone
-        positions[row, padding:filled] = np.arange(filled - padding)
-    positions_BS, last_B1 = jnp.asarray(positions), jnp.asarray(positions[:, filled - 1 : filled])
-    poisoned = [jnp.where(jnp.arange(slots)[:, None, None] < 3 * CPU_BLOCK, x, jnp.nan) for x in (k, v)]
-    out_BNH = cached_attention(query, make_cache(*poisoned), last_B1, positions_BS, filled)[:, 0]
-    for row, padding in enumerate((0, CPU_BLOCK + 7)):
-        seen = slice(padding, filled)
-        keys, values = (np.repeat(np.float64(x[row, seen]), 2, axis=1) for x in (k, v))
+    poisoned = [jnp.where(jnp.arange(slots)[:, None, None] < 2 * CPU_BLOCK, x, jnp.nan) for x in (k, v)]
+    out_BNH = cached_attention(query, make_cache(*poisoned), jnp.array(lasts)[:, None])[:, 0]
+    for row, last in enumerate(lasts):
+        keys, values = (np.repeat(np.float64(x[row, : last + 1]), 2, axis=1) for x in (k, v))
         scores = np.einsum("NH,SNH->NS", np.float64(query[row, 0]), keys) / np.sqrt(8)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         expected = np.einsum("NS,SNH->NH", weights / weights.sum(-1, keepdims=True), values)
         rounding = np.abs(scores).max() * 2**-23  # of a score in float32, and so of its weight
         np.testing.assert_allclose(out_BNH[row], expected, atol=4 * rounding)
-    assert not jnp.any(out_BNH[2])
 
 
-def abstract_mesh(platform, **sizes):
-    device = jax.sharding.AbstractDevice(device_kind=platform, num_cores=None, platform=platform)
-    return jax.sharding.AbstractMesh(
-        tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES, abstract_device=device
-    )  # fmt: skip
+def abstract_mesh(**sizes):
+    return jax.sharding.AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
 
 
 NO_MESH = jax.sharding.AbstractMesh((), ())
@@ -187,15 +194,15 @@ def cudnn_by_xla(monkeypatch):
     monkeypatch.setattr(
         jax.nn, "dot_product_attention", lambda *inputs, implementation, **options: plain(*inputs, **options)
     )
-    return kernels.cudnn
+    return fused.cudnn
 
 
 @pytest.mark.parametrize(
     ("name", "T", "H", "packed"),
     [("splash", 150, 96, True), ("splash", 128, 16, False), ("cudnn", 31, 16, True), ("cudnn", 31, 16, False)],
 )
-def test_kernels_agree_with_the_reference_in_value_and_gradient(monkeypatch, name, T, H, packed):
-    kernel = functools.partial(kernels.splash, interpret=True) if name == "splash" else cudnn_by_xla(monkeypatch)
+def test_fused_paths_agree_with_the_reference_in_value_and_gradient(monkeypatch, name, T, H, packed):
+    function = functools.partial(fused.splash, interpret=True) if name == "splash" else cudnn_by_xla(monkeypatch)
     inputs = make_inputs(2, T, 4, 2, H)
     segment_ids_BT = make_segments(2, T) if packed else None
     weights_BTNH = np.float32(np.random.default_rng(1).standard_normal(inputs[0].shape))
@@ -206,12 +213,12 @@ def test_kernels_agree_with_the_reference_in_value_and_gradient(monkeypatch, nam
         return jnp.sum(out_BTNH * weights_BTNH), out_BTNH
 
     gradient = jax.grad(total, argnums=(1, 2, 3), has_aux=True)
-    kernel = kernels.on_mesh(kernel, NO_MESH)
+    function = fused.on_mesh(function, NO_MESH)
 
     def compiled(function):
         return jax.jit(functools.partial(gradient, function))(*inputs)
 
-    actual = compiled(lambda *qkv: kernel(*qkv, segment_ids_BT))
+    actual = compiled(lambda *qkv: function(*qkv, segment_ids_BT))
     expected = compiled(lambda *qkv: reference(*qkv, segment_ids_BT=segment_ids_BT))
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(np.asarray(b)).max()))
@@ -222,7 +229,7 @@ def test_kernels_agree_with_the_reference_in_value_and_gradient(monkeypatch, nam
 @pytest.mark.parametrize(("length", "block", "padded"), [(1, 128, 128), (340, 384, 384), (768, 384, 768),
                                                          (1100, 384, 1152), (2048, 512, 2048)])  # fmt: skip
 def test_splash_pads_little(length, block, padded):
-    assert kernels.splash_block(length) == block
+    assert fused.splash_block(length) == block
     assert -(-length // block) * block == padded
 
 
@@ -243,32 +250,33 @@ SHAPE = (8, 64, 8, 96)
          Choice("grouped", "not splash: 4 key/value heads do not divide by mesh.tensor 8")),
     ],
 )  # fmt: skip
-def test_auto_takes_the_kernel_of_the_mesh_s_platform_or_says_why_not(platform, sizes, dtype, head_dim, expected):
+def test_auto_takes_the_fused_path_of_the_platform_or_says_why_not(platform, sizes, dtype, head_dim, expected):
     shape = (*SHAPE[:-1], head_dim)
-    assert choose_path("auto", shape, 4, jnp.dtype(dtype), abstract_mesh(platform, **sizes)) == expected
+    assert choose_path("auto", shape, 4, jnp.dtype(dtype), platform, abstract_mesh(**sizes)) == expected
 
 
-def test_without_a_mesh_the_default_devices_count(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert choose_path("auto", SHAPE, 4, jnp.bfloat16) == Choice("cudnn")
+def test_the_gpu_at_hand_must_have_it(monkeypatch):
+    assert choose_path("auto", SHAPE, 4, jnp.bfloat16, "gpu") == Choice("cudnn")
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability="7.5")])
     expected = "not cudnn: it needs an NVIDIA GPU of compute capability 8.0 or more, not 7.5"
-    assert choose_path("auto", SHAPE, 4, jnp.bfloat16) == Choice("grouped", expected)
+    assert choose_path("auto", SHAPE, 4, jnp.bfloat16, "gpu") == Choice("grouped", expected)
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability="gfx942")])
-    assert choose_path("auto", SHAPE, 4, jnp.bfloat16).path == "grouped"
+    assert choose_path("auto", SHAPE, 4, jnp.bfloat16, "gpu").path == "grouped"
 
 
-def test_a_kernel_asked_for_where_it_cannot_run():
+def test_a_path_asked_for_where_it_cannot_run():
     with pytest.raises(UserError, match=r"compute\.attention splash cannot run here: this is a cpu; auto takes"):
-        attention(*make_inputs(1, 8, 2, 1, 8), path="splash")
+        choose_path("splash", SHAPE, 4, jnp.bfloat16, "cpu")
     with pytest.raises(UserError, match=r"compute\.attention cudnn cannot run here: it takes bfloat16"):
-        choose_path("cudnn", SHAPE, 4, jnp.float32, abstract_mesh("gpu"))
+        choose_path("cudnn", SHAPE, 4, jnp.float32, "gpu")
 
 
 def main():
-    """In a process with eight devices: `grouped`, cut as a kernel is, against the reference; prints the differences."""
+    """In a process with eight devices: `grouped`, cut as a fused path is, against the reference; prints errors."""
     from minimind_jax.config.sections import MeshConfig
     from minimind_jax.model.attention import _grouped
+
+    grouped = functools.partial(_grouped, platform="cpu")
     from minimind_jax.sharding import batch_sharding, make_mesh
 
     inputs, segment_ids_BT = make_inputs(8, 16, 4, 2, 8), make_segments(8, 16)
@@ -285,7 +293,7 @@ def main():
 
             def cut(*qkv, mesh=mesh, ids=ids):
                 with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                    return kernels.on_mesh(_grouped, jax.sharding.get_abstract_mesh())(*qkv, ids)
+                    return fused.on_mesh(grouped, jax.sharding.get_abstract_mesh())(*qkv, ids)
 
             actual = jax.jit(functools.partial(gradient, cut))(*jax.device_put(inputs, batch_sharding(mesh)))
             whole = functools.partial(attention, segment_ids_BT=ids, path="reference")
@@ -295,7 +303,7 @@ def main():
     print(json.dumps(report))
 
 
-def test_kernels_on_a_mesh_give_what_one_device_gives():
+def test_fused_paths_on_a_mesh_give_what_one_device_gives():
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, __file__], capture_output=True, text=True, timeout=600,

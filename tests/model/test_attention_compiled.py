@@ -46,10 +46,8 @@ def compile_cases(platform: str, device: str, topology: str, cases: list[tuple])
     return run_compiler(platform, "compile_attention.py", device, topology, json.dumps(cases))
 
 
-@pytest.mark.parametrize(
-    ("platform", "device", "kernel"), [("cuda", "h100", CUDNN_MASKED[0]), ("tpu", "tpu-v5e", SPLASH[0])]
-)
-def test_prompts_are_read_by_the_kernels(platform, device, kernel):
+@pytest.mark.parametrize(("platform", "device", "kernel"), [("cuda", "h100", CUDNN[0]), ("tpu", "tpu-v5e", SPLASH[0])])
+def test_prompts_are_read_by_fused_attention_without_a_mask(platform, device, kernel):
     topology = "1x1" if platform == "tpu" else "1"
     cases = [{"sizes": {}, "length": length, "model": {}} for length in (16, 512)]
     assert run_compiler(platform, "compile_prefill.py", device, topology, json.dumps(cases)) == [[kernel], [kernel]]

@@ -23,66 +23,101 @@ MODELS = {
     "moe": ModelConfig(**SIZES, num_experts=4, num_experts_per_tok=2),
     "dynamic": ModelConfig(**SIZES, rope_scaling=RopeScaling("dynamic", 4.0, 64)),
 }
+LENGTHS, PROMPT, STEPS = np.array([7, 3, 1]), 7, 5
 
 
-@pytest.mark.parametrize("is_start_known", [True, False], ids=["from the start", "at an index"])
-@pytest.mark.parametrize("name", MODELS)
-def test_left_padded_prompts_then_single_tokens_equal_the_whole_pass(name, is_start_known):
+def make(name):
     model = LanguageModel(MODELS[name], ComputeConfig(dtype="float32"))
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), jnp.float32), model.abstract_params()
     )
-    lengths, prompt, total = np.array([7, 3, 1]), 7, 12
-    tokens = jax.random.randint(jax.random.key(1), (3, total), 0, 50)  # row b: its prompt right-aligned at `prompt`
-    padding_B = prompt - lengths
-    positions = np.arange(total) - padding_B[:, None]
-    positions = jnp.asarray(np.where(positions < 0, -1, positions), jnp.int32)
+    return model, params, jax.random.randint(jax.random.key(1), (3, PROMPT + STEPS), 0, 50)
 
-    def step(params, tokens_BT, positions_BT, cache, index):
-        output = model.hidden(params, tokens_BT, positions_BT, cache=cache, write_index=index)
-        return model.logits(params, output.hidden_BTD), output.cache
 
-    cache = KVCache.create(model.config, 3, total + 4)
-    first = jax.jit(step, static_argnums=4) if is_start_known else jax.jit(step)
-    logits, cache = first(params, tokens[:, :prompt], positions[:, :prompt], cache, 0)
-    step = jax.jit(step)
+def whole_logits(model, params, tokens):
+    """Of rows in which what is behind a row's tokens is padding."""
+
+    def read(params, tokens):
+        output = model.read_rows(params, model.embed(params, tokens), lengths_B=jnp.asarray(LENGTHS + STEPS))
+        return model.logits(params, output.hidden_BTD)
+
+    return jax.jit(read)(params, tokens)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_prompts_of_any_length_then_single_tokens_equal_the_whole_pass(name, chunks):
+    """The prompts read at once, or in pieces of 3 tokens, the last of which are padding in the shorter rows."""
+    model, params, tokens = make(name)
+
+    @jax.jit
+    def prompt(params, tokens, lengths, cache):
+        hidden, cache = model.read_prompt(params, model.embed(params, tokens), lengths, cache)
+        return model.logits(params, hidden), cache
+
+    @jax.jit
+    def following(params, tokens, starts, cache, lengths):
+        hidden, cache = model.read_next(params, model.embed(params, tokens), starts, cache, lengths)
+        return model.logits(params, hidden), cache
+
+    width = -(-PROMPT // chunks)
+    expected = np.asarray(whole_logits(model, params, tokens))
+    logits, cache = prompt(params, tokens[:, :width], jnp.minimum(LENGTHS, width), model.new_cache(3, PROMPT + STEPS))
     parts = [logits]
-    for t in range(prompt, total):
-        logits, cache = step(params, tokens[:, t : t + 1], positions[:, t : t + 1], cache, t)
+    for start in range(width, PROMPT, width):
+        piece = jnp.pad(tokens[:, start : start + width], ((0, 0), (0, max(0, start + width - PROMPT))))
+        logits, cache = following(params, piece, jnp.full(3, start), cache, jnp.minimum(LENGTHS, start + width))
         parts.append(logits)
-    cached_BTV = jnp.concatenate(parts, axis=1)
-    assert cache.positions_BS[:, -1].tolist() == [-1] * 3
+    read = np.concatenate(parts, axis=1)
+    for step in range(STEPS):
+        places = LENGTHS + step
+        newest = jnp.take_along_axis(tokens, places[:, None], axis=1)
+        logits, cache = following(params, newest, jnp.asarray(places), cache, None)
+        np.testing.assert_allclose(logits[:, 0], expected[np.arange(3), places], atol=2e-5)
+    if name != "dynamic":  # whose angles follow the length that was known when a token was read
+        for row, length in enumerate(LENGTHS):
+            np.testing.assert_allclose(read[row, :length], expected[row, :length], atol=2e-5)
 
-    # The same rows without padding, as segments of whole rows.
-    segments = jnp.asarray(positions >= 0, jnp.int32)
-    whole_BTV = jax.jit(model.apply)(params, tokens, positions, segments)[0]
-    for row, padding in enumerate(padding_B):
-        np.testing.assert_allclose(cached_BTV[row, padding:], whole_BTV[row, padding:], atol=2e-5)
+
+def test_dynamic_scaling_looks_at_a_row_s_own_length_and_not_at_its_padding():
+    config = ModelConfig(**SIZES, rope_scaling=RopeScaling("dynamic", 4.0, 4))
+    model, params = LanguageModel(config, ComputeConfig(dtype="float32")), make("dense")[1]
+    tokens = make("dense")[2]
+    read = jax.jit(lambda tokens, lengths: model.read_prompt(
+        params, model.embed(params, tokens), lengths, model.new_cache(len(tokens), PROMPT))[0])  # fmt: skip
+    together = read(tokens[:, :PROMPT], jnp.asarray(LENGTHS))
+    rows = jax.jit(lambda tokens, lengths: model.read_rows(
+        params, model.embed(params, tokens), lengths_B=lengths).hidden_BTD)(tokens, jnp.asarray(LENGTHS))  # fmt: skip
+    for row, length in enumerate(LENGTHS):
+        alone = read(tokens[row : row + 1, :length], jnp.asarray([length]))
+        np.testing.assert_allclose(together[row, :length], alone[0], atol=2e-5)
+        np.testing.assert_allclose(rows[row, :length], alone[0], atol=2e-5)
 
 
-def test_new_cache_is_empty_and_has_the_dtype_asked_for():
-    cache = KVCache.create(MODELS["dense"], 2, 5, jnp.bfloat16)
+@pytest.mark.parametrize(("platform", "slots"), [("cpu", 2 * CPU_BLOCK), ("gpu", 66)])
+def test_a_new_cache_has_the_dtype_and_the_blocks_of_its_platform(platform, slots):
+    cache = KVCache.create(MODELS["dense"], 2, 66, jnp.bfloat16, platform)
     keys_BKHS, values_BKSH = cache.layers[1].join()
-    assert len(cache.layers) == 2 and keys_BKHS.shape == (2, 2, 8, 5) and values_BKSH.shape == (2, 2, 5, 8)
+    assert len(cache.layers) == 2 and cache.layers[0].slots == slots
+    assert keys_BKHS.shape == (2, 2, 8, slots) and values_BKSH.shape == (2, 2, slots, 8)
     assert keys_BKHS.dtype == values_BKSH.dtype == jnp.bfloat16
-    assert cache.positions_BS.tolist() == [[-1] * 5] * 2
 
 
-@pytest.mark.parametrize(("slots", "more"), [(5, 4), (CPU_BLOCK, CPU_BLOCK), (96, 3 * CPU_BLOCK - 96)])
-def test_slots_hold_what_was_written_and_more_of_them_are_empty(slots, more):
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_slots_hold_what_was_written_and_a_larger_cache_takes_it_over(platform):
     config, rng = MODELS["dense"], np.random.default_rng(0)
-    k_BTKH, v_BTKH = jnp.asarray(rng.standard_normal((2, 2, slots - 2, 2, 8)), jnp.float32)
-    layer = KVCache.create(config, 2, slots).layers[0].write(k_BTKH[:, :2], v_BTKH[:, :2], 1)
-    for t in range(2, slots - 2):
-        layer = layer.write(k_BTKH[:, t : t + 1], v_BTKH[:, t : t + 1], t + 1)
-    for cache, empty in ((layer, 1), (layer.grow(more), 1 + more)):
-        keys_BKHS, values_BKSH = cache.join()
-        slots_of = ((0, 0), (1, empty), (0, 0), (0, 0))
-        np.testing.assert_array_equal(keys_BKHS.transpose(0, 3, 1, 2), np.pad(k_BTKH, slots_of))
-        np.testing.assert_array_equal(values_BKSH.transpose(0, 2, 1, 3), np.pad(v_BTKH, slots_of))
-
-
-def test_new_slots_have_no_position():
-    cache = KVCache.create(MODELS["dense"], 2, 5).write_positions(jnp.array([[0, 1], [-1, 0]]), 2).grow(9)
-    assert cache.positions_BS.tolist() == [[-1, -1, 0, 1, *[-1] * 5], [-1, -1, -1, 0, *[-1] * 5]]
+    tokens, slots = CPU_BLOCK + 9, 2 * CPU_BLOCK
+    k_BTKH, v_BTKH = jnp.asarray(rng.standard_normal((2, 2, tokens, 2, 8)), jnp.float32)
+    cache = KVCache.create(config, 2, slots, jnp.float32, platform)
+    layer = cache.layers[0].fill(k_BTKH[:, :66], v_BTKH[:, :66])
+    for places in (np.arange(66, 70), np.arange(70, 71), np.arange(71, tokens)):
+        positions_BT = jnp.asarray(np.broadcast_to(places, (2, len(places))))
+        layer = layer.write(k_BTKH[:, places], v_BTKH[:, places], positions_BT)
+    beyond = layer.write(k_BTKH[:, :1], v_BTKH[:, :1], jnp.full((2, 1), slots))
+    larger = KVCache((beyond,)).into(KVCache(KVCache.create(config, 2, 2 * slots, jnp.float32, platform).layers[:1]))
+    for found in (layer, beyond, larger.layers[0]):
+        keys_BKHS, values_BKSH = found.join()
+        padding = ((0, 0), (0, found.slots - tokens), (0, 0), (0, 0))
+        np.testing.assert_array_equal(keys_BKHS.transpose(0, 3, 1, 2), np.pad(k_BTKH, padding))
+        np.testing.assert_array_equal(values_BKSH.transpose(0, 2, 1, 3), np.pad(v_BTKH, padding))

@@ -8,7 +8,7 @@ import pytest
 from minimind_jax.convert.peft import rank_table
 from minimind_jax.model.config import ComputeConfig, ModelConfig
 from minimind_jax.model.lora import init_adapters, join, make_adapter, merge, scale_of, split, without_adapters
-from minimind_jax.model.transformer import LanguageModel, unstack_layers
+from minimind_jax.model.transformer import LanguageModel
 
 CONFIG = ModelConfig(
     vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -37,7 +37,7 @@ TOKENS = jax.random.randint(jax.random.key(2), (2, 12), 0, 60)
 
 
 def logits(model, params, **options):
-    output = model.hidden(params, TOKENS, **options)
+    output = model.read_rows(params, model.embed(params, TOKENS), **options)
     return np.asarray(model.logits(params, output.hidden_BTD))
 
 
@@ -77,7 +77,7 @@ def test_layers_with_ranks_of_their_own_stay_apart():
     params = join(*split(params, lambda path: path[-2:] != ("q_proj", "lora_b"))[:1], {
         "layers": {"attention": {"q_proj": {"lora_b": leaf["lora_b"]}}}
     })  # fmt: skip
-    grads = jax.grad(lambda p: jnp.sum(model.logits(p, model.hidden(p, TOKENS).hidden_BTD) ** 2))(params)
+    grads = jax.grad(lambda p: jnp.sum(model.apply(p, TOKENS)[0] ** 2))(params)
     found = grads["layers"]["attention"]["q_proj"]
     for layer, rank in enumerate((6, 4, 2)):
         assert np.abs(found["lora_a"][layer, :, :rank]).min() > 0
@@ -107,7 +107,14 @@ def test_dropout_acts_on_the_adapters_alone():
 
 def test_generation_takes_unstacked_adapters():
     model, params, _ = make()
-    np.testing.assert_allclose(logits(model, unstack_layers(params)), logits(model, params), atol=1e-5)
+    np.testing.assert_allclose(logits(model, model.unstack(params)), logits(model, params), atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [merge, without_adapters])
+def test_unstacked_adapters_are_neither_merged_nor_taken_off(function):
+    model, params, _ = make()
+    with pytest.raises(ValueError, match="unstacked for generation"):
+        function(model.unstack(params))
 
 
 def test_remat_and_scan_give_the_same_gradients():
@@ -119,7 +126,7 @@ def test_remat_and_scan_give_the_same_gradients():
 
         def loss(trained):
             full = join(own[1], trained)
-            return jnp.mean(other.logits(full, other.hidden(full, TOKENS).hidden_BTD) ** 2)
+            return jnp.mean(other.apply(full, TOKENS)[0] ** 2)
 
         return jax.grad(loss)(own[0])
 

@@ -40,6 +40,11 @@ def tokens_of(shape, seed=1):
     return jax.random.randint(jax.random.key(seed), shape, 0, SIZES["vocab_size"])
 
 
+def read(model):
+    """Compiled `read_rows` of tokens."""
+    return jax.jit(lambda params, tokens, *rest: model.read_rows(params, model.embed(params, tokens), *rest))
+
+
 def packed_row():
     """Documents of 9, 6 and 12 tokens and 5 of padding in one row: tokens, positions, segment ids, document bounds."""
     bounds = [(0, 9), (9, 15), (15, 27)]
@@ -88,7 +93,7 @@ def test_layers_with_zero_outputs_change_nothing_at_first(moe):
     tokens_BT = tokens_of((2, 8))
     embedded_BTD = params["embed"]["embedding"][tokens_BT]
     rms_BT1 = jnp.sqrt(jnp.mean(embedded_BTD**2, axis=-1, keepdims=True))
-    np.testing.assert_allclose(jax.jit(model.hidden)(params, tokens_BT).hidden_BTD, embedded_BTD / rms_BT1, rtol=1e-4)
+    np.testing.assert_allclose(read(model)(params, tokens_BT).hidden_BTD, embedded_BTD / rms_BT1, rtol=1e-4)
 
 
 @pytest.mark.parametrize("changes", [{}, {"moe": True, "tie_word_embeddings": False}])
@@ -117,10 +122,44 @@ def test_packed_rows_equal_their_documents_alone(moe):
         np.testing.assert_allclose(logits_BTV[:, start:stop], alone_BTV, atol=1e-5)
 
 
+@pytest.mark.parametrize("moe", [False, True])
+def test_padding_behind_the_only_document_of_a_row_needs_no_mask(moe):
+    model, params = make(moe=moe)
+    tokens, lengths_B = tokens_of((3, 24)), jnp.array([24, 9, 1])
+    is_token_BT = jnp.arange(24) < lengths_B[:, None]
+
+    def total(params, **rows):
+        output = model.read_rows(params, model.embed(params, tokens), **rows)
+        hidden_BTD = jnp.where(is_token_BT[..., None], output.hidden_BTD, 0)
+        return jnp.sum(jnp.sin(hidden_BTD)) + output.router_loss, (hidden_BTD, output.router_loss)
+
+    def compiled(**rows):
+        gradient = jax.jit(lambda params: jax.value_and_grad(functools.partial(total, **rows), has_aux=True)(params))
+        return gradient(params), gradient.lower(params).as_text()
+
+    (masked, text), (plain, plain_text) = (
+        compiled(segment_ids_BT=is_token_BT.astype(jnp.int32)), compiled(lengths_B=lengths_B)
+    )  # fmt: skip
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(masked), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1, float(jnp.abs(b).max())))
+    is_mask = "tensor<3x24x24xi1>"  # of the documents; the causal one has no axis of rows
+    assert is_mask in text and is_mask not in plain_text
+
+
+def test_embeddings_may_stand_in_the_place_of_tokens():
+    model, params = make()
+    tokens = tokens_of((2, 12))
+    own = {**params, "embed": {"embedding": params["embed"]["embedding"].at[7].set(3.0)}}
+    x_BTD = jnp.where((tokens == 7)[..., None], 3.0, model.embed(params, tokens))
+    np.testing.assert_allclose(
+        jax.jit(model.read_rows)(params, x_BTD).hidden_BTD, read(model)(own, tokens).hidden_BTD, atol=1e-5
+    )
+
+
 def test_router_loss_ignores_padding_and_matches_its_formula():
     model, params = make(moe=True)
     tokens, positions, segments, _ = packed_row()
-    hidden = jax.jit(model.hidden)
+    hidden = read(model)
     loss = hidden(params, tokens, positions, segments).router_loss
     np.testing.assert_allclose(hidden(params, tokens.at[:, 27:].set(7), positions, segments).router_loss, loss)
     shorter = hidden(params, tokens[:, :27], positions[:, :27], segments[:, :27]).router_loss
@@ -136,7 +175,7 @@ def test_all_padding_gives_no_nan():
     empty = jnp.zeros((2, 8), jnp.int32)
 
     def total(params):
-        output = model.hidden(params, empty, empty, empty)
+        output = model.read_rows(params, model.embed(params, empty), empty, empty)
         return jnp.sum(output.hidden_BTD) * 0 + output.router_loss
 
     loss, gradients = jax.jit(jax.value_and_grad(total))(params)
@@ -168,8 +207,8 @@ def test_straight_through_weight_gives_the_top_1_router_a_gradient_and_changes_n
 def test_dropout_drops_only_with_a_key_and_keeps_the_mean():
     model, params = make(dropout=0.3)
     tokens = tokens_of((2, 16))
-    hidden = jax.jit(lambda key: model.hidden(params, tokens, dropout_key=key).hidden_BTD)
-    same = jax.jit(make()[0].hidden)(params, tokens).hidden_BTD
+    hidden = jax.jit(lambda key: model.read_rows(params, model.embed(params, tokens), dropout_key=key).hidden_BTD)
+    same = read(make()[0])(params, tokens).hidden_BTD
     np.testing.assert_allclose(hidden(None), same, atol=1e-5)
     first, again, other = (hidden(jax.random.key(seed)) for seed in (0, 0, 1))
     assert jnp.array_equal(first, again)

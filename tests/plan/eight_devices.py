@@ -28,9 +28,8 @@ MODEL = ModelSettings(
 def needs(mesh: MeshConfig, devices: list, device) -> dict:
     training = TrainingConfig(batch_tokens=16 * 128, accumulation_steps=2)
     config = filled(PretrainConfig(model=MODEL, mesh=mesh, data=DataConfig(seq_len=128), training=training))
-    traced, state = compiler.trace_step(
-        config, LanguageModel(MODEL.resolve()), make_mesh(mesh, devices), device.platform if device else "cpu"
-    )
+    model = LanguageModel(MODEL.resolve(), platform=device.backend if device else "cpu")
+    traced, state = compiler.trace_step(config, model, make_mesh(mesh, devices))
     step = compiler.compile_step(traced, device.platform if device else "cpu")
     module = read_module(step.text)
     return {
@@ -38,7 +37,7 @@ def needs(mesh: MeshConfig, devices: list, device) -> dict:
         "memory": {**step.memory._asdict(), "total": step.memory.total},
         "batch": sum(x.size * 4 for x in jax.tree.leaves(compiler.abstract_batch(config))),
         "collectives": {kind: vars(found) for kind, found in module.collectives.items()},
-        "kernels": list(module.kernels),
+        "kernels": list(module.custom_calls),
         "unknown_loops": module.unknown_loops,
     }
 

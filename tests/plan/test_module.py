@@ -91,7 +91,7 @@ def test_the_tpu_compilers_asynchronous_gather_is_one_and_its_reduce_scatter_is_
     assert set(module.collectives) == {"all-gather", "reduce-scatter"}
     assert (gather.count, gather.runs, gather.bytes) == (1, 12, 12 * 1024 * 1024 * 2)
     assert (scatter.count, scatter.runs, scatter.bytes) == (1, 1, 1024 * 1024 * 4)
-    assert module.kernels["tpu_custom_call"] == (1, 12)
+    assert module.custom_calls["tpu_custom_call"] == (1, 12)
     assert module.unknown_loops == 0
 
 
@@ -102,7 +102,7 @@ def test_the_gpu_compilers_pairs_count_once_and_a_wrapped_collective_runs_with_i
         "all-gather": (1, 3, 3 * 64 * 4),
         "all-reduce": (1, 1, 64 * 4),
     }
-    assert module.kernels["__cudnn$fmhaSoftmax"] == (1, 3)
+    assert module.custom_calls["__cudnn$fmhaSoftmax"] == (1, 3)
 
 
 def test_a_loop_of_unknown_length_is_told():

@@ -55,7 +55,7 @@ def test_a_training_step_does_what_the_formula_says_and_full_attention():
     compute, data = ComputeConfig(attention="reference"), DataConfig(seq_len=16)
     config = filled(PretrainConfig(model=settings, compute=compute, data=data, training=training))
     model = LanguageModel(settings.resolve(), config.compute)
-    traced, _ = trace_step(config, model, make_mesh(config.mesh, jax.devices()[:1]), "cpu")
+    traced, _ = trace_step(config, model, make_mesh(config.mesh, jax.devices()[:1]))
     done = product_flops(traced.jaxpr.jaxpr) / 128
     causal = 6 * 2 * 32 * 16  # the formula's attention; the plain path multiplies the other half, too
     assert done == flops_per_token(model.config, 16) + causal

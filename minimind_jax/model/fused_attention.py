@@ -1,7 +1,7 @@
-"""The attention kernels of GPUs and TPUs, and their place on a mesh.
+"""Attention in one fused operation of a GPU or TPU, and its place on a mesh.
 
-The two kernels take padding (segment 0) for a document like any other, so that every query sees at least itself, and
-`on_mesh` clears what comes out for it. Both need rows of certain lengths; the causal mask hides the keys appended for
+Both take padding (segment 0) for a document like any other, so that every query sees at least itself, and `on_mesh`
+clears what comes out for it. Both need rows of certain lengths; the causal mask hides the keys appended for
 that from every query that counts.
 """
 
@@ -19,18 +19,18 @@ from minimind_jax.sharding import ROW_AXES
 SPLASH_SAVED_NAME = "splash_attention"
 LANES = 128  # a TPU's vector registers are 8 x 128; splash attention's blocks are multiples of it
 
-Kernel = Callable[[Array, Array, Array, Array | None], Array]
+FusedAttention = Callable[[Array, Array, Array, Array | None], Array]
 
 
-def on_mesh(kernel: Kernel, mesh: AbstractMesh) -> Kernel:
-    """`kernel` as attention within documents (see `attention`), each device having its own rows and heads.
+def on_mesh(fused: FusedAttention, mesh: AbstractMesh) -> FusedAttention:
+    """`fused` as attention within documents (see `attention`), each device having its own rows and heads.
 
-    The compiler cannot cut a kernel, so that is said here: rows over data x fsdp, and over expert where they divide,
-    heads over tensor. Queries in segment 0 give 0.
+    The compiler cannot cut one operation, so that is said here: rows over data x fsdp, and over expert where they
+    divide, heads over tensor. Queries in segment 0 give 0.
     """
 
     def attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
-        out_BTNH = kernel(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        out_BTNH = fused(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
         return out_BTNH if segment_ids_BT is None else jnp.where((segment_ids_BT > 0)[:, :, None, None], out_BTNH, 0)
 
     def attend_cut(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
@@ -74,8 +74,8 @@ def cudnn_obstacle(head_dim: int) -> str | None:
 
 
 def splash(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_ids_BT: Array | None, interpret: bool = False) -> Array:
-    """Splash attention (TPUs), (B, T, N, H): skips blocks that the causal mask hides, compares segment ids inside the
-    kernel, and reads shared key/value heads where they are. interpret: without a TPU, slowly."""
+    """Splash attention (TPUs), (B, T, N, H): skips blocks that the causal mask hides, compares segment ids as it
+    goes, and reads shared key/value heads where they are. interpret: without a TPU, slowly."""
     # Imported here because it takes a while and no other platform needs it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
@@ -83,7 +83,7 @@ def splash(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_ids_BT: Array | 
     block = splash_block(T)
     length = math.ceil(T / block) * block
     names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
-    kernel = splash_attention_kernel.make_splash_mha(
+    attend = splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * N),
         block_sizes=splash_attention_kernel.BlockSizes(**dict.fromkeys(names, block)),
         head_shards=1,
@@ -97,13 +97,13 @@ def splash(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_ids_BT: Array | 
     if segment_ids_BT is not None:
         ids_BT = _lengthen(segment_ids_BT, length - T)
         segment_ids = splash_attention_kernel.SegmentIds(ids_BT, ids_BT)
-    out_BNTH = jax.vmap(kernel)(*heads_first, segment_ids)
+    out_BNTH = jax.vmap(attend)(*heads_first, segment_ids)
     return out_BNTH.transpose(0, 2, 1, 3)[:, :T]
 
 
 def splash_block(length: int) -> int:
-    """Queries, and keys, that the kernel takes at once: a multiple of 128 up to 512, with the least padding for that
-    number of blocks."""
+    """Queries, and keys, that splash attention takes at once: a multiple of 128 up to 512, with the least padding for
+    that number of blocks."""
     blocks = math.ceil(length / 512)
     return math.ceil(length / (blocks * LANES)) * LANES
 
