@@ -5,13 +5,13 @@ import os
 import subprocess
 import sys
 import time
-import types
 
 import pytest
 
-from minimind_jax import __version__, cli
+from minimind_jax import __version__
 from minimind_jax.cli import COMMANDS, main
-from minimind_jax.config.settings import fields_of
+from minimind_jax.commands import PROCESS_FLAGS, take_process_flags
+from minimind_jax.config.fields import fields_of
 from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.errors import UserError
 
@@ -82,12 +82,15 @@ def test_a_mistake_is_one_message_and_status_2(argv, text, capsys, tmp_path, mon
 
 
 @pytest.mark.parametrize("command", ["from-hf", "to-hf", "from-torch"])
-@pytest.mark.parametrize("size", ["0", "-5", "5GB", "nan"])
-def test_a_size_of_shards_that_is_no_number_is_refused(command, size, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["convert", command, "in", "out", f"--max_shard_bytes={size}"])
-    assert end.value.code == 2
-    assert f"argument --max_shard_bytes: {size} is not a number above 0" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "size, told",
+    [("0", "0.0; it must be above 0"), ("-5", "-5.0; it must be above 0"), ("5GB", "'5GB'; expected number"),
+     ("nan", "'nan'; expected number")],
+)  # fmt: skip
+def test_a_size_of_shards_that_is_no_number_is_refused(command, size, told, capsys):
+    needed = ["--tokenizer", "tok"] if command == "from-torch" else []
+    assert main(["convert", command, "in", "out", f"--max_shard_bytes={size}", *needed]) == 2
+    assert f"command line: max_shard_bytes is {told}" in capsys.readouterr().err
 
 
 def test_a_mistake_in_the_data_ends_a_real_process_without_traceback(tmp_path):
@@ -99,10 +102,10 @@ def test_a_mistake_in_the_data_ends_a_real_process_without_traceback(tmp_path):
 
 
 def test_ctrl_c_is_quiet(monkeypatch, capsys):
-    def interrupted(prog, argv):
+    def interrupted(config):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(COMMANDS, "report", COMMANDS["report"]._replace(run=interrupted))
+    monkeypatch.setattr("minimind_jax.training.report.run", interrupted)
     assert main(["report", "x"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 
@@ -121,17 +124,61 @@ def test_a_terminal_without_chinese_gets_escapes():
 
 def test_profile_is_short_for_five_steps(monkeypatch):
     trained = []
-    stage = types.SimpleNamespace(config=PretrainConfig, load=lambda: trained.append)
-    monkeypatch.setitem(cli.STAGES, "pretrain", stage)
-    assert cli.main(["pretrain", "--profile", "--training.profile_start", "3"]) == 0
+    monkeypatch.setattr("minimind_jax.stages.pretrain.pretrain", trained.append)
+    assert main(["pretrain", "--profile", "--training.profile_start", "3"]) == 0
     assert (trained[0].training.profile_steps, trained[0].training.profile_start) == (5, 3)
+    assert main(["pretrain", "--profile", "2"]) == 0 and trained[1].training.profile_steps == 2
 
 
 def test_the_flags_of_several_processes_go_where_jax_is_started_from(monkeypatch):
-    for variable in cli.PROCESS_FLAGS.values():
+    for variable in PROCESS_FLAGS.values():
         monkeypatch.setenv(variable, "before")
     words = ["--run", "a", "--coordinator_address", "host:1", "--process_id=0", "--num_processes", "2", "--seed", "3"]
-    assert cli._take_process_flags(words) == ["--run", "a", "--seed", "3"]
-    assert [os.environ[name] for name in cli.PROCESS_FLAGS.values()] == ["host:1", "2", "0"]
+    assert take_process_flags(words) == ["--run", "a", "--seed", "3"]
+    assert [os.environ[name] for name in PROCESS_FLAGS.values()] == ["host:1", "2", "0"]
     with pytest.raises(UserError, match="--process_id needs a value"):
-        cli._take_process_flags(["--process_id"])
+        take_process_flags(["--process_id"])
+
+
+def test_help_of_every_command_and_mistakes_load_nothing_heavy():
+    code = """
+import contextlib, io, sys
+from minimind_jax.cli import COMMANDS, main
+PASSED_ON = ("demo", "plan", "evaluate lm-eval")  # where another command reads what is unknown
+for name in ("", *COMMANDS):
+    for words in ["--help"], ["--no_such_setting", "x"]:
+        if words != ["--help"] and name in PASSED_ON:
+            continue
+        told = io.StringIO()
+        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+            try:
+                status = main([*name.split(), *words])
+            except SystemExit as end:
+                status = end.code
+        assert status == (0 if words == ["--help"] else 2), (name, words, told.getvalue())
+        heavy = {"jax", "numpy", "grain", "tokenizers", "torch", "matplotlib", "rich"} & set(sys.modules)
+        assert not heavy, (name, words, heavy)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ("data inspect", "FILE is missing: files, folders or globs of records; --tokenizer is missing: a folder with"),
+        ("data inspect f --tok t", "unknown setting tok; did you mean tokenizer?"),
+        ("convert to-hf a", "OUTPUT is missing: the folder to write"),
+        ("convert to-hf a b c", "unexpected argument 'c'"),
+        ("convert to-hf a b --dtype bf16", "dtype is 'bf16'; expected float32|bfloat16|float16 or null"),
+        ("convert from-torch --inference_rope_scaling a b", "--tokenizer is missing"),
+        ("data cache --clear old", "clear is 'old'; expected all|stale or null"),
+        ("data inspect f --tokenizer t --seq_len 2", "seq_len is 2; it must be at least 4"),
+        ("data inspect f --tokenizer t --config own.yaml", "own.yaml:1: unknown setting rowz; did you mean rows?"),
+    ],
+)
+def test_mistakes_of_tools_are_told_as_those_of_stages(words, told, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yaml").write_text("rowz: 3\n")
+    assert main(words.split()) == 2
+    assert told in capsys.readouterr().err

@@ -8,18 +8,15 @@ from pathlib import Path
 import pytest
 
 from minimind_jax.cli import COMMANDS, main
-from minimind_jax.config.generation import ChatConfig, GenerateConfig
-from minimind_jax.config.settings import config_names, fields_of, find_config
+from minimind_jax.config.fields import fields_of
+from minimind_jax.config.settings import config_names, find_config
 from minimind_jax.demo.story import report_text
 from minimind_jax.stages import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 
 FILES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("configs/*.yaml"), *ROOT.glob("scripts/*.sh")]
-SETTINGS = {
-    **{name: kind.config for name, kind in STAGES.items()},
-    **{"chat": ChatConfig, "generate": GenerateConfig},
-}
+SETTINGS = {name: command.settings for name, command in COMMANDS.items()}
 
 
 def commands(text: str) -> list[list[str]]:
@@ -31,16 +28,16 @@ def commands(text: str) -> list[list[str]]:
 
 def known_keys(name: str, capsys) -> set[str]:
     """Everything that may follow `--` in a command."""
-    if name in SETTINGS:
-        keys = {field.key for field in fields_of(SETTINGS[name])}
-        return {"config", *keys, *({"profile"} if "training.profile_steps" in keys else ())}
     if name in ("pipeline", "demo"):
         stages = {f"{stage}.{field.key}" for stage, kind in STAGES.items() for field in fields_of(kind.config)}
         return {"config", "name", *stages}
-    with pytest.raises(SystemExit):
-        main([*name.split(), "--help"])
-    options = set(re.findall(r"--(\w+)", capsys.readouterr().out))
-    return options | known_keys("pretrain", capsys) if name == "plan" else options
+    if name == "evaluate lm-eval":
+        with pytest.raises(SystemExit):
+            main([*name.split(), "--help"])
+        return set(re.findall(r"--(\w+)", capsys.readouterr().out))
+    fields = fields_of(SETTINGS[name])
+    flags = {"config", *(word for field in fields for word in (field.key, field.declared.get("flag")) if word)}
+    return flags | known_keys("pretrain", capsys) if name == "plan" else flags
 
 
 def check(words: list[str], capsys) -> None:

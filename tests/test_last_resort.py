@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from minimind_jax.cli import COMMANDS, main
+from minimind_jax.cli import main
 from minimind_jax.errors import UserError
 from minimind_jax.last_resort import explain
 from minimind_jax.paths import cache_home
 
 
 def raising(monkeypatch, error):
-    def run(prog, argv):
+    def run(config):
         raise error
 
-    monkeypatch.setitem(COMMANDS, "report", COMMANDS["report"]._replace(run=run))
+    monkeypatch.setattr("minimind_jax.training.report.run", run)
     return main(["report", "x"])
 
 
@@ -51,8 +51,8 @@ def test_a_bug_keeps_its_traceback_and_says_where_the_run_is(error, monkeypatch,
 
 @pytest.mark.parametrize("platform, way_out", [("cuda", "jax[cuda13]"), ("abacus", "unset JAX_PLATFORMS")])
 def test_devices_that_jax_cannot_use_are_told(platform, way_out):
-    code = "import jax, sys; from minimind_jax.cli import COMMANDS, main\n"
-    code += "COMMANDS['report'] = COMMANDS['report']._replace(run=lambda *_: jax.devices()); sys.exit(main(['report']))"
+    code = "import jax, sys; from minimind_jax.cli import main; from minimind_jax.training import report\n"
+    code += "report.run = lambda config: jax.devices(); sys.exit(main(['report', 'x']))"
     environment = {**os.environ, "JAX_PLATFORMS": platform}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and way_out in done.stderr and f"JAX_PLATFORMS is {platform}" in done.stderr

@@ -4,6 +4,8 @@ import dataclasses
 import re
 from typing import Literal
 
+from minimind_jax.config.fields import setting
+
 # What a model's generation_config.json decides where the user does not.
 FROM_MODEL = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -34,7 +36,7 @@ class SamplingSettings:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] = setting((), is_text=True)
     ignore_eos: bool = False
     seed: int = 0
 
@@ -124,7 +126,7 @@ class GenerateConfig(SamplingSettings):
     """
 
     model: str = ""
-    prompt: tuple[str, ...] = ()
+    prompt: tuple[str, ...] = setting((), is_text=True)
     input: tuple[str, ...] = ()
     output: str = ""
     as_conversations: bool = False

@@ -6,9 +6,12 @@ A stage's YAML file and the command line fill these in (see `settings.py`); the 
 import dataclasses
 from typing import Any, Literal
 
+from minimind_jax.config.fields import setting
 from minimind_jax.model.config import PRESETS, ModelConfig, RopeScaling
 
 DType = Literal["float32", "bfloat16", "float16"]
+
+RUN_LENGTHS = ("training.steps", "training.epochs", "training.tokens")  # a run has one of them
 
 DEFAULT_PRESET = "minimind-3"
 
@@ -215,9 +218,9 @@ class LoopConfig:
     profile_start: steps before the trace; the first compiles.
     """
 
-    steps: int | None = None
-    epochs: float | None = None
-    tokens: int | None = None
+    steps: int | None = setting(None, either="length")
+    epochs: float | None = setting(None, either="length")
+    tokens: int | None = setting(None, either="length")
     batch_tokens: int | None = None
     accumulation_steps: int = 1
     max_grad_norm: float = 1.0
@@ -227,7 +230,7 @@ class LoopConfig:
     watch: str = "min loss"
     patience: int = 0
     stop_on_nan: bool = True
-    profile_steps: int = 0
+    profile_steps: int = setting(0, flag="profile", alone=5)
     profile_start: int = 5
 
     def __post_init__(self):
@@ -418,7 +421,7 @@ class SampleConfig:
     max_new_tokens, temperature, top_p: of the generation; temperature 0 is greedy.
     """
 
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = setting((), is_text=True)
     from_data: int = 0
     max_new_tokens: int = 48
     temperature: float = 0.0

@@ -1,15 +1,12 @@
-"""Settings of a stage: a YAML file, then `--dotted.key value` from the command line, into a frozen dataclass.
+"""Settings of a command: a YAML file, then `--dotted.key value` from the command line, into a frozen dataclass.
 
 Every mistake is a `UserError` that says where the setting was given, what was expected, and which key was probably
-meant. jsonargparse writes `--help` from the dataclasses' docstrings.
+meant. What there is to know about a key stands with its field, see `config.fields`.
 """
 
 import dataclasses
 import difflib
-import functools
-import inspect
 import re
-import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,31 +14,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from minimind_jax.config.fields import Field, default_of, fields_of, help_text, nested_class, type_name
 from minimind_jax.errors import UserError
 from minimind_jax.paths import as_path
 from minimind_jax.texts import read_text
-from minimind_jax.values import convert, is_optional
-
-RUN_LENGTHS = {"training.steps", "training.epochs", "training.tokens"}  # a run has one of them
-
-TEXT_LISTS = {"prompt", "prompts", "stop"}  # lists of text in which a comma or a bracket is only a character
-
-
-class Field(NamedTuple):
-    """One setting of a stage: its dotted key, type, default and the text of its help."""
-
-    key: str
-    type: Any
-    default: Any
-    help: str
-
-    @property
-    def section(self) -> str:
-        return self.key.rpartition(".")[0]
-
-    @property
-    def is_list(self) -> bool:
-        return typing.get_origin(self.type) is tuple
+from minimind_jax.values import convert
 
 
 class Setting(NamedTuple):
@@ -53,51 +30,6 @@ class Setting(NamedTuple):
     value: Any
     where: str
     written: Any = None
-
-
-# What a dataclass holds -----------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def fields_of(cls: type) -> list[Field]:
-    """All settings of a stage's dataclass, nested ones under dotted keys, in order of definition."""
-    return list(_fields(cls, None, ""))
-
-
-def _fields(cls: type, default: Any, prefix: str) -> Iterable[Field]:
-    hints, texts = typing.get_type_hints(cls), _field_help(cls)
-    for field in dataclasses.fields(cls):
-        key, kind = prefix + field.name, hints[field.name]
-        value = _default_of(field) if default is None else getattr(default, field.name)
-        nested = _nested_class(kind)
-        if nested:
-            if is_optional(kind):
-                yield Field(key, types.NoneType, value, "leave this section out")
-            yield from _fields(nested, value, key + ".")
-        else:
-            yield Field(key, kind, value, texts.get(field.name, ""))
-
-
-def _default_of(field: dataclasses.Field) -> Any:
-    """What a field holds unless it is set; None for a field that must be set."""
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return None if field.default is dataclasses.MISSING else field.default
-
-
-def _nested_class(kind: Any) -> type | None:
-    """The dataclass that a field holds (or may hold, when it is optional)."""
-    return next((k for k in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(k)), None)
-
-
-def _field_help(cls: type) -> dict[str, str]:
-    """Texts of the lines `name, other: what it is` in the docstrings of a dataclass and its bases."""
-    texts = {}
-    for owner in reversed(cls.__mro__):
-        lines = re.sub(r"\n +", " ", inspect.cleandoc(owner.__doc__ or ""))  # a text goes on in indented lines
-        for names, text in re.findall(r"^(\w+(?:, \w+)*): (.+(?:\n(?!\w+(?:, \w+)*: ).+)*)", lines, re.M):
-            texts |= dict.fromkeys(names.split(", "), " ".join(text.split()))
-    return texts
 
 
 # Where values come from -----------------------------------------------------------------------------------------------
@@ -195,55 +127,101 @@ def as_written(node: yaml.Node) -> Any:
     return node.value if isinstance(node, yaml.ScalarNode) and not null else None
 
 
-def read_arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, Setting]]:
-    """Config files and overrides of `--config FILE --key value --key=value --list a b`; values stay text."""
-    configs, overrides, position = [], {}, 0
-    while position < len(argv):
-        name, equals, value = argv[position].partition("=")
-        position += 1
-        if not name.startswith("--") or name == "--":
-            raise UserError(f"unexpected argument {name!r}; settings are given as --key value")
-        values = [value] if equals else []
-        while not equals and position < len(argv) and not argv[position].startswith("--"):
-            values.append(argv[position])
-            position += 1
-        key = name[2:]
+def read_arguments(argv: Sequence[str], fields: Sequence[Field] = ()) -> tuple[list[str], dict[str, Setting]]:
+    """Config files and settings of `FILE --config FILE --key value --key=value --list a b`; values stay text.
+
+    fields: those of the command. A list takes all values behind its flag, any other field one, and a flag that no field
+    has all of them. Words without a flag are the positional settings. With a field that takes the rest, the arguments
+    of no field are left to it, --config included.
+    """
+    flags = {name: field for field in fields for name in (field.key, field.declared.get("flag")) if name}
+    rest = next((field.key for field in fields if field.declared.get("rest")), None)
+    has_words = rest is not None or any(field.declared.get("positional") for field in fields)
+    configs, given, words, left = [], {}, [], list(argv)
+    while left:
+        word = left.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        field = flags.get(name)
+        if not word.startswith("--") or word == "--" or (rest is not None and field is None):
+            words.append(word)
+            continue
+        values = [value] if equals else _take_values(field, left, has_words)
         if not values:
-            raise UserError(f"--{key} needs a value, as in --{key} VALUE")
-        if key == "config":
+            raise UserError(f"--{name} needs a value, as in --{name} VALUE")
+        if name == "config" and field is None:
             configs += values
         else:
-            overrides[key] = Setting(values if len(values) > 1 else values[0], "command line")
-    return configs, overrides
+            given[field.key if field else name] = Setting(values if len(values) > 1 else values[0], "command line")
+    if rest is not None:
+        return configs, {**given, rest: Setting(words, "command line")}
+    places = [field for field in fields if field.declared.get("positional") and field.key not in given]
+    return configs, given | _place(words, places)
+
+
+def _take_values(field: Field | None, left: list[str], has_words: bool) -> list[Any]:
+    """The values of a flag, taken off the words that are left. has_words: the next may be no value of it."""
+    count = next((n for n, word in enumerate(left) if word.startswith("--")), len(left))
+    if field is not None and not field.is_list:
+        count = min(count, 1)
+    if field is not None and "alone" in field.declared:
+        if not count or (has_words and not _fits(field.type, left[0])):
+            return [field.declared["alone"]]
+    values, left[:count] = left[:count], []
+    return values
+
+
+def _fits(kind: Any, text: str) -> bool:
+    try:
+        convert(kind, text)
+    except (ValueError, TypeError, ArithmeticError):
+        return False
+    return True
+
+
+def _place(words: list[str], places: Sequence[Field]) -> dict[str, Setting]:
+    """Words without a flag as positional settings: each takes one, and a list all that those behind it leave."""
+    given = {}
+    for behind, field in zip(range(len(places) - 1, -1, -1), places, strict=True):
+        count = max(0, len(words) - behind) if field.is_list else min(1, len(words))
+        taken, words = words[:count], words[count:]
+        if taken:
+            given[field.key] = Setting(taken if field.is_list else taken[0], "command line")
+    if words:
+        raise UserError(f"unexpected argument {words[0]!r}; settings are given as --key value")
+    return given
 
 
 # From given values to a dataclass -------------------------------------------------------------------------------------
 
 
 def load_settings(cls: type, argv: Sequence[str], prog: str = "minimind") -> Any:
-    """A stage's settings: defaults, then the `--config` files in order, then the command line.
+    """A command's settings: defaults, then the `--config` files in order, then the command line.
 
     `--help` prints every field with its type, default and meaning, and exits. Raises UserError.
     """
     if {"-h", "--help"} & set(argv):
-        print(help_text(cls, prog), end="")
+        print(help_text(cls, prog, config_names()), end="")
         raise SystemExit(0)
-    configs, overrides = read_arguments(argv)
+    fields = fields_of(cls)
+    configs, overrides = read_arguments(argv, fields)
     given: dict[str, Setting] = {}
     for name in configs:
-        given = merge(given, read_yaml(find_config(name)))
-    return make_settings(cls, merge(given, overrides))
+        given = merge(given, read_yaml(find_config(name)), fields)
+    return make_settings(cls, merge(given, overrides, fields))
 
 
-def merge(base: Mapping[str, Setting], over: Mapping[str, Setting]) -> dict[str, Setting]:
+def merge(base: Mapping[str, Setting], over: Mapping[str, Setting], fields: Sequence[Field]) -> dict[str, Setting]:
     """Settings of `base` with those of `over` on top.
 
-    A section set as a whole (to null) replaces its keys, and the reverse; one length of a run replaces another.
+    A section set as a whole (to null) replaces its keys, and the reverse; one of `fields` replaces those that are
+    declared as `either` this or that.
     """
+    either = {field.key: field.declared["either"] for field in fields if "either" in field.declared}
+    decided = {either[key] for key in over if key in either}
 
     def replaced(key: str) -> bool:
         same_section = any(key.startswith(new + ".") or new.startswith(key + ".") for new in over)
-        return same_section or (key in RUN_LENGTHS and not RUN_LENGTHS.isdisjoint(over))
+        return same_section or either.get(key) in decided
 
     return {key: setting for key, setting in base.items() if not replaced(key)} | over
 
@@ -266,6 +244,8 @@ def make_settings(cls: type, given: Mapping[str, Setting], **defaults: Any) -> A
         if key not in fields:
             raise UserError(_unknown_key(key, setting, fields))
         values[key] = _typed(fields[key], setting)
+    if missing := [field for field in fields.values() if field.is_required and field.key not in values]:
+        raise UserError("; ".join(f"{field.label} is missing: {field.help.rstrip('.')}" for field in missing))
     return _build(cls, None, values, "", given)
 
 
@@ -274,11 +254,11 @@ def _build(cls: type, default: Any, values: Mapping[str, Any], prefix: str, give
     changes = {}
     for field in dataclasses.fields(cls):
         key, kind = prefix + field.name, typing.get_type_hints(cls)[field.name]
-        nested = _nested_class(kind)
+        nested = nested_class(kind)
         if key in values:
             changes[field.name] = values[key]
         elif nested and any(name.startswith(key + ".") for name in values):
-            start = _default_of(field) if default is None else getattr(default, field.name)
+            start = default_of(field) if default is None else getattr(default, field.name)
             changes[field.name] = _build(nested, start, values, key + ".", given)
     try:
         return cls(**changes) if default is None else dataclasses.replace(default, **changes)
@@ -299,32 +279,12 @@ def _with_section(message: str, cls: type, prefix: str, given: Mapping[str, Sett
     return f"{places[0]}: {message}" if places else message
 
 
-def _type_parser(fields: Sequence[Field], **options):
-    """A jsonargparse parser that knows the fields, in a group for each section."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False, **options)
-    groups = {"": parser}
-    for field in fields:
-        if field.type is types.NoneType:
-            groups[field.key] = parser.add_argument_group(field.key, f"--{field.key} null: {field.help}")
-            continue
-        if field.section not in groups:
-            groups[field.section] = parser.add_argument_group(field.section)
-        # A required field of an optional section has no default; jsonargparse would refuse None for it.
-        kind = field.type if field.default is not None or is_optional(field.type) else field.type | None
-        groups[field.section].add_argument(
-            "--" + field.key, type=kind, default=field.default, help=field.help, metavar=_placeholder(field.type)
-        )
-    return parser
-
-
 def _typed(field: Field, setting: Setting) -> Any:
     """The setting's value in the field's type."""
     given = setting.value if setting.written is None else setting.written
     try:
         if field.is_list and given is not None:
-            return tuple(convert(typing.get_args(field.type)[0], item) for item in _as_list(given, field.key))
+            return tuple(convert(typing.get_args(field.type)[0], item) for item in _as_list(given, field))
         return convert(field.type, given)
     except ArithmeticError:
         raise UserError(
@@ -332,44 +292,22 @@ def _typed(field: Field, setting: Setting) -> Any:
         ) from None
     except (ValueError, TypeError):
         raise UserError(
-            f"{setting.where}: {field.key} is {setting.value!r}; expected {_type_name(field.type)}"
+            f"{setting.where}: {field.key} is {setting.value!r}; expected {type_name(field.type)}"
         ) from None
 
 
-def _as_list(value: Any, key: str) -> list:
+def _as_list(value: Any, field: Field) -> list:
     """`a,b`, `[a, b]` as YAML, and a single value all stand for a list; text for the model is never taken apart."""
     if isinstance(value, list | tuple):
         return list(value)
-    if not isinstance(value, str) or key.split(".")[-1] in TEXT_LISTS:
+    if not isinstance(value, str) or field.declared.get("is_text"):
         return [value]
     if not value.startswith("["):
         return value.split(",")
     try:
         return as_written(yaml.compose(value, _Loader))
     except yaml.YAMLError:
-        raise UserError(f"command line: {key}: {value!r} is not a list; write it as [a, b] or a,b") from None
-
-
-def _type_name(kind: Any) -> str:
-    """A type in the user's words: `whole number`, `adamw or muon`, `list of text`."""
-    arguments = typing.get_args(kind)
-    origin = typing.get_origin(kind)
-    if is_optional(kind):
-        return " or ".join([_type_name(a) for a in arguments if a is not type(None)] + ["null"])
-    if origin is typing.Literal:
-        return "|".join(arguments)
-    if origin is tuple:
-        return f"list of {_type_name(arguments[0])}"
-    return {int: "whole number", float: "number", str: "text", bool: "true|false", types.NoneType: "null"}[kind]
-
-
-def _placeholder(kind: Any) -> str:
-    """What stands for a value in `--help`, where jsonargparse adds the type: `N`, `TEXT ...`, `adamw|muon`."""
-    if typing.get_origin(kind) is tuple:
-        return f"{_placeholder(typing.get_args(kind)[0])} ..."
-    if is_optional(kind):
-        return _placeholder(typing.get_args(kind)[0])
-    return {int: "N", float: "X", str: "TEXT"}.get(kind) or _type_name(kind)
+        raise UserError(f"command line: {field.key}: {value!r} is not a list; write it as [a, b] or a,b") from None
 
 
 def _unknown_key(key: str, setting: Setting, fields: Mapping[str, Field]) -> str:
@@ -394,16 +332,3 @@ def nearest(key: str, keys: Iterable[str]) -> str:
         return max(whole, last) + 0.1 * min(whole, last)
 
     return max(keys, key=likeness)
-
-
-def help_text(cls: type, prog: str) -> str:
-    """The text of `--help`: what the stage is, and every field with its type, default and meaning."""
-    description = (cls.__doc__ or "").split("\n")[0]
-    parser = _type_parser(
-        fields_of(cls),
-        prog=prog,
-        usage=f"{prog} [--config FILE] [--key value ...]",
-        description=f"{description}\n\nSettings come from --config (a YAML file, or the name of one that comes with "
-        f"the package: {', '.join(config_names())}), then from the command line.",
-    )
-    return parser.format_help()

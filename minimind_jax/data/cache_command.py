@@ -7,10 +7,16 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from minimind_jax.config.sections import FilesConfig
+from minimind_jax.config.tools import CacheConfig
 from minimind_jax.data.cache_folder import StoredCache, cache_root, is_in_use, remove_cache, stored_caches
 
 SHOWN_FILES = 3
 DAY = 24 * 60 * 60
+
+
+def run(config: CacheConfig) -> None:
+    """Lists or removes the caches that `config` means."""
+    show_caches(config.cache_dir, config.clear, config.days)
 
 
 def show_caches(

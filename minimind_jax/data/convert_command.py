@@ -8,15 +8,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from minimind_jax.config.tools import ConvertDataConfig
 from minimind_jax.data.formats import TEXT, detect, recognise, renaming
-from minimind_jax.data.jsonl import Reading, Record, expand_paths, iter_records, tell, tell_left_out
+from minimind_jax.data.jsonl import Reading, Record, expand_paths, iter_records, reading_of, tell, tell_left_out
 from minimind_jax.data.labels import LABEL_FIELDS, labelled_record
 from minimind_jax.data.records import as_record, parse_conversation, parse_preference, parse_text
 from minimind_jax.data.values import field_names
 from minimind_jax.errors import UserError
 from minimind_jax.signals import telling
 
-KINDS = ("text", "conversation", "preference", "labelled")
+
+def run(config: ConvertDataConfig) -> None:
+    """Converts the files that `config` names."""
+    renamed, skip = parse_renamed(config.rename), config.on_error == "skip"
+    convert(config.files, config.output, reading_of(config), config.kind, renamed, config.label_field, skip)
 
 
 def convert(

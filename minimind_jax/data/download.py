@@ -12,6 +12,7 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from minimind_jax.config.tools import DownloadConfig
 from minimind_jax.errors import UserError
 
 Source = Literal["huggingface", "modelscope"]
@@ -33,6 +34,12 @@ SETS = {"mini": ("pretrain_t2t_mini.jsonl", "sft_t2t_mini.jsonl"), "all": tuple(
 CONNECTIONS = 5  # tried in a row without a byte of progress
 CHUNK = 1 << 20
 TIMEOUT = 30  # seconds without an answer
+
+
+def run(config: DownloadConfig) -> None:
+    """Downloads what `config` names, and prints where it lies."""
+    for path in download(config.what, config.target, config.source):
+        print(path)
 
 
 def download(what: str | Sequence[str], target: str | Path = "data", source: Source = "huggingface") -> list[Path]:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minimind_jax.config.sections import DataConfig
+from minimind_jax.config.tools import InspectConfig
 from minimind_jax.data.epoch import plan_epoch
 from minimind_jax.data.formats import detect
 from minimind_jax.data.jsonl import READING, Reading, expand_paths, iter_records, reading_of
@@ -51,6 +52,13 @@ class Inspection:
     @property
     def trained_share(self) -> float:
         return self.cache.info["trained_tokens"] / self.cache.info["tokens"]
+
+
+def run(config: InspectConfig) -> None:
+    """Inspects the files that `config` names."""
+    reading = dataclasses.asdict(reading_of(config))
+    data = DataConfig(seq_len=config.seq_len, **reading)
+    inspect(config.files, Tokenizer.load(config.tokenizer), data, config.kind, config.rows, config.seed)
 
 
 def inspect(

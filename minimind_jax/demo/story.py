@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from minimind_jax.config.generation import SamplingConfig
+from minimind_jax.config.tools import DemoConfig
 from minimind_jax.convert.hf import load_hf, to_hf
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.demo import corpus
@@ -47,11 +48,8 @@ class Recall(NamedTuple):
         return f"{self.language}: {self.exact} of {self.questions} ({self.exact / self.questions:.1%})"
 
 
-def run_demo(overrides: Sequence[str] = ()) -> int:
-    """Collects, trains, measures and exports in runs/demo; 0, or 1 when the export is not what was trained.
-
-    overrides: `--STAGE.key value` arguments over configs/quickstart.yaml.
-    """
+def run(config: DemoConfig) -> int:
+    """Collects, trains, measures and exports in runs/demo; 0, or 1 when the export is not what was trained."""
     started = time.perf_counter()
     print("Collecting text: Python's language reference, docstrings, dialogues")
     files = collect(FOLDER / "data")
@@ -59,7 +57,7 @@ def run_demo(overrides: Sequence[str] = ()) -> int:
         print(f"  {path}: {path.stat().st_size / 1e6:.1f} MB")
     texts, chats = map(str, files.values())
     data = ["--pretrain.data.train", texts, "--sft.data.train", chats]
-    run_pipeline(load_pipeline(["--config", "quickstart", "--name", "demo", *data, *overrides]))
+    run_pipeline(load_pipeline(["--config", "quickstart", "--name", "demo", *data, *config.arguments]))
 
     exported = FOLDER / "model"
     to_hf(FOLDER / "sft", exported, dtype="float32")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minimind_jax.config.tools import ChoicesConfig
 from minimind_jax.convert.load import load_tokenizer
 from minimind_jax.data.jsonl import Record, iter_records
 from minimind_jax.data.tokenizer import Tokenizer
@@ -102,6 +103,16 @@ def _number(answer: Any, choices: Sequence[str], record: Record) -> int:
             f"{len(choices) - 1}, its letter, or the choice itself"
         )
     return number
+
+
+def run(config: ChoicesConfig) -> None:
+    """Measures and prints what `config` asks for."""
+    results = evaluate_choices(
+        config.model, config.files, shots=config.shots_from, shot_count=config.shots,
+        prompt=config.prompt.replace("\\n", "\n"), max_questions=config.max_questions, batch_size=config.batch_size,
+    )  # fmt: skip
+    for result in results:
+        print(result.describe())
 
 
 def evaluate_choices(

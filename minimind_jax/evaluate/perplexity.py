@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from minimind_jax.config.sections import DataConfig
+from minimind_jax.config.tools import PerplexityConfig
 from minimind_jax.convert.load import load_tokenizer
 from minimind_jax.data.batches import Batches
 from minimind_jax.data.inspect import detect_kind
-from minimind_jax.data.jsonl import READING, Reading, expand_paths
+from minimind_jax.data.jsonl import READING, Reading, expand_paths, reading_of
 from minimind_jax.data.token_cache import TokenCache, build_cache
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
@@ -55,6 +56,18 @@ class Perplexity:
     def bits_per_byte(self) -> float:
         """Total nll in bits over the UTF-8 bytes of the predicted tokens: comparable between tokenizers."""
         return float(self.nll_by_position_T.sum()) / math.log(2) / self.byte_count
+
+
+def run(config: PerplexityConfig) -> None:
+    """Measures and prints what `config` asks for."""
+    found = evaluate_perplexity(
+        config.model, config.files, config.seq_len,
+        kind=config.kind, max_rows=config.max_rows, reading=reading_of(config),
+    )  # fmt: skip
+    print(
+        f"{found.tokens:,} tokens: loss {found.nll:.4f}, perplexity {found.perplexity:.3f}, "
+        f"bits per byte {found.bits_per_byte:.4f}"
+    )
 
 
 def evaluate_perplexity(

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from minimind_jax.data.jsonl import DOCUMENTS, READING, Reading, Record, expand_paths, iter_records, tell
+from minimind_jax.config.tools import PredictConfig, ScoreConfig
+from minimind_jax.data.jsonl import DOCUMENTS, READING, Reading, Record, expand_paths, iter_records, reading_of, tell
 from minimind_jax.data.labels import parse_unlabelled
 from minimind_jax.data.messages import Conversation
 from minimind_jax.data.records import parse_conversation
@@ -23,6 +24,22 @@ from minimind_jax.inference.score import Scorer
 from minimind_jax.progress import progress
 
 CHUNK = 512  # records read at a time
+
+
+def run_predict(config: PredictConfig) -> None:
+    """`minimind classify predict`."""
+    told = config.model, config.input, config.output, config.top, config.seq_len
+    _say_written(predict(*told, reading=reading_of(config)), config)
+
+
+def run_score(config: ScoreConfig) -> None:
+    """`minimind score`."""
+    _say_written(score(config.model, config.input, config.output, reading=reading_of(config)), config)
+
+
+def _say_written(count: int, config: PredictConfig | ScoreConfig) -> None:
+    if config.output:
+        print(f"{count} records written to {config.output}")
 
 
 def predict(
@@ -43,8 +60,6 @@ def predict(
     several labels a text: a list `predicted`, and `probabilities` of all.
     """
     _check_output(output, paths)
-    if top < 1:
-        raise UserError(f"top is {top}; it must be at least 1")
     scorer = Scorer(model, dtype, seq_len)
     labels = scorer.labels
     if len(labels.names) == 1:

@@ -1,21 +1,4 @@
-"""`minimind pipeline`: stages in order from one YAML file.
-
-    name: small                     # runs/small/ holds everything the pipeline makes
-    shared:                         # settings of every stage that has them
-      seed: 1
-    stages:
-      - tokenizer: {data: [corpus.jsonl]}
-      - pretrain:
-          data: {train: [corpus.jsonl]}
-      - sft:
-          data: {train: [dialogues.jsonl]}
-
-A finished stage is skipped and one that was cut off is resumed, so the same command can be repeated until all is done.
-Unless set, a stage writes to runs/NAME/STAGE, takes the tokenizer of the tokenizer stage, and all but `pretrain` start
-from the language model before them; the tokenizer learns from the other stages' files. `--STAGE.key value`,
-`--shared.key value` and `--name NAME` override the file. Files, names and settings of all stages are checked before the
-first one trains. As a model, runs/NAME means the last stage's.
-"""
+"""A pipeline: from its file and the arguments to the checked settings of each stage; see `config.tools` for both."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -25,7 +8,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from minimind_jax.config import settings
+from minimind_jax.config.fields import Field, fields_of
 from minimind_jax.config.settings import Setting
+from minimind_jax.config.tools import PipelineConfig
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_run
 from minimind_jax.stages import STAGES
@@ -70,6 +55,14 @@ class Stage(NamedTuple):
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
+
+
+def run(config: PipelineConfig) -> None:
+    """`minimind pipeline`. The file is read before anything heavy is loaded."""
+    stages = load_pipeline(config.arguments)
+    from minimind_jax.pipeline.run import run_pipeline
+
+    run_pipeline(stages)
 
 
 def load_pipeline(argv: Sequence[str]) -> list[Stage]:
@@ -120,16 +113,21 @@ def _apply_override(key: str, setting: Setting, shared: dict, stages: list) -> N
     targets = [shared] if section == "shared" else [own for name, own in stages if name == section]
     if not targets or not rest:
         known = ["name", *(f"shared.{f}" for f in _shared_keys([name for name, _ in stages]))]
-        known += [f"{name}.{field.key}" for name, _ in stages for field in settings.fields_of(STAGES[name].config)]
+        known += [f"{name}.{field.key}" for name, _ in stages for field in _fields([name])]
         raise UserError(f"command line: unknown setting {key}; did you mean {settings.nearest(key, known)}?")
     for target in targets:
-        merged = settings.merge(target, {rest: setting})
+        merged = settings.merge(target, {rest: setting}, _fields([name for name, _ in stages]))
         target.clear()
         target.update(merged)
 
 
+def _fields(names: Sequence[str]) -> list[Field]:
+    """Settings that at least one of the stages has."""
+    return [field for name in names for field in fields_of(STAGES[name].config)]
+
+
 def _shared_keys(names: Sequence[str]) -> set[str]:
-    return {field.key for name in names for field in settings.fields_of(STAGES[name].config)}
+    return {field.key for field in _fields(names)}
 
 
 def _check_shared(shared: Mapping[str, Setting], names: Sequence[str]) -> None:
@@ -144,8 +142,8 @@ def _make_stages(folder: Path, shared: Mapping[str, Setting], own: list[tuple[st
     """Checked settings of every stage, with the defaults that tie the stages together."""
     made: list[Stage] = []
     for name, given in own:
-        keys = _shared_keys([name])
-        given = settings.merge({key: value for key, value in shared.items() if key in keys}, given)
+        fields, keys = _fields([name]), _shared_keys([name])
+        given = settings.merge({key: value for key, value in shared.items() if key in keys}, given, fields)
         config = settings.make_settings(STAGES[name].config, given, **_defaults(name, folder, made))
         stage = Stage(name, config, folder)
         if stage.folder in [other.folder for other in made]:

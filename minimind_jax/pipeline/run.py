@@ -8,6 +8,7 @@ import yaml
 
 from minimind_jax.agreement import ending_together, first_says, on_first
 from minimind_jax.config import settings
+from minimind_jax.config.fields import fields_of
 from minimind_jax.folders import PIPELINE
 from minimind_jax.pipeline.check import check_stages, watch_records
 from minimind_jax.pipeline.read import Stage
@@ -76,7 +77,7 @@ def _changes(stage: Stage) -> list[str]:
     if not stage.record.is_file():
         return []
     before = settings.make_settings(type(stage.config), settings.read_yaml(stage.record))
-    pairs = {f.key: (_value(before, f.key), _value(stage.config, f.key)) for f in settings.fields_of(type(before))}
+    pairs = {f.key: (_value(before, f.key), _value(stage.config, f.key)) for f in fields_of(type(before))}
     return [f"{k} {old} -> {new}" for k, (old, new) in pairs.items() if old != new and not mean_the_same(k, old, new)]
 
 

@@ -1,66 +1,25 @@
 """`minimind plan`: what a run needs on a named GPU or TPU, told before it is rented."""
 
-import argparse
 import dataclasses
 import json
-import math
 import time
-from collections.abc import Sequence
 from importlib.metadata import version
 
+from minimind_jax.config.tools import PlanConfig
 from minimind_jax.plan import compile as compiler
 
-DESCRIPTION = """What a run needs on a GPU or TPU that need not be there: its real training step goes through the real
-compiler. Everything else is a setting of the stage, as for `minimind pretrain`: --config FILE or the name of a config,
-then --key value; of a pipeline's file --stage says which stage. Without a config: --model.preset NAME and the defaults.
 
-  minimind plan --config pretrain --device h100
-  minimind plan --config zero --stage sft --device tpu-v5e --topology 2x4 --data sft.jsonl --price 1.20
-  minimind plan --model.preset qwen3-0.6b --device tpu-v5e --topology 4x4 --mesh.data 1 --mesh.fsdp 16"""
-
-
-def run(prog: str, argv: Sequence[str]) -> None:
+def run(config: PlanConfig) -> None:
     """Plans and prints. Raises UserError."""
-    args, rest = _parser(prog).parse_known_args(argv)
     compiler.prepare_process()
-    plan = make_plan(args, rest)
-    print(json.dumps(plan, indent=1, ensure_ascii=False) if args.json else "\n".join(describe(plan)))
-
-
-def _parser(prog: str) -> argparse.ArgumentParser:
-    def share(text: str) -> float:
-        if not 0 < float(text) <= 1:
-            raise ValueError
-        return float(text)
-
-    def count(text: str) -> int:
-        if not 1 <= float(text) < math.inf:
-            raise ValueError
-        return round(float(text))
-
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--device", required=True, help="h100, a100, rtx3090, rtx4090, tpu-v4, tpu-v5e, tpu-v5p or tpu-v6e"
-    )
-    parser.add_argument("--topology", help="8 GPUs, or a TPU slice such as 2x4; the smallest there is if absent")
-    parser.add_argument("--stage", choices=("pretrain", "sft"), help="which stage of a pipeline, or kind of training")
-    parser.add_argument("--data", nargs="+", default=[], metavar="FILE", help="the training data, to count its tokens")
-    parser.add_argument("--tokens", type=count, help="tokens that are trained, in place of --data")
-    parser.add_argument("--mfu", type=share, default=0.4, help="share of the peak FLOP/s that training reaches (0.4)")
-    parser.add_argument("--price", type=float, help="of one device for an hour, in any currency; hours only without")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser
+    plan = make_plan(config)
+    print(json.dumps(plan, indent=1, ensure_ascii=False) if config.json else "\n".join(describe(plan)))
 
 
 # Planning -------------------------------------------------------------------------------------------------------------
 
 
-def make_plan(args: argparse.Namespace, argv: Sequence[str]) -> dict:
+def make_plan(asked: PlanConfig) -> dict:
     """Everything that is printed, as JSON has it: sizes in bytes, times in hours."""
     from minimind_jax.model.transformer import LanguageModel
     from minimind_jax.plan import devices, estimate, inputs, products
@@ -68,10 +27,10 @@ def make_plan(args: argparse.Namespace, argv: Sequence[str]) -> dict:
     from minimind_jax.training.flops import flops_per_token
     from minimind_jax.training.program import count_parts
 
-    device = devices.find_device(args.device)
-    topology = devices.parse_topology(device, args.topology or device.smallest)
-    planned = inputs.load_planned(argv, args.stage)
-    tokens = inputs.planned_tokens(planned, args.data, args.tokens)
+    device = devices.find_device(asked.device)
+    topology = devices.parse_topology(device, asked.topology or device.smallest)
+    planned = inputs.load_planned(asked.arguments, asked.stage)
+    tokens = inputs.planned_tokens(planned, asked.data, asked.tokens)
     package = devices.installed_compiler(device)
     if package:
         found = compiler.compile_only_devices(device, topology)
@@ -94,8 +53,8 @@ def make_plan(args: argparse.Namespace, argv: Sequence[str]) -> dict:
         "model": _model_facts(planned, model),
         "step": _step_facts(config, model, mesh),
         "device": {
-            "name": args.device,
-            "topology": args.topology or device.smallest,
+            "name": asked.device,
+            "topology": asked.topology or device.smallest,
             "count": topology.count,
             "memory": device.memory,
             "peak_flops": device.peak_flops,
@@ -120,7 +79,7 @@ def make_plan(args: argparse.Namespace, argv: Sequence[str]) -> dict:
     if not fits:
         change = estimate.advice(config, dict(mesh.shape), device.memory, params + opt_state, needed)
     plan["fit"] = {"fits": fits, "sentence": sentence, "change": change}
-    plan["time"] = _time_facts(args, config, tokens, formula, device.peak_flops, topology.count)
+    plan["time"] = _time_facts(asked, config, tokens, formula, device.peak_flops, topology.count)
     return plan
 
 
@@ -191,16 +150,16 @@ def _compiled_facts(traced, package: str, platform: str, count: int, batch_token
     }
 
 
-def _time_facts(args, config, tokens, formula: float, peak: float, count: int) -> dict:
+def _time_facts(asked: PlanConfig, config, tokens, formula: float, peak: float, count: int) -> dict:
     from minimind_jax.plan.estimate import cost
 
     if config.compute.dtype == "float32":
         return {"note": "no time: the peak is known for bfloat16 only, and compute.dtype is float32"}
-    told = cost(tokens.count if tokens else 10**9, formula, peak, count, args.mfu, args.price)
+    told = cost(tokens.count if tokens else 10**9, formula, peak, count, asked.mfu, asked.price)
     return {
         "tokens": tokens.count if tokens else 10**9,
         "source": tokens.source if tokens else "no data is there; for a billion tokens (--data FILE, --tokens N)",
-        "mfu": args.mfu,
+        "mfu": asked.mfu,
         **told._asdict(),
     }
 

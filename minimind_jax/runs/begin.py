@@ -12,6 +12,7 @@ import jax
 
 from minimind_jax import hub
 from minimind_jax.agreement import check_agreement, ending_together, exchange, on_first
+from minimind_jax.config.sections import RUN_LENGTHS
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.convert.replace import check_replaceable
 from minimind_jax.errors import UserError
@@ -25,8 +26,6 @@ from minimind_jax.training.origin import agreed_settings, check_start_models
 from minimind_jax.training.program import count_parts
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import is_exported
-
-LENGTH_FIELDS = {"training.steps", "training.epochs", "training.tokens"}
 
 
 def start_run(config: RunConfig) -> RunFolder:
@@ -128,7 +127,7 @@ def check_settings(run: RunFolder, config: RunConfig) -> None:
     told_later = {"optimizer.name", *(f"model.{name}" for name in SHAPE_FIELDS)}
     prefixes = ["model.", "init_from", "tokenizer", "seed", "lora.", "teacher.model"]
     prefixes += ["preference.loss", "preference.precompute_reference", "teacher.top_k"]
-    if is_exported(run) and not changed.keys() & LENGTH_FIELDS:
+    if is_exported(run) and not changed.keys() & set(RUN_LENGTHS):
         prefixes.append("optimizer.")
     refused = [key for key in changed if key.startswith(tuple(prefixes)) and key not in told_later]
     if refused:

@@ -8,9 +8,11 @@ from typing import Any
 from minimind_jax.config import settings
 from minimind_jax.config.sections import MeshConfig
 from minimind_jax.config.stages import RunConfig
-from minimind_jax.convert.hf import MAX_SHARD_BYTES, Labels, save_hf
+from minimind_jax.config.tools import ToHFConfig
+from minimind_jax.convert.hf import MAX_SHARD_BYTES, Labels, save_hf, stored_dtype, to_hf
+from minimind_jax.convert.load import base_folder, merge_lora
 from minimind_jax.errors import UserError
-from minimind_jax.folders import resolve_run
+from minimind_jax.folders import is_adapter, resolve_model_folder, resolve_run
 from minimind_jax.model.lora import join, merge
 from minimind_jax.paths import as_path
 from minimind_jax.runs.heads import load_body, own_labels, with_head
@@ -22,6 +24,23 @@ from minimind_jax.training.origin import check_words
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import read_metrics
 from minimind_jax.training.watch import Watch
+
+
+def run(config: ToHFConfig) -> None:
+    """`minimind convert to-hf`: a checkpoint, or the model of a run or a folder, whose adapters are merged."""
+    if config.checkpoint:
+        step = export_checkpoint(config.source, config.output, config.checkpoint, config.dtype, config.max_shard_bytes)
+        print(f"wrote {config.output}, step {step} of {config.source}")
+        return
+    source, dtype = resolve_model_folder(config.source, "source"), config.dtype or "bfloat16"
+    if is_adapter(source):
+        merge_lora(source, config.output, dtype=dtype, max_shard_bytes=config.max_shard_bytes)
+    else:
+        to_hf(source, config.output, dtype, config.max_shard_bytes)
+    found = stored_dtype(base_folder(source) if is_adapter(source) else source)
+    is_rounded = not config.dtype and found == "float32"
+    note = " in bfloat16 (--dtype float32 keeps the precision of the source)" * is_rounded
+    print(f"wrote {config.output}{note}")
 
 
 def export_checkpoint(

@@ -10,8 +10,9 @@ from pathlib import Path
 import yaml
 
 from minimind_jax.config.stages import CONFIGS
+from minimind_jax.config.tools import ReportConfig
 from minimind_jax.errors import UserError
-from minimind_jax.folders import holds_model
+from minimind_jax.folders import holds_model, resolve_run
 from minimind_jax.shell import command
 from minimind_jax.signals import uninterrupted
 from minimind_jax.texts import is_there, read_text
@@ -22,6 +23,11 @@ from minimind_jax.training.watch import Watch
 
 # Metrics of preferences, reward models, classifiers and distillation that are drawn where they are.
 CURVES = ("rewards/margins", "rewards/accuracies", "margin", "accuracy", "divergence")
+
+
+def run(config: ReportConfig) -> None:
+    """`minimind report`."""
+    print(f"wrote {write_report(resolve_run(config.run))}")
 
 
 def write_report(run: RunFolder | str | Path, last: dict | None = None) -> Path:

@@ -25,7 +25,7 @@ import jax
 import yaml
 from filelock import FileLock, Timeout
 
-from minimind_jax.config.settings import RUN_LENGTHS
+from minimind_jax.config.sections import RUN_LENGTHS
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_run
 from minimind_jax.hub import used_commits

@@ -8,12 +8,11 @@ import typing
 import pytest
 import yaml
 
+from minimind_jax.config.fields import fields_of, help_text, setting
 from minimind_jax.config.generation import ChatConfig, GenerateConfig
 from minimind_jax.config.settings import (
     Setting,
-    fields_of,
     find_config,
-    help_text,
     load_settings,
     make_settings,
     nearest,
@@ -288,11 +287,11 @@ def test_configs_are_found_by_path_and_by_name(tmp_path, monkeypatch):
 
 def test_every_field_is_in_the_help_with_a_meaning():
     for cls in (PretrainConfig, SFTConfig, TokenizerConfig, ChatConfig, GenerateConfig):
-        text = help_text(cls, "minimind stage")
+        text = help_text(cls, "minimind stage", ())
         for field in fields_of(cls):
             assert f"--{field.key} " in text
             assert field.help, f"{field.key} has no line in the docstring of its dataclass"
-    assert "default: 512" in help_text(PretrainConfig, "x") and "default: 768" in help_text(SFTConfig, "x")
+    assert "default: 512" in help_text(PretrainConfig, "x", ()) and "default: 768" in help_text(SFTConfig, "x", ())
 
 
 def test_fields_of_finds_every_leaf():
@@ -305,6 +304,56 @@ def test_fields_of_finds_every_leaf():
                 yield prefix + field.name
 
     assert set(leaves(SFTConfig)) <= {field.key for field in fields_of(SFTConfig)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToolConfig:
+    """A tool.
+
+    files: to read.
+    output: to write.
+    """
+
+    files: tuple[str, ...] = setting(positional="FILE")
+    output: str = setting(positional="OUTPUT")
+    json: bool = setting(False, alone=True)
+    clear: typing.Literal["all", "stale"] | None = setting(None, alone="all")
+    names: tuple[str, ...] = setting((), is_text=True)
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        ("a b out", {"files": ("a", "b"), "output": "out"}),
+        ("a,b out", {"files": ("a,b",), "output": "out"}),
+        ("--json a out", {"files": ("a",), "output": "out", "json": True}),
+        ("--json false a out", {"files": ("a",), "output": "out"}),
+        ("a --clear out", {"files": ("a",), "output": "out", "clear": "all"}),
+        ("a --clear stale out", {"files": ("a",), "output": "out", "clear": "stale"}),
+        ("a out --names x,y z", {"files": ("a",), "output": "out", "names": ("x,y", "z")}),
+        ("a b --output out", {"files": ("a", "b"), "output": "out"}),
+        ("--files a b --output out", {"files": ("a", "b"), "output": "out"}),
+    ],
+)
+def test_positional_settings_and_flags_alone(argv, expected):
+    assert load_settings(ToolConfig, argv.split()) == ToolConfig(**expected)
+
+
+def test_positional_settings_may_stand_in_a_file(config_file):
+    file = config_file("files: [a, b]\noutput: out\njson: true\n")
+    assert load_settings(ToolConfig, ["--config", file]) == ToolConfig(files=("a", "b"), output="out", json=True)
+
+
+def test_the_rest_of_the_arguments_is_left_as_it_is():
+    @dataclasses.dataclass(frozen=True)
+    class Wrapper:
+        device: str = ""
+        json: bool = setting(False, alone=True)
+        arguments: tuple[str, ...] = setting((), rest=True)
+
+    words = ["a", "--x", "1,2", "--device", "d", "--config", "c", "--json", "--y=[1]", "--", "b"]
+    rest = ("a", "--x", "1,2", "--config", "c", "--y=[1]", "--", "b")
+    assert load_settings(Wrapper, words) == Wrapper("d", True, rest)
 
 
 def test_nearest_prefers_the_same_last_part():

@@ -81,9 +81,10 @@ def test_mistakes_are_told(capsys):
     assert status == 2 and "did you mean h100" in printed.err
     status, printed = plan(capsys, "--device", "tpu-v5e", "--mesh.data", "3")
     assert status == 2 and "do not fit 1 devices" in printed.err
-    with pytest.raises(SystemExit):
-        plan(capsys, "--device", "tpu-v5e", "--tokens", "-5")
-    assert "--tokens" in capsys.readouterr().err
+    status, printed = plan(capsys, "--device", "tpu-v5e", "--tokens", "-5")
+    assert status == 2 and "tokens is -5; it must be at least 1" in printed.err
+    status, printed = plan(capsys)
+    assert status == 2 and "--device is missing: h100, a100" in printed.err
 
 
 @pytest.mark.parametrize("rows", [24, 20])

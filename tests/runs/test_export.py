@@ -109,9 +109,7 @@ def test_what_is_not_there_is_told_with_what_is(copy, tmp_path, capsys):
     assert "should name the run's stage" in message("--checkpoint", "newest")
     copy.config_file.unlink()
     assert "is not a run (no " in message("--checkpoint", "newest")
-    with pytest.raises(SystemExit):
-        to_hf(copy, tmp_path / "out", "--checkpoint", "latest")
-    assert "latest is neither newest, best nor a step" in capsys.readouterr().err
+    assert "checkpoint is 'latest'; it must be newest, best or a step" in message("--checkpoint", "latest")
     assert not (tmp_path / "out").exists()
 
 

@@ -1,0 +1,206 @@
+"""What a settings class holds: its fields under dotted keys, what is declared beside them, and the text of `--help`."""
+
+import dataclasses
+import functools
+import inspect
+import re
+import shutil
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from minimind_jax.values import is_optional
+
+HELP_COLUMN = 24
+FIELD_LINE = r"\w+(?:, \w+)*: "  # of a docstring: what begins the text of one field, or of several
+
+
+def setting(default: Any = dataclasses.MISSING, **declared: Any) -> Any:
+    """A field of a settings class, with what is to be known of it besides its type; without a default it is required.
+
+    positional: what stands for it in `--help` where it is given without its name. alone: what its flag means without a
+    value, as in `--json`. flag: another name on the command line. either: of the settings that say the same `either`
+    one replaces the others that an earlier file set. is_text: a comma or a bracket in it is only a character. rest: it
+    takes all arguments that are not of this class, as they are. must: what holds of its value, one of the rules below.
+    """
+    return dataclasses.field(default=default, metadata=declared)
+
+
+class Rule(NamedTuple):
+    """What holds of a value, and how that is said."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+def at_least(minimum: float) -> Rule:
+    return Rule(lambda value: value >= minimum, f"at least {minimum}")
+
+
+ABOVE_0 = Rule(lambda value: value > 0, "above 0")
+SHARE = Rule(lambda value: 0 <= value <= 1, "between 0 and 1")
+
+
+class Settings:
+    """A settings class that keeps the rules of its fields; a value of None is not asked. Raises ValueError."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, rule = getattr(self, field.name), field.metadata.get("must")
+            if rule is not None and value is not None and not rule.holds(value):
+                raise ValueError(f"{field.name} is {value!r}; it must be {rule.words}")
+
+
+class Field(NamedTuple):
+    """One setting: its dotted key, type, default (MISSING if it is required), the text of its help, and what `setting`
+    declares."""
+
+    key: str
+    type: Any
+    default: Any
+    help: str
+    declared: Mapping[str, Any] = types.MappingProxyType({})
+
+    @property
+    def section(self) -> str:
+        return self.key.rpartition(".")[0]
+
+    @property
+    def is_list(self) -> bool:
+        return typing.get_origin(self.type) is tuple
+
+    @property
+    def is_required(self) -> bool:
+        return self.default is dataclasses.MISSING
+
+    @property
+    def label(self) -> str:
+        """How a user names it: FILE, or --key."""
+        return self.declared.get("positional") or f"--{self.key}"
+
+
+@functools.cache
+def fields_of(cls: type) -> list[Field]:
+    """All settings of a dataclass, nested ones under dotted keys, in order of definition."""
+    return list(_fields(cls, None, ""))
+
+
+def _fields(cls: type, owner: Any, prefix: str) -> Iterable[Field]:
+    """owner: holds the defaults; None for the class's own."""
+    hints, texts = typing.get_type_hints(cls), _field_help(cls)
+    for field in dataclasses.fields(cls):
+        key, kind = prefix + field.name, hints[field.name]
+        value = default_of(field) if owner is None else getattr(owner, field.name)
+        nested = nested_class(kind)
+        if nested:
+            if is_optional(kind):
+                yield Field(key, types.NoneType, value, "leave this section out")
+            # What an optional section needs is required only where there is such a section.
+            inside = _fields(nested, value, key + ".")
+            yield from (f._replace(default=None) if f.is_required else f for f in inside)
+        else:
+            yield Field(key, kind, value, texts.get(field.name, ""), field.metadata)
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """What a field holds unless it is set; MISSING for one that must be."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def nested_class(kind: Any) -> type | None:
+    """The dataclass that a field holds (or may hold, when it is optional)."""
+    return next((k for k in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(k)), None)
+
+
+def _field_help(cls: type) -> dict[str, str]:
+    """Texts of the lines `name, other: what it is` in the docstrings of a dataclass and its bases."""
+    texts = {}
+    for owner in reversed(cls.__mro__):
+        lines = re.sub(r"\n +", " ", inspect.cleandoc(owner.__doc__ or ""))  # a text goes on in indented lines
+        for names, text in re.findall(rf"^({FIELD_LINE})(.+(?:\n(?!{FIELD_LINE}).+)*)", lines, re.M):
+            texts |= dict.fromkeys(names.removesuffix(": ").split(", "), " ".join(text.split()))
+    return texts
+
+
+# Words for a user -----------------------------------------------------------------------------------------------------
+
+
+def type_name(kind: Any) -> str:
+    """A type in the user's words: `whole number`, `adamw|muon`, `list of text`."""
+    arguments = typing.get_args(kind)
+    if is_optional(kind):
+        return " or ".join([type_name(a) for a in arguments if a is not type(None)] + ["null"])
+    if typing.get_origin(kind) is typing.Literal:
+        return "|".join(arguments)
+    if typing.get_origin(kind) is tuple:
+        return f"list of {type_name(arguments[0])}"
+    return {int: "whole number", float: "number", str: "text", bool: "true|false", types.NoneType: "null"}[kind]
+
+
+def _placeholder(kind: Any) -> str:
+    """What stands for a value in `--help`: `N`, `TEXT ...`, `adamw|muon`."""
+    if typing.get_origin(kind) is tuple:
+        return f"{_placeholder(typing.get_args(kind)[0])} ..."
+    if is_optional(kind):
+        return _placeholder(typing.get_args(kind)[0])
+    return {int: "N", float: "X", str: "TEXT"}.get(kind) or type_name(kind)
+
+
+def help_text(cls: type, prog: str, configs: Sequence[str]) -> str:
+    """The text of `--help`: what the command does, and every setting with its placeholder, meaning and default.
+
+    configs: names of the config files that come with the package.
+    """
+    width = max(60, min(shutil.get_terminal_size().columns, 120) - 2)
+    own = inspect.get_annotations(cls)
+    fields = sorted(fields_of(cls), key=lambda field: field.key not in own)  # those that others have, too, come later
+    sections: dict[str, list[Field]] = {"arguments": [], "options": []}
+    for field in fields:
+        title = "arguments" if field.declared.get("positional") else field.section or "options"
+        if not field.declared.get("rest"):
+            sections.setdefault(field.key if field.type is types.NoneType else title, []).append(field)
+    takes_more = any(field.declared.get("rest") for field in fields)
+    words = [_argument(field) for field in sections["arguments"]]
+    lines = [" ".join(["usage:", prog, *words, "[--config FILE] [--key value ...]"]), "", *_description(cls, width)]
+    if not takes_more:
+        told = f"--config is a YAML file, or the name of one that comes with the package: {', '.join(configs)}."
+        lines += ["", *textwrap.wrap(f"Settings come from --config, then from the command line. {told}", width)]
+    for title, members in sections.items():
+        if members:
+            lines += ["", f"{title}:", *(line for field in members for line in _help_lines(field, width))]
+    return "\n".join(lines) + "\n"
+
+
+def _argument(field: Field) -> str:
+    """FILE, FILE ... or [FILE ...]."""
+    word = field.label + " ..." * field.is_list
+    return word if field.is_required else f"[{word}]"
+
+
+def _description(cls: type, width: int) -> list[str]:
+    """The docstring, up to the texts of the fields; what is indented in it stays as it is."""
+    text = re.split(rf"\n(?={FIELD_LINE})", inspect.cleandoc(cls.__doc__ or ""))[0].rstrip()
+    paragraphs = text.split("\n\n")
+    wrapped = (part.split("\n") if part.startswith(" ") else textwrap.wrap(part, width) for part in paragraphs)
+    return [line for lines in wrapped for line in ("", *lines)][1:]
+
+
+def _help_lines(field: Field, width: int) -> list[str]:
+    placeholder = "null" if field.type is types.NoneType else _placeholder(field.type)
+    head = f"  {_argument(field) if field.declared.get('positional') else f'--{field.key} {placeholder}'}"
+    text = textwrap.wrap(field.help + _default_text(field), width - HELP_COLUMN)
+    if len(head) < HELP_COLUMN - 1 and text:
+        head += " " * (HELP_COLUMN - len(head)) + text.pop(0)
+    return [head, *(" " * HELP_COLUMN + line for line in text)]
+
+
+def _default_text(field: Field) -> str:
+    value = field.default
+    if field.is_required:
+        return "" if field.declared.get("positional") else " (required)"
+    if value in ("", ()) or field.type is types.NoneType:
+        return ""
+    words = {bool: lambda: str(value).lower(), float: lambda: f"{value:g}", tuple: lambda: " ".join(map(str, value))}
+    return f" (default: {'null' if value is None else words.get(type(value), lambda: value)()})"
