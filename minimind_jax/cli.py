@@ -13,23 +13,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_commands(COMMANDS, sys.argv[1:] if argv is None else argv)
 
 
-def _stage(name: str, summary: str) -> Command:
-    return Command(summary, STAGES[name].config, STAGES[name].function, has_processes=True)
-
-
 COMMANDS = {
     "demo": Command(
         "a small model learns from real text on this machine, and answers",
         tools.DemoConfig,
         "minimind_jax.demo.story:run",
     ),
-    "tokenizer": _stage("tokenizer", "train a byte-level BPE tokenizer"),
-    "pretrain": _stage("pretrain", "next-token training on plain text"),
-    "sft": _stage("sft", "supervised fine-tuning on conversations"),
-    "dpo": _stage("dpo", "learn from pairs of answers, chosen and rejected"),
-    "distill": _stage("distill", "learn from a larger model's probabilities"),
-    "reward": _stage("reward", "train a model that scores answers"),
-    "classify": _stage("classify", "train a classifier of texts"),
+    **{kind.name: Command(kind.summary, kind.config, kind.function, has_processes=True) for kind in STAGES.values()},
     "pipeline": Command(
         "stages in order from one file; skips what is done, resumes what was cut off",
         tools.PipelineConfig,
@@ -99,7 +89,7 @@ COMMANDS = {
     "convert to-hf": Command(
         "a run's model or checkpoint, in any dtype or shard size",
         tools.ToHFConfig,
-        "minimind_jax.runs.export:run",
+        "minimind_jax.pipeline.tools:to_hf",
     ),
     "convert from-torch": Command(
         "a MiniMind .pth as a Hugging Face folder",
@@ -124,6 +114,6 @@ COMMANDS = {
     "report": Command(
         "report.md and loss.png of a run",
         tools.ReportConfig,
-        "minimind_jax.training.report:run",
+        "minimind_jax.pipeline.tools:report",
     ),
 }

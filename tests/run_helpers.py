@@ -5,10 +5,19 @@ import json
 import shutil
 
 from minimind_jax.config.sections import CheckpointConfig
+from minimind_jax.runs.parts import assemble
+from minimind_jax.sharding import make_mesh
+from minimind_jax.stages import STAGES
+from minimind_jax.training.origin import find_models
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import WALL_CLOCK, read_metrics
 
 KEEP_ALL = CheckpointConfig(every=4, keep=10)
+
+
+def assembled(stage, config):
+    """The parts of a run that has not begun."""
+    return assemble(STAGES[stage], config, RunFolder(config.run), make_mesh(config.mesh), find_models(config))
 
 
 def with_chats(config, world):

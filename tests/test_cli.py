@@ -105,7 +105,7 @@ def test_ctrl_c_is_quiet(monkeypatch, capsys):
     def interrupted(config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("minimind_jax.training.report.run", interrupted)
+    monkeypatch.setattr("minimind_jax.pipeline.tools.report", interrupted)
     assert main(["report", "x"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 

@@ -18,7 +18,7 @@ def raising(monkeypatch, error):
     def run(config):
         raise error
 
-    monkeypatch.setattr("minimind_jax.training.report.run", run)
+    monkeypatch.setattr("minimind_jax.pipeline.tools.report", run)
     return main(["report", "x"])
 
 

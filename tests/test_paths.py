@@ -25,7 +25,8 @@ from minimind_jax.folders import resolve_model_folder, resolve_run
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.paths import as_path, is_remote, local_folder
-from minimind_jax.training.report import write_report
+from minimind_jax.runs.report import write_report
+from minimind_jax.stages import STAGES
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import (
     WALL_CLOCK,
@@ -83,7 +84,7 @@ def test_a_run_folder_in_a_store(bucket):
     assert [row["step"] for row in read_metrics(run.metrics_file)] == [1, 2]
     append_export(run, export_row(2, "float32"))
     assert len(read_metrics(run.metrics_file)) == 3 and not is_exported(run)
-    assert write_report(run).read_text().startswith("# Run a")
+    assert write_report(run, STAGES).read_text().startswith("# Run a")
     assert run.loss_picture.read_bytes().startswith(b"\x89PNG")
 
 

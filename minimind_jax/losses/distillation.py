@@ -12,7 +12,6 @@ from minimind_jax.losses.pieces import by_columns, logits
 from minimind_jax.model.transformer import LanguageModel, Params, full_precision
 
 Divergence = Literal["forward", "reverse", "jsd"]
-TEACHER = "teacher"  # the key of the teacher's parameters
 
 
 def divergences(student: Array, teacher: Array, kind: Divergence, temperature: float = 1.0, beta: float = 0.5) -> Array:

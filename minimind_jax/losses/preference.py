@@ -29,7 +29,6 @@ from minimind_jax.model.transformer import LanguageModel, ModelOutput, Params
 
 Name = Literal["sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "simpo", "orpo"]
 REFERENCE_FREE: tuple[Name, ...] = ("simpo", "orpo")
-REFERENCE = "reference"  # the key of what only the reference has, among the parameters
 
 
 class Answers(NamedTuple):
@@ -162,8 +161,3 @@ def make_preference_loss(
         return numerator, pairs, metrics
 
     return loss_fn
-
-
-def without_reference(params: Params) -> Params:
-    """The policy's own parameters."""
-    return {name: tree for name, tree in params.items() if name != REFERENCE}

@@ -17,17 +17,19 @@ from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder, resolve_run
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.pipeline.read import Stage
-from minimind_jax.runs.models import build_model, check_context, load_tokenizer, with_settings
+from minimind_jax.runs.parts import assemble, check_context, with_settings
 from minimind_jax.sharding import announce, make_mesh
 from minimind_jax.stages.tokenizer import text_of
 from minimind_jax.training.defaults import filled
 from minimind_jax.training.optimizer import make_schedule
+from minimind_jax.training.origin import find_models
+from minimind_jax.training.places import MODELS
 from minimind_jax.training.program import count_parts
-from minimind_jax.training.run import RunFolder
+from minimind_jax.training.run import RunFolder, flat, plain
 from minimind_jax.training.watch import check_patience
 
 SAMPLE = 50  # records of each file
-TEXTS, TALKS, PAIRS = ("pretrain",), ("sft", "distill"), ("dpo", "reward")
+PARSERS = {"text": parse_text, "conversation": parse_conversation, "preference": parse_preference}
 
 
 def check_stages(stages: Sequence[Stage]) -> None:
@@ -37,7 +39,7 @@ def check_stages(stages: Sequence[Stage]) -> None:
             continue
         try:
             check_records(stage, SAMPLE)
-            if stage.name != "tokenizer":
+            if stage.kind.is_run:
                 _check_settings(stage, stages[:position])
         except UserError as error:
             raise UserError(f"stage {stage.name}: {error}") from error
@@ -62,7 +64,7 @@ def check_records(stage: Stage, sample: int | None = None) -> None:
     """Reads the stage's records, or the first `sample` of each file. Raises UserError for files that are not there, and
     for a broken record unless the stage skips those."""
     parse, paths, on_error = _reader(stage)
-    reading = reading_of(stage.config if stage.name == "tokenizer" else stage.config.data)
+    reading = reading_of(stage.config.data if stage.kind.is_run else stage.config)
     for file in expand_paths(paths):
         try:
             for record in itertools.islice(iter_records([file], reading=reading), sample):
@@ -75,33 +77,32 @@ def check_records(stage: Stage, sample: int | None = None) -> None:
 def _reader(stage: Stage) -> tuple[Callable[[Record], object], tuple[str, ...], str]:
     """How a record of the stage is read, its files, and what it does with a broken one."""
     config = stage.config
-    if stage.name == "tokenizer":
+    if not stage.kind.is_run:
         return functools.partial(text_of, reading=reading_of(config)), config.data, config.on_error
     if not config.data.train:
         raise UserError("data.train is empty; give it files, folders or globs")
     reading, paths = reading_of(config.data), (*config.data.train, *config.data.val)
-    parsers = {**dict.fromkeys(TEXTS, parse_text), **dict.fromkeys(TALKS, parse_conversation)}
-    parsers |= dict.fromkeys(PAIRS, parse_preference)
-    if stage.name in parsers:
-        return lambda record: parsers[stage.name](record, reading=reading), paths, config.data.on_error
+    if parse := PARSERS.get(stage.kind.records):
+        return lambda record: parse(record, reading=reading), paths, config.data.on_error
     fields = config.text_field, config.classify.label_field
     return lambda record: check_labelled(record, *fields), paths, config.data.on_error
 
 
 def _check_settings(stage: Stage, before: Sequence[Stage]) -> None:
     config: RunConfig = stage.config
-    RunFolder(stage.folder).check_resume(config.resume)
+    folder, mesh = RunFolder(stage.folder), make_mesh(config.mesh)
+    folder.check_resume(config.resume)
     if config.training.batch_tokens is not None:
-        count_parts(config, make_mesh(config.mesh))
+        count_parts(config, mesh)
     if config.training.steps is not None:
         make_schedule(filled(config).optimizer, config.training.steps)
     check_patience(config.training, bool(config.data.val) or config.data.val_fraction != 0)
-    if (teacher := getattr(config, "teacher", None)) and not _maker(teacher.model, before):
-        resolve_model_folder(teacher.model, "teacher.model")
+    named = flat(plain(config))
+    models = find_models(config, [key for key in MODELS if not _maker(named.get(key, ""), before)])
     if config.lora.rank and not config.init_from:
         raise UserError("lora.rank is set, but there is no model to adapt; give --init_from, or leave lora.rank out")
     if not _maker(config.init_from, before) and not _maker(config.tokenizer, before):
-        check_context(config, build_model(config, load_tokenizer(config)))
+        assemble(stage.kind, config, folder, mesh, models)
         return
     architecture = _architecture(config, before)
     if config.lora.rank:

@@ -13,11 +13,10 @@ from minimind_jax.config.settings import Setting
 from minimind_jax.config.tools import PipelineConfig
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_run
+from minimind_jax.runs.kind import StageKind
 from minimind_jax.stages import STAGES
 
-ENDS = ("reward", "classify")  # stages whose models no other stage starts from
-
-TOKENISED = ("pretrain", "sft", "distill")  # stages whose files a tokenizer can learn from
+TOKENISED = ("text", "conversation")  # records of other stages that a tokenizer can learn from
 
 EXAMPLE = "name: NAME, then stages: with a list of `- tokenizer:`, `- pretrain:`, `- sft:`"
 
@@ -30,18 +29,18 @@ class Stage(NamedTuple):
     home: Path = Path()  # of the pipeline
 
     @property
+    def kind(self) -> StageKind:
+        return STAGES[self.name]
+
+    @property
     def folder(self) -> Path:
         """What the stage writes: the tokenizer's folder, or the run's."""
-        return Path(self.config.output) if self.name == "tokenizer" else resolve_run(self.config.run)
+        return resolve_run(self.config.run) if self.kind.is_run else Path(self.config.output)
 
     @property
     def record(self) -> Path:
         """Where the settings are kept with which the stage was last run."""
-        return (
-            self.folder.with_name(f"{self.folder.name}.yaml")
-            if self.name == "tokenizer"
-            else self.folder / "config.yaml"
-        )
+        return self.folder / "config.yaml" if self.kind.is_run else self.folder.with_name(f"{self.folder.name}.yaml")
 
     @property
     def is_finished(self) -> bool:
@@ -49,7 +48,7 @@ class Stage(NamedTuple):
         from minimind_jax.training.run import RunFolder
         from minimind_jax.training.tracking import is_exported
 
-        if self.name == "tokenizer":
+        if not self.kind.is_run:
             return (self.folder / "tokenizer.json").is_file()
         return is_exported(RunFolder(self.folder))
 
@@ -154,20 +153,22 @@ def _make_stages(folder: Path, shared: Mapping[str, Setting], own: list[tuple[st
 
 def _with_data(stage: Stage, stages: Sequence[Stage]) -> Stage:
     """A tokenizer stage without files of its own learns from those of the stages that train on text and talk."""
-    if stage.name != "tokenizer" or stage.config.data:
+    if stage.kind.is_run or stage.config.data:
         return stage
-    files = [file for name in TOKENISED for other in stages if other.name == name for file in other.config.data.train]
+    others = [other for records in TOKENISED for other in stages if other.kind.records == records]
+    files = [file for other in others for file in other.config.data.train]
     return stage._replace(config=dataclasses.replace(stage.config, data=tuple(dict.fromkeys(files))))
 
 
 def _defaults(name: str, folder: Path, before: Sequence[Stage]) -> dict[str, str]:
     """Where a stage writes and what it starts from, when its settings do not say."""
-    if name == "tokenizer":
+    kind = STAGES[name]
+    if not kind.is_run:
         return {"output": str(folder / name)}
-    tokenizers = [str(stage.folder) for stage in before if stage.name == "tokenizer"]
-    runs = [str(stage.folder) for stage in before if stage.name not in ("tokenizer", *ENDS)]
+    tokenizers = [str(stage.folder) for stage in before if not stage.kind.is_run]
+    runs = [str(stage.folder) for stage in before if stage.kind.is_run and not stage.kind.has_head]
     defaults = {"run": str(folder / name)}
-    if name != "pretrain" and runs:
+    if kind.config().init_from and runs:
         defaults["init_from"] = runs[-1]
     elif tokenizers:
         defaults["tokenizer"] = tokenizers[-1]

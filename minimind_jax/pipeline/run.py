@@ -14,7 +14,6 @@ from minimind_jax.pipeline.check import check_stages, watch_records
 from minimind_jax.pipeline.read import Stage
 from minimind_jax.runs.settle import changed_data
 from minimind_jax.sharding import announce, initialize_distributed
-from minimind_jax.stages import STAGES
 from minimind_jax.training.places import mean_the_same
 from minimind_jax.training.run import RunFolder, plain, write_text
 
@@ -40,10 +39,10 @@ def _run_in_order(stages: Sequence[Stage]) -> None:
         announce(f"{title}: {stage.folder}")
         if not renewed:
             watch_records([later for later in stages[number:] if not later.is_finished])
-        if stage.name == "tokenizer":
-            on_first(lambda stage=stage: _make_tokenizer(stage))
+        if stage.kind.is_run:
+            stage.kind.load()(stage.config)
         else:
-            STAGES[stage.name].load()(stage.config)
+            on_first(lambda stage=stage: _make_tokenizer(stage))
         renewed = renewed or stage.name
         on_first(lambda: _write_last(stages))
 
@@ -51,12 +50,12 @@ def _run_in_order(stages: Sequence[Stage]) -> None:
 def _write_last(stages: Sequence[Stage]) -> None:
     """Notes in the pipeline's folder where its last stage is, for commands that are given that folder as a model."""
     home, last = stages[-1].home, stages[-1].folder
-    if home.is_dir() and stages[-1].name != "tokenizer":
+    if home.is_dir() and stages[-1].kind.is_run:
         write_text(home / PIPELINE, yaml.safe_dump({"last_stage": os.path.relpath(last, home)}))
 
 
 def _make_tokenizer(stage: Stage) -> None:
-    STAGES[stage.name].load()(stage.config)
+    stage.kind.load()(stage.config)
     write_text(stage.record, yaml.safe_dump(plain(stage.config), sort_keys=False, allow_unicode=True))
 
 
@@ -64,7 +63,7 @@ def _what_changed(stage: Stage, renewed: str) -> list[str]:
     """Says what is not as it was when a finished stage was made; `renewed` is a stage before it that ran just now."""
     changed = _changes(stage)
     lines = [f"  its settings have changed since: {'; '.join(changed)}"] if changed else []
-    if stage.name != "tokenizer":
+    if stage.kind.is_run:
         lines += [f"  changed since: {text}" for text in changed_data(RunFolder(stage.folder), stage.config)]
     lines += [f"  it was made before this {renewed}"] if renewed else []
     return lines and [*lines, f"  it is kept as it is; to make it anew, remove {stage.folder} or set another run"]
@@ -72,7 +71,7 @@ def _what_changed(stage: Stage, renewed: str) -> list[str]:
 
 def _changes(stage: Stage) -> list[str]:
     """`key old -> new` for every setting that is not the one the stage was made with."""
-    if stage.name != "tokenizer":
+    if stage.kind.is_run:
         return [f"{key} {change}" for key, change in RunFolder(stage.folder).changed_settings(stage.config).items()]
     if not stage.record.is_file():
         return []

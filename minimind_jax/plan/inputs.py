@@ -25,7 +25,7 @@ from minimind_jax.pipeline.read import Stage, load_pipeline
 from minimind_jax.stages import STAGES
 from minimind_jax.training.defaults import filled
 
-PLANNED: dict[str, Kind] = {"pretrain": "text", "sft": "conversation"}  # stages, and the records they train on
+PLANNED = [kind.name for kind in STAGES.values() if kind.is_planned]
 
 # Bytes of a line for each token of MiniMind's tokenizer (6,400 tokens): 3.02 on the first 2.1 MB of a file of English
 # and Chinese text for pretraining, 3.16 on conversations (2026-11-25).
@@ -151,7 +151,7 @@ def planned_tokens(planned: Planned, data: Sequence[str], tokens: int | None) ->
     files = list(data) or _training_files(config)
     if not files:
         return None
-    count, source = count_tokens(files, PLANNED[planned.stage], config)
+    count, source = count_tokens(files, STAGES[planned.stage].records, config)
     epochs = 1 if training.epochs is None else training.epochs
     return Tokens(round(count * epochs), f"{source}, {epochs:g} epoch{'s' * (epochs != 1)}")
 

@@ -12,7 +12,7 @@ from minimind_jax.convert.load import base_folder
 from minimind_jax.convert.peft import load_peft, rank_table, save_peft
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
-from minimind_jax.folders import is_adapter, resolve_model_folder
+from minimind_jax.folders import is_adapter
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.lora import RankTable, init_adapters, join, scale_of
 from minimind_jax.model.precision import cast_matrices
@@ -33,8 +33,8 @@ class AdapterPlan(NamedTuple):
     dropout: float
 
 
-def plan_adapters(config: RunConfig, architecture: ModelConfig) -> AdapterPlan | None:
-    """The adapters that `config.lora` asks for; None without any. Those in `init_from` are trained further.
+def plan_adapters(config: RunConfig, architecture: ModelConfig, start: Path | None) -> AdapterPlan | None:
+    """The adapters that `config.lora` asks for; None without any. Those in the folder `start` are trained further.
 
     Raises UserError for targets that the model does not have, another rank than the adapter in init_from has, and a run
     from scratch.
@@ -42,27 +42,26 @@ def plan_adapters(config: RunConfig, architecture: ModelConfig) -> AdapterPlan |
     lora = config.lora
     if not lora.rank:
         return None
-    if not config.init_from:
+    if start is None:
         raise UserError("lora.rank is set, but there is no model to adapt; give --init_from, or leave lora.rank out")
-    folder = resolve_model_folder(config.init_from, "init_from")
     alpha = 2 * lora.rank if lora.alpha is None else lora.alpha
     table = rank_table(architecture, lora.rank, lora.targets, lora.own_ranks())
-    if not is_adapter(folder):
-        return AdapterPlan(folder, table, None, alpha, lora.rslora, lora.dropout)
-    stored = load_peft(folder, architecture)
+    if not is_adapter(start):
+        return AdapterPlan(start, table, None, alpha, lora.rslora, lora.dropout)
+    stored = load_peft(start, architecture)
     if {name: ranks for name, ranks in table.items() if any(ranks)} != stored.table:
         raise UserError(
-            f"the adapter {folder}, which init_from means, has the ranks {_told(stored.table)}, and lora asks for "
+            f"the adapter {start}, which init_from means, has the ranks {_told(stored.table)}, and lora asks for "
             f"{_told(table)}; ask for the same to train it further, or train new adapters over the whole model: "
-            f"minimind convert merge-lora {folder} OUTPUT, then --init_from OUTPUT"
+            f"minimind convert merge-lora {start} OUTPUT, then --init_from OUTPUT"
         )
     wanted = {name: [scale_of(rank, alpha, lora.rslora) for rank in ranks] for name, ranks in stored.table.items()}
     if (lora.alpha is not None or lora.rslora) and not _has_scales(stored.tree, wanted):
         raise UserError(
-            f"the adapter {folder}, which init_from means, has another alpha than lora.alpha {alpha:g} (lora.rslora "
+            f"the adapter {start}, which init_from means, has another alpha than lora.alpha {alpha:g} (lora.rslora "
             f"{str(lora.rslora).lower()}); leave both out to train it further as it is"
         )
-    return AdapterPlan(base_folder(folder), stored.table, stored.tree, alpha, stored.rslora, lora.dropout)
+    return AdapterPlan(base_folder(start), stored.table, stored.tree, alpha, stored.rslora, lora.dropout)
 
 
 def _has_scales(tree: Params, wanted: dict[str, list[float]]) -> bool:

@@ -1,79 +1,138 @@
-"""Before a stage begins: the run's folder, and whether what is in it allows these settings."""
+"""A run begins: its folder, whether what is in it allows these settings, and all that its stage needs."""
 
 import contextlib
-import functools
+import dataclasses
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
 from minimind_jax import hub
-from minimind_jax.agreement import check_agreement, ending_together, exchange, on_first
+from minimind_jax.agreement import check_agreement, ending_together, exchange, on_all, on_first
 from minimind_jax.config.sections import RUN_LENGTHS
 from minimind_jax.config.stages import RunConfig
+from minimind_jax.convert.hf import Labels
 from minimind_jax.convert.replace import check_replaceable
+from minimind_jax.data.tokenise import RENDERED
 from minimind_jax.errors import UserError
 from minimind_jax.folders import holds_model, resolve_run
 from minimind_jax.paths import is_remote
 from minimind_jax.runs.effect import check_effect
-from minimind_jax.runs.models import SHAPE_FIELDS
-from minimind_jax.runs.settle import changed_data
+from minimind_jax.runs.kind import StageKind
+from minimind_jax.runs.labels import labels_of_data
+from minimind_jax.runs.parts import SHAPE_FIELDS, Run, assemble, say_if_endless
+from minimind_jax.runs.settle import changed_data, settle
 from minimind_jax.sharding import announce, initialize_distributed, make_mesh
-from minimind_jax.training.origin import agreed_settings, check_start_models
+from minimind_jax.training.origin import agreed_settings, check_start_models, check_words, find_models
 from minimind_jax.training.program import count_parts
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import is_exported
 
 
-def start_run(config: RunConfig) -> RunFolder:
-    """Joins the run's processes and makes the run's folder.
+class Found(NamedTuple):
+    """What is in the folder of a run that is about to begin. steps: of its checkpoints. changed: the settings that are
+    not those it was last started with, `old -> new`. is_exported: its model is written."""
+
+    steps: Sequence[int]
+    changed: dict[str, str]
+    is_exported: bool
+
+    @classmethod
+    def look(cls, folder: RunFolder, config: RunConfig) -> "Found":
+        return cls(folder.checkpoint_steps(), folder.changed_settings(config), is_exported(folder))
+
+    @property
+    def is_finished(self) -> bool:
+        return self.is_exported and not self.changed
+
+    @property
+    def has_begun(self) -> bool:
+        return bool(self.steps) or self.is_exported
+
+
+def begin(kind: StageKind, config: RunConfig) -> Run | None:
+    """Joins the run's processes, makes its folder and finds all that its stage needs; None, told, if it is finished.
 
     Raises UserError when the devices do not fit `config`, when `config.resume` does not allow what the folder holds,
-    when it is a Hugging Face model itself, or when a process of several does not see what the first writes there.
+    when it is a Hugging Face model itself, when a process of several does not see what the first writes there, and for
+    what is wrong with the model that the run starts from, its tokenizer or its data.
     """
     initialize_distributed()
-    run = RunFolder(resolve_run(config.run))
-    check_shared(run)
+    folder = RunFolder(resolve_run(config.run))
+    check_shared(folder)
     check_agreement(agreed_settings(config))
-    if holds_model(run.path) and (run.path / "tokenizer.json").is_file():
+    if holds_model(folder.path) and (folder.path / "tokenizer.json").is_file():
         raise UserError(
-            f"{run.path} is a Hugging Face model, not the folder of a run; choose another run name (with --init_from "
-            f"{run.path} to start from that model)"
+            f"{folder.path} is a Hugging Face model, not the folder of a run; choose another run name (with "
+            f"--init_from {folder.path} to start from that model)"
         )
-    run.check_resume(config.resume)
-    hub.pin(run.read_environment().get("hub", {}))
-    check_settings(run, config)
-    if not is_exported(run) or run.changed_settings(config):  # all before any data is read
-        if config.training.batch_tokens is not None:
-            count_parts(config, make_mesh(config.mesh))
-        check_effect(config)
-        check_replaceable(run.model)
-        check_start_models(run, config)
-    run.create()
+    folder.check_resume(config.resume)
+    hub.pin(folder.read_environment().get("hub", {}))
+    found = Found.look(folder, config)
+    check_settings(folder, found, kind.fixed)
+    if found.is_finished and config.resume != "never":
+        _open(folder)
+        announce(f"{folder.path} is finished; its model is {folder.model}. Choose another run name to train again.")
+        for change in changed_data(folder, config):
+            announce(f"changed since it was trained: {change}")
+        return None
+    run = _assemble(kind, config, folder)
+    _open(folder)
+    if holds_model(folder.model) and not found.steps:
+        raise UserError(
+            f"{folder.model} is there, but {folder.checkpoints} holds no checkpoint to go on from, and training from "
+            f"the start would write over it; choose another run name (with --init_from {folder.path} to start from "
+            "that model), or remove the folder"
+        )
+    return _with_data(run, found)
+
+
+def _assemble(kind: StageKind, config: RunConfig, folder: RunFolder) -> Run:
+    """The run's parts; whatever can be told before any data is read is."""
+    mesh = make_mesh(config.mesh)
+    if config.training.batch_tokens is not None:
+        count_parts(config, mesh)
+    check_effect(config)
+    check_replaceable(folder.model)
+    models = on_all(lambda: find_models(config))
+    check_start_models(folder, config, models)
+    run = assemble(kind, config, folder, mesh, models)
+    check_words(folder, run.tokenizer)
+    return run
+
+
+def _with_data(run: Run, found: Found) -> Run:
+    """The run with what follows from its data: labels, and a value for everything that its settings leave open."""
+    if run.kind.records in RENDERED and not run.kind.has_head:
+        say_if_endless(run.tokenizer)
+    if run.kind.labels:
+        run = run.with_labels(Labels(run.kind.labels))
+    elif run.kind.has_head:
+        run = run.with_labels(*labels_of_data(run.config, run.folder, found.has_begun))
+    return dataclasses.replace(run, config=settle(run))
+
+
+def _open(folder: RunFolder) -> None:
+    folder.create()
     if jax.process_index() == 0:
-        run.lock()
-    return run
+        folder.lock()
 
 
-def tidy(stage: Callable[[RunConfig], Path]) -> Callable[[RunConfig], Path]:
-    """The stage, which leaves no folder behind when it could not start, and ends on all processes if it does on one."""
-
-    @functools.wraps(stage)
-    def run(config: RunConfig) -> Path:
-        folder = resolve_run(config.run)
-        is_new = not is_remote(folder) and not folder.exists()
-        try:
-            with ending_together():
-                return stage(config)
-        except BaseException:  # Ctrl-C as well
-            if is_new and jax.process_index() == 0:
-                remove_unused(folder)
-            raise
-
-    return run
+@contextlib.contextmanager
+def leaving_nothing(folder: Path) -> Iterator[None]:
+    """A run that could not start leaves no folder behind, and ends on all processes if it does on one."""
+    is_new = not is_remote(folder) and not folder.exists()
+    try:
+        with ending_together():
+            yield
+    except BaseException:  # Ctrl-C as well
+        if is_new and jax.process_index() == 0:
+            remove_unused(folder)
+        raise
 
 
 def remove_unused(folder: Path) -> None:
@@ -114,46 +173,25 @@ def _write_mark(run: RunFolder, mark: Path) -> None:
         raise UserError(f"the run's folder {run.path} cannot be written into: {error}") from error
 
 
-def check_settings(run: RunFolder, config: RunConfig) -> None:
-    """Says which settings differ from those the run was started with.
+def check_settings(run: RunFolder, found: Found, fixed: Sequence[str] = ()) -> None:
+    """Says which settings differ from those the run was started with. fixed: those of its stage that must not.
 
     Raises UserError when the weights that are there would not be those the settings describe: another start or kind of
     model (of other shapes: the checkpoint itself tells), or, in a finished run that is not made longer, another
     optimizer setting, which could have no effect.
     """
-    if not run.checkpoint_steps() and not is_exported(run):
+    if not found.has_begun:
         return
-    changed = run.changed_settings(config)
     told_later = {"optimizer.name", *(f"model.{name}" for name in SHAPE_FIELDS)}
-    prefixes = ["model.", "init_from", "tokenizer", "seed", "lora.", "teacher.model"]
-    prefixes += ["preference.loss", "preference.precompute_reference", "teacher.top_k"]
-    if is_exported(run) and not changed.keys() & set(RUN_LENGTHS):
-        prefixes.append("optimizer.")
-    refused = [key for key in changed if key.startswith(tuple(prefixes)) and key not in told_later]
+    prefixes = ("model.", "init_from", "tokenizer", "seed", "lora.", *fixed)
+    if found.is_exported and not found.changed.keys() & set(RUN_LENGTHS):
+        prefixes += ("optimizer.",)
+    refused = [key for key in found.changed if key.startswith(prefixes) and key not in told_later]
     if refused:
-        told = "; ".join(f"{key} {changed[key]}" for key in refused)
+        told = "; ".join(f"{key} {found.changed[key]}" for key in refused)
         raise UserError(
-            f"{run.path} was {'finished' if is_exported(run) else 'started'} with other settings ({told}); go on with "
+            f"{run.path} was {'finished' if found.is_exported else 'started'} with other settings ({told}); go on with "
             "those, or choose another run name"
         )
-    for key, change in changed.items():
+    for key, change in found.changed.items():
         announce(f"changed since the run was started: {key} {change}")
-
-
-def is_finished(run: RunFolder, config: RunConfig) -> bool:
-    """Whether the run has written its model with these settings; says so.
-
-    Raises UserError when there is a model to write over, but no checkpoint of it to go on from.
-    """
-    if config.resume != "never" and is_exported(run) and not run.changed_settings(config):
-        announce(f"{run.path} is finished; its model is {run.model}. Choose another run name to train again.")
-        for change in changed_data(run, config):
-            announce(f"changed since it was trained: {change}")
-        return True
-    if holds_model(run.model) and not run.checkpoint_steps():
-        raise UserError(
-            f"{run.model} is there, but {run.checkpoints} holds no checkpoint to go on from, and training from the "
-            f"start would write over it; choose another run name (with --init_from {run.path} to start from that "
-            "model), or remove the folder"
-        )
-    return False

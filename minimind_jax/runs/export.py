@@ -9,27 +9,29 @@ from minimind_jax.config import settings
 from minimind_jax.config.sections import MeshConfig
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.config.tools import ToHFConfig
-from minimind_jax.convert.hf import MAX_SHARD_BYTES, Labels, save_hf, stored_dtype, to_hf
-from minimind_jax.convert.load import base_folder, merge_lora
+from minimind_jax.convert.hf import MAX_SHARD_BYTES, save_hf, stored_dtype, to_hf
+from minimind_jax.convert.load import base_folder, load_generation_settings, merge_lora
 from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter, resolve_model_folder, resolve_run
 from minimind_jax.model.lora import join, merge
 from minimind_jax.paths import as_path
-from minimind_jax.runs.heads import load_body, own_labels, with_head
-from minimind_jax.runs.models import build_model, load_tokenizer, run_parameters, start_generation
-from minimind_jax.sharding import announce
-from minimind_jax.stages import STAGES
+from minimind_jax.runs.kind import StageKind, Stages
+from minimind_jax.runs.labels import labels_of_run
+from minimind_jax.runs.parameters import run_parameters
+from minimind_jax.runs.parts import assemble
+from minimind_jax.sharding import announce, make_mesh
 from minimind_jax.training.checkpoint import DamagedCheckpoint, load_params
-from minimind_jax.training.origin import check_words
+from minimind_jax.training.origin import check_words, find_models
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import read_metrics
 from minimind_jax.training.watch import Watch
 
 
-def run(config: ToHFConfig) -> None:
+def export(stages: Stages, config: ToHFConfig) -> None:
     """`minimind convert to-hf`: a checkpoint, or the model of a run or a folder, whose adapters are merged."""
     if config.checkpoint:
-        step = export_checkpoint(config.source, config.output, config.checkpoint, config.dtype, config.max_shard_bytes)
+        to = config.output, config.checkpoint, config.dtype, config.max_shard_bytes
+        step = export_checkpoint(stages, config.source, *to)
         print(f"wrote {config.output}, step {step} of {config.source}")
         return
     source, dtype = resolve_model_folder(config.source, "source"), config.dtype or "bfloat16"
@@ -44,6 +46,7 @@ def run(config: ToHFConfig) -> None:
 
 
 def export_checkpoint(
+    stages: Stages,
     name: str,
     output: str | Path,
     checkpoint: str,
@@ -52,34 +55,32 @@ def export_checkpoint(
 ) -> int:
     """Writes a checkpoint of the run `name` as a whole model and returns the checkpoint's step.
 
-    checkpoint: `newest`, `best` (of those with a validation loss, the lowest) or a step. dtype: None takes the run's
-    export_dtype. Adapters are merged into the model that they were trained over. Nothing in the run's folder is
-    changed, so the run may be under way.
+    stages: by name. checkpoint: `newest`, `best` (of those with a validation loss, the lowest) or a step. dtype: None
+    takes the run's export_dtype. Adapters are merged into the model that they were trained over. Nothing in the run's
+    folder is changed, so the run may be under way.
 
     Raises:
         UserError: no such run or checkpoint, the tokenizer or model that the run started from is gone, or the
             tokenizer has other words by now.
     """
-    run = _find_run(name)
-    stage, config = _read_settings(run)
-    then = run.then()
+    folder = _find_run(name)
+    kind, config = _read_settings(stages, folder)
+    then = folder.then()
     places = {key: then.current(getattr(config, key)) for key in ("init_from", "tokenizer")} if then else {}
     config = dataclasses.replace(config, mesh=MeshConfig(), **places)  # of this machine, not those of the training
-    tokenizer, labels = load_tokenizer(config), _labels(run, stage, config)
-    check_words(run, tokenizer)
-    if labels is None:
-        model = build_model(config, tokenizer)
-        parameters = run_parameters(config, model)
-    else:
-        model = load_body(config, tokenizer, stage)
-        parameters = with_head(config, model, labels)
+    models = find_models(config, ["init_from"])
+    run = assemble(kind, config, folder, make_mesh(config.mesh), models)
+    if labels := labels_of_run(kind, folder):
+        run = run.with_labels(labels)
+    check_words(folder, run.tokenizer)
+    parameters = run_parameters(run)
     trained, frozen = parameters.split(parameters.abstract)
-    step, params = _load_sound(run, checkpoint, trained)
+    step, params = _load_sound(folder, checkpoint, trained)
     if frozen:
         params = merge(join(parameters.split(parameters.load())[1], params))
     save_hf(
-        output, model.config, params, tokenizer, dtype or config.export_dtype, max_shard_bytes,
-        generation_config=start_generation(config), labels=labels,
+        output, run.model.config, params, run.tokenizer, dtype or config.export_dtype, max_shard_bytes,
+        generation_config=run.start and load_generation_settings(run.start), labels=run.labels,
     )  # fmt: skip
     return step
 
@@ -98,19 +99,6 @@ def _load_sound(run: RunFolder, checkpoint: str, abstract: Any) -> tuple[int, An
             if damaged >= set(run.checkpoint_steps()):
                 raise UserError(f"{error.problem}, and there is no other; start another run") from error
             announce(f"warning: {error.problem}; the next one is taken")
-
-
-def _labels(run: RunFolder, stage: str, config: RunConfig) -> Labels | None:
-    """Of the stages whose models have a head of scores."""
-    if stage not in ("reward", "classify"):
-        return None
-    found = Labels(("reward",)) if stage == "reward" else own_labels(run)
-    if found is None:
-        raise UserError(
-            f"{run.path} was made by an earlier version and keeps no {run.labels_file.name}; give its command "
-            "again with the data it was started with, and stop it when it trains"
-        )
-    return found._replace(max_tokens=config.data.seq_len)
 
 
 def choose_step(run: RunFolder, checkpoint: str, damaged: Container[int] = ()) -> int:
@@ -144,12 +132,12 @@ def _find_run(name: str) -> RunFolder:
     raise UserError(f"source {name!r} is not a run (no {looked}), and only runs have checkpoints")
 
 
-def _read_settings(run: RunFolder) -> tuple[str, RunConfig]:
+def _read_settings(stages: Stages, run: RunFolder) -> tuple[StageKind, RunConfig]:
     """The run's stage, and its settings."""
     stage = run.read_environment().get("run", {}).get("stage")
-    if stage not in STAGES:
+    if stage not in stages:
         raise UserError(
-            f"{run.environment_file} should name the run's stage ({', '.join(STAGES)}), and says {stage}; run it again "
+            f"{run.environment_file} should name the run's stage ({', '.join(stages)}), and says {stage}; run it again "
             "with this version"
         )
-    return stage, settings.make_settings(STAGES[stage].config, settings.read_yaml(run.config_file))
+    return stages[stage], settings.make_settings(stages[stage].config, settings.read_yaml(run.config_file))

@@ -1,166 +1,262 @@
-"""A teacher's likeliest words of every token, computed once and kept in the run's folder."""
+"""Models that are not trained: the policy as it was at the start, and what a frozen model says of a run's data, asked
+once before the first step and kept in the run's folder."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax import Array
 from jax.experimental import multihost_utils
 
-from minimind_jax.config.stages import DistillConfig
+from minimind_jax.agreement import ending_alone, exchange, on_first
 from minimind_jax.data.batches import Batches
-from minimind_jax.data.open import open_data
 from minimind_jax.data.rows import Batch, Pieces
 from minimind_jax.data.token_cache import TokenCache
-from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
-from minimind_jax.losses.distillation import teacher_likeliest
+from minimind_jax.model.lora import TRAINED, join, split, without_adapters
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.paths import is_remote
 from minimind_jax.progress import tracked
-from minimind_jax.sharding import announce, data_process, make_mesh, shard_batch
+from minimind_jax.runs.parts import Run
+from minimind_jax.runs.rows import open_rows
+from minimind_jax.sharding import announce, shard_batch
 from minimind_jax.texts import is_there, read_object
-from minimind_jax.training.run import RunFolder
-from minimind_jax.training.state import fingerprint
+from minimind_jax.training.run import write_text
+from minimind_jax.training.state import Parameters, fingerprint
 
-Table = tuple[np.ndarray, np.ndarray]  # ids and log_probs of a cache's tokens, (tokens, k) each, read from the disk
+REFERENCE = "reference"  # the key of what only the reference has, among the parameters
+
+# Asked at every step --------------------------------------------------------------------------------------------------
 
 
-class StoredTeacher:
-    """What `losses.distillation.likeliest` finds for every token of a run's data.
+class Reference:
+    """The policy as it was at the start: a function of all parameters that gives its model and its parameters.
 
-    `annotate` gives rows `teacher_ids` int32 and `teacher_log_probs` float32, (rows, T, k). A token's words are those
-    behind the tokens before it in its row's piece; so pieces must be the same in every epoch.
-
-    Raises UserError for settings under which they are not, and when the tables cannot be written.
+    has_own: whether there are parameters of its own among them, under REFERENCE: a copy of all, or of adapters that
+    were trained before. If not, it is the model without its adapters.
     """
 
-    def __init__(
-        self,
-        config: DistillConfig,
-        teacher: LanguageModel,
-        params: Params,
-        words: int,
-        tokenizer: Tokenizer,
-        run: RunFolder,
-    ):
-        _check(config, words, run)
-        self.config, self.teacher, self.words = config, teacher, words
-        self.mesh = make_mesh(config.mesh)
-        pair = open_data("conversation", config, tokenizer, *data_process(self.mesh), annotate=self._places)
-        caches = {batches.cache.folder.name: batches.cache for batches in pair if batches is not None}
-        self.folder = run.path / "teacher"
-        wanted = config.teacher
-        made_of = {
-            "teacher": fingerprint(params), "top_k": wanted.top_k, "temperature": wanted.temperature, "words": words,
-            "seq_len": config.data.seq_len, "packing": config.data.packing, "caches": sorted(caches),
-        }  # fmt: skip
-        record = self.folder / "made_of.json"
-        earlier = read_object(record, "remove it, to ask the teacher again") if is_there(record) else None
-        if earlier and earlier["teacher"] != made_of["teacher"] and run.checkpoint_steps():
-            raise UserError(
-                f"teacher.model {config.teacher.model} (or compute.dtype) has changed since {run.path} was started; "
-                "restore it, or start another run"
-            )
-        if earlier != made_of:
-            self._make([batches for batches in pair if batches is not None], caches, params, made_of)
-        multihost_utils.sync_global_devices("stored teacher")
-        self.tables = {name: self._open(name, "r") for name in caches}
+    def __init__(self, model: LanguageModel, has_own: bool):
+        self.model, self.has_own = model, has_own
+        self.base = LanguageModel(model.config, model.compute)
 
-    def annotate(self, cache: TokenCache, pieces: Pieces) -> Batch:
-        ids, log_probs = (table[pieces.sources(cache)] for table in self.tables[cache.folder.name])
-        found = {"teacher_ids": ids.astype(np.int32), "teacher_log_probs": log_probs}
-        for array in found.values():
-            array[pieces.is_padding] = 0
+    @classmethod
+    def of(cls, run: Run) -> "Reference":
+        """That of a run's model: new adapters change nothing at the start."""
+        return cls(run.model, has_own=run.adapters is None or run.adapters.stored is not None)
+
+    def __call__(self, params: Params) -> tuple[LanguageModel, Params]:
+        shared = {name: tree for name, tree in params.items() if name != REFERENCE}
+        if not self.has_own:
+            return self.base, without_adapters(shared)
+        if self.model.adapter is None:
+            return self.model, params[REFERENCE]
+        return self.model, join(split(shared, lambda path: path[-1] not in TRAINED)[0], params[REFERENCE])
+
+    def add_to(self, parameters: Parameters) -> Parameters:
+        """The parameters with those of the reference, which are never trained."""
+        if not self.has_own:
+            return parameters
+
+        def trained(tree: Params) -> Params:
+            return parameters.split(tree)[0]
+
+        def copy(params: Params) -> Params:
+            return jax.tree.map(lambda leaf: leaf.copy(), trained(params))
+
+        return parameters.adding(REFERENCE, trained(parameters.abstract), trained(parameters.axes), copy)
+
+
+# Asked once -----------------------------------------------------------------------------------------------------------
+
+
+class Unit(NamedTuple):
+    """What a frozen model speaks of: every token, or every pair. It has a row in the table of its cache.
+
+    count: how many a cache has. first: the row of each document's first one, (documents,). where: `documents` and
+    `places` of those in rows of data, int32, places from 0 in each document; -1 for none. rows: what the table (count,
+    width) says, put where the loss reads it.
+    """
+
+    count: Callable[[TokenCache], int]
+    first: Callable[[TokenCache], np.ndarray]
+    where: Callable[[Pieces], Batch]
+    rows: Callable[[np.ndarray, TokenCache, Pieces], np.ndarray]
+
+
+def _places_of_tokens(pieces: Pieces) -> Batch:
+    documents, starts = pieces.each(pieces.documents, -1), pieces.each(pieces.starts, -1)
+    return {"documents": documents.astype(np.int32), "places": (starts + pieces.positions).astype(np.int32)}
+
+
+def _said_of_tokens(table: np.ndarray, cache: TokenCache, pieces: Pieces) -> np.ndarray:
+    found = table[pieces.sources(cache)]
+    found[pieces.is_padding] = 0
+    return found
+
+
+# What is said of a token is behind the tokens before it in its row's piece: pieces must be the same in every epoch.
+TOKENS = Unit(
+    count=lambda cache: len(cache.tokens),
+    first=lambda cache: cache.offsets,
+    where=_places_of_tokens,
+    rows=_said_of_tokens,
+)
+
+
+def pairs(room: int) -> Unit:
+    """A pair of documents, whose sides are neighbouring pieces; two numbers each. room: pieces that a row may have."""
+
+    def where(pieces: Pieces) -> Batch:
+        documents = np.full((pieces.row_count, room // 2), -1, np.int32)
+        documents[pieces.rows, pieces.segments // 2] = pieces.documents
+        return {"documents": documents, "places": np.zeros_like(documents)}
+
+    def rows(table: np.ndarray, _: TokenCache, pieces: Pieces) -> np.ndarray:
+        found = np.zeros((pieces.row_count, room), table.dtype)
+        found[pieces.rows, pieces.segments] = table[pieces.documents, pieces.segments % 2]
         return found
 
-    def _places(self, _: TokenCache, pieces: Pieces) -> Batch:
-        """documents, places int32 (rows, T): where each token is; -1 for padding."""
-        documents, starts = pieces.each(pieces.documents, -1), pieces.each(pieces.starts, -1)
-        return {"documents": documents.astype(np.int32), "places": (starts + pieces.positions).astype(np.int32)}
+    return Unit(len, lambda cache: np.arange(len(cache)), where, rows)
 
-    def _make(self, sides: list[Batches], caches: dict[str, TokenCache], params: Params, made_of: dict) -> None:
-        k = self.config.teacher.top_k
-        tokens = sum(len(cache.tokens) for cache in caches.values())
-        size = tokens * k * (4 + self._id_type().itemsize) / 2**20
-        announce(f"asking the teacher once for the {k} likeliest words of {tokens:,} tokens ({size:,.1f} MiB)")
-        tables: dict[str, Table] = {}
-        if jax.process_index() == 0:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                (self.folder / "made_of.json").unlink(missing_ok=True)
-                (self.folder / "made_of.partial").write_text(json.dumps(made_of), "utf-8")
-                for name, cache in caches.items():
-                    _reserve(self._files(name), len(cache.tokens) * k, (self._id_type().itemsize, 4))
-                    tables[name] = self._open(name, "r+")
-            except OSError as error:
-                raise UserError(
-                    f"{self.folder}: cannot write {size:,.1f} MiB: {error.strerror}; make room, or lower teacher.top_k"
-                ) from error
-        for side in sides:
-            self._fill(tables.get(side.cache.folder.name), side, params)
-        for table in tables.values():
-            for array in table:
-                array.flush()
-        if jax.process_index() == 0:
-            (self.folder / "made_of.partial").replace(self.folder / "made_of.json")
 
-    def _fill(self, table: Table | None, batches: Batches, params: Params) -> None:
-        """Asks the teacher for all rows of `batches`; process 0 has the table."""
-        wanted = self.config.teacher
+class Column(NamedTuple):
+    """One of the numbers that are kept. batch: its name in a batch, and dtype there; file: its ending and dtype on the
+    disk, in rows of `width`."""
 
-        @jax.jit
-        def ask(params, batch):
-            return teacher_likeliest(self.teacher, params, batch, wanted.top_k, self.words, wanted.temperature)
+    batch: str
+    batch_type: type
+    file: str
+    file_type: type
+    width: int
 
-        is_first = jax.process_index() == 0
-        for batch in tracked(batches.eval_batches(), "the teacher", batches.eval_steps(), show=is_first):
-            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-                placed = shard_batch(batch, self.mesh)
+
+class Asked(NamedTuple):
+    """A question to a frozen model. name: whose folder below the run's it is. setting: by which it is changed.
+
+    ask: of parameters and a batch, an array (rows, units of a row, width) for each column. made_of: what else decides
+    the answers. what: it is asked for, in words; way_out: of a full disk.
+    """
+
+    name: str
+    setting: str
+    unit: Unit
+    columns: tuple[Column, ...]
+    ask: Callable[[Params, dict[str, Array]], tuple[Array, ...]]
+    made_of: dict[str, Any]
+    what: str
+    way_out: str = ""
+
+
+class Answers:
+    """What a frozen model says of the data of a run; of an earlier start, unless something in it has changed.
+
+    `annotate` puts it into rows, as the columns say. params: the model's, on the mesh.
+    Raises UserError when the model is another than the run was started with, or the answers cannot be written.
+    """
+
+    def __init__(self, run: Run, asked: Asked, params: Params):
+        self.run, self.asked = run, asked
+        self.folder = run.folder.path / asked.name
+        sides = [side for side in open_rows(run, lambda _, pieces: asked.unit.where(pieces)) if side is not None]
+        caches = {side.cache.folder.name: side.cache for side in sides}
+        made_of = {asked.name: fingerprint(params), **asked.made_of, "caches": sorted(caches)}
+        record = self.folder / "made_of.json"
+        earlier = read_object(record, "remove it, to ask again") if is_there(record) else None
+        if earlier and earlier[asked.name] != made_of[asked.name] and run.folder.checkpoint_steps():
+            raise UserError(
+                f"{asked.setting} (or compute.dtype) has changed since {run.folder.path} was started; restore it, or "
+                "start another run"
+            )
+        counts = {name: asked.unit.count(cache) for name, cache in caches.items()}
+        if earlier != made_of or not all(
+            _is_whole(*file, counts[name]) for name in caches for file in self._files(name)
+        ):
+            self._make(sides, counts, params)
+            if jax.process_index() == 0:
+                write_text(record, json.dumps(made_of))
+        exchange()  # the others wait until all is written
+        self.tables = {name: [_read(file, column) for file, column in self._files(name)] for name in caches}
+
+    def annotate(self, cache: TokenCache, pieces: Pieces) -> Batch:
+        pairs = zip(self.asked.columns, self.tables[cache.folder.name], strict=True)
+        rows = self.asked.unit.rows
+        return {
+            column.batch: rows(table, cache, pieces).astype(column.batch_type, copy=False) for column, table in pairs
+        }
+
+    def _files(self, cache: str) -> list[tuple[Path, Column]]:
+        return [(self.folder / f"{cache}.{column.file}", column) for column in self.asked.columns]
+
+    def _make(self, sides: list[Batches], counts: dict[str, int], params: Params) -> None:
+        """Asks for all rows; the first process writes."""
+        size = sum(counts.values()) * sum(np.dtype(c.file_type).itemsize * c.width for c in self.asked.columns) / 2**20
+        announce(f"asking the {self.asked.name} once for {self.asked.what} ({size:,.1f} MiB)")
+        tables: dict[str, list[np.ndarray]] = {}
+
+        def make_room() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "made_of.json").unlink(missing_ok=True)
+            tables.update({name: [_new(*file, counts[name]) for file in self._files(name)] for name in counts})
+
+        try:
+            on_first(make_room)
+            with ending_alone():
+                for side in sides:
+                    self._fill(tables.get(side.cache.folder.name), side, params)
+            for name, filled in tables.items():
+                for (file, _), table in zip(self._files(name), filled, strict=True):
+                    _close(file, table)
+        except OSError as error:
+            raise UserError(
+                f"{self.folder}: cannot write {size:,.1f} MiB: {error.strerror or error}; make room"
+                f"{self.asked.way_out}, and run again"
+            ) from error
+
+    def _fill(self, tables: list[np.ndarray] | None, batches: Batches, params: Params) -> None:
+        first, mesh, is_first = self.asked.unit.first(batches.cache), self.run.mesh, jax.process_index() == 0
+        ask = jax.jit(self.asked.ask)
+        for batch in tracked(batches.eval_batches(), f"the {self.asked.name}", batches.eval_steps(), show=is_first):
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                placed = shard_batch(batch, mesh)
                 found = (placed.pop("documents"), placed.pop("places"), *ask(params, placed))
             if jax.process_count() > 1:
                 found = multihost_utils.process_allgather(found, tiled=True)
-            if table is not None:
+            if tables is not None:
                 documents, places, *values = (np.asarray(array) for array in found)
-                is_token = documents >= 0
-                rows = batches.cache.offsets[documents[is_token]] + places[is_token]
-                for array, value in zip(table, values, strict=True):
-                    array[rows] = value[is_token]
-
-    def _id_type(self) -> np.dtype:
-        return np.dtype(np.uint16 if self.words <= 2**16 else np.uint32)
-
-    def _files(self, name: str) -> tuple[Path, Path]:
-        return self.folder / f"{name}.ids", self.folder / f"{name}.log_probs"
-
-    def _open(self, name: str, mode: str) -> Table:
-        types = self._id_type(), np.dtype(np.float32)
-        arrays = (np.memmap(file, dtype, mode) for file, dtype in zip(self._files(name), types, strict=True))
-        ids, log_probs = (array.reshape(-1, self.config.teacher.top_k) for array in arrays)
-        return ids, log_probs
+                is_unit = documents >= 0
+                rows = first[documents[is_unit]] + places[is_unit]
+                for table, value in zip(tables, values, strict=True):
+                    table[rows] = value[is_unit]
 
 
-def _check(config: DistillConfig, words: int, run: RunFolder) -> None:
-    if config.teacher.top_k > words:
-        raise UserError(f"teacher.top_k {config.teacher.top_k} is above the vocabulary of {words} words")
-    if is_remote(run.path):
-        raise UserError(f"teacher.top_k needs a run on a disk, not {run.path}; set it to 0, or choose another run")
-    if config.data.packing == "concat":
-        raise UserError(
-            "data.packing concat cuts documents at other places in every epoch, so a stored teacher would not fit; "
-            "choose best_fit or pad, or teacher.top_k 0"
-        )
-    if config.data.redraw_each_epoch:
-        raise UserError(
-            "data.redraw_each_epoch changes the conversations in every epoch, so a stored teacher would not fit; drop "
-            "it, or choose teacher.top_k 0"
-        )
+def _new(file: Path, column: Column, count: int) -> np.ndarray:
+    """An empty table; on a disk with its room there, so that a full one is told now. Raises OSError."""
+    if is_remote(file):
+        return np.zeros((count, column.width), column.file_type)
+    with file.open("wb") as stream:
+        rest = count * column.width * np.dtype(column.file_type).itemsize
+        while rest:
+            rest -= stream.write(bytes(min(rest, 2**24)))
+    return np.memmap(file, column.file_type, "r+").reshape(-1, column.width)
 
 
-def _reserve(files: tuple[Path, ...], count: int, sizes: tuple[int, ...]) -> None:
-    """Files of `count` numbers each, with their room on the disk, so that a full one is told now. Raises OSError."""
-    for file, size in zip(files, sizes, strict=True):
-        with file.open("wb") as stream:
-            rest = count * size
-            while rest:
-                rest -= stream.write(bytes(min(rest, 2**24)))
+def _is_whole(file: Path, column: Column, count: int) -> bool:
+    size = count * column.width * np.dtype(column.file_type).itemsize
+    return is_remote(file) or (file.is_file() and file.stat().st_size == size)  # objects appear whole
+
+
+def _close(file: Path, table: np.ndarray) -> None:
+    if is_remote(file):
+        file.write_bytes(table.tobytes())
+    else:
+        table.flush()
+
+
+def _read(file: Path, column: Column) -> np.ndarray:
+    dtype = column.file_type
+    found = np.frombuffer(file.read_bytes(), dtype) if is_remote(file) else np.memmap(file, dtype, "r")
+    return found.reshape(-1, column.width)

@@ -1,18 +1,18 @@
 """A run's samples: the prompts, those of its own data too, and what the model writes on them."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
 
 from minimind_jax.config.sections import SampleConfig
-from minimind_jax.config.stages import RunConfig
+from minimind_jax.config.stages import WriterConfig
+from minimind_jax.data.documents import begun, encode_prompt
 from minimind_jax.data.jsonl import iter_records, reading_of
 from minimind_jax.data.records import parse_conversation, parse_preference, parse_text
 from minimind_jax.data.tokenise import Kind
-from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.inference.generate import Generator
 from minimind_jax.inference.sampling import SamplingConfig
-from minimind_jax.model.transformer import LanguageModel, Params
+from minimind_jax.model.transformer import Params
+from minimind_jax.runs.parts import Run, without_others
 from minimind_jax.seeds import named_seed
 from minimind_jax.training.loop import SampleFn
 
@@ -21,7 +21,7 @@ BEGINNING = 40  # characters of a text, of which the last word is left out
 LOOKED_AT = 200  # records
 
 
-def with_prompts(config: RunConfig, kind: Kind) -> SampleConfig:
+def with_prompts(config: WriterConfig, kind: Kind) -> SampleConfig:
     """`config.samples`, with the first questions or beginnings of texts of data.val or data.train where it has none."""
     samples, data, found = config.samples, config.data, {}
     if samples.prompts or not samples.from_data:
@@ -45,17 +45,24 @@ def with_prompts(config: RunConfig, kind: Kind) -> SampleConfig:
     return dataclasses.replace(samples, prompts=tuple(found))
 
 
-def sampler(
-    model: LanguageModel, tokenizer: Tokenizer, samples: SampleConfig, seed: int, encode: Callable[[str], Sequence[int]]
-) -> SampleFn | None:
-    """Writes on from each of `samples.prompts`; `encode` makes a prompt's tokens. None without prompts.
+def sampler(run: Run) -> SampleFn | None:
+    """Writes on from each of the run's prompts. None without any, and of a model that cannot write.
 
     Raises UserError for a prompt that is empty or too long, now and not when the model could not be exported for it.
     """
+    if run.kind.has_head:
+        return None
+    samples, tokenizer, kind = with_prompts(run.config, run.kind.records), run.tokenizer, run.kind.records
     if not samples.prompts:
         return None
+
+    def encode(prompt: str) -> list[int]:
+        if kind == "text":
+            return begun(tokenizer, tokenizer.encode(prompt))
+        return encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
+
     prompts = [list(encode(prompt)) for prompt in samples.prompts]
-    context = model.config.max_position_embeddings
+    context = run.model.config.max_position_embeddings
     for prompt, ids in zip(samples.prompts, prompts, strict=True):
         if not ids:
             raise UserError("samples.prompts: a prompt is empty, and the tokenizer has no token to begin a text with")
@@ -69,11 +76,12 @@ def sampler(
         max_new_tokens=samples.max_new_tokens,
         temperature=samples.temperature,
         top_p=samples.top_p,
-        seed=named_seed(seed, "samples") % 2**31,
+        seed=named_seed(run.config.seed, "samples") % 2**31,
     )
 
     def sample(params: Params) -> list[tuple[str, str]]:
-        completions = Generator(model, params, tokenizer).generate(prompts, sampling)
+        own = without_others(run, params)
+        completions = Generator(run.model, own, tokenizer).generate(prompts, sampling)
         return [(prompt, done.text) for prompt, done in zip(samples.prompts, completions, strict=True)]
 
     return sample

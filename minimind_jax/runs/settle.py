@@ -1,5 +1,7 @@
 """The settings of a run that follow from its data (see `training.defaults`), found before its first step and told."""
 
+import dataclasses
+
 import jax
 
 from minimind_jax.agreement import on_all
@@ -9,49 +11,43 @@ from minimind_jax.data.cache_folder import cache_root
 from minimind_jax.data.content import file_identities
 from minimind_jax.data.epoch import plan_epoch
 from minimind_jax.data.jsonl import expand_paths
-from minimind_jax.data.labels import Classes
 from minimind_jax.data.open import split_documents
 from minimind_jax.data.token_cache import build_cache
-from minimind_jax.data.tokenise import RENDERED, Kind
-from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.data.tokenise import RENDERED
 from minimind_jax.errors import UserError
 from minimind_jax.model.lora import without_adapters
-from minimind_jax.model.transformer import LanguageModel, count_parameters
-from minimind_jax.sharding import announce, make_mesh, row_shards
+from minimind_jax.model.transformer import count_parameters
+from minimind_jax.runs.parts import Run
+from minimind_jax.sharding import announce, row_shards
 from minimind_jax.training.defaults import Amount, following, leaves_open, open_chances, share_held_out, with_values
 from minimind_jax.training.run import RunFolder, flat, plain
 
 
-def settle(
-    config: RunConfig,
-    kind: Kind,
-    tokenizer: Tokenizer,
-    model: LanguageModel,
-    run: RunFolder,
-    classes: Classes | None = None,
-) -> RunConfig:
-    """`config` with a value for everything that it leaves open; says which, and from how much data they follow.
+def settle(run: Run) -> RunConfig:
+    """The run's settings with a value for everything that they leave open; says which, and from how much data they
+    follow.
 
     A run that goes on keeps the values it was started with. Raises UserError for what is wrong with the data, on all
     processes.
     """
-    return on_all(lambda: _settle(config, kind, tokenizer, model, run, classes))
+    return on_all(lambda: _settle(run))
 
 
-def _settle(config, kind, tokenizer, model, run, classes) -> RunConfig:
+def _settle(run: Run) -> RunConfig:
+    config = run.config
     asked = flat(plain(config))
-    values = run.settled(asked)
+    values = run.folder.settled(asked)
     config = with_values(config, values)
     size = sum(file.stat().st_size for file in expand_paths(config.data.train))
-    chances = open_chances(config, kind in RENDERED, size)
+    chances = open_chances(config, run.kind.records in RENDERED, size)
     values, config = values | chances, with_values(config, chances)
     if leaves_open(config):
-        found, told = _from_data(config, kind, tokenizer, model, classes)
+        found, told = _from_data(dataclasses.replace(run, config=config))
         values, config = values | found, with_values(config, found)
         follow = ", ".join(f"{key} {value:g}" for key, value in (chances | found).items())
         announce(f"{told}. From that follow, unless you set them: {follow}")
-    run.asked = {key: asked[key] for key in values}
-    run.content = content_of(config.data)
+    run.folder.asked = {key: asked[key] for key in values}
+    run.folder.content = content_of(config.data)
     return config
 
 
@@ -74,12 +70,13 @@ def changed_data(run: RunFolder, config: RunConfig) -> list[str]:
     return [f"the content of {key}" for key in before if before[key] != now[key]]
 
 
-def _from_data(config, kind, tokenizer, model, classes) -> tuple[dict, str]:
+def _from_data(run: Run) -> tuple[dict, str]:
     """The values by dotted key, and a sentence about them."""
-    data, speaks, values = config.data, jax.process_index() == 0, {}
+    config, data, values = run.config, run.config.data, {}
     cache = build_cache(
-        kind, data.train, tokenizer, data, config.seed, progress=speaks, report_skipped=False, classes=classes
-    )
+        run.kind.records, data.train, run.tokenizer, data, config.seed,
+        progress=jax.process_index() == 0, report_skipped=False, classes=run.classes,
+    )  # fmt: skip
     fraction = 0.0 if data.val else data.val_fraction
     if fraction is None:
         fraction = values["data.val_fraction"] = share_held_out(len(cache), config.figures)
@@ -89,8 +86,8 @@ def _from_data(config, kind, tokenizer, model, classes) -> tuple[dict, str]:
     plan = plan_epoch(cache, documents, data, config.seed, 0).plan
     trained = round(cache.info["trained_tokens"] * plan.tokens / cache.info["tokens"])
     amount = Amount(len(documents), plan.tokens, trained, max(1, plan.rows))
-    parameters = count_parameters(without_adapters(model.abstract_params()))
-    values |= following(config, amount, parameters, row_shards(make_mesh(config.mesh)))
+    parameters = count_parameters(without_adapters(run.model.abstract_params()))
+    values |= following(config, amount, parameters, row_shards(run.mesh))
     return values, (
         f"{amount.records:,} records to train on ({amount.tokens:,} tokens, {amount.rows:,} rows)"
         + f", {len(held_out):,} held out" * bool(len(held_out))

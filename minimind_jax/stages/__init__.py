@@ -1,9 +1,5 @@
 """The stages, one file each, read top to bottom: data, loss, what is trained, what is written."""
 
-import importlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
 from minimind_jax.config.stages import (
     ClassifyConfig,
     DistillConfig,
@@ -13,25 +9,89 @@ from minimind_jax.config.stages import (
     SFTConfig,
     TokenizerConfig,
 )
+from minimind_jax.runs.kind import Next, StageKind
 
+CHAT = Next(("chat", "--model", "{model}"), "talk to it")
+ASK = Next(("generate", "--model", "{model}", "--prompt", "Hello"), "one answer")
+TUNE = Next(
+    ("sft", "--init_from", "{run}", "--data.train", "YOUR_CONVERSATIONS.jsonl", "--run", "NAME"), "train it further"
+)
+SCORE = Next(("score", "--model", "{model}", "--input", "YOUR_CONVERSATIONS.jsonl"), "scores")
+PREDICT = Next(("classify", "predict", "--model", "{run}", "--input", "YOUR_TEXTS.jsonl"), "labels")
 
-class StageKind(NamedTuple):
-    """A stage's settings class, and its function as `module:function`, imported when it is run."""
+KINDS = (
+    StageKind(
+        "tokenizer",
+        "train a byte-level BPE tokenizer",
+        TokenizerConfig,
+        "minimind_jax.stages.tokenizer:train_tokenizer",
+    ),
+    StageKind(
+        "pretrain",
+        "next-token training on plain text",
+        PretrainConfig,
+        "minimind_jax.stages.pretrain:pretrain",
+        records="text",
+        next=(CHAT, TUNE),
+        is_planned=True,
+    ),
+    StageKind(
+        "sft",
+        "supervised fine-tuning on conversations",
+        SFTConfig,
+        "minimind_jax.stages.sft:sft",
+        records="conversation",
+        next=(CHAT, ASK, TUNE),
+        is_planned=True,
+    ),
+    StageKind(
+        "dpo",
+        "learn from pairs of answers, chosen and rejected",
+        DPOConfig,
+        "minimind_jax.stages.dpo:dpo",
+        records="preference",
+        needs_start=True,
+        fixed=("preference.loss", "preference.precompute_reference"),
+        figures=("chosen_nll", "rewards/margins", "rewards/accuracies"),
+        curves=("rewards/margins", "rewards/accuracies"),
+        next=(CHAT, ASK, TUNE),
+    ),
+    StageKind(
+        "distill",
+        "learn from a larger model's probabilities",
+        DistillConfig,
+        "minimind_jax.stages.distill:distill",
+        records="conversation",
+        fixed=("teacher.model", "teacher.top_k"),
+        figures=("divergence",),
+        curves=("divergence",),
+        next=(CHAT, TUNE),
+    ),
+    StageKind(
+        "reward",
+        "train a model that scores answers",
+        RewardConfig,
+        "minimind_jax.stages.reward:reward",
+        records="preference",
+        has_head=True,
+        labels=("reward",),
+        needs_start=True,
+        figures=("margin", "accuracy"),
+        curves=("margin", "accuracy"),
+        next=(SCORE,),
+    ),
+    StageKind(
+        "classify",
+        "train a classifier of texts",
+        ClassifyConfig,
+        "minimind_jax.stages.classify:classify",
+        records="labelled",
+        has_head=True,
+        needs_start=True,
+        figures=("accuracy",),
+        curves=("accuracy",),
+        next=(PREDICT,),
+    ),
+)
 
-    config: type
-    function: str
-
-    def load(self) -> Callable[[Any], Any]:
-        module, name = self.function.split(":")
-        return getattr(importlib.import_module(module), name)
-
-
-STAGES = {
-    "tokenizer": StageKind(TokenizerConfig, "minimind_jax.stages.tokenizer:train_tokenizer"),
-    "pretrain": StageKind(PretrainConfig, "minimind_jax.stages.pretrain:pretrain"),
-    "sft": StageKind(SFTConfig, "minimind_jax.stages.sft:sft"),
-    "dpo": StageKind(DPOConfig, "minimind_jax.stages.dpo:dpo"),
-    "distill": StageKind(DistillConfig, "minimind_jax.stages.distill:distill"),
-    "reward": StageKind(RewardConfig, "minimind_jax.stages.reward:reward"),
-    "classify": StageKind(ClassifyConfig, "minimind_jax.stages.classify:classify"),
-}
+STAGES = {kind.name: kind for kind in KINDS}

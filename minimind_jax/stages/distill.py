@@ -3,108 +3,79 @@
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from minimind_jax.config.stages import DistillConfig
 from minimind_jax.convert.hf import load_labels
-from minimind_jax.convert.load import load_merged, read_config
-from minimind_jax.convert.load import load_tokenizer as load_model_tokenizer
-from minimind_jax.data.documents import encode_prompt
-from minimind_jax.data.open import open_data
-from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.convert.load import load_merged, load_tokenizer, read_config
 from minimind_jax.errors import UserError
-from minimind_jax.folders import is_adapter, resolve_model_folder
-from minimind_jax.losses.distillation import TEACHER, make_distillation_loss
+from minimind_jax.folders import is_adapter
+from minimind_jax.losses.distillation import make_distillation_loss, teacher_likeliest
 from minimind_jax.model.precision import cast_matrices
 from minimind_jax.model.transformer import LanguageModel, Params
-from minimind_jax.runs.begin import is_finished, start_run, tidy
-from minimind_jax.runs.finish import finish_run
-from minimind_jax.runs.frozen import StoredTeacher
-from minimind_jax.runs.models import build_model, check_context, load_tokenizer, run_parameters, say_if_endless
-from minimind_jax.runs.samples import sampler, with_prompts
-from minimind_jax.runs.settle import settle
-from minimind_jax.sharding import data_process, make_mesh, param_shardings
-from minimind_jax.shell import command
-from minimind_jax.training.packed import train_on_rows
-from minimind_jax.training.state import Parameters
+from minimind_jax.paths import is_remote
+from minimind_jax.runs.frozen import TOKENS, Answers, Asked, Column
+from minimind_jax.runs.parameters import run_parameters
+from minimind_jax.runs.parts import Run
+from minimind_jax.runs.rows import open_rows
+from minimind_jax.runs.stage import Recipe, on_rows, run_stage
+from minimind_jax.sharding import param_shardings
+from minimind_jax.stages import STAGES
+
+TEACHER = "teacher"  # the key of its parameters
 
 
-@tidy
 def distill(config: DistillConfig) -> Path:
-    """Trains a student on the conversations of `config.data` and `config.teacher`, and returns the run's folder.
+    """Trains a student on the conversations of `config.data` and `config.teacher`, and returns the run's folder (see
+    `run_stage`).
 
     Data: as in fine-tuning. Loss: cross entropy of the assistant's tokens and the divergence from the teacher's
     probabilities of them (see `losses.distillation`); it is asked at every step, or once before the first one (top_k).
-    Trained: all parameters, or adapters; the teacher is cut over the mesh as the student is. Written: the run's folder
-    (see `training.run`). A run that was cut off goes on; a finished one returns at once.
-
-    Raises:
-        UserError: anything in the settings, the data or the machine that the user can mend, such as a teacher with
-            another vocabulary.
-        Interrupted: the run was asked to stop and has saved its state.
+    Trained: all parameters, or adapters; the teacher is cut over the mesh as the student is.
     """
-    run = start_run(config)
-    if is_finished(run, config):
-        return run.path
+    return run_stage(STAGES["distill"], config, _recipe)
 
-    tokenizer = load_tokenizer(config)
-    model = build_model(config, tokenizer)
-    check_context(config, model)
-    say_if_endless(tokenizer)
-    config = settle(config, "conversation", tokenizer, model, run)
-    teacher, folder = load_teacher(config, tokenizer)
 
-    def encode(prompt: str) -> list[int]:
-        return encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
+def _recipe(run: Run) -> Recipe:
+    wanted, parameters, teacher = run.config.teacher, run_parameters(run), _teacher(run)
+    words = min(run.model.config.vocab_size, teacher.config.vocab_size)
+    abstract = jax.eval_shape(lambda params: cast_matrices(params, teacher.dtype), teacher.abstract_params())
+    axes = teacher.logical_axes()
 
-    sample_fn = sampler(model, tokenizer, with_prompts(config, "conversation"), config.seed, encode)
-    wanted, annotate, ask = config.teacher, None, None
-    parameters = run_parameters(config, model)
-    words = min(model.config.vocab_size, teacher.config.vocab_size)
+    def load(_: Params) -> Params:
+        _, known = load_merged(run.models["teacher.model"])
+        known = {name: tree for name, tree in known.items() if name in abstract}
+        return jax.device_put(cast_matrices(known, teacher.dtype), param_shardings(run.mesh, axes, abstract))
+
+    annotate = ask = None
     if wanted.top_k:
-        known = load_teacher_params(config, teacher, folder)
-        annotate = StoredTeacher(config, teacher, known, words, tokenizer, run).annotate
-        del known
+        annotate = Answers(run, _likeliest(run, teacher, words), load({})).annotate
     else:
-        parameters = with_teacher(config, parameters, teacher, folder)
+        parameters = parameters.adding(TEACHER, abstract, axes, load)
 
         def ask(params: Params) -> tuple[LanguageModel, Params]:
             return teacher, params[TEACHER]
 
-    train_batches, val_batches = open_data(
-        "conversation", config, tokenizer, *data_process(make_mesh(config.mesh)), annotate=annotate
+    loss_fn = make_distillation_loss(
+        run.model,
+        ask,
+        alpha=wanted.alpha,
+        temperature=wanted.temperature,
+        divergence=wanted.divergence,
+        jsd_beta=wanted.jsd_beta,
+        words=words,
     )
-    result = train_on_rows(
-        config,
-        stage="distill",
-        model=model,
-        parameters=parameters,
-        loss_fn=make_distillation_loss(
-            model,
-            ask,
-            alpha=wanted.alpha,
-            temperature=wanted.temperature,
-            divergence=wanted.divergence,
-            jsd_beta=wanted.jsd_beta,
-            words=words,
-        ),
-        train_batches=train_batches,
-        val_batches=val_batches,
-        run=run,
-        sample_fn=sample_fn and (lambda params: sample_fn(without_teacher(params))),
-    )
-    result = result._replace(params=without_teacher(result.params))
-    hint = f"  {command('chat', '--model', run.model)}"
-    return finish_run(run, config, model, tokenizer, result, hint)
+    return on_rows(run, loss_fn, parameters, open_rows(run, annotate))
 
 
-def load_teacher(config: DistillConfig, tokenizer: Tokenizer) -> tuple[LanguageModel, Path]:
-    """The teacher's network, and its folder. Raises UserError when its tokens are not the student's."""
-    if not config.teacher.model:
+def _teacher(run: Run) -> LanguageModel:
+    """The teacher's network. Raises UserError when its tokens are not the student's."""
+    if "teacher.model" not in run.models:
         raise UserError("distill needs a teacher: give --teacher.model, a Hugging Face folder or a run")
-    folder = resolve_model_folder(config.teacher.model, "teacher.model")
+    folder, tokenizer, seq_len = run.models["teacher.model"], run.tokenizer, run.config.data.seq_len
     if not is_adapter(folder) and load_labels(folder) is not None:
         raise UserError(f"teacher.model {folder} is a classifier or reward model; a teacher must be a language model")
-    theirs = load_model_tokenizer(folder)
+    theirs = load_tokenizer(folder)
     if theirs.vocabulary() != tokenizer.vocabulary():
         raise UserError(
             f"teacher.model {folder} has another vocabulary ({theirs.vocab_size:,} tokens) than the student's "
@@ -112,40 +83,56 @@ def load_teacher(config: DistillConfig, tokenizer: Tokenizer) -> tuple[LanguageM
             "answer instead (minimind generate --model TEACHER --input PROMPTS.jsonl --as_conversations true), and "
             "fine-tune on the answers"
         )
-    model = LanguageModel(read_config(folder), config.compute)
+    model = LanguageModel(read_config(folder), run.config.compute)
     if model.config.vocab_size < tokenizer.vocab_size:
         raise UserError(f"teacher.model {folder}: its vocab_size {model.config.vocab_size} is below its tokenizer's")
-    if config.data.seq_len > model.config.max_position_embeddings:
+    if seq_len > model.config.max_position_embeddings:
         raise UserError(
-            f"data.seq_len {config.data.seq_len} is above the teacher's context of "
-            f"{model.config.max_position_embeddings} tokens"
+            f"data.seq_len {seq_len} is above the teacher's context of {model.config.max_position_embeddings} tokens"
         )
-    return model, folder
+    return model
 
 
-def load_teacher_params(config: DistillConfig, teacher: LanguageModel, folder: Path) -> Params:
-    """The teacher's parameters in the compute dtype, on the mesh."""
-    abstract = _abstract_teacher(config, teacher)
-    _, known = load_merged(folder)
-    known = {name: tree for name, tree in known.items() if name in abstract}
-    lies = param_shardings(make_mesh(config.mesh), teacher.logical_axes(), abstract)
-    return jax.device_put(cast_matrices(known, teacher.dtype), lies)
+def _likeliest(run: Run, teacher: LanguageModel, words: int) -> Asked:
+    """The teacher's likeliest words of every token. Raises UserError for settings under which they cannot be stored."""
+    wanted, data = run.config.teacher, run.config.data
+    _check_stored(run, words)
+
+    def ask(params, batch):
+        return teacher_likeliest(teacher, params, batch, wanted.top_k, words, wanted.temperature)
+
+    ids = np.uint16 if words <= 2**16 else np.uint32
+    return Asked(
+        "teacher",
+        f"teacher.model {wanted.model}",
+        TOKENS,
+        (
+            Column("teacher_ids", np.int32, "ids", ids, wanted.top_k),
+            Column("teacher_log_probs", np.float32, "log_probs", np.float32, wanted.top_k),
+        ),
+        ask,
+        {
+            "top_k": wanted.top_k, "temperature": wanted.temperature, "words": words,
+            "seq_len": data.seq_len, "packing": data.packing,
+        },
+        f"the {wanted.top_k} likeliest words of every token",
+        ", or lower teacher.top_k",
+    )  # fmt: skip
 
 
-def _abstract_teacher(config: DistillConfig, teacher: LanguageModel) -> Params:
-    return jax.eval_shape(lambda params: cast_matrices(params, teacher.dtype), teacher.abstract_params())
-
-
-def with_teacher(config: DistillConfig, parameters: Parameters, teacher: LanguageModel, folder: Path) -> Parameters:
-    """The parameters with the teacher's, which are never trained."""
-    return Parameters(
-        {**parameters.abstract, TEACHER: _abstract_teacher(config, teacher)},
-        {**parameters.axes, TEACHER: teacher.logical_axes()},
-        lambda: {**parameters.load(), TEACHER: load_teacher_params(config, teacher, folder)},
-        lambda path: path[0] != TEACHER and parameters.is_trained(path),
-    )
-
-
-def without_teacher(params: Params) -> Params:
-    """The student's own parameters."""
-    return {name: tree for name, tree in params.items() if name != TEACHER}
+def _check_stored(run: Run, words: int) -> None:
+    config, place = run.config, run.folder.path
+    if config.teacher.top_k > words:
+        raise UserError(f"teacher.top_k {config.teacher.top_k} is above the vocabulary of {words} words")
+    if is_remote(place):
+        raise UserError(f"teacher.top_k needs a run on a disk, not {place}; set it to 0, or choose another run")
+    if config.data.packing == "concat":
+        raise UserError(
+            "data.packing concat cuts documents at other places in every epoch, so a stored teacher would not fit; "
+            "choose best_fit or pad, or teacher.top_k 0"
+        )
+    if config.data.redraw_each_epoch:
+        raise UserError(
+            "data.redraw_each_epoch changes the conversations in every epoch, so a stored teacher would not fit; drop "
+            "it, or choose teacher.top_k 0"
+        )

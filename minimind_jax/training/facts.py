@@ -10,7 +10,6 @@ from minimind_jax.config.sections import OptimizerConfig
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.losses.vocabulary import piece_size
 from minimind_jax.model import attention, moe
-from minimind_jax.model.heads import SCORE
 from minimind_jax.model.lora import TRAINED, split, without_adapters
 from minimind_jax.model.transformer import LanguageModel, count_parameters
 from minimind_jax.sharding import row_shards
@@ -59,10 +58,11 @@ def run_facts(
     total_steps: int,
     source: Source,
     evaluation: Evaluation | None,
+    has_words: bool = True,
 ) -> dict[str, str]:
-    """What is printed at the start and kept in environment.json. parts: micro-batches of a step."""
+    """What is printed at the start and kept in environment.json. parts: micro-batches of a step. has_words: false of a
+    model with a head of scores, which makes no logits of words."""
     devices, shape = mesh.devices.ravel(), model.config
-    has_words = SCORE not in parameters.abstract  # a head of scores makes no logits of words
     size = count_parameters(without_adapters(model.abstract_params()))
     sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     experts = f", {shape.num_experts} experts, {shape.num_experts_per_tok} used" if shape.is_moe else ""

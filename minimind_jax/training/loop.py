@@ -18,9 +18,8 @@ from minimind_jax.agreement import check_agreement, ending_alone
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.errors import UserError
 from minimind_jax.losses import LossFn
-from minimind_jax.model.heads import SCORE
 from minimind_jax.model.transformer import LanguageModel, Params
-from minimind_jax.sharding import data_process, make_mesh, shard_batch
+from minimind_jax.sharding import data_process, shard_batch
 from minimind_jax.training.checkpoint import Checkpoints
 from minimind_jax.training.defaults import filled
 from minimind_jax.training.facts import few_steps, run_facts, schedule_change
@@ -59,14 +58,17 @@ def train(
     source: Source,
     evaluation: Evaluation | None,
     run: RunFolder,
+    mesh: Mesh,
+    has_words: bool = True,
     sample_fn: SampleFn | None = None,
     skip_above: Mapping[str, float] | None = None,
 ) -> TrainResult:
     """Trains for the steps that `source` plans, going on from the run's newest checkpoint.
 
     parameters: what is trained, and what `loss_fn` (see `losses`) reads beside it. source: of the batches. evaluation:
-    at `training.eval_every`. sample_fn: (prompt, text) pairs written by the model with these parameters. skip_above: of
-    metrics of the loss, limits above which an update is not made (see `step.Skip`).
+    at `training.eval_every`. has_words: false of a model with a head of scores. sample_fn: (prompt, text) pairs written
+    by the model with these parameters. skip_above: of metrics of the loss, limits above which an update is not made
+    (see `step.Skip`).
 
     Writes metrics.jsonl, environment.json, config.yaml and checkpoints into the run's folder.
     Raises:
@@ -74,14 +76,13 @@ def train(
         Interrupted: SIGTERM, SIGHUP or Ctrl-C; the state is saved.
     """
     config = filled(config)
-    run.check_resume(config.resume)
     check_patience(config.training, evaluation is not None)
     total_steps = source.planned_steps(config.training)
     check_agreement({"the number of steps": total_steps})
-    mesh, watch = make_mesh(config.mesh), Watch(config.training.watch)
+    watch = Watch(config.training.watch)
     skip = Skip(skip_above, source.stride) if skip_above else None
     program = make_program(config, parameters, loss_fn, mesh, total_steps, skip)
-    facts = run_facts(config, stage, model, parameters, mesh, program.parts, total_steps, source, evaluation)
+    facts = run_facts(config, stage, model, parameters, mesh, program.parts, total_steps, source, evaluation, has_words)
     timetable = Timetable(config, total_steps, source.stride)
     is_first = jax.process_index() == 0
     with ending_alone(), contextlib.ExitStack() as stack:
@@ -103,9 +104,7 @@ def train(
         progress.facts({**facts, "run": str(run.path), **resumed})
         for warning in filter(None, [*start.warnings, few_steps(total_steps, config)]):
             progress.say(f"[bold red]warning:[/] {warning}")
-        speed = Speed(
-            model, config.data.seq_len, start.record.get("seconds", 0.0), has_words=SCORE not in parameters.abstract
-        )
+        speed = Speed(model, config.data.seq_len, start.record.get("seconds", 0.0), has_words)
         journal = Journal(config, timetable, writer, progress, speed, start.record, checkpoints, skip)
         loop = Loop(
             config, mesh, program, source, evaluation, sample_fn, timetable, checkpoints, watch, journal, profiler,

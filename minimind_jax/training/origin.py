@@ -1,29 +1,25 @@
 """What a run starts from: its settings, and weights told by what they are, for a folder may be trained anew under the
 same name."""
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from minimind_jax.agreement import check_agreement, code_hash, on_all
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.convert.identity import tokenizer_hash, weights_hash, words_hash
-from minimind_jax.convert.load import load_tokenizer
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
 from minimind_jax.paths import is_remote
+from minimind_jax.training.places import MODELS
 from minimind_jax.training.run import RunFolder, flat, package_versions, plain
 
 
-def start_models(config: RunConfig) -> dict[str, str]:
-    """{init_from: hash of the weights, teacher.model: the same}, of those that are set. Takes a fraction of a second.
-
-    Of adapters the weights below them count, too. Raises UserError for a model that is not there.
-    """
-    named = {"init_from": config.init_from}
-    if teacher := getattr(config, "teacher", None):
-        named["teacher.model"] = teacher.model
-    return {key: weights_hash(resolve_model_folder(name, key)) for key, name in named.items() if name}
+def find_models(config: RunConfig, keys: Collection[str] = MODELS) -> dict[str, Path]:
+    """The folders of the models that these settings name, by setting. Raises UserError for one that is not there."""
+    named = flat(plain(config))
+    return {key: resolve_model_folder(named[key], key) for key in sorted(keys) if named.get(key)}
 
 
 def agreed_settings(config: RunConfig) -> dict[str, Any]:
@@ -37,44 +33,33 @@ def agreed_settings(config: RunConfig) -> dict[str, Any]:
     return {**settings, **versions, "the code of minimind_jax": code_hash()}
 
 
-def check_start_models(run: RunFolder, config: RunConfig) -> None:
-    """Notes the run's `start_models`, and its tokenizer. Raises UserError when a model holds other weights now, or the
-    tokenizer other words, than when the run was started, and where the weights of the processes differ.
+def check_start_models(run: RunFolder, config: RunConfig, models: Mapping[str, Path]) -> None:
+    """Notes the run's `start_models`, hashes of weights (of adapters those below them count, too), and its tokenizer.
+    Takes a fraction of a second.
 
-    The checkpoint goes on from the old ones, and what is computed from them anew (a reference, a teacher, a frozen
-    base) would be of the new.
+    models: as of `find_models`. Raises UserError when one holds other weights now than when the run was started, and
+    where the weights of the processes differ: the checkpoint goes on from the old ones, and what is computed from them
+    anew (a reference, a teacher, a frozen base) would be of the new.
     """
-    run.start_models = on_all(lambda: start_models(config))
+    run.start_models = on_all(lambda: {key: weights_hash(folder) for key, folder in models.items()})
     check_agreement({f"the weights of {key}": found for key, found in run.start_models.items()})
     before = run.read_environment().get("start_models", {}) if run.checkpoint_steps() else {}
     for key, found in run.start_models.items():
         if before.get(key, found) != found:
-            name = config.init_from if key == "init_from" else config.teacher.model
             raise UserError(
-                f"{key} {name} holds other weights than when {run.path} was started (their hash is {found}, and was "
-                f"{before[key]}); restore them to go on, or start another run"
+                f"{key} {flat(plain(config))[key]} holds other weights than when {run.path} was started (their hash is "
+                f"{found}, and was {before[key]}); restore them to go on, or start another run"
             )
     if config.tokenizer and not is_remote(Path(config.tokenizer)):  # only noted: a changed one changes the data
         run.start_models["tokenizer"] = tokenizer_hash(Path(config.tokenizer).expanduser())
-    if words := _words(config):
-        check_words(run, words)
-        run.start_models["words"] = words_hash(words)
-
-
-def _words(config: RunConfig) -> Tokenizer | None:
-    """The run's tokenizer; None where there is none, which the stage says."""
-    try:
-        folder = config.init_from and resolve_model_folder(config.init_from, "init_from")
-        return load_tokenizer(folder, config.tokenizer) if folder else Tokenizer.load(config.tokenizer)
-    except UserError:
-        return None
 
 
 def check_words(run: RunFolder, tokenizer: Tokenizer) -> None:
-    """Raises UserError when the run's checkpoints were made with a tokenizer of other words."""
+    """Notes the tokenizer's words. Raises UserError when the run's checkpoints were made with one of others."""
     before = run.read_environment().get("start_models", {}) if run.checkpoint_steps() else {}
     if before.get("words", words_hash(tokenizer)) != words_hash(tokenizer):
         raise UserError(
             f"the tokenizer {tokenizer.folder} has other words than when {run.path} was started: the ids of its "
             "checkpoints mean other text; restore the tokenizer, or start another run"
         )
+    run.start_models["words"] = words_hash(tokenizer)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from minimind_jax.config.sections import TrainingConfig
 from minimind_jax.config.stages import RunConfig
@@ -16,21 +17,12 @@ from minimind_jax.data.tokenise import RENDERED
 from minimind_jax.errors import UserError
 from minimind_jax.losses import LossFn, together
 from minimind_jax.model.transformer import Params
-from minimind_jax.sharding import make_mesh, shard_batch
+from minimind_jax.sharding import shard_batch
 from minimind_jax.training.defaults import filled, planned_steps
-from minimind_jax.training.loop import TrainResult, train
 from minimind_jax.training.program import count_parts
 from minimind_jax.training.step import make_eval_step
 
 UNWATCHED = {"loss", "nll", "router_loss", "tokens"}  # metrics whose validation value is not written
-
-
-def train_on_rows(
-    config: RunConfig, *, loss_fn: LossFn, train_batches: Batches, val_batches: Batches | None, **given
-) -> TrainResult:
-    """`loop.train` on packed rows, evaluated by the loss of the validation rows, if any. given: its other arguments."""
-    evaluation = None if val_batches is None else HeldOutRows(config, loss_fn, val_batches)
-    return train(config, loss_fn=loss_fn, source=PackedRows(train_batches), evaluation=evaluation, **given)
 
 
 class PackedRows:
@@ -72,8 +64,8 @@ class PackedRows:
 class HeldOutRows:
     """The loss of held-out rows, and the other means that the loss function knows, as a `source.Evaluation`."""
 
-    def __init__(self, config: RunConfig, loss_fn: LossFn, batches: Batches):
-        config, self._mesh, self.batches = filled(config), make_mesh(config.mesh), batches
+    def __init__(self, config: RunConfig, mesh: Mesh, loss_fn: LossFn, batches: Batches):
+        config, self._mesh, self.batches = filled(config), mesh, batches
         self._parts = count_parts(config, self._mesh)  # no more rows at once than in training
         self._most_rows = config.training.eval_rows
         self._step = make_eval_step(loss_fn, self._mesh, config.compute)

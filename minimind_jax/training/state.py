@@ -63,6 +63,23 @@ class Parameters(NamedTuple):
         shapes = jax.eval_shape(lambda params: cast_matrices(params, frozen_dtype), frozen)
         return cls(join(trained, shapes), axes, load, is_trained)
 
+    def adding(
+        self, name: str, abstract: Params, axes: Params, load: Callable[[Params], Params], *, is_trained: bool = False
+    ) -> "Parameters":
+        """With those of another model, or of a head, as the branch `name`. load: makes them, on the mesh, out of all
+        that were loaded before them."""
+
+        def load_all() -> Params:
+            params = self.load()
+            return {**params, name: load(params)}
+
+        return self._replace(
+            abstract={**self.abstract, name: abstract},
+            axes={**self.axes, name: axes},
+            load=load_all,
+            is_trained=lambda path: is_trained if path[0] == name else self.is_trained(path),
+        )
+
 
 class TrainState(NamedTuple):
     """step: int32 scalar, optimizer steps done. params: those that are trained, float32. opt_state: of the optax

@@ -9,7 +9,7 @@ from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.tokenise import Encoder
 from minimind_jax.data.tokenizer import Tokenizer, train_bpe
 from minimind_jax.errors import TemplateFault, UserError
-from minimind_jax.runs.models import say_if_endless
+from minimind_jax.runs.parts import say_if_endless
 
 USER = {"role": "user", "content": "How many birds?"}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "count", "arguments": {"what": 'bird "s"'}}]}

@@ -9,7 +9,6 @@ import pytest
 
 from minimind_jax.losses import distillation, pieces
 from minimind_jax.losses.distillation import (
-    TEACHER,
     divergences,
     make_distillation_loss,
     stored_divergences,
@@ -24,6 +23,7 @@ SIZES = {
 }  # fmt: skip
 FLOAT32 = ComputeConfig(dtype="float32")
 STUDENT = LanguageModel(ModelConfig(**SIZES), FLOAT32)
+TEACHER = "teacher"
 TEACHERS = {
     "dense": LanguageModel(ModelConfig(**{**SIZES, "hidden_size": 48, "num_hidden_layers": 3}), FLOAT32),
     "moe": LanguageModel(ModelConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24), FLOAT32),

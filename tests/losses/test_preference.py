@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minimind_jax.losses.preference import REFERENCE, Answers, answer_log_probs, make_preference_loss, pair_losses
+from minimind_jax.losses.preference import Answers, answer_log_probs, make_preference_loss, pair_losses
 from minimind_jax.losses.reward import bradley_terry, make_reward_loss
 from minimind_jax.model.config import ComputeConfig, ModelConfig
 from minimind_jax.model.heads import init_head
@@ -140,9 +140,9 @@ def test_packed_answers_are_those_by_themselves(params):
 def test_the_loss_is_the_mean_over_pairs(params):
     batch, alone = packed()
     loss_fn = make_preference_loss(
-        MODEL, "sigmoid", beta=0.5, sft_weight=0.25, reference=lambda p: (MODEL, p[REFERENCE])
+        MODEL, "sigmoid", beta=0.5, sft_weight=0.25, reference=lambda p: (MODEL, p["reference"])
     )
-    numerator, pairs, metrics = jax.jit(loss_fn)({**params[0], REFERENCE: params[1]}, batch, None)
+    numerator, pairs, metrics = jax.jit(loss_fn)({**params[0], "reference": params[1]}, batch, None)
     assert float(pairs) == 3
     own, other = (np.array([[log_prob(p, ids) for ids in pair] for pair in alone]) for p in params)
     counts = np.array([[len(ids) - 2 for ids in pair] for pair in alone])
@@ -158,16 +158,16 @@ def test_the_loss_is_the_mean_over_pairs(params):
 
 def test_the_reference_gets_no_gradient(params):
     batch, _ = packed()
-    loss_fn = make_preference_loss(MODEL, "sigmoid", beta=0.5, reference=lambda p: (MODEL, p[REFERENCE]))
-    grads = jax.jit(jax.grad(lambda p: loss_fn(p, batch, None)[0]))({**params[0], REFERENCE: params[1]})
-    assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads[REFERENCE]))
+    loss_fn = make_preference_loss(MODEL, "sigmoid", beta=0.5, reference=lambda p: (MODEL, p["reference"]))
+    grads = jax.jit(jax.grad(lambda p: loss_fn(p, batch, None)[0]))({**params[0], "reference": params[1]})
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads["reference"]))
     assert any(np.any(leaf) for leaf in jax.tree.leaves(grads["layers"]))
 
 
 def test_given_log_probabilities_replace_the_reference(params):
     batch, _ = packed()
-    both = {**params[0], REFERENCE: params[1]}
-    with_model = make_preference_loss(MODEL, "sigmoid", beta=0.5, reference=lambda p: (MODEL, p[REFERENCE]))
+    both = {**params[0], "reference": params[1]}
+    with_model = make_preference_loss(MODEL, "sigmoid", beta=0.5, reference=lambda p: (MODEL, p["reference"]))
     other, _ = log_probs_of_answers(MODEL, params[1], batch)
     sums_BS = np.stack([other.chosen, other.rejected], axis=-1).reshape(2, -1)
     given = make_preference_loss(MODEL, "sigmoid", beta=0.5)
@@ -177,8 +177,10 @@ def test_given_log_probabilities_replace_the_reference(params):
 
 def test_a_batch_of_padding_has_no_loss(params):
     batch = {name: np.zeros_like(array) for name, array in packed()[0].items()}
-    loss_fn = make_preference_loss(MODEL, "sigmoid", beta=0.5, sft_weight=1, reference=lambda p: (MODEL, p[REFERENCE]))
-    numerator, pairs, _ = jax.jit(loss_fn)({**params[0], REFERENCE: params[1]}, batch, None)
+    loss_fn = make_preference_loss(
+        MODEL, "sigmoid", beta=0.5, sft_weight=1, reference=lambda p: (MODEL, p["reference"])
+    )
+    numerator, pairs, _ = jax.jit(loss_fn)({**params[0], "reference": params[1]}, batch, None)
     assert float(numerator) == float(pairs) == 0
 
 

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+from run_helpers import assembled
 from safetensors.numpy import load_file
 from templates import CHATML, with_template
 from worlds import ADAPTERS, write_lines
@@ -20,7 +21,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.inference.adapters import load_switched
 from minimind_jax.inference.load import load_generator
 from minimind_jax.runs.export import export_checkpoint
-from minimind_jax.runs.models import load_tokenizer
+from minimind_jax.stages import STAGES
 from minimind_jax.stages.sft import sft
 
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9}
@@ -71,7 +72,7 @@ def test_a_turn_s_end_ends_answers_here_and_in_transformers(make, foreign, chats
     [ours] = generator.generate([ids], SamplingConfig(max_new_tokens=64, temperature=0, top_k=0, top_p=1))
     assert (ours.finish_reason, ours.ids[-1]) == ("stop", 2)
 
-    export_checkpoint(str(run), tmp_path / "export", "newest")
+    export_checkpoint(STAGES, str(run), tmp_path / "export", "newest")
     assert_ends_twice(tmp_path / "export")
     assert read(tmp_path / "export", "config.json")["eos_token_id"] == [2, 0]
     from_hf(run / "model", tmp_path / "again")
@@ -127,15 +128,18 @@ def test_what_a_model_s_file_says_of_its_ends_survives(foreign, tmp_path):
 def test_a_tokenizer_of_other_words_is_refused_where_it_meets_a_model(make, foreign, tmp_path):
     other = str(train_bpe(["zebras quickly xylophone"] * 3, tmp_path / "other", 304).folder)
     config = make(SFTConfig, tmp_path / "run", "sft", init_from=str(foreign), tokenizer=other)
-    for meets in (lambda: load_tokenizer(config), lambda: from_hf(foreign, tmp_path / "no", tokenizer=other)):
+    for meets in (lambda: assembled("sft", config), lambda: from_hf(foreign, tmp_path / "no", tokenizer=other)):
         with pytest.raises(UserError, match=r"other/?.* has other words .* ids differ"):
             meets()
     same = with_template(foreign, tmp_path / "same", CHATML + "{# mine #}", added=("<|new|>",))
-    assert load_tokenizer(dataclasses.replace(config, tokenizer=str(same.folder))).fingerprint == same.fingerprint
+    assert (
+        assembled("sft", dataclasses.replace(config, tokenizer=str(same.folder))).tokenizer.fingerprint
+        == same.fingerprint
+    )
     bare = shutil.copytree(foreign, tmp_path / "bare")
     (bare / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"bare has no tokenizer .*give the one that the model was trained with"):
-        load_tokenizer(dataclasses.replace(config, init_from=str(bare), tokenizer=""))
+        assembled("sft", dataclasses.replace(config, init_from=str(bare), tokenizer=""))
 
 
 def test_a_run_whose_tokenizer_was_trained_anew_goes_on_nowhere(make, foreign, chats, tmp_path):
@@ -150,9 +154,9 @@ def test_a_run_whose_tokenizer_was_trained_anew_goes_on_nowhere(make, foreign, c
     longer = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=4))
     template = tokenizer / "chat_template.jinja"
     template.write_text(template.read_text() + "{# the same words #}")
-    export_checkpoint(str(run), tmp_path / "export", "newest")
+    export_checkpoint(STAGES, str(run), tmp_path / "export", "newest")
     train_bpe(["zebras quickly xylophone"] * 3, tmp_path / "other", 304)
     shutil.copy(tmp_path / "other" / "tokenizer.json", tokenizer / "tokenizer.json")
-    for goes_on in (lambda: sft(longer), lambda: export_checkpoint(str(run), tmp_path / "no", "newest")):
+    for goes_on in (lambda: sft(longer), lambda: export_checkpoint(STAGES, str(run), tmp_path / "no", "newest")):
         with pytest.raises(UserError, match=r"tokenizer has other words than when .*run was started"):
             goes_on()

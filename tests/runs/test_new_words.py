@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from run_helpers import KEEP_ALL, assert_resumes_exactly, with_chats
+from run_helpers import KEEP_ALL, assembled, assert_resumes_exactly, with_chats
 from templates import with_template
 from worlds import ADAPTERS
 
@@ -16,7 +16,6 @@ from minimind_jax.data.template import CHAT_TEMPLATE
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
 from minimind_jax.model.transformer import LanguageModel
-from minimind_jax.runs.models import build_model, load_tokenizer
 from minimind_jax.stages.sft import sft
 
 
@@ -34,20 +33,19 @@ def sized(config, vocab_size, **changes):
 
 
 def test_a_model_with_too_few_rows_says_how_to_add_some(config):
-    tokenizer = load_tokenizer(config)
     with pytest.raises(UserError, match=r"has 306 tokens.* vocabulary of 304; set --model\.vocab_size 306, which adds"):
-        build_model(config, tokenizer)
-    assert build_model(sized(config, 306), tokenizer).config.vocab_size == 306
+        assembled("sft", config)
+    assert assembled("sft", sized(config, 306)).model.config.vocab_size == 306
     with pytest.raises(UserError, match=r"adapters train no embedding: train all weights with it first"):
-        build_model(sized(config, 306, lora=ADAPTERS), tokenizer)
+        assembled("sft", sized(config, 306, lora=ADAPTERS))
     with pytest.raises(UserError, match=r"model\.vocab_size is 300, but the model .* has 304"):
-        build_model(sized(config, 300), tokenizer)
+        assembled("sft", sized(config, 300))
 
 
 def test_a_model_from_scratch_has_as_many_words_as_its_tokenizer(config):
     scratch = dataclasses.replace(config, init_from="", model=dataclasses.replace(config.model, hidden_size=32))
-    assert build_model(scratch, load_tokenizer(scratch)).config.vocab_size == 306
-    assert build_model(sized(scratch, 320), load_tokenizer(scratch)).config.vocab_size == 320
+    assert assembled("sft", scratch).model.config.vocab_size == 306
+    assert assembled("sft", sized(scratch, 320)).model.config.vocab_size == 320
 
 
 def test_added_tokens_are_trained_resumed_exactly_and_exported(config, base, tmp_path):

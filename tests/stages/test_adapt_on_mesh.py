@@ -19,7 +19,7 @@ from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.convert.peft import rank_table
 from minimind_jax.losses import pieces
 from minimind_jax.losses.classification import make_classification_loss
-from minimind_jax.losses.distillation import TEACHER, make_distillation_loss
+from minimind_jax.losses.distillation import make_distillation_loss
 from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.losses.preference import make_preference_loss
 from minimind_jax.losses.reward import make_reward_loss
@@ -27,8 +27,9 @@ from minimind_jax.model.config import ComputeConfig, ModelConfig
 from minimind_jax.model.heads import SCORE, head_axes, init_head
 from minimind_jax.model.lora import init_adapters, join, make_adapter
 from minimind_jax.model.transformer import LanguageModel
+from minimind_jax.runs.frozen import Reference
 from minimind_jax.sharding import make_mesh, param_shardings, shard_batch
-from minimind_jax.stages.dpo import Reference
+from minimind_jax.stages.distill import TEACHER
 from minimind_jax.training.program import make_program
 from minimind_jax.training.state import Parameters, create_state, fingerprint
 

@@ -9,7 +9,7 @@ import shutil
 
 import numpy as np
 import pytest
-from run_helpers import KEEP_ALL, assert_resumes_exactly, last, rows_of
+from run_helpers import KEEP_ALL, assembled, assert_resumes_exactly, last, rows_of
 from safetensors.numpy import load_file
 from worlds import ADAPTERS, write_lines
 
@@ -32,8 +32,9 @@ from minimind_jax.inference.load import load_generator
 from minimind_jax.inference.score import Scorer
 from minimind_jax.model.heads import SCORE
 from minimind_jax.runs.export import export_checkpoint
-from minimind_jax.runs.heads import keep_labels, load_body, with_head
-from minimind_jax.runs.models import load_tokenizer
+from minimind_jax.runs.labels import keep_labels
+from minimind_jax.runs.parameters import run_parameters
+from minimind_jax.stages import STAGES
 from minimind_jax.stages.classify import classify
 from minimind_jax.stages.distill import distill
 from minimind_jax.stages.reward import reward
@@ -84,13 +85,13 @@ def test_models_with_scores_write_no_text(make, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="a teacher must be a language model"):
         distill(make(DistillConfig, tmp_path / "student", "labels", teacher=TeacherConfig(model=str(run))))
     again = make(ClassifyConfig, tmp_path / "again", "labels", init_from=str(run))  # its head, in whatever order
-    model = load_body(again, load_tokenizer(again), "classify")
+    model = assembled("classify", again).model
     row = next(row for row in read_metrics(RunFolder(run).metrics_file) if "mfu" in row)
     assert "loss" not in RunFolder(run).read_environment()["run"]  # which tells of pieces of the vocabulary
     flops = flops_per_token(model.config, again.data.seq_len, has_words=False)
     assert row["mfu"] == pytest.approx(row["tokens_per_second"] * flops / 1e6, rel=1e-3)
     a, b = (
-        np.asarray(with_head(again, model, Labels(labels)).load()[SCORE]["kernel"])
+        np.asarray(run_parameters(assembled("classify", again).with_labels(Labels(labels))).load()[SCORE]["kernel"])
         for labels in (("birds", "cat", "dogs"), ("dogs", "birds", "cat"))
     )
     np.testing.assert_array_equal(a[:, [2, 0, 1]], b)
@@ -121,7 +122,7 @@ def test_a_head_of_other_scores_is_left_out_with_a_word(make, base, tmp_path, ca
     for start, wanted, told in HEADS:
         head = np.arange(config.hidden_size * len(start.names), dtype=np.float32).reshape(-1, len(start.names))
         save_hf(folder, config, {**params, SCORE: {"kernel": head}}, tokenizer, "float32", labels=start)
-        loaded = with_head(settings, load_body(settings, tokenizer, "classify"), wanted).load()
+        loaded = run_parameters(assembled("classify", settings).with_labels(wanted)).load()
         kept = head if start.names == ("LABEL_0",) else head[:, ::-1]
         assert np.array_equal(loaded[SCORE]["kernel"], kept) == (told is None), (start, wanted)
         said = capsys.readouterr().out
@@ -187,17 +188,17 @@ def test_labels_belong_to_the_run(make, files, tmp_path):
     with pytest.raises(UserError, match="any number of labels a text, and the run had one label a text"):
         classify(longer)
     data.unlink()
-    assert export_checkpoint(str(run.path), tmp_path / "out", "newest", "float32") == 24
+    assert export_checkpoint(STAGES, str(run.path), tmp_path / "out", "newest", "float32") == 24
     assert load_labels(tmp_path / "out") == load_labels(run.model)
     assert load_labels(run.model) == (("birds", "cat", "dogs"), False, 64)
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         np.testing.assert_allclose(tensor, load_file(run.model / "model.safetensors")[name], atol=1e-6, err_msg=name)
     run.labels_file.write_text(json.dumps({"names": ["dogs", "birds", "cat"], "several": False}))
-    assert keep_labels(run, Labels(("birds", "cat", "dogs"))).names == ("dogs", "birds", "cat")
+    assert keep_labels(run, Labels(("birds", "cat", "dogs")), has_begun=True).names == ("dogs", "birds", "cat")
     shutil.rmtree(run.model)
     run.labels_file.unlink()
     with pytest.raises(UserError, match="earlier version and keeps no labels"):
-        export_checkpoint(str(run.path), tmp_path / "again", "newest")
+        export_checkpoint(STAGES, str(run.path), tmp_path / "again", "newest")
 
 
 def test_the_trained_length_goes_with_the_model(make, files, tmp_path, capsys, monkeypatch):

@@ -15,6 +15,7 @@ from minimind_jax.convert.hf import load_hf
 from minimind_jax.convert.load import load_merged, load_parts
 from minimind_jax.errors import UserError
 from minimind_jax.runs.export import export_checkpoint
+from minimind_jax.stages import STAGES
 from minimind_jax.stages.sft import sft
 from minimind_jax.training.run import RunFolder
 
@@ -72,7 +73,7 @@ def test_an_adapter_is_trained_further_or_merged(lora, world, make, tmp_path):
 
 def test_a_checkpoint_of_adapters_is_exported_whole(lora, world, tmp_path):
     run = RunFolder(sft(dataclasses.replace(with_chats(lora, world), checkpoint=KEEP_ALL)))
-    assert export_checkpoint(str(run.path), tmp_path / "out", "newest", "float32") == 24
+    assert export_checkpoint(STAGES, str(run.path), tmp_path / "out", "newest", "float32") == 24
     config, params = load_hf(tmp_path / "out")
     expected_config, expected = load_merged(run.model)
     assert config == expected_config

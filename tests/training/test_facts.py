@@ -3,12 +3,11 @@
 import dataclasses
 
 import pytest
+from run_helpers import assembled
 
 from minimind_jax.config.sections import OptimizerConfig
-from minimind_jax.data.open import open_data
 from minimind_jax.model.config import ComputeConfig
-from minimind_jax.runs.models import build_model, load_tokenizer
-from minimind_jax.sharding import make_mesh
+from minimind_jax.runs.rows import open_rows
 from minimind_jax.training.facts import run_facts, schedule_change
 from minimind_jax.training.packed import PackedRows
 from minimind_jax.training.state import Parameters
@@ -21,11 +20,10 @@ from minimind_jax.training.state import Parameters
 def test_the_paths_that_compute_are_told(world, tmp_path, experts, path, shown):
     config = world.pretrain(tmp_path / "run", compute=ComputeConfig(dtype="float32", experts=path))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_experts=experts))
-    tokenizer = load_tokenizer(config)
-    model, mesh = build_model(config, tokenizer), make_mesh(config.mesh)
-    train_batches, _ = open_data("text", config, tokenizer)
-    parameters = Parameters.of(model, dict)
-    facts = run_facts(config, "pretrain", model, parameters, mesh, 1, 24, PackedRows(train_batches), None)
+    run = assembled("pretrain", config)
+    source = PackedRows(open_rows(run)[0])
+    parameters = Parameters.of(run.model, dict)
+    facts = run_facts(config, "pretrain", run.model, parameters, run.mesh, 1, 24, source, None)
     told = f", experts path: {shown}" if shown else ""
     assert facts["compute"] == f"float32, attention path: grouped{told}, remat none"
 

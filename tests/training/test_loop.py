@@ -9,7 +9,7 @@ import signal
 import jax
 import numpy as np
 import pytest
-from run_helpers import cut_back
+from run_helpers import assembled, cut_back
 
 from minimind_jax.config.sections import CheckpointConfig, ModelSettings, OptimizerConfig, SampleConfig, TrainingConfig
 from minimind_jax.convert.hf import load_hf
@@ -20,14 +20,17 @@ from minimind_jax.errors import UserError
 from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.model.config import RopeScaling
 from minimind_jax.model.transformer import LanguageModel
-from minimind_jax.runs.models import build_model, load_tokenizer, run_parameters
+from minimind_jax.runs.parameters import run_parameters
+from minimind_jax.runs.report import write_report
+from minimind_jax.runs.rows import open_rows
+from minimind_jax.runs.stage import on_rows, train_run
+from minimind_jax.stages import STAGES
 from minimind_jax.stages.pretrain import pretrain
 from minimind_jax.stages.sft import sft
 from minimind_jax.training.defaults import planned_steps
 from minimind_jax.training.flops import flops_per_token
 from minimind_jax.training.loop import Loop
-from minimind_jax.training.packed import check_same_data, train_on_rows
-from minimind_jax.training.report import write_report
+from minimind_jax.training.packed import check_same_data
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.stop import Interrupted
 from minimind_jax.training.tracking import WALL_CLOCK, read_metrics
@@ -168,20 +171,10 @@ def test_a_run_cut_off_between_save_and_evaluation_ends_as_if_it_had_not_been(wh
 
 
 def train_directly(config, sample_fn=None, loss_fn=None):
-    tokenizer = load_tokenizer(config)
-    model = build_model(config, tokenizer)
-    train_batches, val_batches = open_data("text", config, tokenizer)
-    return train_on_rows(
-        config,
-        stage="test",
-        model=model,
-        parameters=run_parameters(config, model),
-        loss_fn=loss_fn or make_language_model_loss(model),
-        train_batches=train_batches,
-        val_batches=val_batches,
-        run=RunFolder(config.run).create(),
-        sample_fn=sample_fn,
-    )
+    run = assembled("pretrain", config)
+    run.folder.create()
+    loss_fn = loss_fn or make_language_model_loss(run.model)
+    return train_run(run, on_rows(run, loss_fn, run_parameters(run), open_rows(run)), sample_fn)
 
 
 def test_a_signal_saves_the_step_in_progress(world, tmp_path):
@@ -209,9 +202,9 @@ def test_a_signal_saves_the_step_in_progress(world, tmp_path):
 def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint_kept(world, tmp_path, capsys):
     config = world.pretrain(tmp_path / "run", training={"steps": 8}, checkpoint=CheckpointConfig(every=2))
     bad_step = 5
-    model = build_model(config, load_tokenizer(config))
-    language_model_loss = make_language_model_loss(model)
-    batches, _ = open_data("text", config, load_tokenizer(config))
+    run = assembled("pretrain", config)
+    language_model_loss = make_language_model_loss(run.model)
+    batches, _ = open_rows(run)
     *_, bad_batch = batches.iterate(0, bad_step)
 
     def loss_fn(params, batch, key):
@@ -228,14 +221,14 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint_kept(world, tm
     assert rows[5]["loss"] is None and math.isfinite(rows[8]["loss"])
     assert [rows[step].get("skipped") for step in (4, 5, 8)] == [None, 1, 1]
     assert "1 of 5 updates were skipped so far" in capsys.readouterr().out
-    assert "| skipped updates | 1 of 8" in write_report(RunFolder(config.run)).read_text("utf-8")
+    assert "| skipped updates | 1 of 8" in write_report(RunFolder(config.run), STAGES).read_text("utf-8")
 
 
 def test_a_run_most_of_whose_updates_are_skipped_stops(world, tmp_path, capsys):
     """29 of 30 were skipped, and a model was written."""
     training = {"steps": 30, "stop_on_nan": False, "eval_every": 0}
     config = world.pretrain(tmp_path / "run", training=training, checkpoint=CheckpointConfig(0))
-    language_model_loss = make_language_model_loss(build_model(config, load_tokenizer(config)))
+    language_model_loss = make_language_model_loss(assembled("pretrain", config).model)
 
     def loss_fn(params, batch, key):
         numerator, denominator, metrics = language_model_loss(params, batch, key)
@@ -336,7 +329,7 @@ def test_a_rope_scaling_makes_the_context_of_the_model_that_is_there_longer(
     def context(**settings):
         model = ModelSettings(rope_scaling=RopeScaling(rope_type, 2.0, original), **settings)
         config = world.sft(tmp_path / "sft", init_from=str(whole.path), tokenizer="", model=model)
-        architecture = build_model(config, load_tokenizer(config)).config
+        architecture = assembled("sft", config).model.config
         assert from_hf_config(to_hf_config(architecture, "float32")) == architecture
         return architecture.max_position_embeddings
 

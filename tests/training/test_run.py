@@ -11,7 +11,8 @@ import yaml
 from minimind_jax.config.sections import DataConfig, ModelSettings, OptimizerConfig, TrainingConfig
 from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.errors import UserError
-from minimind_jax.runs.begin import check_settings, remove_unused, start_run, tidy
+from minimind_jax.folders import resolve_run
+from minimind_jax.runs.begin import Found, check_settings, leaving_nothing, remove_unused
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import append_export, export_row
 
@@ -102,38 +103,42 @@ def test_a_run_goes_on_only_with_the_model_and_start_it_has(tmp_path, capsys):
     run = RunFolder(tmp_path / "run").create()
     config = PretrainConfig(tokenizer="tok", optimizer=OptimizerConfig(learning_rate=5e-4))
     run.write_config(config)
-    check_settings(run, dataclasses.replace(config, seed=1))  # nothing was saved yet
+
+    def check(changed):
+        check_settings(run, Found.look(run, changed))
+
+    check(dataclasses.replace(config, seed=1))  # nothing was saved yet
     (run.checkpoints / "5").mkdir(parents=True)
     faster = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=1e-3))
-    check_settings(run, faster)
+    check(faster)
     assert "optimizer.learning_rate 0.0005 -> 0.001" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"started with other settings \(model.rope_theta None -> 500.0\)"):
-        check_settings(run, dataclasses.replace(config, model=ModelSettings(rope_theta=500.0)))
+        check(dataclasses.replace(config, model=ModelSettings(rope_theta=500.0)))
     run.model.mkdir()
     (run.model / "config.json").write_text("{}")
     append_export(run, export_row(5, "float32"))
     with pytest.raises(UserError, match=r"finished with other settings \(optimizer.learning_rate"):
-        check_settings(run, faster)
-    check_settings(run, dataclasses.replace(config, export_dtype="float32"))
-    check_settings(run, dataclasses.replace(config, training=TrainingConfig(steps=9)))
+        check(faster)
+    check(dataclasses.replace(config, export_dtype="float32"))
+    check(dataclasses.replace(config, training=TrainingConfig(steps=9)))
 
 
 def test_a_run_that_could_not_start_leaves_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    @tidy
-    def fails(config):
-        run = start_run(config)
-        run.checkpoints.mkdir()
-        raise UserError("no")
+    def fails():
+        run = RunFolder(resolve_run("new"))
+        with leaving_nothing(run.path):
+            run.create().lock()
+            run.checkpoints.mkdir()
+            raise UserError("no")
 
-    config = PretrainConfig(run="new", tokenizer="tok")
     with pytest.raises(UserError, match="no"):
-        fails(config)
+        fails()
     assert list(tmp_path.iterdir()) == []
     kept = RunFolder("runs/new").create()
     with pytest.raises(UserError, match="no"):
-        fails(config)
+        fails()
     assert kept.path.is_dir()
     (tmp_path / "more" / "log").mkdir(parents=True)
     (tmp_path / "more" / "log" / "a.txt").write_text("mine")

@@ -7,13 +7,13 @@ import signal
 import jax
 import numpy as np
 import pytest
-from run_helpers import rows_of
+from run_helpers import assembled, rows_of
 
 from minimind_jax.config.sections import CheckpointConfig, OptimizerConfig
 from minimind_jax.errors import UserError
 from minimind_jax.losses import Metric
 from minimind_jax.losses.language_model import make_language_model_loss
-from minimind_jax.runs.models import build_model, load_tokenizer, run_parameters
+from minimind_jax.runs.parameters import run_parameters
 from minimind_jax.training.checkpoint import Checkpoints
 from minimind_jax.training.loop import train
 from minimind_jax.training.optimizer import Group
@@ -91,14 +91,15 @@ def settings(world, tmp_path):
 
 def train_on(config, source, **given):
     """Of the layers the second alone is trained, and the embedding at a rate of its own."""
-    model = build_model(config, load_tokenizer(config))
-    parameters = run_parameters(config, model)._replace(
+    run = assembled("pretrain", config)
+    run.folder.create()
+    parameters = run_parameters(run)._replace(
         groups=(Group("words", lambda path: path[0] == "embed", OptimizerConfig(learning_rate=1e-3), 0.5),),
         layers=lambda path: [1] if path[0] == "layers" else None,
     )
-    given = {"loss_fn": make_language_model_loss(model), "evaluation": Success(), **given}
-    run = RunFolder(config.run).create()
-    return train(config, stage="test", model=model, parameters=parameters, source=source, run=run, **given)
+    given = {"loss_fn": make_language_model_loss(run.model), "evaluation": Success(), **given}
+    parts = {"model": run.model, "parameters": parameters, "run": run.folder, "mesh": run.mesh}
+    return train(config, stage="test", source=source, **parts, **given)
 
 
 def test_a_run_is_saved_stopped_and_evaluated_between_strides_and_goes_on_exactly(settings, tmp_path, capsys):
@@ -123,7 +124,7 @@ def test_a_run_is_saved_stopped_and_evaluated_between_strides_and_goes_on_exactl
     assert rows_of(cut.run) == rows
     for got, wanted in zip(jax.tree.leaves(ended.params), jax.tree.leaves(whole.params), strict=True):
         assert np.asarray(got).tobytes() == np.asarray(wanted).tobytes()
-    start = run_parameters(settings, build_model(settings, load_tokenizer(settings))).load()
+    start = run_parameters(assembled("pretrain", settings)).load()
     for got, before in zip(jax.tree.leaves(ended.params["layers"]), jax.tree.leaves(start["layers"]), strict=True):
         assert np.asarray(got)[0].tobytes() == np.asarray(before)[0].tobytes()
         assert np.asarray(got)[1].tobytes() != np.asarray(before)[1].tobytes()
@@ -133,8 +134,7 @@ def test_a_run_is_saved_stopped_and_evaluated_between_strides_and_goes_on_exactl
 
 def test_a_limit_on_a_metric_forbids_the_rest_of_its_stride(settings, capsys):
     """As PPO stops a rollout's updates early; the next rollout is trained on again."""
-    model = build_model(settings, load_tokenizer(settings))
-    loss = make_language_model_loss(model)
+    loss = make_language_model_loss(assembled("pretrain", settings).model)
 
     def loss_fn(params, batch, key):
         numerator, count, metrics = loss(params, batch, key)

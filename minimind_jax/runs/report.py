@@ -4,15 +4,15 @@ import io
 import itertools
 import math
 import shlex
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
 import yaml
 
-from minimind_jax.config.stages import CONFIGS
-from minimind_jax.config.tools import ReportConfig
 from minimind_jax.errors import UserError
-from minimind_jax.folders import holds_model, resolve_run
+from minimind_jax.folders import holds_model
+from minimind_jax.runs.kind import StageKind, Stages
 from minimind_jax.shell import command
 from minimind_jax.signals import uninterrupted
 from minimind_jax.texts import is_there, read_text
@@ -21,19 +21,12 @@ from minimind_jax.training.run import RunFolder, plain, write_text
 from minimind_jax.training.tracking import read_metrics
 from minimind_jax.training.watch import Watch
 
-# Metrics of preferences, reward models, classifiers and distillation that are drawn where they are.
-CURVES = ("rewards/margins", "rewards/accuracies", "margin", "accuracy", "divergence")
 
-
-def run(config: ReportConfig) -> None:
-    """`minimind report`."""
-    print(f"wrote {write_report(resolve_run(config.run))}")
-
-
-def write_report(run: RunFolder | str | Path, last: dict | None = None) -> Path:
+def write_report(run: RunFolder | str | Path, stages: Stages, last: dict | None = None) -> Path:
     """Writes report.md and loss.png of a run, finished or not, and returns the report's path.
 
-    last: the row that metrics.jsonl will end with, of a run that is about to be finished.
+    stages: what is known of each stage, by name. last: the row that metrics.jsonl will end with, of a run that is about
+    to be finished.
 
     Raises:
         UserError: the folder is not a run, or it has no metrics yet.
@@ -47,17 +40,18 @@ def write_report(run: RunFolder | str | Path, last: dict | None = None) -> Path:
     if not train:
         raise UserError(f"{run.metrics_file} has no training step yet; start the run first")
     val = [row for row in rows if _has(row, Watch.of_run(config, ()).key)]
-    draw_losses(train, val, run.loss_picture)
-    write_text(run.report_file, report_text(run, config, rows, train, val))
+    kind = stages.get(run.read_environment().get("run", {}).get("stage"))
+    draw_losses(train, val, run.loss_picture, kind.curves if kind else ())
+    write_text(run.report_file, report_text(run, kind, config, rows, train, val))
     return run.report_file
 
 
-def draw_losses(train: list[dict], val: list[dict], picture: Path) -> None:
-    """Over the steps: training loss (each step, and smoothed), validation loss, the curves of the stage that
-    CURVES knows, and the learning rate."""
+def draw_losses(train: list[dict], val: list[dict], picture: Path, curves: Sequence[str] = ()) -> None:
+    """Over the steps: training loss (each step, and smoothed), validation loss, those of `curves` that there are, and
+    the learning rate."""
     from matplotlib.figure import Figure  # imported here: training must not wait for it at its start
 
-    curves = [name for name in CURVES if any(_has(row, f"val_{name}") for row in val)]
+    curves = [name for name in curves if any(_has(row, f"val_{name}") for row in val)]
     figure = Figure(figsize=(8, 6 + 1.5 * len(curves)), layout="constrained")
     losses, *panels, rates = figure.subplots(2 + len(curves), 1, sharex=True, height_ratios=(3, *[1] * len(curves), 1))
     steps, values = _series(train, "loss")
@@ -101,8 +95,10 @@ def smoothed(values: list[float], share: float = 0.05) -> list[float]:
     return [(sums[i + 1] - sums[max(0, i + 1 - width)]) / min(i + 1, width) for i in range(len(values))]
 
 
-def report_text(run: RunFolder, config: dict, rows: list[dict], train: list[dict], val: list[dict]) -> str:
-    """report.md as text."""
+def report_text(
+    run: RunFolder, kind: StageKind | None, config: dict, rows: list[dict], train: list[dict], val: list[dict]
+) -> str:
+    """report.md as text. kind: of the run's stage, if that is known."""
     watch = Watch.of_run(config, val)
     recorded = run.read_environment()
     facts = {key.replace("_", " "): value for key, value in recorded.get("run", {}).items()}
@@ -118,16 +114,16 @@ def report_text(run: RunFolder, config: dict, rows: list[dict], train: list[dict
     if is_there(run.results_file):
         sections += ["## Held-out results", read_text(run.results_file, "remove it").strip()]
     if val:
-        sections += ["## Validation", _validation(val)]
+        sections += ["## Validation", _validation(val, kind.figures if kind else ())]
     samples = [row for row in rows if row.get("samples")]
     if samples:
         sections += ["## Samples", *_samples(samples)]
     sections += [
         "## How to go on",
-        _next_steps(run, facts.get("stage", "STAGE")),
+        _next_steps(run, kind),
         "## Settings",
         f"Those that are not the defaults; all are in {run.config_file.name}.",
-        _code(_yaml(not_default(config, facts.get("stage"))), "yaml"),
+        _code(_yaml(not_default(config, kind)), "yaml"),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -160,9 +156,9 @@ def verdict(train: list[dict], val: list[dict], watch: Watch, chosen: dict) -> s
     return " ".join(said)
 
 
-def not_default(config: dict, stage: str | None) -> dict:
+def not_default(config: dict, kind: StageKind | None) -> dict:
     """The settings in `config` that are not what the stage has by default; all of those of an unknown stage."""
-    defaults = plain(CONFIGS[stage]()) if stage in CONFIGS else {}
+    defaults = plain(kind.config()) if kind else {}
 
     def differing(own: dict, other: dict) -> dict:
         found = {}
@@ -230,9 +226,9 @@ def _machine(recorded: dict) -> dict[str, str]:
     return {key: told for key, told in {"system": system, "versions": versions}.items() if told}
 
 
-def _validation(val: list[dict]) -> str:
+def _validation(val: list[dict], figures: Sequence[str]) -> str:
     """A table of every evaluation; the first line is the model that the run started from."""
-    more = [name for name in ("bits_per_byte", "chosen_nll", *CURVES) if any(_has(row, f"val_{name}") for row in val)]
+    more = [name for name in ("bits_per_byte", *figures) if any(_has(row, f"val_{name}") for row in val)]
     more = [*(["loss"] if any(_has(row, "val_loss") for row in val) else []), *more]
     titles = ["step", *(name.replace("_", " ") for name in more)]
     lines = [f"| {' | '.join(titles)} |", "|---:" * len(titles) + "|"]
@@ -253,19 +249,11 @@ def _samples(rows: list[dict]) -> list[str]:
     ]
 
 
-def _next_steps(run: RunFolder, stage: str) -> str:
-    texts, talks = ("--input", "YOUR_TEXTS.jsonl"), ("--input", "YOUR_CONVERSATIONS.jsonl")
-    further = ("sft", "--init_from", run.path, "--data.train", "YOUR.jsonl", "--run", "NAME")
-    commands = {
-        "classify": [command("classify", "predict", "--model", run.path, *texts, note="labels")],
-        "reward": [command("score", "--model", run.path, *talks, note="scores")],
-    }.get(
-        stage,
-        [command("chat", "--model", run.model, note="talk to it"), command(*further, note="train it further")],
-    )
-    if not holds_model(run.model):
-        commands = [command(stage, "--config", run.config_file, note="resume it")]
-    return _code("\n".join(commands), "sh")
+def _next_steps(run: RunFolder, kind: StageKind | None) -> str:
+    if kind and holds_model(run.model):
+        return _code("\n".join(kind.next_commands(run)), "sh")
+    stage = kind.name if kind else "STAGE"
+    return _code(command(stage, "--config", run.config_file, note="resume it"), "sh")
 
 
 def _table(values: dict) -> str:

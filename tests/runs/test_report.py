@@ -7,7 +7,8 @@ import pytest
 from minimind_jax.config.sections import TrackingConfig
 from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.errors import UserError
-from minimind_jax.training.report import draw_losses, not_default, report_text, smoothed, verdict, write_report
+from minimind_jax.runs.report import draw_losses, not_default, report_text, smoothed, verdict, write_report
+from minimind_jax.stages import STAGES
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import MetricsWriter
 from minimind_jax.training.watch import Watch
@@ -17,7 +18,7 @@ from minimind_jax.training.watch import Watch
 def run(tmp_path):
     run = RunFolder(tmp_path / "mine").create()
     run.write_config(PretrainConfig(seed=77))
-    run.write_environment({"model": "1.2M parameters", "packing_efficiency": "99.1%"})
+    run.write_environment({"stage": "pretrain", "model": "1.2M parameters", "packing_efficiency": "99.1%"})
     with MetricsWriter(run, TrackingConfig(), start_step=0, settings={}) as writer:
         writer.write(0, val_loss=8.0, val_bits_per_byte=4.0)
         writer.write(0, samples=[{"prompt": "Once", "text": " ```x"}])
@@ -30,7 +31,7 @@ def run(tmp_path):
 
 
 def test_the_report_has_figures_settings_samples_and_the_next_command(run):
-    text = write_report(run).read_text("utf-8")
+    text = write_report(run, STAGES).read_text("utf-8")
     for expected in (
         "# Run mine",
         "![loss](loss.png)",
@@ -49,11 +50,11 @@ def test_the_report_has_figures_settings_samples_and_the_next_command(run):
         assert expected in text
     (run.model).mkdir()
     (run.model / "config.json").write_text("{}")
-    assert f"minimind chat --model {run.model}" in write_report(run).read_text("utf-8")
+    assert f"minimind chat --model {run.model}" in write_report(run, STAGES).read_text("utf-8")
 
 
 def test_the_picture_is_drawn(run):
-    write_report(run)
+    write_report(run, STAGES)
     picture = run.loss_picture.read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
 
@@ -61,7 +62,7 @@ def test_the_picture_is_drawn(run):
 def test_a_run_without_validation_has_a_report_too(run):
     rows = [line for line in run.metrics_file.read_text("utf-8").splitlines() if "val_" not in line]
     run.metrics_file.write_text("\n".join(rows) + "\n", "utf-8")
-    assert "Validation" not in write_report(run).read_text("utf-8")
+    assert "Validation" not in write_report(run, STAGES).read_text("utf-8")
 
 
 @pytest.mark.parametrize("gone", ["drop", "null", "only losses"])
@@ -80,23 +81,23 @@ def test_any_row_may_lack_any_number(run, gone):
         else:
             less[place][key] = None
         train, val = ([r for r in less if r.get(name) is not None] for name in ("loss", "val_loss"))
-        draw_losses(train, val, run.loss_picture)
-        assert "# Run mine" in report_text(run, {}, less, train, val)
+        draw_losses(train, val, run.loss_picture, ("accuracy",))
+        assert "# Run mine" in report_text(run, STAGES["classify"], {}, less, train, val)
 
 
 def test_what_the_machine_was_is_told_as_far_as_it_is_known(run):
     for known in ({"run": {"stage": "sft"}}, {"versions": {"jax": "0.7"}, "python": "3.12"}):
         run.environment_file.write_text(json.dumps(known), "utf-8")
-        text = write_report(run).read_text("utf-8")
+        text = write_report(run, STAGES).read_text("utf-8")
     assert "| system | Python 3.12 |\n| versions | jax 0.7 |" in text
 
 
 def test_what_is_no_run_is_refused(run, tmp_path):
     with pytest.raises(UserError, match="is not a run"):
-        write_report(tmp_path)
+        write_report(tmp_path, STAGES)
     run.metrics_file.unlink()
     with pytest.raises(UserError, match="no training step yet"):
-        write_report(run)
+        write_report(run, STAGES)
 
 
 def test_smoothing_keeps_a_constant_and_never_looks_ahead():
@@ -136,9 +137,9 @@ def test_the_verdict_stands_at_the_top(steps, val, chosen, said):
 
 def test_the_report_says_when_with_which_command_and_what_is_not_the_default(run):
     run.write_environment({"stage": "pretrain"})
-    text = write_report(run).read_text("utf-8")
+    text = write_report(run, STAGES).read_text("utf-8")
     assert text.splitlines()[2].startswith("40 steps: little can be learned")
     assert "| date | 20" in text and "| command | `" in text
     settings = text.partition("## Settings")[2]
     assert "seed: 77" in settings and "momentum" not in settings and "resume" not in settings
-    assert not_default({"a": {"b": 1}, "c": 2}, "another stage") == {"a": {"b": 1}, "c": 2}
+    assert not_default({"a": {"b": 1}, "c": 2}, None) == {"a": {"b": 1}, "c": 2}

@@ -1,4 +1,4 @@
-"""What the stages with a head of scores share: reward models and classifiers."""
+"""The labels of a run whose model has a head of scores: those of its data, kept in its folder when it starts."""
 
 import dataclasses
 import json
@@ -6,64 +6,46 @@ import json
 import jax
 import numpy as np
 
-from minimind_jax.config.stages import RunConfig
-from minimind_jax.convert.hf import Labels, load_hf, load_labels
-from minimind_jax.convert.load import base_folder
+from minimind_jax.config.stages import ClassifyConfig
+from minimind_jax.convert.hf import Labels, load_labels
 from minimind_jax.data.epoch import Annotate
-from minimind_jax.data.labels import label_changes
+from minimind_jax.data.jsonl import reading_of
+from minimind_jax.data.labels import Classes, find_classes, label_changes
 from minimind_jax.data.rows import Batch, Pieces
 from minimind_jax.data.token_cache import TokenCache
-from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
-from minimind_jax.folders import holds_model, is_adapter, resolve_model_folder
-from minimind_jax.model.heads import SCORE, head_axes, init_head
-from minimind_jax.model.transformer import LanguageModel, Params
-from minimind_jax.runs.models import build_model, run_parameters
-from minimind_jax.seeds import named_key
-from minimind_jax.sharding import announce, make_mesh, param_shardings
+from minimind_jax.folders import holds_model
+from minimind_jax.runs.kind import StageKind
+from minimind_jax.sharding import announce
 from minimind_jax.texts import is_there, read_object
 from minimind_jax.training.run import RunFolder, write_text
-from minimind_jax.training.state import Parameters
-from minimind_jax.training.tracking import is_exported
 
 
-def load_body(config: RunConfig, tokenizer: Tokenizer, stage: str) -> LanguageModel:
-    """The network below a head of scores: that of `config.init_from`, without its language model's head."""
-    if not config.init_from:
-        raise UserError(f"{stage} needs a model to start from: give --init_from")
-    model = build_model(config, tokenizer)
-    return dataclasses.replace(model, config=dataclasses.replace(model.config, tie_word_embeddings=True))
+def labels_of_run(kind: StageKind, run: RunFolder) -> Labels | None:
+    """The labels that a run was started with; None of a stage whose model has no head.
+
+    Raises UserError where none were kept, in a run of an earlier version.
+    """
+    if not kind.has_head or kind.labels:
+        return Labels(kind.labels) if kind.labels else None
+    if (found := own_labels(run)) is None:
+        raise UserError(
+            f"{run.path} was made by an earlier version and keeps no {run.labels_file.name}; give its command "
+            "again with the data it was started with, and stop it when it trains"
+        )
+    return found
 
 
-def with_head(config: RunConfig, model: LanguageModel, labels: Labels) -> Parameters:
-    """The parameters of a run with a head of these scores: the one of init_from if it has the same, or a new one, and
-    then what is left out is told."""
-    scores = len(labels.names)
-    parameters = run_parameters(config, model, has_head=True)
-    abstract = jax.eval_shape(lambda: init_head(jax.random.key(0), model.config.hidden_size, scores))
-    shardings = param_shardings(make_mesh(config.mesh), head_axes(), abstract)
-
-    def load() -> Params:
-        folder = resolve_model_folder(config.init_from, "init_from")
-        head = init_head(named_key(config.seed, "head"), model.config.hidden_size, scores)
-        folder = base_folder(folder) if is_adapter(folder) else folder
-        found = load_labels(folder)
-        if found is not None and (other := _differing(found, labels)):
-            announce(f"the head of {folder} is left out, and a new one trained: {other}")
-        elif found is not None:
-            order = [found.names.index(name) for name in labels.names] if scores > 1 else [0]
-            head = {SCORE: {name: array[..., order] for name, array in load_hf(folder)[1][SCORE].items()}}
-        return {**parameters.load(), **jax.device_put(head, shardings)}
-
-    return Parameters(
-        {**parameters.abstract, **abstract},
-        {**parameters.axes, **head_axes()},
-        load,
-        lambda path: path[0] == SCORE or parameters.is_trained(path),
-    )
+def labels_of_data(config: ClassifyConfig, run: RunFolder, has_begun: bool) -> tuple[Labels, Classes]:
+    """The labels of the data, in the order of a run that `has_begun` with them; kept in its folder. Told."""
+    fields, skips = (config.text_field, config.classify.label_field), config.data.on_error == "skip"
+    classes = find_classes(config.data.train, *fields, skips, announce, reading_of(config.data))
+    labels = keep_labels(run, Labels(classes.names, classes.several), has_begun)
+    announce(f"{len(labels.names)} labels{', any number of them a text' if classes.several else ''}")
+    return labels, dataclasses.replace(classes, names=labels.names)
 
 
-def _differing(found: Labels, wanted: Labels) -> str:
+def differing(found: Labels, wanted: Labels) -> str:
     """Why a head's scores are not the wanted ones; "" where they are, in whatever order and whatever a score is called.
     A score among several labels is not trained as one of which the likeliest counts."""
     kinds = [
@@ -89,12 +71,12 @@ def own_labels(run: RunFolder) -> Labels | None:
     return load_labels(run.model)._replace(max_tokens=None) if holds_model(run.model) else None
 
 
-def keep_labels(run: RunFolder, found: Labels) -> Labels:
+def keep_labels(run: RunFolder, found: Labels, has_begun: bool) -> Labels:
     """The labels of a run, in their order, whose data holds the labels `found`; kept in its folder when it starts.
 
     Raises UserError when they are not those that the run was started with.
     """
-    known = own_labels(run) if run.checkpoint_steps() or is_exported(run) else None
+    known = own_labels(run) if has_begun else None
     if known is not None:
         changes = label_changes(known.names, found.names)
         if known.several != found.several:

@@ -1,0 +1,15 @@
+"""Tools for runs of any stage: `minimind report` and `minimind convert to-hf`."""
+
+from minimind_jax.config.tools import ReportConfig, ToHFConfig
+from minimind_jax.folders import resolve_run
+from minimind_jax.runs.export import export
+from minimind_jax.runs.report import write_report
+from minimind_jax.stages import STAGES
+
+
+def report(config: ReportConfig) -> None:
+    print(f"wrote {write_report(resolve_run(config.run), STAGES)}")
+
+
+def to_hf(config: ToHFConfig) -> None:
+    export(STAGES, config)

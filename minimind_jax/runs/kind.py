@@ -1,0 +1,62 @@
+"""What everything else knows of a stage: the entry that it has in the table of stages. Imports no jax."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from minimind_jax.config.stages import RunConfig
+from minimind_jax.shell import command
+
+Records = str  # a kind of records, of `data.tokenise.Kind`
+
+
+class Next(NamedTuple):
+    """A command to type when a stage is done. words: {run} and {model} stand for the folders. note: what it is for."""
+
+    words: tuple[str, ...]
+    note: str
+
+
+@dataclasses.dataclass(frozen=True)
+class StageKind:
+    """A stage, as the command line, the loop, pipelines, reports, exports and plans know it.
+
+    name, summary: of its command. config: its settings. function: `module:function`, imported when it is run.
+    records: what it trains on; empty for a stage that is no run. has_head: its model has a head of scores in place of
+    one of words, and is the end of a pipeline. labels: of that head; empty where they are those of the records.
+    needs_start: it trains no model from scratch. fixed: settings of its own that a run cannot change once it has begun.
+    figures: metrics of its own in the report's table of evaluations; curves: those of them that are drawn. next: when
+    it is done. is_planned: `minimind plan` knows its step.
+    """
+
+    name: str
+    summary: str
+    config: type
+    function: str
+    records: Records = ""
+    has_head: bool = False
+    labels: tuple[str, ...] = ()
+    needs_start: bool = False
+    fixed: tuple[str, ...] = ()
+    figures: tuple[str, ...] = ()
+    curves: tuple[str, ...] = ()
+    next: tuple[Next, ...] = ()
+    is_planned: bool = False
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it trains a model in a run's folder."""
+        return issubclass(self.config, RunConfig)
+
+    def load(self) -> Callable[[Any], Any]:
+        module, name = self.function.split(":")
+        return getattr(importlib.import_module(module), name)
+
+    def next_commands(self, run: Any) -> list[str]:
+        """`next`, to be pasted, of a run's folder (see `training.run`)."""
+        places = {"run": run.path, "model": run.model}
+        return [command(*(word.format(**places) for word in words), note=note) for words, note in self.next]
+
+
+Stages = Mapping[str, StageKind]

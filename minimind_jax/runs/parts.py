@@ -1,0 +1,169 @@
+"""What a run is made of, found once and passed down: its folders, tokenizer, network and mesh."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from minimind_jax.config.sections import ModelSettings
+from minimind_jax.config.stages import RunConfig
+from minimind_jax.convert.hf import Labels
+from minimind_jax.convert.load import load_tokenizer as load_model_tokenizer
+from minimind_jax.convert.load import read_config
+from minimind_jax.data.labels import Classes
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.errors import UserError
+from minimind_jax.model.config import ModelConfig, union_of_ids
+from minimind_jax.model.heads import SCORE
+from minimind_jax.model.lora import make_adapter
+from minimind_jax.model.transformer import LanguageModel, Params
+from minimind_jax.runs.adapters import AdapterPlan, plan_adapters
+from minimind_jax.runs.kind import StageKind
+from minimind_jax.sharding import announce
+from minimind_jax.training.run import RunFolder
+
+# Fields of a model that decide the shapes of its tensors; a run cannot change them in a model it starts from.
+SHAPE_FIELDS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "tie_word_embeddings", "num_experts", "moe_intermediate_size"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of a stage.
+
+    config: its settings, once the run has begun with a value for everything that they left open. models: the folders of
+    the models that they name, by setting. model: the network, below a head of scores if the stage has one. adapters:
+    None where all weights are trained. labels: of that head, and classes: how records name them, where the data has
+    them.
+    """
+
+    kind: StageKind
+    config: RunConfig
+    folder: RunFolder
+    mesh: Mesh
+    models: Mapping[str, Path]
+    tokenizer: Tokenizer
+    model: LanguageModel
+    adapters: AdapterPlan | None
+    labels: Labels | None = None
+    classes: Classes | None = None
+
+    @property
+    def start(self) -> Path | None:
+        """The folder of the model, or of the adapter, that it starts from; None from scratch."""
+        return self.models.get("init_from")
+
+    def with_labels(self, labels: Labels, classes: Classes | None = None) -> "Run":
+        return dataclasses.replace(self, labels=labels._replace(max_tokens=self.config.data.seq_len), classes=classes)
+
+
+def assemble(kind: StageKind, config: RunConfig, folder: RunFolder, mesh: Mesh, models: Mapping[str, Path]) -> Run:
+    """The parts of a run; no weights are read.
+
+    Raises UserError for what does not fit together: a tokenizer without a model or of other words, rows longer than the
+    model's context, adapters that it cannot have, ...
+    """
+    start = models.get("init_from")
+    if kind.needs_start and start is None:
+        raise UserError(f"{kind.name} needs a model to start from: give --init_from")
+    tokenizer = load_tokenizer(config, start)
+    model, adapters = build_model(config, tokenizer, start)
+    if kind.has_head:
+        model = dataclasses.replace(model, config=dataclasses.replace(model.config, tie_word_embeddings=True))
+    check_context(config, model.config)
+    return Run(kind, config, folder, mesh, models, tokenizer, model, adapters)
+
+
+def without_others(run: Run, params: Params) -> Params:
+    """The parameters of the run's own model and its head: others that its loss reads stand beside them."""
+    own = {*run.model.abstract_params(), *([SCORE] if run.kind.has_head else [])}
+    return {name: tree for name, tree in params.items() if name in own}
+
+
+def load_tokenizer(config: RunConfig, start: Path | None) -> Tokenizer:
+    """The tokenizer of a run: `config.tokenizer`, or that of the model it starts from.
+
+    Raises UserError when there is none, or its words are not those of the model.
+    """
+    if not config.tokenizer and start is None:
+        raise UserError(
+            "a run from scratch needs a tokenizer: give --tokenizer FOLDER, or --init_from a model that has one"
+        )
+    return Tokenizer.load(config.tokenizer) if start is None else load_model_tokenizer(start, config.tokenizer)
+
+
+def build_model(
+    config: RunConfig, tokenizer: Tokenizer, start: Path | None
+) -> tuple[LanguageModel, AdapterPlan | None]:
+    """The network, that of `start` or the preset from scratch, with the tokenizer's special ids; and its adapters.
+
+    From scratch it has as many words as the tokenizer, unless model.vocab_size says another number.
+
+    Raises UserError when the tokenizer has more tokens than the model, `config.model` sets another shape than `start`
+    has, or adapters are asked for over more words than it has.
+    """
+    ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
+    found = None if start is None else read_config(start)
+    if found is not None:
+        ends = union_of_ids(tokenizer.end_ids, found.eos_token_id)
+        architecture = dataclasses.replace(found, **ids, eos_token_id=ends)
+        architecture = with_settings(architecture, config.model, start)
+    else:
+        size = {} if config.model.vocab_size else {"vocab_size": tokenizer.vocab_size}
+        architecture = config.model.resolve(**ids, **size, eos_token_id=union_of_ids(tokenizer.end_ids))
+    if tokenizer.vocab_size > architecture.vocab_size:
+        rows = ", which adds rows drawn around the mean of the others" if found else ""
+        raise UserError(
+            f"the tokenizer {tokenizer.folder} has {tokenizer.vocab_size} tokens, more than the model's vocabulary of "
+            f"{architecture.vocab_size}; set --model.vocab_size {tokenizer.vocab_size}{rows}, or take a tokenizer with "
+            "fewer tokens"
+        )
+    if config.lora.rank and found and architecture.vocab_size > found.vocab_size:
+        raise UserError(
+            f"model.vocab_size {architecture.vocab_size} is above the {found.vocab_size} of the model {start}, and "
+            "adapters train no embedding: train all weights with it first (sft or pretrain without lora.rank), then "
+            "adapters over the model that comes out"
+        )
+    plan = plan_adapters(config, architecture, start)
+    return LanguageModel(architecture, config.compute, plan and make_adapter(plan.table, plan.dropout)), plan
+
+
+def check_context(config: RunConfig, architecture: ModelConfig) -> None:
+    """Raises UserError for rows longer than the context that the exported model says it has."""
+    context, seq_len = architecture.max_position_embeddings, config.data.seq_len
+    if seq_len > context:
+        raise UserError(
+            f"data.seq_len {seq_len} is above the model's context of {context} tokens (model.max_position_embeddings); "
+            f"set data.seq_len {context} or less, or model.max_position_embeddings {seq_len} to train a longer context"
+        )
+
+
+def say_if_endless(tokenizer: Tokenizer) -> None:
+    """Says so where the chat template writes nothing behind an answer that could end it."""
+    if tokenizer.turn_end_id is None:
+        announce(
+            f"warning: the chat template of {tokenizer.folder} writes no token behind an answer that only ends answers "
+            "(or it is none of this tokenizer, as <|im_end|> may be): the model will not learn to stop; --stop TEXT of "
+            "chat and generate ends answers, or add the token to the tokenizer and set --model.vocab_size"
+        )
+
+
+def with_settings(architecture: ModelConfig, settings: ModelSettings, folder: Path) -> ModelConfig:
+    """`architecture` with the fields that `settings` sets; those that would change a tensor's shape must agree, and so
+    must a preset's. Only more words are possible (see `model.vocabulary`)."""
+    given = settings.changes(architecture.max_position_embeddings)
+    described = settings.resolve() if settings.preset else None
+    for name in SHAPE_FIELDS:
+        asked, found = given.get(name, getattr(described, name, None)), getattr(architecture, name)
+        if name == "vocab_size" and given.get(name, 0) > found:
+            continue
+        if asked is not None and asked != found:
+            key = f"model.{name}" if name in given else f"model.preset {settings.preset}: its {name}"
+            raise UserError(
+                f"{key} is {asked}, but the model {folder} that init_from means has {found}; leave it out, or train "
+                "from scratch"
+            )
+    return dataclasses.replace(architecture, **given)
