@@ -49,7 +49,6 @@ def run_stage(kind: StageKind, config: RunConfig, recipe: Callable[[Run], Recipe
             return folder
         sample_fn = sampler(run)
         made = recipe(run)
-        made = recipe(run)
         finish(run, train_run(run, made, sample_fn), made.judge)
     return folder
 
