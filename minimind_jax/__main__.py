@@ -14,7 +14,8 @@ def program(*arguments: str) -> int:
     try:
         status = signals.exit_status(lambda: _main([*arguments, *sys.argv[1:]]))
     finally:  # all is saved and said; one more Ctrl-C must not change how the process ends
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGINT,) if _is_one_of_several() else signals.SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
     if status in {128 + number for number in signals.SIGNALS} and not _is_one_of_several():
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 _SOON = 0.2  # seconds by which a handler may be ahead of the thread that hears of the same signal
@@ -36,7 +37,8 @@ def answering(patience: float = 1.0) -> Iterator[None]:
     compiling, keeps waiting for `patience` seconds is answered, and the next one ends the process at once.
 
     An exception that never arrives, for it was raised in a callback of the garbage collector (JAX has one), is raised
-    again; one that a library has made another error of, as its compiled parts do, is itself again.
+    again; one that a library has made another error of, as its compiled parts do, is itself again. An import, which may
+    do either, is waited for.
     A signal that is ignored, as under nohup, stays so. Does nothing outside of the main thread.
     """
     numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
@@ -49,7 +51,7 @@ def answering(patience: float = 1.0) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if answers.raised is not None and type(answers.raised).__name__ in str(error):
+        if answers.raised is not None and _is_made_of(error, answers.raised):
             raise answers.raised from error
         raise
     finally:
@@ -67,6 +69,7 @@ class _Answers:
         self._numbers, self._patience, self._hook = numbers, patience, sys.unraisablehook
         self._delivered = float("-inf")  # when the handler ran last
         self._resend: threading.Timer | None = None
+        self._own = 0  # signals on their way that were sent again, and not from outside
         # The system writes a signal's number into this pipe when it comes.
         self._receiving, self._sending = os.pipe()
         os.set_blocking(self._sending, False)
@@ -84,6 +87,9 @@ class _Answers:
         os.close(self._receiving)
 
     def deliver(self, number: int, frame) -> None:
+        if _is_import(frame):
+            self._send_again(number)
+            return
         before, self._delivered = self._delivered, time.monotonic()
         silence_lost_outputs()
         if _holds:
@@ -97,7 +103,10 @@ class _Answers:
             self._hook(lost)
             return
         self._delivered = float("-inf")
-        number = getattr(self.raised, "signal", signal.SIGINT)
+        self._send_again(getattr(self.raised, "signal", signal.SIGINT))
+
+    def _send_again(self, number: int) -> None:
+        self._own += 1
         self._resend = threading.Timer(_SOON / 4, os.kill, [os.getpid(), number])
         self._resend.start()
 
@@ -105,6 +114,9 @@ class _Answers:
         asked = float("-inf")  # when a signal came that is not delivered yet
         while received := os.read(self._receiving, 1):
             if received[0] not in self._numbers:
+                continue
+            if self._own:
+                self._own -= 1
                 continue
             if self._delivered < asked - _SOON:
                 for tell in reversed(_left):
@@ -121,6 +133,20 @@ class _Answers:
                 return False
             time.sleep(self._patience / 20)
         return True
+
+
+def _is_import(frame: FrameType | None) -> bool:
+    while frame is not None and "importlib._bootstrap" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _is_made_of(error: BaseException | None, raised: BaseException) -> bool:
+    while error is not None and error is not raised:
+        if type(raised).__name__ in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return error is raised
 
 
 def exit_status(work: Callable[[], int]) -> int:

@@ -1,6 +1,7 @@
 """Signals end a command: answered at once, with what was begun put in order and told."""
 
 import gc
+import importlib
 import os
 import signal
 import subprocess
@@ -73,6 +74,20 @@ def test_an_exception_that_is_lost_in_a_callback_comes_again(number):
             time.sleep(5)
     finally:
         gc.callbacks.remove(callback)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_in_an_import_that_swallows_everything_ends_the_command_behind_it(number, tmp_path, monkeypatch):
+    lines = (
+        "import os, time\ntry:\n    os.kill(os.getpid(), {})\n    time.sleep(0.1)\nexcept BaseException:\n    pass\n"
+    )
+    (tmp_path / f"swallows_{number}.py").write_text(lines.format(int(number)))
+    monkeypatch.syspath_prepend(tmp_path)
+    imported = []
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else Stopped), answering():
+        imported.append(importlib.import_module(f"swallows_{number}"))
+        time.sleep(5)
+    assert imported
 
 
 def test_an_exception_that_a_library_makes_another_error_of_is_itself_again():
