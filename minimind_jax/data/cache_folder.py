@@ -19,6 +19,7 @@ import filelock
 from minimind_jax.config.sections import FilesConfig
 from minimind_jax.data.content import file_identities
 from minimind_jax.data.formats import VERSION as FORMATS_VERSION
+from minimind_jax.data.kinds import KINDS
 from minimind_jax.data.template import rendering_fingerprint
 from minimind_jax.errors import UserError
 from minimind_jax.paths import cache_home
@@ -36,7 +37,7 @@ _NAME = re.compile(r"\.?(?P<key>[0-9a-f]{32})(\.\d+\.tmp)?")  # a cache, or what
 class StoredCache:
     """A cache on disk.
 
-    files: paths of the data it was made from. kind: of `tokenise.Kind`, unfinished (being made, or left by a killed
+    files: paths of the data it was made from. kind: of `kinds.KINDS`, unfinished (being made, or left by a killed
         process) or damaged. size: in bytes. last_used: seconds since 1970. stale: no run can use it again.
     """
 
@@ -101,7 +102,7 @@ def _is_stale(source: dict[str, Any], root: Path) -> bool:
 
 def rendering(kind: str) -> str | None:
     """What the documents of a cache depend on beyond data, tokenizer and settings."""
-    return rendering_fingerprint() if kind in ("conversation", "preference") else None
+    return rendering_fingerprint() if kind in KINDS and KINDS[kind].rendered else None
 
 
 def open_in_use(path: Path) -> BinaryIO:

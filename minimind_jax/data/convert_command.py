@@ -4,15 +4,14 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 from minimind_jax.config.tools import ConvertDataConfig
 from minimind_jax.data.formats import TEXT, detect, recognise, renaming
 from minimind_jax.data.jsonl import Reading, Record, expand_paths, iter_records, reading_of, tell, tell_left_out
-from minimind_jax.data.labels import LABEL_FIELDS, labelled_record
-from minimind_jax.data.records import as_record, parse_conversation, parse_preference, parse_text
+from minimind_jax.data.kinds import KINDS, KindName, Wanted
+from minimind_jax.data.labels import LABEL_FIELDS, Classes
 from minimind_jax.data.values import field_names
 from minimind_jax.errors import UserError
 from minimind_jax.signals import telling
@@ -28,7 +27,7 @@ def convert(
     paths: Sequence[str],
     output: str,
     reading: Reading,
-    kind: Literal["text", "conversation", "preference", "labelled"] | None = None,
+    kind: KindName | None = None,
     renamed: dict[str, str] | None = None,
     label_field: str = LABEL_FIELDS[0],
     skip: bool = False,
@@ -49,6 +48,7 @@ def convert(
             raise error
         errors.append(error)
 
+    wanted = Wanted(reading, Classes.any(reading.text_field or "text", label_field), "--on_error")
     told: Counter = Counter()
     found: Counter = Counter()
     partial = target.with_name(f"{target.name}.partial")
@@ -61,7 +61,7 @@ def convert(
                 try:
                     record = _renamed(record, renamed or {})
                     kind = kind or _kind(record, reading)
-                    row = _converters(reading, label_field)[kind](record)
+                    row = KINDS[kind].as_record(KINDS[kind].parse(record, wanted))
                 except UserError as error:
                     on_bad(error)
                     continue
@@ -115,7 +115,7 @@ def _renamed(record: Record, names: dict[str, str]) -> Record:
     return Record(record.where, record.file, record.line, value, record.told)
 
 
-def _kind(record: Record, reading: Reading) -> str:
+def _kind(record: Record, reading: Reading) -> KindName:
     found = detect(record.value, reading)
     if found == "text" and record.value.keys() & set(LABEL_FIELDS[:2]):
         return "labelled"
@@ -126,12 +126,3 @@ def _kind(record: Record, reading: Reading) -> str:
             "--text_field names a text"
         )
     return found
-
-
-def _converters(reading: Reading, label_field: str) -> dict[str, Callable[[Record], dict[str, Any]]]:
-    return {
-        "text": lambda record: as_record(parse_text(record, "--on_error", reading)),
-        "conversation": lambda record: as_record(parse_conversation(record, reading=reading)),
-        "preference": lambda record: as_record(parse_preference(record, reading)),
-        "labelled": lambda record: labelled_record(record, reading.text_field or "text", label_field),
-    }

@@ -3,18 +3,18 @@
 import numpy as np
 
 from minimind_jax.data.epoch import Epoch
+from minimind_jax.data.kinds import KINDS
 from minimind_jax.errors import UserError
-
-NOUNS = {"text": "documents", "conversation": "conversations", "preference": "pairs", "labelled": "texts"}
 
 
 def describe_cuts(epoch: Epoch) -> str:
     """What is cut or left out of an epoch's documents, in words; "" where nothing is."""
-    plan, packing, noun = epoch.plan, epoch.packing, NOUNS[epoch.cache.kind]
+    plan, packing, kind = epoch.plan, epoch.packing, KINDS[epoch.cache.kind]
+    noun = kind.noun
     lengths = epoch.cache.lengths[epoch.documents]
     told = []
     if plan.cut_documents and packing == "concat":
-        if epoch.cache.kind == "conversation":  # texts are joined and cut on purpose
+        if not kind.cut_freely:  # texts are joined and cut on purpose
             told.append(
                 f"{plan.cut_documents:,} of {len(lengths):,} {noun} run over the end of a row and are cut there, "
                 "wherever that is (data.packing best_fit cuts between turns)"
@@ -45,12 +45,9 @@ def check_rows(epoch: Epoch, role: str) -> None:
     lengths = epoch.cache.lengths[epoch.documents]
     if not len(lengths):
         raise UserError("no document is left to train on; lower data.val_fraction or give more data")
-    why = {
-        "preference": "their answers leave no room for a prompt in a row",
-        "text": "no document has two tokens",
-    }.get(epoch.cache.kind, "no answer lies within a row")
+    kind = KINDS[epoch.cache.kind]
     raise UserError(
-        f"{role}: nothing is trained in any of {len(lengths):,} {NOUNS[epoch.cache.kind]}: {why} at data.seq_len "
+        f"{role}: nothing is trained in any of {len(lengths):,} {kind.noun}: {kind.why_no_row} at data.seq_len "
         f"{epoch.plan.seq_len}; {_advice(lengths, epoch.plan.seq_len) or 'raise data.seq_len, or mend the data'}"
     )
 
@@ -64,7 +61,7 @@ def _what_is_cut(epoch: Epoch, packing: str) -> str:
             f"cut between turns{inside}; their {further:,} further pieces begin without the system prompt, the tools "
             "and all that was said before"
         )
-    return "the beginning of their prompts is cut off" if packing == "preference" else "their ends are cut off"
+    return "the beginning of their prompts is cut off" if packing == "pairs" else "their ends are cut off"
 
 
 def _advice(lengths: np.ndarray, seq_len: int) -> str:

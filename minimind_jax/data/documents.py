@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from minimind_jax.data.labels import Classes, LabelledText
+from minimind_jax.data.labels import LabelledText
 from minimind_jax.data.messages import Conversation
 from minimind_jax.data.preferences import SAME, Preference
-from minimind_jax.data.template import Segment, apply_dice
+from minimind_jax.data.template import Roll, Segment, unchanged
+from minimind_jax.data.template_check import check_spoken
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 
@@ -42,23 +43,36 @@ def encode_text(tokenizer: Tokenizer, text: str) -> Document:
 def encode_conversation(
     tokenizer: Tokenizer,
     conversation: Conversation,
-    rng: np.random.Generator | None = None,
-    system_prompt_probability: float = 0.0,
-    empty_think_removal: float = 0.0,
+    roll: Roll = unchanged,
     tell: Callable[[str], None] = lambda note: None,
 ) -> Document:
     """A conversation in the tokenizer's template; trained are the assistant's words and its end of turn.
 
-    rng: of this record's dice (`template.dice_rng`); None leaves the conversation as it is.
-    tell: hears what the template leaves out on purpose.
+    roll: the record's draws of the template's chances. tell: hears what the template leaves out on purpose.
     Raises UserError if the tokenizer's own template cannot be split into prompts and answers.
     """
     if conversation.plain:
         return _encode_completion(tokenizer, *(message["content"] for message in conversation.messages))
-    keep_empty_think = True
-    if rng is not None:
-        conversation, keep_empty_think = apply_dice(conversation, rng, system_prompt_probability, empty_think_removal)
-    return _encode(tokenizer, _segments(tokenizer, conversation, keep_empty_think, tell))
+    return _encode(tokenizer, _segments(tokenizer, *roll(conversation), tell))
+
+
+def checked_conversation(
+    tokenizer: Tokenizer, conversation: Conversation, roll: Roll, tell: Callable[[str], None]
+) -> Document:
+    """`encode_conversation`. Raises UserError, too, where words would be left out or nothing is trained."""
+    _check_messages(tokenizer, [conversation], tell)
+    document = encode_conversation(tokenizer, conversation, roll, tell)
+    if not document.trained.any():
+        raise UserError("nothing to train on; expected an assistant message with content")
+    return document
+
+
+def _check_messages(tokenizer: Tokenizer, sides: list[Conversation], tell: Callable[[str], None]) -> None:
+    messages = [message for side in sides if not side.plain for message in side.messages]
+    if tokenizer.own_template:
+        check_spoken(messages)
+    if tokenizer.turn_end and any(tokenizer.turn_end in message["content"] for message in messages):
+        tell("messages hold the token that ends a turn among their words: is the template in the data?")
 
 
 def _segments(
@@ -87,35 +101,23 @@ def begun(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     return ids if tokenizer.bos_id in (None, *ids[:1]) else [tokenizer.bos_id, *ids]
 
 
-def encode_labelled(tokenizer: Tokenizer, text: LabelledText, classes: Classes) -> Document:
-    """A text as the tokenizer writes it, without begin and end tokens: what transformers gives a classifier.
-
-    values: the class's number, or with several labels a 0 or 1 for each class.
-    """
+def encode_labelled(tokenizer: Tokenizer, text: LabelledText) -> Document:
+    """A text as the tokenizer writes it, without begin and end tokens: what transformers gives a classifier."""
     ids = np.array(tokenizer.encode(text.text), dtype=np.int32)
-    return Document(ids, np.ones(len(ids), dtype=bool), [0], classes.values(text.labels))
+    return Document(ids, np.ones(len(ids), dtype=bool), [0], text.values)
 
 
 def encode_preference(
     tokenizer: Tokenizer,
     preference: Preference,
-    rng: Callable[[], np.random.Generator] | None = None,
-    system_prompt_probability: float = 0.0,
-    empty_think_removal: float = 0.0,
+    roll: Roll = unchanged,
     tell: Callable[[str], None] = lambda note: None,
 ) -> Document:
     """Both sides of a pair end to end, the chosen one first; trained are the assistant's words where they differ.
 
-    rng: makes the generator of this record's dice; both sides get the same draws. tell: see `encode_conversation`.
-    Raises UserError where the template writes both sides alike.
+    roll, tell: see `encode_conversation`. Raises UserError where the template writes both sides alike.
     """
-    sides = []
-    for conversation in (preference.chosen, preference.rejected):
-        keep_empty_think = True
-        if rng is not None:
-            chances = (system_prompt_probability, empty_think_removal)
-            conversation, keep_empty_think = apply_dice(conversation, rng(), *chances)
-        sides.append(_segments(tokenizer, conversation, keep_empty_think, tell))
+    sides = [_segments(tokenizer, *roll(side), tell) for side in (preference.chosen, preference.rejected)]
     texts = ["".join(segment.text for segment in side) for side in sides]
     if texts[0] == texts[1]:
         raise UserError(SAME)
@@ -126,6 +128,14 @@ def encode_preference(
         document.trained[: len(prompt.ids)] = False
     ids, trained = (np.concatenate([getattr(side, name) for side in documents]) for name in ("ids", "trained"))
     return Document(ids, trained, [0, len(prompt.ids), len(documents[0].ids)], (preference.margin,))
+
+
+def checked_preference(
+    tokenizer: Tokenizer, preference: Preference, roll: Roll, tell: Callable[[str], None]
+) -> Document:
+    """`encode_preference`. Raises UserError, too, where words would be left out."""
+    _check_messages(tokenizer, [preference.chosen, preference.rejected], tell)
+    return encode_preference(tokenizer, preference, roll, tell)
 
 
 def encode_prompt(

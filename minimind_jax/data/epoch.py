@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from grain.experimental import index_shuffle
 
 from minimind_jax.config.sections import FilesConfig
+from minimind_jax.data.kinds import KINDS
 from minimind_jax.data.packing import PackingPlan, plan_best_fit, plan_concat, plan_heads, plan_pad, plan_pairs
 from minimind_jax.data.rows import Batch, Pieces, pack_rows, pad_rows
 from minimind_jax.data.token_cache import TokenCache
@@ -22,8 +24,7 @@ class Epoch:
     """The rows of one epoch.
 
     documents: (n,) documents of the cache the plan is about. shuffle_seed: of the order of the rows; None for the
-    plan's. packing: `data.packing`; for kinds with one of their own, the kind. annotate: adds to rows what belongs to
-    their pieces.
+    plan's. packing: of PACKINGS. annotate: adds to rows what belongs to their pieces.
     """
 
     cache: TokenCache
@@ -37,7 +38,7 @@ class Epoch:
         """The rows at these places of the epoch: arrays (rows, T), all padding beyond the last row."""
         pieces = self._pieces(places)
         if self.packing == "pad":
-            end_id = self.cache.info["eos_id"] if self.cache.kind == "text" else None  # text keeps its end token
+            end_id = self.cache.info["eos_id"] if KINDS[self.cache.kind].cut_freely else None
             rows = pad_rows(self.cache, pieces, token_bytes, end_id)
         else:
             rows = pack_rows(self.cache, pieces, token_bytes)
@@ -66,38 +67,58 @@ class Epoch:
         )
 
 
-def plan_epoch(cache: TokenCache, documents: np.ndarray, data: FilesConfig, seed: int, epoch: int) -> Epoch:
-    """Packs these documents of a cache for one epoch and draws the order of the rows."""
-    lengths = cache.lengths[documents]
-    targets = functools.partial(_count_targets, cache, documents)
-    places = functools.partial(_turns, cache, documents), data.seq_len, seed, epoch, data.shuffle
-    starts = functools.partial(_message_starts, cache, documents)
-    if cache.kind == "preference":
-        plan = plan_pairs(lengths, *places, starts)
-    elif cache.kind == "labelled":
-        plan = plan_heads(lengths, data.seq_len, seed, epoch, data.shuffle)
-    elif data.packing == "concat":
-        plan = plan_concat(lengths, data.seq_len, seed, epoch, data.shuffle, targets)
-    elif data.packing == "best_fit":
-        is_chat = cache.kind == "conversation"  # of text a last token alone is left untrained, which costs nothing
-        plan = plan_best_fit(lengths, *places, *((starts, targets) if is_chat else ()))
-    else:
-        plan = plan_pad(lengths, data.seq_len, targets)
+def plan_epoch(
+    cache: TokenCache, documents: np.ndarray, data: FilesConfig, seed: int, epoch: int, packing: str = ""
+) -> Epoch:
+    """Packs these documents of a cache for one epoch and draws the order of the rows.
+
+    packing: of the kind's; by default its only one, or `data.packing`.
+    """
+    own = KINDS[cache.kind].packings
+    packing = packing or (own[0] if len(own) == 1 else data.packing)
+    plan = PACKINGS[packing](_Documents(cache, documents), data.seq_len, seed, epoch, data.shuffle)
     shuffle_seed = named_seed(seed, "rows", epoch) % 2**32 if data.shuffle else None
-    packing = data.packing if cache.kind in ("text", "conversation") else cache.kind
     return Epoch(cache, documents, plan, shuffle_seed, packing)
 
 
-def _turns(cache: TokenCache, documents: np.ndarray, index: int) -> np.ndarray:
-    return cache.turns(documents[index])
+class _Documents(NamedTuple):
+    """What a plan may ask about the documents of a cache, by their number among these."""
+
+    cache: TokenCache
+    documents: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.cache.lengths[self.documents]
+
+    def turns(self, index: int) -> np.ndarray:
+        return self.cache.turns(self.documents[index])
+
+    def message_starts(self, index: int, turn: int = 0) -> np.ndarray:
+        """Where messages may begin: at every token like that of the first turn, or of this one."""
+        document, turns = self.documents[index], self.turns(index)
+        ids = self.cache.ids(document, 0, int(self.cache.lengths[document]))
+        return np.flatnonzero((ids == ids[0]) | (ids == ids[turns[min(turn, len(turns) - 1)]]))
+
+    def targets(self, pieces: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        return _count_targets(self.cache, self.documents, pieces, starts, stops)
 
 
-def _message_starts(cache: TokenCache, documents: np.ndarray, index: int) -> np.ndarray:
-    """Where messages may begin in a conversation or pair: at every token like that of its first turn, or its second."""
-    document = documents[index]
-    ids, turns = cache.ids(document, 0, int(cache.lengths[document])), cache.turns(document)
-    first = turns[1] if cache.kind == "conversation" and len(turns) > 1 else 0
-    return np.flatnonzero((ids == ids[0]) | (ids == ids[first]))
+def _best_fit(documents: _Documents, *how) -> PackingPlan:
+    if KINDS[documents.cache.kind].cut_freely:  # then a last token alone is left untrained, which costs nothing
+        return plan_best_fit(documents.lengths, documents.turns, *how)
+    starts = functools.partial(documents.message_starts, turn=1)
+    return plan_best_fit(documents.lengths, documents.turns, *how, starts, documents.targets)
+
+
+# Of the documents, data.seq_len, the seed, the epoch and whether to shuffle: where everything goes.
+PACKINGS: dict[str, Callable[..., PackingPlan]] = {
+    "concat": lambda documents, *how: plan_concat(documents.lengths, *how, documents.targets),
+    "best_fit": _best_fit,
+    "pad": lambda documents, seq_len, *_: plan_pad(documents.lengths, seq_len, documents.targets),
+    "pairs": lambda documents, *how: plan_pairs(documents.lengths, documents.turns, *how, documents.message_starts),
+    "heads": lambda documents, *how: plan_heads(documents.lengths, *how),
+}
 
 
 def _count_targets(cache: TokenCache, documents: np.ndarray, pieces, starts, stops) -> np.ndarray:

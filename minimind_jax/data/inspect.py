@@ -15,14 +15,13 @@ from minimind_jax.config.tools import InspectConfig
 from minimind_jax.data.epoch import plan_epoch
 from minimind_jax.data.formats import detect
 from minimind_jax.data.jsonl import READING, Reading, expand_paths, iter_records, reading_of
+from minimind_jax.data.kinds import KINDS, KindName
 from minimind_jax.data.packing import PackingPlan
-from minimind_jax.data.records import field_names
 from minimind_jax.data.token_cache import TokenCache, build_cache
-from minimind_jax.data.tokenise import Kind
 from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.data.values import field_names
 from minimind_jax.errors import UserError
 
-PACKINGS = ("concat", "best_fit", "pad")
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 SHOWN_ERRORS = 20
 TRAINED_STYLE = "bold green"
@@ -44,7 +43,7 @@ class Packed:
 class Inspection:
     """What `inspect` found. lengths: tokens of each document. packings: by name, at the configured `seq_len`."""
 
-    kind: Kind
+    kind: KindName
     cache: TokenCache
     lengths: np.ndarray
     packings: dict[str, Packed]
@@ -65,7 +64,7 @@ def inspect(
     paths: Iterable[str | Path],
     tokenizer: Tokenizer,
     data: DataConfig,
-    kind: Kind | None = None,
+    kind: KindName | None = None,
     rows: int = 3,
     seed: int = 42,
     console: Console | None = None,
@@ -79,8 +78,8 @@ def inspect(
     files = expand_paths(paths)
     kind = kind or detect_kind(files, reading_of(data))
     cache = build_cache(kind, files, tokenizer, dataclasses.replace(data, on_error="skip"), seed, report_skipped=False)
-    packings = ("pairs",) if kind == "preference" else PACKINGS
-    found = Inspection(kind, cache, cache.lengths, {name: _pack(cache, data, name, seed) for name in packings})
+    packings = {name: _pack(cache, data, name, seed) for name in KINDS[kind].packings}
+    found = Inspection(kind, cache, cache.lengths, packings)
     _print_records(console, cache, tokenizer, min(rows, len(cache)), data.seq_len)
     _print_counts(console, found, tokenizer, files)
     _print_lengths(console, found.lengths)
@@ -89,7 +88,7 @@ def inspect(
     return found
 
 
-def detect_kind(files: list[Path], reading: Reading = READING) -> Kind:
+def detect_kind(files: list[Path], reading: Reading = READING) -> KindName:
     """`text`, `conversation` or `preference`, from the first readable record. Raises UserError if it is none."""
     broken: list[UserError] = []
     for record in iter_records(files, broken.append, reading):
@@ -103,8 +102,7 @@ def detect_kind(files: list[Path], reading: Reading = READING) -> Kind:
 
 
 def _pack(cache: TokenCache, data: DataConfig, packing: str, seed: int) -> Packed:
-    settings = data if packing == "pairs" else dataclasses.replace(data, packing=packing)
-    plan = plan_epoch(cache, np.arange(len(cache)), settings, seed, epoch=0).plan
+    plan = plan_epoch(cache, np.arange(len(cache)), data, seed, epoch=0, packing=packing).plan
     return Packed(plan, lost=len(cache) - len(np.unique(plan.documents)))
 
 
@@ -150,7 +148,7 @@ def _print_counts(console: Console, found: Inspection, tokenizer: Tokenizer, fil
         ("records", f"{len(found.cache) + info['skipped']:,}, {info['skipped']:,} of them broken"),
         ("tokens", f"{info['tokens']:,}, {size / info['tokens']:.2f} bytes of text each"),
         ("trained tokens", f"{info['trained_tokens']:,} ({found.trained_share:.1%})"),
-        *([("turns", f"{info['turns']:,}")] if found.kind == "conversation" else []),
+        *((name, f"{info[name]:,}") for name in KINDS[found.kind].counts),
     ):
         table.add_row(name, value)
     console.print(table)
@@ -168,8 +166,7 @@ def _print_lengths(console: Console, lengths: np.ndarray) -> None:
 
 
 def _print_packings(console: Console, found: Inspection, seq_len: int) -> None:
-    noun = {"conversation": "conversations", "preference": "pairs"}.get(found.kind, "texts")
-    title = Text(f"\npacking {len(found.lengths):,} {noun} into rows of {seq_len:,} tokens", "italic")
+    title = Text(f"\npacking {len(found.lengths):,} {KINDS[found.kind].noun} into rows of {seq_len:,} tokens", "italic")
     table = _table("", "rows", "full", "placed", "lost", "cut", "turns\ncut", "tokens\ndropped")
     for name, packed in found.packings.items():
         plan = packed.plan

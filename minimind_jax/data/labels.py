@@ -25,17 +25,25 @@ _MISSING = {"nan", "null", "n/a", "#n/a", "<na>"}
 
 
 class LabelledText(NamedTuple):
-    """labels: one, or with several labels a text any number."""
+    """labels: one, or with several labels a text any number. values: of the labels, by the classes. is_list: how the
+    record has the labels."""
 
     text: str
     labels: tuple[str, ...]
+    values: tuple[float, ...] = ()
+    is_list: bool = False
+
+    def as_record(self) -> dict[str, Any]:
+        """The record of our own format that says the same."""
+        return {"text": self.text, "label": list(self.labels) if self.is_list else self.labels[0]}
 
 
 @dataclasses.dataclass(frozen=True)
 class Classes:
     """The labels a classifier knows.
 
-    names: in the order of their numbers. several: a text may have any number of them, else exactly one.
+    names: in the order of their numbers; none while they are not known. several: a text may have any number of them,
+        else exactly one.
     text_field, label_field: where records hold the two.
     """
 
@@ -43,6 +51,11 @@ class Classes:
     several: bool = False
     text_field: str = "text"
     label_field: str = "label"
+
+    @classmethod
+    def any(cls, text_field: str, label_field: str) -> "Classes":
+        """Whatever labels there are, before they are known."""
+        return cls((), True, text_field, label_field)
 
     def values(self, labels: Sequence[str]) -> tuple[float, ...]:
         """The class's number; with several labels a 0 or 1 for each class."""
@@ -62,25 +75,18 @@ class _Given(NamedTuple):
 
 def parse_labelled(record: Record, classes: Classes) -> LabelledText:
     """The text and its labels; other fields are told as left out. Raises UserError, also for a label that is not among
-    the classes."""
+    the classes, where those are known."""
     text = parse_unlabelled(record, classes.text_field)
     given = _given(record, classes.label_field)
     if not classes.several and len(given.labels) != 1:
         raise UserError(f"{record.where}: {given.field} has {len(given.labels)} labels; every other text has one")
-    if unknown := [label for label in given.labels if label not in classes.names]:
+    if classes.names and (unknown := [label for label in given.labels if label not in classes.names]):
         raise UserError(
             f"{record.where}: the label {unknown[0]!r} is not in the training data, whose {len(classes.names)} labels "
             f"are {', '.join(classes.names[:8])}{' ...' if len(classes.names) > 8 else ''}"
         )
     leave_out_others(record, {_text_place(record, classes.text_field), *LABEL_FIELDS, *NAME_FIELDS, given.field})
-    return LabelledText(text, tuple(dict.fromkeys(given.labels)))
-
-
-def labelled_record(record: Record, text_field: str, label_field: str) -> dict[str, Any]:
-    """The text and the label, or labels, of a record in our own format. Raises UserError."""
-    text, given = parse_unlabelled(record, text_field), _given(record, label_field)
-    leave_out_others(record, {_text_place(record, text_field), *LABEL_FIELDS, *NAME_FIELDS, given.field})
-    return {"text": text, "label": list(given.labels) if given.is_list else given.labels[0]}
+    return LabelledText(text, given.labels, classes.values(given.labels), given.is_list)
 
 
 def parse_unlabelled(record: Record, text_field: str = "text") -> str:
@@ -101,12 +107,6 @@ def parse_unlabelled(record: Record, text_field: str = "text") -> str:
 def _text_place(record: Record, text_field: str) -> str:
     names = TEXT if text_field == TEXT[0] else (text_field,)
     return next((name for name in names if isinstance(record.value.get(name), str)), text_field)
-
-
-def check_labelled(record: Record, text_field: str, label_field: str) -> None:
-    """Raises UserError for a record that `find_classes` would stop at."""
-    parse_unlabelled(record, text_field)
-    _given(record, label_field)
 
 
 def _given(record: Record, label_field: str) -> _Given:

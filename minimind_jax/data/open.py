@@ -9,15 +9,15 @@ from minimind_jax.agreement import check_agreement, on_all
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.data.batches import Batches
 from minimind_jax.data.epoch import Annotate
+from minimind_jax.data.kinds import KINDS, KindName
 from minimind_jax.data.labels import Classes
 from minimind_jax.data.token_cache import TokenCache, build_cache
-from minimind_jax.data.tokenise import RENDERED, Kind
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.seeds import named_seed
 
 
 def open_data(
-    kind: Kind,
+    kind: KindName,
     config: RunConfig,
     tokenizer: Tokenizer,
     process_index: int = 0,
@@ -38,7 +38,7 @@ def open_data(
 
 
 def _open_own(
-    kind: Kind,
+    kind: KindName,
     config: RunConfig,
     tokenizer: Tokenizer,
     process_index: int,
@@ -71,7 +71,7 @@ def _open_own(
         cache,
         role="training data",
         select=lambda c: split_documents(c, fraction, seed)[0],
-        redraw=redraw if kind in RENDERED and data.redraw_each_epoch else None,
+        redraw=redraw if KINDS[kind].rendered and data.redraw_each_epoch else None,
     )
     if data.val:
         return train, make(build(data.val, tokenizer, data, seed), role="validation data")

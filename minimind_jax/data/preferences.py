@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from minimind_jax.data.messages import Conversation, Message, is_trained
 from minimind_jax.data.values import Place
@@ -19,6 +20,13 @@ class Preference:
     chosen: Conversation
     rejected: Conversation
     margin: float = 0.0
+
+    def as_record(self) -> dict[str, Any]:
+        """The record that is read as this pair, in our own format."""
+        chosen, rejected = self.chosen.as_record(), self.rejected.as_record()
+        shared = {name: value for name, value in chosen.items() if name != "conversations"}
+        sides = {"chosen": chosen["conversations"], "rejected": rejected["conversations"]}
+        return {**shared, **sides, **({"margin": self.margin} if self.margin else {})}
 
 
 def make_preference(

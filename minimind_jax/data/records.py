@@ -1,15 +1,14 @@
 """Records of any format as what a stage trains on; every error names the file, the line, the field and the way out."""
 
-from typing import Any
+from collections.abc import Sequence
 
 from minimind_jax.data.formats import read_record, read_text
 from minimind_jax.data.jsonl import READING, Reading, Record
-from minimind_jax.data.messages import ROLES, Conversation, Message, check_closed, is_trained
+from minimind_jax.data.messages import Conversation, Message, check_closed, is_trained
 from minimind_jax.data.preferences import Preference
-from minimind_jax.data.values import checked_text, field_names
 from minimind_jax.errors import UserError
 
-__all__ = ["ROLES", "Conversation", "Message", "Preference", "checked_text", "field_names"]  # as records are spoken of
+BEGINNING = 40  # characters of a text, of which the last word is left out
 
 
 def parse_text(record: Record, flag: str = "--data.on_error", reading: Reading = READING) -> str:
@@ -48,13 +47,16 @@ def parse_preference(record: Record, reading: Reading = READING) -> Preference:
     return pair
 
 
-def as_record(parsed: str | Conversation | Preference) -> dict[str, Any]:
-    """The record of our own format that is read as the same."""
-    if isinstance(parsed, str):
-        return {"text": parsed}
-    if isinstance(parsed, Conversation):
-        return parsed.as_record()
-    sides = {name: getattr(parsed, name).as_record() for name in ("chosen", "rejected")}
-    shared = {name: value for name, value in sides["chosen"].items() if name != "conversations"}
-    margin = {"margin": parsed.margin} if parsed.margin else {}
-    return {**shared, **{name: side["conversations"] for name, side in sides.items()}, **margin}
+def beginning(text: str) -> str:
+    """The first words of a text that is not empty."""
+    return text[:BEGINNING].rsplit(maxsplit=1)[0] if len(text) > BEGINNING else text.split()[0]
+
+
+def first_question(messages: Sequence[Message]) -> str:
+    """What the user says first; "" if nothing."""
+    return next((message["content"] for message in messages if message["role"] == "user"), "")
+
+
+def spoken(messages: Sequence[Message]) -> str:
+    """All that is said and thought in messages."""
+    return "\n".join(part for m in messages for part in (m.get("reasoning_content"), m["content"]) if part)

@@ -10,7 +10,7 @@ import datetime
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import jinja2.ext
 import jinja2.sandbox
 import numpy as np
 
-from minimind_jax.data.records import ROLES, Conversation, Message
+from minimind_jax.data.messages import ROLES, Conversation, Message
 from minimind_jax.errors import TemplateFault, UserError
 from minimind_jax.seeds import named_seed
 
@@ -213,6 +213,34 @@ def apply_dice(
         prompt = {"role": "system", "content": SYSTEM_PROMPTS[int(choice * len(SYSTEM_PROMPTS))]}
         conversation = dataclasses.replace(conversation, messages=[prompt, *conversation.messages])
     return conversation, not removes_think < empty_think_removal
+
+
+# Of a conversation it makes what the template writes, and whether its empty think blocks stay.
+Roll = Callable[[Conversation], tuple[Conversation, bool]]
+
+
+def unchanged(conversation: Conversation) -> tuple[Conversation, bool]:
+    """The `Roll` of a record for which nothing is drawn."""
+    return conversation, True
+
+
+@dataclasses.dataclass(frozen=True)
+class Dice:
+    """The template's chances, drawn for each record from (seed, epoch, number of the record)."""
+
+    seed: int
+    epoch: int
+    system_prompt_probability: float
+    empty_think_removal: float
+
+    def roll(self, record_index: int) -> Roll:
+        """What is drawn for a record; all its conversations get the same draws."""
+
+        def roll(conversation: Conversation) -> tuple[Conversation, bool]:
+            rng = dice_rng(self.seed, record_index, self.epoch)
+            return apply_dice(conversation, rng, self.system_prompt_probability, self.empty_think_removal)
+
+        return roll
 
 
 class _GenerationTag(jinja2.ext.Extension):

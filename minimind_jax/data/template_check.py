@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from minimind_jax.data.records import Message
+from minimind_jax.data.messages import Message
 from minimind_jax.data.template import TEMPLATE_FILE, Segment
 from minimind_jax.errors import TemplateFault, UserError
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minimind_jax.data.records import Message
+from minimind_jax.data.messages import Message
 from minimind_jax.data.template import Segment, prefix_segments, render_jinja, segments_of_spans, without_marks
 from minimind_jax.errors import TemplateFault
 

@@ -36,13 +36,14 @@ from minimind_jax.data.cache_folder import (
 from minimind_jax.data.content import file_identities
 from minimind_jax.data.formats import VERSION as FORMATS_VERSION
 from minimind_jax.data.jsonl import expand_paths, reading_of, tell_left_out, told_lines
+from minimind_jax.data.kinds import KINDS, KindName
 from minimind_jax.data.labels import Classes
-from minimind_jax.data.tokenise import RENDERED, Chunk, Dice, Encoder, Kind, encode_all, process_count, read_chunks
+from minimind_jax.data.template import Dice
+from minimind_jax.data.tokenise import Chunk, Encoder, encode_all, process_count, read_chunks
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.progress import progress as show_progress
 
-VALUED: tuple[Kind, ...] = ("preference", "labelled")  # kinds whose documents have values
 KEPT_MESSAGES = 100  # of skipped records; all are counted
 
 
@@ -63,7 +64,7 @@ class TokenCache:
     """
 
     folder: Path
-    kind: Kind
+    kind: KindName
     tokens: np.ndarray
     trained: np.ndarray | None
     offsets: np.ndarray
@@ -110,7 +111,7 @@ class TokenCache:
 
 
 def build_cache(
-    kind: Kind,
+    kind: KindName,
     paths: Iterable[str | Path],
     tokenizer: Tokenizer,
     data: FilesConfig,
@@ -159,9 +160,9 @@ def build_cache(
 # What a cache depends on
 
 
-def _dice(kind: Kind, data: FilesConfig, seed: int, epoch: int) -> Dice | None:
+def _dice(kind: KindName, data: FilesConfig, seed: int, epoch: int) -> Dice | None:
     """None where nothing is drawn, so that the seed does not matter."""
-    if kind not in RENDERED or not any(data.chances.values()):
+    if not KINDS[kind].rendered or not any(data.chances.values()):
         return None
     epoch = epoch if data.redraw_each_epoch else 0
     return Dice(seed, epoch, **data.chances)
@@ -225,14 +226,14 @@ def _build(folder, files, encoder, tokenizer, source, asked_workers, progress) -
 class _CacheWriter:
     """Appends chunks to the files of a cache."""
 
-    def __init__(self, folder: Path, kind: Kind, tokenizer: Tokenizer):
+    def __init__(self, folder: Path, kind: KindName, tokenizer: Tokenizer):
         self.kind, self.tokenizer = kind, tokenizer
         self.token_dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
         names = [
             "tokens",
             *_ARRAYS,
-            *(["trained"] if kind in RENDERED else []),
-            *(["values"] if kind in VALUED else []),
+            *(["trained"] if KINDS[kind].rendered else []),
+            *(["values"] if KINDS[kind].has_values else []),
         ]
         self.files = {name: open(folder / f"{name}.bin", "wb") for name in names}
         self.documents = self.tokens = self.turns = self.trained_tokens = self.skipped = 0
@@ -262,9 +263,9 @@ class _CacheWriter:
         self._append("records", chunk.records)
         self._append("turn_offsets", self.turns + np.cumsum(chunk.turn_counts))
         self._append("turn_starts", chunk.turn_starts)
-        if self.kind in RENDERED:
+        if KINDS[self.kind].rendered:
             self._append("trained", chunk.trained)
-        if self.kind in VALUED and len(chunk.lengths):
+        if KINDS[self.kind].has_values and len(chunk.lengths):
             self._append("values", chunk.values)
             self.values_each = chunk.values.shape[1]
         self.documents += len(chunk.lengths)
@@ -285,7 +286,7 @@ class _CacheWriter:
             "skipped": self.skipped,
             "skipped_messages": self.messages,
             "told": told_lines(self.told),
-            **({"values_each": self.values_each} if self.kind in VALUED else {}),
+            **({"values_each": self.values_each} if KINDS[self.kind].has_values else {}),
             "token_dtype": self.token_dtype.name,
             "eos_id": self.tokenizer.eos_id,
             "pad_id": self.tokenizer.pad_id,
@@ -304,9 +305,9 @@ def _open_cache(folder: Path) -> TokenCache | None:
             "turn_offsets": (info["documents"] + 1, np.dtype(np.int64)),
             "turn_starts": (info["turns"], np.dtype(np.int32)),
         }
-        if info["kind"] in VALUED:
+        if KINDS[info["kind"]].has_values:
             counts["values"] = (info["documents"] * info["values_each"], np.dtype(np.float32))
-        if info["kind"] in RENDERED:
+        if KINDS[info["kind"]].rendered:
             counts["trained"] = (info["tokens"], np.dtype(np.uint8))
         arrays = {name: _map(folder / f"{name}.bin", count, dtype) for name, (count, dtype) in counts.items()}
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, KeyError):

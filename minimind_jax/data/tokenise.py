@@ -18,41 +18,19 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 
-from minimind_jax.data.documents import (
-    Document,
-    encode_conversation,
-    encode_labelled,
-    encode_preference,
-    encode_text,
-)
+from minimind_jax.data.documents import Document
 from minimind_jax.data.jsonl import READING, Reading, iter_lines, parse_line
-from minimind_jax.data.labels import Classes, parse_labelled
-from minimind_jax.data.records import parse_conversation, parse_preference, parse_text
-from minimind_jax.data.template import dice_rng
-from minimind_jax.data.template_check import check_spoken
+from minimind_jax.data.kinds import KINDS, KindName, Wanted
+from minimind_jax.data.labels import Classes
+from minimind_jax.data.template import Dice, unchanged
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import TemplateFault, UserError
 
-# text: of pretraining. conversation: of fine-tuning. preference: pairs of conversations. labelled: texts with labels.
-Kind = Literal["text", "conversation", "preference", "labelled"]
-RENDERED: tuple[Kind, ...] = ("conversation", "preference")  # by the chat template
-
 CHUNK_BYTES = 1 << 19  # of raw lines a process gets at once
 BYTES_PER_PROCESS = 4 << 20  # less than this is not worth a process of its own
-
-
-@dataclasses.dataclass(frozen=True)
-class Dice:
-    """The template's chances, drawn for each record from (seed, epoch, number of the record)."""
-
-    seed: int
-    epoch: int
-    system_prompt_probability: float
-    empty_think_removal: float
 
 
 Line = tuple[int, Path, int, bytes | dict]  # number of the record, file, line, what `iter_lines` gave
@@ -62,7 +40,7 @@ Line = tuple[int, Path, int, bytes | dict]  # number of the record, file, line, 
 class Encoder:
     """Turns lines into documents; travels to the processes, which load the tokenizer themselves."""
 
-    kind: Kind
+    kind: KindName
     tokenizer_folder: str
     dice: Dice | None
     skip: bool
@@ -76,42 +54,17 @@ class Encoder:
     def document(self, line: Line, told: Counter | None = None) -> Document:
         """The document of a line; told gets what is told of it. Raises UserError with file and line."""
         number, file, line_number, raw = line
-        record = parse_line(raw, file, line_number, told)
-        if self.kind == "text":
-            return encode_text(self.tokenizer, parse_text(record, reading=self.reading))
-        if self.kind == "labelled":
-            return encode_labelled(self.tokenizer, parse_labelled(record, self.classes), self.classes)
-        dice = self.dice
-        rng = dice and functools.partial(dice_rng, dice.seed, number, dice.epoch)
-        chances = (dice.system_prompt_probability, dice.empty_think_removal) if dice else ()
-        parse = parse_conversation if self.kind == "conversation" else parse_preference
-        parsed = parse(record, reading=self.reading)
+        record, kind = parse_line(raw, file, line_number, told), KINDS[self.kind]
+        parsed = kind.parse(record, Wanted(self.reading, self.classes))
         notes: set[str] = set()
         try:
-            sides = [parsed] if self.kind == "conversation" else [parsed.chosen, parsed.rejected]
-            messages = [message for side in sides if not side.plain for message in side.messages]
-            if self.tokenizer.own_template:
-                check_spoken(messages)
-            if any(map(self._ends_inside, messages)):
-                notes.add("messages hold the token that ends a turn among their words: is the template in the data?")
-            if self.kind == "preference":
-                document = encode_preference(self.tokenizer, parsed, rng, *chances, tell=notes.add)
-            else:
-                document = encode_conversation(self.tokenizer, parsed, rng and rng(), *chances, tell=notes.add)
-        except UserError as error:  # of the tokenizer's own template, which knows no files
+            document = kind.encode(
+                self.tokenizer, parsed, self.dice.roll(number) if self.dice else unchanged, notes.add
+            )
+        except UserError as error:  # of the template, which knows no files
             raise type(error)(f"{record.where}: {error}") from error
         record.told.update((str(file), note) for note in notes)
-        if self.kind == "conversation" and not document.trained.any():
-            raise UserError(f"{record.where}: nothing to train on; expected an assistant message with content")
         return document
-
-    def _ends_inside(self, message: dict[str, Any]) -> bool:
-        return bool(self._turn_end) and self._turn_end in message["content"]
-
-    @functools.cached_property
-    def _turn_end(self) -> str:
-        ends = [i for i in (self.tokenizer.turn_end_id,) if i is not None]
-        return self.tokenizer.decode(ends, skip_special_tokens=False)
 
     def encode(self, lines: list[Line]) -> "Chunk":
         """The documents of the lines; a broken line raises its UserError, or is noted if this encoder skips."""
@@ -126,7 +79,7 @@ class Encoder:
                 if not self.skip:
                     raise
                 errors.append(str(error))
-        turns = [d.turn_starts if self.kind in RENDERED else [] for d in documents]
+        turns = [d.turn_starts if KINDS[self.kind].rendered else [] for d in documents]
         return Chunk(
             tokens=np.concatenate([d.ids for d in documents] or [np.zeros(0, np.int32)]),
             trained=np.concatenate([d.trained for d in documents] or [np.zeros(0, bool)]),

@@ -149,6 +149,11 @@ class Tokenizer:
         return next((i for i in after if i in self._added), None)
 
     @functools.cached_property
+    def turn_end(self) -> str:
+        """The text of `turn_end_id`, or none."""
+        return "" if self.turn_end_id is None else self.decode([self.turn_end_id], skip_special_tokens=False)
+
+    @functools.cached_property
     def end_ids(self) -> tuple[int, ...]:
         """The tokens that end an answer: those that the template writes behind one and behind a tool call (only a
         special one: `</tool_call>` is none), and the end-of-text token."""

@@ -10,8 +10,8 @@ from minimind_jax.config.stages import RunConfig
 from minimind_jax.convert.load import read_config
 from minimind_jax.convert.peft import rank_table
 from minimind_jax.data.jsonl import Record, expand_paths, iter_records, reading_of
-from minimind_jax.data.labels import check_labelled
-from minimind_jax.data.records import parse_conversation, parse_preference, parse_text
+from minimind_jax.data.kinds import KINDS, Wanted
+from minimind_jax.data.labels import Classes
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder, resolve_run
@@ -29,7 +29,6 @@ from minimind_jax.training.run import RunFolder, flat, plain
 from minimind_jax.training.watch import check_patience
 
 SAMPLE = 50  # records of each file
-PARSERS = {"text": parse_text, "conversation": parse_conversation, "preference": parse_preference}
 
 
 def check_stages(stages: Sequence[Stage]) -> None:
@@ -82,10 +81,10 @@ def _reader(stage: Stage) -> tuple[Callable[[Record], object], tuple[str, ...], 
     if not config.data.train:
         raise UserError("data.train is empty; give it files, folders or globs")
     reading, paths = reading_of(config.data), (*config.data.train, *config.data.val)
-    if parse := PARSERS.get(stage.kind.records):
-        return lambda record: parse(record, reading=reading), paths, config.data.on_error
-    fields = config.text_field, config.classify.label_field
-    return lambda record: check_labelled(record, *fields), paths, config.data.on_error
+    has_labels = stage.kind.has_head and not stage.kind.labels
+    classes = Classes.any(config.text_field, config.classify.label_field) if has_labels else None
+    parse = functools.partial(KINDS[stage.kind.records].parse, wanted=Wanted(reading, classes))
+    return parse, paths, config.data.on_error
 
 
 def _check_settings(stage: Stage, before: Sequence[Stage]) -> None:

@@ -15,7 +15,8 @@ from minimind_jax.convert.load import read_config
 from minimind_jax.convert.peft import rank_table
 from minimind_jax.data.cache_folder import cache_root, stored_caches
 from minimind_jax.data.jsonl import expand_paths, reading_of
-from minimind_jax.data.tokenise import Encoder, Kind, read_chunks
+from minimind_jax.data.kinds import KindName
+from minimind_jax.data.tokenise import Encoder, read_chunks
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
@@ -164,7 +165,7 @@ def _training_files(config: RunConfig) -> list[str]:
         return []
 
 
-def count_tokens(paths: Sequence[str], kind: Kind, config: RunConfig) -> Tokens:
+def count_tokens(paths: Sequence[str], kind: KindName, config: RunConfig) -> Tokens:
     """Tokens of data files: from the cache that tokenising them left, from a sample, or from their size alone."""
     files = expand_paths(paths)
     names = {str(file.resolve()) for file in files}

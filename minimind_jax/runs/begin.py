@@ -17,7 +17,7 @@ from minimind_jax.config.sections import RUN_LENGTHS
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.convert.hf import Labels
 from minimind_jax.convert.replace import check_replaceable
-from minimind_jax.data.tokenise import RENDERED
+from minimind_jax.data.kinds import KINDS
 from minimind_jax.errors import UserError
 from minimind_jax.folders import holds_model, resolve_run
 from minimind_jax.paths import is_remote
@@ -107,7 +107,7 @@ def _assemble(kind: StageKind, config: RunConfig, folder: RunFolder) -> Run:
 
 def _with_data(run: Run, found: Found) -> Run:
     """The run with what follows from its data: labels, and a value for everything that its settings leave open."""
-    if run.kind.records in RENDERED and not run.kind.has_head:
+    if KINDS[run.kind.records].rendered and not run.kind.has_head:
         say_if_endless(run.tokenizer)
     if run.kind.labels:
         run = run.with_labels(Labels(run.kind.labels))

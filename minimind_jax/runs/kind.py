@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.shell import command
 
-Records = str  # a kind of records, of `data.tokenise.Kind`
+Records = str  # a kind of records, of `data.kinds.KINDS`
 
 
 class Next(NamedTuple):

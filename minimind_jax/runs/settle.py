@@ -11,9 +11,9 @@ from minimind_jax.data.cache_folder import cache_root
 from minimind_jax.data.content import file_identities
 from minimind_jax.data.epoch import plan_epoch
 from minimind_jax.data.jsonl import expand_paths
+from minimind_jax.data.kinds import KINDS
 from minimind_jax.data.open import split_documents
 from minimind_jax.data.token_cache import build_cache
-from minimind_jax.data.tokenise import RENDERED
 from minimind_jax.errors import UserError
 from minimind_jax.model.lora import without_adapters
 from minimind_jax.model.transformer import count_parameters
@@ -39,7 +39,7 @@ def _settle(run: Run) -> RunConfig:
     values = run.folder.settled(asked)
     config = with_values(config, values)
     size = sum(file.stat().st_size for file in expand_paths(config.data.train))
-    chances = open_chances(config, run.kind.records in RENDERED, size)
+    chances = open_chances(config, KINDS[run.kind.records].rendered, size)
     values, config = values | chances, with_values(config, chances)
     if leaves_open(config):
         found, told = _from_data(dataclasses.replace(run, config=config))

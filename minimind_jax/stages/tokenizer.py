@@ -17,7 +17,7 @@ from pathlib import Path
 from minimind_jax.config.stages import TokenizerConfig
 from minimind_jax.data.formats import detect
 from minimind_jax.data.jsonl import READING, Reading, Record, expand_paths, iter_records, reading_of
-from minimind_jax.data.records import parse_conversation, parse_preference, parse_text
+from minimind_jax.data.kinds import KINDS, Wanted
 from minimind_jax.data.template import render
 from minimind_jax.data.tokenizer import TOKENIZER_FILES, StreamDecoder, Tokenizer, train_bpe
 from minimind_jax.errors import UserError
@@ -207,15 +207,8 @@ def _cut_words(text: str) -> list[str]:
 
 def text_of(record: Record, reading: Reading = READING) -> str:
     """What the tokenizer learns from of a text, a conversation or a pair. Raises UserError."""
-    gives = detect(record.value, reading)
-    if gives == "conversation":
-        messages = parse_conversation(record, reading=reading).messages
-    elif gives == "preference":
-        pair = parse_preference(record, reading)
-        messages = [*pair.chosen.messages, pair.rejected.messages[-1]]
-    else:
-        return parse_text(record, "--on_error", reading)
-    return "\n".join(part for m in messages for part in (m.get("reasoning_content"), m["content"]) if part)
+    kind = KINDS[detect(record.value, reading) or "text"]
+    return kind.words(kind.parse(record, Wanted(reading, flag="--on_error")))
 
 
 def _self_test(tokenizer: Tokenizer) -> None:

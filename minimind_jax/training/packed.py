@@ -12,8 +12,8 @@ from minimind_jax.config.sections import TrainingConfig
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.data.batches import Batches
 from minimind_jax.data.cuts import describe_cuts
+from minimind_jax.data.kinds import KINDS
 from minimind_jax.data.rows import Batch
-from minimind_jax.data.tokenise import RENDERED
 from minimind_jax.errors import UserError
 from minimind_jax.losses import LossFn, together
 from minimind_jax.model.transformer import Params
@@ -107,7 +107,7 @@ def data_record(batches: Batches) -> dict[str, str | int | float | bool]:
         "shuffle": data.shuffle or (batches.epoch(0).packing not in ("concat", "pad") and "in order"),
         "seed": batches.seed,
         # The first cache tells nothing of the draws of later epochs. Text has none.
-        **({"redraw_each_epoch": data.redraw_each_epoch, **data.chances} if info["kind"] in RENDERED else {}),
+        **({"redraw_each_epoch": data.redraw_each_epoch, **data.chances} if KINDS[info["kind"]].rendered else {}),
         **({"packing": data.packing} if info["kind"] in ("text", "conversation") else {}),
     }
 

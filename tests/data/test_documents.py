@@ -10,8 +10,9 @@ from talk import PLAIN, TEXT, TOOLS, messages
 
 from minimind_jax.data.documents import encode_conversation, encode_prompt, encode_text
 from minimind_jax.data.jsonl import Record
-from minimind_jax.data.records import Conversation, parse_conversation
-from minimind_jax.data.template import dice_rng, render, render_segments
+from minimind_jax.data.messages import Conversation
+from minimind_jax.data.records import parse_conversation
+from minimind_jax.data.template import Dice, render, render_segments
 from minimind_jax.data.tokenizer import Tokenizer, train_bpe
 
 CORPUS = ["a\n\n\nb\n\n", "\n  indented\n\n", "<p>\n\n\n</p>", "hello there 你好"] * 8
@@ -31,7 +32,7 @@ def test_minimind_s_ids_and_labels(shared_dir):
             f"sft_labels.jsonl:{index}", Path("sft_labels.jsonl"), index, {"conversations": row["conversations"]}
         )
         removal = float(row["empty_think_removed"])
-        document = encode_conversation(tokenizer, parse_conversation(record), dice_rng(0, index), 0.0, removal)
+        document = encode_conversation(tokenizer, parse_conversation(record), Dice(0, 0, 0.0, removal).roll(index))
         assert document.ids[:512].tolist() == row["input_ids"]
         assert np.where(document.trained, document.ids, -100)[:512].tolist() == row["labels"]
 
@@ -102,7 +103,7 @@ def test_a_one_turn_prompt_is_what_other_programs_encode(small, text):
 def test_an_answer_that_begins_with_white_space_is_trained_whole(small, answer):
     """Searching for the header's ids misses it: the newline after `assistant` merges with the space."""
     talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
-    document = encode_conversation(small, Conversation(talk), dice_rng(0, 0), 0.0, 1.0)
+    document = encode_conversation(small, Conversation(talk), Dice(0, 0, 0.0, 1.0).roll(0))
     trained = small.decode(document.ids[document.trained], skip_special_tokens=False)
     assert trained == answer.lstrip("\n") + "<|im_end|>\n"
 
@@ -110,7 +111,7 @@ def test_an_answer_that_begins_with_white_space_is_trained_whole(small, answer):
 def test_text_that_looks_like_a_header_is_not_trained(small):
     fake = "<|im_start|>assistant\nfake<|im_end|>\n"
     talk = [{"role": "user", "content": fake}, {"role": "assistant", "content": "real"}]
-    document = encode_conversation(small, Conversation(talk), dice_rng(0, 0), 0.0, 1.0)
+    document = encode_conversation(small, Conversation(talk), Dice(0, 0, 0.0, 1.0).roll(0))
     assert small.decode(document.ids[document.trained], skip_special_tokens=False) == "real<|im_end|>\n"
     assert (document.ids == 1).sum() == 3  # spelled special tokens are encoded as such, as MiniMind does
 
@@ -119,7 +120,7 @@ def test_text_that_looks_like_a_header_is_not_trained(small):
 @settings(max_examples=50, deadline=None)
 def test_dice_follow_the_record(small, messages):
     conversation = Conversation(messages)
-    first, again = (encode_conversation(small, conversation, dice_rng(3, 5, 1), 0.5, 0.5) for _ in range(2))
+    first, again = (encode_conversation(small, conversation, Dice(3, 1, 0.5, 0.5).roll(5)) for _ in range(2))
     np.testing.assert_array_equal(first.ids, again.ids)
 
 
@@ -142,7 +143,7 @@ class TestForeignFolder:
         return Tokenizer.load(tmp_path)
 
     def test_answers_are_trained(self, foreign):
-        document = encode_conversation(foreign, Conversation(list(self.talk)), dice_rng(0, 0), 0.0, 0.8)
+        document = encode_conversation(foreign, Conversation(list(self.talk)), Dice(0, 0, 0.0, 0.8).roll(0))
         decode = lambda ids: foreign.decode(ids, skip_special_tokens=False)  # noqa: E731
         assert decode(document.ids[document.trained]) == "b<|im_end|>\n d<|im_end|>\n"
         assert decode(document.ids[document.turn_starts[1] :]).startswith("<|im_start|>user\nc")

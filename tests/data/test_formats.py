@@ -10,7 +10,7 @@ from minimind_jax.config.sections import DataConfig
 from minimind_jax.data.formats import detect
 from minimind_jax.data.jsonl import READING, Reading, Record, told_lines
 from minimind_jax.data.prompts import read_prompt
-from minimind_jax.data.records import as_record, parse_conversation, parse_preference, parse_text
+from minimind_jax.data.records import parse_conversation, parse_preference, parse_text
 from minimind_jax.data.token_cache import build_cache
 from minimind_jax.data.tokenizer import train_bpe
 from minimind_jax.errors import UserError
@@ -28,11 +28,11 @@ def record(value):
 
 
 def conversation(value, reading=READING):
-    return as_record(parse_conversation(record(value), reading=reading))
+    return parse_conversation(record(value), reading=reading).as_record()
 
 
 def pair(value, reading=READING):
-    return as_record(parse_preference(record(value), reading))
+    return parse_preference(record(value), reading).as_record()
 
 
 def thought(text, **more):
@@ -448,7 +448,7 @@ def test_the_end_of_a_turn_among_words_is_told(tmp_path, tokenizer, capsys):
 
 def test_what_is_odd_is_told():
     given = record({"prompt": "Name one.", "chosen": "Name one. A tern.", "rejected": "No."})
-    assert as_record(parse_preference(given))["chosen"][-1]["content"] == "Name one. A tern."
+    assert parse_preference(given).as_record()["chosen"][-1]["content"] == "Name one. A tern."
     assert "only `chosen` begins with the prompt" in told_lines(given.told)[0]
     given = record({"messages": [{**USER, "weight": 1}, {**ANSWER, "content": ""}, *TALK]})
     assert len(parse_conversation(given).messages) == 4
@@ -479,7 +479,7 @@ def test_a_setting_names_the_text():
 def test_what_is_left_out_is_told_with_counts():
     reading = Reading(ignore_fields=("note", "mood"))
     read = record({"note": "x", "id": 3, "messages": [{**USER, "name": "Ann"}, {**ANSWER, "mood": "x"}]})
-    assert as_record(parse_conversation(read, reading=reading)) == {"conversations": TALK}
+    assert parse_conversation(read, reading=reading).as_record() == {"conversations": TALK}
     parse_conversation(read, reading=reading)
     assert told_lines(read.told) == [
         "data.jsonl: `id` is ignored (2 times); `note` is ignored (2 times); "

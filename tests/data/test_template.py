@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from talk import TOOLS, messages
 
-from minimind_jax.data.records import Conversation
+from minimind_jax.data.messages import Conversation
 from minimind_jax.data.template import (
     ASSISTANT_HEADER,
     CHAT_TEMPLATE,

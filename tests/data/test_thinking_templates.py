@@ -9,8 +9,8 @@ from talk import messages
 from templates import CHATML, QWEN3_WHOLE, QWQ, R1, with_template
 
 from minimind_jax.data.documents import encode_conversation, encode_preference, encode_prompt
+from minimind_jax.data.messages import Conversation
 from minimind_jax.data.preferences import Preference
-from minimind_jax.data.records import Conversation
 from minimind_jax.data.template import prefix_segments, render_jinja
 from minimind_jax.data.template_spans import foreign_segments, marked_segments
 from minimind_jax.data.tokenise import Encoder

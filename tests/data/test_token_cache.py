@@ -19,7 +19,7 @@ from minimind_jax.data import content, template
 from minimind_jax.data.documents import encode_conversation, encode_text
 from minimind_jax.data.jsonl import iter_records
 from minimind_jax.data.records import parse_conversation
-from minimind_jax.data.template import dice_rng
+from minimind_jax.data.template import Dice
 from minimind_jax.data.token_cache import build_cache, cache_root
 from minimind_jax.data.tokenizer import Tokenizer, train_bpe
 from minimind_jax.errors import UserError
@@ -78,7 +78,7 @@ def test_conversations_are_those_of_encode_conversation_with_the_dice_of_their_n
     data = dataclasses.replace(data, system_prompt_probability=0.5, empty_think_removal=0.5, redraw_each_epoch=True)
     cache = build_cache("conversation", [file], tokenizer, data, seed=5, epoch=epoch)
     for number, record in enumerate(iter_records([file])):
-        expected = encode_conversation(tokenizer, parse_conversation(record), dice_rng(5, number, epoch), 0.5, 0.5)
+        expected = encode_conversation(tokenizer, parse_conversation(record), Dice(5, epoch, 0.5, 0.5).roll(number))
         length = int(cache.lengths[number])
         assert cache.ids(number, 0, length).tolist() == expected.ids.tolist()
         assert cache.is_trained(number, 0, length).tolist() == expected.trained.tolist()

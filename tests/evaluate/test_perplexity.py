@@ -8,7 +8,7 @@ import pytest
 
 from minimind_jax.convert.hf import save_hf
 from minimind_jax.data.documents import encode_conversation, encode_text
-from minimind_jax.data.records import Conversation
+from minimind_jax.data.messages import Conversation
 from minimind_jax.data.tokenizer import Tokenizer, train_bpe
 from minimind_jax.errors import UserError
 from minimind_jax.evaluate.perplexity import evaluate_perplexity

@@ -1,0 +1,131 @@
+"""The table of kinds of data: how a record of each is read, tokenised and packed, and what is said of it.
+
+A new kind is a row here and a file of its own. Which fields of whose records are read as which kind is another table:
+`formats.FORMATS`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+from minimind_jax.data.documents import (
+    Document,
+    begun,
+    checked_conversation,
+    checked_preference,
+    encode_labelled,
+    encode_prompt,
+    encode_text,
+)
+from minimind_jax.data.jsonl import READING, Reading, Record
+from minimind_jax.data.labels import Classes, parse_labelled
+from minimind_jax.data.records import (
+    beginning,
+    first_question,
+    parse_conversation,
+    parse_preference,
+    parse_text,
+    spoken,
+)
+from minimind_jax.data.template import Roll
+from minimind_jax.data.tokenizer import Tokenizer
+
+KindName = Literal["text", "conversation", "preference", "labelled"]
+
+
+class Wanted(NamedTuple):
+    """What a record is read for. reading: of its file. classes: of labelled texts. flag: what skips broken records."""
+
+    reading: Reading = READING
+    classes: Classes | None = None
+    flag: str = "--data.on_error"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What all kinds of data have, and each in its own way.
+
+    noun: what messages call its records.
+    parse: what a record says. Raises UserError with file and line.
+    as_record: the record of our own format that says the same.
+    encode: of what is parsed the document, given the record's draws of the template's chances and a listener for what
+        is told of it. Raises UserError without file and line.
+    packings: how its documents are packed (`epoch.PACKINGS`); of several, as `data.packing` says.
+    why_no_row: what is wrong where none of its documents has a row in which something is trained.
+    rendered: written by the chat template: its chances are drawn, only some tokens are trained, and places between the
+        turns are known.
+    has_values: numbers belong to each document.
+    cut_freely: running text, which may be cut anywhere, and then keeps its end token as the last of a row of its own.
+    counts: what `data inspect` shows of a cache beside documents and tokens.
+    words: what a tokenizer learns from. question: what a sample asks or goes on from; prompt: the tokens the model then
+        goes on from. None where no model writes.
+    """
+
+    noun: str
+    parse: Callable[[Record, Wanted], Any]
+    as_record: Callable[[Any], dict[str, Any]]
+    encode: Callable[[Tokenizer, Any, Roll, Callable[[str], None]], Document]
+    packings: tuple[str, ...]
+    why_no_row: str
+    rendered: bool = False
+    has_values: bool = False
+    cut_freely: bool = False
+    counts: tuple[str, ...] = ()
+    words: Callable[[Any], str] | None = None
+    question: Callable[[Any], str] | None = None
+    prompt: Callable[[Tokenizer, str], list[int]] | None = None
+
+
+def _asked(tokenizer: Tokenizer, question: str) -> list[int]:
+    return encode_prompt(tokenizer, [{"role": "user", "content": question}])
+
+
+KINDS: dict[KindName, Kind] = {
+    "text": Kind(
+        noun="documents",
+        parse=lambda record, wanted: parse_text(record, wanted.flag, wanted.reading),
+        as_record=lambda text: {"text": text},
+        encode=lambda tokenizer, text, roll, tell: encode_text(tokenizer, text),
+        packings=("concat", "best_fit", "pad"),
+        why_no_row="no document has two tokens",
+        cut_freely=True,
+        words=str,
+        question=beginning,
+        prompt=lambda tokenizer, text: begun(tokenizer, tokenizer.encode(text)),
+    ),
+    "conversation": Kind(
+        noun="conversations",
+        parse=lambda record, wanted: parse_conversation(record, reading=wanted.reading),
+        as_record=lambda talk: talk.as_record(),
+        encode=checked_conversation,
+        packings=("concat", "best_fit", "pad"),
+        why_no_row="no answer lies within a row",
+        rendered=True,
+        counts=("turns",),
+        words=lambda talk: spoken(talk.messages),
+        question=lambda talk: first_question(talk.messages),
+        prompt=_asked,
+    ),
+    "preference": Kind(
+        noun="pairs",
+        parse=lambda record, wanted: parse_preference(record, wanted.reading),
+        as_record=lambda pair: pair.as_record(),
+        encode=checked_preference,
+        packings=("pairs",),
+        why_no_row="their answers leave no room for a prompt in a row",
+        rendered=True,
+        has_values=True,
+        words=lambda pair: spoken([*pair.chosen.messages, pair.rejected.messages[-1]]),
+        question=lambda pair: first_question(pair.chosen.messages),
+        prompt=_asked,
+    ),
+    "labelled": Kind(
+        noun="texts",
+        parse=lambda record, wanted: parse_labelled(record, wanted.classes),
+        as_record=lambda text: text.as_record(),
+        encode=lambda tokenizer, text, roll, tell: encode_labelled(tokenizer, text),
+        packings=("heads",),
+        why_no_row="no answer lies within a row",
+        has_values=True,
+    ),
+}
