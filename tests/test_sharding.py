@@ -173,8 +173,8 @@ def difference_of_pieces(mesh_config):
         targets_BT = jax.random.randint(keys[2], (8, 6), 0, 600)
 
         def total(hidden_BTD, kernel_VD):
-            scores = vocabulary.token_scores(hidden_BTD, kernel_VD, targets_BT, "cpu")
-            return jnp.sum(weights_BT * (scores.log_probs_BT + scores.log_sums_BT**2)), scores
+            scores = vocabulary.token_scores(hidden_BTD, kernel_VD, targets_BT, "cpu", 0.8, True)
+            return jnp.sum(weights_BT * (scores.log_probs_BT + scores.log_sums_BT**2 + scores.entropies_BT)), scores
 
         inputs = jax.random.normal(keys[0], (8, 6, 32)), jax.random.normal(keys[1], (600, 32))
         return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(*inputs)

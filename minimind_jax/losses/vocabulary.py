@@ -21,15 +21,19 @@ from minimind_jax.sharding import ROW_AXES, RULES, current_mesh
 
 WHOLE_BYTES = 2**30  # logits of a device up to this are made whole and kept for the gradient; else PIECE_BYTES at once
 
+NO_LOGIT = -1e30  # of a word that does not count: finite, so that 0 times it is 0
+
 VOCAB, EMBED = RULES["vocab"], RULES["embed"]  # the mesh axes over which the kernel is cut
 ROWS, LOGITS = PartitionSpec(ROW_AXES), PartitionSpec(ROW_AXES, None, VOCAB)
 
 
 class TokenScores(NamedTuple):
-    """log_probs_BT: log p(target) = logits[target] - log_sums. log_sums_BT: logsumexp(logits). Both float32."""
+    """Float32, of the distribution softmax(logits). log_probs_BT: log p(target) = logits[target] - log_sums.
+    log_sums_BT: logsumexp(logits). entropies_BT: -sum p log p over the words; None where not asked for."""
 
     log_probs_BT: Array
     log_sums_BT: Array
+    entropies_BT: Array | None = None
 
 
 def piece_size(tokens: int, vocab: int) -> int:
@@ -42,77 +46,92 @@ def piece_size(tokens: int, vocab: int) -> int:
     return min(vocab, 128 * max(1, PIECE_BYTES // (4 * 128 * tokens)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def token_scores(hidden_BTD: Array, kernel_VD: Array, targets_BT: Array, platform: Platform) -> TokenScores:
-    """The scores of `targets_BT` under logits = hidden kernel^T, differentiable in hidden and kernel.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def token_scores(
+    hidden_BTD: Array,
+    kernel_VD: Array,
+    targets_BT: Array,
+    platform: Platform,
+    temperature: float = 1.0,
+    with_entropies: bool = False,
+) -> TokenScores:
+    """The scores of `targets_BT` under logits = hidden kernel^T / temperature, differentiable in hidden and kernel.
 
     The kernel is taken in the dtype of the hidden states; products add up in float32 and all behind them is float32.
     The gradient of the logits is rounded to that dtype for its two products. On a mesh (`jax.set_mesh`) the rows must
     divide by data x fsdp, as `shard_batch` sees to. platform: of the devices that compute it.
     """
-    return _forward(hidden_BTD, kernel_VD, targets_BT, platform)[0]
+    return _forward(hidden_BTD, kernel_VD, targets_BT, platform, temperature, with_entropies)[0]
 
 
-def _forward(hidden_BTD, kernel_VD, targets_BT, platform):
+def _forward(hidden_BTD, kernel_VD, targets_BT, platform, temperature, with_entropies):
+    part = functools.partial(_forward_part, temperature, with_entropies)
     if current_mesh() is None:
-        scores, logits_BTV = _forward_part(hidden_BTD, kernel_VD, targets_BT, axes=())
+        scores, logits_BTV = part((), hidden_BTD, kernel_VD, targets_BT)
     else:
-        part = functools.partial(_forward_part, axes=(VOCAB,))
+        part = functools.partial(part, (VOCAB,))
         specs = (ROWS, PartitionSpec(VOCAB), ROWS)
         part = jax.shard_map(part, in_specs=specs, out_specs=(ROWS, LOGITS), check_vma=False)
         scores, logits_BTV = part(hidden_BTD, kernel_VD.astype(hidden_BTD.dtype), targets_BT)
-    return scores, (hidden_BTD, kernel_VD, targets_BT, scores.log_sums_BT, logits_BTV)
+    return scores, (hidden_BTD, kernel_VD, targets_BT, scores, logits_BTV)
 
 
-def _backward(platform, saved, grads: TokenScores):
-    hidden_BTD, kernel_VD, targets_BT, log_sums_BT, logits_BTV = saved
-    part, part_kernel_VD = functools.partial(_backward_part, platform, axes=()), kernel_VD
-    if current_mesh() is not None:
-        part = functools.partial(_backward_part, platform, axes=(VOCAB,))
+def _backward(platform, temperature, _, saved, grads: TokenScores):
+    hidden_BTD, kernel_VD, targets_BT, scores, logits_BTV = saved
+    part = functools.partial(_backward_part, platform, temperature)
+    if current_mesh() is None:
+        found = part((), hidden_BTD, kernel_VD, targets_BT, scores, logits_BTV, grads)
+    else:
+        part = functools.partial(part, (VOCAB,))
         specs = (ROWS, PartitionSpec(VOCAB), ROWS, ROWS, LOGITS, ROWS)
         part = jax.shard_map(part, in_specs=specs, out_specs=(ROWS, PartitionSpec(VOCAB, EMBED)), check_vma=False)
-        part_kernel_VD = kernel_VD.astype(hidden_BTD.dtype)
-    to_hidden_BTD, to_kernel_VD = part(hidden_BTD, part_kernel_VD, targets_BT, log_sums_BT, logits_BTV, grads)
-    return to_hidden_BTD, to_kernel_VD.astype(kernel_VD.dtype), None
+        found = part(hidden_BTD, kernel_VD.astype(hidden_BTD.dtype), targets_BT, scores, logits_BTV, grads)
+    return found[0], found[1].astype(kernel_VD.dtype), None
 
 
 token_scores.defvjp(_forward, _backward)
 
 
-def _forward_part(hidden_BTD, kernel_VD, targets_BT, axes):
+def _forward_part(temperature, with_entropies, axes, hidden_BTD, kernel_VD, targets_BT):
     """Scores, and the logits where they were made whole. axes: the mesh axes of the vocabulary, () without a mesh."""
     targets_BT = targets_BT - jax.lax.axis_index(axes) * kernel_VD.shape[0]
     starts_P, size = _pieces(targets_BT, kernel_VD)
     logits_BTV = None
     if len(starts_P) == 1:
-        logits_BTV = _product("BTD,VD->BTV", hidden_BTD, kernel_VD.astype(hidden_BTD.dtype))
-        sums = _sums(logits_BTV, targets_BT)
+        logits_BTV = _logits(hidden_BTD, kernel_VD, temperature)
+        sums = _sums(logits_BTV, targets_BT, with_entropies)
     else:
 
         def add(sums, start):
-            _, _, logits_BTV, targets = _piece(hidden_BTD, kernel_VD, targets_BT, start, size)
-            return _merge(sums, _sums(logits_BTV, targets)), None
+            _, _, logits_BTV, targets = _piece(hidden_BTD, kernel_VD, targets_BT, start, size, temperature)
+            return _merge(sums, _sums(logits_BTV, targets, with_entropies)), None
 
         zeros_BT = jnp.zeros(targets_BT.shape, jnp.float32)
-        sums, _ = jax.lax.scan(add, _Sums(zeros_BT - jnp.inf, zeros_BT, zeros_BT), starts_P)
+        none_yet = _Sums(zeros_BT + NO_LOGIT, zeros_BT, zeros_BT, zeros_BT if with_entropies else None)
+        sums, _ = jax.lax.scan(add, none_yet, starts_P)
     if axes:
-        largest_BT = jax.lax.pmax(sums.largest_BT, axes)
-        total_BT = sums.total_BT * jnp.exp(sums.largest_BT - largest_BT)
-        sums = _Sums(largest_BT, *jax.lax.psum((total_BT, sums.chosen_BT), axes))
+        sums = _relative_to(jax.lax.pmax(sums.largest_BT, axes), sums)
+        sums = _Sums(sums.largest_BT, *jax.lax.psum(sums[1:], axes))
     log_sums_BT = sums.largest_BT + jnp.log(sums.total_BT)
-    return TokenScores(sums.chosen_BT - log_sums_BT, log_sums_BT), logits_BTV
+    entropies_BT = jnp.log(sums.total_BT) - sums.weighted_BT / sums.total_BT if with_entropies else None
+    return TokenScores(sums.chosen_BT - log_sums_BT, log_sums_BT, entropies_BT), logits_BTV
 
 
-def _backward_part(platform, hidden_BTD, kernel_VD, targets_BT, log_sums_BT, logits_BTV, grads, axes):
-    """d logits = d log_probs * onehot(target) + (d log_sums - d log_probs) * softmax; then the two products."""
+def _backward_part(platform, temperature, axes, hidden_BTD, kernel_VD, targets_BT, scores, logits_BTV, grads):
+    """With p = softmax(logits), d logits = d log_probs * onehot(target) + (d log_sums - d log_probs) * p
+    - d entropies * (log p + entropies) * p; then the two products."""
     targets_BT = targets_BT - jax.lax.axis_index(axes) * kernel_VD.shape[0]
     at_softmax_BT1 = (grads.log_sums_BT - grads.log_probs_BT)[..., None]
 
     def products(kernel_VD, logits_BTV, targets_BT):
-        grad_BTV = at_softmax_BT1 * jnp.exp(logits_BTV - log_sums_BT[..., None])
-        grad_BTV = _add_at(grad_BTV, targets_BT, grads.log_probs_BT, platform).astype(hidden_BTD.dtype)
-        to_hidden_BTD = _product("BTV,VD->BTD", grad_BTV, kernel_VD.astype(hidden_BTD.dtype))
-        return to_hidden_BTD, _product("BTV,BTD->VD", grad_BTV, hidden_BTD)
+        log_probs_BTV, at_softmax = logits_BTV - scores.log_sums_BT[..., None], at_softmax_BT1
+        if grads.entropies_BT is not None:
+            surprise_BTV = log_probs_BTV + scores.entropies_BT[..., None]
+            at_softmax = at_softmax - grads.entropies_BT[..., None] * surprise_BTV
+        grad_BTV = _add_at(at_softmax * jnp.exp(log_probs_BTV), targets_BT, grads.log_probs_BT, platform)
+        grad_BTV = _heated(grad_BTV, temperature).astype(hidden_BTD.dtype)
+        to_hidden_BTD = _in_float32("BTV,VD->BTD", grad_BTV, kernel_VD.astype(hidden_BTD.dtype))
+        return to_hidden_BTD, _in_float32("BTV,BTD->VD", grad_BTV, hidden_BTD)
 
     starts_P, size = _pieces(targets_BT, kernel_VD)
     if len(starts_P) == 1:
@@ -121,7 +140,7 @@ def _backward_part(platform, hidden_BTD, kernel_VD, targets_BT, log_sums_BT, log
 
         def add(carry, start):
             to_hidden_BTD, to_kernel_VD = carry
-            first, *piece = _piece(hidden_BTD, kernel_VD, targets_BT, start, size)
+            first, *piece = _piece(hidden_BTD, kernel_VD, targets_BT, start, size, temperature)
             more_BTD, rows_VD = products(*piece)
             rows_VD += jax.lax.dynamic_slice_in_dim(to_kernel_VD, first, size)
             to_kernel_VD = jax.lax.dynamic_update_slice_in_dim(to_kernel_VD, rows_VD, first, axis=0)
@@ -142,39 +161,60 @@ def _pieces(targets_BT, kernel_VD) -> tuple[np.ndarray, int]:
     return np.arange(0, kernel_VD.shape[0], size), size
 
 
-def _piece(hidden_BTD, kernel_VD, targets_BT, start, size):
+def _piece(hidden_BTD, kernel_VD, targets_BT, start, size, temperature):
     """(first, kernel, logits, targets) of the words first..first + size, targets counted from `first`.
 
-    The last piece reaches back into the one before it; words before `start` have logits of -inf and are no targets.
+    The last piece reaches back into the one before it; words before `start` have no logits there and are no targets.
     """
     first = jnp.minimum(start, kernel_VD.shape[0] - size)
     piece_VD = jax.lax.dynamic_slice_in_dim(kernel_VD, first, size)
-    logits_BTV = _product("BTD,VD->BTV", hidden_BTD, piece_VD.astype(hidden_BTD.dtype))
-    logits_BTV = jnp.where(first + jnp.arange(size) >= start, logits_BTV, -jnp.inf)
+    logits_BTV = _logits(hidden_BTD, piece_VD, temperature)
+    logits_BTV = jnp.where(first + jnp.arange(size) >= start, logits_BTV, NO_LOGIT)
     return first, piece_VD, logits_BTV, jnp.where(targets_BT >= start, targets_BT - first, -1)
 
 
 class _Sums(NamedTuple):
-    """Over some words: the largest logit, the sum of exp(logit - largest), and the target's logit, 0 if elsewhere."""
+    """Over some words: the largest logit, the sum of exp(logit - largest), the target's logit, 0 if elsewhere, and the
+    sum of (logit - largest) exp(logit - largest), None where no entropy is asked for."""
 
     largest_BT: Array
     total_BT: Array
     chosen_BT: Array
+    weighted_BT: Array | None
 
 
-def _sums(logits_BTV, targets_BT) -> _Sums:
+def _sums(logits_BTV, targets_BT, with_entropies) -> _Sums:
     largest_BT = jnp.max(logits_BTV, axis=-1)
-    total_BT = jnp.sum(jnp.exp(logits_BTV - largest_BT[..., None]), axis=-1)
+    below_BTV = logits_BTV - largest_BT[..., None]
+    total_BT = jnp.sum(jnp.exp(below_BTV), axis=-1)
+    weighted_BT = jnp.sum(below_BTV * jnp.exp(below_BTV), axis=-1) if with_entropies else None
     V = logits_BTV.shape[-1]
     chosen_BT1 = jnp.take_along_axis(logits_BTV, jnp.clip(targets_BT, 0, V - 1)[..., None], axis=-1)
     is_here_BT = (targets_BT >= 0) & (targets_BT < V)
-    return _Sums(largest_BT, total_BT, jnp.where(is_here_BT, chosen_BT1[..., 0], 0))
+    return _Sums(largest_BT, total_BT, jnp.where(is_here_BT, chosen_BT1[..., 0], 0), weighted_BT)
 
 
 def _merge(a: _Sums, b: _Sums) -> _Sums:
     largest_BT = jnp.maximum(a.largest_BT, b.largest_BT)
-    total_BT = a.total_BT * jnp.exp(a.largest_BT - largest_BT) + b.total_BT * jnp.exp(b.largest_BT - largest_BT)
-    return _Sums(largest_BT, total_BT, a.chosen_BT + b.chosen_BT)
+    sums = jax.tree.map(jnp.add, _relative_to(largest_BT, a)[1:], _relative_to(largest_BT, b)[1:])
+    return _Sums(largest_BT, *sums)
+
+
+def _relative_to(largest_BT: Array, sums: _Sums) -> _Sums:
+    """The same sums with another logit in place of their largest."""
+    more_BT = sums.largest_BT - largest_BT
+    factor_BT, weighted_BT = jnp.exp(more_BT), sums.weighted_BT
+    if weighted_BT is not None:
+        weighted_BT = (weighted_BT + more_BT * sums.total_BT) * factor_BT
+    return _Sums(largest_BT, sums.total_BT * factor_BT, sums.chosen_BT, weighted_BT)
+
+
+def _logits(hidden_BTD, kernel_VD, temperature):
+    return _heated(_in_float32("BTD,VD->BTV", hidden_BTD, kernel_VD.astype(hidden_BTD.dtype)), temperature)
+
+
+def _heated(x, temperature):
+    return x if temperature == 1 else x / temperature
 
 
 def _add_at(x_BTV, targets_BT, values_BT, platform):
@@ -187,5 +227,5 @@ def _add_at(x_BTV, targets_BT, values_BT, platform):
     return x_BTV.at[rows_B1, columns_T, place_BT].add(values_BT, mode="drop")
 
 
-def _product(subscripts: str, a: Array, b: Array) -> Array:
+def _in_float32(subscripts: str, a: Array, b: Array) -> Array:
     return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)

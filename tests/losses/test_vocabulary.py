@@ -9,7 +9,7 @@ import pytest
 
 from minimind_jax.losses import vocabulary
 from minimind_jax.losses.language_model import make_language_model_loss
-from minimind_jax.losses.vocabulary import TokenScores, piece_size, token_scores
+from minimind_jax.losses.vocabulary import piece_size, token_scores
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.transformer import LanguageModel
 
@@ -19,7 +19,7 @@ def formula(hidden_BTD, kernel_VD, targets_BT):
         "BTD,VD->BTV", hidden_BTD, kernel_VD.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32
     )
     log_sums_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    return TokenScores(jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)[..., 0] - log_sums_BT, log_sums_BT)
+    return jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)[..., 0] - log_sums_BT, log_sums_BT
 
 
 def scores_and_gradients(function, dtype, vocab=1000):
@@ -32,7 +32,7 @@ def scores_and_gradients(function, dtype, vocab=1000):
 
     def total(hidden_BTD, kernel_VD):
         scores = function(hidden_BTD, kernel_VD, targets_BT)
-        return sum(jnp.sum(weight * score) for weight, score in zip(weights, scores, strict=True)), scores
+        return sum(jnp.sum(weight * score) for weight, score in zip(weights, scores, strict=False)), scores[:2]
 
     return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(hidden_BTD, kernel_VD)
 
@@ -63,6 +63,49 @@ def test_pieces_and_whole_follow_the_formula(monkeypatch, dtype, tolerance, back
             assert got.dtype == expected.dtype
             error = jnp.abs(got.astype(jnp.float32) - expected.astype(jnp.float32)).max() / jnp.abs(expected).max()
             assert error < tolerance
+
+
+def in_float64(hidden_BTD, kernel_VD, targets_BT, temperature):
+    """(log-probabilities, logarithmic sums, entropies) by their definitions."""
+    logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, kernel_VD) / temperature
+    p_BTV = jnp.exp(logits_BTV) / jnp.sum(jnp.exp(logits_BTV), axis=-1, keepdims=True)
+    log_probs_BT = jnp.log(jnp.take_along_axis(p_BTV, targets_BT[..., None], -1)[..., 0])
+    return log_probs_BT, jnp.log(jnp.sum(jnp.exp(logits_BTV), axis=-1)), -jnp.sum(p_BTV * jnp.log(p_BTV), axis=-1)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+@pytest.mark.parametrize("limit", [2**30, 0], ids=["whole", "pieces"])
+def test_temperature_and_entropy_are_their_formulas(monkeypatch, limit, temperature):
+    monkeypatch.setattr(vocabulary, "WHOLE_BYTES", limit)
+    monkeypatch.setattr(vocabulary, "PIECE_BYTES", limit)
+    rng = np.random.default_rng(0)
+    hidden_BTD, kernel_VD = rng.standard_normal((2, 9, 32)), 0.5 * rng.standard_normal((1000, 32))
+    targets_BT, weights = rng.integers(0, 1000, (2, 9)), rng.standard_normal((3, 2, 9))
+
+    def with_gradients(function):
+        def total(*inputs):
+            scores = function(*inputs, targets_BT)
+            return sum(jnp.sum(weight * score) for weight, score in zip(weights, scores, strict=True)), tuple(scores)
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+
+    inputs = jnp.float32(hidden_BTD), jnp.float32(kernel_VD)
+    (_, found), gradients = with_gradients(lambda *given: token_scores(*given, "cpu", temperature, True))(*inputs)
+    with jax.enable_x64(True):
+        exact = with_gradients(lambda *given: in_float64(*given, temperature))
+        (_, wanted), wanted_gradients = jax.device_get(exact(hidden_BTD, kernel_VD))
+    for got, expected in zip((*found, *gradients), (*wanted, *wanted_gradients), strict=True):
+        assert got.dtype == jnp.float32 and expected.dtype == np.float64
+        np.testing.assert_allclose(got, expected, rtol=2e-6, atol=2e-6 * np.abs(expected).max())
+
+
+def test_a_certain_token_has_no_entropy(small_pieces):
+    hidden_BTD, kernel_VD = jnp.full((1, 2, 4), 100.0), jnp.zeros((300, 4)).at[7].set(100.0)
+    scores, pull = jax.vjp(
+        lambda hidden: token_scores(hidden, kernel_VD, jnp.array([[7, 3]]), "cpu", 1.0, True), hidden_BTD
+    )
+    np.testing.assert_array_equal(scores.entropies_BT, 0)
+    assert all(np.isfinite(leaf).all() for leaf in pull(jax.tree.map(jnp.ones_like, scores)))
 
 
 @pytest.mark.parametrize("tied", [True, False])
