@@ -40,15 +40,30 @@ def at_least(minimum: float) -> Rule:
 
 
 ABOVE_0 = Rule(lambda value: value > 0, "above 0")
+BELOW_1 = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
 SHARE = Rule(lambda value: 0 <= value <= 1, "between 0 and 1")
+INT64 = Rule(lambda value: -(2**63) <= value < 2**63, "between -2**63 and 2**63 - 1")
+TEMPERATURE = Rule(lambda value: value >= 0, "0 (greedy) or above")
+TOP_P = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1 (off)")
 
 
 class Settings:
-    """A settings class that keeps the rules of its fields; a value of None is not asked. Raises ValueError."""
+    """A settings class that keeps the rules of its fields, Literal types among them. Raises ValueError."""
+
+    def __init_subclass__(cls):
+        """A field with another default than in a base class keeps what is declared of it there."""
+        super().__init_subclass__()
+        known = getattr(cls, "__dataclass_fields__", {})
+        for name in inspect.get_annotations(cls).keys() & vars(cls).keys() & known.keys():
+            if not isinstance(vars(cls)[name], dataclasses.Field):
+                setattr(cls, name, setting(vars(cls)[name], **known[name].metadata))
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, rule = getattr(self, field.name), field.metadata.get("must")
+            if typing.get_origin(field.type) is typing.Literal:
+                choices = typing.get_args(field.type)
+                rule = Rule(choices.__contains__, f"{', '.join(choices[:-1])} or {choices[-1]}")
             if rule is not None and value is not None and not rule.holds(value):
                 raise ValueError(f"{field.name} is {value!r}; it must be {rule.words}")
 

@@ -4,14 +4,14 @@ import dataclasses
 import re
 from typing import Literal
 
-from minimind_jax.config.fields import setting
+from minimind_jax.config.fields import TEMPERATURE, TOP_P, Rule, Settings, at_least, setting
 
 # What a model's generation_config.json decides where the user does not.
 FROM_MODEL = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingSettings:
+class SamplingSettings(Settings):
     """How text is generated, as a user says it; what is null is the model's (see `resolve`).
 
     max_new_tokens: at most so many are generated for a prompt. null: 512, or what the prompt leaves of the model's
@@ -30,31 +30,19 @@ class SamplingSettings:
     seed: of the draws. The n-th prompt of a call draws with seed + n, so a batch gives what its prompts give alone.
     """
 
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    stop: tuple[str, ...] = setting((), is_text=True)
+    max_new_tokens: int | None = setting(None, must=at_least(1))
+    temperature: float | None = setting(None, must=TEMPERATURE)
+    top_k: int | None = setting(None, must=Rule(lambda count: count >= 0, "0 (off) or above"))
+    top_p: float | None = setting(None, must=TOP_P)
+    min_p: float | None = setting(None, must=Rule(lambda share: 0 <= share <= 1, "between 0 (off) and 1"))
+    repetition_penalty: float | None = setting(None, must=Rule(lambda value: value > 0, "above 0 (1 is off)"))
+    stop: tuple[str, ...] = setting((), is_text=True, must=Rule(all, "strings that are not empty"))
     ignore_eos: bool = False
-    seed: int = 0
+    seed: int = setting(0, must=Rule(lambda seed: abs(seed) <= 2**62, "between -2**62 and 2**62"))
 
     def __post_init__(self):
         _set_texts(self, "stop")
-        for name, ok, expected in (
-            ("max_new_tokens", lambda count: count >= 1, "at least 1"),
-            ("temperature", lambda value: value >= 0, "0 (greedy) or above"),
-            ("top_k", lambda count: count >= 0, "0 (off) or above"),
-            ("top_p", lambda share: 0 < share <= 1, "above 0 and at most 1 (off)"),
-            ("min_p", lambda share: 0 <= share <= 1, "between 0 (off) and 1"),
-            ("repetition_penalty", lambda value: value > 0, "above 0 (1 is off)"),
-            ("stop", all, "strings that are not empty"),
-            ("seed", lambda seed: abs(seed) <= 2**62, "between -2**62 and 2**62"),  # seed + n has 64 bits, too
-        ):
-            value = getattr(self, name)
-            if value is not None and not ok(value):
-                raise ValueError(f"{name} is {value!r}; it must be {expected}")
+        super().__post_init__()
 
     def resolve(self, model: "SamplingConfig") -> "SamplingConfig":
         """How to sample: as these settings say, and as `model`'s own say where they are null."""
@@ -138,7 +126,7 @@ class GenerateConfig(SamplingSettings):
     raw: bool = False
     system: str = ""
     thinking: bool = False
-    batch_size: int = 16
+    batch_size: int = setting(16, must=at_least(1))
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def __post_init__(self):
@@ -157,8 +145,6 @@ class GenerateConfig(SamplingSettings):
             raise ValueError(
                 "raw leaves the chat template out, so system, thinking and as_conversations have no meaning; drop them"
             )
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
 
 
 def _unescaped(text: str) -> str:

@@ -6,7 +6,7 @@ A stage's YAML file and the command line fill these in (see `settings.py`); the 
 import dataclasses
 from typing import Any, Literal
 
-from minimind_jax.config.fields import setting
+from minimind_jax.config.fields import ABOVE_0, BELOW_1, SHARE, TEMPERATURE, TOP_P, Rule, Settings, at_least, setting
 from minimind_jax.model.config import PRESETS, ModelConfig, RopeScaling
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -18,24 +18,8 @@ DEFAULT_PRESET = "minimind-3"
 MINIMIND_CHANCES = {"system_prompt_probability": 0.2, "empty_think_removal": 0.8}
 
 
-def at_least(owner, minimum: float, *names: str) -> None:
-    """Raises ValueError when one of these fields is set and below the minimum."""
-    for name in names:
-        value = getattr(owner, name)
-        if value is not None and value < minimum:
-            raise ValueError(f"{name} is {value}; it must be at least {minimum}")
-
-
-def check_shares(owner, section: str, *names: str) -> None:
-    """Raises ValueError when one of these fields is set and not between 0 and 1."""
-    for name in names:
-        value = getattr(owner, name)
-        if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"{section}{name} is {value}; it must be between 0 and 1")
-
-
 @dataclasses.dataclass(frozen=True)
-class ModelSettings:
+class ModelSettings(Settings):
     """A preset and what differs from it.
 
     preset: one of minimind-3, minimind-3-moe, minimind2-small, minimind2, qwen3-0.6b; empty takes init_from's model, or
@@ -63,7 +47,7 @@ class ModelSettings:
     router_aux_loss_coef: weight of the load-balancing loss.
     """
 
-    preset: str = ""
+    preset: str = setting("", must=Rule(["", *PRESETS].__contains__, f"one of {', '.join(PRESETS)}"))
     vocab_size: int | None = None
     hidden_size: int | None = None
     intermediate_size: int | None = None
@@ -87,8 +71,7 @@ class ModelSettings:
     router_aux_loss_coef: float | None = None
 
     def __post_init__(self):
-        if self.preset and self.preset not in PRESETS:
-            raise ValueError(f"model.preset {self.preset!r} is unknown; the presets are {', '.join(PRESETS)}")
+        super().__post_init__()
         self.resolve()
 
     def resolve(self, **changes) -> ModelConfig:
@@ -110,7 +93,7 @@ class ModelSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class FilesConfig:
+class FilesConfig(Settings):
     """Where the records are and how they become rows of tokens.
 
     train: files, folders or globs (.jsonl, .json, .csv, .tsv, .parquet, .txt, .md; .gz and .zst of these).
@@ -130,21 +113,16 @@ class FilesConfig:
 
     train: tuple[str, ...] = ()
     val: tuple[str, ...] = ()
-    val_fraction: float | None = None
-    seq_len: int = 512
+    val_fraction: float | None = setting(None, must=SHARE)
+    seq_len: int = setting(512, must=at_least(4))
     on_error: Literal["stop", "skip"] = "stop"
     encoding: str = "utf-8"
     text_field: str = ""
     ignore_fields: tuple[str, ...] = ()
     shuffle: bool = True
     cache_dir: str = ""
-    tokenizer_workers: int = 0
-    loader_workers: int = 1
-
-    def __post_init__(self):
-        at_least(self, 4, "seq_len")
-        at_least(self, 0, "tokenizer_workers", "loader_workers")
-        check_shares(self, "data.", "val_fraction")
+    tokenizer_workers: int = setting(0, must=at_least(0))
+    loader_workers: int = setting(1, must=at_least(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,11 +134,6 @@ class TextConfig(FilesConfig):
     """
 
     packing: Literal["concat", "best_fit", "pad"] = "concat"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.packing not in ("concat", "best_fit", "pad"):
-            raise ValueError(f"data.packing is {self.packing!r}; it must be concat, best_fit or pad")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,13 +147,9 @@ class PairsConfig(FilesConfig):
     redraw_each_epoch: draw these two chances anew for every epoch (the data is then tokenised for each).
     """
 
-    system_prompt_probability: float | None = None
-    empty_think_removal: float | None = None
+    system_prompt_probability: float | None = setting(None, must=SHARE)
+    empty_think_removal: float | None = setting(None, must=SHARE)
     redraw_each_epoch: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_shares(self, "data.", *MINIMIND_CHANCES)
 
     @property
     def chances(self) -> dict[str, float]:
@@ -194,8 +163,13 @@ class DataConfig(TextConfig, PairsConfig):
     """Files of conversations, which are rendered, and of which one row may hold several."""
 
 
+def _is_watchable(text: str) -> bool:
+    direction, *names = text.split() or [""]
+    return direction in ("min", "max") and len(names) == 1
+
+
 @dataclasses.dataclass(frozen=True)
-class LoopConfig:
+class LoopConfig(Settings):
     """How long, how much at once, and what is watched.
 
     steps, epochs, tokens: the length of the run; set one (tokens counts trained tokens, approximately). If none is set,
@@ -218,33 +192,26 @@ class LoopConfig:
     profile_start: steps before the trace; the first compiles.
     """
 
-    steps: int | None = setting(None, either="length")
-    epochs: float | None = setting(None, either="length")
-    tokens: int | None = setting(None, either="length")
-    batch_tokens: int | None = None
-    accumulation_steps: int = 1
-    max_grad_norm: float = 1.0
-    log_every: int = 10
-    eval_every: int | None = None
-    eval_rows: int = 256
-    watch: str = "min loss"
-    patience: int = 0
+    steps: int | None = setting(None, either="length", must=ABOVE_0)
+    epochs: float | None = setting(None, either="length", must=ABOVE_0)
+    tokens: int | None = setting(None, either="length", must=ABOVE_0)
+    batch_tokens: int | None = setting(None, must=at_least(1))
+    accumulation_steps: int = setting(1, must=at_least(1))
+    max_grad_norm: float = setting(1.0, must=at_least(0))
+    log_every: int = setting(10, must=at_least(1))
+    eval_every: int | None = setting(None, must=at_least(0))
+    eval_rows: int = setting(256, must=at_least(0))
+    watch: str = setting("min loss", must=Rule(_is_watchable, "min or max and a name, such as min loss"))
+    patience: int = setting(0, must=at_least(0))
     stop_on_nan: bool = True
-    profile_steps: int = setting(0, flag="profile", alone=5)
-    profile_start: int = 5
+    profile_steps: int = setting(0, flag="profile", alone=5, must=at_least(0))
+    profile_start: int = setting(5, must=at_least(0))
 
     def __post_init__(self):
+        super().__post_init__()
         given = [n for n in ("steps", "epochs", "tokens") if getattr(self, n) is not None]
         if len(given) > 1:
             raise ValueError(f"training.{' and training.'.join(given)} are both set; set one of steps, epochs, tokens")
-        for name in given:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"training.{name} is {getattr(self, name)}; it must be above 0")
-        direction, *names = self.watch.split()
-        if direction not in ("min", "max") or len(names) != 1:
-            raise ValueError(f"training.watch is {self.watch!r}; it must be min or max and a name, such as min loss")
-        at_least(self, 1, "batch_tokens", "accumulation_steps", "log_every")
-        at_least(self, 0, "eval_every", "eval_rows", "patience", "max_grad_norm", "profile_steps", "profile_start")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,11 +221,7 @@ class WritingLoopConfig(LoopConfig):
     sample_every: steps between two rounds of samples; 0 for none but the last step's.
     """
 
-    sample_every: int = 0
-
-    def __post_init__(self):
-        super().__post_init__()
-        at_least(self, 0, "sample_every")
+    sample_every: int = setting(0, must=at_least(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,15 +231,11 @@ class TrainingConfig(WritingLoopConfig):
     z_loss: weight of logsumexp(logits)^2 in the loss.
     """
 
-    z_loss: float = 0.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        at_least(self, 0, "z_loss")
+    z_loss: float = setting(0.0, must=at_least(0))
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     """AdamW or Muon, and the learning rate over the run.
 
     name: `adamw` (torch's defaults), or `muon` for the matrices inside the layers with AdamW for everything else.
@@ -297,29 +256,24 @@ class OptimizerConfig:
     """
 
     name: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float | None = None
+    learning_rate: float | None = setting(None, must=at_least(0))
     muon_learning_rate: float | None = None
-    b1: float = 0.9
-    b2: float = 0.999
+    b1: float = setting(0.9, must=SHARE)
+    b2: float = setting(0.999, must=SHARE)
     eps: float = 1e-8
-    momentum: float = 0.95
-    weight_decay: float = 0.01
+    momentum: float = setting(0.95, must=SHARE)
+    weight_decay: float = setting(0.01, must=at_least(0))
     decay: Literal["all", "matrices"] = "matrices"
     cautious_decay: bool = False
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    warmup_steps: int | None = None
-    warmup_fraction: float = 0.0
-    final_fraction: float = 0.1
-    decay_fraction: float = 0.2
-
-    def __post_init__(self):
-        at_least(self, 0, "learning_rate", "weight_decay", "warmup_steps")
-        shares = ("b1", "b2", "momentum", "warmup_fraction", "final_fraction", "decay_fraction")
-        check_shares(self, "optimizer.", *shares)
+    warmup_steps: int | None = setting(None, must=at_least(0))
+    warmup_fraction: float = setting(0.0, must=SHARE)
+    final_fraction: float = setting(0.1, must=SHARE)
+    decay_fraction: float = setting(0.2, must=SHARE)
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(Settings):
     """Low-rank adapters (LoRA, arXiv 2106.09685): only they are trained, saved and held in the optimizer.
 
     rank: of the adapters; 0 trains the model itself.
@@ -332,20 +286,16 @@ class LoRAConfig:
     base_dtype: of the matrices that stay as they are; `auto` is bfloat16 where the run computes in it.
     """
 
-    rank: int = 0
-    alpha: float | None = None
+    rank: int = setting(0, must=at_least(0))
+    alpha: float | None = setting(None, must=ABOVE_0)
     rslora: bool = False
-    dropout: float = 0.0
+    dropout: float = setting(0.0, must=BELOW_1)
     targets: tuple[str, ...] = ("all-linear",)
     ranks: tuple[str, ...] = ()
     base_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def __post_init__(self):
-        at_least(self, 0, "rank")
-        if self.alpha is not None and not self.alpha > 0:
-            raise ValueError(f"lora.alpha is {self.alpha}; it must be above 0")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout is {self.dropout}; it must be at least 0 and below 1")
+        super().__post_init__()
         if self.rank and not self.targets:
             raise ValueError("lora.targets is empty; name a projection, or all-linear")
         self.own_ranks()
@@ -362,7 +312,7 @@ class LoRAConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Settings):
     """Checkpoints for resuming.
 
     every: steps between two saves; 0 saves only at the end and when the run is stopped.
@@ -370,13 +320,9 @@ class CheckpointConfig:
     keep_best: of those saved at a step that is evaluated, keep the best one (by training.watch), too.
     """
 
-    every: int = 500
-    keep: int = 2
+    every: int = setting(500, must=at_least(0))
+    keep: int = setting(2, must=at_least(1))
     keep_best: bool = True
-
-    def __post_init__(self):
-        at_least(self, 0, "every")
-        at_least(self, 1, "keep")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -413,7 +359,7 @@ class TrackingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(Settings):
     """Text generated during training and at its end.
 
     prompts: continued in pretraining, answered as a user's message in SFT.
@@ -422,17 +368,7 @@ class SampleConfig:
     """
 
     prompts: tuple[str, ...] = setting((), is_text=True)
-    from_data: int = 0
-    max_new_tokens: int = 48
-    temperature: float = 0.0
-    top_p: float = 1.0
-
-    def __post_init__(self):
-        at_least(self, 0, "from_data")
-        for name, ok, expected in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or above"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-        ):
-            if not ok:
-                raise ValueError(f"samples.{name} is {getattr(self, name)}; it must be {expected}")
+    from_data: int = setting(0, must=at_least(0))
+    max_new_tokens: int = setting(48, must=at_least(1))
+    temperature: float = setting(0.0, must=TEMPERATURE)
+    top_p: float = setting(1.0, must=TOP_P)

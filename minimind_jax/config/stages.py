@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, ClassVar, Literal, NamedTuple
 
+from minimind_jax.config.fields import ABOVE_0, BELOW_1, INT64, SHARE, Rule, Settings, at_least, setting
 from minimind_jax.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -19,8 +20,6 @@ from minimind_jax.config.sections import (
     TrackingConfig,
     TrainingConfig,
     WritingLoopConfig,
-    at_least,
-    check_shares,
 )
 from minimind_jax.model.config import ComputeConfig
 
@@ -50,7 +49,7 @@ class Figures(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Settings):
     """What every training stage has.
 
     run: a name (a folder under runs/) or a path.
@@ -84,7 +83,7 @@ class RunConfig:
     run: str
     init_from: str = ""
     tokenizer: str = ""
-    seed: int = 42
+    seed: int = setting(42, must=INT64)
     resume: Literal["auto", "must", "never"] = "auto"
     export_dtype: DType = "bfloat16"
     model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
@@ -98,16 +97,13 @@ class RunConfig:
     tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
 
     def __post_init__(self):
+        super().__post_init__()
         rows = self.data.seq_len * self.training.accumulation_steps
         if self.training.batch_tokens is not None and self.training.batch_tokens % rows:
             raise ValueError(
                 f"training.batch_tokens {self.training.batch_tokens} does not divide by data.seq_len x "
                 f"training.accumulation_steps = {rows}; try {max(1, round(self.training.batch_tokens / rows)) * rows}"
             )
-        if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}; it must be between -2**63 and 2**63 - 1")
-        if self.resume not in ("auto", "must", "never"):
-            raise ValueError(f"resume is {self.resume!r}; it must be auto, must or never")
 
     @classmethod
     def is_former(cls, key: str, value: Any) -> bool:
@@ -168,7 +164,7 @@ class SFTConfig(WriterConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerConfig:
+class TokenizerConfig(Settings):
     """Training of a byte-level BPE tokenizer with MiniMind's 36 reserved tokens.
 
     data: files, folders or globs of texts, conversations or pairs.
@@ -182,21 +178,17 @@ class TokenizerConfig:
 
     data: tuple[str, ...] = ()
     output: str = "runs/tokenizer"
-    vocab_size: int = 6400
-    max_records: int = 10_000
+    vocab_size: int = setting(6400, must=at_least(36 + 256))
+    max_records: int = setting(10_000, must=at_least(0))
     on_error: Literal["stop", "skip"] = "stop"
     encoding: str = "utf-8"
     text_field: str = ""
     ignore_fields: tuple[str, ...] = ()
     overwrite: bool = False
 
-    def __post_init__(self):
-        at_least(self, 36 + 256, "vocab_size")
-        at_least(self, 0, "max_records")
-
 
 @dataclasses.dataclass(frozen=True)
-class PreferenceConfig:
+class PreferenceConfig(Settings):
     """How pairs of answers train a model; the formulas are in losses/preference.py.
 
     loss: `sigmoid` (DPO), `robust`, `hinge`, `ipo`, `sigmoid_norm` (of log-probabilities per token), or without a
@@ -211,18 +203,14 @@ class PreferenceConfig:
     """
 
     loss: Literal["sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "simpo", "orpo"] = "sigmoid"
-    beta: float = 0.1
-    label_smoothing: float = 0.0
+    beta: float = setting(0.1, must=ABOVE_0)
+    label_smoothing: float = setting(0.0, must=Rule(lambda chance: 0 <= chance < 0.5, "at least 0, below 0.5"))
     gamma: float = 1.4
-    sft_weight: float | None = None
+    sft_weight: float | None = setting(None, must=at_least(0))
     precompute_reference: bool = False
 
     def __post_init__(self):
-        if not self.beta > 0:
-            raise ValueError(f"preference.beta is {self.beta}; it must be above 0")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"preference.label_smoothing is {self.label_smoothing}; it must be at least 0, below 0.5")
-        at_least(self, 0, "sft_weight")
+        super().__post_init__()
         if self.precompute_reference and not self.has_reference:
             raise ValueError(f"preference.precompute_reference is set, and the loss {self.loss} has no reference")
 
@@ -274,18 +262,14 @@ class RewardConfig(RunConfig):
     run: str = "reward"
     init_from: str = "sft"
     export_dtype: DType = "float32"
-    centring: float = 0.01
+    centring: float = setting(0.01, must=at_least(0))
     data: PairsConfig = dataclasses.field(
         default_factory=lambda: PairsConfig(seq_len=2048, system_prompt_probability=0.0)
     )
 
-    def __post_init__(self):
-        super().__post_init__()
-        at_least(self, 0, "centring")
-
 
 @dataclasses.dataclass(frozen=True)
-class LabelConfig:
+class LabelConfig(Settings):
     """What is classified, and how.
 
     text_field: where a record holds the text, as data.text_field says, too; `text` stands for its other usual names.
@@ -298,11 +282,7 @@ class LabelConfig:
     text_field: str = "text"
     label_field: str = "label"
     class_weights: Literal["none", "balanced"] = "none"
-    label_smoothing: float = 0.0
-
-    def __post_init__(self):
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"classify.label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1")
+    label_smoothing: float = setting(0.0, must=BELOW_1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,7 +316,7 @@ class ClassifyConfig(RunConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class TeacherConfig:
+class TeacherConfig(Settings):
     """Whom a model learns from, and how.
 
     model: the teacher, a Hugging Face folder, a run or a name on the hub, with the student's tokenizer.
@@ -351,18 +331,14 @@ class TeacherConfig:
     """
 
     model: str = ""
-    top_k: int = 0
-    alpha: float = 0.5
-    temperature: float = 1.5
+    top_k: int = setting(0, must=at_least(0))
+    alpha: float = setting(0.5, must=SHARE)
+    temperature: float = setting(1.5, must=ABOVE_0)
     divergence: Literal["forward", "reverse", "jsd"] = "forward"
-    jsd_beta: float = 0.5
+    jsd_beta: float = setting(0.5, must=SHARE)
 
     def __post_init__(self):
-        check_shares(self, "teacher.", "alpha", "jsd_beta")
-        if self.top_k < 0:
-            raise ValueError(f"teacher.top_k is {self.top_k}; it must be 0 (off) or above")
-        if not self.temperature > 0:
-            raise ValueError(f"teacher.temperature is {self.temperature}; it must be above 0")
+        super().__post_init__()
         if self.divergence == "jsd" and not 0 < self.jsd_beta < 1:
             raise ValueError(f"teacher.jsd_beta is {self.jsd_beta}; for jsd it must be between 0 and 1")
 

@@ -204,7 +204,7 @@ class PredictConfig(ReadingConfig):
     model: str = setting()
     input: tuple[str, ...] = ()
     output: str = ""
-    top: int = setting(1, must=at_least(1))
+    top: int = 1
     seq_len: int | None = setting(None, must=at_least(4))
 
 

@@ -60,6 +60,8 @@ def predict(
     several labels a text: a list `predicted`, and `probabilities` of all.
     """
     _check_output(output, paths)
+    if top < 1:
+        raise UserError(f"top is {top}; it must be at least 1")
     scorer = Scorer(model, dtype, seq_len)
     labels = scorer.labels
     if len(labels.names) == 1:

@@ -8,7 +8,7 @@ import typing
 import pytest
 import yaml
 
-from minimind_jax.config.fields import fields_of, help_text, setting
+from minimind_jax.config.fields import Settings, at_least, fields_of, help_text, setting
 from minimind_jax.config.generation import ChatConfig, GenerateConfig
 from minimind_jax.config.settings import (
     Setting,
@@ -354,6 +354,24 @@ def test_the_rest_of_the_arguments_is_left_as_it_is():
     words = ["a", "--x", "1,2", "--device", "d", "--config", "c", "--json", "--y=[1]", "--", "b"]
     rest = ("a", "--x", "1,2", "--config", "c", "--y=[1]", "--", "b")
     assert load_settings(Wrapper, words) == Wrapper("d", True, rest)
+
+
+def test_a_field_with_another_default_keeps_its_rule():
+    @dataclasses.dataclass(frozen=True)
+    class Small(ToolRules):
+        size: int = 3
+
+    assert (ToolRules().size, Small().size) == (5, 3)
+    for cls in (ToolRules, Small):
+        assert message("--size", "0", cls=cls) == "command line: size is 0; it must be at least 1"
+    with pytest.raises(ValueError, match="kind is 'c'; it must be a or b"):
+        Small(kind="c")
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolRules(Settings):
+    size: int = setting(5, must=at_least(1))
+    kind: typing.Literal["a", "b"] = "a"
 
 
 def test_nearest_prefers_the_same_last_part():
