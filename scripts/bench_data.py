@@ -31,11 +31,12 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--kind", choices=("text", "conversation"), default="text")
+    parser.add_argument("--packing", choices=("concat", "best_fit", "pad"), help="default: as the stages of the kind")
     parser.add_argument("--seq_len", type=int, default=340)
     parser.add_argument("--rows", type=int, default=8)
     args = parser.parse_args()
 
-    packing = "best_fit" if args.kind == "conversation" else "concat"
+    packing = args.packing or ("best_fit" if args.kind == "conversation" else "concat")
     with tempfile.TemporaryDirectory() as cache:
         config = PretrainConfig(
             data=DataConfig(train=(args.data,), val_fraction=0, seq_len=args.seq_len, packing=packing, cache_dir=cache),
@@ -51,7 +52,13 @@ def main() -> None:
             first = first or peak_megabytes()
         seconds = time.perf_counter() - started
         found = batches.cache.info["tokens"]
-    shown = {"data": Path(args.data).name, "kind": args.kind, "seq_len": args.seq_len, "rows": args.rows}
+    shown = {
+        "data": Path(args.data).name,
+        "kind": args.kind,
+        "packing": packing,
+        "seq_len": args.seq_len,
+        "rows": args.rows,
+    }
     results = {
         "tokenising seconds": round(tokenising, 2),
         "tokenised tokens per second": round(found / tokenising),

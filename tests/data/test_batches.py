@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from slow_rows import rows_of
 
 from minimind_jax.config.sections import DataConfig, TrainingConfig
 from minimind_jax.config.stages import PretrainConfig, SFTConfig
-from minimind_jax.data.batches import Batches
+from minimind_jax.data.batches import READ_AHEAD, Batches
 from minimind_jax.data.documents import encode_text
 from minimind_jax.data.open import open_data, split_documents
 from minimind_jax.data.rows import Pieces, pad_rows
@@ -304,6 +305,38 @@ def test_redrawing_gives_each_epoch_a_cache_of_its_own(folder, tokenizer, config
         assert trained == sum(cache.is_trained(d, 0, cache.lengths[d]).sum() for d in epoch.documents)
     again, _ = open_data("conversation", settings, tokenizer)
     assert_same(take(again, int(starts[1]) + 1, 5), straight[starts[1] + 1 : starts[1] + 6])
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_a_redrawn_epoch_is_made_while_the_one_before_is_read(talk_cache, make, threads):
+    """Once only, and no epoch that the run does not reach."""
+    made, calls = threading.Event(), []
+
+    def redraw(epoch, ahead):
+        calls.append((epoch, ahead))
+        made.set()
+        return talk_cache
+
+    batches = make(talk_cache, redraw=redraw, loader_workers=threads)
+    steps = batches.steps_per_epoch
+    assert steps > 2 * READ_AHEAD
+    reader = batches.iterate(0, 2 * steps)
+    read = [next(reader)]
+    assert made.wait(10) and calls == [(1, True)]
+    assert_same([*read, *reader], take(make(talk_cache), 0, 2 * steps))
+    assert calls == [(1, True)]
+
+
+def test_what_is_wrong_with_a_redrawn_epoch_is_told_where_it_begins(talk_cache, make):
+    def redraw(epoch, ahead):
+        raise UserError("a data file changed")
+
+    batches = make(talk_cache, redraw=redraw)
+    reader = batches.iterate(0, 2 * batches.steps_per_epoch)
+    for _ in range(batches.steps_per_epoch):
+        next(reader)
+    with pytest.raises(UserError, match="a data file changed"):
+        next(reader)
 
 
 def test_the_split_depends_on_record_numbers_alone(folder, tokenizer, config, text_cache):

@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from slow_rows import pieces_of
+from slow_rows import pieces_of, rows_of
 
 from minimind_jax.config.sections import DataConfig
 from minimind_jax.config.stages import ClassifyConfig, LabelConfig
@@ -137,6 +137,25 @@ def test_a_row_of_pairs(tokenizer, tmp_path):
         np.testing.assert_array_equal(row["positions"][here], np.arange(here.sum()))
         assert row["loss_weights"][here].sum() >= 2  # an answer and its end
         assert row["loss_weights"][here][-1] == 0  # nothing predicts the other side's first token
+
+
+@pytest.mark.parametrize("kind", ["preference", "labelled"])
+def test_the_rows_of_a_step_are_those_built_one_by_one(tokenizer, tmp_path, kind):
+    words = [" cat" * (7 * number % 50) + " mat" for number in range(40)]
+    records = {
+        "preference": [{"chosen": [USER, answer("a" + w)], "rejected": [USER, answer("dogs")]} for w in words],
+        "labelled": [{"text": w, "label": "a"} for w in words],
+    }[kind]
+    file = tmp_path / "records.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    data = DataConfig(train=(str(file),), seq_len=100, cache_dir=str(tmp_path), system_prompt_probability=0.0)
+    cache = build_cache(kind, data.train, tokenizer, data, seed=0, classes=Classes(("a", "b")))
+    batches = Batches(cache, data, 3, 0, tokenizer.token_bytes())
+    for step in range(batches.steps_per_epoch):
+        expected = rows_of(batches.epoch(0), range(3 * step, 3 * step + 3), batches.token_bytes)
+        for name, array in batches.step(step).items():
+            np.testing.assert_array_equal(array, expected[name])
+            assert array.dtype == expected[name].dtype
 
 
 def test_labels_are_counted_from_their_names(tmp_path):
