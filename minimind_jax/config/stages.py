@@ -353,9 +353,3 @@ class DistillConfig(WriterConfig):
     init_from: str = "sft"
     teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
     data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(packing="best_fit", seq_len=768))
-
-
-CONFIGS = {
-    "pretrain": PretrainConfig, "sft": SFTConfig, "dpo": DPOConfig, "distill": DistillConfig, "reward": RewardConfig,
-    "classify": ClassifyConfig,
-}  # fmt: skip

@@ -4,20 +4,16 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from minimind_jax.config.stages import RunConfig
-from minimind_jax.convert.load import read_config
 from minimind_jax.convert.peft import rank_table
 from minimind_jax.data.jsonl import Record, expand_paths, iter_records, reading_of
 from minimind_jax.data.kinds import KINDS, Wanted
 from minimind_jax.data.labels import Classes
-from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
-from minimind_jax.folders import resolve_model_folder, resolve_run
-from minimind_jax.model.config import ModelConfig
+from minimind_jax.pipeline.ahead import maker_of, planned_architecture, planned_words
 from minimind_jax.pipeline.read import Stage
-from minimind_jax.runs.parts import assemble, check_context, with_settings
+from minimind_jax.runs.parts import assemble, check_context
 from minimind_jax.sharding import announce, make_mesh
 from minimind_jax.stages.tokenizer import text_of
 from minimind_jax.training.defaults import filled
@@ -97,44 +93,19 @@ def _check_settings(stage: Stage, before: Sequence[Stage]) -> None:
         make_schedule(filled(config).optimizer, config.training.steps)
     check_patience(config.training, bool(config.data.val) or config.data.val_fraction != 0)
     named = flat(plain(config))
-    models = find_models(config, [key for key in MODELS if not _maker(named.get(key, ""), before)])
+    models = find_models(config, [key for key in MODELS if not maker_of(named.get(key, ""), before)])
     if config.lora.rank and not config.init_from:
         raise UserError("lora.rank is set, but there is no model to adapt; give --init_from, or leave lora.rank out")
-    if not _maker(config.init_from, before) and not _maker(config.tokenizer, before):
+    if not maker_of(config.init_from, before) and not maker_of(config.tokenizer, before):
         assemble(stage.kind, config, folder, mesh, models)
         return
-    architecture = _architecture(config, before)
+    architecture = planned_architecture(config, before)
     if config.lora.rank:
         rank_table(architecture, config.lora.rank, config.lora.targets, config.lora.own_ranks())
     check_context(config, architecture)
-    tokens = _tokens(config, before)
+    tokens = planned_words(config, before)
     if tokens is not None and tokens > architecture.vocab_size:
         raise UserError(
             f"its tokenizer has {tokens} tokens, more than the model's vocabulary of {architecture.vocab_size}; set "
             f"model.vocab_size {tokens}"
         )
-
-
-def _maker(name: str, before: Sequence[Stage]) -> Stage | None:
-    """The stage that makes the run or the tokenizer `name`."""
-    return next((made for made in before if name and made.folder in (Path(name), resolve_run(name))), None)
-
-
-def _architecture(config: RunConfig, before: Sequence[Stage]) -> ModelConfig:
-    """The model that a stage will have, from the settings of those that make it."""
-    if not config.init_from:
-        tokens = None if config.model.vocab_size else _tokens(config, before)
-        return config.model.resolve(**({"vocab_size": tokens} if tokens else {}))
-    maker = _maker(config.init_from, before)
-    if maker is None:
-        folder = resolve_model_folder(config.init_from, "init_from")
-        return with_settings(read_config(folder), config.model, folder)
-    return with_settings(_architecture(maker.config, before[: before.index(maker)]), config.model, maker.folder)
-
-
-def _tokens(config: RunConfig, before: Sequence[Stage]) -> int | None:
-    """How many tokens the stage's tokenizer has at most; None for that of the model it starts from."""
-    if not config.tokenizer:
-        return None
-    maker = _maker(config.tokenizer, before)
-    return maker.config.vocab_size if maker else Tokenizer.load(config.tokenizer).vocab_size

@@ -1,6 +1,5 @@
 """What is planned: a stage's settings and model from the command line, and the tokens it will train."""
 
-import dataclasses
 import itertools
 import json
 from collections.abc import Sequence
@@ -11,7 +10,6 @@ import yaml
 
 from minimind_jax.config import settings
 from minimind_jax.config.stages import RunConfig
-from minimind_jax.convert.load import read_config
 from minimind_jax.convert.peft import rank_table
 from minimind_jax.data.cache_folder import cache_root, stored_caches
 from minimind_jax.data.jsonl import expand_paths, reading_of
@@ -22,6 +20,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.lora import Adapter, make_adapter
+from minimind_jax.pipeline.ahead import maker_of, planned_architecture
 from minimind_jax.pipeline.read import Stage, load_pipeline
 from minimind_jax.stages import STAGES
 from minimind_jax.training.defaults import filled
@@ -103,27 +102,17 @@ def _config_only(argv: Sequence[str]) -> list[str]:
 
 
 def _architecture(config: RunConfig, before: Sequence[Stage]) -> tuple[ModelConfig, str]:
-    """The model that the stage will have, and what had to be assumed.
-
-    That of init_from where it is there; of a pipeline's stage before, which will make it; else what `model` says.
-    """
-    if not config.init_from:
-        return config.model.resolve(**_own_size(config)), ""
-    maker = next((made for made in before if getattr(made.config, "run", None) == config.init_from), None)
+    """The model that the stage will have, and what had to be assumed: the preset in `model`, where what it starts from
+    is not there and no stage before makes it."""
     try:
-        folder = resolve_model_folder(config.init_from, "init_from")
+        if config.init_from and not maker_of(config.init_from, before):
+            resolve_model_folder(config.init_from, "init_from")
+        elif config.tokenizer and not maker_of(config.tokenizer, before):
+            Tokenizer.load(config.tokenizer)
     except UserError:
-        if maker is not None:
-            return _architecture(maker.config, before[: before.index(maker)])
-        return config.model.resolve(), f"init_from {config.init_from} is not there yet; taken as the preset in `model`"
-    architecture = read_config(folder)
-    return dataclasses.replace(architecture, **config.model.changes(architecture.max_position_embeddings)), ""
-
-
-def _own_size(config: RunConfig) -> dict[str, int]:
-    """The vocabulary of a model from scratch that no setting says: the tokenizer's, if that is there already."""
-    folder = None if config.model.vocab_size else _tokenizer_folder(config)
-    return {"vocab_size": Tokenizer.load(folder).vocab_size} if folder else {}
+        missing = f"init_from {config.init_from}" if config.init_from else ""
+        return config.model.resolve(), missing and f"{missing} is not there yet; taken as the preset in `model`"
+    return planned_architecture(config, before), ""
 
 
 def planned_adapter(planned: Planned) -> Adapter | None:

@@ -1,24 +1,18 @@
 """Low-rank adapters of a run: which there are, where they start from, and the folder they are written to."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from minimind_jax.config.stages import RunConfig
-from minimind_jax.convert.hf import load_hf
 from minimind_jax.convert.load import base_folder
-from minimind_jax.convert.peft import load_peft, rank_table, save_peft
-from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.convert.peft import load_peft, rank_table
 from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter
 from minimind_jax.model.config import ModelConfig
-from minimind_jax.model.lora import RankTable, init_adapters, join, scale_of
-from minimind_jax.model.precision import cast_matrices
+from minimind_jax.model.lora import RankTable, scale_of
 from minimind_jax.model.transformer import LanguageModel, Params
-from minimind_jax.paths import absolute
-from minimind_jax.seeds import named_key
 
 
 class AdapterPlan(NamedTuple):
@@ -79,27 +73,3 @@ def _told(table: RankTable) -> str:
 def frozen_dtype(config: RunConfig, model: LanguageModel) -> str:
     """Of the matrices below the adapters."""
     return model.dtype.name if config.lora.base_dtype == "auto" else config.lora.base_dtype
-
-
-def load_with_adapters(config: RunConfig, plan: AdapterPlan, dtype: str) -> Params:
-    """The base model, its matrices in that dtype, with the adapters: new ones, or those of the plan."""
-    _, params = load_hf(plan.base)
-    adapters = plan.stored
-    if adapters is None:
-        adapters = init_adapters(named_key(config.seed, "lora"), params, plan.table, plan.alpha, plan.rslora)
-    return join(cast_matrices(params, dtype), adapters)
-
-
-def save_adapters(
-    folder: Path,
-    params: Params,
-    plan: AdapterPlan,
-    tokenizer: Tokenizer,
-    generation_config: Mapping[str, Any],
-) -> None:
-    """Writes the adapters in `params` as a folder of `peft`, with what ends their answers and how to sample them."""
-    save_peft(
-        folder, params, plan.table,
-        base=absolute(plan.base), tokenizer=tokenizer, dropout=plan.dropout, rslora=plan.rslora,
-        generation_config=generation_config,
-    )  # fmt: skip

@@ -17,8 +17,7 @@ from minimind_jax.model.lora import join, merge
 from minimind_jax.paths import as_path
 from minimind_jax.runs.kind import StageKind, Stages
 from minimind_jax.runs.labels import labels_of_run
-from minimind_jax.runs.parameters import run_parameters
-from minimind_jax.runs.parts import assemble
+from minimind_jax.runs.parts import assemble, run_parameters
 from minimind_jax.sharding import announce, make_mesh
 from minimind_jax.training.checkpoint import DamagedCheckpoint, load_params
 from minimind_jax.training.origin import check_words, find_models

@@ -9,11 +9,12 @@ from minimind_jax.agreement import exchange
 from minimind_jax.convert.hf import load_hf, save_hf
 from minimind_jax.convert.hf_config import to_generation_config
 from minimind_jax.convert.load import load_generation_settings
+from minimind_jax.convert.peft import save_peft
 from minimind_jax.folders import is_adapter
 from minimind_jax.model.heads import SCORE, without_head
 from minimind_jax.model.lora import LEAVES, join, merge, split
 from minimind_jax.model.transformer import Params
-from minimind_jax.runs.adapters import save_adapters
+from minimind_jax.paths import absolute
 from minimind_jax.runs.parts import Run, without_others
 from minimind_jax.runs.report import write_report
 from minimind_jax.shell import command
@@ -55,8 +56,12 @@ def _write_model(run: Run, params: Params) -> str:
     """Writes model/ and returns in which dtype."""
     config, generation = run.config, run.start and load_generation_settings(run.start)
     if run.adapters is not None and not run.kind.has_head:
-        settings = to_generation_config(run.model.config, generation)
-        save_adapters(run.folder.model, params, run.adapters, run.tokenizer, settings)
+        plan = run.adapters
+        save_peft(
+            run.folder.model, params, plan.table,
+            base=absolute(plan.base), tokenizer=run.tokenizer, dropout=plan.dropout, rslora=plan.rslora,
+            generation_config=to_generation_config(run.model.config, generation),
+        )  # fmt: skip
         return "adapters in float32"
     if run.adapters is not None:
         params = merge(join(_body(load_hf(run.adapters.base)[1]), params))

@@ -20,8 +20,7 @@ from minimind_jax.model.lora import TRAINED, join, split, without_adapters
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.paths import is_remote
 from minimind_jax.progress import tracked
-from minimind_jax.runs.parts import Run
-from minimind_jax.runs.rows import open_rows
+from minimind_jax.runs.parts import Run, open_rows
 from minimind_jax.sharding import announce, shard_batch
 from minimind_jax.texts import is_there, read_object
 from minimind_jax.training.run import write_text

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.shell import command
 
-Records = str  # a kind of records, of `data.kinds.KINDS`
-
 
 class Next(NamedTuple):
     """A command to type when a stage is done. words: {run} and {model} stand for the folders. note: what it is for."""
@@ -23,18 +21,18 @@ class StageKind:
     """A stage, as the command line, the loop, pipelines, reports, exports and plans know it.
 
     name, summary: of its command. config: its settings. function: `module:function`, imported when it is run.
-    records: what it trains on; empty for a stage that is no run. has_head: its model has a head of scores in place of
-    one of words, and is the end of a pipeline. labels: of that head; empty where they are those of the records.
-    needs_start: it trains no model from scratch. fixed: settings of its own that a run cannot change once it has begun.
-    figures: metrics of its own in the report's table of evaluations; curves: those of them that are drawn. next: when
-    it is done. is_planned: `minimind plan` knows its step.
+    records: the kind of data it trains on (see `data.kinds`); empty where it is no run. needs_start: it trains no model
+    from scratch. has_head: its model has a head of scores in place of one of words, and is the end of a pipeline.
+    labels: of that head; empty where they are those of the records. fixed: settings of its own that a run cannot change
+    once it has begun. figures: metrics of its own in the report's table of evaluations; curves: those of them that are
+    drawn. next: when it is done. is_planned: `minimind plan` knows its step.
     """
 
     name: str
     summary: str
     config: type
     function: str
-    records: Records = ""
+    records: str = ""
     has_head: bool = False
     labels: tuple[str, ...] = ()
     needs_start: bool = False

@@ -4,24 +4,34 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 from jax.sharding import Mesh
 
 from minimind_jax.config.sections import ModelSettings
 from minimind_jax.config.stages import RunConfig
-from minimind_jax.convert.hf import Labels
+from minimind_jax.convert.hf import Labels, load_hf, load_labels
+from minimind_jax.convert.load import base_folder, load_merged, read_config
 from minimind_jax.convert.load import load_tokenizer as load_model_tokenizer
-from minimind_jax.convert.load import read_config
+from minimind_jax.data.batches import Batches
+from minimind_jax.data.epoch import Annotate
 from minimind_jax.data.labels import Classes
+from minimind_jax.data.open import open_data
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
+from minimind_jax.folders import is_adapter
 from minimind_jax.model.config import ModelConfig, union_of_ids
-from minimind_jax.model.heads import SCORE
-from minimind_jax.model.lora import make_adapter
+from minimind_jax.model.heads import SCORE, head_axes, init_head
+from minimind_jax.model.lora import init_adapters, join, make_adapter
+from minimind_jax.model.precision import cast_matrices
 from minimind_jax.model.transformer import LanguageModel, Params
-from minimind_jax.runs.adapters import AdapterPlan, plan_adapters
+from minimind_jax.model.vocabulary import grow_vocabulary
+from minimind_jax.runs.adapters import AdapterPlan, frozen_dtype, plan_adapters
 from minimind_jax.runs.kind import StageKind
-from minimind_jax.sharding import announce
+from minimind_jax.runs.labels import differing
+from minimind_jax.seeds import named_key
+from minimind_jax.sharding import announce, data_process, init_params, param_shardings
 from minimind_jax.training.run import RunFolder
+from minimind_jax.training.state import Parameters
 
 # Fields of a model that decide the shapes of its tensors; a run cannot change them in a model it starts from.
 SHAPE_FIELDS = (
@@ -167,3 +177,64 @@ def with_settings(architecture: ModelConfig, settings: ModelSettings, folder: Pa
                 "from scratch"
             )
     return dataclasses.replace(architecture, **given)
+
+
+def run_parameters(run: Run) -> Parameters:
+    """What the run trains: the parameters of the model it starts from, or drawn from the seed, or adapters over them;
+    and the head of scores of a stage that has one."""
+    config, model, mesh = run.config, run.model, run.mesh
+    if run.start is None:
+        return Parameters.of(model, lambda: init_params(model, named_key(config.seed, "init"), mesh))
+    dtype = frozen_dtype(config, model)
+
+    def load() -> Params:
+        if run.adapters is None:
+            _, params = load_merged(run.start)
+            params = grow_vocabulary(params, model.config.vocab_size, named_key(config.seed, "new words"))
+        else:
+            params = _load_with_adapters(run, dtype)
+        if SCORE in params and not run.kind.has_head:
+            raise UserError(f"init_from {config.init_from} is a classifier or reward model, and cannot write text")
+        params = {name: tree for name, tree in params.items() if name in parameters.abstract}
+        return jax.device_put(params, param_shardings(mesh, parameters.axes, parameters.abstract))
+
+    parameters = Parameters.of(model, load, dtype)
+    return _with_head(run, parameters) if run.kind.has_head else parameters
+
+
+def _load_with_adapters(run: Run, dtype: str) -> Params:
+    """The base model, its matrices in that dtype, with the adapters: new ones, or those of the run's start."""
+    plan = run.adapters
+    _, params = load_hf(plan.base)
+    adapters = plan.stored
+    if adapters is None:
+        adapters = init_adapters(named_key(run.config.seed, "lora"), params, plan.table, plan.alpha, plan.rslora)
+    return join(cast_matrices(params, dtype), adapters)
+
+
+def _with_head(run: Run, parameters: Parameters) -> Parameters:
+    """With a head of the run's labels: the one of the model it starts from if it has the same, or a new one, and then
+    what is left out is told."""
+    wanted, width = run.labels, run.model.config.hidden_size
+    abstract = jax.eval_shape(lambda: init_head(jax.random.key(0), width, len(wanted.names)))[SCORE]
+    axes = head_axes()[SCORE]
+
+    def load(_: Params) -> Params:
+        folder = base_folder(run.start) if is_adapter(run.start) else run.start
+        found = load_labels(folder)
+        if found is not None and (other := differing(found, wanted)):
+            announce(f"the head of {folder} is left out, and a new one trained: {other}")
+        elif found is not None:
+            order = [found.names.index(name) for name in wanted.names] if len(wanted.names) > 1 else [0]
+            head = {name: array[..., order] for name, array in load_hf(folder)[1][SCORE].items()}
+            return jax.device_put(head, param_shardings(run.mesh, axes, abstract))
+        head = init_head(named_key(run.config.seed, "head"), width, len(wanted.names))[SCORE]
+        return jax.device_put(head, param_shardings(run.mesh, axes, abstract))
+
+    return parameters.adding(SCORE, abstract, axes, load, is_trained=True)
+
+
+def open_rows(run: Run, annotate: Annotate | None = None) -> tuple[Batches, Batches | None]:
+    """Those to train on, and the held-out ones, if there are any. annotate: what else the loss reads of them."""
+    places = data_process(run.mesh)
+    return open_data(run.kind.records, run.config, run.tokenizer, *places, classes=run.classes, annotate=annotate)

@@ -14,9 +14,7 @@ from minimind_jax.inference.score import Scorer
 from minimind_jax.losses.classification import make_classification_loss
 from minimind_jax.progress import progress
 from minimind_jax.runs.labels import values_of_pieces
-from minimind_jax.runs.parameters import run_parameters
-from minimind_jax.runs.parts import Run
-from minimind_jax.runs.rows import open_rows
+from minimind_jax.runs.parts import Run, open_rows, run_parameters
 from minimind_jax.runs.stage import Recipe, on_rows, run_stage
 from minimind_jax.sharding import announce
 from minimind_jax.stages import STAGES

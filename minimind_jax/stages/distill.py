@@ -15,9 +15,7 @@ from minimind_jax.model.precision import cast_matrices
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.paths import is_remote
 from minimind_jax.runs.frozen import TOKENS, Answers, Asked, Column
-from minimind_jax.runs.parameters import run_parameters
-from minimind_jax.runs.parts import Run
-from minimind_jax.runs.rows import open_rows
+from minimind_jax.runs.parts import Run, open_rows, run_parameters
 from minimind_jax.runs.stage import Recipe, on_rows, run_stage
 from minimind_jax.sharding import param_shardings
 from minimind_jax.stages import STAGES

@@ -10,9 +10,7 @@ from minimind_jax.losses.preference import answer_log_probs, make_preference_los
 from minimind_jax.losses.sequences import pair_room
 from minimind_jax.model.transformer import full_precision
 from minimind_jax.runs.frozen import Answers, Asked, Column, Reference, pairs
-from minimind_jax.runs.parameters import run_parameters
-from minimind_jax.runs.parts import Run
-from minimind_jax.runs.rows import open_rows
+from minimind_jax.runs.parts import Run, open_rows, run_parameters
 from minimind_jax.runs.stage import Recipe, on_rows, run_stage
 from minimind_jax.stages import STAGES
 

@@ -8,9 +8,7 @@ from minimind_jax.data.token_cache import TokenCache
 from minimind_jax.losses.reward import make_reward_loss
 from minimind_jax.losses.sequences import pair_room
 from minimind_jax.runs.labels import values_of_pieces
-from minimind_jax.runs.parameters import run_parameters
-from minimind_jax.runs.parts import Run
-from minimind_jax.runs.rows import open_rows
+from minimind_jax.runs.parts import Run, open_rows, run_parameters
 from minimind_jax.runs.stage import Recipe, on_rows, run_stage
 from minimind_jax.stages import STAGES
 

@@ -4,9 +4,7 @@ from pathlib import Path
 
 from minimind_jax.config.stages import SFTConfig
 from minimind_jax.losses.language_model import make_language_model_loss
-from minimind_jax.runs.parameters import run_parameters
-from minimind_jax.runs.parts import Run
-from minimind_jax.runs.rows import open_rows
+from minimind_jax.runs.parts import Run, open_rows, run_parameters
 from minimind_jax.runs.stage import Recipe, on_rows, run_stage
 from minimind_jax.stages import STAGES
 

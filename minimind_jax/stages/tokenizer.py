@@ -5,7 +5,9 @@ demonstration.
 """
 
 import contextlib
+import dataclasses
 import itertools
+import json
 import os
 import random
 import re
@@ -13,8 +15,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from minimind_jax.config.sections import FilesConfig
 from minimind_jax.config.stages import TokenizerConfig
+from minimind_jax.data.cache_folder import cache_root
+from minimind_jax.data.content import file_identities
 from minimind_jax.data.formats import detect
 from minimind_jax.data.jsonl import READING, Reading, Record, expand_paths, iter_records, reading_of
 from minimind_jax.data.kinds import KINDS, Wanted
@@ -22,7 +28,6 @@ from minimind_jax.data.template import render
 from minimind_jax.data.tokenizer import TOKENIZER_FILES, StreamDecoder, Tokenizer, train_bpe
 from minimind_jax.errors import UserError
 from minimind_jax.progress import progress
-from minimind_jax.runs.tokenizer_origin import ORIGIN, check_origin, origin_of, write_origin
 
 SELF_TEST_TEXTS = {
     "English": (
@@ -35,6 +40,7 @@ SELF_TEST_TEXTS = {
     ),
     "mixed": "用 Python 写一个 function：def add(a, b): return a + b，然后 print(add(1, 2))。🙂",
 }
+ORIGIN = "made_from.json"  # in its folder, by which the same command asked again is told from another
 MAX_WORD = 1000  # characters of one class, as GPT-2's pattern splits
 _CLASSES = (r"[^\W\d_]", r"\d", r"\s", r"(?:[^\w\s]|_)")
 _LONG_WORD = re.compile(f"({'|'.join(f'{one}{{{MAX_WORD}}}' for one in _CLASSES)})")
@@ -222,3 +228,33 @@ def _self_test(tokenizer: Tokenizer) -> None:
             print(text, end="")
         else:
             print(f"{name}: {len(text)} characters, {len(ids)} tokens, {len(text) / len(ids):.2f} characters per token")
+
+
+# What it was made from ------------------------------------------------------------------------------------------------
+
+
+def origin_of(config: TokenizerConfig, files: Sequence[Path]) -> dict[str, Any]:
+    """The settings that decide the tokens, and a hash of each file of records."""
+    settings = dataclasses.asdict(config)
+    for place in ("data", "output", "overwrite"):
+        settings.pop(place)
+    settings["ignore_fields"] = list(settings["ignore_fields"])  # as JSON has it
+    return {**settings, "data": [content for *_, content in file_identities(files, cache_root(FilesConfig()))]}
+
+
+def write_origin(folder: Path, origin: dict[str, Any]) -> None:
+    (folder / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", "utf-8")
+
+
+def check_origin(folder: Path, origin: dict[str, Any]) -> None:
+    """Raises UserError unless the tokenizer in a folder was made from `origin`."""
+    try:
+        found = json.loads((folder / ORIGIN).read_text("utf-8"))
+        differing = [key for key in sorted({*origin, *found}) if origin.get(key) != found.get(key)]
+    except (OSError, ValueError, TypeError):
+        differing = [f"no {ORIGIN} in it"]
+    if differing:
+        raise UserError(
+            f"{folder} holds another tokenizer ({', '.join(differing)}), and what was trained with it needs it; choose "
+            "another output, or pass --overwrite true to replace it"
+        )

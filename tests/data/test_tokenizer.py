@@ -19,8 +19,7 @@ from minimind_jax.data.jsonl import Record
 from minimind_jax.data.template import CHAT_TEMPLATE
 from minimind_jax.data.tokenizer import RESERVED_TOKENS, StreamDecoder, Tokenizer, train_bpe
 from minimind_jax.errors import UserError
-from minimind_jax.runs.tokenizer_origin import ORIGIN
-from minimind_jax.stages.tokenizer import _cut_words, _draw, text_of, train_tokenizer
+from minimind_jax.stages.tokenizer import ORIGIN, _cut_words, _draw, text_of, train_tokenizer
 
 CORPUS = [
     "the cat sat on the mat. 猫坐在垫子上。\n\n\nnext 12345",

@@ -33,7 +33,7 @@ from minimind_jax.inference.score import Scorer
 from minimind_jax.model.heads import SCORE
 from minimind_jax.runs.export import export_checkpoint
 from minimind_jax.runs.labels import keep_labels
-from minimind_jax.runs.parameters import run_parameters
+from minimind_jax.runs.parts import run_parameters
 from minimind_jax.stages import STAGES
 from minimind_jax.stages.classify import classify
 from minimind_jax.stages.distill import distill

@@ -7,7 +7,7 @@ from run_helpers import assembled
 
 from minimind_jax.config.sections import OptimizerConfig
 from minimind_jax.model.config import ComputeConfig
-from minimind_jax.runs.rows import open_rows
+from minimind_jax.runs.parts import open_rows
 from minimind_jax.training.facts import run_facts, schedule_change
 from minimind_jax.training.packed import PackedRows
 from minimind_jax.training.state import Parameters

@@ -20,9 +20,8 @@ from minimind_jax.errors import UserError
 from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.model.config import RopeScaling
 from minimind_jax.model.transformer import LanguageModel
-from minimind_jax.runs.parameters import run_parameters
+from minimind_jax.runs.parts import open_rows, run_parameters
 from minimind_jax.runs.report import write_report
-from minimind_jax.runs.rows import open_rows
 from minimind_jax.runs.stage import on_rows, train_run
 from minimind_jax.stages import STAGES
 from minimind_jax.stages.pretrain import pretrain

@@ -13,7 +13,7 @@ from minimind_jax.config.sections import CheckpointConfig, OptimizerConfig
 from minimind_jax.errors import UserError
 from minimind_jax.losses import Metric
 from minimind_jax.losses.language_model import make_language_model_loss
-from minimind_jax.runs.parameters import run_parameters
+from minimind_jax.runs.parts import run_parameters
 from minimind_jax.training.checkpoint import Checkpoints
 from minimind_jax.training.loop import train
 from minimind_jax.training.optimizer import Group
