@@ -95,10 +95,11 @@ def pack_rows(cache: TokenCache, pieces: Pieces, token_bytes: np.ndarray, reache
 def pad_rows(cache: TokenCache, pieces: Pieces, token_bytes: np.ndarray, end_id: int | None = None) -> Batch:
     """MiniMind's rows: of each one piece, the first `seq_len` tokens of a document.
 
-    As `pack_rows`, but a document that was cut off has no target beyond the row. end_id: the token that takes the last
-    place of such a row.
+    As `pack_rows`, but a document that was cut off has no target beyond the row, and there are lengths int32 (rows,),
+    which say that the rows need no mask. end_id: the token that takes the last place of a row that was cut.
     """
     rows = pack_rows(cache, pieces, token_bytes, reaches_on=False)
+    rows["lengths"] = np.count_nonzero(~pieces.is_padding, axis=1).astype(np.int32)
     if end_id is not None:
         cut = pieces.rows[pieces.stops < cache.lengths[pieces.documents]]
         rows["tokens"][cut, -1] = rows["targets"][cut, -2] = end_id

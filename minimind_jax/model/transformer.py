@@ -131,9 +131,11 @@ class LanguageModel:
             return self._surroundings(params).embed(tokens_BT, self.dtype)
 
     def read_batch(self, params: Params, batch: dict[str, Array], dropout_key: Array | None = None) -> ModelOutput:
-        """`read_rows` of a batch: its tokens, positions and segment_ids (B, T); other arrays are ignored. Whatever
-        trains or scores on batches reads them here."""
+        """`read_rows` of a batch, and the one place where batches are read: its tokens with positions and segment_ids
+        (B, T), or with lengths (B,) if each row is one document. Other arrays are ignored."""
         x_BTD = self.embed(params, batch["tokens"])
+        if "lengths" in batch:
+            return self.read_rows(params, x_BTD, lengths_B=batch["lengths"], dropout_key=dropout_key)
         return self.read_rows(params, x_BTD, batch["positions"], batch["segment_ids"], dropout_key=dropout_key)
 
     @_in_full_precision

@@ -81,12 +81,14 @@ def emulated_devices(count: int) -> list:
 
 
 def abstract_batch(config: RunConfig):
-    """Shapes of a batch (see `data.rows.pack_rows`)."""
+    """Shapes of a batch (see `data.rows`)."""
     import jax
 
     shape = (config.rows_per_step, config.data.seq_len)
     names = ("tokens", "targets", "positions", "segment_ids", "target_bytes")
     batch = {name: jax.ShapeDtypeStruct(shape, np.int32) for name in names}
+    if config.data.packing == "pad":
+        batch["lengths"] = jax.ShapeDtypeStruct(shape[:1], np.int32)
     return {**batch, "loss_weights": jax.ShapeDtypeStruct(shape, np.float32)}
 
 

@@ -57,4 +57,6 @@ def rows_of(epoch, places, token_bytes):
             rows.append(pad_row(epoch.cache, pieces[0][0], epoch.plan.seq_len, token_bytes))
         else:
             rows.append(pack_row(epoch.cache, pieces, epoch.plan.seq_len, token_bytes))
+        if epoch.packing == "pad":
+            rows[-1]["lengths"] = np.int32(np.sum(rows[-1]["segment_ids"] > 0))
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

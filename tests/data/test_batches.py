@@ -18,6 +18,7 @@ from minimind_jax.data.rows import Pieces, pad_rows
 from minimind_jax.data.token_cache import build_cache
 from minimind_jax.data.tokenizer import Tokenizer, train_bpe
 from minimind_jax.errors import UserError
+from minimind_jax.plan.compile import abstract_batch
 
 SEQ_LEN = 32
 RNG = np.random.default_rng(0)
@@ -163,6 +164,16 @@ def test_the_rows_of_a_step_are_those_built_one_by_one(text_cache, talk_cache, m
         epoch, within = batches.locate(step)
         expected = rows_of(batches.epoch(epoch), range(3 * within, 3 * within + 3), batches.token_bytes)
         assert_same([batches.step(step)], [expected])
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_planned_step_has_the_arrays_of_a_real_one(text_cache, make, packing):
+    data = DataConfig(packing=packing, seq_len=SEQ_LEN)
+    planned = abstract_batch(PretrainConfig(data=data, training=TrainingConfig(batch_tokens=4 * SEQ_LEN)))
+    real = make(text_cache, packing=packing, seq_len=SEQ_LEN).step(0)
+    assert {name: (x.shape, x.dtype) for name, x in planned.items()} == {
+        name: (x.shape, x.dtype) for name, x in real.items()
+    }
 
 
 def pad_row(cache, document, tokenizer, end_id=None):

@@ -142,6 +142,9 @@ def test_padding_behind_the_only_document_of_a_row_needs_no_mask(moe):
     )  # fmt: skip
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(masked), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1, float(jnp.abs(b).max())))
+    batch = {"tokens": tokens, "lengths": lengths_B, "segment_ids": is_token_BT, "positions": None}
+    read_BTD = jax.jit(model.read_batch)(params, batch).hidden_BTD
+    np.testing.assert_allclose(jnp.where(is_token_BT[..., None], read_BTD, 0), plain[0][1][0], atol=1e-5)
     is_mask = "tensor<3x24x24xi1>"  # of the documents; the causal one has no axis of rows
     assert is_mask in text and is_mask not in plain_text
 
