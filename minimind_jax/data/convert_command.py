@@ -13,6 +13,7 @@ from minimind_jax.data.jsonl import Reading, Record, expand_paths, iter_records,
 from minimind_jax.data.kinds import KINDS, KindName, Wanted
 from minimind_jax.data.labels import LABEL_FIELDS, Classes
 from minimind_jax.data.values import field_names
+from minimind_jax.data.written import check_output
 from minimind_jax.errors import UserError
 from minimind_jax.signals import telling
 
@@ -40,7 +41,9 @@ def convert(
     """
     files = expand_paths(paths)
     target = Path(output)
-    _check_output(target, files)
+    if target.suffix != ".jsonl":
+        raise UserError(f"output {target}: expected a name ending in .jsonl")
+    check_output(target, files)
     errors: list[UserError] = []
 
     def on_bad(error: UserError) -> None:
@@ -91,17 +94,6 @@ def parse_renamed(pairs: Sequence[str]) -> dict[str, str]:
         if not (old and equals and new):
             raise UserError(f"--rename {pair}: expected OLD=NEW, as in Frage=instruction")
     return dict(pair.split("=", 1) for pair in pairs)
-
-
-def _check_output(target: Path, files: Sequence[Path]) -> None:
-    if target.suffix != ".jsonl":
-        raise UserError(f"output {target}: expected a name ending in .jsonl")
-    if target.exists() and any(target.samefile(file) for file in files):
-        raise UserError(f"output {target} is one of the files of input; choose another name")
-    if target.exists():
-        raise UserError(f"output {target} is there already; remove it, or choose another name")
-    if not target.parent.is_dir():
-        raise UserError(f"output {target}: there is no folder {target.parent}")
 
 
 def _renamed(record: Record, names: dict[str, str]) -> Record:

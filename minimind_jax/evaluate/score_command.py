@@ -17,9 +17,10 @@ from minimind_jax.data.labels import parse_unlabelled
 from minimind_jax.data.messages import Conversation
 from minimind_jax.data.records import parse_conversation
 from minimind_jax.data.text_files import encoding_hint, is_foreign_utf8
+from minimind_jax.data.written import TABLES, check_output, json_line, table_line
 from minimind_jax.errors import UserError
 from minimind_jax.evaluate.classification import classify_logits
-from minimind_jax.inference.answer_file import TABLES, PartialFile, check_output, json_line, table_line
+from minimind_jax.inference.answer_file import PartialFile
 from minimind_jax.inference.score import Scorer
 from minimind_jax.progress import progress
 
@@ -59,7 +60,8 @@ def predict(
     was trained with. reading: how the files are read; all fields are written with the answers. Of a classifier with
     several labels a text: a list `predicted`, and `probabilities` of all.
     """
-    _check_output(output, paths)
+    if output:
+        check_output(Path(output), expand_paths(paths), tables=True)
     if top < 1:
         raise UserError(f"top is {top}; it must be at least 1")
     scorer = Scorer(model, dtype, seq_len)
@@ -85,7 +87,8 @@ def predict(
 
 def score(model: str, paths: Sequence[str], output: str = "", dtype: str = "auto", reading: Reading = READING) -> int:
     """Writes every conversation with its `score` by a reward model; the number of records. output: as of `predict`."""
-    _check_output(output, paths)
+    if output:
+        check_output(Path(output), expand_paths(paths), tables=True)
     scorer = Scorer(model, dtype)
     if len(scorer.labels.names) != 1:
         raise UserError(f"{model} is a classifier ({len(scorer.labels.names)} labels); use minimind classify predict")
@@ -114,15 +117,6 @@ def _answer(names: Sequence[str], found: np.ndarray, likely: np.ndarray, several
     if top > 1:
         answer["top"] = [{"label": names[i], "probability": round(float(likely[i]), 6)} for i in order[:top]]
     return answer
-
-
-def _check_output(output: str, paths: Sequence[str]) -> None:
-    """Raises UserError, before any work, for an output that could not be written at its end, or is there already."""
-    if not output:
-        return
-    check_output(Path(output), expand_paths(paths), tables=True)
-    if Path(output).exists():
-        raise UserError(f"output {output} is there already; remove it, or choose another name")
 
 
 def _input_lines(reading: Reading, told: Counter) -> Iterator[Record]:

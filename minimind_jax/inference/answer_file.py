@@ -1,25 +1,22 @@
 """Files of answers, written line by line; one that a killed command goes on with."""
 
 import contextlib
-import csv
 import dataclasses
 import hashlib
-import io
 import json
-import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
+from minimind_jax.data.written import json_line
 from minimind_jax.errors import UserError
 from minimind_jax.signals import telling
+from minimind_jax.texts import read_object
 
 AGAIN = "--resume never begins anew"
-TABLES = {".csv": ",", ".tsv": "\t"}  # the separator of files whose names end so
-NOT_WRITTEN = (".parquet", ".gz", ".zst")  # names that promise a form which is not written
 
 
 class PartialFile:
@@ -122,11 +119,11 @@ class AnswerFile(PartialFile):
 
     def _check(self, settings: dict[str, Any]) -> None:
         try:
-            earlier = json.loads(self._settings.read_text("utf-8"))
-        except (FileNotFoundError, ValueError):
-            earlier = None
-        if not isinstance(earlier, dict):
-            raise UserError(f"{self._partial} is there without {self._settings.name}, which says what made it; {AGAIN}")
+            earlier = read_object(self._settings)
+        except UserError:
+            raise UserError(
+                f"{self._partial} is there without {self._settings.name}, which says what made it; {AGAIN}"
+            ) from None
         for name, value in settings.items():
             if earlier.get(name) == value:
                 continue
@@ -153,71 +150,6 @@ class AnswerFile(PartialFile):
                 self.earlier.append(answer)
                 whole += len(line)
             file.truncate(whole)
-
-
-def check_output(output: Path, inputs: Iterable[Path], tables: bool = False) -> None:
-    """Raises UserError, before any work, for an output that could not be written at its end, or whose name promises
-    another form than JSON lines (or, with `tables`, than those and TABLES)."""
-    ending = output.suffix.lower()
-    if ending in NOT_WRITTEN or (ending in TABLES and not tables):
-        forms = f".jsonl{' (or .csv, .tsv for a table)' if tables else ''}"
-        raise UserError(f"output {output}: JSON lines are written; choose a name that ends in {forms}")
-    if not output.parent.is_dir():
-        raise UserError(f"output {output}: there is no folder {output.parent}; create it first")
-    if output.is_dir():
-        raise UserError(f"output {output} is a folder; give the name of a file")
-    if not os.access(output.parent, os.W_OK):
-        raise UserError(f"output {output}: nothing can be written into {output.parent}; choose another place")
-    if output.resolve() in [file.resolve() for file in inputs]:
-        raise UserError(f"output {output} is one of the files of input; choose another place")
-
-
-def table_line(columns: Iterable[str], separator: str) -> Callable[[dict[str, Any]], str]:
-    """What makes a line of a table with these columns of a record; the first has the header above it.
-
-    Lists and objects stand as JSON in their cells, None as an empty one.
-    """
-    columns, begun = list(columns), []
-
-    def cell(value: Any) -> str:
-        if value is None or (isinstance(value, float) and not math.isfinite(value)):
-            return ""
-        text = json_line(value) if isinstance(value, list | dict | bool | int | float) else str(value)
-        return text.encode(errors="backslashreplace").decode()
-
-    def row(cells: list[str]) -> str:
-        text = io.StringIO()
-        csv.writer(text, delimiter=separator, lineterminator="\r\n").writerow(cells)  # a cell with either is quoted
-        return text.getvalue().removesuffix("\r\n")
-
-    def line(record: dict[str, Any]) -> str:
-        lines = [] if begun else [row(columns)]
-        begun.append(True)
-        return "\n".join([*lines, row([cell(record.get(name)) for name in columns])])
-
-    return line
-
-
-def json_line(value: dict[str, Any]) -> str:
-    """`value` as one line of JSON that every reader takes: dates and bytes (of Parquet) as text, NaN as null, half a
-    surrogate pair escaped."""
-    try:
-        line = json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
-    except ValueError:
-        line = json.dumps(_without_nan(value), ensure_ascii=False, default=str)
-    try:
-        line.encode()
-    except UnicodeEncodeError:
-        line = json.dumps(json.loads(line))
-    return line
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_nan(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def what_makes(config, folders: list[Path]) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from minimind_jax.data.documents import begun, encode_prompt
 from minimind_jax.data.jsonl import Record, expand_paths, iter_records, reading_of, tell
 from minimind_jax.data.messages import Conversation
 from minimind_jax.data.prompts import read_prompt, shortened
+from minimind_jax.data.written import check_output, json_line
 from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter, resolve_model_folder
-from minimind_jax.inference.answer_file import AGAIN, AnswerFile, check_output, json_line, what_makes
+from minimind_jax.inference.answer_file import AGAIN, AnswerFile, what_makes
 from minimind_jax.inference.generate import Completion, Generator
 from minimind_jax.inference.load import load_generator
 from minimind_jax.inference.text import ThinkSplitter
@@ -50,7 +51,8 @@ def run(config: GenerateConfig) -> None:
             that were answered before it stay in OUTPUT.partial, and the same command goes on behind them.
     """
     if config.output:
-        _check_output(config)
+        complete = f" and is complete; choose another name; {AGAIN}" if config.resume == "auto" else None
+        check_output(Path(config.output), expand_paths(config.input), complete=complete)
     folder = resolve_model_folder(config.model)
     generator = load_generator(str(folder), config.dtype)
     if config.input and config.long_prompts == "stop":
@@ -80,14 +82,6 @@ def _print_answers(generator: Generator, config: GenerateConfig) -> None:
         return
     for request, answer in first_awaited(answer_requests(generator, config, iter(requests)), "answering"):
         print(f"> {request.record['prompt']}\n{answer.text}\n")
-
-
-def _check_output(config: GenerateConfig) -> None:
-    """Raises UserError, before any work, for an output that could not be written at its end, or is there already."""
-    output = Path(config.output)
-    check_output(output, expand_paths(config.input))
-    if output.is_file() and config.resume == "auto":
-        raise UserError(f"output {output} is there already and is complete; choose another name; {AGAIN}")
 
 
 def _write_answers(generator: Generator, config: GenerateConfig, folder: Path) -> None:

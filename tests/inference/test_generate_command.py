@@ -15,8 +15,9 @@ from minimind_jax.config.generation import ChatConfig, GenerateConfig
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.jsonl import Record, iter_records
 from minimind_jax.data.records import parse_conversation
+from minimind_jax.data.written import json_line
 from minimind_jax.errors import UserError
-from minimind_jax.inference.answer_file import AnswerFile, PartialFile, json_line, what_makes
+from minimind_jax.inference.answer_file import AnswerFile, PartialFile, what_makes
 from minimind_jax.inference.generate import Completion, Generator
 from minimind_jax.inference.generate_command import _request, _result, answer_requests, run
 from minimind_jax.inference.load import load_generator
