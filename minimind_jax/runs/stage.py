@@ -1,6 +1,6 @@
 """How every stage runs: it begins, trains what its recipe says, and writes its model and report."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ class Recipe(NamedTuple):
     source: of the batches. loss_fn: of a batch and the parameters (see `losses`). parameters: those that are trained,
     and what the loss reads beside them. evaluation: at `training.eval_every`; None without validation data.
     judge: writes what else belongs to the run, about the model that it has written; on the first process.
+    skip_above: limits of metrics above which an update is not made (see `step.Skip`).
     """
 
     source: Source
@@ -32,6 +33,7 @@ class Recipe(NamedTuple):
     parameters: Parameters
     evaluation: Evaluation | None = None
     judge: Callable[[], None] | None = None
+    skip_above: Mapping[str, float] | None = None
 
 
 def run_stage(kind: StageKind, config: RunConfig, recipe: Callable[[Run], Recipe]) -> Path:
@@ -66,6 +68,7 @@ def train_run(run: Run, recipe: Recipe, sample_fn: SampleFn | None = None) -> Tr
         run=run.folder,
         mesh=run.mesh,
         sample_fn=sample_fn,
+        skip_above=recipe.skip_above,
     )
 
 

@@ -189,6 +189,9 @@ class Loop:
     stop: StopRequest
     base: str
 
+    def __post_init__(self):
+        _, self.row_processes = data_process(self.mesh)
+
     def run(self, state: TrainState, step: int) -> tuple[TrainState, int]:
         """From `step`, whose state this is, to the end, or until patience is lost. Returns where it has come to."""
         self.observe(state, step)
@@ -213,7 +216,7 @@ class Loop:
         """The state after one more step, which the device may still be doing."""
         batch, told = self.source.next(step, state.all_params())
         # Rows of other processes are as full as ours, nearly: asking them would cost a message a step.
-        tokens = int(np.count_nonzero(batch["segment_ids"])) * data_process(self.mesh)[1]
+        tokens = int(np.count_nonzero(batch["segment_ids"])) * self.row_processes
         state, metrics = self.profiler.step(step + 1, self.program.step, state, shard_batch(batch, self.mesh))
         self.journal.follow(Step(step + 1, metrics, told, tokens))
         return state

@@ -24,7 +24,8 @@ class Group(NamedTuple):
     """Parameters with an optimizer of their own beside that of the others: a value model, a projector.
 
     name: of their metrics, `grad_norm/NAME` and `learning_rate/NAME`. takes: of a parameter's path. config: of their
-    optimizer and schedule. max_grad_norm: of their gradient alone, which is not part of the others' norm.
+    optimizer and schedule, with a learning rate. max_grad_norm: of their gradient alone, which is not part of the
+    others' norm; 0 for no clipping.
     """
 
     name: str
