@@ -31,53 +31,33 @@ def open_data(
     Builds the caches if there are none yet; the first process speaks of it. Raises UserError for what is wrong with the
     data, and where the data of the processes differ.
     """
-    own = functools.partial(_open_own, kind, config, tokenizer, process_index, process_count, classes, annotate)
-    pair = on_all(own)
-    check_agreement({key: value for batches in pair if batches is not None for key, value in batches.agreed().items()})
-    return pair
-
-
-def _open_own(
-    kind: KindName,
-    config: RunConfig,
-    tokenizer: Tokenizer,
-    process_index: int,
-    process_count: int,
-    classes: Classes | None,
-    annotate: Annotate | None,
-) -> tuple[Batches, Batches | None]:
-    """`open_data` of one process."""
-    data, seed, speaks = config.data, config.seed, jax.process_index() == 0
-    build = functools.partial(build_cache, kind, progress=speaks, report_skipped=speaks, classes=classes)
-    cache = build(data.train, tokenizer, data, seed)
+    data, seed = config.data, config.seed
     fraction = config.figures.val_fraction if data.val_fraction is None else data.val_fraction
     fraction = 0.0 if data.val else fraction
-    make = functools.partial(
-        Batches,
-        data=data,
-        rows_per_step=config.rows_per_step,
-        seed=seed,
-        token_bytes=tokenizer.token_bytes(),
-        process_index=process_index,
-        process_count=process_count,
-        annotate=annotate,
-    )
+    redraws = data.redraw_each_epoch and KINDS[kind].rendered
 
-    def redraw(epoch: int, ahead: bool) -> TokenCache:
-        shown = {"progress": False, "report_skipped": False} if ahead else {}
-        return build(data.train, tokenizer, data, seed, epoch, **shown)
+    def build(files: tuple[str, ...], epoch: int = 0, quiet: bool = False) -> TokenCache:
+        speaks = jax.process_index() == 0 and not quiet
+        return build_cache(kind, files, tokenizer, data, seed, epoch, speaks, report_skipped=speaks, classes=classes)
 
-    train = make(
-        cache,
-        role="training data",
-        select=lambda c: split_documents(c, fraction, seed)[0],
-        redraw=redraw if KINDS[kind].rendered and data.redraw_each_epoch else None,
-    )
-    if data.val:
-        return train, make(build(data.val, tokenizer, data, seed), role="validation data")
-    if not len(split_documents(cache, fraction, seed)[1]):
-        return train, None
-    return train, make(cache, role="validation data", select=lambda c: split_documents(c, fraction, seed)[1])
+    def make(cache: TokenCache, role: str, side: int | None = None, **more) -> Batches:
+        """side: of `split_documents`; None for all documents."""
+        select = None if side is None else lambda cache: split_documents(cache, fraction, seed)[side]
+        token_bytes, processes = tokenizer.token_bytes(), (process_index, process_count)
+        more |= {"select": select, "annotate": annotate, "role": role}
+        return Batches(cache, data, config.rows_per_step, seed, token_bytes, *processes, **more)
+
+    def open_own() -> tuple[Batches, Batches | None]:
+        cache = build(data.train)
+        train = make(cache, "training data", 0, redraw=functools.partial(build, data.train) if redraws else None)
+        if data.val:
+            return train, make(build(data.val), "validation data")
+        has_held_out = len(split_documents(cache, fraction, seed)[1])
+        return train, make(cache, "validation data", 1) if has_held_out else None
+
+    pair = on_all(open_own)
+    check_agreement({key: value for batches in pair if batches is not None for key, value in batches.agreed().items()})
+    return pair
 
 
 def split_documents(cache: TokenCache, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ labelled texts, `plan_pad` is MiniMind's one document a row.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -14,9 +14,19 @@ from minimind_jax.seeds import named_seed
 
 HEADER_TOKENS = 12  # of what a template writes before a message's text, at most
 
-# Of documents, starts and stops (pieces,) the trained targets of each piece. A plan without one counts nothing.
+# Of documents, starts and stops (pieces,) the trained targets of each piece.
 CountTargets = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 Places = Callable[[int], np.ndarray]  # of a document's number, places in it
+
+
+def some_everywhere(documents: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """The `CountTargets` of documents in which everything is trained."""
+    return np.ones(len(documents), np.int64)
+
+
+def nowhere(document: int) -> np.ndarray:
+    """The `Places` of what is in no document."""
+    return np.zeros(0, np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +34,9 @@ class PackingPlan:
     """Rows of at most `seq_len` tokens, each a run of pieces.
 
     row_starts: (rows + 1,) row r holds the pieces row_starts[r] to row_starts[r + 1].
-    documents, starts, stops: (pieces,) tokens [start, stop) of that document.
+    documents, starts, stops: (pieces,) tokens [start, stop) of that document. all_tokens: of the documents planned.
     cut_documents: documents that are in more than one piece, or lost their tail.
     cut_turns: turns longer than a row, which had to be cut inside (`plan_best_fit`).
-    dropped_tokens: tokens in no piece.
     left_out: pairs without room for their answers and the header before them (`plan_pairs`).
     untrained: rows, pieces or documents that are left out because nothing in them is trained.
     """
@@ -37,9 +46,9 @@ class PackingPlan:
     documents: np.ndarray
     starts: np.ndarray
     stops: np.ndarray
+    all_tokens: int
     cut_documents: int = 0
     cut_turns: int = 0
-    dropped_tokens: int = 0
     left_out: int = 0
     untrained: int = 0
 
@@ -53,13 +62,23 @@ class PackingPlan:
         return int((self.stops - self.starts).sum(dtype=np.int64))
 
     @property
+    def dropped_tokens(self) -> int:
+        """Tokens that are in none."""
+        return self.all_tokens - self.tokens
+
+    @property
     def efficiency(self) -> float:
         """Share of the rows' places that hold a token."""
         return self.tokens / (self.rows * self.seq_len) if self.rows else 1.0
 
 
 def plan_concat(
-    lengths: np.ndarray, seq_len: int, seed: int, epoch: int, shuffle: bool = True, targets: CountTargets | None = None
+    lengths: np.ndarray,
+    seq_len: int,
+    seed: int,
+    epoch: int,
+    shuffle: bool = True,
+    targets: CountTargets = some_everywhere,
 ) -> PackingPlan:
     """Documents in an order drawn for the epoch, joined end to end and cut where a row ends; nothing is dropped but
     rows in which, by `targets`, nothing is trained.
@@ -77,14 +96,13 @@ def plan_concat(
     origin = (ends - lengths[order])[place]
     rows, documents, starts = begins // seq_len, order[place], begins - origin
     cut = int((np.bincount(place, minlength=1) > 1).sum())
-    stops, untrained = stops - origin, 0
-    if targets is not None and len(rows):
-        is_trained = np.bincount(rows, targets(documents, starts, stops)) > 0
-        untrained, kept = int((~is_trained).sum()), is_trained[rows]
-        rows = (np.cumsum(is_trained) - 1)[rows[kept]]
-        documents, starts, stops = documents[kept], starts[kept], stops[kept]
-    plan = _plan(seq_len, rows, documents, starts, stops, cut_documents=cut, untrained=untrained)
-    return dataclasses.replace(plan, dropped_tokens=total - plan.tokens)
+    stops = stops - origin
+    is_trained = np.bincount(rows, targets(documents, starts, stops)) > 0
+    kept = is_trained[rows]
+    rows = (np.cumsum(is_trained) - 1)[rows[kept]]
+    untrained = int((~is_trained).sum())
+    pieces = documents[kept], starts[kept], stops[kept]
+    return _plan(lengths, seq_len, rows, *pieces, cut_documents=cut, untrained=untrained)
 
 
 def plan_best_fit(
@@ -94,8 +112,8 @@ def plan_best_fit(
     seed: int,
     epoch: int,
     shuffle: bool = True,
-    message_starts: Places | None = None,
-    targets: CountTargets | None = None,
+    message_starts: Places = nowhere,
+    targets: CountTargets = some_everywhere,
 ) -> PackingPlan:
     """Whole documents, the longest first, each into the fullest row that still has room for it.
 
@@ -109,15 +127,14 @@ def plan_best_fit(
     """
     lengths = np.asarray(lengths, np.int64)
     cuts = [
-        (doc, *split_at_turns(lengths[doc], turn_starts(doc), seq_len, message_starts and message_starts(doc)))
+        (doc, *split_at_turns(lengths[doc], turn_starts(doc), seq_len, message_starts(doc)))
         for doc in np.flatnonzero(lengths > seq_len)
     ]
     fitting = np.flatnonzero(lengths <= seq_len)
     documents = np.concatenate([np.full(len(bounds) - 1, doc) for doc, bounds, _ in cuts] or [[]]).astype(np.int64)
     starts = np.concatenate([bounds[:-1] for _, bounds, _ in cuts] or [[]]).astype(np.int64)
     stops = np.concatenate([bounds[1:] for _, bounds, _ in cuts] or [[]]).astype(np.int64)
-    kept = np.full(len(documents), True) if targets is None else targets(documents, starts, stops) > 0
-    untrained = int((~kept).sum())
+    kept = targets(documents, starts, stops) > 0
     documents = np.concatenate([fitting, documents[kept]])
     starts = np.concatenate([np.zeros_like(fitting), starts[kept]])
     stops = np.concatenate([lengths[fitting], stops[kept]])
@@ -125,17 +142,13 @@ def plan_best_fit(
         order = np.argsort(documents, kind="stable")
         documents, starts, stops = documents[order], starts[order], stops[order]
 
-    plan = _plan_groups(documents, starts[:, None], stops[:, None], seq_len, seed, epoch, shuffle)
-    return dataclasses.replace(
-        plan,
-        cut_documents=len(cuts),
-        cut_turns=sum(turns for _, _, turns in cuts),
-        dropped_tokens=int(lengths.sum() - plan.tokens),
-        untrained=untrained,
-    )
+    counts = {"cut_documents": len(cuts), "cut_turns": sum(turns for _, _, turns in cuts)}
+    counts["untrained"] = int((~kept).sum())
+    pieces = documents, starts[:, None], stops[:, None]
+    return _plan_groups(lengths, *pieces, seq_len, seed, epoch, shuffle, **counts)
 
 
-def plan_pad(lengths: np.ndarray, seq_len: int, targets: CountTargets | None = None) -> PackingPlan:
+def plan_pad(lengths: np.ndarray, seq_len: int, targets: CountTargets = some_everywhere) -> PackingPlan:
     """One document a row, in order, cut at `seq_len` as MiniMind does; lengths: (documents,) tokens of each.
 
     Documents that have, by `targets`, nothing trained within the row are left out.
@@ -144,18 +157,11 @@ def plan_pad(lengths: np.ndarray, seq_len: int, targets: CountTargets | None = N
     documents, stops = np.arange(len(lengths)), np.minimum(lengths, seq_len)
     # A document that is cut off has no target behind the row.
     reach = np.where(lengths > seq_len, stops - 1, stops)
-    kept = np.full(len(lengths), True) if targets is None else targets(documents, np.zeros_like(stops), reach) > 0
-    documents, stops = documents[kept], stops[kept]
-    return _plan(
-        seq_len,
-        rows=np.arange(len(documents)),
-        documents=documents,
-        starts=np.zeros_like(stops),
-        stops=stops,
-        cut_documents=int((lengths > seq_len).sum()),
-        dropped_tokens=int(lengths.sum() - stops.sum()),
-        untrained=int((~kept).sum()),
-    )
+    starts = np.zeros_like(stops)
+    kept = targets(documents, starts, reach) > 0
+    counts = {"cut_documents": int((lengths > seq_len).sum()), "untrained": int((~kept).sum())}
+    rows = np.arange(kept.sum())
+    return _plan(lengths, seq_len, rows, documents[kept], starts[kept], stops[kept], **counts)
 
 
 def plan_pairs(
@@ -165,7 +171,7 @@ def plan_pairs(
     seed: int,
     epoch: int,
     shuffle: bool = True,
-    message_starts: Places | None = None,
+    message_starts: Places = nowhere,
 ) -> PackingPlan:
     """Pairs of answers, both sides of one in the same row as two pieces, the chosen one first; packed by best fit.
 
@@ -178,36 +184,28 @@ def plan_pairs(
     """
     lengths = np.asarray(lengths, np.int64)
     cut = -(-np.maximum(lengths - seq_len, 0) // 2)
-    if message_starts is not None:
-        for document in np.flatnonzero(cut):
-            cut[document] = _behind_header(cut[document], message_starts(document))
+    for document in np.flatnonzero(cut):
+        cut[document] = _behind_header(cut[document], message_starts(document))
     turns = np.array([bounds(document) for document in range(len(lengths))], np.int64).reshape(-1, 3)
     kept = np.flatnonzero(cut < np.maximum(turns[:, 1], 1))
     middle = turns[kept, 2]
     starts = np.stack([cut[kept], middle + cut[kept]], axis=1)
     stops = np.stack([middle, lengths[kept]], axis=1)
-    plan = _plan_groups(kept, starts, stops, seq_len, seed, epoch, shuffle)
-    return dataclasses.replace(
-        plan,
-        cut_documents=int((cut[kept] > 0).sum()),
-        dropped_tokens=int(lengths.sum() - plan.tokens),
-        left_out=len(lengths) - len(kept),
-    )
+    counts = {"cut_documents": int((cut[kept] > 0).sum()), "left_out": len(lengths) - len(kept)}
+    return _plan_groups(lengths, kept, starts, stops, seq_len, seed, epoch, shuffle, **counts)
 
 
 def plan_heads(lengths: np.ndarray, seq_len: int, seed: int, epoch: int, shuffle: bool = True) -> PackingPlan:
     """Documents as one piece each, cut at `seq_len`, packed by best fit; for texts with labels."""
     lengths = np.asarray(lengths, np.int64)
     stops = np.minimum(lengths, seq_len)[:, None]
-    plan = _plan_groups(np.arange(len(lengths)), np.zeros_like(stops), stops, seq_len, seed, epoch, shuffle)
-    return dataclasses.replace(
-        plan,
-        cut_documents=int((lengths > seq_len).sum()),
-        dropped_tokens=int(lengths.sum() - plan.tokens),
-    )
+    pieces, cut = (np.arange(len(lengths)), np.zeros_like(stops), stops), int((lengths > seq_len).sum())
+    return _plan_groups(lengths, *pieces, seq_len, seed, epoch, shuffle, cut_documents=cut)
 
 
-def _plan_groups(documents, starts, stops, seq_len: int, seed: int, epoch: int, shuffle: bool) -> PackingPlan:
+def _plan_groups(
+    lengths, documents, starts, stops, seq_len: int, seed: int, epoch: int, shuffle: bool, **counts
+) -> PackingPlan:
     """Best fit of groups that stay together: documents (groups,), the pieces' starts and stops (groups, pieces).
 
     Without `shuffle` the groups keep their order.
@@ -221,17 +219,12 @@ def _plan_groups(documents, starts, stops, seq_len: int, seed: int, epoch: int, 
         rows = _in_order(sizes, seq_len)
     by_row = np.argsort(rows, kind="stable")
     order, pieces = order[by_row], starts.shape[1]
-    return _plan(
-        seq_len,
-        rows=np.repeat(rows[by_row], pieces),
-        documents=np.repeat(documents[order], pieces),
-        starts=starts[order].ravel(),
-        stops=stops[order].ravel(),
-    )
+    rows, documents = rows[by_row].repeat(pieces), documents[order].repeat(pieces)
+    return _plan(lengths, seq_len, rows, documents, starts[order].ravel(), stops[order].ravel(), **counts)
 
 
 def split_at_turns(
-    length: int, turn_starts: np.ndarray, seq_len: int, message_starts: np.ndarray | None = None
+    length: int, turn_starts: np.ndarray, seq_len: int, message_starts: Sequence[int] = ()
 ) -> tuple[np.ndarray, int]:
     """Bounds of the pieces of one long document, each at most `seq_len` long and as long as the turns allow.
 
@@ -251,10 +244,8 @@ def split_at_turns(
     return np.array(bounds, np.int64), cut_turns
 
 
-def _header_around(place: int, message_starts: np.ndarray | None) -> int:
+def _header_around(place: int, message_starts: Sequence[int]) -> int:
     """Where the header begins that `place` lies within, or may; -1 if it lies in none."""
-    if message_starts is None:
-        return -1
     before = int(np.searchsorted(message_starts, place, side="left")) - 1
     start = int(message_starts[before]) if before >= 0 else -HEADER_TOKENS
     return start if place - start < HEADER_TOKENS else -1
@@ -329,8 +320,8 @@ def _best_fit_decreasing(lengths: np.ndarray, seq_len: int) -> np.ndarray:
     return rows
 
 
-def _plan(seq_len: int, rows: np.ndarray, documents: np.ndarray, starts, stops, **counts) -> PackingPlan:
-    """A plan from pieces that are sorted by row."""
+def _plan(lengths, seq_len: int, rows: np.ndarray, documents, starts, stops, **counts) -> PackingPlan:
+    """A plan of documents of these lengths from pieces that are sorted by row."""
     row_count = int(rows[-1]) + 1 if len(rows) else 0
     return PackingPlan(
         seq_len=seq_len,
@@ -338,5 +329,6 @@ def _plan(seq_len: int, rows: np.ndarray, documents: np.ndarray, starts, stops, 
         documents=documents.astype(np.int32),
         starts=starts.astype(np.int32),
         stops=stops.astype(np.int32),
+        all_tokens=int(lengths.sum()),
         **counts,
     )
