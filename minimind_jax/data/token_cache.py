@@ -185,7 +185,21 @@ def _source(files: list[Path], encoder: "Encoder", tokenizer: Tokenizer, root: P
 # Files
 
 
-_ARRAYS = {"offsets": np.int64, "records": np.int64, "turn_offsets": np.int64, "turn_starts": np.int32}
+def _layout(info: dict[str, Any]) -> dict[str, tuple[int, np.dtype]]:
+    """The files of a cache, NAME.bin, by what `info` says of it: numbers in each, and their type."""
+    documents, kind = info["documents"], KINDS[info["kind"]]
+    counts = {
+        "tokens": (info["tokens"], info["token_dtype"]),
+        "offsets": (documents + 1, np.int64),
+        "records": (documents, np.int64),
+        "turn_offsets": (documents + 1, np.int64),
+        "turn_starts": (info["turns"], np.int32),
+    }
+    if kind.rendered:
+        counts["trained"] = (info["tokens"], np.uint8)
+    if kind.has_values:
+        counts["values"] = (documents * info["values_each"], np.float32)
+    return {name: (count, np.dtype(dtype)) for name, (count, dtype) in counts.items()}
 
 
 def _build(folder, files, encoder, tokenizer, source, asked_workers, progress) -> TokenCache:
@@ -204,7 +218,7 @@ def _build(folder, files, encoder, tokenizer, source, asked_workers, progress) -
                 writer.add(chunk)
         if file_identities(files, folder.parent) != source["files"]:
             raise UserError("a data file changed while it was being tokenised; run again when it is complete")
-        info = writer.info()
+        info = writer.info
         if not info["documents"]:
             names = ", ".join(map(str, files))
             first = f"; the first of them: {info['skipped_messages'][0]}" if info["skipped"] else ""
@@ -224,73 +238,52 @@ def _build(folder, files, encoder, tokenizer, source, asked_workers, progress) -
 
 
 class _CacheWriter:
-    """Appends chunks to the files of a cache."""
+    """Appends chunks to the files of a cache. info: what is in them so far."""
 
     def __init__(self, folder: Path, kind: KindName, tokenizer: Tokenizer):
-        self.kind, self.tokenizer = kind, tokenizer
-        self.token_dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-        names = [
-            "tokens",
-            *_ARRAYS,
-            *(["trained"] if KINDS[kind].rendered else []),
-            *(["values"] if KINDS[kind].has_values else []),
-        ]
-        self.files = {name: open(folder / f"{name}.bin", "wb") for name in names}
-        self.documents = self.tokens = self.turns = self.trained_tokens = self.skipped = 0
-        self.values_each = 0
-        self.messages: list[str] = []
-        self.told: Counter = Counter()
-        self._append("offsets", [0])
-        self._append("turn_offsets", [0])
+        self.info: dict[str, Any] = {
+            "kind": kind,
+            **dict.fromkeys(("documents", "tokens", "turns", "trained_tokens", "skipped"), 0),
+            "skipped_messages": [],
+            "told": [],
+            **({"values_each": 0} if KINDS[kind].has_values else {}),
+            "token_dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
+            "eos_id": tokenizer.eos_id,
+            "pad_id": tokenizer.pad_id,
+        }
+        self._told: Counter = Counter()
+        self._types = {name: dtype for name, (_, dtype) in _layout(self.info).items()}
+        self._files = {name: open(folder / f"{name}.bin", "wb") for name in self._types}
+        self._append({"offsets": np.zeros(1), "turn_offsets": np.zeros(1)})
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
-        for file in self.files.values():
+        self.info["told"] = told_lines(self._told)
+        for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
             file.close()
 
-    def _append(self, name: str, values) -> None:
-        own = {"tokens": self.token_dtype, "trained": np.dtype(np.uint8), "values": np.dtype(np.float32)}
-        dtype = own.get(name) or _ARRAYS[name]
-        self.files[name].write(np.asarray(values).astype(dtype).tobytes())
+    def _append(self, arrays: dict[str, np.ndarray]) -> None:
+        for name in arrays.keys() & self._files.keys():
+            self._files[name].write(arrays[name].astype(self._types[name]).tobytes())
 
     def add(self, chunk: Chunk) -> None:
-        self._append("tokens", chunk.tokens)
-        self._append("offsets", self.tokens + np.cumsum(chunk.lengths))
-        self._append("records", chunk.records)
-        self._append("turn_offsets", self.turns + np.cumsum(chunk.turn_counts))
-        self._append("turn_starts", chunk.turn_starts)
-        if KINDS[self.kind].rendered:
-            self._append("trained", chunk.trained)
-        if KINDS[self.kind].has_values and len(chunk.lengths):
-            self._append("values", chunk.values)
-            self.values_each = chunk.values.shape[1]
-        self.documents += len(chunk.lengths)
-        self.tokens += len(chunk.tokens)
-        self.turns += len(chunk.turn_starts)
-        self.trained_tokens += int(chunk.trained.sum())
-        self.skipped += len(chunk.errors)
-        self.told += chunk.told
-        self.messages += chunk.errors[: KEPT_MESSAGES - len(self.messages)]
-
-    def info(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "turns": self.turns,
-            "trained_tokens": self.trained_tokens,
-            "skipped": self.skipped,
-            "skipped_messages": self.messages,
-            "told": told_lines(self.told),
-            **({"values_each": self.values_each} if KINDS[self.kind].has_values else {}),
-            "token_dtype": self.token_dtype.name,
-            "eos_id": self.tokenizer.eos_id,
-            "pad_id": self.tokenizer.pad_id,
-        }
+        info = self.info
+        offsets = info["tokens"] + np.cumsum(chunk.lengths)
+        turn_offsets = info["turns"] + np.cumsum(chunk.turn_counts)
+        self._append({**vars(chunk), "offsets": offsets, "turn_offsets": turn_offsets})
+        if "values_each" in info and len(chunk.lengths):
+            info["values_each"] = chunk.values.shape[1]
+        info["documents"] += len(chunk.lengths)
+        info["tokens"] += len(chunk.tokens)
+        info["turns"] += len(chunk.turn_starts)
+        info["trained_tokens"] += int(chunk.trained.sum())
+        info["skipped"] += len(chunk.errors)
+        info["skipped_messages"] += chunk.errors[: KEPT_MESSAGES - len(info["skipped_messages"])]
+        self._told += chunk.told
 
 
 def _open_cache(folder: Path) -> TokenCache | None:
@@ -298,18 +291,7 @@ def _open_cache(folder: Path) -> TokenCache | None:
     try:
         in_use = open_in_use(folder / "info.json")
         info = json.loads(in_use.read())
-        counts = {
-            "tokens": (info["tokens"], np.dtype(info["token_dtype"])),
-            "offsets": (info["documents"] + 1, np.dtype(np.int64)),
-            "records": (info["documents"], np.dtype(np.int64)),
-            "turn_offsets": (info["documents"] + 1, np.dtype(np.int64)),
-            "turn_starts": (info["turns"], np.dtype(np.int32)),
-        }
-        if KINDS[info["kind"]].has_values:
-            counts["values"] = (info["documents"] * info["values_each"], np.dtype(np.float32))
-        if KINDS[info["kind"]].rendered:
-            counts["trained"] = (info["tokens"], np.dtype(np.uint8))
-        arrays = {name: _map(folder / f"{name}.bin", count, dtype) for name, (count, dtype) in counts.items()}
+        arrays = {name: _map(folder / f"{name}.bin", *numbers) for name, numbers in _layout(info).items()}
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, KeyError):
         return None
     if any(array is None for array in arrays.values()):
