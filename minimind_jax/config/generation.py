@@ -5,6 +5,7 @@ import re
 from typing import Literal
 
 from minimind_jax.config.fields import TEMPERATURE, TOP_P, Rule, Settings, at_least, setting
+from minimind_jax.config.sections import ReadingConfig
 
 # What a model's generation_config.json decides where the user does not.
 FROM_MODEL = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -89,7 +90,7 @@ class ChatConfig(SamplingSettings):
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateConfig(SamplingSettings):
+class GenerateConfig(ReadingConfig, SamplingSettings):
     """Answers to prompts on the command line, or to every record of a file.
 
     model: a Hugging Face folder, a run whose model/ is meant, or a name on the hub.
@@ -99,8 +100,6 @@ class GenerateConfig(SamplingSettings):
     output: the JSON lines that are written: each record of the input with `completion` and `finish_reason` added;
         empty prints them.
     as_conversations: write conversations that end with the answer instead, which `minimind sft` can be trained on.
-    encoding, text_field, ignore_fields: how the files are read: their encoding, where a text stands (empty for the
-        usual names), and fields of records and messages that are left out.
     long_prompts: of a file; one that leaves no room for its answer (max_new_tokens, or any) stops the call before
         anything is generated, is left out (skip), or loses its beginning (cut: the oldest turns, then that of the
         question).
@@ -118,9 +117,6 @@ class GenerateConfig(SamplingSettings):
     input: tuple[str, ...] = ()
     output: str = ""
     as_conversations: bool = False
-    encoding: str = "utf-8"
-    text_field: str = ""
-    ignore_fields: tuple[str, ...] = ()
     long_prompts: Literal["stop", "skip", "cut"] = "stop"
     resume: Literal["auto", "never"] = "auto"
     raw: bool = False

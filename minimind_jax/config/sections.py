@@ -92,6 +92,20 @@ class ModelSettings(Settings):
         return own
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReadingConfig(Settings):
+    """How files and records are read.
+
+    encoding: of files of text: utf-8, gb18030, gbk, big5, utf-16, latin-1, ...
+    text_field: where records hold their text; empty takes `text`, `content`, `body`, `document` or `raw_content`.
+    ignore_fields: fields of records and messages that are left out, where an unknown one is an error otherwise.
+    """
+
+    encoding: str = "utf-8"
+    text_field: str = ""
+    ignore_fields: tuple[str, ...] = ()
+
+
 @dataclasses.dataclass(frozen=True)
 class FilesConfig(Settings):
     """Where the records are and how they become rows of tokens.

@@ -15,6 +15,7 @@ from minimind_jax.config.sections import (
     ModelSettings,
     OptimizerConfig,
     PairsConfig,
+    ReadingConfig,
     SampleConfig,
     TextConfig,
     TrackingConfig,
@@ -164,7 +165,7 @@ class SFTConfig(WriterConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerConfig(Settings):
+class TokenizerConfig(ReadingConfig):
     """Training of a byte-level BPE tokenizer with MiniMind's 36 reserved tokens.
 
     data: files, folders or globs of texts, conversations or pairs.
@@ -172,7 +173,6 @@ class TokenizerConfig(Settings):
     vocab_size: tokens in all, the 36 reserved and 256 bytes included.
     max_records: records used at most, drawn from the beginning to the end of every file; 0 for all.
     on_error: a broken record stops the training, or is skipped and counted.
-    encoding, text_field, ignore_fields: as of `data` in the stages.
     overwrite: replace another tokenizer that is at `output`; what was trained with that one cannot be used without it.
     """
 
@@ -181,9 +181,6 @@ class TokenizerConfig(Settings):
     vocab_size: int = setting(6400, must=at_least(36 + 256))
     max_records: int = setting(10_000, must=at_least(0))
     on_error: Literal["stop", "skip"] = "stop"
-    encoding: str = "utf-8"
-    text_field: str = ""
-    ignore_fields: tuple[str, ...] = ()
     overwrite: bool = False
 
 

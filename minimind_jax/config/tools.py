@@ -4,22 +4,7 @@ import dataclasses
 from typing import Literal
 
 from minimind_jax.config.fields import ABOVE_0, Rule, Settings, at_least, setting
-from minimind_jax.config.sections import DType
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReadingConfig(Settings):
-    """How files and records are read.
-
-    encoding: of files of text: utf-8, gb18030, gbk, big5, utf-16, latin-1, ...
-    text_field: where records hold their text; empty takes `text` or its other usual names.
-    ignore_fields: fields of records and messages that are left out.
-    """
-
-    encoding: str = "utf-8"
-    text_field: str = ""
-    ignore_fields: tuple[str, ...] = ()
-
+from minimind_jax.config.sections import DType, ReadingConfig
 
 # What takes the settings of other commands ----------------------------------------------------------------------------
 

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import math
+import subprocess
+import sys
 import typing
 
 import pytest
@@ -388,3 +390,10 @@ def test_a_written_config_reads_back(tmp_path):
     run.write_config(config)
     assert load_settings(SFTConfig, ["--config", str(run.config_file)]) == config
     assert read_yaml(run.config_file)["seed"].where == f"{run.config_file}:4"
+
+
+def test_config_loads_no_jax():
+    code = (
+        "import sys; from minimind_jax.config import generation, settings, stages, tools; print('jax' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
