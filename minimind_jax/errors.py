@@ -7,3 +7,8 @@ class UserError(ValueError):
 
 class TemplateFault(UserError):
     """A chat template cannot write a kind of conversation, whatever is said in it: no record's fault, never skipped."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, where only its first line is for the user."""
+    return str(error).strip().split("\n")[0]

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from minimind_jax.errors import UserError
+from minimind_jax.errors import UserError, first_line
 
 _NAME = re.compile(r"(?!runs/)([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -130,7 +130,7 @@ def _explained(error: Exception, name: str, setting: str) -> UserError:
     elif isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         asked = "was not asked (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else "gave no answer"
         reason = (
-            f"{_endpoint()} {asked}, and the hub's cache here does not hold it ({_first_line(error)}); check the "
+            f"{_endpoint()} {asked}, and the hub's cache here does not hold it ({first_line(error)}); check the "
             "connection, or name a mirror (HF_ENDPOINT=https://hf-mirror.com)"
         )
     elif isinstance(error, OSError) and error.strerror:
@@ -138,11 +138,7 @@ def _explained(error: Exception, name: str, setting: str) -> UserError:
             f"{error.filename or 'the cache'}: {error.strerror}; free space there, or set HF_HOME to another folder"
         )
     else:
-        reason = _first_line(error)
+        reason = first_line(error)
     return UserError(
         f"{setting}: {name} cannot be fetched: {reason}. By hand, where there is a connection:\n  {by_hand}"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

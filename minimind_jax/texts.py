@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ def read_object(path: Path, mend: str = "put back a whole copy of it") -> dict[s
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}; {mend}")
     return values
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Names as one line; of many the first."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def _reason(path: Path, error: OSError) -> str:

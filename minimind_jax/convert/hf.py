@@ -28,7 +28,7 @@ from minimind_jax.convert.replace import replacing, write_json
 from minimind_jax.convert.torch_file import read_torch
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
-from minimind_jax.folders import holds_model, is_adapter
+from minimind_jax.folders import is_adapter
 from minimind_jax.model.config import ModelConfig, union_of_ids
 from minimind_jax.model.transformer import Params
 from minimind_jax.paths import absolute, as_path, local_folder
@@ -135,19 +135,6 @@ def from_hf(
     return config
 
 
-def to_hf(
-    run_or_folder: str | Path,
-    output: str | Path,
-    dtype: str = "bfloat16",
-    max_shard_bytes: float = MAX_SHARD_BYTES,
-) -> ModelConfig:
-    """Writes a model, or the `model/` of a run's folder, again with another dtype or size of shards."""
-    source = as_path(run_or_folder)
-    if not holds_model(source) and holds_model(source / "model"):
-        source = source / "model"
-    return from_hf(source, output, dtype, max_shard_bytes=max_shard_bytes)
-
-
 def generation_settings(*folders: Path) -> dict[str, Any] | None:
     """`generation_config.json` of the first of the folders that has one; None where none has."""
     files = (local_folder(as_path(folder)) / "generation_config.json" for folder in folders)
@@ -175,15 +162,20 @@ def model_tokenizer(folder: str | Path, other: str | Path | None = None) -> Toke
     return given
 
 
-def _with_token_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
-    if tokenizer is None:
-        return config
+def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """Raises UserError for a tokenizer with more tokens than a model."""
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"the tokenizer {tokenizer.folder} has {tokenizer.vocab_size} tokens, the model's vocab_size is "
             f"{config.vocab_size}; they do not belong together, unless tokens were added: then train it with "
             f"--model.vocab_size {tokenizer.vocab_size} first"
         )
+
+
+def _with_token_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
+    if tokenizer is None:
+        return config
+    check_vocabulary(tokenizer, config)
     ends = config.eos_token_id if tokenizer.eos_id in config.end_ids else union_of_ids(tokenizer.end_ids)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
     return dataclasses.replace(config, **{name: token for name, token in ids.items() if token is not None})

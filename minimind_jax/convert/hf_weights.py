@@ -22,7 +22,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.heads import SCORE
 from minimind_jax.model.transformer import LanguageModel, Params
-from minimind_jax.texts import read_object
+from minimind_jax.texts import listed, read_object
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -127,12 +127,9 @@ def _check_tied_head(stored: Mapping[str, StoredTensor], where: str):
 
 
 def _check_names_and_shapes(expected: Mapping[str, tuple], stored: Mapping[str, StoredTensor], where: str):
-    def some(names):
-        return ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
     missing, unexpected = expected.keys() - stored.keys(), stored.keys() - expected.keys()
-    problems = [f"missing tensors: {some(missing)}"] if missing else []
-    problems += [f"unexpected tensors: {some(unexpected)}"] if unexpected else []
+    problems = [f"missing tensors: {listed(sorted(missing), 4)}"] if missing else []
+    problems += [f"unexpected tensors: {listed(sorted(unexpected), 4)}"] if unexpected else []
     problems += [
         f"{name} has shape {stored[name].shape}, the configuration says {shape}"
         for name, shape in expected.items()

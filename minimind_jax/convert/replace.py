@@ -17,6 +17,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.folders import ADAPTER_CONFIG, holds_model
 from minimind_jax.paths import is_remote, upload_folder
 from minimind_jax.signals import telling, uninterrupted
+from minimind_jax.texts import listed
 
 MARKS = ("config.json", ADAPTER_CONFIG)  # each makes a folder a model's; removed first and written last
 _TEMPLATES = "additional_chat_templates"
@@ -82,8 +83,8 @@ def check_replaceable(folder: Path) -> None:
     if not any(mark in names for mark in MARKS) and _STAGED not in names:  # that is what a kill leaves
         if others := [name for name in names if not _BESIDE.fullmatch(name)]:
             raise UserError(
-                f"{folder} exists and is not a model folder (no config.json): it holds {_some(others)}; choose another "
-                "output"
+                f"{folder} exists and is not a model folder (no config.json): it holds {listed(others)}; choose "
+                "another output"
             )
     for mark in MARKS:
         if mark in names and not _is_of_model(folder / mark):
@@ -93,18 +94,18 @@ def check_replaceable(folder: Path) -> None:
             )
     if not _is_told_as_model(folder, names) and (words := [name for name in names if name in TOKENIZER_FILES]):
         raise UserError(
-            f"{folder} holds {_some(words)}, but no weights, and its config.json is empty; nothing tells whether those "
-            "are an older model's, which would go. Move them, or choose another output"
+            f"{folder} holds {listed(words)}, but no weights, and its config.json is empty; nothing tells whether "
+            "those are an older model's, which would go. Move them, or choose another output"
         )
     if locked := [entry.name for entry in entries if _is_ours(entry.name) and _is_locked(entry)]:
         raise UserError(
-            f"{folder} holds {_some(locked)}, which may not be written over (read-only); make it writable (chmod u+w), "
-            "or choose another output"
+            f"{folder} holds {listed(locked)}, which may not be written over (read-only); make it writable (chmod "
+            "u+w), or choose another output"
         )
     unclear = [entry.name for entry in entries if _is_unclear(entry)]
     if unclear:
         raise UserError(
-            f"{folder} holds {_some(unclear)} beside the model; programs would take such files for weights of the new "
+            f"{folder} holds {listed(unclear)} beside the model; programs would take such files for weights of the new "
             "model, or its files for theirs. Move them, or choose another output"
         )
 
@@ -147,11 +148,6 @@ def _values(config: Path) -> dict[str, Any] | None:
 def _is_locked(entry: Path) -> bool:
     """Whether somebody took the right to write into a file away; putting another in its place needs no such right."""
     return not is_remote(entry) and entry.is_file() and not entry.is_symlink() and not entry.stat().st_mode & 0o222
-
-
-def _some(names: Collection[str]) -> str:
-    shown = list(names)[:8]
-    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
 
 
 def _seal(staged: Path) -> None:

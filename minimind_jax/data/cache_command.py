@@ -9,6 +9,7 @@ from rich.filesize import decimal
 from minimind_jax.config.sections import FilesConfig
 from minimind_jax.config.tools import CacheConfig
 from minimind_jax.data.cache_folder import StoredCache, cache_root, is_in_use, remove_cache, stored_caches
+from minimind_jax.texts import listed
 
 SHOWN_FILES = 3
 DAY = 24 * 60 * 60
@@ -40,8 +41,7 @@ def show_caches(
     for cache in asked:
         _print(console, _line(cache))
         if cache.files:
-            more = f" and {len(cache.files) - SHOWN_FILES:,} more" if len(cache.files) > SHOWN_FILES else ""
-            _print(console, f"          {', '.join(cache.files[:SHOWN_FILES])}{more}")
+            _print(console, f"          {listed(cache.files, SHOWN_FILES)}")
     return asked
 
 

@@ -23,6 +23,7 @@ from minimind_jax.data import text_files
 from minimind_jax.data.values import decode_record
 from minimind_jax.errors import UserError
 from minimind_jax.shell import install_command
+from minimind_jax.texts import listed
 
 COMPRESSIONS = ("", ".gz", ".zst")
 JSON = tuple(kind + packed for kind in (".jsonl", ".json", ".ndjson") for packed in COMPRESSIONS)
@@ -133,8 +134,7 @@ def tell_left_out(paths: Iterable[str | Path]) -> None:
     folders = [folder for folder in (Path(path).expanduser() for path in paths) if folder.is_dir()]
     inside = [(files, set(_data_of(files))) for files in map(_files_below, folders)]
     if left := [str(file) for files, data in inside for file in files if file not in data]:
-        more = f" and {len(left) - 3:,} more" if len(left) > 3 else ""
-        print(f"in the folders, not read as data: {', '.join(left[:3])}{more}", file=sys.stderr)
+        print(f"in the folders, not read as data: {listed(left, 3)}", file=sys.stderr)
 
 
 def _data_of(files: list[Path]) -> list[Path]:

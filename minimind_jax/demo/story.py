@@ -16,7 +16,7 @@ import numpy as np
 
 from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.config.tools import DemoConfig
-from minimind_jax.convert.hf import load_hf, to_hf
+from minimind_jax.convert.hf import from_hf, load_hf
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.demo import corpus
 from minimind_jax.inference.buckets import bucket
@@ -60,7 +60,7 @@ def run(config: DemoConfig) -> int:
     run_pipeline(load_pipeline(["--config", "quickstart", "--name", "demo", *data, *config.arguments]))
 
     exported = FOLDER / "model"
-    to_hf(FOLDER / "sft", exported, dtype="float32")
+    from_hf(FOLDER / "sft" / "model", exported, "float32")
     difference = export_difference(FOLDER / "sft", exported)
     pretrained, tuned = load_generator(str(FOLDER / "pretrain")), load_generator(str(exported))
     before, after = answers(pretrained, SAMPLE_QUESTIONS), answers(tuned, SAMPLE_QUESTIONS)

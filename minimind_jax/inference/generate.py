@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minimind_jax.convert.hf import check_vocabulary
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.inference.buckets import bucket, round_up
@@ -72,12 +73,8 @@ class Generator:
     ):
         if eos_ids is None:
             eos_ids = {*model.config.end_ids, *(tokenizer.end_ids if tokenizer else ())}
-        if tokenizer and tokenizer.vocab_size > model.config.vocab_size:
-            raise UserError(
-                f"the tokenizer {tokenizer.folder} has ids up to {tokenizer.vocab_size - 1}, "
-                f"the model only {model.config.vocab_size} (vocab_size); they do not belong together, unless tokens "
-                f"were added: then train it with --model.vocab_size {tokenizer.vocab_size} first"
-            )
+        if tokenizer:
+            check_vocabulary(tokenizer, model.config)
         self.model, self.params, self.tokenizer = unfused(model, params), model.unstack(params), tokenizer
         self.eos_ids, self.sampling = tuple(sorted(eos_ids)), sampling
 

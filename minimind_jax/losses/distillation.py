@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from minimind_jax.losses import Batch, LossFn, Metric, Metrics
+from minimind_jax.losses.language_model import token_metrics
 from minimind_jax.losses.pieces import by_columns, logits
 from minimind_jax.model.transformer import LanguageModel, Params, full_precision
 
@@ -115,19 +116,11 @@ def make_distillation_loss(
             return nll_BT, apart_BT
 
         nll_BT, divergence_BT = by_columns(piece, kernels, output.hidden_BTD, batch["targets"], *known)
-        weights_BT = batch["loss_weights"].astype(jnp.float32)
-        nll, apart = jnp.sum(weights_BT * nll_BT), jnp.sum(weights_BT * divergence_BT)
-        count = jnp.sum(weights_BT)
-        router_loss = output.router_loss * count
-        numerator = alpha * nll + (1 - alpha) * temperature**2 * apart + router_loss
-        metrics = {
-            "nll": Metric(nll, count),
-            "divergence": Metric(apart, count),
-            "router_loss": Metric(router_loss, count),
-        }
-        if "target_bytes" in batch:
-            metrics["bits_per_byte"] = Metric(nll / jnp.log(2.0), jnp.sum(weights_BT * batch["target_bytes"]))
-        return numerator, count, metrics
+        metrics = token_metrics(batch, nll_BT, output.router_loss)
+        nll, count = metrics["nll"].total, metrics["nll"].count
+        apart = jnp.sum(batch["loss_weights"] * divergence_BT)
+        numerator = alpha * nll + (1 - alpha) * temperature**2 * apart + metrics["router_loss"].total
+        return numerator, count, {**metrics, "divergence": Metric(apart, count)}
 
     return loss_fn
 

@@ -28,16 +28,20 @@ def make_language_model_loss(model: LanguageModel, z_loss: float = 0.0) -> LossF
         output = model.read_batch(params, batch, key)
         with jax.named_scope("head"):
             scores = token_scores(output.hidden_BTD, model.head_kernel(params), batch["targets"], model.platform)
-        weights_BT = batch["loss_weights"].astype(jnp.float32)
-        nll = -jnp.sum(weights_BT * scores.log_probs_BT)
-        count = jnp.sum(weights_BT)
-        router_loss = output.router_loss * count
-        numerator = nll + router_loss
+        metrics = token_metrics(batch, -scores.log_probs_BT, output.router_loss)
+        numerator = metrics["nll"].total + metrics["router_loss"].total
         if z_loss:
-            numerator += z_loss * jnp.sum(weights_BT * jnp.square(scores.log_sums_BT))
-        metrics = {"nll": Metric(nll, count), "router_loss": Metric(router_loss, count)}
-        if "target_bytes" in batch:
-            metrics["bits_per_byte"] = Metric(nll / jnp.log(2.0), jnp.sum(weights_BT * batch["target_bytes"]))
-        return numerator, count, metrics
+            numerator += z_loss * jnp.sum(batch["loss_weights"] * jnp.square(scores.log_sums_BT))
+        return numerator, metrics["nll"].count, metrics
 
     return loss_fn
+
+
+def token_metrics(batch: Batch, nll_BT: jax.Array, router_loss: jax.Array) -> Metrics:
+    """The metrics of `make_language_model_loss`; the count of `nll` is the number of trained tokens."""
+    weights_BT = batch["loss_weights"].astype(jnp.float32)
+    nll, count = jnp.sum(weights_BT * nll_BT), jnp.sum(weights_BT)
+    metrics = {"nll": Metric(nll, count), "router_loss": Metric(router_loss * count, count)}
+    if "target_bytes" in batch:
+        metrics["bits_per_byte"] = Metric(nll / jnp.log(2.0), jnp.sum(weights_BT * batch["target_bytes"]))
+    return metrics

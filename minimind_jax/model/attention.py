@@ -129,7 +129,7 @@ def _softmax_parts(scores: Array, mask: Array) -> tuple[Array, Array, Array]:
     return weights, jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-30), largest
 
 
-def _product(subscripts: str, a: Array, b: Array, platform: Platform) -> Array:
+def _in_float32(subscripts: str, a: Array, b: Array, platform: Platform) -> Array:
     """A matrix product that adds up in float32."""
     if platform == "cpu":  # where XLA lacks bfloat16 x bfloat16 -> float32 for some layouts
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
@@ -140,10 +140,10 @@ def _reference(q_BTNH, k_BKHS, v_BKSH, mask_BTS, platform):
     B, T, N, H = q_BTNH.shape
     K = v_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = _product("BTKGH,BKHS->BKGTS", q_BTKGH, k_BKHS, platform) / math.sqrt(H)
+    scores_BKGTS = _in_float32("BTKGH,BKHS->BKGTS", q_BTKGH, k_BKHS, platform) / math.sqrt(H)
     weights_BKGTS, total_BKGT1, _ = _softmax_parts(scores_BKGTS, mask_BTS[:, None, None])
     probs_BKGTS = (weights_BKGTS / total_BKGT1).astype(v_BKSH.dtype)
-    return _product("BKGTS,BKSH->BTKGH", probs_BKGTS, v_BKSH, platform).astype(q_BTNH.dtype).reshape(B, T, N, H)
+    return _in_float32("BKGTS,BKSH->BTKGH", probs_BKGTS, v_BKSH, platform).astype(q_BTNH.dtype).reshape(B, T, N, H)
 
 
 def _single_query(q_B1NH, cache: LayerCache, positions_B1):
@@ -253,8 +253,8 @@ def _triangle_forward(platform, q_BKRH, k_BKTH, v_BKTH, segment_ids_BT):
 
     def step(_, mask, stop, q):
         k, v = k_BKTH[:, :, :stop], v_BKTH[:, :, :stop]
-        weights, total, largest = _softmax_parts(_product("BKRH,BKSH->BKRS", q, k, platform), mask)
-        out = _product("BKRS,BKSH->BKRH", weights.astype(v.dtype), v, platform) / total
+        weights, total, largest = _softmax_parts(_in_float32("BKRH,BKSH->BKRS", q, k, platform), mask)
+        out = _in_float32("BKRS,BKSH->BKRH", weights.astype(v.dtype), v, platform) / total
         return None, (out.astype(q.dtype), largest + jnp.log(total))
 
     _, outs = _over_blocks(step, _Cut.of(T), T, None, segment_ids_BT, q_BKRH)
@@ -266,18 +266,18 @@ def _triangle_backward(platform, saved, grad_BKRH):
     q_BKRH, k_BKTH, v_BKTH, segment_ids_BT, out_BKRH, log_sums_BKR1 = saved
     dtype, T = q_BKRH.dtype, k_BKTH.shape[2]
     # sum_s(probs * grad of probs), the part of the softmax's gradient that all keys share
-    shared_BKR1 = _product("BKRH,BKRH->BKR", grad_BKRH, out_BKRH, platform)[..., None]
+    shared_BKR1 = _in_float32("BKRH,BKRH->BKR", grad_BKRH, out_BKRH, platform)[..., None]
 
     def step(carry, mask, stop, q, grad, log_sums, shared):
         grad_k, grad_v = carry
         k, v = k_BKTH[:, :, :stop], v_BKTH[:, :, :stop]
-        scores = _product("BKRH,BKSH->BKRS", q, k, platform) - log_sums
+        scores = _in_float32("BKRH,BKSH->BKRS", q, k, platform) - log_sums
         probs = jnp.exp(jnp.where(mask, scores, -jnp.inf))
-        grad_scores = probs * (_product("BKRH,BKSH->BKRS", grad, v, platform) - shared)
+        grad_scores = probs * (_in_float32("BKRH,BKSH->BKRS", grad, v, platform) - shared)
         probs, grad_scores = probs.astype(dtype), grad_scores.astype(dtype)
-        grad_v = grad_v.at[:, :, :stop].add(_product("BKRS,BKRH->BKSH", probs, grad, platform))
-        grad_k = grad_k.at[:, :, :stop].add(_product("BKRS,BKRH->BKSH", grad_scores, q, platform))
-        return (grad_k, grad_v), [_product("BKRS,BKSH->BKRH", grad_scores, k, platform).astype(dtype)]
+        grad_v = grad_v.at[:, :, :stop].add(_in_float32("BKRS,BKRH->BKSH", probs, grad, platform))
+        grad_k = grad_k.at[:, :, :stop].add(_in_float32("BKRS,BKRH->BKSH", grad_scores, q, platform))
+        return (grad_k, grad_v), [_in_float32("BKRS,BKSH->BKRH", grad_scores, k, platform).astype(dtype)]
 
     zeros = jnp.zeros(k_BKTH.shape, jnp.float32)
     rows = (q_BKRH, grad_BKRH, log_sums_BKR1, shared_BKR1)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minimind_jax.config.stages import RunConfig
-from minimind_jax.errors import UserError
+from minimind_jax.errors import UserError, first_line
 from minimind_jax.plan.devices import Device, Topology
 
 # The host computes nothing and asks no cloud what it is; libtpu's lock is for processes that use a TPU.
@@ -68,7 +68,7 @@ def compile_only_devices(device: Device, topology: Topology) -> list:
         return list(topologies.get_topology_desc(topology.name, platform=device.platform, **topology.options).devices)
     except Exception as error:  # RuntimeError, NotImplementedError, JaxRuntimeError: each plugin has its own
         asked = topology.name or f"{topology.count} x {device.peak}"
-        raise UserError(f"the compiler does not take {asked}: {_first_line(error)}") from error
+        raise UserError(f"the compiler does not take {asked}: {first_line(error)}") from error
 
 
 def emulated_devices(count: int) -> list:
@@ -119,7 +119,7 @@ def compile_step(traced, platform: str) -> CompiledStep:
         compiled = traced.lower().compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise UserError(f"the compiler refused the step: {_first_line(error)}") from error
+            raise UserError(f"the compiler refused the step: {first_line(error)}") from error
         return CompiledStep(None, None, None, needed_memory(str(error)))
     stats, costs = compiled.memory_analysis(), compiled.cost_analysis()
     memory = Memory(
@@ -157,7 +157,3 @@ def bytes_per_device(tree) -> int:
 
     leaves = jax.tree.leaves(tree)
     return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in leaves)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -10,9 +10,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from minimind_jax.convert.hf import from_hf, load_hf, save_hf, to_hf
+from minimind_jax.convert.hf import from_hf, load_hf, save_hf
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
+from minimind_jax.folders import resolve_model_folder
 from minimind_jax.model.transformer import LanguageModel
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -188,10 +189,10 @@ def test_tokenizer_that_transformers_5_saved_is_made_loadable_in_4(make_model, t
     assert "extra_special_tokens" not in written
 
 
-def test_to_hf_takes_the_model_of_a_run_and_another_dtype(make_model, tokenizer, tmp_path):
+def test_the_model_of_a_run_in_another_dtype(make_model, tokenizer, tmp_path):
     config, params = make_model("moe_k1")
     save_hf(tmp_path / "run" / "model", config, params, tokenizer, "float32")
-    to_hf(tmp_path / "run", tmp_path / "half", "float16")
+    from_hf(resolve_model_folder(str(tmp_path / "run")), tmp_path / "half", "float16")
     source, half = read_all(tmp_path / "run" / "model"), read_all(tmp_path / "half")
     assert_same_bits({name: tensor.astype(np.float16) for name, tensor in source.items()}, half)
 

@@ -22,7 +22,7 @@ from minimind_jax.config.stages import (
     SFTConfig,
     TeacherConfig,
 )
-from minimind_jax.convert.hf import Labels, load_hf, load_labels, save_hf, to_hf
+from minimind_jax.convert.hf import Labels, from_hf, load_hf, load_labels, save_hf
 from minimind_jax.data.jsonl import iter_records
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
@@ -205,7 +205,7 @@ def test_the_trained_length_goes_with_the_model(make, files, tmp_path, capsys, m
     """On the run, its model/, a converted copy and transformers' pipeline a long text has the same answer."""
     config = make(ClassifyConfig, tmp_path / "classify", "labels", data={"seq_len": 16}, training={"steps": 12})
     run = RunFolder(classify(config))
-    to_hf(run.path, tmp_path / "copy", "float32")
+    from_hf(run.model, tmp_path / "copy", "float32")
     long = "dogs " + "sat on a mat while birds " * 12
     texts = write_lines(tmp_path / "long.jsonl", [{"text": long, "tag": ["a", "b"]}, {"text": 'cat, "x"', "tag": None}])
     answers = []
