@@ -142,6 +142,9 @@ def read_arguments(argv: Sequence[str], fields: Sequence[Field] = ()) -> tuple[l
         word = left.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
         field = flags.get(name)
+        if word == "--" and has_words and rest is None:  # behind it nothing is a flag
+            words += left
+            break
         if not word.startswith("--") or word == "--" or (rest is not None and field is None):
             words.append(word)
             continue
@@ -233,17 +236,11 @@ def make_settings(cls: type, given: Mapping[str, Setting], **defaults: Any) -> A
     """
     fields = {field.key: field for field in fields_of(cls)}
     values = dict(defaults)
-    former = getattr(cls, "FORMER", {})
     for key, setting in given.items():
-        if key not in fields and key in former:
-            unset, reason = former[key]
-            if setting.value != unset:
-                told = f"{key} {setting.value}: has no effect in this stage, for {reason}; leave it out"
-                raise UserError(f"{setting.where}: {told}")
-            continue
-        if key not in fields:
-            raise UserError(_unknown_key(key, setting, fields))
-        values[key] = _typed(fields[key], setting)
+        if key in fields:
+            values[key] = _typed(fields[key], setting)
+        else:
+            _check_former(cls, key, setting, fields)
     if missing := [field for field in fields.values() if field.is_required and field.key not in values]:
         raise UserError("; ".join(f"{field.label} is missing: {field.help.rstrip('.')}" for field in missing))
     return _build(cls, None, values, "", given)
@@ -308,6 +305,17 @@ def _as_list(value: Any, field: Field) -> list:
         return as_written(yaml.compose(value, _Loader))
     except yaml.YAMLError:
         raise UserError(f"command line: {field.key}: {value!r} is not a list; write it as [a, b] or a,b") from None
+
+
+def _check_former(cls: type, key: str, setting: Setting, fields: Mapping[str, Field]) -> None:
+    """Raises UserError for a key that no field has, unless the class once had it and this is its default then."""
+    former = getattr(cls, "FORMER", {})
+    if key not in former:
+        raise UserError(_unknown_key(key, setting, fields))
+    default, reason = former[key]
+    if setting.value != default:
+        told = f"{key} {setting.value}: has no effect in this stage, for {reason}; leave it out"
+        raise UserError(f"{setting.where}: {told}")
 
 
 def _unknown_key(key: str, setting: Setting, fields: Mapping[str, Field]) -> str:

@@ -334,6 +334,7 @@ class ToolConfig:
         ("a --clear stale out", {"files": ("a",), "output": "out", "clear": "stale"}),
         ("a out --names x,y z", {"files": ("a",), "output": "out", "names": ("x,y", "z")}),
         ("a b --output out", {"files": ("a", "b"), "output": "out"}),
+        ("--json -- --odd out", {"files": ("--odd",), "output": "out", "json": True}),
         ("--files a b --output out", {"files": ("a", "b"), "output": "out"}),
     ],
 )
