@@ -6,7 +6,6 @@ embedding is the same half-split one, so nothing else changes.
 
 import contextlib
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from minimind_jax.convert.replace import write_json
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.heads import SCORE
@@ -50,6 +50,9 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[Any], np.ndarray]
+
+    def equals(self, other: "StoredTensor") -> bool:
+        return self.shape == other.shape and np.array_equal(self.read(...), other.read(...))
 
 
 def hf_tensors(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
@@ -116,10 +119,8 @@ def params_from_hf(config: ModelConfig, stored: Mapping[str, StoredTensor], wher
 
 
 def _check_tied_head(stored: Mapping[str, StoredTensor], where: str):
-    head, embedding = stored["lm_head.weight"], stored.get("model.embed_tokens.weight")
-    if embedding is not None and not (
-        head.shape == embedding.shape and np.array_equal(head.read(...), embedding.read(...))
-    ):
+    embedding = stored.get("model.embed_tokens.weight")
+    if embedding is not None and not stored["lm_head.weight"].equals(embedding):
         raise UserError(
             f"{where}: tie_word_embeddings is true but lm_head.weight differs from model.embed_tokens.weight; "
             "set tie_word_embeddings to false"
@@ -193,7 +194,7 @@ def write_safetensors(folder: Path, tensors: Mapping[str, np.ndarray], dtype: st
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def _plan_shards(sizes: Mapping[str, int], max_shard_bytes: float) -> list[list[str]]:

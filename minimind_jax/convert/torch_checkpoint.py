@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from minimind_jax.convert.hf import MAX_SHARD_BYTES, save_hf
 from minimind_jax.convert.hf_weights import StoredTensor, hf_tensors, params_from_hf
 from minimind_jax.convert.load import load_merged
@@ -106,5 +104,5 @@ def _count(stored: Mapping[str, StoredTensor], pattern: str) -> int:
 
 
 def _is_tied(stored: Mapping[str, StoredTensor]) -> bool:
-    head, embedding = stored.get("lm_head.weight"), stored["model.embed_tokens.weight"]
-    return head is None or (head.shape == embedding.shape and np.array_equal(head.read(...), embedding.read(...)))
+    head = stored.get("lm_head.weight")
+    return head is None or head.equals(stored["model.embed_tokens.weight"])

@@ -121,8 +121,9 @@ class MiniMindJax(TemplateLM):
         """Greedy unless the task says otherwise; a stop string ends an answer and is not part of it."""
         found: list[str] = [""] * len(requests)
         order = sorted(range(len(requests)), key=lambda n: (str(requests[n].args[1]), -len(requests[n].args[0])))
-        groups = itertools.groupby(order, key=lambda n: str(requests[n].args[1]))
-        batches = [list(batch) for _, group in groups for batch in _batched(list(group), self.batch_size)]
+        groups = [list(group) for _, group in itertools.groupby(order, key=lambda n: str(requests[n].args[1]))]
+        size = self.batch_size
+        batches = [group[first : first + size] for group in groups for first in range(0, len(group), size)]
         for batch in tracked(batches, "writing", len(batches), show=not disable_tqdm):
             sampling = self._sampling(requests[batch[0]].args[1])
             room = self.max_length - sampling.max_new_tokens
@@ -145,10 +146,6 @@ class MiniMindJax(TemplateLM):
             top_k=int(options.get("top_k") or 0),
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
         )
-
-
-def _batched(numbers: Sequence[int], size: int):
-    return (numbers[first : first + size] for first in range(0, len(numbers), size))
 
 
 def _is_true(value: bool | str) -> bool:

@@ -14,7 +14,7 @@ from minimind_jax.inference.adapters import SwitchedGenerator, load_switched
 from minimind_jax.inference.generate import Generator, Piece
 from minimind_jax.inference.load import load_generator
 from minimind_jax.inference.text import ThinkSplitter
-from minimind_jax.inference.typed import read_messages
+from minimind_jax.inference.typed import typed_messages
 
 Message = dict[str, Any]
 
@@ -41,14 +41,14 @@ def chat(generator: Generator, config: ChatConfig, console: Console, lines: Iter
     Args:
         lines: what the user types, messages and commands; None reads the standard input, a terminal or a pipe.
     """
-    conversation = Conversation(generator, config)
+    conversation = Dialogue(generator, config)
     with console.status("Compiling ..."):
         conversation.warm_up()
     console.print(
         f"{config.model}, context of {generator.room(0)} tokens. /help lists the commands.", style="dim", soft_wrap=True
     )
     if lines is None:
-        lines = read_messages(console.print, lambda hint: console.print(hint, style="dim"))
+        lines = typed_messages(console.print, lambda hint: console.print(hint, style="dim"))
     for line in lines:
         line = line.strip()
         if line in ("/exit", "/quit"):
@@ -59,7 +59,7 @@ def chat(generator: Generator, config: ChatConfig, console: Console, lines: Iter
             _answer(conversation, line, console, config.show_speed)
 
 
-class Conversation:
+class Dialogue:
     """The messages so far, and the answers of the model to them.
 
     messages: user and assistant messages, without the system prompt. thinking: whether the next answer thinks first.
@@ -103,14 +103,14 @@ class Conversation:
         Raises:
             UserError: the message alone does not fit the model's context; it is not added.
         """
-        turns = [*_turns(self.messages), [{"role": "user", "content": text}]]
+        messages = [*self.messages, {"role": "user", "content": text}]
+        turns = [start for start, message in enumerate(messages) if message["role"] == "user"]
         room = self._generator.room(0)
         reserve = min(self._sampling.max_new_tokens, room // 2)  # for the answer
-        for dropped in range(len(turns)):
-            messages = [message for turn in turns[dropped:] for message in turn]
-            length = len(self._prompt(messages))
+        for dropped, start in enumerate(turns):
+            length = len(self._prompt(messages[start:]))
             if length + reserve <= room:
-                self.messages = messages
+                self.messages = messages[start:]
                 return dropped
         raise UserError(
             f"the message takes {length} tokens with its frame; "
@@ -155,17 +155,7 @@ class Conversation:
         return [*([{"role": "system", "content": self.system}] if self.system else []), *messages]
 
 
-def _turns(messages: list[Message]) -> list[list[Message]]:
-    """Messages in turns, each beginning with a user's message."""
-    turns: list[list[Message]] = []
-    for message in messages:
-        if message["role"] == "user":
-            turns.append([])
-        turns[-1].append(message)
-    return turns
-
-
-def _answer(conversation: Conversation, text: str, console: Console, show_speed: bool) -> None:
+def _answer(conversation: Dialogue, text: str, console: Console, show_speed: bool) -> None:
     """Answers one message: streams it, thinking dim, and ends it early at Ctrl-C."""
     try:
         dropped = conversation.ask(text)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 PASTE_SECONDS = 0.05  # what is pasted arrives faster than anybody types; over a slow line in pieces
 
 
-def read_messages(show: Callable[[str], None], note: Callable[[str], None]) -> Iterator[str]:
+def typed_messages(show: Callable[[str], None], note: Callable[[str], None]) -> Iterator[str]:
     """Messages the user types, with editing and history in a terminal; ends at Ctrl-D. A message is a line, but lines
     that are pasted together are one. Of a pipe each line is a message, and is shown.
 

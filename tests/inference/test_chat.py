@@ -20,7 +20,7 @@ from minimind_jax.config.generation import ChatConfig
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.errors import UserError
 from minimind_jax.inference import chat as chat_module
-from minimind_jax.inference.chat import Clock, Conversation, chat
+from minimind_jax.inference.chat import Clock, Dialogue, chat
 from minimind_jax.inference.generate import Generator
 from minimind_jax.inference.load import load_generator
 
@@ -47,7 +47,7 @@ def ask(conversation, text):
 
 
 def test_answers_are_streamed_and_speed_is_shown(generator):
-    conversation = Conversation(generator, CONFIG)
+    conversation = Dialogue(generator, CONFIG)
     expected = ask(conversation, "The cat?").text
     printed = talk(generator, ["The cat?", "/exit", "never asked"])
     assert expected in printed
@@ -57,7 +57,7 @@ def test_answers_are_streamed_and_speed_is_shown(generator):
 
 
 def test_the_next_answer_sees_the_whole_conversation(generator):
-    conversation = Conversation(generator, CONFIG)
+    conversation = Dialogue(generator, CONFIG)
     first = ask(conversation, "one").text
     conversation.ask("two")
     assert conversation.messages == [
@@ -74,21 +74,21 @@ def test_the_next_answer_sees_the_whole_conversation(generator):
 def test_the_prompt_tells_whether_an_answer_is_thinking(thinking, generator, tmp_path):
     tokenizer = with_template(generator.tokenizer.folder, tmp_path / "tokenizer", QWEN3)
     generator = Generator(generator.model, generator.params, tokenizer)
-    conversation = Conversation(generator, dataclasses.replace(CONFIG, thinking=thinking, system="s"))
+    conversation = Dialogue(generator, dataclasses.replace(CONFIG, thinking=thinking, system="s"))
     conversation.ask("How many?")
     assert not conversation.opens_thinking()
 
 
 def test_a_question_asked_again_is_answered_anew(generator):
-    conversation = Conversation(generator, CONFIG)
+    conversation = Dialogue(generator, CONFIG)
     first = ask(conversation, "one").ids
     conversation.command("/clear")
     assert ask(conversation, "one").ids != first
-    assert ask(Conversation(generator, CONFIG), "one").ids == first  # and yet the seed decides
+    assert ask(Dialogue(generator, CONFIG), "one").ids == first  # and yet the seed decides
 
 
 def test_commands_change_the_prompt(generator):
-    conversation = Conversation(generator, CONFIG)
+    conversation = Dialogue(generator, CONFIG)
     ask(conversation, "one")
     assert "forgotten" in conversation.command("/system Be brief.")
     assert conversation.messages == []
@@ -109,7 +109,7 @@ def test_the_oldest_turns_are_dropped_whole_and_the_user_is_told(generator):
     question = "what is a cat and what is a dog? " * 5
     printed = talk(generator, [question] * 6)
     assert "of the oldest turns no longer fit" in printed
-    conversation = Conversation(generator, CONFIG)
+    conversation = Dialogue(generator, CONFIG)
     dropped = 0
     for _ in range(10):
         dropped += conversation.ask(question)
@@ -119,7 +119,7 @@ def test_the_oldest_turns_are_dropped_whole_and_the_user_is_told(generator):
 
 
 def test_a_message_too_long_for_the_model_is_refused_and_the_chat_goes_on(generator):
-    conversation = Conversation(generator, CONFIG)
+    conversation = Dialogue(generator, CONFIG)
     ask(conversation, "one")
     before = list(conversation.messages)
     with pytest.raises(UserError, match=r"the message takes \d+ tokens.*context of 640"):
@@ -129,9 +129,9 @@ def test_a_message_too_long_for_the_model_is_refused_and_the_chat_goes_on(genera
 
 
 def test_thinking_is_dim_and_kept_as_reasoning(generator, monkeypatch):
-    monkeypatch.setattr(Conversation, "answer", lambda self: iter(pieces("let me see\n</thi", "nk>\n\nA cat", ".")))
+    monkeypatch.setattr(Dialogue, "answer", lambda self: iter(pieces("let me see\n</thi", "nk>\n\nA cat", ".")))
     console = Console(file=io.StringIO(), force_terminal=True, width=200, markup=False, emoji=False, highlight=False)
-    conversation = Conversation(generator, ChatConfig(model="tiny", thinking=True))
+    conversation = Dialogue(generator, ChatConfig(model="tiny", thinking=True))
     chat_module._answer(conversation, "what?", console, show_speed=False)
     assert conversation.messages[-1] == {"role": "assistant", "content": "A cat.", "reasoning_content": "let me see"}
     printed = console.file.getvalue()
@@ -145,7 +145,7 @@ def pieces(*texts):
 
 
 def test_silence_is_not_kept(generator):
-    conversation = Conversation(generator, CONFIG)
+    conversation = Dialogue(generator, CONFIG)
     conversation.ask("one")
     conversation.keep(" \n", "")
     assert conversation.messages == []
@@ -156,7 +156,7 @@ def test_control_c_stops_the_answer_and_keeps_what_was_said(generator, monkeypat
         yield from pieces("The cat", " sat")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Conversation, "answer", interrupted)
+    monkeypatch.setattr(Dialogue, "answer", interrupted)
     printed = talk(generator, ["one", "/clear"])
     assert "The cat sat" in printed and "(stopped)" in printed and "forgotten" in printed
 

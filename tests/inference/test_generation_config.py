@@ -7,7 +7,7 @@ import pytest
 
 from minimind_jax.config.generation import ChatConfig, GenerateConfig, SamplingConfig
 from minimind_jax.errors import UserError
-from minimind_jax.inference.chat import Conversation
+from minimind_jax.inference.chat import Dialogue
 from minimind_jax.inference.generate_command import run
 from minimind_jax.inference.generation_config import read_generation_config
 from minimind_jax.inference.load import load_generator
@@ -84,7 +84,7 @@ def test_chat_and_generate_do_what_the_folder_says(model_folder, tmp_path, capsy
     folder = write(shutil.copytree(model_folder, tmp_path / "model"), {"do_sample": False, "repetition_penalty": 1.5})
     generator = load_generator(str(folder))
     settings = {"model": str(folder), "max_new_tokens": 9, "seed": 5}
-    conversation = Conversation(generator, ChatConfig(**settings))
+    conversation = Dialogue(generator, ChatConfig(**settings))
     conversation.ask("The cat?")
     [*_, last] = conversation.answer()
 

@@ -10,8 +10,8 @@ import time
 import pytest
 
 READER = """
-from minimind_jax.inference.typed import read_messages
-for message in read_messages(print, print):
+from minimind_jax.inference.typed import typed_messages
+for message in typed_messages(print, print):
     print("MESSAGE", repr(message), flush=True)
 """
 
