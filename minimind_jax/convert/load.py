@@ -107,9 +107,14 @@ def load_tokenizer(folder: Path, other: str | Path | None = None, base: str = ""
     return model_tokenizer(base_folder(folder, base), other or beside)
 
 
+def folders_of(folder: Path, base: str = "") -> list[Path]:
+    """The folder of a model, and behind an adapter's that of its base."""
+    return [folder, base_folder(folder, base)] if is_adapter(folder) else [folder]
+
+
 def load_generation_settings(folder: Path, base: str = "") -> dict | None:
     """`generation_config.json` of a model: of its folder, or of its base for an adapter without one; None without."""
-    return generation_settings(folder, base_folder(folder, base)) if is_adapter(folder) else generation_settings(folder)
+    return generation_settings(*folders_of(folder, base))
 
 
 def merge_lora(

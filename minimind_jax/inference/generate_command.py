@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minimind_jax.config.generation import GenerateConfig
-from minimind_jax.convert.load import base_folder
+from minimind_jax.convert.load import folders_of
 from minimind_jax.data.documents import begun, encode_prompt
 from minimind_jax.data.jsonl import Record, expand_paths, iter_records, reading_of, tell
 from minimind_jax.data.messages import Conversation
 from minimind_jax.data.prompts import read_prompt, shortened
 from minimind_jax.data.written import check_output, json_line
 from minimind_jax.errors import UserError
-from minimind_jax.folders import is_adapter, resolve_model_folder
+from minimind_jax.folders import resolve_model_folder
 from minimind_jax.inference.answer_file import AGAIN, AnswerFile, what_makes
 from minimind_jax.inference.generate import Completion, Generator
 from minimind_jax.inference.load import load_generator
@@ -86,8 +86,7 @@ def _print_answers(generator: Generator, config: GenerateConfig) -> None:
 
 def _write_answers(generator: Generator, config: GenerateConfig, folder: Path) -> None:
     """Answers the records into `config.output`, from where an earlier call was cut off."""
-    folders = [folder, base_folder(folder)] if is_adapter(folder) else [folder]
-    settings = what_makes(config, folders)
+    settings = what_makes(config, folders_of(folder))
     with AnswerFile(Path(config.output), settings, config.resume == "auto") as file:
         changed: Counter = Counter()
         requests = _requests(generator, config, changed)

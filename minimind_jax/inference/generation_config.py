@@ -23,12 +23,14 @@ class GenerationConfig(NamedTuple):
     eos_ids: frozenset[int]
 
 
-def read_generation_config(folder: Path) -> GenerationConfig:
-    """The folder's file, or our defaults without one. Keys that would change the text and are not followed are named.
+def read_generation_config(*folders: Path) -> GenerationConfig:
+    """The file of the first of the folders that has one, or our defaults. Keys that would change the text and are not
+    followed are named.
 
     Raises UserError when it is no JSON object or holds a value that makes no sense.
     """
-    file = folder / "generation_config.json"
+    files = [folder / "generation_config.json" for folder in folders]
+    file = next(filter(is_there, files), files[0])
     values = read_object(file) if is_there(file) else {}
     _name_ignored(values, file)
     given = {name: values[name] for name in FROM_MODEL if values.get(name) is not None}

@@ -6,9 +6,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from minimind_jax.convert.load import base_folder, load_merged, load_tokenizer
+from minimind_jax.convert.load import folders_of, load_merged, load_tokenizer
 from minimind_jax.errors import UserError
-from minimind_jax.folders import is_adapter, resolve_model_folder
+from minimind_jax.folders import resolve_model_folder
 from minimind_jax.inference.generate import Generator
 from minimind_jax.inference.generation_config import read_generation_config
 from minimind_jax.model.config import ComputeConfig, RopeScaling
@@ -30,9 +30,7 @@ def load_generator(name: str, dtype: str = "auto") -> Generator:
     folder = resolve_model_folder(name)
     model, params = load_model(folder, dtype)
     tokenizer = load_tokenizer(folder)
-    places = [folder, base_folder(folder)] if is_adapter(folder) else [folder]
-    place = next((place for place in places if (place / "generation_config.json").is_file()), folder)
-    defaults = read_generation_config(place)
+    defaults = read_generation_config(*folders_of(folder))
     eos_ids = {*defaults.eos_ids, *model.config.end_ids, *tokenizer.end_ids}
     return Generator(model, params, tokenizer, eos_ids, defaults.sampling)
 
