@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -18,7 +17,7 @@ from minimind_jax.convert.hf import (
     save_hf,
     stored_dtype,
 )
-from minimind_jax.convert.peft import StoredAdapter, load_peft, read_adapter_config
+from minimind_jax.convert.peft import load_peft, read_adapter_config
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import ADAPTER_CONFIG, holds_model, is_adapter, moved_with_run, resolve_model_folder
@@ -29,38 +28,21 @@ from minimind_jax.model.transformer import Params
 from minimind_jax.paths import absolute, as_path, local_folder
 
 
-class Loaded(NamedTuple):
-    """params: float32 on the host (NumPy), an adapter not merged in. base: folder of the whole model. adapter: None
-    where the folder is one."""
-
-    config: ModelConfig
-    params: Params
-    base: Path
-    adapter: StoredAdapter | None
-
-
 def read_config(folder: str | Path, base: str = "") -> ModelConfig:
     """The configuration of the model in a folder, or of the base model of the adapter in it (see `base_folder`)."""
     folder = as_path(folder)
     return read_hf_config(base_folder(folder, base) if is_adapter(folder) else folder)
 
 
-def load_parts(folder: str | Path, base: str = "") -> Loaded:
-    """The model in a folder, and the adapter, if it is one of those. Raises UserError."""
-    folder = as_path(folder)
-    if not is_adapter(folder):
-        return Loaded(*load_hf(folder), folder, None)
-    whole = base_folder(folder, base)
-    adapter = load_peft(folder, read_hf_config(whole))
-    return Loaded(*load_hf(whole), whole, adapter)
-
-
 def load_merged(folder: str | Path, base: str = "") -> tuple[ModelConfig, Params]:
     """The model in a folder as configuration and float32 parameters (NumPy), with the adapter, if it is one, merged."""
-    loaded = load_parts(folder, base)
-    if loaded.adapter is None:
-        return loaded.config, loaded.params
-    return loaded.config, jax.tree.map(np.asarray, merge(join(loaded.params, loaded.adapter.tree)))
+    folder = as_path(folder)
+    if not is_adapter(folder):
+        return load_hf(folder)
+    whole = base_folder(folder, base)
+    adapter = load_peft(folder, read_hf_config(whole))  # a wrong one is told before the base's weights are read
+    config, params = load_hf(whole)
+    return config, jax.tree.map(np.asarray, merge(join(params, adapter.tree)))
 
 
 def base_folder(adapter: Path, base: str = "") -> Path:

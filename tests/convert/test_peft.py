@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from minimind_jax.convert.hf import load_hf, save_hf
-from minimind_jax.convert.load import load_merged, load_parts, merge_lora
+from minimind_jax.convert.load import base_folder, load_merged, merge_lora
 from minimind_jax.convert.peft import load_peft, rank_table, save_peft
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import ComputeConfig
@@ -57,11 +57,12 @@ def our_logits(config, params, adapter=None):
 def test_an_adapter_comes_back_as_it_was(case, base, tokenizer, tmp_path):
     _, params, table, rslora = adapted(base, case)
     save_peft(tmp_path / "adapter", params, table, base=base, tokenizer=tokenizer, rslora=rslora)
-    loaded = load_parts(tmp_path / "adapter")
-    assert loaded.base == base
-    assert loaded.adapter.table == {name: ranks for name, ranks in table.items() if any(ranks)}
-    assert loaded.adapter.rslora == rslora
-    both = join(loaded.params, loaded.adapter.tree)
+    assert base_folder(tmp_path / "adapter") == base
+    config, below = load_hf(base)
+    loaded = load_peft(tmp_path / "adapter", config)
+    assert loaded.table == {name: ranks for name, ranks in table.items() if any(ranks)}
+    assert loaded.rslora == rslora
+    both = join(below, loaded.tree)
     assert jax.tree.structure(both) == jax.tree.structure(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), both, params)
 
