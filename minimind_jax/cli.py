@@ -27,30 +27,18 @@ COMMANDS = {
         has_processes=True,
     ),
     "data inspect": Command(
-        "records as the model sees them, counts, lengths, packing",
-        tools.InspectConfig,
-        "minimind_jax.data.inspect:run",
+        "records as the model sees them, counts, lengths, packing", tools.InspectConfig, "minimind_jax.data.inspect:run"
     ),
     "data convert": Command(
         "records of other tools' formats in MiniMind's",
         tools.ConvertDataConfig,
         "minimind_jax.data.convert_command:run",
     ),
-    "data download": Command(
-        "MiniMind's public data files",
-        tools.DownloadConfig,
-        "minimind_jax.data.download:run",
-    ),
+    "data download": Command("MiniMind's public data files", tools.DownloadConfig, "minimind_jax.data.download:run"),
     "data cache": Command(
-        "caches of tokenised data: list, remove",
-        tools.CacheConfig,
-        "minimind_jax.data.cache_command:run",
+        "caches of tokenised data: list, remove", tools.CacheConfig, "minimind_jax.data.cache_command:run"
     ),
-    "chat": Command(
-        "talk with a model in the terminal",
-        generation.ChatConfig,
-        "minimind_jax.inference.chat:run",
-    ),
+    "chat": Command("talk with a model in the terminal", generation.ChatConfig, "minimind_jax.inference.chat:run"),
     "generate": Command(
         "answers to prompts, or to every record of a file",
         generation.GenerateConfig,
@@ -67,9 +55,7 @@ COMMANDS = {
         "minimind_jax.evaluate.score_command:run_score",
     ),
     "evaluate perplexity": Command(
-        "how well a model predicts text or answers",
-        tools.PerplexityConfig,
-        "minimind_jax.evaluate.perplexity:run",
+        "how well a model predicts text or answers", tools.PerplexityConfig, "minimind_jax.evaluate.perplexity:run"
     ),
     "evaluate choices": Command(
         "multiple choice: how often the right choice is the likeliest",
@@ -82,24 +68,16 @@ COMMANDS = {
         "minimind_jax.evaluate.lm_eval_command:run",
     ),
     "convert from-hf": Command(
-        "a Hugging Face model as a starting point",
-        tools.FromHFConfig,
-        "minimind_jax.convert.command:run_from_hf",
+        "a Hugging Face model as a starting point", tools.FromHFConfig, "minimind_jax.convert.command:run_from_hf"
     ),
     "convert to-hf": Command(
-        "a run's model or checkpoint, in any dtype or shard size",
-        tools.ToHFConfig,
-        "minimind_jax.pipeline.tools:to_hf",
+        "a run's model or checkpoint, in any dtype or shard size", tools.ToHFConfig, "minimind_jax.pipeline.tools:to_hf"
     ),
     "convert from-torch": Command(
-        "a MiniMind .pth as a Hugging Face folder",
-        tools.FromTorchConfig,
-        "minimind_jax.convert.command:run_from_torch",
+        "a MiniMind .pth as a Hugging Face folder", tools.FromTorchConfig, "minimind_jax.convert.command:run_from_torch"
     ),
     "convert to-torch": Command(
-        "a model as a MiniMind .pth",
-        tools.ToTorchConfig,
-        "minimind_jax.convert.command:run_to_torch",
+        "a model as a MiniMind .pth", tools.ToTorchConfig, "minimind_jax.convert.command:run_to_torch"
     ),
     "convert merge-lora": Command(
         "an adapter and its base model as one model",
@@ -111,9 +89,5 @@ COMMANDS = {
         tools.PlanConfig,
         "minimind_jax.plan.command:run",
     ),
-    "report": Command(
-        "report.md and loss.png of a run",
-        tools.ReportConfig,
-        "minimind_jax.pipeline.tools:report",
-    ),
+    "report": Command("report.md and loss.png of a run", tools.ReportConfig, "minimind_jax.pipeline.tools:report"),
 }

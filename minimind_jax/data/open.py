@@ -34,7 +34,7 @@ def open_data(
     data, seed = config.data, config.seed
     fraction = config.figures.val_fraction if data.val_fraction is None else data.val_fraction
     fraction = 0.0 if data.val else fraction
-    redraws = data.redraw_each_epoch and KINDS[kind].rendered
+    redraws = KINDS[kind].rendered and data.redraw_each_epoch
 
     def build(files: tuple[str, ...], epoch: int = 0, quiet: bool = False) -> TokenCache:
         speaks = jax.process_index() == 0 and not quiet

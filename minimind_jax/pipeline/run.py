@@ -2,20 +2,18 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import yaml
 
 from minimind_jax.agreement import ending_together, first_says, on_first
 from minimind_jax.config import settings
-from minimind_jax.config.fields import fields_of
 from minimind_jax.folders import PIPELINE
 from minimind_jax.pipeline.check import check_stages, watch_records
 from minimind_jax.pipeline.read import Stage
 from minimind_jax.runs.settle import changed_data
 from minimind_jax.sharding import announce, initialize_distributed
 from minimind_jax.training.places import mean_the_same
-from minimind_jax.training.run import RunFolder, plain, write_text
+from minimind_jax.training.run import RunFolder, flat, plain, write_text
 
 
 def run_pipeline(stages: Sequence[Stage]) -> None:
@@ -76,11 +74,6 @@ def _changes(stage: Stage) -> list[str]:
     if not stage.record.is_file():
         return []
     before = settings.make_settings(type(stage.config), settings.read_yaml(stage.record))
-    pairs = {f.key: (_value(before, f.key), _value(stage.config, f.key)) for f in fields_of(type(before))}
-    return [f"{k} {old} -> {new}" for k, (old, new) in pairs.items() if old != new and not mean_the_same(k, old, new)]
-
-
-def _value(config: Any, key: str) -> Any:
-    for name in key.split("."):
-        config = getattr(config, name, None)
-    return config
+    old, new = flat(plain(before)), flat(plain(stage.config))
+    changed = [key for key in old if old[key] != new[key] and not mean_the_same(key, old[key], new[key])]
+    return [f"{key} {old[key]} -> {new[key]}" for key in changed]
