@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from grain.experimental import index_shuffle
 
 from minimind_jax.config.sections import FilesConfig
 from minimind_jax.data.kinds import KINDS
 from minimind_jax.data.packing import PackingPlan, plan_best_fit, plan_concat, plan_heads, plan_pad, plan_pairs
 from minimind_jax.data.rows import Batch, Pieces, pack_rows, pad_rows
+from minimind_jax.data.shuffle import shuffled
 from minimind_jax.data.token_cache import TokenCache
 from minimind_jax.seeds import named_seed
 
@@ -23,14 +23,14 @@ Annotate = Callable[[TokenCache, Pieces], Batch]
 class Epoch:
     """The rows of one epoch.
 
-    documents: (n,) documents of the cache the plan is about. shuffle_seed: of the order of the rows; None for the
-    plan's. packing: of PACKINGS. annotate: adds to rows what belongs to their pieces.
+    documents: (n,) documents of the cache the plan is about. order: (rows,) the plan's row at each place. packing: of
+    PACKINGS. annotate: adds to rows what belongs to their pieces.
     """
 
     cache: TokenCache
     documents: np.ndarray
     plan: PackingPlan
-    shuffle_seed: int | None
+    order: np.ndarray
     packing: str
     annotate: "Annotate | None" = None
 
@@ -50,9 +50,8 @@ class Epoch:
 
     def _pieces(self, places: Sequence[int]) -> Pieces:
         """The pieces of the rows at these places, of which those beyond the last row come last."""
-        plan, last, seed = self.plan, self.plan.rows - 1, self.shuffle_seed
-        there = [place for place in places if place <= last]
-        rows = np.array(there if seed is None else [index_shuffle(place, last, seed, 4) for place in there], np.int64)
+        plan = self.plan
+        rows = self.order[[place for place in places if place < plan.rows]]
         counts = plan.row_starts[rows + 1] - plan.row_starts[rows]
         segments = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         pieces = np.repeat(plan.row_starts[rows], counts) + segments
@@ -77,8 +76,9 @@ def plan_epoch(
     own = KINDS[cache.kind].packings
     packing = packing or (own[0] if len(own) == 1 else data.packing)
     plan = PACKINGS[packing](_Documents(cache, documents), data.seq_len, seed, epoch, data.shuffle)
-    shuffle_seed = named_seed(seed, "rows", epoch) % 2**32 if data.shuffle else None
-    return Epoch(cache, documents, plan, shuffle_seed, packing)
+    is_shuffled = data.shuffle and plan.rows > 0
+    order = shuffled(plan.rows, named_seed(seed, "rows", epoch) % 2**32) if is_shuffled else np.arange(plan.rows)
+    return Epoch(cache, documents, plan, order, packing)
 
 
 class _Documents(NamedTuple):

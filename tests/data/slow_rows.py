@@ -1,6 +1,5 @@
 """Rows one by one and piece by piece, as they were built before: what the rows of a step are compared with."""
 
-import grain
 import numpy as np
 
 
@@ -47,11 +46,9 @@ def pad_row(cache, document, seq_len, token_bytes):
 
 def rows_of(epoch, places, token_bytes):
     """`Epoch.rows`, each of them by itself."""
-    rows, order = [], grain.MapDataset.range(epoch.plan.rows)
-    if epoch.shuffle_seed is not None:
-        order = order.shuffle(seed=epoch.shuffle_seed)
+    rows = []
     for place in places:
-        pieces = pieces_of(epoch.plan, order[place]) if place < epoch.plan.rows else []
+        pieces = pieces_of(epoch.plan, epoch.order[place]) if place < epoch.plan.rows else []
         pieces = [(int(epoch.documents[document]), start, stop) for document, start, stop in pieces]
         if epoch.packing == "pad" and pieces:
             rows.append(pad_row(epoch.cache, pieces[0][0], epoch.plan.seq_len, token_bytes))
