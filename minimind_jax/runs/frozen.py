@@ -1,8 +1,9 @@
 """Models that are not trained: the policy as it was at the start, and what a frozen model says of a run's data, asked
 once before the first step and kept in the run's folder."""
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
 
-from minimind_jax.agreement import ending_alone, exchange, on_first
+from minimind_jax.agreement import ending_alone, first_says, on_first
 from minimind_jax.data.batches import Batches
 from minimind_jax.data.rows import Batch, Pieces
 from minimind_jax.data.token_cache import TokenCache
@@ -122,28 +123,19 @@ def pairs(room: int) -> Unit:
     return Unit(len, lambda cache: np.arange(len(cache)), where, rows)
 
 
-class Column(NamedTuple):
-    """One of the numbers that are kept. batch: its name in a batch, and dtype there; file: its ending and dtype on the
-    disk, in rows of `width`."""
-
-    batch: str
-    batch_type: type
-    file: str
-    file_type: type
-    width: int
-
-
 class Asked(NamedTuple):
     """A question to a frozen model. name: whose folder below the run's it is. setting: by which it is changed.
 
-    ask: of parameters and a batch, an array (rows, units of a row, width) for each column. made_of: what else decides
-    the answers. what: it is asked for, in words; way_out: of a full disk.
+    columns: of what is kept, by its name in a batch, the ending of its file and the dtype there; `width` numbers for
+    each unit. ask: of parameters and a batch, an array (rows, units of a row, width) for each column. made_of: what
+    else decides the answers. what: it is asked for, in words; way_out: of a full disk.
     """
 
     name: str
     setting: str
     unit: Unit
-    columns: tuple[Column, ...]
+    columns: dict[str, tuple[str, type]]
+    width: int
     ask: Callable[[Params, dict[str, Array]], tuple[Array, ...]]
     made_of: dict[str, Any]
     what: str
@@ -171,49 +163,42 @@ class Answers:
                 "start another run"
             )
         counts = {name: asked.unit.count(cache) for name, cache in caches.items()}
-        if earlier != made_of or not all(
-            _is_whole(*file, counts[name]) for name in caches for file in self._files(name)
-        ):
+        if first_says(earlier != made_of or not self._are_whole(counts)):
             self._make(sides, counts, params)
-            if jax.process_index() == 0:
-                write_text(record, json.dumps(made_of))
-        exchange()  # the others wait until all is written
-        self.tables = {name: [_read(file, column) for file, column in self._files(name)] for name in caches}
+            on_first(lambda: write_text(record, json.dumps(made_of)))
+        self.tables = {name: [self._read(*file) for file in self._files(name)] for name in caches}
 
     def annotate(self, cache: TokenCache, pieces: Pieces) -> Batch:
-        pairs = zip(self.asked.columns, self.tables[cache.folder.name], strict=True)
-        rows = self.asked.unit.rows
-        return {
-            column.batch: rows(table, cache, pieces).astype(column.batch_type, copy=False) for column, table in pairs
-        }
-
-    def _files(self, cache: str) -> list[tuple[Path, Column]]:
-        return [(self.folder / f"{cache}.{column.file}", column) for column in self.asked.columns]
+        found = {}
+        for name, table in zip(self.asked.columns, self.tables[cache.folder.name], strict=True):
+            dtype = np.int32 if table.dtype.kind == "u" else table.dtype
+            found[name] = self.asked.unit.rows(table, cache, pieces).astype(dtype, copy=False)
+        return found
 
     def _make(self, sides: list[Batches], counts: dict[str, int], params: Params) -> None:
         """Asks for all rows; the first process writes."""
-        size = sum(counts.values()) * sum(np.dtype(c.file_type).itemsize * c.width for c in self.asked.columns) / 2**20
-        announce(f"asking the {self.asked.name} once for {self.asked.what} ({size:,.1f} MiB)")
+        size = sum(self._size(count, dtype) for count in counts.values() for _, dtype in self.asked.columns.values())
+        announce(f"asking the {self.asked.name} once for {self.asked.what} ({size / 2**20:,.1f} MiB)")
         tables: dict[str, list[np.ndarray]] = {}
 
         def make_room() -> None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "made_of.json").unlink(missing_ok=True)
-            tables.update({name: [_new(*file, counts[name]) for file in self._files(name)] for name in counts})
+            with self._told_when_full(size):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / "made_of.json").unlink(missing_ok=True)
+                for name, count in counts.items():
+                    tables[name] = [self._new(*file, count) for file in self._files(name)]
 
-        try:
-            on_first(make_room)
-            with ending_alone():
-                for side in sides:
-                    self._fill(tables.get(side.cache.folder.name), side, params)
-            for name, filled in tables.items():
-                for (file, _), table in zip(self._files(name), filled, strict=True):
-                    _close(file, table)
-        except OSError as error:
-            raise UserError(
-                f"{self.folder}: cannot write {size:,.1f} MiB: {error.strerror or error}; make room"
-                f"{self.asked.way_out}, and run again"
-            ) from error
+        def close() -> None:
+            with self._told_when_full(size):
+                for name, filled in tables.items():
+                    for (file, _), table in zip(self._files(name), filled, strict=True):
+                        file.write_bytes(table.tobytes()) if is_remote(file) else table.flush()
+
+        on_first(make_room)
+        with ending_alone():
+            for side in sides:
+                self._fill(tables.get(side.cache.folder.name), side, params)
+        on_first(close)
 
     def _fill(self, tables: list[np.ndarray] | None, batches: Batches, params: Params) -> None:
         first, mesh, is_first = self.asked.unit.first(batches.cache), self.run.mesh, jax.process_index() == 0
@@ -231,31 +216,41 @@ class Answers:
                 for table, value in zip(tables, values, strict=True):
                     table[rows] = value[is_unit]
 
+    # The tables on the disk ---------------------------------------------------------------------------------------
 
-def _new(file: Path, column: Column, count: int) -> np.ndarray:
-    """An empty table; on a disk with its room there, so that a full one is told now. Raises OSError."""
-    if is_remote(file):
-        return np.zeros((count, column.width), column.file_type)
-    with file.open("wb") as stream:
-        rest = count * column.width * np.dtype(column.file_type).itemsize
-        while rest:
-            rest -= stream.write(bytes(min(rest, 2**24)))
-    return np.memmap(file, column.file_type, "r+").reshape(-1, column.width)
+    def _files(self, cache: str) -> list[tuple[Path, type]]:
+        return [(self.folder / f"{cache}.{ending}", dtype) for ending, dtype in self.asked.columns.values()]
 
+    def _size(self, count: int, dtype: type) -> int:
+        return count * self.asked.width * np.dtype(dtype).itemsize
 
-def _is_whole(file: Path, column: Column, count: int) -> bool:
-    size = count * column.width * np.dtype(column.file_type).itemsize
-    return is_remote(file) or (file.is_file() and file.stat().st_size == size)  # objects appear whole
+    def _are_whole(self, counts: dict[str, int]) -> bool:
+        files = [(*file, count) for name, count in counts.items() for file in self._files(name)]
+        return all(  # objects appear whole
+            is_remote(file) or (file.is_file() and file.stat().st_size == self._size(count, dtype))
+            for file, dtype, count in files
+        )
 
+    def _new(self, file: Path, dtype: type, count: int) -> np.ndarray:
+        """An empty table; on a disk with its room there, so that a full one is told now. Raises OSError."""
+        if is_remote(file):
+            return np.zeros((count, self.asked.width), dtype)
+        with file.open("wb") as stream:
+            rest = self._size(count, dtype)
+            while rest:
+                rest -= stream.write(bytes(min(rest, 2**24)))
+        return np.memmap(file, dtype, "r+").reshape(-1, self.asked.width)
 
-def _close(file: Path, table: np.ndarray) -> None:
-    if is_remote(file):
-        file.write_bytes(table.tobytes())
-    else:
-        table.flush()
+    def _read(self, file: Path, dtype: type) -> np.ndarray:
+        found = np.frombuffer(file.read_bytes(), dtype) if is_remote(file) else np.memmap(file, dtype, "r")
+        return found.reshape(-1, self.asked.width)
 
-
-def _read(file: Path, column: Column) -> np.ndarray:
-    dtype = column.file_type
-    found = np.frombuffer(file.read_bytes(), dtype) if is_remote(file) else np.memmap(file, dtype, "r")
-    return found.reshape(-1, column.width)
+    @contextlib.contextmanager
+    def _told_when_full(self, size: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.folder}: cannot write {size / 2**20:,.1f} MiB: {error.strerror or error}; make room"
+                f"{self.asked.way_out}, and run again"
+            ) from error

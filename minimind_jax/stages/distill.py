@@ -14,7 +14,7 @@ from minimind_jax.losses.distillation import make_distillation_loss, teacher_lik
 from minimind_jax.model.precision import cast_matrices
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.paths import is_remote
-from minimind_jax.runs.frozen import TOKENS, Answers, Asked, Column
+from minimind_jax.runs.frozen import TOKENS, Answers, Asked
 from minimind_jax.runs.parts import Run, open_rows, run_parameters
 from minimind_jax.runs.stage import Recipe, on_rows, run_stage
 from minimind_jax.sharding import param_shardings
@@ -101,20 +101,18 @@ def _likeliest(run: Run, teacher: LanguageModel, words: int) -> Asked:
 
     ids = np.uint16 if words <= 2**16 else np.uint32
     return Asked(
-        "teacher",
-        f"teacher.model {wanted.model}",
-        TOKENS,
-        (
-            Column("teacher_ids", np.int32, "ids", ids, wanted.top_k),
-            Column("teacher_log_probs", np.float32, "log_probs", np.float32, wanted.top_k),
-        ),
-        ask,
-        {
+        name="teacher",
+        setting=f"teacher.model {wanted.model}",
+        unit=TOKENS,
+        columns={"teacher_ids": ("ids", ids), "teacher_log_probs": ("log_probs", np.float32)},
+        width=wanted.top_k,
+        ask=ask,
+        made_of={
             "top_k": wanted.top_k, "temperature": wanted.temperature, "words": words,
             "seq_len": data.seq_len, "packing": data.packing,
         },
-        f"the {wanted.top_k} likeliest words of every token",
-        ", or lower teacher.top_k",
+        what=f"the {wanted.top_k} likeliest words of every token",
+        way_out=", or lower teacher.top_k",
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from minimind_jax.config.stages import DPOConfig
 from minimind_jax.losses.preference import answer_log_probs, make_preference_loss
 from minimind_jax.losses.sequences import pair_room
 from minimind_jax.model.transformer import full_precision
-from minimind_jax.runs.frozen import Answers, Asked, Column, Reference, pairs
+from minimind_jax.runs.frozen import Answers, Asked, Reference, pairs
 from minimind_jax.runs.parts import Run, open_rows, run_parameters
 from minimind_jax.runs.stage import Recipe, on_rows, run_stage
 from minimind_jax.stages import STAGES
@@ -55,11 +55,12 @@ def _log_probs(run: Run) -> Asked:
         return (jnp.stack([found.chosen[:, : room // 2], found.rejected[:, : room // 2]], axis=-1),)
 
     return Asked(
-        "reference",
-        f"init_from {run.config.init_from}",
-        pairs(room),
-        (Column("reference_log_probs", np.float32, "log_probs", np.float32, 2),),
-        ask,
-        {"seq_len": run.config.data.seq_len, "dtype": str(run.model.dtype)},
-        "its log-probabilities of all pairs",
+        name="reference",
+        setting=f"init_from {run.config.init_from}",
+        unit=pairs(room),
+        columns={"reference_log_probs": ("log_probs", np.float32)},
+        width=2,
+        ask=ask,
+        made_of={"seq_len": run.config.data.seq_len, "dtype": str(run.model.dtype)},
+        what="its log-probabilities of all pairs",
     )
