@@ -89,7 +89,8 @@ def attention(
         return _grouped(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, platform)
     if path == "reference":
         k_BKHT, v_BKTH = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)
-        return _reference(q_BTNH, k_BKHT, v_BKTH, causal_mask(segment_ids_BT, q_BTNH.shape[1]), platform)
+        T = q_BTNH.shape[1]
+        return _reference(q_BTNH, k_BKHT, v_BKTH, _mask(segment_ids_BT, segment_ids_BT, 0, T, T), platform)
     attend = {"cudnn": fused.cudnn, "splash": fused.splash}[path]
     return fused.on_mesh(attend, jax.sharding.get_abstract_mesh())(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
@@ -105,15 +106,9 @@ def cached_attention(q_BTNH: Array, cache: LayerCache, positions_BT: Array, plat
     return _reference(q_BTNH, k_BKHS, v_BKSH, mask_BTS, platform)
 
 
-def causal_mask(segment_ids_BT: Array | None, length: int) -> Array:
-    """Which of `length` keys each query sees, boolean (B or 1, T, T)."""
-    if segment_ids_BT is None:
-        return _mask(None, None, 0, length, length)
-    return _mask(segment_ids_BT, segment_ids_BT, 0, length, length)
-
-
 def _mask(query_ids_Bt: Array | None, key_ids_BS: Array | None, start, queries: int, keys: int) -> Array:
-    """Which of the first `keys` keys the queries start..start + queries see, boolean (B or 1, queries, keys)."""
+    """Which of the first `keys` keys the queries start..start + queries see, boolean (B or 1, queries, keys). Ids are
+    those of their segments; None where a row is one."""
     causal_tS = start + jnp.arange(queries)[:, None] >= jnp.arange(keys)
     if query_ids_Bt is None:
         return causal_tS[None]

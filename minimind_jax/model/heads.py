@@ -29,8 +29,3 @@ def scores(params: Params, hidden: Array) -> Array:
     """hidden (..., D) times the head, float32 (..., C), in the full precision of float32 on every device."""
     kernel_DC = params[SCORE]["kernel"].astype(jnp.float32)
     return jnp.matmul(hidden.astype(jnp.float32), kernel_DC, precision=jax.lax.Precision.HIGHEST)
-
-
-def without_head(params: Params) -> Params:
-    """The parameters of the model alone."""
-    return {name: tree for name, tree in params.items() if name != SCORE}

@@ -33,15 +33,12 @@ class LayerCache(NamedTuple):
 
     def write(self, k_BTKH: Array, v_BTKH: Array, positions_BT: Array) -> "LayerCache":
         """The cache with keys and values of tokens at these positions; those beyond the last slot are dropped."""
-        rows_B1, (block_BT, slot_BT) = jnp.arange(len(positions_BT))[:, None], self._places(positions_BT)
+        rows_B1 = jnp.arange(len(positions_BT))[:, None]
+        block_BT, slot_BT = jnp.divmod(positions_BT, self.v_CBKsH.shape[3])
         return LayerCache(
             self.k_CBKHs.at[block_BT, rows_B1, :, :, slot_BT].set(k_BTKH.astype(self.k_CBKHs.dtype), mode="drop"),
             self.v_CBKsH.at[block_BT, rows_B1, :, slot_BT].set(v_BTKH.astype(self.v_CBKsH.dtype), mode="drop"),
         )
-
-    def _places(self, positions_BT: Array) -> tuple[Array, Array]:
-        """The block, and the slot in it, of each position."""
-        return jnp.divmod(positions_BT, self.v_CBKsH.shape[3])
 
     def join(self) -> tuple[Array, Array]:
         """Keys (B, K, H, S) and values (B, K, S, H)."""

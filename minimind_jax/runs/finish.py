@@ -11,7 +11,7 @@ from minimind_jax.convert.hf_config import to_generation_config
 from minimind_jax.convert.load import load_generation_settings
 from minimind_jax.convert.peft import save_peft
 from minimind_jax.folders import is_adapter
-from minimind_jax.model.heads import SCORE, without_head
+from minimind_jax.model.heads import SCORE
 from minimind_jax.model.lora import LEAVES, join, merge, split
 from minimind_jax.model.transformer import Params
 from minimind_jax.paths import absolute
@@ -81,4 +81,4 @@ def _what_is_left(run: RunFolder) -> str:
 
 def _body(params: Params) -> Params:
     """A model's parameters without any head of its own."""
-    return {name: tree for name, tree in without_head(params).items() if name != "lm_head"}
+    return {name: tree for name, tree in params.items() if name not in (SCORE, "lm_head")}
