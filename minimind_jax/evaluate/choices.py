@@ -1,6 +1,7 @@
 """Multiple choice: which of its choices a model finds likeliest after a question."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.data.values import checked_text, field_names, is_absent, json_list, kind_of
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
-from minimind_jax.inference.likelihood import LikelihoodScorer, Request, encode_pair
+from minimind_jax.inference.likelihood import Likelihood, LikelihoodScorer, Request, encode_pair
 from minimind_jax.inference.load import load_model
 from minimind_jax.progress import progress
 
@@ -130,8 +131,7 @@ def evaluate_choices(
 
     A choice is scored as the continuation of the prompt, " " and the choice; the space is left out where one is there
     already, and behind a Chinese colon. Spaces at the prompt's end count as the choice's, in place of its own; those at
-    a choice's end are left out. The question's own answer is
-    never among the examples.
+    a choice's end are left out. The question's own answer is never among the examples.
 
     Args:
         shots: files of questions shown with their answers before each question; the files themselves if not given.
@@ -157,13 +157,9 @@ def evaluate_choices(
     total = sum(len(question.choices) for asked in questions.values() for question in asked)
     with progress("scoring choices", total) as advance:
         for task, asked in questions.items():
-            requests, groups, cut = [], [], 0
-            for question in asked:
-                own = _requests(tokenizer, prompt, question, examples.get(task, []), shot_count)
-                requests += own
-                cut += max(len(before) + len(choice) for before, choice in own) > scorer.context + 1
-                groups.append((question, len(own)))
-            results.append(dataclasses.replace(_result(task, groups, scorer.score(requests, advance)), cut=cut))
+            own = [_requests(tokenizer, prompt, question, examples.get(task, []), shot_count) for question in asked]
+            cut = sum(max(len(before) + len(choice) for before, choice in each) > scorer.context + 1 for each in own)
+            results.append(_result(task, asked, scorer.score(list(itertools.chain(*own)), advance), cut))
     return results
 
 
@@ -213,16 +209,16 @@ def _request(tokenizer: Tokenizer, context: str, choice: str, where: str) -> Req
     return (context_ids if context_ids == [prefix] or tokenizer.bos_id is None else [prefix, *context_ids]), own
 
 
-def _result(task: str, groups: list[tuple[Question, int]], likelihoods: list) -> ChoiceResult:
-    right, by_length, chance, place, alike = [], [], [], 0, 0
-    for question, count in groups:
-        log_probs = np.array([found.log_prob for found in likelihoods[place : place + count]])
+def _result(task: str, questions: list[Question], likelihoods: list[Likelihood], cut: int) -> ChoiceResult:
+    """likelihoods: of all choices, question by question."""
+    right, by_length, chance, alike, found = [], [], [], 0, iter(likelihoods)
+    for question in questions:
+        log_probs = np.array([next(found).log_prob for _ in question.choices])
         sizes = np.array([len(choice.encode()) for choice in question.choices])
         texts = [choice.strip() for choice in question.choices]
         is_right = np.array([text == texts[question.answer] for text in texts])
         right.append(is_right[log_probs.argmax()])
         by_length.append(is_right[(log_probs / sizes).argmax()])
         chance.append(is_right.mean())
-        alike += len(set(texts)) < count
-        place += count
-    return ChoiceResult(task, np.array(right), np.array(by_length), float(np.mean(chance)), alike=alike)
+        alike += len(set(texts)) < len(texts)
+    return ChoiceResult(task, np.array(right), np.array(by_length), float(np.mean(chance)), cut, alike)

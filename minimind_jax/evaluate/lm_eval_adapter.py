@@ -20,6 +20,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
 from minimind_jax.config.generation import SamplingConfig
+from minimind_jax.data.documents import begun
 from minimind_jax.errors import UserError
 from minimind_jax.inference.likelihood import LikelihoodScorer, encode_pair
 from minimind_jax.inference.load import load_generator
@@ -72,8 +73,7 @@ class MiniMindJax(TemplateLM):
         tokenizer = self.generator.tokenizer
         ids = tokenizer.encode(string)
         wanted = self.add_bos_token if add_special_tokens is None else add_special_tokens
-        is_there = bool(ids) and ids[0] == tokenizer.bos_id
-        return [tokenizer.bos_id, *ids] if wanted and tokenizer.bos_id is not None and not is_there else ids
+        return begun(tokenizer, ids) if wanted else ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         segments = self.generator.tokenizer.prompt_segments(
