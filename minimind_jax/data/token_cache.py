@@ -229,10 +229,9 @@ def _build(folder, files, encoder, tokenizer, source, asked_workers, progress) -
     finally:
         shutil.rmtree(building, ignore_errors=True)
     if progress:
-        Console(stderr=True).print(
+        _say(
             f"Tokenised {info['documents']:,} records, {info['tokens']:,} tokens, in "
-            f"{time.monotonic() - started:.1f} s with {workers} process{'es' if workers > 1 else ''}",
-            highlight=False,
+            f"{time.monotonic() - started:.1f} s with {workers} process{'es' if workers > 1 else ''}"
         )
     return _open_cache(folder)
 
@@ -328,11 +327,13 @@ def _explained_disk_errors(folder: Path):
 # What the user sees
 
 
+def _say(text: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
+
+
 def _report_skipped(cache: TokenCache) -> None:
     skipped, first = cache.info["skipped"], cache.info["skipped_messages"][0]
-    Console(stderr=True).print(
-        f"Skipped {skipped:,} of {skipped + len(cache):,} records, the first: {first}", highlight=False, markup=False
-    )
+    _say(f"Skipped {skipped:,} of {skipped + len(cache):,} records, the first: {first}")
 
 
 _report_left_out = functools.cache(tell_left_out)
@@ -342,7 +343,7 @@ _report_left_out = functools.cache(tell_left_out)
 def _report_told(folder: Path, lines: tuple[str, ...]) -> None:
     """What of the records was ignored or guessed."""
     for line in lines:
-        Console(stderr=True, soft_wrap=True).print(line, highlight=False, markup=False)
+        _say(line)
 
 
 def _report_stale(cache: TokenCache, data: FilesConfig) -> None:
@@ -352,9 +353,7 @@ def _report_stale(cache: TokenCache, data: FilesConfig) -> None:
     if earlier:
         noun = "cache" if len(earlier) == 1 else "caches"
         option = f" --cache_dir {data.cache_dir}" if data.cache_dir else ""
-        Console(stderr=True, soft_wrap=True).print(
+        _say(
             f"{len(earlier)} older {noun} of these files, {decimal(sum(c.size for c in earlier))}, can serve no run "
-            f"any more; `minimind data cache --clear stale{option}` frees the space",
-            highlight=False,
-            markup=False,
+            f"any more; `minimind data cache --clear stale{option}` frees the space"
         )

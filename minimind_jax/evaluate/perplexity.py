@@ -15,6 +15,7 @@ from minimind_jax.convert.load import load_tokenizer
 from minimind_jax.data.batches import Batches
 from minimind_jax.data.inspect import detect_kind
 from minimind_jax.data.jsonl import READING, Reading, expand_paths, reading_of
+from minimind_jax.data.kinds import KINDS
 from minimind_jax.data.token_cache import TokenCache, build_cache
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
@@ -110,8 +111,8 @@ def evaluate_perplexity(
     folder = resolve_model_folder(model)
     files = expand_paths(paths)  # a file that is missing is told before the model is loaded
     kind = kind or detect_kind(files, reading)
-    if kind == "preference":
-        raise UserError(f"{paths[0]}: pairs of answers; perplexity is of texts or conversations")
+    if "concat" not in KINDS[kind].packings:
+        raise UserError(f"{paths[0]}: {KINDS[kind].noun}; perplexity is of texts or conversations")
     network, params = load_model(folder, dtype, rope_scaling)
     limit = network.config.max_position_embeddings
     seq_len = min(DEFAULT_SEQ_LEN, limit) if seq_len is None else seq_len
