@@ -10,6 +10,7 @@ import typing
 import pytest
 import yaml
 
+from minimind_jax.cli import COMMANDS
 from minimind_jax.config.fields import Settings, at_least, fields_of, help_text, setting
 from minimind_jax.config.generation import ChatConfig, GenerateConfig
 from minimind_jax.config.settings import (
@@ -23,7 +24,6 @@ from minimind_jax.config.settings import (
 from minimind_jax.config.stages import PretrainConfig, SFTConfig, TokenizerConfig
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import RopeScaling
-from minimind_jax.stages import STAGES
 
 
 @pytest.fixture
@@ -150,9 +150,10 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("cls", [*(stage.config for stage in STAGES.values()), ChatConfig, GenerateConfig])
+@pytest.mark.parametrize("cls", [command.settings for command in COMMANDS.values()])
 def test_a_hostile_value_is_refused_in_words_or_taken(cls):
     base = {"model": Setting("m", "")} if issubclass(cls, ChatConfig | GenerateConfig) else {}
+    base |= {field.key: Setting("1", "") for field in fields_of(cls) if field.is_required}
     common = {field.key for field in fields_of(PretrainConfig)} if cls is not PretrainConfig else ()
     for field in fields_of(cls):
         for value in HOSTILE if field.key not in common else ():
