@@ -23,7 +23,7 @@ COMMANDS = {
     "pipeline": Command(
         "stages in order from one file; skips what is done, resumes what was cut off",
         tools.PipelineConfig,
-        "minimind_jax.pipeline.read:run",
+        "minimind_jax.pipeline:start",
         has_processes=True,
     ),
     "data inspect": Command(

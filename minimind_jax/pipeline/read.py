@@ -10,7 +10,6 @@ import yaml
 from minimind_jax.config import settings
 from minimind_jax.config.fields import Field, fields_of
 from minimind_jax.config.settings import Setting
-from minimind_jax.config.tools import PipelineConfig
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_run
 from minimind_jax.runs.kind import StageKind
@@ -54,14 +53,6 @@ class Stage(NamedTuple):
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
-
-
-def run(config: PipelineConfig) -> None:
-    """`minimind pipeline`. The file is read before anything heavy is loaded."""
-    stages = load_pipeline(config.arguments)
-    from minimind_jax.pipeline.run import run_pipeline
-
-    run_pipeline(stages)
 
 
 def load_pipeline(argv: Sequence[str]) -> list[Stage]:
