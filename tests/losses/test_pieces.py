@@ -51,7 +51,7 @@ def test_every_token_has_its_own(monkeypatch, size):
     hidden, ids = np.random.default_rng(1).standard_normal((2, 11, 8)).astype(np.float32), np.arange(22).reshape(2, 11)
 
     def function(kernels, hidden_BTD, ids_BT):
-        return pieces.logits(hidden_BTD, *kernels), ids_BT
+        return pieces.logits(hidden_BTD, *kernels, "cpu"), ids_BT
 
     found, same = jax.jit(lambda: by_columns(function, (kernel,), hidden, ids))()
     np.testing.assert_allclose(found, hidden @ kernel.T, rtol=1e-5, atol=1e-5)

@@ -73,7 +73,7 @@ def in_float64(hidden_BTD, kernel_VD, targets_BT, temperature):
     return log_probs_BT, jnp.log(jnp.sum(jnp.exp(logits_BTV), axis=-1)), -jnp.sum(p_BTV * jnp.log(p_BTV), axis=-1)
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
 @pytest.mark.parametrize("limit", [2**30, 0], ids=["whole", "pieces"])
 def test_temperature_and_entropy_are_their_formulas(monkeypatch, limit, temperature):
     monkeypatch.setattr(vocabulary, "WHOLE_BYTES", limit)
