@@ -26,7 +26,7 @@ def agreed_settings(config: RunConfig) -> dict[str, Any]:
     """What the processes of a run are told and run with, by name, for `check_agreement`.
 
     Folders and threads may differ; what is in them is compared later."""
-    own = {"run", "resume", "init_from", "tokenizer", "teacher.model", "tracking.loggers", "tracking.project"}
+    own = {"run", "resume", "tokenizer", "tracking.loggers", "tracking.project", *MODELS}
     own |= {f"data.{name}" for name in ("train", "val", "cache_dir", "tokenizer_workers", "loader_workers")}
     settings = {f"the setting {key}": value for key, value in flat(plain(config)).items() if key not in own}
     versions = {f"the version of {package}": version for package, version in package_versions().items()}
