@@ -1,7 +1,7 @@
 """How a command line is carried out: which command it names, its settings, its function, and how it ends."""
 
-import importlib
 import os
+import pkgutil
 import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -32,8 +32,7 @@ class Command(NamedTuple):
         words = take_process_flags(argv) if self.has_processes else argv
         config = settings.load_settings(self.settings, words, prog)
         compiled.keep_programs()
-        module, name = self.function.split(":")
-        status = getattr(importlib.import_module(module), name)(config)
+        status = pkgutil.resolve_name(self.function)(config)
         return status if isinstance(status, int) else 0
 
 

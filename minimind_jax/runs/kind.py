@@ -1,7 +1,7 @@
 """What everything else knows of a stage: the entry that it has in the table of stages. Imports no jax."""
 
 import dataclasses
-import importlib
+import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -48,8 +48,7 @@ class StageKind:
         return issubclass(self.config, RunConfig)
 
     def load(self) -> Callable[[Any], Any]:
-        module, name = self.function.split(":")
-        return getattr(importlib.import_module(module), name)
+        return pkgutil.resolve_name(self.function)
 
     def next_commands(self, run: Any) -> list[str]:
         """`next`, to be pasted, of a run's folder (see `training.run`)."""

@@ -15,9 +15,10 @@ def pretrain(config: PretrainConfig) -> Path:
     Data: records with a `text`, between the tokenizer's begin and end tokens, packed into rows of `data.seq_len`.
     Loss: cross entropy of every next token of the same document. Trained: all parameters, or adapters.
     """
-    return run_stage(STAGES["pretrain"], config, _recipe)
+    return run_stage(STAGES["pretrain"], config, next_token_recipe)
 
 
-def _recipe(run: Run) -> Recipe:
+def next_token_recipe(run: Run) -> Recipe:
+    """The cross entropy of the tokens that are trained, by which fine-tuning learns, too."""
     loss_fn = make_language_model_loss(run.model, run.config.training.z_loss)
     return on_rows(run, loss_fn, run_parameters(run), open_rows(run))

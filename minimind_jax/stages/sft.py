@@ -3,10 +3,9 @@
 from pathlib import Path
 
 from minimind_jax.config.stages import SFTConfig
-from minimind_jax.losses.language_model import make_language_model_loss
-from minimind_jax.runs.parts import Run, open_rows, run_parameters
-from minimind_jax.runs.stage import Recipe, on_rows, run_stage
+from minimind_jax.runs.stage import run_stage
 from minimind_jax.stages import STAGES
+from minimind_jax.stages.pretrain import next_token_recipe
 
 
 def sft(config: SFTConfig) -> Path:
@@ -16,9 +15,4 @@ def sft(config: SFTConfig) -> Path:
     Loss: cross entropy of the assistant's tokens, its end of turn included; all else is context. Trained: all
     parameters, or adapters.
     """
-    return run_stage(STAGES["sft"], config, _recipe)
-
-
-def _recipe(run: Run) -> Recipe:
-    loss_fn = make_language_model_loss(run.model, run.config.training.z_loss)
-    return on_rows(run, loss_fn, run_parameters(run), open_rows(run))
+    return run_stage(STAGES["sft"], config, next_token_recipe)
