@@ -30,8 +30,7 @@ from minimind_jax.paths import absolute, as_path, local_folder
 
 def read_config(folder: str | Path, base: str = "") -> ModelConfig:
     """The configuration of the model in a folder, or of the base model of the adapter in it (see `base_folder`)."""
-    folder = as_path(folder)
-    return read_hf_config(base_folder(folder, base) if is_adapter(folder) else folder)
+    return read_hf_config(folders_of(as_path(folder), base)[-1])
 
 
 def load_merged(folder: str | Path, base: str = "") -> tuple[ModelConfig, Params]:

@@ -17,7 +17,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.folders import ADAPTER_CONFIG, holds_model
 from minimind_jax.paths import is_remote, upload_folder
 from minimind_jax.signals import telling, uninterrupted
-from minimind_jax.texts import listed
+from minimind_jax.texts import listed, read_object, read_text
 
 MARKS = ("config.json", ADAPTER_CONFIG)  # each makes a folder a model's; removed first and written last
 _TEMPLATES = "additional_chat_templates"
@@ -138,11 +138,9 @@ def _is_of_model(config: Path) -> bool:
 def _values(config: Path) -> dict[str, Any] | None:
     """What a configuration holds, {} for an empty file; None if it is none."""
     try:
-        text = config.read_text(encoding="utf-8").strip()
-        values = json.loads(text) if text else {}
-    except (OSError, ValueError):
+        return read_object(config) if read_text(config).strip() else {}
+    except UserError:
         return None
-    return values if isinstance(values, dict) else None
 
 
 def _is_locked(entry: Path) -> bool:

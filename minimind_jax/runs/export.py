@@ -10,7 +10,7 @@ from minimind_jax.config.sections import MeshConfig
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.config.tools import ToHFConfig
 from minimind_jax.convert.hf import MAX_SHARD_BYTES, from_hf, save_hf, stored_dtype
-from minimind_jax.convert.load import base_folder, load_generation_settings, merge_lora
+from minimind_jax.convert.load import folders_of, load_generation_settings, merge_lora
 from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter, resolve_model_folder, resolve_run
 from minimind_jax.model.lora import join, merge
@@ -38,7 +38,7 @@ def export(stages: Stages, config: ToHFConfig) -> None:
         merge_lora(source, config.output, dtype=dtype, max_shard_bytes=config.max_shard_bytes)
     else:
         from_hf(source, config.output, dtype, max_shard_bytes=config.max_shard_bytes)
-    found = stored_dtype(base_folder(source) if is_adapter(source) else source)
+    found = stored_dtype(folders_of(source)[-1])
     is_rounded = not config.dtype and found == "float32"
     note = " in bfloat16 (--dtype float32 keeps the precision of the source)" * is_rounded
     print(f"wrote {config.output}{note}")
