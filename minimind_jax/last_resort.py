@@ -6,6 +6,7 @@ import sys
 import traceback
 
 from minimind_jax import __version__
+from minimind_jax.errors import first_line
 
 _FILE_TROUBLE = {
     errno.ENOSPC: "free some space there, or choose another folder",
@@ -27,14 +28,14 @@ def explain(error: BaseException) -> str | None:
     """What an unexpected error means to the user, with a way out; None for one that looks like a bug."""
     text = str(error)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
-        return f"out of memory ({_first_line(text) or 'of this machine'}); {_LESS_MEMORY}"
+        return f"out of memory ({first_line(error)[:200] or 'of this machine'}); {_LESS_MEMORY}"
     if isinstance(error, OSError) and (error.filename or error.errno in _FILE_TROUBLE):
         names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
         where = f"{' -> '.join(names)}: " if names else ""
         way_out = _FILE_TROUBLE.get(error.errno or 0, "check that name, and what is there")
         return f"{where}{error.strerror or error}; {way_out}"
     if _raised_in(error).endswith("xla_bridge.py"):  # where JAX looks for devices, with and without words of its own
-        return _backend(text)
+        return _backend(first_line(error)[:200])
     if isinstance(error, RuntimeError) and "home directory" in text:
         return "your home folder is not known; set HOME, or give paths without ~ and set MINIMIND_CACHE to a folder"
     if isinstance(error, UnicodeEncodeError):
@@ -48,23 +49,19 @@ def _raised_in(error: BaseException) -> str:
     return frames[-1].filename if frames else ""
 
 
-def _backend(text: str) -> str:
+def _backend(told: str) -> str:
     asked = os.environ.get("JAX_PLATFORMS")
     if not asked:
-        return f"JAX cannot use this machine's devices: {_first_line(text)}"
+        return f"JAX cannot use this machine's devices: {told}"
     from minimind_jax.shell import install_command
 
     extra = {"cuda": "cuda13", "gpu": "cuda13", "tpu": "tpu"}.get(asked.split(",")[0])
     install = f", or install what it needs: {install_command(extra)}" if extra else ""
-    reason = _first_line(text) or "no such device is found"
+    reason = told or "no such device is found"
     return (
         f"JAX_PLATFORMS is {asked}, and JAX cannot use it here ({reason}); unset JAX_PLATFORMS to take what this "
         f"machine has, or set it to cpu{install}"
     )
-
-
-def _first_line(text: str) -> str:
-    return text.strip().split("\n")[0][:200]
 
 
 def report_bug() -> None:
