@@ -179,62 +179,45 @@ def _grouped(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, platform):
     return out_BKRH.reshape(B, K, T, N // K, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
 
 
-class _Cut(NamedTuple):
-    """How the queries of a row are cut: into at most 8 `ranges` of about 96 queries or more, as more would hide little
-    more and take long to compile, and each into `blocks` of `size` queries. A block is multiplied with the keys up to
-    the end of its range; those of a range come one after another."""
-
-    ranges: int
-    blocks: int
-    size: int
-
-    @classmethod
-    def of(cls, length: int) -> "_Cut":
-        ranges = min(8, math.ceil(length / 96))
-        blocks = math.ceil(length / (ranges * BLOCK))
-        return cls(ranges, blocks, math.ceil(length / (ranges * blocks)))
-
-    def pad(self, x: Array, axis: int, group: int = 1) -> Array:
-        """Rows of zeros behind the queries, so that all blocks are full. group: rows of x for each query."""
-        missing = self.ranges * self.blocks * self.size * group - x.shape[axis]
-        return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
-
-    def cut(self, x: Array, axis: int, number: int) -> Array:
-        """The blocks of one range of a padded array on a leading axis."""
-        rows = x.shape[axis] // self.ranges
-        x = jax.lax.slice_in_dim(x, number * rows, (number + 1) * rows, axis=axis)
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], self.blocks, -1, *x.shape[axis + 1 :]), axis, 0)
-
-    def join(self, ranges: list[Array], rows: int) -> Array:
-        """(..., rows, H) of the blocks (blocks, ..., block's rows, H) of all ranges."""
-        parts = [jnp.moveaxis(x, 0, -3).reshape(*x.shape[1:-2], -1, x.shape[-1]) for x in ranges]
-        return jnp.concatenate(parts, axis=-2)[..., :rows, :]
+def _ranges(length: int) -> tuple[list[tuple[int, int]], int]:
+    """(first, behind the last) of at most 8 ranges of queries, as more would hide little more and take long to compile;
+    and into how many blocks each is cut."""
+    count = min(8, math.ceil(length / 96))
+    blocks = math.ceil(length / (count * BLOCK))
+    size = math.ceil(length / (count * blocks)) * blocks
+    return [(first, min(first + size, length)) for first in range(0, length, size)], blocks
 
 
-def _over_blocks(step, cut: _Cut, length: int, carry, ids_BT, *rows_BKRX):
-    """carry and outputs of `step(carry, mask, stop, rows of a block ...)` over the blocks of all ranges.
+def _over_blocks(step, length: int, carry, ids_BT, *rows_BKRX):
+    """carry and outputs of `step(carry, mask, stop, rows of a block ...)` over blocks of queries.
 
-    mask: (B or 1, 1, block's rows, stop) of the keys 0..stop. rows_BKRX: G rows for each query.
+    A block is multiplied with the keys up to the end of its range; those of a range come one after another, the last
+    filled up with zeros. mask: (B or 1, 1, block's rows, stop) of the keys 0..stop. rows_BKRX: G rows for each query.
     """
     group = rows_BKRX[0].shape[2] // length
-    rows_BKRX = [cut.pad(x, 2, group) for x in rows_BKRX]
-    query_ids = None if ids_BT is None else cut.pad(ids_BT, 1)
+    ranges, blocks = _ranges(length)
     outs = []
-    for number in range(cut.ranges):
-        first, stop = (min(end * cut.blocks * cut.size, length) for end in (number, number + 1))
+    for first, stop in ranges:
+        size = math.ceil((stop - first) / blocks)
         key_ids = None if ids_BT is None else ids_BT[:, :stop]
 
-        def run(carry, block, key_ids=key_ids, stop=stop):
+        def cut(x, axis, rows=1, first=first, stop=stop, size=size):
+            x = jax.lax.slice_in_dim(x, first * rows, stop * rows, axis=axis)
+            missing = (size * blocks - (stop - first)) * rows
+            x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+            return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, -1, *x.shape[axis + 1 :]), axis, 0)
+
+        def run(carry, block, key_ids=key_ids, stop=stop, size=size):
             start, query_ids, rows = block
-            mask = jnp.repeat(_mask(query_ids, key_ids, start, cut.size, stop), group, axis=1)[:, None]
+            mask = jnp.repeat(_mask(query_ids, key_ids, start, size, stop), group, axis=1)[:, None]
             return step(carry, mask, stop, *rows)
 
-        starts = first + cut.size * jnp.arange(cut.blocks)
-        ids = None if ids_BT is None else cut.cut(query_ids, 1, number)
-        rows = [cut.cut(x, 2, number) for x in rows_BKRX]
-        carry, out = jax.lax.scan(run, carry, (starts, ids, rows), unroll=cut.blocks == 1)
-        outs.append(out)
-    return carry, [cut.join(list(parts), length * group) for parts in zip(*outs, strict=True)]
+        ids = None if ids_BT is None else cut(ids_BT, 1)
+        inputs = first + size * jnp.arange(blocks), ids, [cut(x, 2, group) for x in rows_BKRX]
+        carry, found = jax.lax.scan(run, carry, inputs, unroll=blocks == 1)
+        joined = (jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, x.shape[-1]) for x in found)
+        outs.append([x[:, :, : (stop - first) * group] for x in joined])
+    return carry, [jnp.concatenate(parts, axis=2) for parts in zip(*outs, strict=True)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -252,7 +235,7 @@ def _triangle_forward(platform, q_BKRH, k_BKTH, v_BKTH, segment_ids_BT):
         out = _in_float32("BKRS,BKSH->BKRH", weights.astype(v.dtype), v, platform) / total
         return None, (out.astype(q.dtype), largest + jnp.log(total))
 
-    _, outs = _over_blocks(step, _Cut.of(T), T, None, segment_ids_BT, q_BKRH)
+    _, outs = _over_blocks(step, T, None, segment_ids_BT, q_BKRH)
     out_BKRH, log_sums_BKR1 = (checkpoint_name(x, name) for x, name in zip(outs, SAVED_NAMES, strict=False))
     return out_BKRH, (q_BKRH, k_BKTH, v_BKTH, segment_ids_BT, out_BKRH, log_sums_BKR1)
 
@@ -276,7 +259,7 @@ def _triangle_backward(platform, saved, grad_BKRH):
 
     zeros = jnp.zeros(k_BKTH.shape, jnp.float32)
     rows = (q_BKRH, grad_BKRH, log_sums_BKR1, shared_BKR1)
-    (grad_k, grad_v), (grad_q,) = _over_blocks(step, _Cut.of(T), T, (zeros, zeros), segment_ids_BT, *rows)
+    (grad_k, grad_v), (grad_q,) = _over_blocks(step, T, (zeros, zeros), segment_ids_BT, *rows)
     return grad_q, grad_k.astype(dtype), grad_v.astype(dtype), None
 
 
