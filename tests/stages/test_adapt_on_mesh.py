@@ -59,11 +59,8 @@ def draw(path, leaf):
 
 
 def added(parameters, name, tree, axes, is_trained, place):
-    return Parameters(
-        {**parameters.abstract, name: jax.eval_shape(lambda: tree)},
-        {**parameters.axes, name: axes},
-        lambda: {**parameters.load(), name: place(tree, axes)},
-        lambda path: is_trained if path[0] == name else parameters.is_trained(path),
+    return parameters.adding(
+        name, jax.eval_shape(lambda: tree), axes, lambda _: place(tree, axes), is_trained=is_trained
     )
 
 
