@@ -51,8 +51,8 @@ def test_a_bug_keeps_its_traceback_and_says_where_the_run_is(error, monkeypatch,
 
 @pytest.mark.parametrize("platform, way_out", [("cuda", "jax[cuda13]"), ("abacus", "unset JAX_PLATFORMS")])
 def test_devices_that_jax_cannot_use_are_told(platform, way_out):
-    code = "import jax, sys; from minimind_jax.cli import main; from minimind_jax.runs import report\n"
-    code += "report.run = lambda config: jax.devices(); sys.exit(main(['report', 'x']))"
+    code = "import jax, sys; from minimind_jax.cli import main; from minimind_jax.pipeline import tools\n"
+    code += "tools.report = lambda config: jax.devices(); sys.exit(main(['report', 'x']))"
     environment = {**os.environ, "JAX_PLATFORMS": platform}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and way_out in done.stderr and f"JAX_PLATFORMS is {platform}" in done.stderr
