@@ -10,6 +10,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.hub import fetch, is_hub_name
 from minimind_jax.paths import as_path, is_remote, local_folder
 from minimind_jax.shell import command
+from minimind_jax.texts import is_there
 
 RUNS = Path("runs")
 
@@ -26,6 +27,12 @@ def holds_model(folder: Path) -> bool:
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds a low-rank adapter and no whole model."""
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """Where the tokenizer is that a folder means: in it, or in the model/ of a run."""
+    is_in_model = not is_there(folder / "tokenizer.json") and is_there(folder / "model" / "tokenizer.json")
+    return folder / "model" if is_in_model else folder
 
 
 def resolve_run(name: str) -> Path:

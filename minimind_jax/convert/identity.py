@@ -7,7 +7,7 @@ from pathlib import Path
 
 from minimind_jax.convert.load import base_folder
 from minimind_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer
-from minimind_jax.folders import is_adapter
+from minimind_jax.folders import is_adapter, tokenizer_folder
 
 WHOLE_BYTES = 2**26  # files up to this are read whole
 BLOCKS, BLOCK_BYTES = 256, 2**16  # of larger ones so many blocks, spread evenly: training changes every tensor
@@ -42,6 +42,7 @@ def words_hash(tokenizer: Tokenizer) -> str:
 
 def tokenizer_hash(folder: Path) -> str:
     """A hash of a tokenizer's files; "" where there is none."""
+    folder = tokenizer_folder(folder)
     if not (folder / "tokenizer.json").is_file():
         return ""
     found = hashlib.blake2b(digest_size=8)

@@ -28,6 +28,7 @@ from minimind_jax.data.template_check import FORGOTTEN, check_complete, ends_in_
 from minimind_jax.data.template_spans import foreign_segments
 from minimind_jax.data.token_bytes import bytes_of_tokens
 from minimind_jax.errors import TemplateFault, UserError
+from minimind_jax.folders import tokenizer_folder
 from minimind_jax.hub import fetch, is_hub_name
 from minimind_jax.paths import as_path, local_folder
 from minimind_jax.texts import is_there, read_object, read_text
@@ -94,13 +95,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """folder: or, as text, the name of a model on the hub where no folder has that name.
+        """folder: or a run, whose model/ is meant, or the name of a model on the hub where no folder has that name.
 
         Raises UserError if the folder has no tokenizer.json, or one of its files cannot be read.
         """
         if isinstance(folder, str) and is_hub_name(folder) and not is_there(as_path(folder)):
             folder = fetch(folder, "tokenizer", weights=False)
-        folder = local_folder(as_path(folder))
+        folder = local_folder(tokenizer_folder(as_path(folder)))
         file = folder / "tokenizer.json"
         if not is_there(file) and is_there(folder / "tokenizer.model"):
             raise UserError(

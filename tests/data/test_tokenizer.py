@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from talk import TEXT
 
 from minimind_jax.config.stages import TokenizerConfig
+from minimind_jax.convert.identity import tokenizer_hash
 from minimind_jax.data.jsonl import Record
 from minimind_jax.data.template import CHAT_TEMPLATE
 from minimind_jax.data.tokenizer import RESERVED_TOKENS, StreamDecoder, Tokenizer, train_bpe
@@ -182,6 +183,12 @@ class TestFolders:
         (folder / file).write_bytes(content)
         with pytest.raises(UserError, match=message):
             Tokenizer.load(folder)
+
+    def test_a_run_means_the_tokenizer_of_its_model(self, small, tmp_path):
+        (tmp_path / "run").mkdir()
+        folder = self.copy(small, tmp_path / "run" / "model")
+        assert Tokenizer.load(str(tmp_path / "run")).folder == folder
+        assert tokenizer_hash(tmp_path / "run") == tokenizer_hash(folder) != ""
 
     def test_broken_folders(self, small, tmp_path):
         with pytest.raises(UserError, match=r"tokenizer\.json: no such file; expected a tokenizer folder"):
