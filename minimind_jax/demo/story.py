@@ -22,7 +22,7 @@ from minimind_jax.demo import corpus
 from minimind_jax.inference.buckets import bucket
 from minimind_jax.inference.generate import Generator
 from minimind_jax.inference.load import load_generator
-from minimind_jax.model.transformer import LanguageModel, Params
+from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.pipeline.read import load_pipeline
 from minimind_jax.pipeline.run import run_pipeline
 from minimind_jax.shell import command
@@ -121,20 +121,16 @@ def batches_of_a_size(questions: list, prompt_length: Callable, answer_length: C
             yield group[start : start + BATCH]
 
 
-def export_difference(run: Path, exported: Path) -> float:
+def export_difference(folder: Path, exported: Path) -> float:
     """Largest difference of a logit between the run's last checkpoint and the exported folder, loaded from disk."""
     config, params = load_hf(exported)
     model = LanguageModel(config)
     generator = load_generator(str(exported), "float32")
     tokens_BT = np.array([prompt_ids(generator, [question])[:8] for question in SAMPLE_QUESTIONS])
-    trained = checkpoint_params(RunFolder(run), model)
+    run = RunFolder(folder)
+    trained = load_params(run.checkpoints / str(run.checkpoint_steps()[-1]), model.abstract_params())
     logits = [np.asarray(jax.jit(model.apply)(tree, tokens_BT)[0]) for tree in (trained, params)]
     return float(np.abs(logits[0] - logits[1]).max())
-
-
-def checkpoint_params(run: RunFolder, model: LanguageModel) -> Params:
-    """The parameters of a run's last checkpoint, as training left them."""
-    return load_params(run.checkpoints / str(run.checkpoint_steps()[-1]), model.abstract_params())
 
 
 def bits_per_byte(run: Path) -> list[str]:

@@ -76,13 +76,12 @@ class Reference:
 class Unit(NamedTuple):
     """What a frozen model speaks of: every token, or every pair. It has a row in the table of its cache.
 
-    count: how many a cache has. first: the row of each document's first one, (documents,). where: `documents` and
-    `places` of those in rows of data, int32, places from 0 in each document; -1 for none. rows: what the table (count,
-    width) says, put where the loss reads it.
+    offsets: of a cache, the row of each document's first one, and their number, (documents + 1,). where: `documents`
+    and `places` of those in rows of data, int32, places from 0 in each document; -1 for none. rows: what the table
+    says, put where the loss reads it.
     """
 
-    count: Callable[[TokenCache], int]
-    first: Callable[[TokenCache], np.ndarray]
+    offsets: Callable[[TokenCache], np.ndarray]
     where: Callable[[Pieces], Batch]
     rows: Callable[[np.ndarray, TokenCache, Pieces], np.ndarray]
 
@@ -99,12 +98,7 @@ def _said_of_tokens(table: np.ndarray, cache: TokenCache, pieces: Pieces) -> np.
 
 
 # What is said of a token is behind the tokens before it in its row's piece: pieces must be the same in every epoch.
-TOKENS = Unit(
-    count=lambda cache: len(cache.tokens),
-    first=lambda cache: cache.offsets,
-    where=_places_of_tokens,
-    rows=_said_of_tokens,
-)
+TOKENS = Unit(lambda cache: cache.offsets, _places_of_tokens, _said_of_tokens)
 
 
 def pairs(room: int) -> Unit:
@@ -120,7 +114,7 @@ def pairs(room: int) -> Unit:
         found[pieces.rows, pieces.segments] = table[pieces.documents, pieces.segments % 2]
         return found
 
-    return Unit(len, lambda cache: np.arange(len(cache)), where, rows)
+    return Unit(lambda cache: np.arange(len(cache) + 1), where, rows)
 
 
 class Asked(NamedTuple):
@@ -162,7 +156,7 @@ class Answers:
                 f"{asked.setting} (or compute.dtype) has changed since {run.folder.path} was started; restore it, or "
                 "start another run"
             )
-        counts = {name: asked.unit.count(cache) for name, cache in caches.items()}
+        counts = {name: int(asked.unit.offsets(cache)[-1]) for name, cache in caches.items()}
         if first_says(earlier != made_of or not self._are_whole(counts)):
             self._make(sides, counts, params)
             on_first(lambda: write_text(record, json.dumps(made_of)))
@@ -201,7 +195,7 @@ class Answers:
         on_first(close)
 
     def _fill(self, tables: list[np.ndarray] | None, batches: Batches, params: Params) -> None:
-        first, mesh, is_first = self.asked.unit.first(batches.cache), self.run.mesh, jax.process_index() == 0
+        offsets, mesh, is_first = self.asked.unit.offsets(batches.cache), self.run.mesh, jax.process_index() == 0
         ask = jax.jit(self.asked.ask)
         for batch in tracked(batches.eval_batches(), f"the {self.asked.name}", batches.eval_steps(), show=is_first):
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -212,7 +206,7 @@ class Answers:
             if tables is not None:
                 documents, places, *values = (np.asarray(array) for array in found)
                 is_unit = documents >= 0
-                rows = first[documents[is_unit]] + places[is_unit]
+                rows = offsets[documents[is_unit]] + places[is_unit]
                 for table, value in zip(tables, values, strict=True):
                     table[rows] = value[is_unit]
 

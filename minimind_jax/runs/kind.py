@@ -3,17 +3,10 @@
 import dataclasses
 import pkgutil
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.shell import command
-
-
-class Next(NamedTuple):
-    """A command to type when a stage is done. words: {run} and {model} stand for the folders. note: what it is for."""
-
-    words: tuple[str, ...]
-    note: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +18,8 @@ class StageKind:
     from scratch. has_head: its model has a head of scores in place of one of words, and is the end of a pipeline.
     labels: of that head; empty where they are those of the records. fixed: settings of its own that a run cannot change
     once it has begun. figures: metrics of its own in the report's table of evaluations; curves: those of them that are
-    drawn. next: when it is done. is_planned: `minimind plan` knows its step.
+    drawn. next: commands to type when it is done, and what for; {run} and {model} are the folders. is_planned:
+    `minimind plan` knows its step.
     """
 
     name: str
@@ -39,7 +33,7 @@ class StageKind:
     fixed: tuple[str, ...] = ()
     figures: tuple[str, ...] = ()
     curves: tuple[str, ...] = ()
-    next: tuple[Next, ...] = ()
+    next: tuple[tuple[str, str], ...] = ()
     is_planned: bool = False
 
     @property
@@ -53,7 +47,7 @@ class StageKind:
     def next_commands(self, run: Any) -> list[str]:
         """`next`, to be pasted, of a run's folder (see `training.run`)."""
         places = {"run": run.path, "model": run.model}
-        return [command(*(word.format(**places) for word in words), note=note) for words, note in self.next]
+        return [command(*(word.format(**places) for word in text.split()), note=note) for text, note in self.next]
 
 
 Stages = Mapping[str, StageKind]

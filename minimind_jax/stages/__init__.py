@@ -9,15 +9,13 @@ from minimind_jax.config.stages import (
     SFTConfig,
     TokenizerConfig,
 )
-from minimind_jax.runs.kind import Next, StageKind
+from minimind_jax.runs.kind import StageKind
 
-CHAT = Next(("chat", "--model", "{model}"), "talk to it")
-ASK = Next(("generate", "--model", "{model}", "--prompt", "Hello"), "one answer")
-TUNE = Next(
-    ("sft", "--init_from", "{run}", "--data.train", "YOUR_CONVERSATIONS.jsonl", "--run", "NAME"), "train it further"
-)
-SCORE = Next(("score", "--model", "{model}", "--input", "YOUR_CONVERSATIONS.jsonl"), "scores")
-PREDICT = Next(("classify", "predict", "--model", "{run}", "--input", "YOUR_TEXTS.jsonl"), "labels")
+CHAT = ("chat --model {model}", "talk to it")
+ASK = ("generate --model {model} --prompt Hello", "one answer")
+TUNE = ("sft --init_from {run} --data.train YOUR_CONVERSATIONS.jsonl --run NAME", "train it further")
+SCORE = ("score --model {model} --input YOUR_CONVERSATIONS.jsonl", "scores")
+PREDICT = ("classify predict --model {run} --input YOUR_TEXTS.jsonl", "labels")
 
 KINDS = (
     StageKind(
