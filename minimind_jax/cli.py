@@ -15,79 +15,59 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 COMMANDS = {
     "demo": Command(
-        "a small model learns from real text on this machine, and answers",
-        tools.DemoConfig,
-        "minimind_jax.demo.story:run",
+        "a small model learns from real text on this machine, and answers", tools.DemoConfig, "demo.story:run"
     ),
     **{kind.name: Command(kind.summary, kind.config, kind.function, has_processes=True) for kind in STAGES.values()},
     "pipeline": Command(
         "stages in order from one file; skips what is done, resumes what was cut off",
         tools.PipelineConfig,
-        "minimind_jax.pipeline:start",
+        "pipeline:start",
         has_processes=True,
     ),
     "data inspect": Command(
-        "records as the model sees them, counts, lengths, packing", tools.InspectConfig, "minimind_jax.data.inspect:run"
+        "records as the model sees them, counts, lengths, packing", tools.InspectConfig, "data.inspect:run"
     ),
     "data convert": Command(
-        "records of other tools' formats in MiniMind's",
-        tools.ConvertDataConfig,
-        "minimind_jax.data.convert_command:run",
+        "records of other tools' formats in MiniMind's", tools.ConvertDataConfig, "data.convert_command:run"
     ),
-    "data download": Command("MiniMind's public data files", tools.DownloadConfig, "minimind_jax.data.download:run"),
-    "data cache": Command(
-        "caches of tokenised data: list, remove", tools.CacheConfig, "minimind_jax.data.cache_command:run"
-    ),
-    "chat": Command("talk with a model in the terminal", generation.ChatConfig, "minimind_jax.inference.chat:run"),
+    "data download": Command("MiniMind's public data files", tools.DownloadConfig, "data.download:run"),
+    "data cache": Command("caches of tokenised data: list, remove", tools.CacheConfig, "data.cache_command:run"),
+    "chat": Command("talk with a model in the terminal", generation.ChatConfig, "inference.chat:run"),
     "generate": Command(
-        "answers to prompts, or to every record of a file",
-        generation.GenerateConfig,
-        "minimind_jax.inference.generate_command:run",
+        "answers to prompts, or to every record of a file", generation.GenerateConfig, "inference.generate_command:run"
     ),
     "classify predict": Command(
         "labels for the texts of a file or of the standard input",
         tools.PredictConfig,
-        "minimind_jax.evaluate.score_command:run_predict",
+        "evaluate.score_command:run_predict",
     ),
     "score": Command(
-        "a reward model's scores for the conversations of a file",
-        tools.ScoreConfig,
-        "minimind_jax.evaluate.score_command:run_score",
+        "a reward model's scores for the conversations of a file", tools.ScoreConfig, "evaluate.score_command:run_score"
     ),
     "evaluate perplexity": Command(
-        "how well a model predicts text or answers", tools.PerplexityConfig, "minimind_jax.evaluate.perplexity:run"
+        "how well a model predicts text or answers", tools.PerplexityConfig, "evaluate.perplexity:run"
     ),
     "evaluate choices": Command(
-        "multiple choice: how often the right choice is the likeliest",
-        tools.ChoicesConfig,
-        "minimind_jax.evaluate.choices:run",
+        "multiple choice: how often the right choice is the likeliest", tools.ChoicesConfig, "evaluate.choices:run"
     ),
     "evaluate lm-eval": Command(
-        "EleutherAI's harness, with --model minimind_jax",
-        tools.LMEvalConfig,
-        "minimind_jax.evaluate.lm_eval_command:run",
+        "EleutherAI's harness, with --model minimind_jax", tools.LMEvalConfig, "evaluate.lm_eval_command:run"
     ),
     "convert from-hf": Command(
-        "a Hugging Face model as a starting point", tools.FromHFConfig, "minimind_jax.convert.command:run_from_hf"
+        "a Hugging Face model as a starting point", tools.FromHFConfig, "convert.command:run_from_hf"
     ),
     "convert to-hf": Command(
-        "a run's model or checkpoint, in any dtype or shard size", tools.ToHFConfig, "minimind_jax.pipeline.tools:to_hf"
+        "a run's model or checkpoint, in any dtype or shard size", tools.ToHFConfig, "pipeline.tools:to_hf"
     ),
     "convert from-torch": Command(
-        "a MiniMind .pth as a Hugging Face folder", tools.FromTorchConfig, "minimind_jax.convert.command:run_from_torch"
+        "a MiniMind .pth as a Hugging Face folder", tools.FromTorchConfig, "convert.command:run_from_torch"
     ),
-    "convert to-torch": Command(
-        "a model as a MiniMind .pth", tools.ToTorchConfig, "minimind_jax.convert.command:run_to_torch"
-    ),
+    "convert to-torch": Command("a model as a MiniMind .pth", tools.ToTorchConfig, "convert.command:run_to_torch"),
     "convert merge-lora": Command(
-        "an adapter and its base model as one model",
-        tools.MergeLoRAConfig,
-        "minimind_jax.convert.command:run_merge_lora",
+        "an adapter and its base model as one model", tools.MergeLoRAConfig, "convert.command:run_merge_lora"
     ),
     "plan": Command(
-        "memory, time and price of a run on a GPU or TPU that need not be there",
-        tools.PlanConfig,
-        "minimind_jax.plan.command:run",
+        "memory, time and price of a run on a GPU or TPU that need not be there", tools.PlanConfig, "plan.command:run"
     ),
-    "report": Command("report.md and loss.png of a run", tools.ReportConfig, "minimind_jax.pipeline.tools:report"),
+    "report": Command("report.md and loss.png of a run", tools.ReportConfig, "pipeline.tools:report"),
 }

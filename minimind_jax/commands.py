@@ -32,7 +32,7 @@ class Command(NamedTuple):
         words = take_process_flags(argv) if self.has_processes else argv
         config = settings.load_settings(self.settings, words, prog)
         compiled.keep_programs()
-        status = pkgutil.resolve_name(self.function)(config)
+        status = pkgutil.resolve_name(f"minimind_jax.{self.function}")(config)
         return status if isinstance(status, int) else 0
 
 

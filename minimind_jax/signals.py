@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
@@ -41,50 +41,69 @@ def answering(patience: float = 1.0) -> Iterator[None]:
     do either, is waited for.
     A signal that is ignored, as under nohup, stays so. Does nothing outside of the main thread.
     """
+    answers, hook = _Answers(patience), sys.unraisablehook
     numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    if threading.current_thread() is not threading.main_thread() or not numbers:
+    with handling(numbers, answers.deliver, answers.hear):
+        sys.unraisablehook = answers.raise_again
+        try:
+            yield
+        except Exception as error:
+            if answers.raised is not None and _is_made_of(error, answers.raised):
+                raise answers.raised from error
+            raise
+        finally:
+            sys.unraisablehook = hook
+            answers.end()
+
+
+@contextlib.contextmanager
+def handling(
+    numbers: Collection[int], handler: Callable[[int, FrameType | None], None], hear: Callable[[signal.Signals], None]
+) -> Iterator[None]:
+    """Within, `handler` answers these signals, and a thread calls `hear` when one comes, even while the main thread can
+    run no handler. Does nothing outside of the main thread."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    answers = _Answers(numbers, patience)
-    handlers = {number: signal.signal(number, answers.deliver) for number in numbers}
-    hook, sys.unraisablehook = sys.unraisablehook, answers.raise_again
+    receiving, sending = os.pipe()  # the system writes a signal's number into it when it comes
+    os.set_blocking(sending, False)
+    earlier_pipe = signal.set_wakeup_fd(sending, warn_on_full_buffer=False)
+
+    def listen() -> None:
+        while received := os.read(receiving, 1):
+            if received[0] in numbers:
+                hear(signal.Signals(received[0]))
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    earlier = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
-    except Exception as error:
-        if answers.raised is not None and _is_made_of(error, answers.raised):
-            raise answers.raised from error
-        raise
     finally:
-        sys.unraisablehook = hook
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        answers.close()
+        for number, before in earlier.items():
+            signal.signal(number, before)
+        signal.set_wakeup_fd(earlier_pipe)
+        os.close(sending)
+        listener.join()
+        os.close(receiving)
 
 
 class _Answers:
-    """The handler of signals, and a thread that hears of them at once, even while the main thread cannot run it."""
+    """What signals raise, and what is said of one that the main thread cannot answer."""
 
-    def __init__(self, numbers: list[int], patience: float):
+    def __init__(self, patience: float):
         self.raised: BaseException | None = None
-        self._numbers, self._patience, self._hook = numbers, patience, sys.unraisablehook
+        self._patience, self._hook = patience, sys.unraisablehook
         self._delivered = float("-inf")  # when the handler ran last
         self._resend: threading.Timer | None = None
         self._own = 0  # signals on their way that were sent again, and not from outside
-        # The system writes a signal's number into this pipe when it comes.
-        self._receiving, self._sending = os.pipe()
-        os.set_blocking(self._sending, False)
-        self._earlier_pipe = signal.set_wakeup_fd(self._sending, warn_on_full_buffer=False)
-        self._listener = threading.Thread(target=self._listen, daemon=True)
-        self._listener.start()
+        self._asked = float("-inf")  # when a signal came that is not delivered yet
+        self._has_ended = False
 
-    def close(self) -> None:
+    def end(self) -> None:
+        self._has_ended = True
         if self._resend is not None:
             self._resend.cancel()
-        signal.set_wakeup_fd(self._earlier_pipe)
-        self._delivered = time.monotonic() + self._patience  # nothing is left to be answered
-        os.close(self._sending)
-        self._listener.join()
-        os.close(self._receiving)
 
     def deliver(self, number: int, frame) -> None:
         if _is_import(frame):
@@ -95,7 +114,7 @@ class _Answers:
         if _holds:
             _held.append(number)
         elif number == signal.SIGINT or self._delivered - before > _TOGETHER:
-            self.raised = KeyboardInterrupt() if number == signal.SIGINT else Stopped(number)
+            self.raised = _exception_of(number)
             raise self.raised
 
     def raise_again(self, lost: "sys.UnraisableHookArgs") -> None:
@@ -110,29 +129,29 @@ class _Answers:
         self._resend = threading.Timer(_SOON / 4, os.kill, [os.getpid(), number])
         self._resend.start()
 
-    def _listen(self) -> None:
-        asked = float("-inf")  # when a signal came that is not delivered yet
-        while received := os.read(self._receiving, 1):
-            if received[0] not in self._numbers:
-                continue
-            if self._own:
-                self._own -= 1
-                continue
-            if self._delivered < asked - _SOON:
-                for tell in reversed(_left):
-                    say(tell())
-                os._exit(128 + received[0])
-            if not self._is_delivered(since := time.monotonic()):
-                asked, name = since, signal.Signals(received[0]).name
-                again = "Press Ctrl-C again" if name == "SIGINT" else "Send it again"
-                say(f"{name}: stopping when this part is done. {again} to stop at once.")
+    def hear(self, number: signal.Signals) -> None:
+        if self._own:
+            self._own -= 1
+            return
+        if self._delivered < self._asked - _SOON:
+            for tell in reversed(_left):
+                say(tell())
+            os._exit(128 + number)
+        if not self._is_delivered(since := time.monotonic()):
+            self._asked = since
+            again = "Press Ctrl-C again" if number == signal.SIGINT else "Send it again"
+            say(f"{number.name}: stopping when this part is done. {again} to stop at once.")
 
     def _is_delivered(self, since: float) -> bool:
-        while self._delivered < since - _SOON:
+        while self._delivered < since - _SOON and not self._has_ended:
             if time.monotonic() > since + self._patience:
                 return False
             time.sleep(self._patience / 20)
         return True
+
+
+def _exception_of(number: int) -> BaseException:
+    return KeyboardInterrupt() if number == signal.SIGINT else Stopped(number)
 
 
 def _is_import(frame: FrameType | None) -> bool:
@@ -174,7 +193,7 @@ def uninterrupted() -> Iterator[None]:
         if not _holds and _held:
             number = _held[0]
             _held.clear()
-            raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
+            raise _exception_of(number)
 
 
 @contextlib.contextmanager

@@ -79,10 +79,6 @@ class Field(NamedTuple):
     declared: Mapping[str, Any] = types.MappingProxyType({})
 
     @property
-    def section(self) -> str:
-        return self.key.rpartition(".")[0]
-
-    @property
     def is_list(self) -> bool:
         return typing.get_origin(self.type) is tuple
 
@@ -107,7 +103,7 @@ def _fields(cls: type, owner: Any, prefix: str) -> Iterable[Field]:
     hints, texts = typing.get_type_hints(cls), _field_help(cls)
     for field in dataclasses.fields(cls):
         key, kind = prefix + field.name, hints[field.name]
-        value = default_of(field) if owner is None else getattr(owner, field.name)
+        value = field.default if owner is None else getattr(owner, field.name)
         nested = nested_class(kind)
         if nested:
             if is_optional(kind):
@@ -117,11 +113,6 @@ def _fields(cls: type, owner: Any, prefix: str) -> Iterable[Field]:
             yield from (f._replace(default=None) if f.is_required else f for f in inside)
         else:
             yield Field(key, kind, value, texts.get(field.name, ""), field.metadata)
-
-
-def default_of(field: dataclasses.Field) -> Any:
-    """What a field holds unless it is set; MISSING for one that must be."""
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def nested_class(kind: Any) -> type | None:
@@ -146,7 +137,7 @@ def type_name(kind: Any) -> str:
     """A type in the user's words: `whole number`, `adamw|muon`, `list of text`."""
     arguments = typing.get_args(kind)
     if is_optional(kind):
-        return " or ".join([type_name(a) for a in arguments if a is not type(None)] + ["null"])
+        return f"{type_name(arguments[0])} or null"
     if typing.get_origin(kind) is typing.Literal:
         return "|".join(arguments)
     if typing.get_origin(kind) is tuple:
@@ -173,7 +164,7 @@ def help_text(cls: type, prog: str, configs: Sequence[str]) -> str:
     fields = sorted(fields_of(cls), key=lambda field: field.key not in own)  # those that others have, too, come later
     sections: dict[str, list[Field]] = {"arguments": [], "options": []}
     for field in fields:
-        title = "arguments" if field.declared.get("positional") else field.section or "options"
+        title = "arguments" if field.declared.get("positional") else field.key.rpartition(".")[0] or "options"
         if not field.declared.get("rest"):
             sections.setdefault(field.key if field.type is types.NoneType else title, []).append(field)
     takes_more = any(field.declared.get("rest") for field in fields)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from minimind_jax.config.fields import Field, default_of, fields_of, help_text, nested_class, type_name
+from minimind_jax.config.fields import INT64, Field, fields_of, help_text, nested_class, type_name
 from minimind_jax.errors import UserError
 from minimind_jax.paths import as_path
 from minimind_jax.texts import read_text
@@ -69,22 +69,21 @@ def find_config(name: str) -> Path:
 
 def read_yaml(path: str | Path) -> dict[str, Setting]:
     """Settings of a YAML file under their dotted keys; `a: {b: 1}` and `a.b: 1` mean the same."""
-    node, loader = compose_yaml(path)
-    return flatten_yaml(node, loader, str(path)) if node is not None else {}
+    node = compose_yaml(path)
+    return flatten_yaml(node, str(path)) if node is not None else {}
 
 
-def compose_yaml(path: str | Path) -> tuple[yaml.Node | None, yaml.SafeLoader]:
-    """The parsed nodes of a YAML file, which know their lines, and the loader that gives their values."""
+def compose_yaml(path: str | Path) -> yaml.Node | None:
+    """The parsed nodes of a YAML file, which know their lines."""
     try:
-        loader = _Loader(read_text(as_path(path), "a config is a YAML file"))
-        return loader.get_single_node(), loader
+        return yaml.compose(read_text(as_path(path), "a config is a YAML file"), _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise UserError(f"{path} is not valid YAML: nested too deeply") from None
 
 
-def flatten_yaml(node: yaml.Node, loader: yaml.SafeLoader, file: str, prefix: str = "") -> dict[str, Setting]:
+def flatten_yaml(node: yaml.Node, file: str, prefix: str = "") -> dict[str, Setting]:
     """Leaves of a YAML mapping as settings that know their file and line."""
     where = f"{file}:{node.start_mark.line + 1}"
     if not isinstance(node, yaml.MappingNode):
@@ -94,9 +93,9 @@ def flatten_yaml(node: yaml.Node, loader: yaml.SafeLoader, file: str, prefix: st
     for key_node, value_node in node.value:
         key = f"{prefix}{scalar_key(key_node, file)}"
         if isinstance(value_node, yaml.MappingNode) and value_node.value:
-            new = flatten_yaml(value_node, loader, file, key + ".")
+            new = flatten_yaml(value_node, file, key + ".")
         else:
-            value = _construct(value_node, loader, file)
+            value = _construct(value_node, file)
             new = {key: Setting(value, f"{file}:{key_node.start_mark.line + 1}", as_written(value_node))}
         for name in new.keys() & settings.keys():
             raise UserError(f"{new[name].where}: {name} is set twice, first at {settings[name].where}")
@@ -111,9 +110,9 @@ def scalar_key(node: yaml.Node, file: str) -> str:
     return node.value
 
 
-def _construct(node: yaml.Node, loader: yaml.SafeLoader, file: str) -> Any:
+def _construct(node: yaml.Node, file: str) -> Any:
     try:
-        return loader.construct_object(node, deep=True)
+        return _Loader("").construct_object(node, deep=True)
     except (yaml.YAMLError, ValueError, TypeError) as error:
         problem = " ".join(str(error).split())
         raise UserError(f"{file}:{node.start_mark.line + 1}: not a value: {problem}") from None
@@ -255,7 +254,7 @@ def _build(cls: type, default: Any, values: Mapping[str, Any], prefix: str, give
         if key in values:
             changes[field.name] = values[key]
         elif nested and any(name.startswith(key + ".") for name in values):
-            start = default_of(field) if default is None else getattr(default, field.name)
+            start = field.default if default is None else getattr(default, field.name)
             changes[field.name] = _build(nested, start, values, key + ".", given)
     try:
         return cls(**changes) if default is None else dataclasses.replace(default, **changes)
@@ -278,19 +277,15 @@ def _with_section(message: str, cls: type, prefix: str, given: Mapping[str, Sett
 
 def _typed(field: Field, setting: Setting) -> Any:
     """The setting's value in the field's type."""
-    given = setting.value if setting.written is None else setting.written
+    where, given = f"{setting.where}: {field.key}", setting.value if setting.written is None else setting.written
     try:
         if field.is_list and given is not None:
             return tuple(convert(typing.get_args(field.type)[0], item) for item in _as_list(given, field))
         return convert(field.type, given)
     except ArithmeticError:
-        raise UserError(
-            f"{setting.where}: {field.key} is {setting.value}; it must be between -2**63 and 2**63 - 1"
-        ) from None
+        raise UserError(f"{where} is {setting.value}; it must be {INT64.words}") from None
     except (ValueError, TypeError):
-        raise UserError(
-            f"{setting.where}: {field.key} is {setting.value!r}; expected {type_name(field.type)}"
-        ) from None
+        raise UserError(f"{where} is {setting.value!r}; expected {type_name(field.type)}") from None
 
 
 def _as_list(value: Any, field: Field) -> list:
@@ -314,8 +309,8 @@ def _check_former(cls: type, key: str, setting: Setting, fields: Mapping[str, Fi
         raise UserError(_unknown_key(key, setting, fields))
     default, reason = former[key]
     if setting.value != default:
-        told = f"{key} {setting.value}: has no effect in this stage, for {reason}; leave it out"
-        raise UserError(f"{setting.where}: {told}")
+        given = f"{setting.where}: {key} {setting.value}"
+        raise UserError(f"{given}: has no effect in this stage, for {reason}; leave it out")
 
 
 def _unknown_key(key: str, setting: Setting, fields: Mapping[str, Field]) -> str:
@@ -329,14 +324,14 @@ def _unknown_key(key: str, setting: Setting, fields: Mapping[str, Field]) -> str
 
 def nearest(key: str, keys: Iterable[str]) -> str:
     """The dotted key most like `key`, comparing whole keys, last parts and initials (lr for learning_rate)."""
+    last = key.split(".")[-1]
 
     def likeness(candidate: str) -> float:
-        if len(key.split(".")[-1]) > 1 and key.split(".")[-1] == "".join(
-            word[0] for word in candidate.split(".")[-1].split("_")
-        ):
+        own = candidate.split(".")[-1]
+        if len(last) > 1 and last == "".join(word[0] for word in own.split("_")):
             return 1.5
-        whole = difflib.SequenceMatcher(None, key.lower(), candidate.lower()).ratio()
-        last = difflib.SequenceMatcher(None, key.lower().split(".")[-1], candidate.lower().split(".")[-1]).ratio()
-        return max(whole, last) + 0.1 * min(whole, last)
+        pairs = ((key.lower(), candidate.lower()), (last.lower(), own.lower()))
+        less, more = sorted(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+        return more + 0.1 * less
 
     return max(keys, key=likeness)

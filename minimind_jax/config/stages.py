@@ -1,5 +1,7 @@
 """The settings of every stage; what only one stage has stands beside it."""
 
+# ruff: noqa: RUF009 - sections are frozen, so that one may be the default of all
+
 import dataclasses
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -87,15 +89,15 @@ class RunConfig(Settings):
     seed: int = setting(42, must=INT64)
     resume: Literal["auto", "must", "never"] = "auto"
     export_dtype: DType = "bfloat16"
-    model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
-    data: FilesConfig = dataclasses.field(default_factory=FilesConfig)
-    training: LoopConfig = dataclasses.field(default_factory=LoopConfig)
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
-    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
+    model: ModelSettings = ModelSettings()
+    data: FilesConfig = FilesConfig()
+    training: LoopConfig = LoopConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoRAConfig = LoRAConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
+    compute: ComputeConfig = ComputeConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     def __post_init__(self):
         super().__post_init__()
@@ -117,8 +119,10 @@ class RunConfig(Settings):
         found = self.FIGURES
         if self.lora.rank:
             return found._replace(learning_rate=found.lora_rate, few_rate=found.lora_rate)
+        if self.init_from:
+            return found
         rate = found.scratch_rate * (6 if self.optimizer.name == "muon" else 1)
-        return found if self.init_from else found._replace(learning_rate=rate, few_rate=rate, most_epochs=60)
+        return found._replace(learning_rate=rate, few_rate=rate, most_epochs=60)
 
     @property
     def rows_per_step(self) -> int:
@@ -130,8 +134,8 @@ class RunConfig(Settings):
 class WriterConfig(RunConfig):
     """What the stages have whose models write text."""
 
-    training: WritingLoopConfig = dataclasses.field(default_factory=WritingLoopConfig)
-    samples: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+    training: WritingLoopConfig = WritingLoopConfig()
+    samples: SampleConfig = SampleConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +145,8 @@ class PretrainConfig(WriterConfig):
     FIGURES = Figures(81920, 2, 5e-4, few_rate=2e-4, lora_rate=5e-4, val_fraction=0.001, most_epochs=10)
 
     run: str = "pretrain"
-    data: TextConfig = dataclasses.field(default_factory=TextConfig)
-    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    data: TextConfig = TextConfig()
+    training: TrainingConfig = TrainingConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +160,8 @@ class SFTConfig(WriterConfig):
 
     run: str = "sft"
     init_from: str = "pretrain"
-    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(packing="best_fit", seq_len=768))
-    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    data: DataConfig = DataConfig(packing="best_fit", seq_len=768)
+    training: TrainingConfig = TrainingConfig()
 
     @property
     def figures(self) -> Figures:
@@ -210,7 +214,6 @@ class PreferenceConfig(Settings):
         super().__post_init__()
         if self.precompute_reference and not self.has_reference:
             raise ValueError(f"preference.precompute_reference is set, and the loss {self.loss} has no reference")
-
         if self.label_smoothing and self.loss in ("hinge", "ipo", "orpo"):
             raise ValueError(f"preference.label_smoothing is set, and the loss {self.loss} has none")
 
@@ -231,10 +234,8 @@ class DPOConfig(WriterConfig):
 
     run: str = "dpo"
     init_from: str = "sft"
-    preference: PreferenceConfig = dataclasses.field(default_factory=PreferenceConfig)
-    data: PairsConfig = dataclasses.field(
-        default_factory=lambda: PairsConfig(seq_len=2048, system_prompt_probability=0.0)
-    )
+    preference: PreferenceConfig = PreferenceConfig()
+    data: PairsConfig = PairsConfig(seq_len=2048, system_prompt_probability=0.0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -260,9 +261,7 @@ class RewardConfig(RunConfig):
     init_from: str = "sft"
     export_dtype: DType = "float32"
     centring: float = setting(0.01, must=at_least(0))
-    data: PairsConfig = dataclasses.field(
-        default_factory=lambda: PairsConfig(seq_len=2048, system_prompt_probability=0.0)
-    )
+    data: PairsConfig = PairsConfig(seq_len=2048, system_prompt_probability=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,11 +293,9 @@ class ClassifyConfig(RunConfig):
     run: str = "classifier"
     init_from: str = "pretrain"
     export_dtype: DType = "float32"
-    classify: LabelConfig = dataclasses.field(default_factory=LabelConfig)
-    data: FilesConfig = dataclasses.field(default_factory=lambda: FilesConfig(seq_len=256))
-    optimizer: OptimizerConfig = dataclasses.field(
-        default_factory=lambda: OptimizerConfig(schedule="linear", final_fraction=0.0)
-    )
+    classify: LabelConfig = LabelConfig()
+    data: FilesConfig = FilesConfig(seq_len=256)
+    optimizer: OptimizerConfig = OptimizerConfig(schedule="linear", final_fraction=0.0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -348,5 +345,5 @@ class DistillConfig(WriterConfig):
 
     run: str = "distill"
     init_from: str = "sft"
-    teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
-    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(packing="best_fit", seq_len=768))
+    teacher: TeacherConfig = TeacherConfig()
+    data: DataConfig = DataConfig(packing="best_fit", seq_len=768)

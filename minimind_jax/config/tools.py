@@ -252,11 +252,13 @@ class WrittenConfig(Settings):
 
     source: a run's folder or a Hugging Face folder.
     output: the folder to write.
+    dtype: of the tensors; null takes the source's.
     max_shard_bytes: a larger model is split.
     """
 
     source: str = setting(positional="SOURCE")
     output: str = setting(positional="OUTPUT")
+    dtype: DType | None = None
     max_shard_bytes: float = setting(5e9, must=ABOVE_0)
 
 
@@ -265,11 +267,9 @@ class FromHFConfig(WrittenConfig):
     """Checks a MiniMind-3, Qwen3 or Qwen3-MoE folder and writes it in the form that training starts from.
 
     source: a Hugging Face folder, a run, or a name on the hub, such as Qwen/Qwen3-0.6B.
-    dtype: of the tensors; null takes the source's.
     tokenizer: a folder with tokenizer.json; empty takes the source's.
     """
 
-    dtype: DType | None = None
     tokenizer: str = ""
 
 
@@ -284,7 +284,6 @@ class ToHFConfig(WrittenConfig):
     checkpoint: str = setting(
         "", must=Rule(lambda word: word in ("", "newest", "best") or word.isdigit(), "newest, best or a step")
     )
-    dtype: DType | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -297,7 +296,6 @@ class MergeLoRAConfig(WrittenConfig):
     """
 
     base: str = ""
-    dtype: DType | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

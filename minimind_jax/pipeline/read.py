@@ -71,7 +71,7 @@ def load_pipeline(argv: Sequence[str]) -> list[Stage]:
 
 def _read_file(file: Path) -> tuple[str, dict[str, Setting], list[tuple[str, dict[str, Setting]]]]:
     """Name, shared settings, and each stage with its own settings."""
-    node, loader = settings.compose_yaml(file)
+    node = settings.compose_yaml(file)
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     sections = {settings.scalar_key(key, str(file)): value for key, value in pairs}
     for key in sections.keys() - {"name", "shared", "stages"}:
@@ -79,12 +79,12 @@ def _read_file(file: Path) -> tuple[str, dict[str, Setting], list[tuple[str, dic
         raise UserError(f"{file}:{line}: unknown key {key}; a pipeline has name, shared and stages")
     if not isinstance(sections.get("stages"), yaml.SequenceNode) or not sections["stages"].value:
         raise UserError(f"{file} is not a pipeline; it needs {EXAMPLE}")
-    shared = settings.flatten_yaml(sections["shared"], loader, str(file)) if "shared" in sections else {}
+    shared = settings.flatten_yaml(sections["shared"], str(file)) if "shared" in sections else {}
     name = settings.scalar_key(sections["name"], str(file)) if "name" in sections else file.stem
-    return name, shared, [_read_stage(item, loader, file) for item in sections["stages"].value]
+    return name, shared, [_read_stage(item, file) for item in sections["stages"].value]
 
 
-def _read_stage(item: yaml.Node, loader: yaml.SafeLoader, file: Path) -> tuple[str, dict[str, Setting]]:
+def _read_stage(item: yaml.Node, file: Path) -> tuple[str, dict[str, Setting]]:
     where = f"{file}:{item.start_mark.line + 1}"
     if isinstance(item, yaml.ScalarNode):
         name, body = item.value, None
@@ -95,7 +95,7 @@ def _read_stage(item: yaml.Node, loader: yaml.SafeLoader, file: Path) -> tuple[s
     if name not in STAGES:
         raise UserError(f"{where}: unknown stage {name}; did you mean {settings.nearest(name, STAGES)}?")
     empty = body is None or body.tag.endswith(":null")
-    return name, {} if empty else settings.flatten_yaml(body, loader, str(file))
+    return name, {} if empty else settings.flatten_yaml(body, str(file))
 
 
 def _apply_override(key: str, setting: Setting, shared: dict, stages: list) -> None:

@@ -6,7 +6,15 @@ import time
 from importlib.metadata import version
 
 from minimind_jax.config.tools import PlanConfig
+from minimind_jax.model import attention
+from minimind_jax.model.lora import without_adapters
+from minimind_jax.model.transformer import LanguageModel, count_parameters
 from minimind_jax.plan import compile as compiler
+from minimind_jax.plan import devices, estimate, inputs, products
+from minimind_jax.plan.module import ATTENTION_CALLS, read_module
+from minimind_jax.sharding import make_mesh
+from minimind_jax.training.flops import flops_per_token
+from minimind_jax.training.program import count_parts
 
 
 def run(config: PlanConfig) -> None:
@@ -21,22 +29,14 @@ def run(config: PlanConfig) -> None:
 
 def make_plan(asked: PlanConfig) -> dict:
     """Everything that is printed, as JSON has it: sizes in bytes, times in hours."""
-    from minimind_jax.model.transformer import LanguageModel
-    from minimind_jax.plan import devices, estimate, inputs, products
-    from minimind_jax.sharding import make_mesh
-    from minimind_jax.training.flops import flops_per_token
-    from minimind_jax.training.program import count_parts
-
     device = devices.find_device(asked.device)
-    topology = devices.parse_topology(device, asked.topology or device.smallest)
+    shape = asked.topology or device.smallest
+    topology = devices.parse_topology(device, shape)
     planned = inputs.load_planned(asked.arguments, asked.stage)
     tokens = inputs.planned_tokens(planned, asked.data, asked.tokens)
     package = devices.installed_compiler(device)
-    if package:
-        found = compiler.compile_only_devices(device, topology)
-    else:
-        found = compiler.emulated_devices(topology.count)
-    mesh = make_mesh(planned.config.mesh, found)
+    made = compiler.compile_only_devices(device, topology) if package else compiler.emulated_devices(topology.count)
+    mesh = make_mesh(planned.config.mesh, made)
     parts = count_parts(planned.config, mesh)
     training = dataclasses.replace(planned.config.training, accumulation_steps=parts)
     config = dataclasses.replace(planned.config, training=training)
@@ -54,7 +54,7 @@ def make_plan(asked: PlanConfig) -> dict:
         "step": _step_facts(config, model, mesh),
         "device": {
             "name": asked.device,
-            "topology": asked.topology or device.smallest,
+            "topology": shape,
             "count": topology.count,
             "memory": device.memory,
             "peak_flops": device.peak_flops,
@@ -74,19 +74,14 @@ def make_plan(asked: PlanConfig) -> dict:
         guess = estimate.estimate_memory(config, model.config, dict(mesh.shape), params + opt_state, gradients)
         plan["memory"] = {**guess._asdict(), "total": guess.total}
     needed = plan["memory"]["total"]
-    fits, sentence = estimate.fit(device, needed) if needed is not None else (False, "does not fit")
-    change = []
-    if not fits:
-        change = estimate.advice(config, dict(mesh.shape), device.memory, params + opt_state, needed)
+    fits, sentence = estimate.fit(device, needed)
+    change = [] if fits else estimate.advice(config, dict(mesh.shape), device.memory, params + opt_state, needed)
     plan["fit"] = {"fits": fits, "sentence": sentence, "change": change}
     plan["time"] = _time_facts(asked, config, tokens, formula, device.peak_flops, topology.count)
     return plan
 
 
 def _model_facts(planned, model) -> dict:
-    from minimind_jax.model.lora import without_adapters
-    from minimind_jax.model.transformer import count_parameters
-
     shape = planned.architecture
     return {
         "stage": planned.stage,
@@ -101,8 +96,6 @@ def _model_facts(planned, model) -> dict:
 
 
 def _step_facts(config, model, mesh) -> dict:
-    from minimind_jax.model import attention
-
     shape, parts = model.config, config.training.accumulation_steps
     queries = (config.rows_per_step // parts, config.data.seq_len, shape.num_attention_heads, shape.head_dim)
     choice = attention.choose_path(
@@ -122,28 +115,21 @@ def _step_facts(config, model, mesh) -> dict:
 
 def _compiled_facts(traced, package: str, platform: str, count: int, batch_tokens: int) -> dict:
     """What the compiler has to say: memory, kernels, collectives, its own FLOPs."""
-    from minimind_jax.plan.module import ATTENTION_CALLS, read_module
-
     started = time.monotonic()
     step = compiler.compile_step(traced, platform)
-    facts = {
-        "compiler": {
-            "name": f"{package} {version(package)}, jax {version('jax')}",
-            "seconds": round(time.monotonic() - started, 1),
-        }
-    }
+    name, seconds = f"{package} {version(package)}, jax {version('jax')}", round(time.monotonic() - started, 1)
+    told = {"name": name, "seconds": seconds}
     if step.memory is None:
-        return {**facts, "memory": {"total": step.needed, "refused": True}}
+        return {"compiler": told, "memory": {"total": step.needed, "refused": True}}
     module = read_module(step.text)
-    is_attention = {name: any(map(name.startswith, ATTENTION_CALLS)) for name in module.custom_calls}
     return {
-        **facts,
+        "compiler": told,
         "memory": {**step.memory._asdict(), "total": step.memory.total},
         "cost_analysis_flops_per_token": step.flops and step.flops * count / batch_tokens,
         "attention_kernels": {
             name: {"count": calls, "runs": runs}
             for name, (calls, runs) in module.custom_calls.items()
-            if is_attention[name]
+            if name.startswith(ATTENTION_CALLS)
         },
         "collectives": {kind: vars(found) for kind, found in sorted(module.collectives.items())},
         "loops_of_unknown_length": module.unknown_loops,
@@ -151,17 +137,11 @@ def _compiled_facts(traced, package: str, platform: str, count: int, batch_token
 
 
 def _time_facts(asked: PlanConfig, config, tokens, formula: float, peak: float, count: int) -> dict:
-    from minimind_jax.plan.estimate import cost
-
     if config.compute.dtype == "float32":
         return {"note": "no time: the peak is known for bfloat16 only, and compute.dtype is float32"}
-    told = cost(tokens.count if tokens else 10**9, formula, peak, count, asked.mfu, asked.price)
-    return {
-        "tokens": tokens.count if tokens else 10**9,
-        "source": tokens.source if tokens else "no data is there; for a billion tokens (--data FILE, --tokens N)",
-        "mfu": asked.mfu,
-        **told._asdict(),
-    }
+    tokens = tokens or inputs.Tokens(10**9, "no data is there; for a billion tokens (--data FILE, --tokens N)")
+    told = estimate.cost(tokens.count, formula, peak, count, asked.mfu, asked.price)
+    return {"tokens": tokens.count, "source": tokens.source, "mfu": asked.mfu, **told._asdict()}
 
 
 # Telling --------------------------------------------------------------------------------------------------------------
@@ -201,12 +181,10 @@ def gib(size: int) -> str:
 
 
 def _compiler_lines(told: dict) -> list[tuple[str, str]]:
-    if told["name"] is None:
-        return [
-            ("compiler", "NOT INSTALLED: memory is estimated by formulas, and there are no kernels and collectives"),
-            ("", f"install it with: {told['install']}"),
-        ]
-    return [("compiler", f"{told['name']}, no device present; {told['seconds']:.0f} s")]
+    if told["name"] is not None:
+        return [("compiler", f"{told['name']}, no device present; {told['seconds']:.0f} s")]
+    missing = "NOT INSTALLED: memory is estimated by formulas, and there are no kernels and collectives"
+    return [("compiler", missing), ("", f"install it with: {told['install']}")]
 
 
 def _compiler_flops(plan: dict) -> str:
@@ -228,21 +206,21 @@ def _memory_line(plan: dict) -> str:
 
 def _program_lines(plan: dict) -> list[tuple[str, str]]:
     reason = plan["step"]["attention_reason"]
-    path = f"path {plan['step']['attention_path']}" + (f" ({reason})" if reason else "")
+    path = f"path {plan['step']['attention_path']}{f' ({reason})' if reason else ''}"
     if "collectives" not in plan:
         return [("attention", path)]
     kernels = ", ".join(f"{found['count']} x {name}" for name, found in plan["attention_kernels"].items())
-    lines = [("attention", f"{path}; kernels in the program: {kernels or 'none'}")]
-    for kind, found in plan["collectives"].items():
-        lines.append((
-            "collectives" if len(lines) == 1 else "",
-            f"{kind}: {found['count']} in the program, {found['runs']} and {gib(found['bytes'])} a device and step",
-        ))  # fmt: skip
-    if len(lines) == 1:
-        lines.append(("collectives", "none"))
-    if plan["loops_of_unknown_length"]:
-        lines.append(("", f"{plan['loops_of_unknown_length']} loops of unknown length count as one round"))
-    return lines
+    first, *others = [
+        f"{kind}: {found['count']} in the program, {found['runs']} and {gib(found['bytes'])} a device and step"
+        for kind, found in plan["collectives"].items()
+    ] or ["none"]
+    if unknown := plan["loops_of_unknown_length"]:
+        others.append(f"{unknown} loops of unknown length count as one round")
+    return [
+        ("attention", f"{path}; kernels in the program: {kernels or 'none'}"),
+        ("collectives", first),
+        *(("", other) for other in others),
+    ]
 
 
 def _time_lines(told: dict, count: int) -> list[tuple[str, str]]:

@@ -1,18 +1,23 @@
 """The training step of a run, compiled by the compiler of a GPU or TPU that need not be there.
 
-The order in a process: `prepare_process` before JAX starts, `compile_only_devices`, `trace_step`, `compile_step`.
+The order in a process: `prepare_process` before JAX computes, `compile_only_devices`, `trace_step`, `compile_step`.
 """
 
 import os
 import re
-import sys
 from typing import NamedTuple
 
+import jax
 import numpy as np
+from jax.experimental import topologies
 
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.errors import UserError, first_line
+from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.plan.devices import Device, Topology
+from minimind_jax.runs.adapters import frozen_dtype
+from minimind_jax.training.program import make_program
+from minimind_jax.training.state import Parameters
 
 # The host computes nothing and asks no cloud what it is; libtpu's lock is for processes that use a TPU.
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -54,15 +59,11 @@ def prepare_process() -> None:
     os.environ.update(ENVIRONMENT)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    if "jax" in sys.modules:
-        sys.modules["jax"].config.update("jax_platforms", "cpu")
+    jax.config.update("jax_platforms", "cpu")
 
 
 def compile_only_devices(device: Device, topology: Topology) -> list:
     """Devices that can be compiled for and nothing else. Raises UserError with the compiler's own words."""
-    import jax
-    from jax.experimental import topologies
-
     jax.config.update("jax_enable_compilation_cache", False)  # a kept program can only be read where its device is
     try:
         return list(topologies.get_topology_desc(topology.name, platform=device.platform, **topology.options).devices)
@@ -73,8 +74,6 @@ def compile_only_devices(device: Device, topology: Topology) -> list:
 
 def emulated_devices(count: int) -> list:
     """Devices of this machine's CPU, where no compiler is installed for the true ones: what lies where is the same."""
-    import jax
-
     if count > 1:
         jax.config.update("jax_num_cpu_devices", count)
     return jax.devices("cpu")[:count]
@@ -82,8 +81,6 @@ def emulated_devices(count: int) -> list:
 
 def abstract_batch(config: RunConfig):
     """Shapes of a batch (see `data.rows`)."""
-    import jax
-
     shape = (config.rows_per_step, config.data.seq_len)
     names = ("tokens", "targets", "positions", "segment_ids", "target_bytes")
     batch = {name: jax.ShapeDtypeStruct(shape, np.int32) for name in names}
@@ -97,11 +94,6 @@ def trace_step(config: RunConfig, model, mesh):
 
     model: of the platform that the step is to run on.
     """
-    from minimind_jax.losses.language_model import make_language_model_loss
-    from minimind_jax.runs.adapters import frozen_dtype
-    from minimind_jax.training.program import make_program
-    from minimind_jax.training.state import Parameters
-
     loss_fn = make_language_model_loss(model, config.training.z_loss)
     steps = config.training.steps or max(TYPICAL_STEPS, (config.optimizer.warmup_steps or 0) + 1)
     parameters = Parameters.of(model, load=dict, frozen_dtype=frozen_dtype(config, model))
@@ -111,8 +103,6 @@ def trace_step(config: RunConfig, model, mesh):
 
 def compile_step(traced, platform: str) -> CompiledStep:
     """Compiles a traced step. Raises UserError when the compiler refuses it for another reason than memory."""
-    import jax
-
     # Without a device nothing can be timed, so kernels are taken as the compiler's model ranks them.
     options = {"xla_gpu_autotune_level": "0"} if platform == "cuda" else None
     try:
@@ -122,30 +112,20 @@ def compile_step(traced, platform: str) -> CompiledStep:
             raise UserError(f"the compiler refused the step: {first_line(error)}") from error
         return CompiledStep(None, None, None, needed_memory(str(error)))
     stats, costs = compiled.memory_analysis(), compiled.cost_analysis()
-    memory = Memory(
-        stats.argument_size_in_bytes,
-        stats.output_size_in_bytes,
-        stats.alias_size_in_bytes,
-        stats.temp_size_in_bytes,
-        stats.generated_code_size_in_bytes,
-    )
+    names = ("argument", "output", "alias", "temp", "generated_code")
+    memory = Memory(*(getattr(stats, f"{name}_size_in_bytes") for name in names))
     return CompiledStep(memory, compiled.as_text(), (costs or {}).get("flops"), None)
 
 
 def needed_memory(message: str) -> int | None:
     """Bytes the TPU compiler says a program needs when there are not as many; None if it does not say."""
-    match = re.search(r"Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds available", message)
-    if match is None:
-        return None
-    number, unit = (match[1], match[2]) if match[1] else (match[3], match[4])
-    return int(float(number) * 1024 ** ("KMGT".index(unit) + 1))
+    match = re.search(r"(?:Used |\()([\d.]+)([KMGT])(?: of|\) exceeds available)", message)
+    return match and int(float(match[1]) * 1024 ** ("KMGT".index(match[2]) + 1))
 
 
 def state_bytes(state) -> tuple[int, int, int]:
     """Bytes of the parameters, frozen ones included, and of the optimizer's state on each device, and of both on a
     device that has all."""
-    import jax
-
     params = (state.params, state.frozen)
     whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, state.opt_state)))
     return bytes_per_device(params), bytes_per_device(state.opt_state), whole
@@ -153,7 +133,5 @@ def state_bytes(state) -> tuple[int, int, int]:
 
 def bytes_per_device(tree) -> int:
     """Of a tree of shapes with shardings."""
-    import jax
-
     leaves = jax.tree.leaves(tree)
     return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in leaves)

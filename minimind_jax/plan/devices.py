@@ -116,10 +116,10 @@ def _tpu_topology(device: Device, text: str) -> Topology:
             f"--topology {text} is not a slice of {device.target}; its topologies have {axes} sizes, such as "
             f"{'2x4' if axes == 2 else '2x2x1'}"
         )
-    host = [min(size, most) for size, most in zip(sizes + [1] * (3 - axes), (2, 2, 1), strict=True)]
+    host = tuple(map(min, sizes + [1] * (3 - axes), (2, 2, 1)))
     # Both cores of a v4 or v5p chip as one device, as JAX has them on the machine.
     config = "megacore" if axes == 3 else "default"
-    options = {"chip_config_name": config, "chips_per_host_bounds": tuple(host)}
+    options = {"chip_config_name": config, "chips_per_host_bounds": host}
     return Topology(f"{device.target}:{text}", math.prod(sizes), options)
 
 
@@ -160,5 +160,4 @@ def installed_compiler(device: Device) -> str | None:
 
 def install_command(device: Device) -> str:
     """What installs the compiler of a device's platform."""
-    extra = "tpu" if device.platform == "tpu" else "cuda12"
-    return shell.install_command(extra)
+    return shell.install_command("tpu" if device.platform == "tpu" else "cuda12")

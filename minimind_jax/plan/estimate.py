@@ -59,14 +59,14 @@ def estimate_memory(
     )
 
 
-def fit(device: Device, needed: int) -> tuple[bool, str]:
-    """Whether a step of `needed` bytes fits on a device, and a sentence about it."""
-    share = needed / device.memory
-    if device.platform == "tpu" and share <= 1:
+def fit(device: Device, needed: int | None) -> tuple[bool, str]:
+    """Whether a step of `needed` bytes, None for too many to tell, fits on a device, and a sentence about it."""
+    if needed is None:
+        return False, "does not fit"
+    share, is_gpu = needed / device.memory, device.platform == "cuda"
+    if share <= (GPU_MEMORY_FRACTION if is_gpu else 1):
         return True, f"fits, {share:.0%} of the memory"
-    if share <= GPU_MEMORY_FRACTION:
-        return True, f"fits, {share:.0%} of the memory"
-    if share <= 0.93 and device.platform == "cuda":
+    if is_gpu and share <= 0.93:
         return True, (
             f"fits, {share:.0%} of the memory, with XLA_PYTHON_CLIENT_MEM_FRACTION=.95 (JAX takes "
             f"{GPU_MEMORY_FRACTION:.0%} of a GPU unless told)"

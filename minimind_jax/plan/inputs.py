@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -61,7 +62,8 @@ def load_planned(argv: Sequence[str], stage: str | None) -> Planned:
     configs, _ = settings.read_arguments(argv)
     if len(configs) == 1 and _is_pipeline(settings.find_config(configs[0])):
         return _of_pipeline(argv, stage)
-    stems = ["sft" if stem == "lora" else stem for stem in map(_stem, configs)]
+    stems = [Path(config).name.removesuffix(".yaml") for config in configs]
+    stems = ["sft" if stem == "lora" else stem for stem in stems]
     if other := next((stem for stem in stems if stem in STAGES and stem not in PLANNED), None):
         raise UserError(f"plan knows the stages {', '.join(PLANNED)}, and not {other}, whose step has more in it")
     name = stage or next((stem for stem in stems if stem in PLANNED), "pretrain")
@@ -69,36 +71,28 @@ def load_planned(argv: Sequence[str], stage: str | None) -> Planned:
     return Planned(name, config, *_architecture(config, []))
 
 
-def _stem(config: str) -> str:
-    return Path(config).name.removesuffix(".yaml")
-
-
 def _is_pipeline(file: Path) -> bool:
-    node, _ = settings.compose_yaml(file)
+    node = settings.compose_yaml(file)
     return isinstance(node, yaml.MappingNode) and any(key.value == "stages" for key, _ in node.value)
 
 
 def _of_pipeline(argv: Sequence[str], stage: str | None) -> Planned:
     """Overrides may leave out the stage's name: they are of the stage that is planned."""
-    names = [made.name for made in load_pipeline(_config_only(argv))]
+    configs, _ = settings.read_arguments(argv)
+    names = [made.name for made in load_pipeline(["--config", *configs])]
     chosen = stage or next((name for name in names if name in PLANNED), "")
     if chosen not in names:
         raise UserError(f"the pipeline has no stage {stage or 'to train'}; its stages are {', '.join(names)}")
     heads = {*names, "shared", "name", "config"}
-    full = [f"--{chosen}.{word[2:]}" if word.startswith("--") and _head(word) not in heads else word for word in argv]
-    stages = load_pipeline(full)
-    position = next(i for i, made in enumerate(stages) if made.name == chosen)
+
+    def whole(word: str) -> str:
+        is_short = word.startswith("--") and re.split("[.=]", word[2:])[0] not in heads
+        return f"--{chosen}.{word[2:]}" if is_short else word
+
+    stages = load_pipeline(list(map(whole, argv)))
+    position = names.index(chosen)
     config = filled(stages[position].config)
     return Planned(chosen, config, *_architecture(config, stages[:position]))
-
-
-def _head(option: str) -> str:
-    return option[2:].partition("=")[0].partition(".")[0]
-
-
-def _config_only(argv: Sequence[str]) -> list[str]:
-    configs, _ = settings.read_arguments(argv)
-    return ["--config", *configs]
 
 
 def _architecture(config: RunConfig, before: Sequence[Stage]) -> tuple[ModelConfig, str]:
@@ -138,7 +132,12 @@ def planned_tokens(planned: Planned, data: Sequence[str], tokens: int | None) ->
         return Tokens(training.steps * config.rows_per_step * config.data.seq_len, f"training.steps {training.steps:,}")
     if not data and training.tokens is not None:
         return Tokens(training.tokens, "training.tokens")
-    files = list(data) or _training_files(config)
+    try:
+        files = expand_paths(data or config.data.train)
+    except UserError:
+        if data:
+            raise
+        files = []  # one is not there yet, or in an object store
     if not files:
         return None
     count, source = count_tokens(files, STAGES[planned.stage].records, config)
@@ -146,17 +145,8 @@ def planned_tokens(planned: Planned, data: Sequence[str], tokens: int | None) ->
     return Tokens(round(count * epochs), f"{source}, {epochs:g} epoch{'s' * (epochs != 1)}")
 
 
-def _training_files(config: RunConfig) -> list[str]:
-    """The files of `data.train`; none where one is not there yet, or in an object store."""
-    try:
-        return [str(file) for file in expand_paths(config.data.train)] if config.data.train else []
-    except UserError:
-        return []
-
-
-def count_tokens(paths: Sequence[str], kind: KindName, config: RunConfig) -> Tokens:
+def count_tokens(files: Sequence[Path], kind: KindName, config: RunConfig) -> Tokens:
     """Tokens of data files: from the cache that tokenising them left, from a sample, or from their size alone."""
-    files = expand_paths(paths)
     names = {str(file.resolve()) for file in files}
     for cache in stored_caches(cache_root(config.data)):
         if not cache.stale and cache.kind == kind and set(cache.files) == names:

@@ -13,7 +13,7 @@ from minimind_jax.shell import command
 class StageKind:
     """A stage, as the command line, the loop, pipelines, reports, exports and plans know it.
 
-    name, summary: of its command. config: its settings. function: `module:function`, imported when it is run.
+    name, summary: of its command. config: its settings. function: `module:function`, imported when it runs.
     records: the kind of data it trains on (see `data.kinds`); empty where it is no run. needs_start: it trains no model
     from scratch. has_head: its model has a head of scores in place of one of words, and is the end of a pipeline.
     labels: of that head; empty where they are those of the records. fixed: settings of its own that a run cannot change
@@ -42,7 +42,7 @@ class StageKind:
         return issubclass(self.config, RunConfig)
 
     def load(self) -> Callable[[Any], Any]:
-        return pkgutil.resolve_name(self.function)
+        return pkgutil.resolve_name(f"minimind_jax.{self.function}")
 
     def next_commands(self, run: Any) -> list[str]:
         """`next`, to be pasted, of a run's folder (see `training.run`)."""

@@ -65,7 +65,7 @@ def test_tokens_are_given_set_or_guessed_from_the_size(tmp_path):
 def test_compressed_files_need_a_number(tmp_path):
     (tmp_path / "text.jsonl.gz").write_bytes(b"")
     with pytest.raises(UserError, match=r"text.jsonl.gz: .* give --tokens N"):
-        count_tokens([str(tmp_path / "text.jsonl.gz")], "text", PretrainConfig())
+        count_tokens([tmp_path / "text.jsonl.gz"], "text", PretrainConfig())
 
 
 def test_devices_and_topologies():
