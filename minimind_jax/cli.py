@@ -39,10 +39,10 @@ COMMANDS = {
     "classify predict": Command(
         "labels for the texts of a file or of the standard input",
         tools.PredictConfig,
-        "evaluate.score_command:run_predict",
+        "evaluate.score_command:predict",
     ),
     "score": Command(
-        "a reward model's scores for the conversations of a file", tools.ScoreConfig, "evaluate.score_command:run_score"
+        "a reward model's scores for the conversations of a file", tools.ScoreConfig, "evaluate.score_command:score"
     ),
     "evaluate perplexity": Command(
         "how well a model predicts text or answers", tools.PerplexityConfig, "evaluate.perplexity:run"

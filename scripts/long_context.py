@@ -16,6 +16,7 @@ import numpy as np
 
 from minimind_jax.config.sections import CheckpointConfig, DataConfig, ModelSettings, OptimizerConfig, TrainingConfig
 from minimind_jax.config.stages import PretrainConfig, TokenizerConfig
+from minimind_jax.config.tools import PerplexityConfig
 from minimind_jax.demo import corpus
 from minimind_jax.evaluate.perplexity import evaluate_perplexity
 from minimind_jax.model.config import RopeScaling
@@ -98,7 +99,8 @@ def main() -> None:
     model = train_model(args.run, train, args.epochs)
     curves = {}
     for name, scaling in SCALINGS.items():
-        found = evaluate_perplexity(str(model), [str(held_out)], LONG, min_document_tokens=LONG, rope_scaling=scaling)
+        config = PerplexityConfig(model=str(model), files=(str(held_out),), seq_len=LONG, kind="text")
+        found = evaluate_perplexity(config, min_document_tokens=LONG, rope_scaling=scaling)
         windows = found.nll_by_position_T.reshape(-1, 64).sum(1), found.tokens_by_position_T.reshape(-1, 64).sum(1)
         curves[name] = windows[0] / windows[1]
         beyond = found.nll_by_position_T[TRAINED:].sum() / found.tokens_by_position_T[TRAINED:].sum()

@@ -189,7 +189,7 @@ class PredictConfig(ReadingConfig):
     model: str = setting()
     input: tuple[str, ...] = ()
     output: str = ""
-    top: int = 1
+    top: int = setting(1, must=at_least(1))
     seq_len: int | None = setting(None, must=at_least(4))
 
 
@@ -208,7 +208,7 @@ class PerplexityConfig(ReadingConfig):
     model: str = setting()
     seq_len: int | None = setting(None, must=at_least(4))
     kind: Literal["text", "conversation"] | None = None
-    max_rows: int = 0
+    max_rows: int = setting(0, must=at_least(0))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

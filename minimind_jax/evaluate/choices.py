@@ -108,56 +108,34 @@ def _number(answer: Any, choices: Sequence[str], record: Record) -> int:
 
 def run(config: ChoicesConfig) -> None:
     """Measures and prints what `config` asks for."""
-    results = evaluate_choices(
-        config.model, config.files, shots=config.shots_from, shot_count=config.shots,
-        prompt=config.prompt.replace("\\n", "\n"), max_questions=config.max_questions, batch_size=config.batch_size,
-    )  # fmt: skip
-    for result in results:
+    for result in evaluate_choices(config):
         print(result.describe())
 
 
-def evaluate_choices(
-    model: str,
-    paths: Sequence[str],
-    *,
-    shots: Sequence[str] = (),
-    shot_count: int = 0,
-    prompt: str = "",
-    max_questions: int = 0,
-    batch_size: int = 16,
-    dtype: str = "auto",
-) -> list[ChoiceResult]:
+def evaluate_choices(config: ChoicesConfig) -> list[ChoiceResult]:
     """Results for each task in the files, in the order in which they first appear.
 
     A choice is scored as the continuation of the prompt, " " and the choice; the space is left out where one is there
     already, and behind a Chinese colon. Spaces at the prompt's end count as the choice's, in place of its own; those at
     a choice's end are left out. The question's own answer is never among the examples.
 
-    Args:
-        shots: files of questions shown with their answers before each question; the files themselves if not given.
-        shot_count: how many of the same task are shown.
-        prompt: with {question}; empty takes "Question: ... Answer:", in Chinese for Chinese questions.
-        max_questions: of each task at most; 0 for all.
-
     Raises:
         UserError: no such model or file, a broken record, too few examples, a prompt without {question}, or a choice of
             which the tokenizer leaves nothing to score.
     """
+    prompt = config.prompt.replace("\\n", "\n")
     if prompt and "{question}" not in prompt:
         raise UserError(f"prompt {prompt!r} has no {{question}}")
-    questions = _by_task([parse_question(record) for record in iter_records(paths)])
-    examples = _by_task([parse_question(record) for record in iter_records(shots)]) if shots else questions
-    folder = resolve_model_folder(model)
-    network, params = load_model(folder, dtype)
-    tokenizer = load_tokenizer(folder)
-    scorer = LikelihoodScorer(network, params, batch_size)
-    if max_questions:
-        questions = {task: asked[:max_questions] for task, asked in questions.items()}
+    questions = _by_task(config.files)
+    examples = _by_task(config.shots_from) if config.shots_from else questions
+    folder = resolve_model_folder(config.model)
+    scorer, tokenizer = LikelihoodScorer(*load_model(folder), config.batch_size), load_tokenizer(folder)
+    questions = {task: asked[: config.max_questions or None] for task, asked in questions.items()}
     results = []
     total = sum(len(question.choices) for asked in questions.values() for question in asked)
     with progress("scoring choices", total) as advance:
         for task, asked in questions.items():
-            own = [_requests(tokenizer, prompt, question, examples.get(task, []), shot_count) for question in asked]
+            own = [_requests(tokenizer, prompt, question, examples.get(task, []), config.shots) for question in asked]
             cut = sum(max(len(before) + len(choice) for before, choice in each) > scorer.context + 1 for each in own)
             results.append(_result(task, asked, scorer.score(list(itertools.chain(*own)), advance), cut))
     return results
@@ -178,20 +156,17 @@ def _requests(
     ]
 
 
-def _by_task(questions: Sequence[Question]) -> dict[str, list[Question]]:
+def _by_task(files: Sequence[str]) -> dict[str, list[Question]]:
     found: dict[str, list[Question]] = {}
-    for question in questions:
+    for question in map(parse_question, iter_records(files)):
         found.setdefault(question.task, []).append(question)
     return found
 
 
-def _is_chinese(text: str) -> bool:
-    return any("\u4e00" <= character <= "\u9fff" for character in text)
-
-
 def _filled(prompt: str, question: Question) -> str:
-    chosen = prompt or (CHINESE if _is_chinese(question.question) else ENGLISH)
-    return chosen.replace("{question}", question.question)
+    text = question.question
+    is_chinese = any("\u4e00" <= character <= "\u9fff" for character in text)
+    return (prompt or (CHINESE if is_chinese else ENGLISH)).replace("{question}", text)
 
 
 def _spaced(prompt: str, question: Question, number: int) -> str:

@@ -10,8 +10,6 @@ add_bos_token, enable_thinking (of the chat template).
 """
 
 import itertools
-import sys
-from collections.abc import Sequence
 from typing import Any
 
 import lm_eval.models  # noqa: F401  registers lm_eval's own, which it would not do after ours
@@ -110,7 +108,7 @@ class MiniMindJax(TemplateLM):
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            own = [utils.make_disjoint_window(part) for part in parts]
+            own = list(map(utils.make_disjoint_window, parts))
             windows += own
             counts.append(len(own))
         with progress("scoring", len(windows), show=not disable_tqdm) as advance:
@@ -150,11 +148,3 @@ class MiniMindJax(TemplateLM):
 
 def _is_true(value: bool | str) -> bool:
     return str(value).lower() in ("true", "1", "yes")
-
-
-def run(arguments: Sequence[str]) -> None:
-    """lm_eval's own command with these arguments, our model registered."""
-    from lm_eval.__main__ import cli_evaluate
-
-    sys.argv = ["lm_eval", *arguments]
-    cli_evaluate()

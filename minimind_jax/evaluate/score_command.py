@@ -1,6 +1,7 @@
 """`minimind classify predict` and `minimind score`: what a classifier or a reward model says of a file's records."""
 
 import contextlib
+import functools
 import io
 import sys
 from collections import Counter
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from minimind_jax.config.tools import PredictConfig, ScoreConfig
-from minimind_jax.data.jsonl import DOCUMENTS, READING, Reading, Record, expand_paths, iter_records, reading_of, tell
+from minimind_jax.data.jsonl import DOCUMENTS, Reading, Record, expand_paths, iter_records, reading_of, tell
 from minimind_jax.data.labels import parse_unlabelled
 from minimind_jax.data.messages import Conversation
 from minimind_jax.data.records import parse_conversation
@@ -27,50 +28,22 @@ from minimind_jax.progress import progress
 CHUNK = 512  # records read at a time
 
 
-def run_predict(config: PredictConfig) -> None:
-    """`minimind classify predict`."""
-    told = config.model, config.input, config.output, config.top, config.seq_len
-    _say_written(predict(*told, reading=reading_of(config)), config)
+def predict(config: PredictConfig) -> None:
+    """Writes every record with what is `predicted` and its `probability`, or the `top` likeliest labels.
 
+    Of a classifier with several labels a text: a list `predicted`, and `probabilities` of all.
 
-def run_score(config: ScoreConfig) -> None:
-    """`minimind score`."""
-    _say_written(score(config.model, config.input, config.output, reading=reading_of(config)), config)
-
-
-def _say_written(count: int, config: PredictConfig | ScoreConfig) -> None:
-    if config.output:
-        print(f"{count} records written to {config.output}")
-
-
-def predict(
-    model: str,
-    paths: Sequence[str],
-    output: str = "",
-    top: int = 1,
-    seq_len: int | None = None,
-    dtype: str = "auto",
-    reading: Reading = READING,
-) -> int:
-    """Writes every record with what is `predicted` and its `probability`, or the `top` likeliest labels; the number of
-    records.
-
-    paths: files of records, or none for lines of text on the standard input. output: a file, a table if its name ends
-    in .csv or .tsv; "" prints. seq_len: longer texts are cut there, which is told; None takes the length that the model
-    was trained with. reading: how the files are read; all fields are written with the answers. Of a classifier with
-    several labels a text: a list `predicted`, and `probabilities` of all.
+    Without `input` the records are lines of text on the standard input. The output is a table if its name ends in .csv
+    or .tsv.
     """
-    if output:
-        check_output(Path(output), expand_paths(paths), tables=True)
-    if top < 1:
-        raise UserError(f"top is {top}; it must be at least 1")
-    scorer = Scorer(model, dtype, seq_len)
-    labels = scorer.labels
+    _check_output(config)
+    scorer = Scorer(config.model, max_tokens=config.seq_len)
+    labels, top = scorer.labels, config.top
     if len(labels.names) == 1:
-        raise UserError(f"{model} is a reward model; use minimind score")
+        raise UserError(f"{config.model} is a reward model; use minimind score")
 
     def parse(record: Record) -> str:
-        text = parse_unlabelled(record, reading.text_field or "text")
+        text = parse_unlabelled(record, config.text_field or "text")
         if record.file.name.endswith(DOCUMENTS) and "\n" in text.strip():
             record.told[str(record.file), "read as one text (its lines are texts on the standard input)"] += 1
         return text
@@ -80,29 +53,29 @@ def predict(
             yield _answer(labels.names, found, likely, labels.several, top)
 
     fields = ("predicted", "probabilities") if labels.several else ("predicted", "probability", "top")[: 2 + (top > 1)]
-    count = _write(paths, reading, parse, answers, fields, output)
+    count = _write(config, parse, answers, fields)
     _say_cut(scorer, count, "texts", "end", " (--seq_len sets another length)")
-    return count
 
 
-def score(model: str, paths: Sequence[str], output: str = "", dtype: str = "auto", reading: Reading = READING) -> int:
-    """Writes every conversation with its `score` by a reward model; the number of records. output: as of `predict`."""
-    if output:
-        check_output(Path(output), expand_paths(paths), tables=True)
-    scorer = Scorer(model, dtype)
-    if len(scorer.labels.names) != 1:
-        raise UserError(f"{model} is a classifier ({len(scorer.labels.names)} labels); use minimind classify predict")
-
-    def parse(record: Record) -> Conversation:
-        return parse_conversation(record, for_training=False, reading=reading)
+def score(config: ScoreConfig) -> None:
+    """Writes every conversation with its `score` by a reward model; the output as of `predict`."""
+    _check_output(config)
+    scorer = Scorer(config.model)
+    if (labels := len(scorer.labels.names)) != 1:
+        raise UserError(f"{config.model} is a classifier ({labels} labels); use minimind classify predict")
+    parse = functools.partial(parse_conversation, for_training=False, reading=reading_of(config))
 
     def answers(parsed: list[Conversation]) -> Iterator[dict[str, Any]]:
         scores = scorer.conversations([(conversation.messages, conversation.tools) for conversation in parsed])
         return ({"score": round(float(value), 6)} for value in scores[:, 0])
 
-    count = _write(paths, reading, parse, answers, ("score",), output)
+    count = _write(config, parse, answers, ("score",))
     _say_cut(scorer, count, "conversations", "beginning")
-    return count
+
+
+def _check_output(config: PredictConfig | ScoreConfig) -> None:
+    if config.output:
+        check_output(Path(config.output), expand_paths(config.input), tables=True)
 
 
 def _answer(names: Sequence[str], found: np.ndarray, likely: np.ndarray, several: bool, top: int) -> dict[str, Any]:
@@ -112,11 +85,9 @@ def _answer(names: Sequence[str], found: np.ndarray, likely: np.ndarray, several
             "predicted": [names[i] for i in order if found[i]],
             "probabilities": {names[i]: round(float(likely[i]), 6) for i in order},
         }
-    best = order[0]
-    answer = {"predicted": names[best], "probability": round(float(likely[best]), 6)}
-    if top > 1:
-        answer["top"] = [{"label": names[i], "probability": round(float(likely[i]), 6)} for i in order[:top]]
-    return answer
+    found = [{"label": names[i], "probability": round(float(likely[i]), 6)} for i in order[:top]]
+    answer = {"predicted": found[0]["label"], "probability": found[0]["probability"]}
+    return {**answer, "top": found} if top > 1 else answer
 
 
 def _input_lines(reading: Reading, told: Counter) -> Iterator[Record]:
@@ -138,22 +109,19 @@ def _input_lines(reading: Reading, told: Counter) -> Iterator[Record]:
         yield Record(f"{place}:{number}", Path(), number, {reading.text_field or "text": line}, told)
 
 
-def _write(paths: Sequence[str], reading: Reading, parse, answers, fields: Sequence[str], output: str) -> int:
+def _write(config: PredictConfig | ScoreConfig, parse, answers, fields: Sequence[str]) -> int:
     """Writes every record with its answer, whose fields are `fields`; the number of records. `answers` takes what
     `parse` makes of them; with an output all are parsed before the first is answered."""
-    told: Counter = Counter()
-    text_field, total = reading.text_field or "text", None
+    told, reading, paths, output = Counter(), reading_of(config), config.input, config.output
     records = iter_records(paths, reading=reading, told=told) if paths else _input_lines(reading, told)
-    line = json_line
+    total, columns = None, [reading.text_field or "text"]
     if output and paths:
         total, columns = 0, {}
         for record in iter_records(paths, reading=reading):
             parse(record)
             total, columns = total + 1, {**columns, **dict.fromkeys(record.value)}
-        if separator := TABLES.get(Path(output).suffix.lower()):
-            line = table_line(dict.fromkeys((*columns, *fields)), separator)
-    elif separator := TABLES.get(Path(output).suffix.lower()):
-        line = table_line((text_field, *fields), separator)
+    separator = TABLES.get(Path(output).suffix.lower())
+    line = table_line(dict.fromkeys((*columns, *fields)), separator) if separator else json_line
     count = 0
     with PartialFile(Path(output), line) if output else contextlib.nullcontext() as file:
         write = file.write if file else lambda row: print(json_line(row), flush=True)
@@ -170,6 +138,8 @@ def _write(paths: Sequence[str], reading: Reading, parse, answers, fields: Seque
         if file:
             file.finish()
     tell(told)
+    if output:
+        print(f"{count} records written to {output}")
     return count
 
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from minimind_jax.config.tools import ChoicesConfig
 from minimind_jax.convert.hf import save_hf
 from minimind_jax.data.jsonl import Record
 from minimind_jax.data.tokenizer import Tokenizer, train_bpe
@@ -82,10 +83,14 @@ def questions(tmp_path):
     return rows, str(file)
 
 
+def evaluate(folder, file, **settings):
+    return evaluate_choices(ChoicesConfig(model=str(folder), files=(str(file),), **settings))
+
+
 def test_the_likeliest_choice_is_the_answer(folder, questions, monkeypatch, capsys):
     rows, file = questions
     monkeypatch.setattr("minimind_jax.progress.LINE_EVERY", 0.01)
-    results = evaluate_choices(str(folder), [file])
+    results = evaluate(folder, file)
     assert "scoring choices, 0 of 7, " in capsys.readouterr().err
     assert [(result.task, len(result.right)) for result in results] == [("animals", 2), ("zh", 1)]
     assert results[0].chance == pytest.approx((1 / 2 + 1 / 3) / 2)
@@ -99,7 +104,7 @@ def test_the_likeliest_choice_is_the_answer(folder, questions, monkeypatch, caps
     assert results[0].right[0] == (np.argmax(scores) == 0)
     by_length = np.array(scores) / [len(choice) for choice in rows[0]["choices"]]
     assert results[0].right_by_length[0] == (np.argmax(by_length) == 0)
-    one_by_one = evaluate_choices(str(folder), [file], batch_size=1)
+    one_by_one = evaluate(folder, file, batch_size=1)
     np.testing.assert_array_equal(one_by_one[0].right, results[0].right)
 
 
@@ -107,14 +112,14 @@ def test_questions_that_were_cut_are_counted(folder, tmp_path):
     rows = [{"question": "the cat " * count, "choices": ["sat", "ran"], "answer": 0} for count in (1, 100)]
     file = tmp_path / "long.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    [result] = evaluate_choices(str(folder), [str(file)])
+    [result] = evaluate(folder, file)
     assert result.cut == 1 and "1 of them longer than the model's context" in result.describe()
 
 
 def test_examples_are_other_questions(folder, questions):
     _, file = questions
     with pytest.raises(UserError, match="zh: 1 examples are asked for, and there are 0"):
-        evaluate_choices(str(folder), [file], shot_count=1)
+        evaluate(folder, file, shots=1)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +142,7 @@ def test_examples_are_other_questions(folder, questions):
 def test_broken_questions_are_told(row, message, folder, tmp_path):
     (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match=rf"bad.jsonl:1: .*{message}"):
-        evaluate_choices(str(folder), [str(tmp_path / "bad.jsonl")])
+        evaluate(folder, tmp_path / "bad.jsonl")
 
 
 @pytest.mark.parametrize("spaces", [" ", "\u3000", "\xa0", "\t", "\n", "\u2009", " \n "])
@@ -170,16 +175,14 @@ def test_equal_choices_are_equally_right(folder, tmp_path):
     rows = [{"question": "who?", "choices": ["dogs", "dogs ", "qqqqqqqqqqqqqqqqqqqqqq"], "answer": 1}]
     rows.append({"question": "who?", "choices": json.dumps(["dogs", "cat"]), "answer": "0"})  # as in a CSV cell
     (tmp_path / "twice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    [result] = evaluate_choices(str(folder), [str(tmp_path / "twice.jsonl")])
+    [result] = evaluate(folder, tmp_path / "twice.jsonl")
     assert result.right[0] and result.chance == pytest.approx((2 / 3 + 1 / 2) / 2)
     assert "1 of them have a choice twice" in result.describe()
 
 
 def test_a_prompt_s_last_space_changes_no_result(folder, questions):
     _, file = questions
-    with_space, without = (
-        evaluate_choices(str(folder), [file], prompt=f"Q: {{question}}\nA:{end}") for end in (" ", "")
-    )
+    with_space, without = (evaluate(folder, file, prompt=f"Q: {{question}}\nA:{end}") for end in (" ", ""))
     for a, b in zip(with_space[:1], without[:1], strict=True):  # the Chinese one has no space of its own
         np.testing.assert_array_equal(a.right, b.right)
         np.testing.assert_array_equal(a.right_by_length, b.right_by_length)

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from minimind_jax.config.tools import PerplexityConfig
 from minimind_jax.convert.hf import save_hf
 from minimind_jax.data.documents import encode_conversation, encode_text
 from minimind_jax.data.messages import Conversation
@@ -39,15 +40,14 @@ def folder(tmp_path_factory):
     return path
 
 
-def evaluate(folder, seq_len=SEQ_LEN, **options):
-    return evaluate_perplexity(
-        str(folder / "model"),
-        [str(folder / "text.jsonl")],
-        seq_len,
-        rows_per_step=2,
-        cache_dir=str(folder / "cache"),
-        **options,
-    )
+OPTIONS = {"min_document_tokens", "rope_scaling", "rows_per_step"}
+
+
+def evaluate(folder, seq_len=SEQ_LEN, file="text.jsonl", **given):
+    options = {"rows_per_step": 2} | {name: given.pop(name) for name in OPTIONS & given.keys()}
+    settings = {"kind": "text", "seq_len": seq_len} | given
+    config = PerplexityConfig(model=str(folder / "model"), files=(str(folder / file),), **settings)
+    return evaluate_perplexity(config, cache_dir=str(folder / "cache"), **options)
 
 
 def by_hand(folder, text, scaling=None):
@@ -93,25 +93,24 @@ def test_a_rope_scaling_replaces_the_model_s(folder):
 def test_of_conversations_only_the_assistant_s_words_count(folder):
     messages = [{"role": "user", "content": "What is a cat?"}, {"role": "assistant", "content": "A small animal."}]
     (folder / "talk.jsonl").write_text(json.dumps({"conversations": messages}) + "\n")
-    options = {"kind": "conversation", "rows_per_step": 1, "cache_dir": str(folder / "cache")}
-    result = evaluate_perplexity(str(folder / "model"), [str(folder / "talk.jsonl")], SEQ_LEN, **options)
+    result = evaluate(folder, file="talk.jsonl", kind="conversation", rows_per_step=1)
     document = encode_conversation(Tokenizer.load(folder / "model"), Conversation(messages))
     assert result.tokens == document.trained.sum() < len(document.ids) / 2
     (folder / "talk.json").write_text(json.dumps([{"messages": messages, "id": 1}], indent=1))
-    found = evaluate_perplexity(str(folder / "model"), [str(folder / "talk.json")], SEQ_LEN, **options | {"kind": None})
+    found = evaluate(folder, file="talk.json", kind=None, rows_per_step=1)
     assert (found.tokens, found.nll) == (result.tokens, result.nll)
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "options, message, error",
     [
-        ({"seq_len": 512}, "seq_len 512 is above the model's context of 128"),
-        ({"min_document_tokens": 10_000}, "the longest of .*text.jsonl has"),
-        ({"max_rows": -1}, "max_rows is -1; it must be at least 0"),
+        ({"seq_len": 512}, "seq_len 512 is above the model's context of 128", UserError),
+        ({"min_document_tokens": 10_000}, "the longest of .*text.jsonl has", UserError),
+        ({"max_rows": -1}, "max_rows is -1; it must be at least 0", ValueError),  # as all settings are
     ],
 )
-def test_what_cannot_be_evaluated_is_refused(folder, options, message):
-    with pytest.raises(UserError, match=message):
+def test_what_cannot_be_evaluated_is_refused(folder, options, message, error):
+    with pytest.raises(error, match=message):
         evaluate(folder, **options)
 
 
@@ -119,11 +118,11 @@ def test_rows_without_a_token_to_predict_are_left_out(folder):
     """Of a question of seventy rows the answer is found, however few rows are asked for."""
     messages = [{"role": "user", "content": "What is a cat? " * 200}, {"role": "assistant", "content": "A cat."}]
     (folder / "question.jsonl").write_text(json.dumps({"conversations": messages}) + "\n")
-    options = {"kind": "conversation", "rows_per_step": 1, "max_rows": 1, "cache_dir": str(folder / "cache")}
-    assert evaluate_perplexity(str(folder / "model"), [str(folder / "question.jsonl")], 32, **options).tokens >= 3
+    options = {"kind": "conversation", "rows_per_step": 1, "max_rows": 1}
+    assert evaluate(folder, 32, "question.jsonl", **options).tokens >= 3
 
 
 def test_a_missing_file_is_told_before_a_row_length_and_the_default_fits_the_model(folder):
     with pytest.raises(UserError, match=r"gone\.jsonl: no such file"):
-        evaluate_perplexity(str(folder / "model"), [str(folder / "gone.jsonl")], 512)
+        evaluate(folder, 512, "gone.jsonl", kind=None)
     assert len(evaluate(folder, None).nll_by_position_T) == 128

@@ -6,6 +6,7 @@ import io
 import json
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,11 +23,13 @@ from minimind_jax.config.stages import (
     SFTConfig,
     TeacherConfig,
 )
+from minimind_jax.config.tools import PredictConfig, ScoreConfig
 from minimind_jax.convert.hf import Labels, from_hf, load_hf, load_labels, save_hf
 from minimind_jax.data.jsonl import iter_records
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
-from minimind_jax.evaluate.score_command import predict, score
+from minimind_jax.evaluate.score_command import predict as run_predict
+from minimind_jax.evaluate.score_command import score as run_score
 from minimind_jax.inference.answer_file import PartialFile
 from minimind_jax.inference.load import load_generator
 from minimind_jax.inference.score import Scorer
@@ -44,6 +47,16 @@ from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import is_exported, read_metrics
 
 
+def predict(model, files, output="", **settings):
+    run_predict(PredictConfig(model=str(model), input=tuple(files), output=str(output), **settings))
+    return sum(1 for _ in iter_records([Path(output)])) if output else None
+
+
+def score(model, files, output):
+    run_score(ScoreConfig(model=str(model), input=tuple(files), output=str(output)))
+    return sum(1 for _ in iter_records([Path(output)]))
+
+
 @pytest.mark.parametrize("adapters", [LoRAConfig(), ADAPTERS], ids=["all", "lora"])
 def test_a_reward_model_scores_as_it_was_trained(make, files, adapters, tmp_path):
     config = make(RewardConfig, tmp_path / "reward", "pairs", lora=adapters, rate=3e-3)
@@ -56,7 +69,7 @@ def test_a_reward_model_scores_as_it_was_trained(make, files, adapters, tmp_path
         sides.append(scorer.conversations([(record[name], None) for record in records])[:, 0])
     assert (sides[0] > sides[1]).mean() > 0.9
     chats = write_lines(tmp_path / "chats.jsonl", [{"conversations": records[0]["chosen"]}])
-    assert score(str(run.path), [chats], str(tmp_path / "scored.jsonl")) == 1
+    assert score(run.path, [chats], str(tmp_path / "scored.jsonl")) == 1
     cut = scorer.cut
     assert load_labels(run.model).max_tokens == scorer.max_tokens == 64
     assert scorer.conversations([([{"role": "user", "content": "birds " * 90}], None)]).shape == (1, 1)
@@ -65,13 +78,13 @@ def test_a_reward_model_scores_as_it_was_trained(make, files, adapters, tmp_path
     assert written["score"] == pytest.approx(float(sides[0][0]), abs=1e-4)
     for output, message in ((chats, "is one of the files of input"), (tmp_path / "scored.jsonl", "is there already")):
         with pytest.raises(UserError, match=message):
-            score(str(run.path), [chats], str(output))
+            score(run.path, [chats], str(output))
     again = tmp_path / "again.jsonl"
     with PartialFile(again), pytest.raises(UserError, match="is being written by another process"):
-        score(str(run.path), [chats], str(again))
+        score(run.path, [chats], str(again))
     broken = write_lines(tmp_path / "broken.jsonl", [{"conversations": "?"}])
     with pytest.raises(UserError, match=r"broken.jsonl:1"):
-        score(str(run.path), [broken], str(again))
+        score(run.path, [broken], str(again))
     assert [path.name for path in tmp_path.glob("again*")] == []
     with pytest.raises(UserError, match="is a classifier or reward model, and cannot write text"):
         sft(make(SFTConfig, tmp_path / "sft", str(tmp_path / "chats.jsonl"), init_from=str(run.path)))
@@ -154,7 +167,7 @@ def test_a_classifier_learns_names_its_labels_and_predicts(make, tmp_path, capsy
     assert "Held-out results" in run.report_file.read_text("utf-8")
     assert load_labels(run.model).names == ("birds", "cat", "dogs")
     texts = write_lines(tmp_path / "new.jsonl", [{"text": "dogs sat on a mat"}, {"text": "birds"}])
-    assert predict(str(run.path), [texts], str(tmp_path / "out.jsonl"), top=2) == 2
+    assert predict(run.path, [texts], str(tmp_path / "out.jsonl"), top=2) == 2
     answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]
     assert [answer["predicted"] for answer in answers] == ["dogs", "birds"]
     assert answers[0]["top"][0]["label"] == "dogs" and len(answers[0]["top"]) == 2
@@ -211,11 +224,11 @@ def test_the_trained_length_goes_with_the_model(make, files, tmp_path, capsys, m
     answers = []
     capsys.readouterr()
     for number, place in enumerate((run.path, run.model, tmp_path / "copy")):
-        predict(str(place), [texts], str(tmp_path / f"{number}.jsonl"))
+        predict(place, [texts], str(tmp_path / f"{number}.jsonl"))
         answers.append((tmp_path / f"{number}.jsonl").read_text("utf-8"))
         assert "1 of 2 texts were longer than the 16 tokens that are read" in capsys.readouterr().err
     assert len(set(answers)) == 1
-    predict(str(run.path), [texts], str(tmp_path / "table.csv"))
+    predict(run.path, [texts], str(tmp_path / "table.csv"))
     with open(tmp_path / "table.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     expected = [json.loads(line) for line in answers[0].splitlines()]
@@ -223,39 +236,39 @@ def test_the_trained_length_goes_with_the_model(make, files, tmp_path, capsys, m
     for row, answer in zip(rows, expected, strict=True):
         assert (row["predicted"], float(row["probability"])) == (answer["predicted"], answer["probability"])
     earlier = [{"text": "dogs\rsat", "predicted": "x", "a": 'q "r",\r\ns\r'}]
-    predict(str(run.path), [write_lines(tmp_path / "earlier.jsonl", earlier)], str(tmp_path / "ends.csv"))
+    predict(run.path, [write_lines(tmp_path / "earlier.jsonl", earlier)], str(tmp_path / "ends.csv"))
     assert "the earlier `predicted` is replaced (once)" in capsys.readouterr().err
     [row] = [record.value for record in iter_records([tmp_path / "ends.csv"])]
     assert (row["text"], row["a"]) == (earlier[0]["text"], earlier[0]["a"]) and row["predicted"] in ("birds", "dogs")
     gaps = write_lines(tmp_path / "gaps.jsonl", [{"text": "dogs"}] * 600 + [{"text": ""}])
     with pytest.raises(UserError, match=r"gaps.jsonl:601: text is empty"):
-        predict(str(run.path), [gaps], str(tmp_path / "gaps.csv"))
+        predict(run.path, [gaps], str(tmp_path / "gaps.csv"))
     assert not list(tmp_path.glob("gaps.csv*"))  # refused before anything is answered
     (tmp_path / "lines.txt").write_text("dogs\ncat\n")
-    assert predict(str(run.path), [str(tmp_path / "lines.txt")], str(tmp_path / "LINES.CSV")) == 1
+    assert predict(run.path, [str(tmp_path / "lines.txt")], str(tmp_path / "LINES.CSV")) == 1
     assert "lines.txt: read as one text" in capsys.readouterr().err
     assert (tmp_path / "LINES.CSV").read_text("utf-8").startswith("text,predicted,probability\n")
-    with pytest.raises(UserError, match="top is 0; it must be at least 1"):
-        predict(str(run.path), [texts], top=0)
+    with pytest.raises(ValueError, match="top is 0; it must be at least 1"):
+        predict(run.path, [texts], top=0)
     lines = io.TextIOWrapper(
         io.BytesIO('\ufeffdogs 你\r\n\r\n{"text": "cat"}\r\n'.encode("utf-8")), "ascii", newline="\n"
     )
     monkeypatch.setattr("sys.stdin", lines)
-    assert predict(str(run.path), [], str(tmp_path / "typed.jsonl")) == 2
+    assert predict(run.path, [], str(tmp_path / "typed.jsonl")) == 2
     typed = [json.loads(line)["text"] for line in (tmp_path / "typed.jsonl").read_text("utf-8").splitlines()]
     assert typed == ["dogs 你", '{"text": "cat"}'] and "looks like JSON" in capsys.readouterr().err
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("grün".encode("latin-1")), "utf-8"))
     with pytest.raises(UserError, match=r"standard input:1: not utf-8 text; .*--encoding"):
-        predict(str(run.path), [])
+        predict(run.path, [])
     config_file = tmp_path / "copy" / "tokenizer_config.json"  # as an earlier version wrote it
     config_file.write_text(json.dumps({**json.loads(config_file.read_text("utf-8")), "model_max_length": 131072}))
-    predict(str(tmp_path / "copy"), [texts], str(tmp_path / "old.jsonl"))
+    predict(tmp_path / "copy", [texts], str(tmp_path / "old.jsonl"))
     assert "does not say where longer texts were cut in its training" in capsys.readouterr().err
     for name in ("table.parquet", "table.csv.gz"):
         with pytest.raises(UserError, match="JSON lines are written"):
-            predict(str(run.path), [texts], str(tmp_path / name))
+            predict(run.path, [texts], str(tmp_path / name))
     with pytest.raises(UserError, match="seq_len 1000 is above the model's context"):
-        predict(str(run.path), [texts], seq_len=1000)
+        predict(run.path, [texts], seq_len=1000)
     transformers = pytest.importorskip("transformers")
     pipeline = transformers.pipeline("text-classification", model=str(run.model), device="cpu")
     theirs = pipeline([long], truncation=True)[0]
@@ -269,7 +282,7 @@ def test_several_labels(make, tmp_path):
     assert load_labels(run.model).several
     assert json.loads((run.path / "results.json").read_text("utf-8"))["accuracy"] > 0.5
     texts = write_lines(tmp_path / "new.jsonl", [{"text": "dogs sat"}])
-    predict(str(run.path), [texts], str(tmp_path / "out.jsonl"))
+    predict(run.path, [texts], str(tmp_path / "out.jsonl"))
     answer = json.loads((tmp_path / "out.jsonl").read_text("utf-8"))
     assert set(answer["probabilities"]) == {"birds", "cat", "dogs"}
 
