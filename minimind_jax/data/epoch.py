@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from grain.experimental import index_shuffle
 
 from minimind_jax.config.sections import FilesConfig
 from minimind_jax.data.kinds import KINDS
 from minimind_jax.data.packing import PackingPlan, plan_best_fit, plan_concat, plan_heads, plan_pad, plan_pairs
 from minimind_jax.data.rows import Batch, Pieces, pack_rows, pad_rows
-from minimind_jax.data.shuffle import shuffled
 from minimind_jax.data.token_cache import TokenCache
 from minimind_jax.seeds import named_seed
 
@@ -23,16 +23,16 @@ Annotate = Callable[[TokenCache, Pieces], Batch]
 class Epoch:
     """The rows of one epoch.
 
-    documents: (n,) documents of the cache the plan is about. order: (rows,) the plan's row at each place. packing: of
-    PACKINGS. annotate: adds to rows what belongs to their pieces.
+    documents: (n,) documents of the cache the plan is about. seed: of the order of the rows, 32 bits; None for that of
+    the plan. packing: of PACKINGS. annotate: adds to rows what belongs to their pieces.
     """
 
     cache: TokenCache
     documents: np.ndarray
     plan: PackingPlan
-    order: np.ndarray
+    seed: int | None
     packing: str
-    annotate: "Annotate | None" = None
+    annotate: Annotate | None = None
 
     def rows(self, places: Sequence[int], token_bytes: np.ndarray) -> Batch:
         """The rows at these places of the epoch: arrays (rows, T), all padding beyond the last row."""
@@ -44,6 +44,10 @@ class Epoch:
             rows = pack_rows(self.cache, pieces, token_bytes)
         return rows | self.annotate(self.cache, pieces) if self.annotate else rows
 
+    def row_at(self, place: int) -> int:
+        """The plan's row at a place of the epoch. The order is that of grain's shuffle."""
+        return place if self.seed is None else index_shuffle(place, self.plan.rows - 1, self.seed, 4)
+
     def steps(self, rows_per_step: int) -> int:
         """Steps that the rows make, of which the last may not be full."""
         return -(-self.plan.rows // rows_per_step)
@@ -51,7 +55,7 @@ class Epoch:
     def _pieces(self, places: Sequence[int]) -> Pieces:
         """The pieces of the rows at these places, of which those beyond the last row come last."""
         plan = self.plan
-        rows = self.order[[place for place in places if place < plan.rows]]
+        rows = np.array([self.row_at(place) for place in places if place < plan.rows], np.int64)
         counts = plan.row_starts[rows + 1] - plan.row_starts[rows]
         segments = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         pieces = np.repeat(plan.row_starts[rows], counts) + segments
@@ -76,9 +80,8 @@ def plan_epoch(
     own = KINDS[cache.kind].packings
     packing = packing or (own[0] if len(own) == 1 else data.packing)
     plan = PACKINGS[packing](_Documents(cache, documents), data.seq_len, seed, epoch, data.shuffle)
-    is_shuffled = data.shuffle and plan.rows > 0
-    order = shuffled(plan.rows, named_seed(seed, "rows", epoch) % 2**32) if is_shuffled else np.arange(plan.rows)
-    return Epoch(cache, documents, plan, order, packing)
+    order_seed = named_seed(seed, "rows", epoch) % 2**32 if data.shuffle else None
+    return Epoch(cache, documents, plan, order_seed, packing)
 
 
 class _Documents(NamedTuple):

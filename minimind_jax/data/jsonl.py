@@ -193,13 +193,13 @@ def iter_lines(file: Path, reading: Reading = READING) -> Iterator[tuple[int, by
             else:
                 for line, raw in text_files.json_values(stream, file, reading.encoding):
                     yield line, raw
-    except (EOFError, OSError, zlib.error, *_zstd_errors()) as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise UserError(f"{file}:{line + 1}: cannot be read: {error}") from error
 
 
 @functools.cache  # once, however often the file is read
 def _tell_wrong_encoding(file: Path, encoding: str) -> None:
-    with contextlib.suppress(EOFError, OSError, zlib.error, *_zstd_errors()), _open(file) as stream:
+    with contextlib.suppress(EOFError, OSError, zlib.error), _open(file) as stream:
         if text_files.is_foreign_utf8(stream, encoding):
             print(
                 f"warning: {file} is UTF-8 text, and is read as {encoding}, which makes other characters of it; leave "
@@ -254,69 +254,24 @@ def _open(file: Path) -> io.BufferedIOBase:
     if _ends_in(file, ".gz"):
         return gzip.open(file, "rb")
     if _ends_in(file, ".zst"):
-        return io.BufferedReader(_ZstdFile(file))
+        # not zstandard's own reader, which takes half a frame for the end of the file
+        return io.BufferedReader(_pyarrow(file).input_stream(str(file), compression="zstd"))
     return open(file, "rb")
 
 
-class _ZstdFile(io.RawIOBase):
-    """The frames of a .zst file, one after another. zstandard's own reader takes half a frame for the end of the file.
-
-    Raises EOFError there.
-    """
-
-    def __init__(self, file: Path):
-        self._decompressor = _zstandard(file).ZstdDecompressor()
-        self._file = open(file, "rb")
-        self._frame, self._compressed, self._ready = None, b"", b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:
-        while not self._ready:
-            self._compressed = self._compressed or self._file.read(1 << 14)
-            if not self._compressed:
-                if self._frame is not None:
-                    raise EOFError("the file ends in the middle of a compressed frame")
-                return 0
-            self._frame = self._frame or self._decompressor.decompressobj()
-            self._ready, self._compressed = self._frame.decompress(self._compressed), b""
-            if self._frame.eof:
-                self._compressed, self._frame = self._frame.unused_data, None
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def _zstandard(file: Path):
-    try:
-        import zstandard
-    except ImportError as error:
-        raise UserError(f"{file}: reading .zst needs zstandard: {install_command('formats')}") from error
-    return zstandard
-
-
-def _zstd_errors() -> tuple[type[Exception], ...]:
-    try:
-        import zstandard
-    except ImportError:
-        return ()
-    return (zstandard.ZstdError,)
-
-
 def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"{file}: reading .parquet needs pyarrow: {install_command('formats')}") from error
+    pyarrow = _pyarrow(file)
     try:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not a readable Parquet file: {error}") from error
+
+
+def _pyarrow(file: Path):
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"{file}: reading {file.suffix} needs pyarrow: {install_command('formats')}") from error
+    return pyarrow

@@ -48,7 +48,7 @@ def rows_of(epoch, places, token_bytes):
     """`Epoch.rows`, each of them by itself."""
     rows = []
     for place in places:
-        pieces = pieces_of(epoch.plan, epoch.order[place]) if place < epoch.plan.rows else []
+        pieces = pieces_of(epoch.plan, epoch.row_at(place)) if place < epoch.plan.rows else []
         pieces = [(int(epoch.documents[document]), start, stop) for document, start, stop in pieces]
         if epoch.packing == "pad" and pieces:
             rows.append(pad_row(epoch.cache, pieces[0][0], epoch.plan.seq_len, token_bytes))

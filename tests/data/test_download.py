@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import json
 import re
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from minimind_jax.errors import UserError
 
 CONTENT = {name: (f'{{"text": "{name}"}}\n' * 20_000).encode() for name in ("rlaif.jsonl", "dpo.jsonl")}
 HUGGINGFACE = "/datasets/jingyaogong/minimind_dataset/resolve/main/"
-MODELSCOPE = "/datasets/gongjy/minimind_dataset/resolve/master/"
+MODELSCOPE = "/api/v1/datasets/gongjy/minimind_dataset/repo?Revision=master&FilePath="
+MODELSCOPE_LIST = "/api/v1/datasets/gongjy/minimind_dataset/repo/tree?"
 
 
 class Hub(http.server.ThreadingHTTPServer):
@@ -42,6 +44,9 @@ class Answer(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self, body=True):
         self.server.requests.append((self.command, self.path, self.headers.get("Range")))
+        if self.path.startswith(MODELSCOPE_LIST):
+            self.list_files()
+            return
         prefix = next((p for p in (HUGGINGFACE, MODELSCOPE) if self.path.startswith(p)), None)
         content = self.server.content.get(self.path.removeprefix(prefix)) if prefix else None
         if content is None:
@@ -75,6 +80,17 @@ class Answer(http.server.BaseHTTPRequestHandler):
             if cut is not None:
                 self.close_connection = True
 
+    def list_files(self):
+        files = [
+            {"Path": name, "Type": "blob", "Size": len(content), "Sha256": hashlib.sha256(content).hexdigest()}
+            for name, content in self.server.content.items()
+        ]
+        answer = json.dumps({"Code": 200, "Success": True, "Data": {"Files": files}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
 
 @pytest.fixture
 def hub():
@@ -87,10 +103,19 @@ def hub():
 
 
 @pytest.fixture
-def modelscope(hub, monkeypatch):
+def modelscope(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", hub.url)
-    monkeypatch.setattr("minimind_jax.data.download.TIMEOUT", 5)
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "cache"))
+    pytest.importorskip("modelscope")
+    monkeypatch.setattr("modelscope_hub._download.DOWNLOAD_RETRY_TIMES", 0)
+    monkeypatch.setattr("modelscope_hub._legacy_api.REPO_TREE_PAGE_MAX_ATTEMPTS", 1)
     return hub
+
+
+def asked_of(hub):
+    """(file, place it was asked from) of what was downloaded from ModelScope."""
+    found = ((path.removeprefix(MODELSCOPE), start) for _, path, start in hub.requests if path.startswith(MODELSCOPE))
+    return [(name, int((start or "bytes=0-")[6:-1])) for name, start in found]
 
 
 def run_huggingface(endpoint, *arguments, **more):
@@ -143,54 +168,24 @@ def test_huggingface_without_a_connection_says_what_to_do(hub, tmp_path, switche
     assert not list(tmp_path.glob("*.jsonl"))
 
 
-def test_modelscope_file_url(modelscope, tmp_path):
-    assert download("rlaif", tmp_path, "modelscope") == [tmp_path / "rlaif.jsonl"]
-    assert (tmp_path / "rlaif.jsonl").read_bytes() == CONTENT["rlaif.jsonl"]
-    assert modelscope.requests == [("GET", MODELSCOPE + "rlaif.jsonl", None)]
-    assert [path.name for path in tmp_path.iterdir()] == ["rlaif.jsonl"]
+def test_modelscope_files(modelscope, tmp_path):
+    target = tmp_path / "data"
+    assert download("rlaif", target, "modelscope") == [target / "rlaif.jsonl"]
+    assert (target / "rlaif.jsonl").read_bytes() == CONTENT["rlaif.jsonl"]
+    assert asked_of(modelscope) == [("rlaif.jsonl", 0)]
+    assert [path.name for path in target.iterdir()] == ["rlaif.jsonl"]
 
 
-def test_a_cut_connection_is_taken_up_where_it_broke(modelscope, tmp_path):
+def test_a_lost_server_leaves_a_part_that_the_next_call_completes(modelscope, tmp_path):
     modelscope.cut_after = 150_000
-    download("rlaif", tmp_path, "modelscope")
-    assert (tmp_path / "rlaif.jsonl").read_bytes() == CONTENT["rlaif.jsonl"]
-    starts = [int((asked or "bytes=0-")[6:-1]) for _, _, asked in modelscope.requests]
-    assert starts == list(range(0, len(CONTENT["rlaif.jsonl"]), 150_000))
-
-
-def test_a_lost_server_leaves_a_part_that_the_next_call_completes(modelscope, tmp_path, monkeypatch):
-    content = CONTENT["rlaif.jsonl"]
-    monkeypatch.setattr("minimind_jax.data.download.CONNECTIONS", 1)
-    modelscope.cut_after = 0
-    (tmp_path / "rlaif.jsonl.part").write_bytes(content[:1000])
-    (tmp_path / "rlaif.jsonl.tag").write_text(f'"{hashlib.sha256(content).hexdigest()}"')
-    with pytest.raises(UserError, match=r"cannot be reached.*What has arrived is kept"):
+    with pytest.raises(UserError, match=r"(?s)cannot be reached.*What has arrived is kept"):
         download("rlaif", tmp_path, "modelscope")
     assert not (tmp_path / "rlaif.jsonl").exists()
-    assert (tmp_path / "rlaif.jsonl.part").stat().st_size == 1000
     modelscope.cut_after = None
     modelscope.requests.clear()
     download("rlaif", tmp_path, "modelscope")
-    assert (tmp_path / "rlaif.jsonl").read_bytes() == content
-    assert modelscope.requests == [("GET", MODELSCOPE + "rlaif.jsonl", "bytes=1000-")]
-
-
-@pytest.mark.parametrize("more", [b"", b"and more than there is"])
-def test_a_part_that_is_whole_already_is_taken_and_a_longer_one_fetched_anew(modelscope, tmp_path, more):
-    content = CONTENT["rlaif.jsonl"]  # killed between the last byte and the renaming
-    (tmp_path / "rlaif.jsonl.part").write_bytes(content + more)
-    (tmp_path / "rlaif.jsonl.tag").write_text(f'"{hashlib.sha256(content).hexdigest()}"')
-    download("rlaif", tmp_path, "modelscope")
-    assert (tmp_path / "rlaif.jsonl").read_bytes() == content
-    assert len(modelscope.requests) == 1 + bool(more)
-    assert [path.name for path in tmp_path.iterdir()] == ["rlaif.jsonl"]
-
-
-def test_a_part_of_another_version_is_not_taken_up(modelscope, tmp_path):
-    (tmp_path / "rlaif.jsonl.part").write_bytes(b"an older version")
-    (tmp_path / "rlaif.jsonl.tag").write_text('"older"')
-    download("rlaif", tmp_path, "modelscope")
     assert (tmp_path / "rlaif.jsonl").read_bytes() == CONTENT["rlaif.jsonl"]
+    assert asked_of(modelscope) == [("rlaif.jsonl", 150_000)]
 
 
 def test_a_complete_file_is_not_downloaded_again_and_a_changed_one_is(modelscope, tmp_path):
@@ -203,15 +198,18 @@ def test_a_complete_file_is_not_downloaded_again_and_a_changed_one_is(modelscope
     assert path.read_bytes() == b'{"text": "new"}\n'
 
 
-def test_modelscope_errors_say_what_to_do(modelscope, tmp_path):
+def test_modelscope_errors_say_what_to_do(modelscope, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"has no file nothing\.jsonl; MiniMind's files are"):
         download("nothing", tmp_path, "modelscope")
     with pytest.raises(UserError, match="it must be huggingface or modelscope"):
         download("mini", tmp_path, "elsewhere")
     modelscope.shutdown()
     modelscope.server_close()
-    with pytest.raises(UserError, match=r"cannot be reached.*check the connection"):
+    with pytest.raises(UserError, match=r"(?s)cannot be reached.*check the connection"):
         download("rlaif", tmp_path, "modelscope")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot make this folder"):
         download("rlaif", tmp_path / "file", "modelscope")
+    monkeypatch.setitem(sys.modules, "modelscope.hub.snapshot_download", None)
+    with pytest.raises(UserError, match=r"needs the package modelscope: .*pip install"):
+        download("rlaif", tmp_path, "modelscope")

@@ -21,10 +21,12 @@ def write(folder, name, data=LINES):
     return file
 
 
+def compress(data):
+    return pytest.importorskip("pyarrow").compress(data, codec="zstd", asbytes=True)
+
+
 def write_zst(folder):
-    zstandard = pytest.importorskip("zstandard")
     half = len(LINES) // 2  # two frames, as parallel compressors write
-    compress = zstandard.ZstdCompressor().compress
     return write(folder, "a.jsonl.zst", compress(LINES[:half]) + compress(LINES[half:]))
 
 
@@ -125,7 +127,6 @@ def test_a_line_without_end_does_not_fill_the_memory(tmp_path, monkeypatch):
 
 
 def test_broken_zstd_and_parquet(tmp_path):
-    pytest.importorskip("zstandard")
     pytest.importorskip("pyarrow")
     with pytest.raises(UserError, match=r"a\.jsonl\.zst:1: cannot be read"):
         list(iter_records([write(tmp_path, "a.jsonl.zst", b"no zstd")]))
@@ -135,12 +136,10 @@ def test_broken_zstd_and_parquet(tmp_path):
 
 @pytest.mark.parametrize("cut", [1, 1000])
 def test_a_zstd_file_that_was_cut_off_is_no_shorter_file(tmp_path, cut):
-    zstandard = pytest.importorskip("zstandard")
     lines = b"".join(b'{"text": "%0100d"}\n' % (i**7) for i in range(5000))
-    compress = zstandard.ZstdCompressor().compress
     whole = compress(LINES) + compress(lines)
     assert len(list(iter_records([write(tmp_path, "whole.jsonl.zst", whole)]))) == 5003
-    with pytest.raises(UserError, match=r"a\.jsonl\.zst:\d+: cannot be read: .*middle of a compressed frame"):
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst:\d+: cannot be read: Truncated compressed stream"):
         list(iter_records([write(tmp_path, "a.jsonl.zst", whole[:-cut])], on_bad=lambda error: None))
 
 
@@ -155,10 +154,10 @@ def test_parquet_strings_that_are_no_utf_8(tmp_path):
         list(iter_records([tmp_path / "a.parquet"]))
 
 
-@pytest.mark.parametrize(("module", "name"), [("zstandard", "a.jsonl.zst"), ("pyarrow", "a.parquet")])
-def test_a_missing_package_is_named_with_the_command(tmp_path, monkeypatch, module, name):
-    monkeypatch.setitem(__import__("sys").modules, module, None)  # what an import of an absent package meets
-    with pytest.raises(UserError, match=rf"needs {module}: \S*python\S* -m pip install .*{module}"):
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.parquet"])
+def test_a_missing_package_is_named_with_the_command(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)  # what an import of an absent package meets
+    with pytest.raises(UserError, match=r"needs pyarrow: \S*python\S* -m pip install .*pyarrow"):
         list(iter_records([write(tmp_path, name)]))
 
 
