@@ -170,6 +170,10 @@ for name in ("", *COMMANDS):
         ("data inspect f --tok t", "unknown setting tok; did you mean tokenizer?"),
         ("convert to-hf a", "OUTPUT is missing: the folder to write"),
         ("convert to-hf a b c", "unexpected argument 'c'"),
+        ("convert to-hf a b --checkpoint=", "checkpoint is ''; it must be newest, best or a step"),  # $STEP is not set
+        ("convert to-hf a b --checkpoint ²", "checkpoint is '²'; it must be newest, best or a step"),
+        ("convert to-hf a b --=5", "unexpected argument '--=5'"),
+        ("data convert a.jsonl", "minimind: OUTPUT is missing: the file to write"),
         ("convert to-hf a b --dtype bf16", "dtype is 'bf16'; expected float32|bfloat16|float16 or null"),
         ("convert from-torch --inference_rope_scaling a b", "--tokenizer is missing"),
         ("data cache --clear old", "clear is 'old'; expected all|stale or null"),

@@ -169,7 +169,8 @@ def help_text(cls: type, prog: str, configs: Sequence[str]) -> str:
             sections.setdefault(field.key if field.type is types.NoneType else title, []).append(field)
     takes_more = any(field.declared.get("rest") for field in fields)
     words = [_argument(field) for field in sections["arguments"]]
-    lines = [" ".join(["usage:", prog, *words, "[--config FILE] [--key value ...]"]), "", *_description(cls, width)]
+    words += ["[--key value ...]"] if takes_more else ["[--config FILE] [--key value ...]"]
+    lines = [" ".join(["usage:", prog, *words]), "", *_description(cls, width)]
     if not takes_more:
         told = f"--config is a YAML file, or the name of one that comes with the package: {', '.join(configs)}."
         lines += ["", *textwrap.wrap(f"Settings come from --config, then from the command line. {told}", width)]

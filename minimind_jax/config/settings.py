@@ -144,7 +144,7 @@ def read_arguments(argv: Sequence[str], fields: Sequence[Field] = ()) -> tuple[l
         if word == "--" and has_words and rest is None:  # behind it nothing is a flag
             words += left
             break
-        if not word.startswith("--") or word == "--" or (rest is not None and field is None):
+        if not word.startswith("--") or not name or (rest is not None and field is None):
             words.append(word)
             continue
         values = [value] if equals else _take_values(field, left, has_words)
@@ -181,10 +181,11 @@ def _fits(kind: Any, text: str) -> bool:
 
 
 def _place(words: list[str], places: Sequence[Field]) -> dict[str, Setting]:
-    """Words without a flag as positional settings: each takes one, and a list all that those behind it leave."""
+    """Words without a flag as positional settings: each takes one, and a list all that those behind it leave, but one
+    if it must have any: of too few words it is the last that are missing."""
     given = {}
     for behind, field in zip(range(len(places) - 1, -1, -1), places, strict=True):
-        count = max(0, len(words) - behind) if field.is_list else min(1, len(words))
+        count = max(field.is_required, len(words) - behind) if field.is_list else 1
         taken, words = words[:count], words[count:]
         if taken:
             given[field.key] = Setting(taken if field.is_list else taken[0], "command line")

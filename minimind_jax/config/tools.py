@@ -277,12 +277,12 @@ class FromHFConfig(WrittenConfig):
 class ToHFConfig(WrittenConfig):
     """Writes a run's model, one of its checkpoints, or any model folder as a Hugging Face folder.
 
-    checkpoint: newest, best or a step of the run, in place of its model/.
+    checkpoint: newest, best or a step of the run; null takes its model/.
     dtype: of the tensors; null takes bfloat16, or for a checkpoint the run's export_dtype.
     """
 
-    checkpoint: str = setting(
-        "", must=Rule(lambda word: word in ("", "newest", "best") or word.isdigit(), "newest, best or a step")
+    checkpoint: str | None = setting(
+        None, must=Rule(lambda word: word in ("newest", "best") or word.isdecimal(), "newest, best or a step")
     )
 
 
