@@ -25,17 +25,20 @@ class Metric:
     Metric(total) a sum, Metric(value, by="min") the smallest value.
 
     count: of what the total is a sum over, 0 where there was nothing. by: how totals are put together; where there was
-    nothing they are 0, for `min` infinity and for `max` -infinity.
+    nothing they are 0, for `min` infinity and for `max` -infinity. held_out: whether it is worth knowing of held-out
+    data, too.
     """
 
     total: Array
     count: Array | None = None
     by: Literal["sum", "min", "max"] = dataclasses.field(default="sum", metadata={"static": True})
+    held_out: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def joined(self) -> "Metric":
         """That of n micro-batches together, of whose metrics the fields are stacked, (n,)."""
         total = _REDUCTIONS[self.by](self.total, axis=0)
-        return Metric(total, None if self.count is None else jnp.sum(self.count, axis=0), self.by)
+        count = None if self.count is None else jnp.sum(self.count, axis=0)
+        return dataclasses.replace(self, total=total, count=count)
 
     def value(self) -> Array:
         return self.total if self.count is None else self.total / jnp.maximum(self.count, 1)

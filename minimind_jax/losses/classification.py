@@ -58,8 +58,8 @@ def make_classification_loss(
         router_loss = output.router_loss * weight
         metrics = {
             "accuracy": Metric(jnp.sum(jnp.where(held_BS, right_BS, 0)).astype(jnp.float32), texts),
-            "router_loss": Metric(router_loss, weight),
-            "tokens": Metric(jnp.sum(segments_BT > 0).astype(jnp.float32)),
+            "router_loss": Metric(router_loss, weight, held_out=False),
+            "tokens": Metric(jnp.sum(segments_BT > 0).astype(jnp.float32), held_out=False),
         }
         return jnp.sum(jnp.where(held_BS, losses_BS, 0)) + router_loss, weight, metrics
 

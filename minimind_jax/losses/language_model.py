@@ -41,7 +41,7 @@ def token_metrics(batch: Batch, nll_BT: jax.Array, router_loss: jax.Array) -> Me
     """The metrics of `make_language_model_loss`; the count of `nll` is the number of trained tokens."""
     weights_BT = batch["loss_weights"].astype(jnp.float32)
     nll, count = jnp.sum(weights_BT * nll_BT), jnp.sum(weights_BT)
-    metrics = {"nll": Metric(nll, count), "router_loss": Metric(router_loss * count, count)}
+    metrics = {"nll": Metric(nll, count), "router_loss": Metric(router_loss * count, count, held_out=False)}
     if "target_bytes" in batch:
         metrics["bits_per_byte"] = Metric(nll / jnp.log(2.0), jnp.sum(weights_BT * batch["target_bytes"]))
     return metrics

@@ -155,8 +155,8 @@ def make_preference_loss(
             "logps/chosen": Metric(total(policy.chosen), pairs),
             "logps/rejected": Metric(total(policy.rejected), pairs),
             "chosen_nll": Metric(-total(policy.chosen), total(policy.chosen_count)),
-            "router_loss": Metric(router_loss, pairs),
-            "tokens": Metric(jnp.sum(batch["loss_weights"])),
+            "router_loss": Metric(router_loss, pairs, held_out=False),
+            "tokens": Metric(jnp.sum(batch["loss_weights"]), held_out=False),
         }
         return numerator, pairs, metrics
 

@@ -46,8 +46,8 @@ def make_reward_loss(model: LanguageModel, centring: float = 0.0) -> LossFn:
             "mean_reward": Metric(total(chosen + rejected), 2 * pairs),
             "min_reward": Metric(jnp.min(jnp.where(is_pair, jnp.minimum(chosen, rejected), jnp.inf)), by="min"),
             "max_reward": Metric(jnp.max(jnp.where(is_pair, jnp.maximum(chosen, rejected), -jnp.inf)), by="max"),
-            "router_loss": Metric(router_loss, pairs),
-            "tokens": Metric(jnp.sum(segments_BT > 0).astype(jnp.float32)),
+            "router_loss": Metric(router_loss, pairs, held_out=False),
+            "tokens": Metric(jnp.sum(segments_BT > 0).astype(jnp.float32), held_out=False),
         }
         return total(losses) + router_loss, pairs, metrics
 

@@ -26,7 +26,7 @@ from minimind_jax.pipeline.read import Stage, load_pipeline
 from minimind_jax.stages import STAGES
 from minimind_jax.training.defaults import filled
 
-PLANNED = [kind.name for kind in STAGES.values() if kind.is_planned]
+PLANNED = {config: kind.name for kind in STAGES.values() for config in kind.planned}  # the stage of each config
 
 # Bytes of a line for each token of MiniMind's tokenizer (6,400 tokens): 3.02 on the first 2.1 MB of a file of English
 # and Chinese text for pretraining, 3.16 on conversations (2026-11-25).
@@ -63,10 +63,10 @@ def load_planned(argv: Sequence[str], stage: str | None) -> Planned:
     if len(configs) == 1 and _is_pipeline(settings.find_config(configs[0])):
         return _of_pipeline(argv, stage)
     stems = [Path(config).name.removesuffix(".yaml") for config in configs]
-    stems = ["sft" if stem == "lora" else stem for stem in stems]
     if other := next((stem for stem in stems if stem in STAGES and stem not in PLANNED), None):
-        raise UserError(f"plan knows the stages {', '.join(PLANNED)}, and not {other}, whose step has more in it")
-    name = stage or next((stem for stem in stems if stem in PLANNED), "pretrain")
+        known = ", ".join(dict.fromkeys(PLANNED.values()))
+        raise UserError(f"plan knows the stages {known}, and not {other}, whose step has more in it")
+    name = stage or next((PLANNED[stem] for stem in stems if stem in PLANNED), "pretrain")
     config = filled(settings.load_settings(STAGES[name].config, argv, "minimind plan"))
     return Planned(name, config, *_architecture(config, []))
 

@@ -18,8 +18,8 @@ class StageKind:
     from scratch. has_head: its model has a head of scores in place of one of words, and is the end of a pipeline.
     labels: of that head; empty where they are those of the records. fixed: settings of its own that a run cannot change
     once it has begun. figures: metrics of its own in the report's table of evaluations; curves: those of them that are
-    drawn. next: commands to type when it is done, and what for; {run} and {model} are the folders. is_planned:
-    `minimind plan` knows its step.
+    drawn. next: commands to type when it is done, and what for; {run} and {model} are the folders. planned: the names
+    of its files in configs/, by which `minimind plan` knows it; none where it does not know its step.
     """
 
     name: str
@@ -34,7 +34,7 @@ class StageKind:
     figures: tuple[str, ...] = ()
     curves: tuple[str, ...] = ()
     next: tuple[tuple[str, str], ...] = ()
-    is_planned: bool = False
+    planned: tuple[str, ...] = ()
 
     @property
     def is_run(self) -> bool:

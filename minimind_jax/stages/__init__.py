@@ -1,14 +1,6 @@
 """The stages, one file each, read top to bottom: data, loss, what is trained, what is written."""
 
-from minimind_jax.config.stages import (
-    ClassifyConfig,
-    DistillConfig,
-    DPOConfig,
-    PretrainConfig,
-    RewardConfig,
-    SFTConfig,
-    TokenizerConfig,
-)
+from minimind_jax.config import stages as settings
 from minimind_jax.runs.kind import StageKind
 
 CHAT = ("chat --model {model}", "talk to it")
@@ -18,73 +10,38 @@ SCORE = ("score --model {model} --input YOUR_CONVERSATIONS.jsonl", "scores")
 PREDICT = ("classify predict --model {run} --input YOUR_TEXTS.jsonl", "labels")
 
 KINDS = (
-    StageKind("tokenizer", "train a byte-level BPE tokenizer", TokenizerConfig, "stages.tokenizer:train_tokenizer"),
     StageKind(
-        "pretrain",
-        "next-token training on plain text",
-        PretrainConfig,
-        "stages.pretrain:pretrain",
-        records="text",
-        next=(CHAT, TUNE),
-        is_planned=True,
+        "tokenizer", "train a byte-level BPE tokenizer", settings.TokenizerConfig, "stages.tokenizer:train_tokenizer"
     ),
     StageKind(
-        "sft",
-        "supervised fine-tuning on conversations",
-        SFTConfig,
-        "stages.sft:sft",
-        records="conversation",
-        next=(CHAT, ASK, TUNE),
-        is_planned=True,
+        "pretrain", "next-token training on plain text", settings.PretrainConfig, "stages.pretrain:pretrain",
+        records="text", next=(CHAT, TUNE), planned=("pretrain",),
     ),
     StageKind(
-        "dpo",
-        "learn from pairs of answers, chosen and rejected",
-        DPOConfig,
-        "stages.dpo:dpo",
-        records="preference",
-        needs_start=True,
-        fixed=("preference.loss", "preference.precompute_reference"),
+        "sft", "supervised fine-tuning on conversations", settings.SFTConfig, "stages.sft:sft",
+        records="conversation", next=(CHAT, ASK, TUNE), planned=("sft", "lora"),
+    ),
+    StageKind(
+        "dpo", "learn from pairs of answers, chosen and rejected", settings.DPOConfig, "stages.dpo:dpo",
+        records="preference", needs_start=True, fixed=("preference.loss", "preference.precompute_reference"),
         figures=("chosen_nll", "rewards/margins", "rewards/accuracies"),
-        curves=("rewards/margins", "rewards/accuracies"),
-        next=(CHAT, ASK, TUNE),
+        curves=("rewards/margins", "rewards/accuracies"), next=(CHAT, ASK, TUNE),
     ),
     StageKind(
-        "distill",
-        "learn from a larger model's probabilities",
-        DistillConfig,
-        "stages.distill:distill",
-        records="conversation",
-        fixed=("teacher.model", "teacher.top_k"),
-        figures=("divergence",),
-        curves=("divergence",),
-        next=(CHAT, TUNE),
+        "distill", "learn from a larger model's probabilities", settings.DistillConfig, "stages.distill:distill",
+        records="conversation", fixed=("teacher.model", "teacher.top_k"),
+        figures=("divergence",), curves=("divergence",), next=(CHAT, TUNE),
     ),
     StageKind(
-        "reward",
-        "train a model that scores answers",
-        RewardConfig,
-        "stages.reward:reward",
-        records="preference",
-        has_head=True,
-        labels=("reward",),
-        needs_start=True,
-        figures=("margin", "accuracy"),
-        curves=("margin", "accuracy"),
-        next=(SCORE,),
+        "reward", "train a model that scores answers", settings.RewardConfig, "stages.reward:reward",
+        records="preference", has_head=True, labels=("reward",), needs_start=True,
+        figures=("margin", "accuracy"), curves=("margin", "accuracy"), next=(SCORE,),
     ),
     StageKind(
-        "classify",
-        "train a classifier of texts",
-        ClassifyConfig,
-        "stages.classify:classify",
-        records="labelled",
-        has_head=True,
-        needs_start=True,
-        figures=("accuracy",),
-        curves=("accuracy",),
-        next=(PREDICT,),
+        "classify", "train a classifier of texts", settings.ClassifyConfig, "stages.classify:classify",
+        records="labelled", has_head=True, needs_start=True,
+        figures=("accuracy",), curves=("accuracy",), next=(PREDICT,),
     ),
-)
+)  # fmt: skip
 
 STAGES = {kind.name: kind for kind in KINDS}

@@ -22,8 +22,6 @@ from minimind_jax.training.defaults import filled, planned_steps
 from minimind_jax.training.program import count_parts
 from minimind_jax.training.step import make_eval_step
 
-UNWATCHED = {"loss", "nll", "router_loss", "tokens"}  # metrics whose validation value is not written
-
 
 class PackedRows:
     """The rows of `Batches` as a `source.Source`: step after step of its epochs, read ahead by its threads."""
@@ -85,9 +83,9 @@ class HeldOutRows:
         total = together(jax.tree.map(lambda *values: np.stack(values), *jax.device_get(found)))
         if not total["loss"].count:  # would be a loss of 0, the best there is
             raise UserError("nothing in the validation data counts; give other data.val, or more of it")
-        values = {name: float(metric.value()) for name, metric in total.items()}
-        watched = {name: value for name, value in values.items() if name not in UNWATCHED}
-        return {"loss": values.get("nll", values["loss"]), **watched}
+        values = {name: float(metric.value()) for name, metric in total.items() if metric.held_out}
+        loss = values.pop("loss")
+        return {"loss": values.pop("nll", loss), **values}
 
 
 def data_record(batches: Batches) -> dict[str, str | int | float | bool]:

@@ -53,10 +53,10 @@ def test_packed_texts_are_those_by_themselves():
         place += length
         texts.append(ids)
     numerator, weight, metrics = jax.jit(make_classification_loss(model, jnp.asarray(WEIGHTS)))(params, batch, None)
-    wanted, right, hidden = 0.0, 0.0, jax.jit(model.hidden)
+    wanted, right, apply = 0.0, 0.0, jax.jit(model.apply)
     for ids, label in zip(texts, labels, strict=True):
         body = {name: tree for name, tree in params.items() if name != "score"}
-        logits = np.asarray(hidden(body, ids[None]).hidden_BTD[0, -1] @ params["score"]["kernel"], np.float64)
+        logits = np.asarray(apply(body, ids[None])[1].hidden_BTD[0, -1] @ params["score"]["kernel"], np.float64)
         wanted -= WEIGHTS[label] * (logits[label] - np.log(np.exp(logits).sum()))
         right += logits.argmax() == label
     np.testing.assert_allclose(numerator, wanted, rtol=1e-5)

@@ -19,7 +19,7 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 MODEL = LanguageModel(CONFIG, ComputeConfig(dtype="float32", scan_unroll=1))
 # Compiled whole: each of their operations alone would be a program of its own.
-init, apply, hidden = map(jax.jit, (MODEL.init, MODEL.apply, MODEL.hidden))
+init, apply = map(jax.jit, (MODEL.init, MODEL.apply))
 log_probs_of_answers = jax.jit(answer_log_probs, static_argnums=0)
 
 
@@ -204,7 +204,7 @@ def test_scores_are_those_of_the_last_tokens(params):
     numerator, pairs, metrics = jax.jit(make_reward_loss(MODEL, centring=0.01))({**params[0], **head}, batch, None)
 
     def score(ids):
-        last_D = np.asarray(hidden(params[0], ids[None]).hidden_BTD)[0, -1]
+        last_D = np.asarray(apply(params[0], ids[None])[1].hidden_BTD)[0, -1]
         return (last_D @ np.asarray(head["score"]["kernel"]))[0]
 
     scores = np.array([[score(ids) for ids in pair] for pair in alone])
