@@ -17,6 +17,7 @@ def test_a_stages_file_is_known_by_its_name_and_overrides_hold():
     assert planned.stage == "sft" and isinstance(planned.config, SFTConfig)
     assert planned.config.data.seq_len == 384 and planned.architecture.hidden_size == 512
     assert load_planned(["--model.preset", "qwen3-0.6b"], None).stage == "pretrain"
+    assert load_planned(["--config", "lora"], None).stage == "sft"
 
 
 def test_a_stage_of_a_pipeline_has_the_model_of_the_stage_before_it():
