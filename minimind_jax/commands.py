@@ -19,8 +19,8 @@ PROCESS_FLAGS = {
 
 
 class Command(NamedTuple):
-    """What a command does, in a line; the class of its settings; the function that takes them, as `module:function`,
-    imported when it is run; and whether several processes may run it together."""
+    """What a command does, in a line; the class of its settings; the function that takes them, as `module:function`
+    of this package, imported when it is run; and whether several processes may run it together."""
 
     summary: str
     settings: type
@@ -83,15 +83,18 @@ def _unknown_command(commands: Mapping[str, Command], argv: Sequence[str]) -> st
 def overview(commands: Mapping[str, Command]) -> str:
     """The text of `minimind --help`."""
     width = max(map(len, commands))
-    lines = [f"  {name:<{width}}  {command.summary}" for name, command in commands.items()]
-    return (
-        "minimind: train a small language model from raw text to a model you can chat with\n\n"
-        "usage: minimind COMMAND [--config FILE] [--key value ...]    minimind COMMAND --help    minimind --version\n\n"
-        + "\n".join(lines)
-        + "\n\nStages in several processes: --coordinator_address HOST:PORT --num_processes N --process_id 0 ... N-1"
-        + "\nWith a trace of some of their steps: --profile (--training.profile_steps 5)"
-        + f"\n\nConfigs that come with it: {', '.join(settings.config_names())}\n"
-    )
+    lines = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in commands.items())
+    return f"""minimind: train a small language model from raw text to a model you can chat with
+
+usage: minimind COMMAND [--config FILE] [--key value ...]    minimind COMMAND --help    minimind --version
+
+{lines}
+
+Stages in several processes: --coordinator_address HOST:PORT --num_processes N --process_id 0 ... N-1
+With a trace of some of their steps: --profile (--training.profile_steps 5)
+
+Configs that come with it: {", ".join(settings.config_names())}
+"""
 
 
 def take_process_flags(argv: Sequence[str]) -> list[str]:

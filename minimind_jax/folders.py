@@ -68,8 +68,7 @@ def resolve_model_folder(name: str, setting: str = "model") -> Path:
                 + command("convert", "to-hf", unfinished, "OUTPUT", "--checkpoint", "newest")
             )
     for pipeline in (run, folder):
-        if any((stage / "config.yaml").is_file() for stage in _folders_in(pipeline)):
-            stages = ", ".join(str(stage) for stage in _folders_in(pipeline) if (stage / "config.yaml").is_file())
+        if stages := ", ".join(sorted(str(file.parent) for file in pipeline.glob("*/config.yaml"))):
             raise UserError(f"{setting}: {pipeline} holds the runs of a pipeline; name the one you mean: {stages}")
     looked = ", ".join(str(place / "config.json") for place in places)
     problem = f"{setting} {name!r} is neither a Hugging Face folder nor a run (no {looked})"
@@ -102,7 +101,3 @@ def last_stage(folder: Path) -> Path | None:
         return None
     name = yaml.safe_load((folder / PIPELINE).read_text("utf-8"))["last_stage"]
     return Path(os.path.abspath(folder / name)) if folder.is_absolute() else Path(os.path.normpath(folder / name))
-
-
-def _folders_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []

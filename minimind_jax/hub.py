@@ -4,6 +4,7 @@ They are kept in the hub's own cache ($HF_HOME), which other tools read, too; it
 fetch a file while the others wait, and what was cut off goes on. A run remembers the commits that it began with.
 """
 
+import contextlib
 import functools
 import os
 import re
@@ -18,8 +19,8 @@ _NAME = re.compile(r"(?!runs/)([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 TOKENIZER_PATTERNS = ("*.json", "*.jinja", "merges.txt")
-WEIGHTS = ("*.safetensors",)
-TORCH_WEIGHTS = ("pytorch_model.bin",)  # fetched where a model has no others
+WEIGHTS = "*.safetensors"
+TORCH_WEIGHTS = "pytorch_model.bin"  # fetched where a model has no others
 
 _pinned: dict[str, str] = {}
 _used: dict[str, str] = {}
@@ -74,16 +75,18 @@ def _fetch(name: str, commit: str | None, weights: bool) -> Path:
 
     repository, revision = _NAME.fullmatch(name).groups()
     revision = commit or revision
+    patterns = (*TOKENIZER_PATTERNS, *[WEIGHTS] * weights)
     offline = constants.HF_HUB_OFFLINE
-    if not offline and revision and _COMMIT.fullmatch(revision):
-        folder = _in_cache(repository, revision, weights)
-        if folder is not None:
-            return folder
+    if not offline and revision and _COMMIT.fullmatch(revision):  # its files never change
+        with contextlib.suppress(OSError):
+            folder = _snapshot(repository, revision, patterns, offline=True)
+            if not weights or any(folder.glob(WEIGHTS)) or (folder / TORCH_WEIGHTS).exists():
+                return folder
     if not offline:
         print(f"{name}: fetching from {_endpoint()}", file=sys.stderr, flush=True)
-    folder = _snapshot(repository, revision, TOKENIZER_PATTERNS + (WEIGHTS if weights else ()), offline)
-    if weights and not any(folder.glob("*.safetensors")):
-        folder = _snapshot(repository, revision, TOKENIZER_PATTERNS + TORCH_WEIGHTS, offline)
+    folder = _snapshot(repository, revision, patterns, offline)
+    if weights and not any(folder.glob(WEIGHTS)):
+        folder = _snapshot(repository, revision, (*TOKENIZER_PATTERNS, TORCH_WEIGHTS), offline)
     return folder
 
 
@@ -102,16 +105,6 @@ def _snapshot(repository: str, revision: str | None, patterns: tuple[str, ...], 
             local_files_only=offline, endpoint=_endpoint(), cache_dir=os.environ.get("HF_HUB_CACHE"),
         )
     )  # fmt: skip
-
-
-def _in_cache(repository: str, commit: str, weights: bool) -> Path | None:
-    """The files of a commit, which never change, if all of them are in the cache."""
-    try:
-        folder = _snapshot(repository, commit, TOKENIZER_PATTERNS + (WEIGHTS if weights else ()), offline=True)
-    except OSError:
-        return None
-    has_weights = any(folder.glob("*.safetensors")) or any((folder / file).exists() for file in TORCH_WEIGHTS)
-    return folder if has_weights or not weights else None
 
 
 def _explained(error: Exception, name: str, setting: str) -> UserError:
@@ -134,11 +127,9 @@ def _explained(error: Exception, name: str, setting: str) -> UserError:
             "connection, or name a mirror (HF_ENDPOINT=https://hf-mirror.com)"
         )
     elif isinstance(error, OSError) and error.strerror:
-        reason = (
-            f"{error.filename or 'the cache'}: {error.strerror}; free space there, or set HF_HOME to another folder"
-        )
+        place = error.filename or "the cache"
+        reason = f"{place}: {error.strerror}; free space there, or set HF_HOME to another folder"
     else:
         reason = first_line(error)
-    return UserError(
-        f"{setting}: {name} cannot be fetched: {reason}. By hand, where there is a connection:\n  {by_hand}"
-    )
+    told = f"{setting}: {name} cannot be fetched: {reason}. By hand, where there is a connection:"
+    return UserError(f"{told}\n  {by_hand}")

@@ -7,6 +7,7 @@ import traceback
 
 from minimind_jax import __version__
 from minimind_jax.errors import first_line
+from minimind_jax.shell import install_command
 
 _FILE_TROUBLE = {
     errno.ENOSPC: "free some space there, or choose another folder",
@@ -34,7 +35,8 @@ def explain(error: BaseException) -> str | None:
         where = f"{' -> '.join(names)}: " if names else ""
         way_out = _FILE_TROUBLE.get(error.errno or 0, "check that name, and what is there")
         return f"{where}{error.strerror or error}; {way_out}"
-    if _raised_in(error).endswith("xla_bridge.py"):  # where JAX looks for devices, with and without words of its own
+    frames = traceback.extract_tb(error.__traceback__)
+    if frames and frames[-1].filename.endswith("xla_bridge.py"):  # where JAX looks for devices, maybe without a word
         return _backend(first_line(error)[:200])
     if isinstance(error, RuntimeError) and "home directory" in text:
         return "your home folder is not known; set HOME, or give paths without ~ and set MINIMIND_CACHE to a folder"
@@ -43,18 +45,10 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
-def _raised_in(error: BaseException) -> str:
-    """The file whose code raised the error; "" for one that was not raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return frames[-1].filename if frames else ""
-
-
 def _backend(told: str) -> str:
     asked = os.environ.get("JAX_PLATFORMS")
     if not asked:
         return f"JAX cannot use this machine's devices: {told}"
-    from minimind_jax.shell import install_command
-
     extra = {"cuda": "cuda13", "gpu": "cuda13", "tpu": "tpu"}.get(asked.split(",")[0])
     install = f", or install what it needs: {install_command(extra)}" if extra else ""
     reason = told or "no such device is found"

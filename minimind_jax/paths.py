@@ -4,8 +4,10 @@ An object store has neither rename, append nor lock. One object is replaced in o
 object that is written last is there; a file that grows is written anew as a whole now and then.
 """
 
+import atexit
 import functools
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -75,7 +77,8 @@ def local_folder(folder: Path) -> Path:
     """`folder`, or for one in an object store a copy of its files that lives as long as this process."""
     if not is_remote(folder):
         return folder
-    copy = _temporary_folder(folder)
+    copy = Path(tempfile.mkdtemp(prefix=f"minimind-{folder.name}-"))
+    atexit.register(shutil.rmtree, copy, ignore_errors=True)
     try:
         for file in folder.iterdir():
             if file.is_file():
@@ -83,14 +86,6 @@ def local_folder(folder: Path) -> Path:
     except Exception as error:
         raise UserError(f"{folder} could not be read: {error}") from error
     return copy
-
-
-_copies: list[tempfile.TemporaryDirectory] = []  # each is removed when the process ends
-
-
-def _temporary_folder(folder: Path) -> Path:
-    _copies.append(tempfile.TemporaryDirectory(prefix=f"minimind-{folder.name}-"))
-    return Path(_copies[-1].name)
 
 
 def upload_folder(source: Path, folder: Path, last: str, stale: Sequence[Path]) -> None:

@@ -34,8 +34,8 @@ def progress(what: str, total: int | None = None, *, show: bool = True) -> Itera
             task = bar.add_task(what, total=total)
             yield lambda count: bar.advance(task, count)
     else:
-        with Heartbeat(what, total) as heartbeat:
-            yield heartbeat.advance
+        with heartbeat(what, total) as advance:
+            yield advance
 
 
 def tracked(items: Iterable[T], what: str, total: int | None = None, *, show: bool = True) -> Iterator[T]:
@@ -56,28 +56,26 @@ def first_awaited(items: Iterable[T], what: str) -> Iterator[T]:
         yield from iterator
 
 
-class Heartbeat:
-    """A line on stderr every LINE_EVERY seconds. Use as a context manager."""
+@contextlib.contextmanager
+def heartbeat(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """A line on stderr every LINE_EVERY seconds; yields as `progress` does."""
+    done, started, ended = 0, time.monotonic(), threading.Event()
 
-    def __init__(self, what: str, total: int | None = None):
-        self._what, self._total, self._done = what, total, 0
-        self._started, self._ended = time.monotonic(), threading.Event()
-        self._thread = threading.Thread(target=self._say, daemon=True)
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
 
-    def __enter__(self) -> "Heartbeat":
-        self._thread.start()
-        return self
+    def say() -> None:
+        while not ended.wait(LINE_EVERY):
+            of_all = f" of {total:,}" if total else ""
+            so_far = f", {done:,}{of_all}" if done or total else ""
+            passed = timedelta(seconds=round(time.monotonic() - started))
+            print(f"{what}{so_far}, {passed} so far", file=sys.stderr, flush=True)
 
-    def __exit__(self, *_) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def advance(self, count: int) -> None:
-        self._done += count
-
-    def _say(self) -> None:
-        while not self._ended.wait(LINE_EVERY):
-            total = f" of {self._total:,}" if self._total else ""
-            done = f", {self._done:,}{total}" if self._done or total else ""
-            passed = timedelta(seconds=round(time.monotonic() - self._started))
-            print(f"{self._what}{done}, {passed} so far", file=sys.stderr, flush=True)
+    thread = threading.Thread(target=say, daemon=True)
+    thread.start()
+    try:
+        yield advance
+    finally:
+        ended.set()
+        thread.join()

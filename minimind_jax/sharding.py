@@ -33,34 +33,23 @@ RULES: dict[str | None, str | None] = {
 }
 
 
-def initialize_distributed(
-    coordinator: str | None = None,
-    process_count: int | None = None,
-    process_index: int | None = None,
-    environ: Mapping[str, str] = os.environ,
-) -> None:
+def initialize_distributed(environ: Mapping[str, str] = os.environ) -> None:
     """Join the processes of a run; does nothing when there is only one. Call it before any computation.
 
-    Given `coordinator` ("host:port" of process 0), the other two are needed as well; each defaults to
-    $JAX_COORDINATOR_ADDRESS, $JAX_NUM_PROCESSES, $JAX_PROCESS_ID, which the command's flags set. Without a coordinator,
-    Slurm, Open MPI and TPU pods on GKE are recognised when they started more than one process;
-    $MINIMIND_DISTRIBUTED=1 says so anywhere else where JAX can find the others by itself (TPU VMs).
+    $JAX_COORDINATOR_ADDRESS ("host:port" of process 0), $JAX_NUM_PROCESSES and $JAX_PROCESS_ID, which the command's
+    flags set, say so. Without a coordinator, Slurm, Open MPI and TPU pods on GKE are recognised when they started more
+    than one process; $MINIMIND_DISTRIBUTED=1 says so anywhere else where JAX can find the others by itself (TPU VMs).
     Raises UserError when the coordinator is given and one of the other two is not, and on a host of a TPU slice that
     was told of no others.
     """
     if jax.distributed.is_initialized():  # by an earlier stage of a pipeline
         return
-    coordinator = coordinator or environ.get("JAX_COORDINATOR_ADDRESS")
-    if coordinator:
-        numbers = []
-        for value, variable in ((process_count, "JAX_NUM_PROCESSES"), (process_index, "JAX_PROCESS_ID")):
-            value = environ.get(variable) if value is None else value
-            if value is None or not str(value).isdigit():
-                raise UserError(
-                    f"a run with coordinator {coordinator} needs a whole number in {variable}; it is {value}"
-                )
-            numbers.append(int(value))
-        jax.distributed.initialize(coordinator, *numbers)
+    if coordinator := environ.get("JAX_COORDINATOR_ADDRESS"):
+        numbers = {name: environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")}
+        for name, value in numbers.items():
+            if value is None or not value.isdigit():
+                raise UserError(f"a run with coordinator {coordinator} needs a whole number in {name}; it is {value}")
+        jax.distributed.initialize(coordinator, *map(int, numbers.values()))
     elif _started_by_a_cluster(environ):
         jax.distributed.initialize()
     elif jax.process_count() > 1:

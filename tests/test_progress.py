@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from minimind_jax import progress as module
-from minimind_jax.progress import Heartbeat, first_awaited, progress, tracked
+from minimind_jax.progress import first_awaited, heartbeat, progress, tracked
 from minimind_jax.training.progress import TrainingProgress
 
 
@@ -83,6 +83,6 @@ def test_a_training_without_a_terminal_says_that_it_compiles(often, capsys):
 
 
 def test_a_heartbeat_needs_no_total(often, capsys):
-    with Heartbeat("waiting"):
+    with heartbeat("waiting"):
         time.sleep(0.05)
     assert capsys.readouterr().err.startswith("waiting, 0:00:00 so far")

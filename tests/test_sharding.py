@@ -42,11 +42,13 @@ from minimind_jax.training.step import make_train_step
 
 TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "intermediate_size": 48}  # fmt: skip
-DENSE = LanguageModel(ModelConfig(**TINY), ComputeConfig(scan_unroll=1))
+# The platform is said: to ask for it would start JAX before the processes of a test have joined.
+DENSE = LanguageModel(ModelConfig(**TINY), ComputeConfig(scan_unroll=1), platform="cpu")
 MOE = {
     f"moe k {k}": LanguageModel(
         ModelConfig(**TINY, num_experts=4, num_experts_per_tok=k, moe_intermediate_size=24),
         ComputeConfig(experts=path, scan_unroll=1),
+        platform="cpu",
     )
     for k, path in ((1, "blocked"), (2, "tiled"))
 }

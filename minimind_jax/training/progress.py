@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
-from minimind_jax.progress import Heartbeat
+from minimind_jax.progress import heartbeat
 
 LOSS_SMOOTHING = 0.9
 
@@ -45,7 +45,7 @@ class TrainingProgress:
     def __enter__(self) -> "TrainingProgress":
         self._bar.start()
         if self._is_silent:  # until the first line
-            self._first_step.enter_context(Heartbeat(f"{self.stage}: compiling"))
+            self._first_step.enter_context(heartbeat(f"{self.stage}: compiling"))
         return self
 
     def __exit__(self, *_) -> None:
