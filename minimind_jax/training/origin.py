@@ -35,7 +35,6 @@ def agreed_settings(config: RunConfig) -> dict[str, Any]:
 
 def check_start_models(run: RunFolder, config: RunConfig, models: Mapping[str, Path]) -> None:
     """Notes the run's `start_models`, hashes of weights (of adapters those below them count, too), and its tokenizer.
-    Takes a fraction of a second.
 
     models: as of `find_models`. Raises UserError when one holds other weights now than when the run was started, and
     where the weights of the processes differ: the checkpoint goes on from the old ones, and what is computed from them
@@ -43,7 +42,7 @@ def check_start_models(run: RunFolder, config: RunConfig, models: Mapping[str, P
     """
     run.start_models = on_all(lambda: {key: weights_hash(folder) for key, folder in models.items()})
     check_agreement({f"the weights of {key}": found for key, found in run.start_models.items()})
-    before = run.read_environment().get("start_models", {}) if run.checkpoint_steps() else {}
+    before = run.start_hashes()
     for key, found in run.start_models.items():
         if before.get(key, found) != found:
             raise UserError(
@@ -56,10 +55,10 @@ def check_start_models(run: RunFolder, config: RunConfig, models: Mapping[str, P
 
 def check_words(run: RunFolder, tokenizer: Tokenizer) -> None:
     """Notes the tokenizer's words. Raises UserError when the run's checkpoints were made with one of others."""
-    before = run.read_environment().get("start_models", {}) if run.checkpoint_steps() else {}
-    if before.get("words", words_hash(tokenizer)) != words_hash(tokenizer):
+    found = words_hash(tokenizer)
+    if run.start_hashes().get("words", found) != found:
         raise UserError(
             f"the tokenizer {tokenizer.folder} has other words than when {run.path} was started: the ids of its "
             "checkpoints mean other text; restore the tokenizer, or start another run"
         )
-    run.start_models["words"] = words_hash(tokenizer)
+    run.start_models["words"] = found

@@ -1,7 +1,7 @@
 """Whether two settings that name files or folders mean the same ones, also after a project was moved as a whole."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,11 +33,10 @@ class Then(NamedTuple):
 
     def current(self, name: str) -> str:
         """The name of then as one that counts from the present working directory, if that finds nothing."""
-        if not name or is_remote(Path(name)):
+        if not name or is_remote(Path(name)) or _model(name, Path.cwd()).exists():
             return name
-        found = [_model(*reading) for reading in [(name, Path.cwd()), *self.readings(name)]]
-        first, *others = found
-        return next((str(place) for place in others if place.exists()), name) if not first.exists() else name
+        places = (_model(*reading) for reading in self.readings(name))
+        return next((str(place) for place in places if place.exists()), name)
 
 
 def mean_the_same(key: str, before: Any, now: Any, then: Then | None = None) -> bool:
@@ -60,14 +59,12 @@ def mean_the_same(key: str, before: Any, now: Any, then: Then | None = None) -> 
         return left == right
     find = _model if key in MODELS else _place
     here = find(now, Path.cwd())
-    readings = then.readings(before) if then else [(before, Path.cwd())]
-    places = [find(*reading) for reading in readings]
-    return here in places or (bool(found := _hash(key, here)) and found in _hashes_then(key, places, then))
-
-
-def _hashes_then(key: str, places: Sequence[Path], then: Then | None) -> list[str]:
-    noted = [then.hashes[key]] if then and key in then.hashes else []
-    return noted or [_hash(key, place) for place in places]
+    places = [find(*reading) for reading in (then.readings(before) if then else [(before, Path.cwd())])]
+    if here in places:
+        return True
+    found = _hash(key, here)
+    known = [then.hashes[key]] if then and key in then.hashes else [_hash(key, place) for place in places]
+    return bool(found) and found in known
 
 
 def _hash(key: str, folder: Path) -> str:

@@ -12,6 +12,7 @@ runs/NAME/
   report.md, loss.png
 """
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -20,6 +21,7 @@ import os
 import platform
 import sys
 from pathlib import Path, PurePath
+from typing import Any
 
 import jax
 import yaml
@@ -40,14 +42,13 @@ PACKAGES = ("minimind-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"
 class RunFolder:
     """The files of one run. Nothing is created before `create`.
 
+    Of the run that is under way, kept in environment.json:
     asked: settings that follow from the data, by dotted key, as they were asked for: mostly None. `config.yaml` has
-        the values they got. content: hashes of the data files that the run is trained on, by setting.
+        the values they got. content: hashes of the data files, by setting. start_models: see `training.origin`.
     """
 
     def __init__(self, path: str | Path):
         self.path = as_path(path)
-        self.asked: dict = {}
-        self.content: dict[str, list[str]] = {}
         if is_remote(self.path) and not str(self.path).startswith("gs://"):
             raise UserError(f"{self.path}: checkpoints can be kept on a disk or in Google Cloud Storage (gs://)")
         self.config_file = self.path / "config.yaml"
@@ -59,7 +60,9 @@ class RunFolder:
         self.report_file = self.path / "report.md"
         self.results_file = self.path / "results.md"
         self.loss_picture = self.path / "loss.png"
-        self.start_models: dict[str, str] = {}  # see `training.origin`; of the run that is under way
+        self.asked: dict[str, Any] = {}
+        self.content: dict[str, list[str]] = {}
+        self.start_models: dict[str, str] = {}
         # One lock object a folder and process: whoever has it may take it again. It is let go with the last RunFolder.
         self._lock = None if is_remote(self.path) else FileLock(self.path / ".lock", is_singleton=True)
 
@@ -127,7 +130,7 @@ class RunFolder:
         write_text(self.config_file, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
 
     def read_config(self) -> dict | None:
-        """The settings the run was last started with, or None."""
+        """The settings the run was last started with; None if it never was."""
         if not is_there(self.config_file):
             return None
         mend = "put back a copy of it, or choose another run name"
@@ -144,17 +147,21 @@ class RunFolder:
         it and the folder's name do not count. Empty for a run that was never started. A setting that did not exist then
         had its default, and one that is left open as it was then has the value that followed from the data. Names of
         files and folders differ when they mean others."""
-        before, now = flat(self.read_config() or {}), flat(plain(config))
+        written = self.read_config()
+        if written is None:
+            return {}
+        now = flat(plain(config))
         now |= self.settled(now)
-        before = {key: value for key, value in before.items() if key in now or not config.is_former(key, value)}
-        before = before and {**flat(plain(type(config)())), **before}
-        keys = (now.keys() | before.keys()) - {"resume", "run"} if before else ()
-        differing = [key for key in sorted(keys) if before.get(key) != now.get(key)]
-        then = self.then() if differing else None
+        before = {key: value for key, value in flat(written).items() if key in now or not config.is_former(key, value)}
+        before = {**flat(plain(type(config)())), **before}
+        then = self.then()
+        pairs = {
+            key: (before.get(key), now.get(key)) for key in sorted((now.keys() | before.keys()) - {"resume", "run"})
+        }
         return {
-            key: f"{before.get(key)} -> {now.get(key)}"
-            for key in differing
-            if not mean_the_same(key, before.get(key), now.get(key), then)
+            key: f"{old} -> {new}"
+            for key, (old, new) in pairs.items()
+            if old != new and not mean_the_same(key, old, new, then)
         }
 
     def then(self) -> Then | None:
@@ -182,41 +189,40 @@ class RunFolder:
         }
 
     def write_environment(self, facts: dict) -> None:
-        """environment.json: `environment()`, `facts`, which are printed at the start, and what else is kept."""
-        kept = {"asked": self.asked, "content": self.content, "start_models": self.start_models}
-        kept["hub"] = used_commits()
-        known = {**environment(), "run": plain(facts), **kept}
-        text = json.dumps(known, indent=2, ensure_ascii=False)
-        write_text(self.environment_file, text + "\n")
+        """environment.json: what computes, `facts`, which are printed at the start, and what is noted of the run."""
+        known = {
+            "versions": package_versions(),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "backend": jax.default_backend(),
+            "devices": [device.device_kind for device in jax.devices()],
+            "processes": jax.process_count(),
+            "command": sys.argv,
+            "date": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
+            "directory": os.getcwd(),
+            "run": plain(facts),
+            "asked": self.asked,
+            "content": self.content,
+            "start_models": self.start_models,
+            "hub": used_commits(),
+        }
+        write_text(self.environment_file, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
 
     def read_environment(self) -> dict:
         mend = "remove it: it only tells what the run was started with"
         return read_object(self.environment_file, mend) if is_there(self.environment_file) else {}
 
-
-def environment() -> dict:
-    """Versions of what computes, and the devices."""
-    return {
-        "versions": package_versions(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "backend": jax.default_backend(),
-        "devices": [device.device_kind for device in jax.devices()],
-        "processes": jax.process_count(),
-        "command": sys.argv,
-        "date": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
-        "directory": os.getcwd(),
-    }
+    def start_hashes(self) -> dict[str, str]:
+        """The `start_models` that its checkpoints were made with; {} where none is, or nothing was noted."""
+        return self.read_environment().get("start_models", {}) if self.checkpoint_steps() else {}
 
 
 def package_versions() -> dict[str, str]:
     """Installed versions of the packages that decide a run's numbers."""
     versions = {}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions
 
 

@@ -26,7 +26,7 @@ def start(tmp_path):
 
     def start(config):
         run = RunFolder(tmp_path / "run").create()
-        origin.check_start_models(run, config)
+        origin.check_start_models(run, config, origin.find_models(config))
         run.write_environment({})
         (run.checkpoints / "3").mkdir(parents=True, exist_ok=True)
 

@@ -11,7 +11,7 @@ from minimind_jax.config.sections import DataConfig
 from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.convert.load import base_folder
 from minimind_jax.errors import UserError
-from minimind_jax.training.origin import check_start_models
+from minimind_jax.training.origin import check_start_models, find_models
 from minimind_jax.training.places import mean_the_same
 from minimind_jax.training.run import RunFolder
 
@@ -112,7 +112,7 @@ def test_a_model_or_tokenizer_that_was_renamed_or_copied(project):
     (project / "runs/base/model/model.safetensors").write_bytes(b"weights")
     config = config_of("more", *NAMES)
     run = RunFolder("runs/more").create()
-    check_start_models(run, config)
+    check_start_models(run, config, find_models(config))
     run.write_config(config)
     run.write_environment({})
     (project / "tok").rename(project / "words")
