@@ -13,7 +13,7 @@ from minimind_jax import shell
 from minimind_jax.config.settings import nearest
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import Platform
-from minimind_jax.training.flops import PEAK_FLOPS
+from minimind_jax.training.speed import PEAK_FLOPS
 
 
 class Gpu(NamedTuple):

@@ -30,7 +30,7 @@ TEMPORARY = "*.orbax-checkpoint-tmp*"
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint whose files are not those that were saved; `problem` says in what."""
+    """A checkpoint that is not what was saved, or cannot be read; `problem` says why."""
 
     def __init__(self, checkpoint: Path, problem: str):
         self.problem = f"the checkpoint {checkpoint} cannot be read: {problem}"
@@ -104,8 +104,8 @@ class Checkpoints:
                 announce(f"warning: {error.problem}; the one before it is used")
                 self._steps.remove(step)
                 self._damaged.add(step)
-                continue
-            return step
+            else:
+                return step
         return 0
 
     def save(self, step: int, state: Any, record: dict) -> None:
@@ -138,7 +138,7 @@ class Checkpoints:
             return
         checkpoint = self.folder / str(step)
         try:
-            _check_tensors(checkpoint, ocp.metadata(orbax_path(checkpoint)).metadata, shapes)
+            _check_tensors(checkpoint, shapes)
         except Exception as error:
             raise OSError(f"what was written cannot be read back: {_reason(error)}") from error
         write_checksums(checkpoint)
@@ -153,10 +153,9 @@ class Checkpoints:
     def wait(self) -> None:
         """Waits until the save in progress is finished on disk; raises as `save`."""
         pending, self._pending = self._pending, None
-        if pending is None:
-            return
         try:
-            pending.result()
+            if pending is not None:
+                pending.result()
         except Exception as error:
             raise self._failure(error) from error
 
@@ -178,7 +177,7 @@ class Checkpoints:
         expected, checkpoint = flatten(abstract_state), self.folder / str(step)
         self._check(step)
         with _reading(checkpoint):
-            _check_tensors(checkpoint, self._checkpointer.metadata(step).metadata, expected)
+            _check_tensors(checkpoint, expected)
             restored = self._checkpointer.load(step, expected)
         leaves = [restored[name] for name in expected]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
@@ -187,33 +186,32 @@ class Checkpoints:
         """Raises DamagedCheckpoint, on all processes, when the first one finds the checkpoint damaged."""
         if step in self._sound:
             return
-        error = None
+        checkpoint, error = self.folder / str(step), None
         if jax.process_index() == 0:
             try:
-                check_sound(self.folder / str(step))
+                check_sound(checkpoint)
             except DamagedCheckpoint as found:
                 error = found
         if not first_says(error is None):
-            raise error or DamagedCheckpoint(self.folder / str(step), "process 0 says why")
+            raise error or DamagedCheckpoint(checkpoint, "process 0 says why")
         self._sound.add(step)
 
     def _failure(self, error: Exception) -> UserError:
         self._failed = True
+        failed = f"saving a checkpoint to {self.folder} failed: {_reason(error)}"
         if is_remote(self.folder):
             return UserError(
-                f"saving a checkpoint to {self.folder} failed: {_reason(error)}; older checkpoints are intact. Mend "
-                "that, then run the same command again to resume"
+                f"{failed}; older checkpoints are intact. Mend that, then run the same command again to resume"
             )
         if jax.process_index() == 0:
             for leftover in self.folder.glob(TEMPORARY):
                 shutil.rmtree(leftover, ignore_errors=True)
-        older = sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
-        kept = f"checkpoint {older[-1]} is intact" if older else "there is no earlier checkpoint"
-        free = shutil.disk_usage(self.folder).free
+        older = [int(path.name) for path in self.folder.iterdir() if path.name.isdigit()]
+        kept = f"checkpoint {max(older)} is intact" if older else "there is no earlier checkpoint"
         return UserError(
-            f"saving a checkpoint to {self.folder} failed: {_reason(error)} ({free / 1e6:,.1f} MB are free there); "
-            f"{kept}. Make room for one checkpoint more than is kept (checkpoint.keep, checkpoint.keep_best), then run "
-            "the same command again to resume"
+            f"{failed} ({shutil.disk_usage(self.folder).free / 1e6:,.1f} MB are free there); {kept}. Make room for one "
+            "checkpoint more than is kept (checkpoint.keep, checkpoint.keep_best), then run the same command again to "
+            "resume"
         )
 
 
@@ -221,17 +219,14 @@ def load_params(checkpoint: Path, abstract_params: Any) -> Any:
     """Only the parameters of the checkpoint in that folder, on the host, whatever mesh and optimizer they come from.
 
     Unlike `Checkpoints` this takes nothing away, so the run may be saving others meanwhile.
-    Raises:
-        DamagedCheckpoint: its bytes are not those that were saved.
-        UserError: the checkpoint is of another model, or cannot be read.
+    Raises DamagedCheckpoint, or UserError when the checkpoint is of another model.
     """
     check_sound(checkpoint)
     expected = {f"params.{name}": leaf for name, leaf in flatten(abstract_params).items()}
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    _quieten()
     with _reading(checkpoint), context:
-        _check_tensors(checkpoint, ocp.metadata(orbax_path(checkpoint)).metadata, expected, prefix="params.")
+        _check_tensors(checkpoint, expected, prefix="params.")
         on_host = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in expected.items()}
         loaded = ocp.load(orbax_path(checkpoint), on_host)
     return jax.tree.unflatten(jax.tree.structure(abstract_params), [loaded[name] for name in expected])
@@ -243,13 +238,10 @@ def check_sound(checkpoint: Path) -> None:
     problem = damage(checkpoint)
     if problem is None:
         try:
-            _quieten()
-            listed = ocp.metadata(orbax_path(checkpoint)).metadata
+            _listed_tensors(checkpoint)
         except Exception as error:
             problem = _reason(error)
         else:
-            problem = "" if listed else "its list of tensors is missing or damaged"
-        if not problem:
             announce(f"{checkpoint} has no {CHECKSUMS}, so its bytes are not checked")
     if problem:
         raise DamagedCheckpoint(checkpoint, problem)
@@ -271,23 +263,25 @@ def _quieten() -> None:
 
 @contextlib.contextmanager
 def _reading(checkpoint: Path) -> Iterator[None]:
-    """Makes whatever Orbax raises for a damaged checkpoint a UserError that says what to do."""
+    """Makes whatever Orbax raises for a damaged checkpoint a DamagedCheckpoint, which says what to do."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        raise UserError(
-            f"the checkpoint {checkpoint} cannot be read: {_reason(error)}; if it is damaged, remove that folder: "
-            f"{_instead_of(checkpoint)}"
-        ) from error
+        raise DamagedCheckpoint(checkpoint, _reason(error)) from error
 
 
-def _check_tensors(checkpoint: Path, stored: dict | None, expected: dict, prefix: str = "") -> None:
-    """Raises UserError for the first tensor that is on one side only or of another shape, of those with that prefix."""
-    if stored is None:  # all that Orbax makes of an emptied file
+def _listed_tensors(checkpoint: Path) -> dict[str, Any]:
+    _quieten()
+    if not (listed := ocp.metadata(orbax_path(checkpoint)).metadata):  # all that Orbax makes of an emptied file
         raise ValueError("its list of tensors is missing or damaged")
-    stored = {name: tensor for name, tensor in stored.items() if name.startswith(prefix)}
+    return listed
+
+
+def _check_tensors(checkpoint: Path, expected: dict, prefix: str = "") -> None:
+    """Raises UserError for the first tensor that is on one side only or of another shape, of those with that prefix."""
+    stored = {name: tensor for name, tensor in _listed_tensors(checkpoint).items() if name.startswith(prefix)}
     for name in list(expected) + [name for name in stored if name not in expected]:
         here, there = expected.get(name), stored.get(name)
         if here is not None and there is not None and tuple(here.shape) == tuple(there.shape):

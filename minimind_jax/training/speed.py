@@ -1,11 +1,81 @@
-"""How fast a run goes: tokens a second, MFU, the time that is left."""
+"""How fast a run goes: tokens a second, the time that is left, and MFU (arXiv 2204.02311, appendix B), the FLOPs of its
+tokens over what the devices can do at most."""
 
 import contextlib
 import time
 from collections.abc import Iterator
 
+import jax
+
+from minimind_jax.model.config import ComputeConfig, ModelConfig
 from minimind_jax.model.transformer import LanguageModel
-from minimind_jax.training.flops import flops_per_token, peak_flops
+
+# Dense bfloat16 FLOP/s of one device, from the makers' data sheets; the consumer cards' with float32 accumulation.
+# The first entry that is part of the device kind (lower case) counts, so longer names come before shorter ones.
+PEAK_FLOPS = {
+    "b200": 2250e12,
+    "gh200": 989e12,
+    "h200": 989e12,
+    "h100 pcie": 756e12,
+    "h100 nvl": 835e12,
+    "h100": 989e12,
+    "h800": 989e12,
+    "h20": 148e12,
+    "a100": 312e12,
+    "a800": 312e12,
+    "a10g": 70e12,
+    "a10": 125e12,
+    "a40": 150e12,
+    "a6000": 155e12,
+    "rtx 6000 ada": 364e12,
+    "l40s": 362e12,
+    "l40": 181e12,
+    "l4": 121e12,
+    "rtx 5090": 209e12,
+    "rtx 4090 d": 147e12,
+    "rtx 4090": 165e12,
+    "rtx 4080": 97e12,
+    "rtx 3090": 71e12,
+    "rtx 3080": 60e12,
+    "tpu v6": 918e12,
+    "tpu v5 lite": 197e12,
+    "tpu v5e": 197e12,
+    "tpu v5": 459e12,
+    "tpu v4": 275e12,
+    "tpu v3": 61e12,
+    "tpu v2": 23e12,
+}
+
+
+def flops_per_token(config: ModelConfig, seq_len: int, adapters_only: bool = False, *, has_words: bool = True) -> float:
+    """FLOPs of one trained token, forward and backward, nothing recomputed.
+
+    6 (matrix parameters that a token meets, the head included and the embedding look-up not)
+    + 6 L N H T for causal attention over T = seq_len positions, the upper bound when rows hold several documents.
+    adapters_only: the matrices have no gradients, so 4 in place of the first 6; those of the adapters are not counted.
+    has_words: false of a model with a head of scores, which meets one token of a text and no word of the vocabulary.
+    """
+    width, heads_width = config.hidden_size, config.num_attention_heads * config.head_dim
+    attention = 2 * width * (heads_width + config.num_key_value_heads * config.head_dim)
+    if config.is_moe:
+        mlp = 3 * width * config.moe_intermediate_size * config.num_experts_per_tok + width * config.num_experts
+    else:
+        mlp = 3 * width * config.intermediate_size
+    matrices = config.num_hidden_layers * (attention + mlp) + width * config.vocab_size * has_words
+    return (4 if adapters_only else 6) * matrices + 6 * config.num_hidden_layers * heads_width * seq_len
+
+
+def peak_flops(compute: ComputeConfig) -> float | None:
+    """bfloat16 FLOP/s of all devices together; None where it is not known or the run computes in float32."""
+    devices = jax.devices()
+    kind = devices[0].device_kind.lower()
+    if compute.dtype == "float32" or devices[0].platform == "cpu":
+        return None
+    for name, peak in PEAK_FLOPS.items():
+        if name in kind:
+            # A device of TPU v2 and v3 is one of a chip's two cores; from v4 on it is a chip.
+            return peak * len(devices)
+    return None
 
 
 class Speed:
@@ -21,7 +91,7 @@ class Speed:
         self._mfu_per_token = flops / peak if peak else None
         self._since: float | None = None  # start of the window that `read` ends
         self._tokens = self._window_steps = 0
-        self._steps, self._active = 0, 0.0
+        self._steps, self._active = 0, 0.0  # of the windows before it
 
     def seconds(self) -> float:
         """Since the run was first started, pauses included, time between a kill and the resume not."""
@@ -49,27 +119,24 @@ class Speed:
 
     def read(self) -> dict[str, float]:
         """seconds, tokens_per_second and mfu over the steps since the last reading; starts a new window."""
-        numbers = {"seconds": round(self.seconds(), 3)}
+        numbers = {"seconds": round(self.seconds(), 3), **self._rates()}
         if self._window_steps:
             now = time.perf_counter()
-            rate = self._tokens / (now - self._since)
-            numbers["tokens_per_second"] = round(rate, 1)
-            if self._mfu_per_token:
-                numbers["mfu"] = round(rate * self._mfu_per_token, 4)
             self._steps, self._active = self._steps + self._window_steps, self._active + now - self._since
             self._since, self._tokens, self._window_steps = now, 0, 0
         return numbers
 
     def forecast(self, steps_left: int) -> dict[str, float]:
         """What a progress bar shows between two readings."""
-        if not self._window_steps + self._steps:
+        if not (steps := self._steps + self._window_steps):
             return {}
-        now = time.perf_counter()
-        active, steps = self._active + (now - self._since), self._steps + self._window_steps
-        numbers = {"seconds_left": active / steps * steps_left}
-        if self._window_steps:
-            rate = self._tokens / (now - self._since)
-            numbers["tokens_per_second"] = rate
-            if self._mfu_per_token:
-                numbers["mfu"] = rate * self._mfu_per_token
-        return numbers
+        active = self._active + time.perf_counter() - self._since
+        return {"seconds_left": active / steps * steps_left, **self._rates()}
+
+    def _rates(self) -> dict[str, float]:
+        """Of the window's steps; {} where there is none yet."""
+        if not self._window_steps:
+            return {}
+        rate = self._tokens / (time.perf_counter() - self._since)
+        mfu = {"mfu": round(rate * self._mfu_per_token, 4)} if self._mfu_per_token else {}
+        return {"tokens_per_second": round(rate, 1), **mfu}

@@ -5,6 +5,7 @@ and a resumed run writes the very lines an uninterrupted one does, but for the k
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -174,46 +175,26 @@ def _tensorboard(run: RunFolder, project: str, start_step: int, settings: dict):
     return log, writer.close
 
 
-def _wandb(run: RunFolder, project: str, start_step: int, settings: dict):
-    wandb = _import("wandb", "wandb")
-    session = wandb.init(
-        project=project,
-        name=run.path.name,
-        id=_tracking_id(run, start_step),
-        resume="allow",
-        dir=_log_folder(run),
-        config=settings,
-    )
-    return (lambda step, numbers: session.log(numbers, step=step)), session.finish
+def _service(run: RunFolder, project: str, start_step: int, settings: dict, logger: str):
+    """W&B, or another whose package is used as W&B's is."""
+    package = _import(logger, logger)
+    id = _tracking_id(run, start_step)
+    # The client's own files: in the run's folder, or in a temporary one of this machine.
+    folder = tempfile.mkdtemp(prefix="minimind-") if is_remote(run.path) else str(run.path)
+    own = {
+        "wandb": {"name": run.path.name, "id": id, "dir": folder},
+        "swanlab": {"name": run.path.name, "id": id, "log_dir": os.path.join(folder, "swanlab")},
+        # It resumes by name, and names must not clash when a run is trained anew.
+        "trackio": {"name": f"{run.path.name}-{id[:6]}"},
+    }
+    package.init(project=project, resume="allow", config=settings, **own[logger])
+    return lambda step, numbers: package.log(numbers, step=step), package.finish
 
 
-def _swanlab(run: RunFolder, project: str, start_step: int, settings: dict):
-    swanlab = _import("swanlab", "swanlab")
-    swanlab.init(
-        project=project,
-        name=run.path.name,
-        id=_tracking_id(run, start_step),
-        resume="allow",
-        log_dir=os.path.join(_log_folder(run), "swanlab"),
-        config=settings,
-    )
-    return (lambda step, numbers: swanlab.log(numbers, step=step)), swanlab.finish
-
-
-def _trackio(run: RunFolder, project: str, start_step: int, settings: dict):
-    trackio = _import("trackio", "trackio")
-    # trackio resumes by name, and names must not clash when a run is trained anew.
-    name = f"{run.path.name}-{_tracking_id(run, start_step)[:6]}"
-    trackio.init(project=project, name=name, resume="allow", config=settings)
-    return (lambda step, numbers: trackio.log(numbers, step=step)), trackio.finish
-
-
-LOGGERS = {"tensorboard": _tensorboard, "wandb": _wandb, "swanlab": _swanlab, "trackio": _trackio}
-
-
-def _log_folder(run: RunFolder) -> str:
-    """Where a tracking service's client keeps its own files: the run's folder, or a temporary one of this machine."""
-    return tempfile.mkdtemp(prefix="minimind-") if is_remote(run.path) else str(run.path)
+LOGGERS = {
+    "tensorboard": _tensorboard,
+    **{name: functools.partial(_service, logger=name) for name in ("wandb", "swanlab", "trackio")},
+}
 
 
 def _import(module: str, logger: str):

@@ -11,7 +11,7 @@ from minimind_jax.plan.compile import trace_step
 from minimind_jax.plan.products import product_flops
 from minimind_jax.sharding import make_mesh
 from minimind_jax.training.defaults import filled
-from minimind_jax.training.flops import flops_per_token
+from minimind_jax.training.speed import flops_per_token
 
 
 def flops(function, *shapes):

@@ -42,8 +42,8 @@ from minimind_jax.stages.classify import classify
 from minimind_jax.stages.distill import distill
 from minimind_jax.stages.reward import reward
 from minimind_jax.stages.sft import sft
-from minimind_jax.training.flops import flops_per_token
 from minimind_jax.training.run import RunFolder
+from minimind_jax.training.speed import flops_per_token
 from minimind_jax.training.tracking import is_exported, read_metrics
 
 

@@ -27,10 +27,10 @@ from minimind_jax.stages import STAGES
 from minimind_jax.stages.pretrain import pretrain
 from minimind_jax.stages.sft import sft
 from minimind_jax.training.defaults import planned_steps
-from minimind_jax.training.flops import flops_per_token
 from minimind_jax.training.loop import Loop
 from minimind_jax.training.packed import check_same_data
 from minimind_jax.training.run import RunFolder
+from minimind_jax.training.speed import flops_per_token
 from minimind_jax.training.stop import Interrupted
 from minimind_jax.training.tracking import WALL_CLOCK, read_metrics
 
