@@ -45,7 +45,8 @@ class Side:
         parameters = Parameters.of(model, load)
         self.program = make_program(config, parameters, make_language_model_loss(model), self.mesh, 10**6)
         trained, frozen = parameters.split(parameters.load())
-        self.state = create_state(trained, self.program.optimizer, self.program.shardings, frozen)
+        self.state = create_state(trained, self.program.optimizer, self.program.shardings)
+        self.state = self.state._replace(frozen=frozen)
 
     def seconds(self, batch: dict) -> float:
         started = time.perf_counter()

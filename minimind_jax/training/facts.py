@@ -10,12 +10,12 @@ from minimind_jax.config.sections import OptimizerConfig
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.losses.vocabulary import piece_size
 from minimind_jax.model import attention, moe
-from minimind_jax.model.lora import TRAINED, split, without_adapters
+from minimind_jax.model.lora import split, without_adapters
 from minimind_jax.model.transformer import LanguageModel, count_parameters
 from minimind_jax.sharding import row_shards
 from minimind_jax.training.optimizer import make_schedule
 from minimind_jax.training.source import Evaluation, Source
-from minimind_jax.training.state import Parameters
+from minimind_jax.training.state import Parameters, is_adapter
 
 SHORTEST = 100  # steps; shorter runs are warned about
 
@@ -113,6 +113,6 @@ def _group_facts(parameters: Parameters) -> dict[str, str]:
 def _adapter_facts(model: LanguageModel, parameters: int) -> dict[str, str]:
     if model.adapter is None:
         return {}
-    trained = count_parameters(split(model.abstract_params(), lambda path: path[-1] in TRAINED)[0])
+    trained = count_parameters(split(model.abstract_params(), is_adapter)[0])
     ranks = ", ".join(f"{name} {rank}" for name, rank in model.adapter.ranks)
     return {"adapters": f"ranks {ranks}; {trained:,} parameters trained ({trained / parameters:.2%})"}

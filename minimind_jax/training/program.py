@@ -28,16 +28,10 @@ class Program(NamedTuple):
 
 
 def make_program(
-    config: RunConfig,
-    parameters: Parameters,
-    loss_fn: LossFn,
-    mesh: Mesh,
-    total_steps: int,
-    skip: Skip | None = None,
+    config: RunConfig, parameters: Parameters, loss_fn: LossFn, mesh: Mesh, total_steps: int, skip: Skip | None = None
 ) -> Program:
     """The training step of `config` for these parameters on `mesh`; nothing is computed or compiled yet.
 
-    skip: as in `make_train_step`.
     Raises UserError for a warm-up that is longer than the run, and for rows or parameters that do not divide over the
     mesh.
     """
@@ -45,8 +39,8 @@ def make_program(
     trained, frozen = parameters.split(parameters.abstract)
     lies = parameters.split(param_shardings(mesh, parameters.axes, parameters.abstract))
     optimizer = make_optimizer(config.optimizer, total_steps, parameters.groups)
-    shardings = state_shardings(optimizer, lies[0], trained, lies[1])
-    shardings = shardings._replace(held=skip and shardings.step)
+    shardings = state_shardings(optimizer, lies[0], trained)
+    shardings = shardings._replace(frozen=lies[1], held=skip and shardings.step)
     step = make_train_step(
         loss_fn,
         optimizer,
@@ -59,8 +53,8 @@ def make_program(
         shardings=shardings,
         compute=config.compute,
     )
-    shapes = jax.eval_shape(lambda params: create_state(params, optimizer), trained)._replace(frozen=frozen)
-    shapes = shapes._replace(held=skip and shapes.step)
+    shapes = jax.eval_shape(lambda params: create_state(params, optimizer), trained)
+    shapes = shapes._replace(frozen=frozen, held=skip and shapes.step)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return Program(step, parts, optimizer, shardings, abstract)
 

@@ -16,6 +16,10 @@ from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.training.optimizer import Group
 
 
+def is_adapter(path: Path) -> bool:
+    return path[-1] in TRAINED
+
+
 class Parameters(NamedTuple):
     """The parameters of a run, as nested dicts: those that are trained, and those that its loss only reads.
 
@@ -56,12 +60,9 @@ class Parameters(NamedTuple):
         if model.adapter is None:
             return cls(abstract, axes, load)
 
-        def is_trained(path: Path) -> bool:
-            return path[-1] in TRAINED
-
-        trained, frozen = split(abstract, is_trained)
+        trained, frozen = split(abstract, is_adapter)
         shapes = jax.eval_shape(lambda params: cast_matrices(params, frozen_dtype), frozen)
-        return cls(join(trained, shapes), axes, load, is_trained)
+        return cls(join(trained, shapes), axes, load, is_adapter)
 
     def adding(
         self, name: str, abstract: Params, axes: Params, load: Callable[[Params], Params], *, is_trained: bool = False
@@ -123,33 +124,24 @@ def fingerprint(params: Params) -> str:
 
 
 def create_state(
-    params: Params,
-    optimizer: optax.GradientTransformation,
-    shardings: TrainState | None = None,
-    frozen: Params | None = None,
+    params: Params, optimizer: optax.GradientTransformation, shardings: TrainState | None = None
 ) -> TrainState:
-    """The state before the first step. The optimizer's arrays are made where `shardings` puts them.
-
-    params: those that are trained. frozen: the others, which are kept as they are.
-    """
+    """The state before the first step, of the parameters that are trained. The optimizer's arrays are made where
+    `shardings` puts them."""
 
     def create(params):
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    out = shardings and shardings.stored()
-    return jax.jit(create, out_shardings=out)(params)._replace(frozen=frozen or {})
+    return jax.jit(create, out_shardings=shardings and shardings.stored())(params)
 
 
 def state_shardings(
-    optimizer: optax.GradientTransformation,
-    param_shardings: Params,
-    abstract_params: Params,
-    frozen_shardings: Params | None = None,
+    optimizer: optax.GradientTransformation, param_shardings: Params, abstract_params: Params
 ) -> TrainState:
     """A TrainState of shardings: the optimizer's arrays lie as their parameters do, everything else is on all devices.
 
     param_shardings, abstract_params: trees of NamedSharding and of shapes (see `sharding.param_shardings`), of the
-    parameters that are trained. frozen_shardings: of the others.
+    parameters that are trained.
     """
     whole = NamedSharding(jax.tree.leaves(param_shardings)[0].mesh, PartitionSpec())
 
@@ -164,4 +156,4 @@ def state_shardings(
         transform_non_params=lambda _: whole,
         is_leaf=is_masked,
     )
-    return TrainState(whole, param_shardings, opt_shardings, frozen_shardings or {})
+    return TrainState(whole, param_shardings, opt_shardings)

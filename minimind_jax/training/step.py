@@ -1,5 +1,6 @@
 """The one training step that all stages share, and its evaluation twin."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -67,7 +68,6 @@ def make_train_step(
     function's own.
     """
 
-    @_precisely(compute)
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         micro_batches = _micro_batches(batch, accumulation_steps, shardings)
         grads, numerator, denominator, metrics = _summed_gradients(loss_fn, state, micro_batches, seed)
@@ -92,11 +92,12 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, state.frozen, held), metrics
 
     if shardings is None:
-        return jax.jit(train_step, donate_argnums=0)
+        return jax.jit(_traced(train_step, compute), donate_argnums=0)
+    mesh = shardings.step.mesh
     return jax.jit(
-        _with_mesh(train_step, shardings.step.mesh),
+        _traced(train_step, compute, mesh),
         donate_argnums=0,
-        in_shardings=(shardings, batch_sharding(shardings.step.mesh)),
+        in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, shardings.step),
     )
 
@@ -121,40 +122,26 @@ def _held(skip: Skip | None, state: TrainState, values: dict[str, jax.Array]) ->
 def make_eval_step(
     loss_fn: LossFn, mesh: Mesh | None = None, compute: ComputeConfig | None = None
 ) -> Callable[[Any, Batch], Metrics]:
-    """A jitted `(params, batch) -> metrics`: `loss` and the loss function's own.
+    """A jitted `(params, batch) -> metrics`: `loss` and the loss function's own, without dropout.
 
-    No dropout. Those of all batches are put `losses.together`. mesh: of params and batch, if on one.
-    compute: as in `make_train_step`.
+    mesh: of params and batch, if on one. compute: as in `make_train_step`.
     """
 
-    @_precisely(compute)
     def eval_step(params: Any, batch: Batch) -> Metrics:
         numerator, denominator, metrics = loss_fn(params, batch, None)
         return {**metrics, "loss": Metric(numerator, denominator)}
 
-    return jax.jit(eval_step if mesh is None else _with_mesh(eval_step, mesh))
+    return jax.jit(_traced(eval_step, compute, mesh))
 
 
-def _precisely(compute: ComputeConfig | None) -> Callable[[Callable], Callable]:
-    """Traces a function, gradients included, in the precision that `compute` asks for."""
-
-    def wrap(function: Callable) -> Callable:
-        @functools.wraps(function)
-        def run(*args):
-            with full_precision(compute or ComputeConfig()):
-                return function(*args)
-
-        return run
-
-    return wrap
-
-
-def _with_mesh(function: Callable, mesh: Mesh) -> Callable:
-    """`function`, which finds `mesh` in `sharding.current_mesh` while it is traced: kernels and experts need it."""
+def _traced(function: Callable, compute: ComputeConfig | None, mesh: Mesh | None = None) -> Callable:
+    """`function`, traced in the precision that `compute` asks for, gradients included, and where it finds `mesh` in
+    `sharding.current_mesh`: kernels and experts need it."""
 
     @functools.wraps(function)
     def run(*args):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        on_mesh = jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else contextlib.nullcontext()
+        with on_mesh, full_precision(compute or ComputeConfig()):
             return function(*args)
 
     return run
@@ -173,15 +160,10 @@ def _micro_batches(batch: Batch, count: int, shardings: TrainState | None) -> Ba
             "(mesh.data x mesh.fsdp); choose training.batch_tokens so that it does"
         )
 
-    def cut(array):
-        array = array.reshape(rows // count, count, *array.shape[1:]).swapaxes(0, 1)
-        if shardings is None:
-            return array
-        return jax.lax.with_sharding_constraint(
-            array, NamedSharding(shardings.step.mesh, PartitionSpec(None, ROW_AXES))
-        )
-
-    return jax.tree.map(cut, batch)
+    cut = {name: x.reshape(rows // count, count, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
+    if shardings is None:
+        return cut
+    return jax.lax.with_sharding_constraint(cut, NamedSharding(shardings.step.mesh, PartitionSpec(None, ROW_AXES)))
 
 
 def _summed_gradients(loss_fn: LossFn, state: TrainState, micro_batches: Batch, seed: int):

@@ -120,7 +120,7 @@ def train_on(devices, mesh_config, stage, kind):
     )  # fmt: skip
     program = make_program(config, parameters, loss_fn, mesh, 100)
     trained, frozen = parameters.split(parameters.load())
-    state = create_state(trained, program.optimizer, program.shardings, frozen)
+    state = create_state(trained, program.optimizer, program.shardings)._replace(frozen=frozen)
     before = fingerprint(state.frozen)
     losses = []
     for batch in batches():
