@@ -15,6 +15,7 @@ delta = log p - log q, and s = beta (delta_chosen - delta_rejected):
 The length-normalised IPO is what its authors confirmed, and TRL computes.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -122,7 +123,7 @@ def make_preference_loss(
     Metrics, under TRL's names: rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies, logps/chosen,
     logps/rejected, chosen_nll (of a token of the chosen answers), router_loss; tokens, the number trained on.
     """
-    options = {"beta": beta, "label_smoothing": label_smoothing, "gamma": gamma}
+    pair_loss = functools.partial(pair_losses, name, beta=beta, label_smoothing=label_smoothing, gamma=gamma)
 
     def reference_answers(params: Params, batch: Batch, policy: Answers) -> Answers | None:
         if "reference_log_probs" in batch:
@@ -135,15 +136,10 @@ def make_preference_loss(
 
     def loss_fn(params: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
         policy, output = answer_log_probs(model, params, batch, key)
-        losses, chosen_rewards, rejected_rewards = pair_losses(
-            name, policy, reference_answers(params, batch, policy), **options
-        )
+        losses, chosen_rewards, rejected_rewards = pair_loss(policy, reference_answers(params, batch, policy))
         is_pair = (policy.chosen_count > 0) & (policy.rejected_count > 0)
         pairs = jnp.sum(is_pair).astype(jnp.float32)
-
-        def total(values: Array) -> Array:
-            return jnp.sum(jnp.where(is_pair, values, 0))
-
+        total = functools.partial(jnp.sum, where=is_pair)
         chosen_nll = -policy.chosen / jnp.maximum(policy.chosen_count, 1)
         router_loss = output.router_loss * pairs
         numerator = total(losses) + sft_weight * total(chosen_nll) + router_loss

@@ -1,5 +1,7 @@
 """The Bradley-Terry loss of reward models: the better answer of a pair shall have the higher score."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -34,18 +36,15 @@ def make_reward_loss(model: LanguageModel, centring: float = 0.0) -> LossFn:
         chosen, rejected = scores_BS[:, 0::2], scores_BS[:, 1::2]
         is_pair = held_BS[:, 0::2] & held_BS[:, 1::2]
         pairs = jnp.sum(is_pair).astype(jnp.float32)
-
-        def total(values: Array) -> Array:
-            return jnp.sum(jnp.where(is_pair, values, 0))
-
+        total = functools.partial(jnp.sum, where=is_pair)
         router_loss = output.router_loss * pairs
         losses = bradley_terry(chosen, rejected, batch["margins"][:, 0::2], centring)
         metrics = {
             "accuracy": Metric(total(chosen > rejected), pairs),
             "margin": Metric(total(chosen - rejected), pairs),
             "mean_reward": Metric(total(chosen + rejected), 2 * pairs),
-            "min_reward": Metric(jnp.min(jnp.where(is_pair, jnp.minimum(chosen, rejected), jnp.inf)), by="min"),
-            "max_reward": Metric(jnp.max(jnp.where(is_pair, jnp.maximum(chosen, rejected), -jnp.inf)), by="max"),
+            "min_reward": Metric(jnp.min(jnp.minimum(chosen, rejected), where=is_pair, initial=jnp.inf), by="min"),
+            "max_reward": Metric(jnp.max(jnp.maximum(chosen, rejected), where=is_pair, initial=-jnp.inf), by="max"),
             "router_loss": Metric(router_loss, pairs, held_out=False),
             "tokens": Metric(jnp.sum(segments_BT > 0).astype(jnp.float32), held_out=False),
         }

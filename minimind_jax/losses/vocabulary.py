@@ -24,7 +24,7 @@ WHOLE_BYTES = 2**30  # logits of a device up to this are made whole and kept for
 NO_LOGIT = -1e30  # of a word that does not count: finite, so that 0 times it is 0
 
 VOCAB, EMBED = RULES["vocab"], RULES["embed"]  # the mesh axes over which the kernel is cut
-ROWS, LOGITS = PartitionSpec(ROW_AXES), PartitionSpec(ROW_AXES, None, VOCAB)
+ROWS, KERNEL, LOGITS = PartitionSpec(ROW_AXES), PartitionSpec(VOCAB), PartitionSpec(ROW_AXES, None, VOCAB)
 
 
 class TokenScores(NamedTuple):
@@ -66,34 +66,34 @@ def token_scores(
 
 def _forward(hidden_BTD, kernel_VD, targets_BT, platform, temperature, with_entropies):
     part = functools.partial(_forward_part, temperature, with_entropies)
-    if current_mesh() is None:
-        scores, logits_BTV = part((), hidden_BTD, kernel_VD, targets_BT)
-    else:
-        part = functools.partial(part, (VOCAB,))
-        specs = (ROWS, PartitionSpec(VOCAB), ROWS)
-        part = jax.shard_map(part, in_specs=specs, out_specs=(ROWS, LOGITS), check_vma=False)
-        scores, logits_BTV = part(hidden_BTD, kernel_VD.astype(hidden_BTD.dtype), targets_BT)
+    part = _on_mesh(part, (ROWS, KERNEL, ROWS), (ROWS, LOGITS))
+    scores, logits_BTV = part(hidden_BTD, kernel_VD, targets_BT)
     return scores, (hidden_BTD, kernel_VD, targets_BT, scores, logits_BTV)
 
 
 def _backward(platform, temperature, _, saved, grads: TokenScores):
     hidden_BTD, kernel_VD, targets_BT, scores, logits_BTV = saved
     part = functools.partial(_backward_part, platform, temperature)
-    if current_mesh() is None:
-        found = part((), hidden_BTD, kernel_VD, targets_BT, scores, logits_BTV, grads)
-    else:
-        part = functools.partial(part, (VOCAB,))
-        specs = (ROWS, PartitionSpec(VOCAB), ROWS, ROWS, LOGITS, ROWS)
-        part = jax.shard_map(part, in_specs=specs, out_specs=(ROWS, PartitionSpec(VOCAB, EMBED)), check_vma=False)
-        found = part(hidden_BTD, kernel_VD.astype(hidden_BTD.dtype), targets_BT, scores, logits_BTV, grads)
-    return found[0], found[1].astype(kernel_VD.dtype), None
+    part = _on_mesh(part, (ROWS, KERNEL, ROWS, ROWS, LOGITS, ROWS), (ROWS, PartitionSpec(VOCAB, EMBED)))
+    to_hidden_BTD, to_kernel_VD = part(hidden_BTD, kernel_VD, targets_BT, scores, logits_BTV, grads)
+    return to_hidden_BTD, to_kernel_VD.astype(kernel_VD.dtype), None
 
 
 token_scores.defvjp(_forward, _backward)
 
 
+def _on_mesh(part, in_specs, out_specs):
+    """part(axes, hidden, kernel, ...) on each device's rows and words, the kernel being sent in the dtype of the hidden
+    states. axes: the mesh axes of the vocabulary, () without a mesh."""
+    if current_mesh() is None:
+        return functools.partial(part, ())
+    part = functools.partial(part, (VOCAB,))
+    part = jax.shard_map(part, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return lambda hidden_BTD, kernel_VD, *rest: part(hidden_BTD, kernel_VD.astype(hidden_BTD.dtype), *rest)
+
+
 def _forward_part(temperature, with_entropies, axes, hidden_BTD, kernel_VD, targets_BT):
-    """Scores, and the logits where they were made whole. axes: the mesh axes of the vocabulary, () without a mesh."""
+    """Scores, and the logits where they were made whole. axes: as of `_on_mesh`."""
     targets_BT = targets_BT - jax.lax.axis_index(axes) * kernel_VD.shape[0]
     starts_P, size = _pieces(targets_BT, kernel_VD)
     logits_BTV = None

@@ -5,10 +5,11 @@ from minimind_jax.folders import resolve_run
 from minimind_jax.runs.export import export
 from minimind_jax.runs.report import write_report
 from minimind_jax.stages import STAGES
+from minimind_jax.training.run import RunFolder
 
 
 def report(config: ReportConfig) -> None:
-    print(f"wrote {write_report(resolve_run(config.run), STAGES)}")
+    print(f"wrote {write_report(RunFolder(resolve_run(config.run)), STAGES)}")
 
 
 def to_hf(config: ToHFConfig) -> None:

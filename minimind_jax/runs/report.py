@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from statistics import median_high
 
 import yaml
 
@@ -22,16 +23,12 @@ from minimind_jax.training.tracking import read_metrics
 from minimind_jax.training.watch import Watch
 
 
-def write_report(run: RunFolder | str | Path, stages: Stages, last: dict | None = None) -> Path:
+def write_report(run: RunFolder, stages: Stages, last: dict | None = None) -> Path:
     """Writes report.md and loss.png of a run, finished or not, and returns the report's path.
 
-    stages: what is known of each stage, by name. last: the row that metrics.jsonl will end with, of a run that is about
-    to be finished.
-
-    Raises:
-        UserError: the folder is not a run, or it has no metrics yet.
+    last: the row that metrics.jsonl will end with, of a run that is about to be finished.
+    Raises UserError when the folder is not a run, or it has no metrics yet.
     """
-    run = run if isinstance(run, RunFolder) else RunFolder(run)
     config = run.read_config()
     if config is None:
         raise UserError(f"{run.path} is not a run: it has no config.yaml")
@@ -51,27 +48,25 @@ def draw_losses(train: list[dict], val: list[dict], picture: Path, curves: Seque
     the learning rate."""
     from matplotlib.figure import Figure  # imported here: training must not wait for it at its start
 
-    curves = [name for name in curves if any(_has(row, f"val_{name}") for row in val)]
+    curves = [name for name in curves if _any_has(val, f"val_{name}")]
     figure = Figure(figsize=(8, 6 + 1.5 * len(curves)), layout="constrained")
     losses, *panels, rates = figure.subplots(2 + len(curves), 1, sharex=True, height_ratios=(3, *[1] * len(curves), 1))
     steps, values = _series(train, "loss")
     losses.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1, label="train")
     losses.plot(steps, smoothed(values), color="tab:blue", label="train, smoothed")
-    if any(_has(row, "val_loss") for row in val):
+    if _any_has(val, "val_loss"):
         losses.plot(*_series(val, "val_loss"), "o-", color="tab:orange", label="validation")
-    losses.set_ylabel("loss" if curves else "loss (nats per token)")
     losses.legend()
-    losses.grid(alpha=0.3)
     for name, panel in zip(curves, panels, strict=True):
         steps, values = _series(train, name)
         panel.plot(steps, smoothed(values), color="tab:blue")
         panel.plot(*_series(val, f"val_{name}"), "o-", color="tab:orange")
+    rates.plot(*_series(train, "learning_rate"), color="tab:green")
+    rates.set_xlabel("step")
+    names = ("loss" if curves else "loss (nats per token)", *curves, "learning rate")
+    for name, panel in zip(names, figure.axes, strict=True):
         panel.set_ylabel(name)
         panel.grid(alpha=0.3)
-    rates.plot(*_series(train, "learning_rate"), color="tab:green")
-    rates.set_ylabel("learning rate")
-    rates.set_xlabel("step")
-    rates.grid(alpha=0.3)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=120)
     with uninterrupted():
@@ -88,6 +83,10 @@ def _has(row: dict, name: str) -> bool:
     return row.get(name) is not None
 
 
+def _any_has(rows: list[dict], name: str) -> bool:
+    return any(_has(row, name) for row in rows)
+
+
 def smoothed(values: list[float], share: float = 0.05) -> list[float]:
     """Mean over each value and those before it, of `share` of all in number: nothing shows before it has happened."""
     width = max(1, round(len(values) * share))
@@ -100,7 +99,7 @@ def report_text(
 ) -> str:
     """report.md as text. kind: of the run's stage, if that is known."""
     watch = Watch.of_run(config, val)
-    recorded = run.read_environment()
+    recorded, defaults = run.read_environment(), plain(kind.config()) if kind else {}
     facts = {key.replace("_", " "): value for key, value in recorded.get("run", {}).items()}
     sections = [
         f"# Run {run.path.name}",
@@ -123,7 +122,7 @@ def report_text(
         _next_steps(run, kind),
         "## Settings",
         f"Those that are not the defaults; all are in {run.config_file.name}.",
-        _code(_yaml(not_default(config, kind)), "yaml"),
+        _code(yaml.safe_dump(not_default(config, defaults), sort_keys=False, allow_unicode=True), "yaml"),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -156,29 +155,23 @@ def verdict(train: list[dict], val: list[dict], watch: Watch, chosen: dict) -> s
     return " ".join(said)
 
 
-def not_default(config: dict, kind: StageKind | None) -> dict:
-    """The settings in `config` that are not what the stage has by default; all of those of an unknown stage."""
-    defaults = plain(kind.config()) if kind else {}
-
-    def differing(own: dict, other: dict) -> dict:
-        found = {}
-        for key, value in own.items():
-            if isinstance(value, dict) and isinstance(other.get(key), dict):
-                value = differing(value, other[key])
-                if value:
-                    found[key] = value
-            elif key not in other or value != other[key]:
-                found[key] = value
-        return found
-
-    return differing(config, defaults)
+def not_default(config: dict, defaults: dict) -> dict:
+    """The settings in `config` that are not in `defaults`, or not the same there."""
+    found = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict):
+            found |= {key: inner} if (inner := not_default(value, defaults[key])) else {}
+        elif key not in defaults or value != defaults[key]:
+            found[key] = value
+    return found
 
 
 def _started(recorded: dict) -> dict[str, str]:
     """When the run was last started, and with which command."""
-    known = {"date": recorded["date"]} if "date" in recorded else {}
-    words = recorded.get("command")
-    return known | ({"command": f"`{shlex.join([Path(words[0]).name, *words[1:]])}`"} if words else {})
+    found = {"date": recorded["date"]} if "date" in recorded else {}
+    if words := recorded.get("command"):
+        found["command"] = f"`{shlex.join([Path(words[0]).name, *words[1:]])}`"
+    return found
 
 
 def results(train: list[dict], val: list[dict], watch: Watch) -> dict[str, str]:
@@ -191,22 +184,21 @@ def results(train: list[dict], val: list[dict], watch: Watch) -> dict[str, str]:
         found[f"validation {watch.name}"] = f"{values[0]:.4f} (step {at[0]}) → {values[-1]:.4f}"
         if best != at[-1]:
             found[f"best validation {watch.name}"] = f"{values[at.index(best)]:.4f} (step {best})"
-        if val[-1].get("val_bits_per_byte") and val[0].get("val_bits_per_byte"):
-            start, end = val[0]["val_bits_per_byte"], val[-1]["val_bits_per_byte"]
+        start, end = (row.get("val_bits_per_byte") for row in (val[0], val[-1]))
+        if start and end:
             found["validation bits per byte"] = f"{start:.4f} → {end:.4f} ({end / start:.1%} of the start)"
     if last.get("skipped"):
         found["skipped updates"] = f"{last['skipped']:,} of {last['step']:,}: loss or gradient was not finite"
-    for name in (name for name in last if name.startswith("skipped/")):
-        metric = name.removeprefix("skipped/")
-        found[f"updates skipped for {metric}"] = f"{last[name]:,} of {last['step']:,}: it was above its limit"
+    for name, count in last.items():
+        if name.startswith("skipped/"):
+            metric = name.removeprefix("skipped/")
+            found[f"updates skipped for {metric}"] = f"{count:,} of {last['step']:,}: it was above its limit"
     if last.get("tokens"):
         found["trained tokens"] = f"{last['tokens']:,}"
-    speeds = sorted(row["tokens_per_second"] for row in train if row.get("tokens_per_second"))
-    if speeds:
-        found["speed (median)"] = f"{speeds[len(speeds) // 2]:,.0f} tokens/s, padding not counted"
-    utilisation = sorted(row["mfu"] for row in train if row.get("mfu"))
-    if utilisation:
-        found["MFU (median)"] = f"{utilisation[len(utilisation) // 2]:.1%}"
+    if speeds := [row["tokens_per_second"] for row in train if row.get("tokens_per_second")]:
+        found["speed (median)"] = f"{median_high(speeds):,.0f} tokens/s, padding not counted"
+    if utilisation := [row["mfu"] for row in train if row.get("mfu")]:
+        found["MFU (median)"] = f"{median_high(utilisation):.1%}"
     if last.get("seconds"):
         found["time"] = str(timedelta(seconds=math.ceil(last["seconds"])))
     return found
@@ -228,12 +220,11 @@ def _machine(recorded: dict) -> dict[str, str]:
 
 def _validation(val: list[dict], figures: Sequence[str]) -> str:
     """A table of every evaluation; the first line is the model that the run started from."""
-    more = [name for name in ("bits_per_byte", *figures) if any(_has(row, f"val_{name}") for row in val)]
-    more = [*(["loss"] if any(_has(row, "val_loss") for row in val) else []), *more]
-    titles = ["step", *(name.replace("_", " ") for name in more)]
+    names = [name for name in ("loss", "bits_per_byte", *figures) if _any_has(val, f"val_{name}")]
+    titles = ["step", *(name.replace("_", " ") for name in names)]
     lines = [f"| {' | '.join(titles)} |", "|---:" * len(titles) + "|"]
     for row in val:
-        numbers = [row.get(f"val_{name}") for name in more]
+        numbers = [row.get(f"val_{name}") for name in names]
         cells = [f"{row['step']:,}", *("" if n is None else f"{n:.4f}" for n in numbers)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -257,9 +248,8 @@ def _next_steps(run: RunFolder, kind: StageKind | None) -> str:
 
 
 def _table(values: dict) -> str:
-    lines = ["| | |", "|---|---|"]
-    lines += [f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in values.items()]
-    return "\n".join(lines)
+    lines = [f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in values.items()]
+    return "\n".join(["| | |", "|---|---|", *lines])
 
 
 def _code(text: str, language: str = "") -> str:
@@ -268,7 +258,3 @@ def _code(text: str, language: str = "") -> str:
     while fence in text:
         fence += "`"
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
-
-
-def _yaml(config: dict) -> str:
-    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)

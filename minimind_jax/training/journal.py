@@ -1,7 +1,8 @@
 """What is told of the steps of a run, and counted: metrics, updates that were not made, tokens and time."""
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -58,20 +59,21 @@ class Journal:
         """What a checkpoint keeps of this: tokens trained on, updates not made, seconds."""
         return {"tokens": self.tokens, "skipped": self.skipped, "seconds": self.speed.seconds()}
 
-    def follow(self, step: Step) -> None:
-        """A step is under way: the one before it is done, or soon, and is read."""
+    def follow(self, step: Step | None) -> None:
+        """A step is under way: the one before it is done, or soon, and is read; so raises UserError when its metrics
+        are not finite and the run is to stop then."""
         before, self._unread = self._unread, step
-        self._read(before)
+        if before is not None:
+            self._read(before)
 
-    def catch_up(self) -> None:
-        """Waits for the step that is under way, and reads it. Raises UserError as `_read`."""
-        before, self._unread = self._unread, None
-        self._read(before)
+    @contextlib.contextmanager
+    def caught_up(self) -> Iterator[None]:
+        """For what is done between two steps: the one under way is waited for and read, and the time is no training."""
+        self.follow(None)
+        with self.speed.pause():
+            yield
 
-    def _read(self, step: Step | None) -> None:
-        """Logs a step's metrics; raises UserError when they are not finite and the run is to stop then."""
-        if step is None:
-            return
+    def _read(self, step: Step) -> None:
         metrics = {name: value.item() for name, value in jax.device_get(step.metrics).items()}
         if not self.speed.has_begun:
             seconds = time.perf_counter() - STARTED
@@ -80,8 +82,8 @@ class Journal:
             self._skip(step.number, why, metrics)
         self.tokens += round(metrics.pop("tokens"))
         self.speed.add(step.tokens)
-        row = {**metrics, "tokens": self.tokens, **step.told}
-        row |= {name: count for name, count in self.skipped.items() if count}
+        skipped = {name: count for name, count in self.skipped.items() if count}
+        row = {**metrics, "tokens": self.tokens, **step.told, **skipped}
         is_logged = self.timetable.logs(step.number)
         if is_logged:
             row |= self.speed.read()

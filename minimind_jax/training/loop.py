@@ -190,7 +190,7 @@ class Loop:
     base: str
 
     def __post_init__(self):
-        _, self.row_processes = data_process(self.mesh)
+        self.row_processes = data_process(self.mesh)[1]
 
     def run(self, state: TrainState, step: int) -> tuple[TrainState, int]:
         """From `step`, whose state this is, to the end, or until patience is lost. Returns where it has come to."""
@@ -222,16 +222,15 @@ class Loop:
         return state
 
     def save(self, state: TrainState, step: int) -> None:
-        self.journal.catch_up()
-        record = {
-            **self.journal.record(),
-            "data": self.source.record(),
-            "base": self.base,
-            "total_steps": self.timetable.total_steps,
-            "config": plain(self.config),
-            "versions": package_versions(),
-        }
-        with self.journal.speed.pause():
+        with self.journal.caught_up():
+            record = {
+                **self.journal.record(),
+                "data": self.source.record(),
+                "base": self.base,
+                "total_steps": self.timetable.total_steps,
+                "config": plain(self.config),
+                "versions": package_versions(),
+            }
             self.journal.writer.sync()  # the metrics up to a checkpoint are there when it is
             self.checkpoints.save(step, state.stored(), record)
 
@@ -254,12 +253,10 @@ class Loop:
         """The evaluation and the samples due at `step`, unless they were written before the run was cut off."""
         is_written = self.journal.writer.has
         if self.evaluation is not None and self.timetable.evaluates(step) and not is_written(step, self.watch.key):
-            self.journal.catch_up()
-            with self.journal.speed.pause():
+            with self.journal.caught_up():
                 self.evaluate(state.all_params(), step)
         if self.sample_fn is not None and self.timetable.samples(step) and not is_written(step, "samples"):
-            self.journal.catch_up()
-            with self.journal.speed.pause():
+            with self.journal.caught_up():
                 self.sample(state.all_params(), step)
 
     def evaluate(self, params: Params, step: int) -> None:
@@ -282,10 +279,9 @@ class Loop:
     def best(self, state: TrainState, step: int) -> tuple[TrainState, int]:
         """The state that the run's model is of, and its step: the last, or with patience the best that is kept."""
         best = self.watch.best(self.checkpoints.steps) if self.config.training.patience else None
-        if best is None:
-            return state, step
-        self.journal.progress.say(f"the model is that of step {best}, whose {self.watch.told()}")
-        if best == step:
+        if best is not None:
+            self.journal.progress.say(f"the model is that of step {best}, whose {self.watch.told()}")
+        if best in (None, step):
             return state, step
         frozen = state.frozen
         for array in jax.tree.leaves(state.stored()):  # there may be no room for two

@@ -1,7 +1,7 @@
 """Training on packed rows of a token cache: the source and the evaluation of every stage that reads its data."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -30,7 +30,6 @@ class PackedRows:
 
     def __init__(self, batches: Batches):
         self.batches = batches
-        self._reader: Iterator[Batch] = iter(())
         self._open = contextlib.ExitStack()
 
     def planned_steps(self, training: TrainingConfig) -> int:
@@ -63,10 +62,10 @@ class HeldOutRows:
     """The loss of held-out rows, and the other means that the loss function knows, as a `source.Evaluation`."""
 
     def __init__(self, config: RunConfig, mesh: Mesh, loss_fn: LossFn, batches: Batches):
-        config, self._mesh, self.batches = filled(config), mesh, batches
-        self._parts = count_parts(config, self._mesh)  # no more rows at once than in training
+        self._mesh, self.batches = mesh, batches
+        self._parts = count_parts(filled(config), mesh)  # no more rows at once than in training
         self._most_rows = config.training.eval_rows
-        self._step = make_eval_step(loss_fn, self._mesh, config.compute)
+        self._step = make_eval_step(loss_fn, mesh, config.compute)
 
     def describe(self) -> str:
         return describe_data(self.batches)
@@ -125,13 +124,13 @@ def check_same_data(before: dict, now: dict) -> str | None:
         UserError: the steps of the checkpoint were made from other batches.
     """
     changed = {key: (before[key], now[key]) for key in now if key in before and before[key] != now[key]}
-    if set(changed) <= {"cache"}:
+    if not changed:
+        return None
+    if set(changed) == {"cache"}:
         return (
             "the tokenizer or the way this version renders conversations is not that of the checkpoint (or an earlier "
             "version wrote it, which cannot tell). There are as many documents and tokens, so the run goes on; it is "
             "exact only if their content is the same"
-            if changed
-            else None
         )
     changed.pop("cache", None)
     if changed.pop("content", None) and not changed:  # counts say more where they differ
@@ -146,7 +145,5 @@ def check_same_data(before: dict, now: dict) -> str | None:
 def describe_data(batches: Batches) -> str:
     """`1,234 documents, 56,789 tokens in 120 rows, packed 98.7 % full`, and what is cut or left out of them."""
     plan, epoch = batches.plan, batches.epoch(0)
-    cut = describe_cuts(epoch)
-    return f"{len(epoch.documents):,} documents, {plan.tokens:,} tokens in {plan.rows:,} rows, " + (
-        cut or f"packed {plan.efficiency:.1%} full"
-    )
+    rows = describe_cuts(epoch) or f"packed {plan.efficiency:.1%} full"
+    return f"{len(epoch.documents):,} documents, {plan.tokens:,} tokens in {plan.rows:,} rows, {rows}"

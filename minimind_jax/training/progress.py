@@ -16,14 +16,9 @@ LOSS_SMOOTHING = 0.9
 
 
 class TrainingProgress:
-    """Shows the progress of one run on stdout.
+    """Shows the progress of one run on stdout. Use as a context manager.
 
-    Args:
-        stage: the word in front of every line.
-        total_steps: of the whole run. start_step: steps already done.
-        active: false on all processes but the first: nothing is shown.
-
-    Use as a context manager.
+    start_step: steps already done. active: false on all processes but the first: nothing is shown.
     """
 
     def __init__(self, stage: str, total_steps: int, start_step: int, *, active: bool = True):
@@ -38,13 +33,13 @@ class TrainingProgress:
             console=self.console,
             disable=not (active and self.console.is_terminal),
         )
+        self._is_silent = self._bar.disable and active  # until the first line
         self._first_step = contextlib.ExitStack()
-        self._is_silent = self._bar.disable and active
         self._task = self._bar.add_task(stage, total=total_steps, completed=start_step, numbers="compiling")
 
     def __enter__(self) -> "TrainingProgress":
         self._bar.start()
-        if self._is_silent:  # until the first line
+        if self._is_silent:
             self._first_step.enter_context(heartbeat(f"{self.stage}: compiling"))
         return self
 
@@ -60,7 +55,7 @@ class TrainingProgress:
         self.say(table)
 
     def say(self, message, *, plain: bool = False) -> None:
-        """A line above the bar; `plain` text is shown as it is, without rich's markup."""
+        """A line above the bar; `plain` text is shown without rich's markup."""
         self.console.print(escape(message) if plain else message)
 
     def update(self, step: int, row: dict, *, log: bool) -> None:
@@ -81,12 +76,12 @@ class TrainingProgress:
 
 def describe(row: dict, loss: float) -> str:
     """`loss 2.345  12,345 tokens/s  MFU 41.0%  lr 5.00e-04  0:12:00 left`."""
-    parts = [f"loss {loss:.4f}"]
-    if row.get("tokens_per_second"):
-        parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
-    if row.get("mfu"):
-        parts.append(f"MFU {row['mfu']:.1%}")
-    parts.append(f"lr {row['learning_rate']:.2e}")
-    if row.get("seconds_left") is not None:
-        parts.append(f"{timedelta(seconds=round(row['seconds_left']))} left")
-    return "  ".join(parts)
+    rate, mfu, seconds = (row.get(name) for name in ("tokens_per_second", "mfu", "seconds_left"))
+    parts = [
+        f"loss {loss:.4f}",
+        rate and f"{rate:,.0f} tokens/s",
+        mfu and f"MFU {mfu:.1%}",
+        f"lr {row['learning_rate']:.2e}",
+        seconds is not None and f"{timedelta(seconds=round(seconds))} left",
+    ]
+    return "  ".join(filter(None, parts))

@@ -94,7 +94,7 @@ def test_what_the_machine_was_is_told_as_far_as_it_is_known(run):
 
 def test_what_is_no_run_is_refused(run, tmp_path):
     with pytest.raises(UserError, match="is not a run"):
-        write_report(tmp_path, STAGES)
+        write_report(RunFolder(tmp_path), STAGES)
     run.metrics_file.unlink()
     with pytest.raises(UserError, match="no training step yet"):
         write_report(run, STAGES)
@@ -142,4 +142,4 @@ def test_the_report_says_when_with_which_command_and_what_is_not_the_default(run
     assert "| date | 20" in text and "| command | `" in text
     settings = text.partition("## Settings")[2]
     assert "seed: 77" in settings and "momentum" not in settings and "resume" not in settings
-    assert not_default({"a": {"b": 1}, "c": 2}, None) == {"a": {"b": 1}, "c": 2}
+    assert not_default({"a": {"b": 1}, "c": 2}, {}) == {"a": {"b": 1}, "c": 2}
