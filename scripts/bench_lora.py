@@ -24,8 +24,8 @@ from minimind_jax.model.lora import init_adapters, join, make_adapter
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.seeds import named_key
 from minimind_jax.sharding import init_params, make_mesh, param_shardings, shard_batch
-from minimind_jax.training.program import make_program
 from minimind_jax.training.state import Parameters, create_state
+from minimind_jax.training.step import make_program
 
 
 class Side:

@@ -31,9 +31,9 @@ from minimind_jax.model.config import ComputeConfig, ModelConfig
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.seeds import named_key
 from minimind_jax.sharding import init_params, make_mesh, shard_batch
-from minimind_jax.training.program import make_program
 from minimind_jax.training.speed import flops_per_token, peak_flops
 from minimind_jax.training.state import Parameters, create_state
+from minimind_jax.training.step import make_program
 
 
 def _model_config(settings: dict) -> ModelConfig:

@@ -20,8 +20,8 @@ from minimind_jax.training.defaults import filled
 from minimind_jax.training.optimizer import make_schedule
 from minimind_jax.training.origin import find_models
 from minimind_jax.training.places import MODELS
-from minimind_jax.training.program import count_parts
 from minimind_jax.training.run import RunFolder, flat, plain
+from minimind_jax.training.step import count_parts
 from minimind_jax.training.watch import check_patience
 
 SAMPLE = 50  # records of each file

@@ -14,7 +14,7 @@ from minimind_jax.plan import devices, estimate, inputs, products
 from minimind_jax.plan.module import ATTENTION_CALLS, read_module
 from minimind_jax.sharding import make_mesh
 from minimind_jax.training.speed import flops_per_token
-from minimind_jax.training.program import count_parts
+from minimind_jax.training.step import count_parts
 
 
 def run(config: PlanConfig) -> None:

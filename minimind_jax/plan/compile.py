@@ -16,7 +16,7 @@ from minimind_jax.errors import UserError, first_line
 from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.plan.devices import Device, Topology
 from minimind_jax.runs.adapters import frozen_dtype
-from minimind_jax.training.program import make_program
+from minimind_jax.training.step import make_program
 from minimind_jax.training.state import Parameters
 
 # The host computes nothing and asks no cloud what it is; libtpu's lock is for processes that use a TPU.

@@ -28,8 +28,8 @@ from minimind_jax.runs.parts import SHAPE_FIELDS, Run, assemble, say_if_endless
 from minimind_jax.runs.settle import changed_data, settle
 from minimind_jax.sharding import announce, initialize_distributed, make_mesh
 from minimind_jax.training.origin import agreed_settings, check_start_models, check_words, find_models
-from minimind_jax.training.program import count_parts
 from minimind_jax.training.run import RunFolder
+from minimind_jax.training.step import count_parts
 from minimind_jax.training.tracking import is_exported
 
 

@@ -14,8 +14,8 @@ from minimind_jax.training.checkpoint import Checkpoints
 from minimind_jax.training.progress import TrainingProgress
 from minimind_jax.training.speed import Speed
 from minimind_jax.training.step import MADE, NOT_FINITE, Skip
-from minimind_jax.training.timetable import Timetable
 from minimind_jax.training.tracking import MetricsWriter
+from minimind_jax.training.watch import Timetable
 
 MOST_SKIPPED = 10  # updates that were not finite from which on a run stops where they are the most
 

@@ -25,17 +25,15 @@ from minimind_jax.training.defaults import filled
 from minimind_jax.training.facts import few_steps, run_facts, schedule_change
 from minimind_jax.training.journal import Journal, Step
 from minimind_jax.training.profile import Profiler
-from minimind_jax.training.program import Program, make_program
 from minimind_jax.training.progress import TrainingProgress
 from minimind_jax.training.run import RunFolder, package_versions, plain
 from minimind_jax.training.source import Evaluation, Source
 from minimind_jax.training.speed import Speed
 from minimind_jax.training.state import Parameters, TrainState, create_state, fingerprint
-from minimind_jax.training.step import Skip
+from minimind_jax.training.step import Program, Skip, make_program
 from minimind_jax.training.stop import StopRequest
-from minimind_jax.training.timetable import Timetable
 from minimind_jax.training.tracking import MetricsWriter
-from minimind_jax.training.watch import Watch, check_patience
+from minimind_jax.training.watch import Timetable, Watch, check_patience
 
 SampleFn = Callable[[Params], list[tuple[str, str]]]
 

@@ -19,8 +19,7 @@ from minimind_jax.losses import LossFn, Metric, together
 from minimind_jax.model.transformer import Params
 from minimind_jax.sharding import shard_batch
 from minimind_jax.training.defaults import filled, planned_steps
-from minimind_jax.training.program import count_parts
-from minimind_jax.training.step import make_eval_step
+from minimind_jax.training.step import count_parts, make_eval_step
 
 
 class PackedRows:

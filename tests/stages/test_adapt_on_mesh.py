@@ -30,8 +30,8 @@ from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.runs.frozen import Reference
 from minimind_jax.sharding import make_mesh, param_shardings, shard_batch
 from minimind_jax.stages.distill import TEACHER
-from minimind_jax.training.program import make_program
 from minimind_jax.training.state import Parameters, create_state, fingerprint
+from minimind_jax.training.step import make_program
 
 SIZES = ModelConfig(
     vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

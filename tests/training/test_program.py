@@ -8,7 +8,7 @@ from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.errors import UserError
 from minimind_jax.plan.inputs import load_planned
 from minimind_jax.sharding import MESH_AXES
-from minimind_jax.training.program import count_parts
+from minimind_jax.training.step import count_parts
 
 
 def mesh(data=1, fsdp=1, tensor=1, expert=1):

@@ -6,8 +6,7 @@ import pytest
 
 from minimind_jax.config.sections import CheckpointConfig, LoopConfig
 from minimind_jax.config.stages import PretrainConfig
-from minimind_jax.training.timetable import Timetable
-from minimind_jax.training.watch import Watch
+from minimind_jax.training.watch import Timetable, Watch
 
 
 @pytest.mark.parametrize(
