@@ -5,6 +5,8 @@ import json
 import shutil
 
 from minimind_jax.config.sections import CheckpointConfig
+from minimind_jax.config.tools import ToHFConfig
+from minimind_jax.runs.export import export_checkpoint
 from minimind_jax.runs.parts import assemble
 from minimind_jax.sharding import make_mesh
 from minimind_jax.stages import STAGES
@@ -18,6 +20,12 @@ KEEP_ALL = CheckpointConfig(every=4, keep=10)
 def assembled(stage, config):
     """The parts of a run that has not begun."""
     return assemble(STAGES[stage], config, RunFolder(config.run), make_mesh(config.mesh), find_models(config))
+
+
+def export_newest(run, output, dtype=None):
+    """The step of the checkpoint that is written to `output`."""
+    asked = ToHFConfig(source=str(run), output=str(output), checkpoint="newest", dtype=dtype)
+    return export_checkpoint(STAGES, asked)
 
 
 def with_chats(config, world):

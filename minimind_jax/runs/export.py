@@ -2,14 +2,13 @@
 
 import dataclasses
 from collections.abc import Container
-from pathlib import Path
 from typing import Any
 
 from minimind_jax.config import settings
 from minimind_jax.config.sections import MeshConfig
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.config.tools import ToHFConfig
-from minimind_jax.convert.hf import MAX_SHARD_BYTES, from_hf, save_hf, stored_dtype
+from minimind_jax.convert.hf import from_hf, save_hf, stored_dtype
 from minimind_jax.convert.load import folders_of, load_generation_settings, merge_lora
 from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter, resolve_model_folder, resolve_run
@@ -29,40 +28,26 @@ from minimind_jax.training.watch import Watch
 def export(stages: Stages, config: ToHFConfig) -> None:
     """`minimind convert to-hf`: a checkpoint, or the model of a run or a folder, whose adapters are merged."""
     if config.checkpoint:
-        to = config.output, config.checkpoint, config.dtype, config.max_shard_bytes
-        step = export_checkpoint(stages, config.source, *to)
+        step = export_checkpoint(stages, config)
         print(f"wrote {config.output}, step {step} of {config.source}")
         return
     source, dtype = resolve_model_folder(config.source, "source"), config.dtype or "bfloat16"
-    if is_adapter(source):
-        merge_lora(source, config.output, dtype=dtype, max_shard_bytes=config.max_shard_bytes)
-    else:
-        from_hf(source, config.output, dtype, max_shard_bytes=config.max_shard_bytes)
+    convert = merge_lora if is_adapter(source) else from_hf
+    convert(source, config.output, dtype=dtype, max_shard_bytes=config.max_shard_bytes)
     found = stored_dtype(folders_of(source)[-1])
     is_rounded = not config.dtype and found == "float32"
     note = " in bfloat16 (--dtype float32 keeps the precision of the source)" * is_rounded
     print(f"wrote {config.output}{note}")
 
 
-def export_checkpoint(
-    stages: Stages,
-    name: str,
-    output: str | Path,
-    checkpoint: str,
-    dtype: str | None = None,
-    max_shard_bytes: float = MAX_SHARD_BYTES,
-) -> int:
-    """Writes a checkpoint of the run `name` as a whole model and returns the checkpoint's step.
+def export_checkpoint(stages: Stages, asked: ToHFConfig) -> int:
+    """Writes a checkpoint of a run as a whole model, adapters merged into the model that they were trained over, and
+    returns the checkpoint's step. Nothing in the run's folder is changed, so the run may be under way.
 
-    stages: by name. checkpoint: `newest`, `best` (of those with a validation loss, the lowest) or a step. dtype: None
-    takes the run's export_dtype. Adapters are merged into the model that they were trained over. Nothing in the run's
-    folder is changed, so the run may be under way.
-
-    Raises:
-        UserError: no such run or checkpoint, the tokenizer or model that the run started from is gone, or the
-            tokenizer has other words by now.
+    Raises UserError when there is no such run or checkpoint, when the tokenizer or model that the run started from is
+    gone, and when the tokenizer has other words by now.
     """
-    folder = _find_run(name)
+    folder = _find_run(asked.source)
     kind, config = _read_settings(stages, folder)
     then = folder.then()
     places = {key: then.current(getattr(config, key)) for key in ("init_from", "tokenizer")} if then else {}
@@ -74,12 +59,13 @@ def export_checkpoint(
     check_words(folder, run.tokenizer)
     parameters = run_parameters(run)
     trained, frozen = parameters.split(parameters.abstract)
-    step, params = _load_sound(folder, checkpoint, trained)
+    step, params = _load_sound(folder, asked.checkpoint, trained)
     if frozen:
         params = merge(join(parameters.split(parameters.load())[1], params))
     save_hf(
-        output, run.model.config, params, run.tokenizer, dtype or config.export_dtype, max_shard_bytes,
-        generation_config=run.start and load_generation_settings(run.start), labels=run.labels,
+        asked.output, run.model.config, params, run.tokenizer,
+        dtype=asked.dtype or config.export_dtype, max_shard_bytes=asked.max_shard_bytes, labels=run.labels,
+        generation_config=run.start and load_generation_settings(run.start),
     )  # fmt: skip
     return step
 
@@ -101,10 +87,8 @@ def _load_sound(run: RunFolder, checkpoint: str, abstract: Any) -> tuple[int, An
 
 
 def choose_step(run: RunFolder, checkpoint: str, damaged: Container[int] = ()) -> int:
-    """The step of the run's checkpoint, of those that are not `damaged`, that `newest`, `best` or a number means.
-
-    Raises UserError if there is none.
-    """
+    """The step of the checkpoint, of those that are not `damaged`, that `newest`, `best` (the evaluation that the run
+    watches is best) or a number means. Raises UserError if there is none."""
     steps = [step for step in run.checkpoint_steps() if step not in damaged]
     if not steps:
         raise UserError(f"{run.checkpoints} holds no checkpoint; run it again until it has saved one")
@@ -113,8 +97,7 @@ def choose_step(run: RunFolder, checkpoint: str, damaged: Container[int] = ()) -
     there = f"{run.checkpoints} holds those of the steps {', '.join(map(str, steps))}"
     if checkpoint == "best":
         watch = Watch.of_run(run.read_config(), read_metrics(run.metrics_file))
-        best = watch.best(steps)
-        if best is None:
+        if (best := watch.best(steps)) is None:
             raise UserError(f"no checkpoint was saved at a step with a validation {watch.name}; {there}")
         return best
     if int(checkpoint) not in steps:
@@ -123,11 +106,11 @@ def choose_step(run: RunFolder, checkpoint: str, damaged: Container[int] = ()) -
 
 
 def _find_run(name: str) -> RunFolder:
-    places = list(dict.fromkeys([resolve_run(name), as_path(name).expanduser()]))
-    for place in places:
-        if (place / "config.yaml").is_file():
-            return RunFolder(place)
-    looked = ", ".join(str(place / "config.yaml") for place in places)
+    runs = [RunFolder(place) for place in dict.fromkeys([resolve_run(name), as_path(name).expanduser()])]
+    for run in runs:
+        if run.config_file.is_file():
+            return run
+    looked = ", ".join(str(run.config_file) for run in runs)
     raise UserError(f"source {name!r} is not a run (no {looked}), and only runs have checkpoints")
 
 

@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from run_helpers import assembled
+from run_helpers import assembled, export_newest
 from safetensors.numpy import load_file
 from templates import CHATML, with_template
 from worlds import ADAPTERS, write_lines
@@ -20,9 +20,7 @@ from minimind_jax.data.tokenizer import train_bpe
 from minimind_jax.errors import UserError
 from minimind_jax.inference.adapters import load_switched
 from minimind_jax.inference.load import load_generator
-from minimind_jax.runs.export import export_checkpoint
 from minimind_jax.runs.parts import load_tokenizer
-from minimind_jax.stages import STAGES
 from minimind_jax.stages.sft import sft
 
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9}
@@ -73,7 +71,7 @@ def test_a_turn_s_end_ends_answers_here_and_in_transformers(make, foreign, chats
     [ours] = generator.generate([ids], SamplingConfig(max_new_tokens=64, temperature=0, top_k=0, top_p=1))
     assert (ours.finish_reason, ours.ids[-1]) == ("stop", 2)
 
-    export_checkpoint(STAGES, str(run), tmp_path / "export", "newest")
+    export_newest(run, tmp_path / "export")
     assert_ends_twice(tmp_path / "export")
     assert read(tmp_path / "export", "config.json")["eos_token_id"] == [2, 0]
     from_hf(run / "model", tmp_path / "again")
@@ -153,9 +151,9 @@ def test_a_run_whose_tokenizer_was_trained_anew_goes_on_nowhere(make, foreign, c
     longer = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=4))
     template = tokenizer / "chat_template.jinja"
     template.write_text(template.read_text() + "{# the same words #}")
-    export_checkpoint(STAGES, str(run), tmp_path / "export", "newest")
+    export_newest(run, tmp_path / "export")
     train_bpe(["zebras quickly xylophone"] * 3, tmp_path / "other", 304)
     shutil.copy(tmp_path / "other" / "tokenizer.json", tokenizer / "tokenizer.json")
-    for goes_on in (lambda: sft(longer), lambda: export_checkpoint(STAGES, str(run), tmp_path / "no", "newest")):
+    for goes_on in (lambda: sft(longer), lambda: export_newest(run, tmp_path / "no")):
         with pytest.raises(UserError, match=r"tokenizer has other words than when .*run was started"):
             goes_on()

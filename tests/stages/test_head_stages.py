@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_helpers import KEEP_ALL, assembled, assert_resumes_exactly, last, rows_of
+from run_helpers import KEEP_ALL, assembled, assert_resumes_exactly, export_newest, last, rows_of
 from safetensors.numpy import load_file
 from worlds import ADAPTERS, write_lines
 
@@ -34,10 +34,8 @@ from minimind_jax.inference.answer_file import PartialFile
 from minimind_jax.inference.load import load_generator
 from minimind_jax.inference.score import Scorer
 from minimind_jax.model.heads import SCORE
-from minimind_jax.runs.export import export_checkpoint
 from minimind_jax.runs.labels import keep_labels
 from minimind_jax.runs.parts import run_parameters
-from minimind_jax.stages import STAGES
 from minimind_jax.stages.classify import classify
 from minimind_jax.stages.distill import distill
 from minimind_jax.stages.reward import reward
@@ -201,7 +199,7 @@ def test_labels_belong_to_the_run(make, files, tmp_path):
     with pytest.raises(UserError, match="any number of labels a text, and the run had one label a text"):
         classify(longer)
     data.unlink()
-    assert export_checkpoint(STAGES, str(run.path), tmp_path / "out", "newest", "float32") == 24
+    assert export_newest(run.path, tmp_path / "out", "float32") == 24
     assert load_labels(tmp_path / "out") == load_labels(run.model)
     assert load_labels(run.model) == (("birds", "cat", "dogs"), False, 64)
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
@@ -211,7 +209,7 @@ def test_labels_belong_to_the_run(make, files, tmp_path):
     shutil.rmtree(run.model)
     run.labels_file.unlink()
     with pytest.raises(UserError, match="earlier version and keeps no labels"):
-        export_checkpoint(STAGES, str(run.path), tmp_path / "again", "newest")
+        export_newest(run.path, tmp_path / "again")
 
 
 def test_the_trained_length_goes_with_the_model(make, files, tmp_path, capsys, monkeypatch):

@@ -6,7 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from run_helpers import KEEP_ALL, assert_resumes_exactly, last, rows_of, with_chats
+from run_helpers import KEEP_ALL, assert_resumes_exactly, export_newest, last, rows_of, with_chats
 from safetensors.numpy import load_file
 from worlds import ADAPTERS
 
@@ -14,8 +14,6 @@ from minimind_jax.config.sections import LoRAConfig, OptimizerConfig
 from minimind_jax.convert.hf import load_hf
 from minimind_jax.convert.load import base_folder, load_merged
 from minimind_jax.errors import UserError
-from minimind_jax.runs.export import export_checkpoint
-from minimind_jax.stages import STAGES
 from minimind_jax.stages.sft import sft
 from minimind_jax.training.run import RunFolder
 
@@ -71,7 +69,7 @@ def test_an_adapter_is_trained_further_or_merged(lora, world, make, tmp_path):
 
 def test_a_checkpoint_of_adapters_is_exported_whole(lora, world, tmp_path):
     run = RunFolder(sft(dataclasses.replace(with_chats(lora, world), checkpoint=KEEP_ALL)))
-    assert export_checkpoint(STAGES, str(run.path), tmp_path / "out", "newest", "float32") == 24
+    assert export_newest(run.path, tmp_path / "out", "float32") == 24
     config, params = load_hf(tmp_path / "out")
     expected_config, expected = load_merged(run.model)
     assert config == expected_config
