@@ -16,8 +16,8 @@ from minimind_jax.errors import UserError, first_line
 from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.plan.devices import Device, Topology
 from minimind_jax.runs.adapters import frozen_dtype
-from minimind_jax.training.step import make_program
 from minimind_jax.training.state import Parameters
+from minimind_jax.training.step import make_program
 
 # The host computes nothing and asks no cloud what it is; libtpu's lock is for processes that use a TPU.
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
