@@ -13,15 +13,14 @@ from typing import Any, Literal, NamedTuple
 
 from minimind_jax.data.fields import Fields
 from minimind_jax.data.jsonl import Reading, Record
-from minimind_jax.data.messages import Conversation, Message, messages_in, read_messages
-from minimind_jax.data.preferences import Preference, make_preference, shared_key, turns_of
+from minimind_jax.data.messages import REASONING, Conversation, Message, messages_in, read_messages
+from minimind_jax.data.preferences import Preference, count_shared, make_preference, shared_key, turns_of
 from minimind_jax.data.tools import read_tools
 from minimind_jax.data.values import (
     checked_text,
     field_names,
     is_absent,
     kind_of,
-    loads,
     meant,
     respelled,
     without_nulls,
@@ -59,14 +58,16 @@ def with_system(fields: Fields, messages: list[Message], tools: list | None) -> 
         messages = [{"role": "system", "content": system}, *messages]
     if tools and own_tools and tools != own_tools:
         fields.tell("`tools` is ignored, since the system message has its own")
-    variables, name = fields.take("chat_template_kwargs")
-    if variables is not None and isinstance(variables, str):
-        variables = loads(variables, f"{fields.record.where}: {name}")
-    if variables is not None and not isinstance(variables, dict):
+    return Conversation(messages, tools or own_tools, _template_variables(fields))
+
+
+def _template_variables(fields: Fields) -> dict[str, Any]:
+    variables, name = fields.parsed("chat_template_kwargs")
+    if not isinstance(variables, dict | None):
         raise UserError(f"{fields.record.where}: {name} is {kind_of(variables)}; expected an object")
     if reserved := {"messages", "tools", "add_generation_prompt"} & set(variables or ()):
         raise UserError(f"{fields.record.where}: {name} sets {min(reserved)}, which the record itself says; remove it")
-    return Conversation(messages, tools or own_tools, without_nulls(variables or {}))
+    return without_nulls(variables or {})
 
 
 # Conversations
@@ -84,9 +85,7 @@ def _chat(fields: Fields) -> Conversation:
 def question(fields: Fields) -> list[Message]:
     """Alpaca's history, and its instruction with what it is about."""
     messages: list[Message] = []
-    history, name = fields.take("history")
-    if isinstance(history, str):
-        history = loads(history, f"{fields.record.where}: {name}")
+    history, name = fields.parsed("history")
     if not isinstance(history, list | None):
         raise UserError(f"{fields.record.where}: {name} is {kind_of(history)}; expected a list of [question, answer]")
     for index, turn in enumerate(history or ()):
@@ -104,10 +103,9 @@ def question(fields: Fields) -> list[Message]:
 
 def _alpaca(fields: Fields) -> Conversation:
     messages = question(fields)
-    answer: dict[str, Any] = {"role": "assistant"}
     value, name = fields.take(*ANSWER)
-    answer["content"] = checked_text(value, f"{fields.record.where}: {name}")
-    reasoning, name = fields.take("reasoning_content", "reasoning", "thinking")
+    answer = {"role": "assistant", "content": checked_text(value, fields.place(name).text)}
+    reasoning, name = fields.take(*REASONING)
     if reasoning is not None:
         answer["reasoning_content"] = reasoning
     if not fields.has(*MESSAGES):
@@ -128,17 +126,14 @@ def _completion(fields: Fields) -> Conversation:
         )
         if prompt.strip() and completion.startswith(prompt):
             fields.tell(f"`{completion_name}` begins with the text of `{prompt_name}`, which then stands twice")
-        texts = (("user", prompt, prompt_name), ("assistant", completion, completion_name))
-        messages = [
-            {"role": role, "content": checked_text(text, f"{fields.record.where}: {name}")}
-            for role, text, name in texts
-        ]
-        return Conversation(messages, plain=True)
+        asked = {"role": "user", "content": checked_text(prompt, fields.place(prompt_name).text)}
+        answer = {"role": "assistant", "content": checked_text(completion, fields.place(completion_name).text)}
+        return Conversation([asked, answer], plain=True)
     before, tools = read_messages(_as_messages(prompt, "user"), fields.place(prompt_name))
     before = [{**m, "train": False} if m["role"] == "assistant" else m for m in before]
     after, _ = read_messages(_as_messages(completion, "assistant"), fields.place(completion_name))
     asked, own = ([m for m in part if m["role"] != "system"] for part in (before, after))
-    if asked and len(own) > len(asked) and list(map(shared_key, own[: len(asked)])) == list(map(shared_key, asked)):
+    if len(own) > len(asked) > 0 and count_shared(own, asked, shared_key) == len(asked):
         fields.tell(f"`{completion_name}` begins with the prompt, which stands once")
         after = own[len(asked) :]
     return with_system(fields, [*before, *after], tools)
@@ -232,7 +227,7 @@ def _openai_pair(fields: Fields) -> Preference:
     if not isinstance(asked, dict):
         raise UserError(f"{fields.record.where}: {name} is {kind_of(asked)}; expected an object with messages")
     record = dataclasses.replace(fields.record, where=f"{fields.record.where}: {name}", value=asked)
-    inner = Fields(record, Reading(ignore_fields=tuple(fields.ignore)))
+    inner = Fields(record, fields.here.ignore)
     base = _chat(inner)
     inner.finish(OPENAI_PAIR, _hint(asked, "preference"))
     return _preference(fields, base, {"preferred_output": chosen, "non_preferred_output": rejected})
@@ -291,7 +286,6 @@ FORMATS = (
 )
 
 EXPECTED = {
-    "text": "a field `text`",
     "conversation": "`conversations` or `messages` (a list of messages), `instruction` and `output`, or `prompt` and "
     "`completion`",
     "preference": "`chosen` and `rejected`, with a `prompt` or the same beginning",
@@ -332,7 +326,7 @@ def read_record(record: Record, gives: Gives, reading: Reading, keeps: bool = Fa
         found = pairs if pairs and pairs.read is _unpaired else found
     if found is None:
         raise UserError(f"{record.where}: {_missing(record.value, gives)}")
-    fields = Fields(record, reading)
+    fields = Fields(record, reading.ignore_fields)
     read = found.read(fields)
     if not keeps:
         fields.finish(found.name, _hint(record.value, gives))

@@ -6,7 +6,7 @@ name: what would be left out without a word could be what the record is about.
 
 import dataclasses
 import reprlib
-from collections.abc import Callable, Collection
+from collections.abc import Sequence
 from typing import Any
 
 from minimind_jax.data.tools import calls_in_text, calls_of, read_tools
@@ -32,6 +32,7 @@ OTHER_ROLES = {
     "ipython": "tool",
 }
 CALLING_ROLES = ("function_call", "tool_call")  # whose text is the JSON of the call
+CONTENT = ("content", "value", "text")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 SWITCHES = ("train", "training", "loss")  # whether a message is trained; weight says it with a number
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -60,18 +61,22 @@ class Conversation:
         """The record that is read as this conversation, in our own format."""
         if self.plain:
             return {"prompt": self.messages[0]["content"], "completion": self.messages[1]["content"]}
-        messages = []
-        for message in self.messages:
-            kept = {name: value for name, value in message.items() if name != "train"}
-            messages.append(kept if message.get("train", True) else {**kept, "weight": 0})
+        messages = without_marks(self.messages)
+        for message, ours in zip(messages, self.messages, strict=True):
+            if not ours.get("train", True):
+                message["weight"] = 0
+        record: dict[str, Any] = {"conversations": messages}
         if self.tools:
-            if messages[0]["role"] != "system":
-                return {"conversations": messages, "tools": self.tools, **self._own_variables()}
-            messages[0] = {**messages[0], "tools": self.tools}
-        return {"conversations": messages, **self._own_variables()}
+            holder = messages[0] if messages[0]["role"] == "system" else record
+            holder["tools"] = self.tools
+        if self.variables:
+            record["chat_template_kwargs"] = self.variables
+        return record
 
-    def _own_variables(self) -> dict[str, Any]:
-        return {"chat_template_kwargs": self.variables} if self.variables else {}
+
+def without_marks(messages: Sequence[Message]) -> list[Message]:
+    """The messages as others know them: without our `train`."""
+    return [{name: value for name, value in message.items() if name != "train"} for message in messages]
 
 
 def says_something(message: Message) -> bool:
@@ -144,8 +149,9 @@ def read_message(message: Any, place: Place) -> Message:
         raise UserError(f"{place.text} is {kind_of(message)}; expected an object with role and content")
     left = {name: value for name, value in message.items() if not is_absent(value)}
     for name in left.keys() & place.ignore:
-        place.leave_out(name, left)
-    given = _one_of(left, ("role", "from"), place)
+        del left[name]
+        place.tell(f"of messages, `{name}` is ignored")
+    given, _ = place.take(left, ("role", "from"))
     role = _role(given, message, place)
     left.pop("tools", None)
     result: Message = {"role": role, "content": ""}
@@ -162,16 +168,11 @@ def read_message(message: Any, place: Place) -> Message:
         result["content"] = _without_inline_copy(content, reasoning, place)
     if calls:
         result["tool_calls"] = calls
-    elif not (content or reasoning or {"content", "value", "text"} & message.keys()):
+    elif not (content or reasoning or set(CONTENT) & message.keys()):
         raise UserError(f"{place.text}: missing field `content`; expected a string")
     if not _trained(left, role, place):
         result["train"] = False
-    for name, value in list(left.items()):
-        if not place.leave_out(name, left):
-            raise UserError(
-                f"{place.text}: field {name[:40]!r} ({kind_of(value)}) of a message is not understood; remove it, or "
-                "list it in data.ignore_fields to train without it"
-            )
+    place.finish(left, "a message", told_of="of messages, ")
     return _without_loss_if_empty(result, place)
 
 
@@ -181,23 +182,6 @@ def _without_loss_if_empty(message: Message, place: Place) -> Message:
         return message
     place.tell("empty answers of the assistant are not trained")
     return {**message, "train": False}
-
-
-def _one_of(
-    left: dict[str, Any], names: Collection[str], place: Place, same: Callable[[Any], Any] = lambda value: value
-) -> Any:
-    """The value of a field that goes by several names, taken out of `left`; None if there is none.
-
-    Raises UserError where two of them differ.
-    """
-    found = {name: left.pop(name) for name in names if name in left}
-    values = list(found.values())
-    if any(same(value) != same(values[0]) for value in values[1:]):
-        raise UserError(
-            f"{place.text}: {' and '.join(f'`{name}`' for name in found)} mean the same and differ; remove one, or "
-            "list it in data.ignore_fields"
-        )
-    return values[0] if values else None
 
 
 def _role(given: Any, message: Message, place: Place) -> str:
@@ -220,8 +204,8 @@ _PART_FIELDS = {"type", "text", "id", "index", "annotations", "logprobs", "cache
 
 def _content(left: dict[str, Any], message: Message, place: Place, required: bool) -> tuple[str, str]:
     """The text of a message, and the thoughts among the parts that it is made of."""
-    name = next((name for name in ("content", "value", "text") if name in message), "content")
-    content = _one_of(left, ("content", "value", "text"), place)
+    name = next((name for name in CONTENT if name in message), "content")
+    content, _ = place.take(left, CONTENT)
     if content is None:
         content = message.get(name)
         if content is None and required and name in message and not any(left.get(n) for n in REASONING):
@@ -231,23 +215,18 @@ def _content(left: dict[str, Any], message: Message, place: Place, required: boo
         return checked_text(content, f"{place.text}.{name}"), ""
     texts, thoughts = [], []
     for index, part in enumerate(content):
-        here = f"{place.text}.{name}[{index}]"
+        here = place.at(f".{name}[{index}]")
         kind = isinstance(part, dict) and part.get("type")
         if kind == "thinking":
-            inner = part.get("thinking")
-            thoughts.append(
-                _content({"content": inner}, part, place.at(f".{name}[{index}].thinking"), False)[0] if inner else ""
-            )
+            if inner := part.get("thinking"):
+                thoughts.append(_content({"content": inner}, part, here.at(".thinking"), False)[0])
             continue
         if kind and kind not in TEXT_PARTS:
-            raise UserError(f"{here} has type {reprlib.repr(kind)}; only text parts can be trained on")
-        for field in part if isinstance(part, dict) else ():
-            if field not in _PART_FIELDS and field not in place.ignore and not is_absent(part[field]):
-                raise UserError(
-                    f"{here}: field {field[:40]!r} of a part of a message is not understood; remove it, or list it in "
-                    "data.ignore_fields"
-                )
-        texts.append(checked_text(part.get("text") if isinstance(part, dict) else part, here))
+            raise UserError(f"{here.text} has type {reprlib.repr(kind)}; only text parts can be trained on")
+        if isinstance(part, dict):
+            here.check_known(part, _PART_FIELDS, "a part of a message")
+            part = part.get("text")
+        texts.append(checked_text(part, here.text))
     return "".join(texts), "".join(thoughts)
 
 
@@ -257,8 +236,8 @@ def _reasoning(left: dict[str, Any], thoughts: str, place: Place) -> str:
             left[name] = checked_text(left[name], f"{place.text}.{name}")
     if thoughts:
         left["thinking parts"] = thoughts
-    reasoning = _one_of(left, (*REASONING, "thinking parts"), place, same=str.strip) or ""
-    return reasoning if reasoning.strip() else ""
+    reasoning, _ = place.take(left, (*REASONING, "thinking parts"), same=str.strip)
+    return reasoning if reasoning and reasoning.strip() else ""
 
 
 def _without_inline_copy(content: str, reasoning: str, place: Place) -> str:

@@ -1,9 +1,10 @@
 """Pairs of answers: the question stands once and is the same before both, whichever way the record says it."""
 
 import dataclasses
+import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from minimind_jax.data.messages import Conversation, Message, is_trained
@@ -39,7 +40,9 @@ def make_preference(
     """
     names = ("chosen", "rejected")
     sides = [_behind(base.messages, side, f"{place.text}{name}") for name, side in zip(names, sides, strict=True)]
-    sides = _one_system(sides, [system for system in map(_system, (base.messages, *sides)) if system])
+    system = next(filter(None, map(_system, (base.messages, *sides))), None)
+    if system:  # that stands only on one side holds for both, for the question is one
+        sides = [side if _system(side) else [system, *side] for side in sides]
     chosen, rejected = sides[0], _with_beginning_of(sides[0], sides[1], place)
     known = [own for own in (*tools, base.tools) if own]
     if any(own != known[0] for own in known):
@@ -82,6 +85,12 @@ def shared_key(message: Message) -> tuple:
     return tuple(part.strip() if isinstance(part, str) else part for part in rendered_key(message))
 
 
+def count_shared(chosen: Sequence[Message], rejected: Sequence[Message], key: Callable[[Message], tuple]) -> int:
+    """How many messages both begin with, which are the same where their keys are."""
+    pairs = zip(chosen, rejected, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: key(pair[0]) == key(pair[1]), pairs))
+
+
 def _system(messages: list[Message]) -> Message | None:
     return messages[0] if messages and messages[0]["role"] == "system" else None
 
@@ -92,9 +101,9 @@ def _behind(prompt: list[Message], side: list[Message], name: str) -> list[Messa
     if asked and asked[-1]["role"] == "assistant" and side and side[0]["role"] == "assistant":
         raise UserError(f"{name}: the prompt ends with an answer already; expected it to end with the question")
     own = side[1:] if _system(side) else side
-    begins = [shared_key(m) for m in own[: len(asked)]] == [shared_key(m) for m in asked]
-    if asked and begins:
-        return [*([_system(side) or _system(prompt)] if _system(side) or _system(prompt) else []), *own]
+    if asked and count_shared(own, asked, shared_key) == len(asked):
+        system = _system(side) or _system(prompt)
+        return [system, *own] if system else own
     if asked and (side is not own or (own and own[0]["role"] == "user")):
         raise UserError(
             f"{name} begins with another question than the prompt; expected the answer alone, or the whole "
@@ -103,28 +112,18 @@ def _behind(prompt: list[Message], side: list[Message], name: str) -> list[Messa
     return [*prompt, *side] if asked or not _system(side) else side
 
 
-def _one_system(sides: list[list[Message]], systems: list[Message]) -> list[list[Message]]:
-    """A system message that stands only on one side holds for both, for the question is one."""
-    return [side if not systems or _system(side) else [systems[0], *side] for side in sides]
-
-
 def _with_beginning_of(chosen: list[Message], rejected: list[Message], place: Place) -> list[Message]:
     """rejected, with chosen's wording where the messages before the answers differ by white space only."""
-    count = 0
-    for ours, theirs in zip(chosen[:-1], rejected[:-1], strict=False):
-        if shared_key(ours) != shared_key(theirs):
-            break
-        count += 1
-    if any(rendered_key(a) != rendered_key(b) for a, b in zip(chosen[:count], rejected[:count], strict=True)):
+    count = count_shared(chosen[:-1], rejected[:-1], shared_key)
+    if count_shared(chosen, rejected, rendered_key) < count:
         place.tell("the question differs by white space, that of `chosen` stands")
     return [*chosen[:count], *rejected[count:]]
 
 
 def _check(chosen: list[Message], rejected: list[Message], place: Place) -> None:
-    keys = [[rendered_key(message) for message in side] for side in (chosen, rejected)]
-    if keys[0] == keys[1]:
+    shared = count_shared(chosen, rejected, rendered_key)
+    if shared == len(chosen) == len(rejected):
         raise UserError(f"{place.text}{SAME}")
-    shared = next((i for i, (a, b) in enumerate(zip(*keys, strict=False)) if a != b), min(map(len, keys)))
     if not any(message["role"] in ("user", "tool") for message in chosen[:shared]):
         raise UserError(
             f"{place.text}chosen and rejected have no question in common; expected the same messages before both "

@@ -28,7 +28,7 @@ def read_prompt(record: Record, reading: Reading, raw: bool = False) -> Prompt:
 
     raw: a text is one, also if it spells messages. Raises UserError for a record that has none.
     """
-    fields = Fields(record, reading)
+    fields = Fields(record, reading.ignore_fields)
     text = conversation = None
     own = [reading.text_field] if reading.text_field else []
     if isinstance(asked := fields.left.get("prompt"), str) and not raw:

@@ -19,7 +19,7 @@ import jinja2.ext
 import jinja2.sandbox
 import numpy as np
 
-from minimind_jax.data.messages import ROLES, Conversation, Message
+from minimind_jax.data.messages import ROLES, Conversation, Message, without_marks
 from minimind_jax.errors import TemplateFault, UserError
 from minimind_jax.seeds import named_seed
 
@@ -350,11 +350,6 @@ def prefix_segments(
             )
         spans.append((index, len(prompt), len(answered)))
     return segments_of_spans(whole, messages, spans)
-
-
-def without_marks(messages: Sequence[Message]) -> list[Message]:
-    """The messages as a foreign template sees them: without our `train`."""
-    return [{name: value for name, value in message.items() if name != "train"} for message in messages]
 
 
 def segments_of_spans(whole: str, messages: Sequence[Message], spans: Sequence[tuple[int, int, int]]) -> list[Segment]:

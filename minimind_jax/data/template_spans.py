@@ -5,8 +5,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minimind_jax.data.messages import Message
-from minimind_jax.data.template import Segment, prefix_segments, render_jinja, segments_of_spans, without_marks
+from minimind_jax.data.messages import Message, without_marks
+from minimind_jax.data.template import Segment, prefix_segments, render_jinja, segments_of_spans
 from minimind_jax.errors import TemplateFault
 
 _FIRST_MARK, _MOST_MARKS = 0xF8000, 0x7FFE  # characters for private use, behind those that fonts of icons take

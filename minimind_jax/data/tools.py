@@ -77,21 +77,16 @@ def read_calls(value: Any, place: Place) -> list[dict[str, Any]]:
     calls = json_list(value, place.text)
     result = []
     for index, call in enumerate(calls):
-        here = f"{place.text}[{index}]"
+        here = place.at(f"[{index}]")
         if not isinstance(call, dict):
-            raise UserError(f"{here} is {kind_of(call)}; expected an object with name and arguments")
+            raise UserError(f"{here.text} is {kind_of(call)}; expected an object with name and arguments")
         function = call.get("function") or call
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise UserError(f"{here}: missing field `name`; expected the function's name, a string")
-        for name in [*call, *function]:
-            if name not in _CALL_FIELDS and not is_absent({**function, **call}[name]) and name not in place.ignore:
-                raise UserError(
-                    f"{here}: field {name[:40]!r} of a tool call is not understood; remove it, or list it in "
-                    "data.ignore_fields"
-                )
+            raise UserError(f"{here.text}: missing field `name`; expected the function's name, a string")
+        here.check_known({**function, **call}, _CALL_FIELDS, "a tool call")
         arguments = function.get("arguments", function.get("parameters"))
         function = {name: item for name, item in function.items() if name != "parameters"}
-        function["arguments"] = _arguments(arguments, f"{here}.arguments")
+        function["arguments"] = _arguments(arguments, f"{here.text}.arguments")
         result.append({**call, "function": function} if call.get("function") else function)
     check_json(result, place.text)
     return result if is_text else _pruned(result, place, "of tool calls, ")

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from minimind_jax.errors import UserError
@@ -19,7 +19,7 @@ IGNORABLE = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a message stands, for errors, and what is told of it.
+    """Where a record, a field or a message stands, for errors, and what is told of it.
 
     text: file, line and field. told: counts of what was left out, by (file, note). ignore: more fields to leave out.
     """
@@ -35,13 +35,43 @@ class Place:
     def at(self, more: str) -> "Place":
         return dataclasses.replace(self, text=self.text + more)
 
-    def leave_out(self, name: str, left: dict[str, Any], where: str = "of messages, ") -> bool:
-        """Whether a field may be ignored; it is then taken out of `left` and told."""
-        if name not in IGNORABLE and name not in self.ignore:
-            return False
-        del left[name]
-        self.tell(f"{where}`{name}` is ignored")
-        return True
+    def take(
+        self, left: dict[str, Any], names: Collection[str], same: Callable[[Any], Any] = lambda value: value
+    ) -> tuple[Any, str]:
+        """The value that `left` has under one of the names, taken out of it, and that name; (None, the first name) if
+        there is none. Raises UserError where two of them differ, seen through `same`."""
+        found = {name: left.pop(name) for name in names if name in left}
+        if not found:
+            return None, next(iter(names))
+        name, value = next(iter(found.items()))
+        if any(same(other) != same(value) for other in list(found.values())[1:]):
+            raise UserError(
+                f"{self.text}: {' and '.join(f'`{name}`' for name in found)} mean the same and differ; remove one, or "
+                "list it in data.ignore_fields"
+            )
+        return value, name
+
+    def finish(self, left: dict[str, Any], what: str, hint: str = "", told_of: str = "") -> None:
+        """Tells that the fields which nobody has taken are ignored. Raises UserError for one that may not be.
+
+        what: has the fields. hint: what it may be instead.
+        """
+        for name, value in left.items():
+            if name not in IGNORABLE and name not in self.ignore:
+                raise UserError(
+                    f"{self.text}: field {name[:40]!r} ({kind_of(value)}) of {what} is not understood{hint}; remove "
+                    "it, or list it in data.ignore_fields to train without it"
+                )
+            self.tell(f"{told_of}`{name}` is ignored")
+
+    def check_known(self, value: dict[str, Any], known: Collection[str], what: str) -> None:
+        """Raises UserError for a field that is none of these, unless it is empty or to be ignored."""
+        for name, item in value.items():
+            if name not in known and name not in self.ignore and not is_absent(item):
+                raise UserError(
+                    f"{self.text}: field {name[:40]!r} of {what} is not understood; remove it, or list it in "
+                    "data.ignore_fields"
+                )
 
 
 def is_absent(value: Any) -> bool:
