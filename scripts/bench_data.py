@@ -18,7 +18,7 @@ import numpy as np
 
 from minimind_jax.config.sections import DataConfig, TrainingConfig
 from minimind_jax.config.stages import PretrainConfig
-from minimind_jax.data.open import open_data
+from minimind_jax.data.batches import open_data
 from minimind_jax.data.tokenizer import Tokenizer
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from minimind_jax.config.sections import DataConfig, TrainingConfig
 from minimind_jax.config.stages import PretrainConfig
-from minimind_jax.data.open import open_data
+from minimind_jax.data.batches import open_data
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.model.config import ComputeConfig, ModelConfig

@@ -6,18 +6,19 @@ that a process maps or writes. The time of change of info.json is that of the la
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import filelock
 
 from minimind_jax.config.sections import FilesConfig
-from minimind_jax.data.content import file_identities
 from minimind_jax.data.formats import VERSION as FORMATS_VERSION
 from minimind_jax.data.kinds import KINDS
 from minimind_jax.data.template import rendering_fingerprint
@@ -152,3 +153,54 @@ def _reserved(folder: Path) -> Iterator[None]:
             info = stack.enter_context(open(folder / "info.json", "r+b"))  # NFS locks only what is open for writing
             fcntl.flock(info, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+
+
+# What is in data files. Size and time do not tell: a file copied with its times, or put back by a backup, has other
+# bytes and both the same. Reading takes about a second a gigabyte, a small share of tokenising it.
+
+REMEMBERED = "contents.json"
+SETTLED_SECONDS = 2.0  # a file changed since may change again within the clock's tick
+
+
+def file_identities(files: Iterable[str | Path], root: Path) -> list[list]:
+    """[path, size, hash of the bytes] of each. root: folder where hashes are remembered, if it can be written.
+
+    A hash is remembered with the file's size, times and inode, of which the time of change cannot be set, and made anew
+    when one of them differs. Raises OSError for a file that is gone.
+    """
+    known = _remembered(root)
+    found, new = [], {}
+    for file in files:
+        path = str(Path(file).resolve())
+        stat = os.stat(path)
+        marks = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        *before, content = known.get(path, [None])
+        if before != marks:
+            content = _hash(path)
+            if time.time() - stat.st_ctime > SETTLED_SECONDS:
+                new[path] = [*marks, content]
+        found.append([path, stat.st_size, content])
+    if new:
+        _remember(root, new)
+    return found
+
+
+def _hash(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _remembered(root: Path) -> dict[str, list]:
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((root / REMEMBERED).read_text("utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _remember(root: Path, new: dict[str, list]) -> None:
+    """Adds to what is remembered. Of two processes at once one may lose its additions, which costs a reading."""
+    temporary = root / f".{REMEMBERED}.{os.getpid()}"
+    with contextlib.suppress(OSError):
+        root.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps({**_remembered(root), **new}), "utf-8")
+        os.replace(temporary, root / REMEMBERED)

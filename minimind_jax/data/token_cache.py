@@ -28,12 +28,12 @@ from minimind_jax.config.sections import FilesConfig
 from minimind_jax.data.cache_folder import (
     FORMAT_VERSION,
     cache_root,
+    file_identities,
     lock_file,
     open_in_use,
     rendering,
     stored_caches,
 )
-from minimind_jax.data.content import file_identities
 from minimind_jax.data.formats import VERSION as FORMATS_VERSION
 from minimind_jax.data.jsonl import expand_paths, reading_of, tell_left_out, told_lines
 from minimind_jax.data.kinds import KINDS, KindName

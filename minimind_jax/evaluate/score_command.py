@@ -14,9 +14,9 @@ import numpy as np
 
 from minimind_jax.config.tools import PredictConfig, ScoreConfig
 from minimind_jax.data.jsonl import DOCUMENTS, Reading, Record, expand_paths, iter_records, reading_of, tell
+from minimind_jax.data.kinds import parse_conversation
 from minimind_jax.data.labels import parse_unlabelled
 from minimind_jax.data.messages import Conversation
-from minimind_jax.data.records import parse_conversation
 from minimind_jax.data.text_files import encoding_hint, is_foreign_utf8
 from minimind_jax.data.written import TABLES, check_output, json_line, table_line
 from minimind_jax.errors import UserError

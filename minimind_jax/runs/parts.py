@@ -12,10 +12,9 @@ from minimind_jax.config.stages import RunConfig
 from minimind_jax.convert.hf import Labels, load_hf, load_labels
 from minimind_jax.convert.load import base_folder, load_merged, read_config
 from minimind_jax.convert.load import load_tokenizer as load_model_tokenizer
-from minimind_jax.data.batches import Batches
+from minimind_jax.data.batches import Batches, open_data
 from minimind_jax.data.epoch import Annotate
 from minimind_jax.data.labels import Classes
-from minimind_jax.data.open import open_data
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter

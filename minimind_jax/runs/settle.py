@@ -7,12 +7,11 @@ import jax
 from minimind_jax.agreement import on_all
 from minimind_jax.config.sections import FilesConfig
 from minimind_jax.config.stages import RunConfig
-from minimind_jax.data.cache_folder import cache_root
-from minimind_jax.data.content import file_identities
+from minimind_jax.data.batches import split_documents
+from minimind_jax.data.cache_folder import cache_root, file_identities
 from minimind_jax.data.epoch import plan_epoch
 from minimind_jax.data.jsonl import expand_paths
 from minimind_jax.data.kinds import KINDS
-from minimind_jax.data.open import split_documents
 from minimind_jax.data.token_cache import build_cache
 from minimind_jax.errors import UserError
 from minimind_jax.model.lora import without_adapters

@@ -19,8 +19,7 @@ from typing import Any
 
 from minimind_jax.config.sections import FilesConfig
 from minimind_jax.config.stages import TokenizerConfig
-from minimind_jax.data.cache_folder import cache_root
-from minimind_jax.data.content import file_identities
+from minimind_jax.data.cache_folder import cache_root, file_identities
 from minimind_jax.data.formats import detect
 from minimind_jax.data.jsonl import READING, Reading, Record, expand_paths, iter_records, reading_of
 from minimind_jax.data.kinds import KINDS, Wanted

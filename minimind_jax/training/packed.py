@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from minimind_jax.config.sections import TrainingConfig
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.data.batches import Batches
-from minimind_jax.data.cuts import describe_cuts
+from minimind_jax.data.epoch import describe_cuts
 from minimind_jax.data.kinds import KINDS
 from minimind_jax.data.rows import Batch
 from minimind_jax.errors import UserError

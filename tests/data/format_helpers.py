@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from minimind_jax.data.jsonl import READING, Record
-from minimind_jax.data.records import parse_conversation, parse_preference
+from minimind_jax.data.kinds import parse_conversation, parse_preference
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 SYSTEM = {"role": "system", "content": "s"}

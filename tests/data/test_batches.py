@@ -11,9 +11,8 @@ from slow_rows import rows_of
 
 from minimind_jax.config.sections import DataConfig, TrainingConfig
 from minimind_jax.config.stages import PretrainConfig, SFTConfig
-from minimind_jax.data.batches import READ_AHEAD, Batches
+from minimind_jax.data.batches import READ_AHEAD, Batches, open_data, split_documents
 from minimind_jax.data.documents import encode_text
-from minimind_jax.data.open import open_data, split_documents
 from minimind_jax.data.rows import Pieces, pad_rows
 from minimind_jax.data.token_cache import build_cache
 from minimind_jax.data.tokenizer import Tokenizer, train_bpe

@@ -8,9 +8,9 @@ from slow_rows import pieces_of
 
 from minimind_jax.config.sections import DataConfig, TrainingConfig
 from minimind_jax.config.stages import PretrainConfig
-from minimind_jax.data.cuts import describe_cuts
+from minimind_jax.data.batches import open_data
+from minimind_jax.data.epoch import describe_cuts
 from minimind_jax.data.labels import Classes
-from minimind_jax.data.open import open_data
 from minimind_jax.data.packing import plan_best_fit, plan_concat, plan_heads, plan_pairs, split_at_turns
 from minimind_jax.data.tokenizer import train_bpe
 from minimind_jax.errors import UserError

@@ -10,8 +10,8 @@ from talk import PLAIN, TEXT, TOOLS, messages
 
 from minimind_jax.data.documents import encode_conversation, encode_prompt, encode_text
 from minimind_jax.data.jsonl import Record
+from minimind_jax.data.kinds import parse_conversation
 from minimind_jax.data.messages import Conversation
-from minimind_jax.data.records import parse_conversation
 from minimind_jax.data.template import Dice, render, render_segments
 from minimind_jax.data.tokenizer import Tokenizer, train_bpe
 

@@ -8,8 +8,8 @@ from format_helpers import ANSWER, SYSTEM, TALK, TOOLS, USER, answers, conversat
 
 from minimind_jax.config.sections import DataConfig
 from minimind_jax.data.jsonl import READING, Reading, told_lines
+from minimind_jax.data.kinds import parse_conversation, parse_preference, parse_text
 from minimind_jax.data.prompts import read_prompt
-from minimind_jax.data.records import parse_conversation, parse_preference, parse_text
 from minimind_jax.data.token_cache import build_cache
 from minimind_jax.data.tokenizer import train_bpe
 from minimind_jax.errors import UserError

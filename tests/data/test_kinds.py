@@ -9,8 +9,8 @@ from rich.console import Console
 from minimind_jax.config.sections import DataConfig
 from minimind_jax.data.batches import Batches
 from minimind_jax.data.cache_folder import stored_caches
-from minimind_jax.data.cuts import describe_cuts
 from minimind_jax.data.documents import Document
+from minimind_jax.data.epoch import describe_cuts
 from minimind_jax.data.inspect import inspect
 from minimind_jax.data.kinds import KINDS, Kind
 from minimind_jax.data.token_cache import build_cache

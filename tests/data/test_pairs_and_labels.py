@@ -12,9 +12,9 @@ from minimind_jax.config.stages import ClassifyConfig, LabelConfig
 from minimind_jax.data.batches import Batches
 from minimind_jax.data.documents import encode_conversation, encode_preference
 from minimind_jax.data.jsonl import Record, iter_records
+from minimind_jax.data.kinds import parse_preference
 from minimind_jax.data.labels import Classes, find_classes, parse_labelled
 from minimind_jax.data.packing import plan_heads, plan_pairs
-from minimind_jax.data.records import parse_preference
 from minimind_jax.data.template import Dice
 from minimind_jax.data.token_cache import build_cache
 from minimind_jax.data.tokenizer import train_bpe

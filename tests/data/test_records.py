@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from minimind_jax.data.jsonl import Record, iter_records
-from minimind_jax.data.records import parse_conversation, parse_text
+from minimind_jax.data.kinds import parse_conversation, parse_text
 from minimind_jax.errors import UserError
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]

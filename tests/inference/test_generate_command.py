@@ -14,7 +14,7 @@ from templates import DEEPSEEK, QWEN3, with_template
 from minimind_jax.config.generation import ChatConfig, GenerateConfig
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.jsonl import Record, iter_records
-from minimind_jax.data.records import parse_conversation
+from minimind_jax.data.kinds import parse_conversation
 from minimind_jax.data.written import json_line
 from minimind_jax.errors import UserError
 from minimind_jax.inference.answer_file import AnswerFile, PartialFile, what_makes

@@ -7,7 +7,7 @@ from run_helpers import with_chats
 
 from minimind_jax import folders, sharding
 from minimind_jax.config.stages import SFTConfig
-from minimind_jax.data.open import open_data
+from minimind_jax.data.batches import open_data
 from minimind_jax.runs.adapters import plan_adapters
 from minimind_jax.stages.sft import sft
 from minimind_jax.training.run import RunFolder

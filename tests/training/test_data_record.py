@@ -5,8 +5,7 @@ import json
 import pytest
 
 from minimind_jax.config.sections import DataConfig
-from minimind_jax.data.batches import Batches
-from minimind_jax.data.open import split_documents
+from minimind_jax.data.batches import Batches, split_documents
 from minimind_jax.data.token_cache import build_cache
 from minimind_jax.data.tokenizer import train_bpe
 from minimind_jax.errors import UserError

@@ -14,7 +14,7 @@ from run_helpers import assembled, cut_back
 from minimind_jax.config.sections import CheckpointConfig, ModelSettings, OptimizerConfig, SampleConfig, TrainingConfig
 from minimind_jax.convert.hf import load_hf
 from minimind_jax.convert.hf_config import from_hf_config, to_hf_config
-from minimind_jax.data.open import open_data
+from minimind_jax.data.batches import open_data
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.losses.language_model import make_language_model_loss
