@@ -71,6 +71,9 @@ class ChatConfig(SamplingSettings):
     model: a Hugging Face folder, a run whose model/ is meant, or a name on the hub.
     adapters: low-rank adapters of the model, folders or runs; the first answers, /adapter NAME chooses another.
     system: the system prompt; empty for none.
+    tools: what the model may call: calculator, time, units, random, text, all of these, or functions of your own as
+        module:function or FILE.py:function (docs/tools.md).
+    tool_rounds: calls, results and the next words are at most so many rounds of an answer.
     thinking: let the model think before it answers; /think and /nothink switch it.
     show_speed: a line with tokens per second and the time to the first token after each answer.
     dtype: of weights and activations; `auto` is bfloat16 on GPU and TPU, float32 on CPU.
@@ -79,6 +82,8 @@ class ChatConfig(SamplingSettings):
     model: str = ""
     adapters: tuple[str, ...] = ()
     system: str = ""
+    tools: tuple[str, ...] = ()
+    tool_rounds: int = setting(5, must=at_least(1))
     thinking: bool = False
     show_speed: bool = True
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

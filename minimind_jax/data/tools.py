@@ -1,8 +1,22 @@
-"""Tools that a conversation offers, and calls of them, in every dialect -> as the chat template takes them."""
+"""Tools that a conversation offers, and calls of them, in every dialect -> as the chat template takes them.
 
-from typing import Any
+Also the calls that a model has written into its answer.
+"""
 
-from minimind_jax.data.values import Place, check_json, is_absent, json_list, kind_of, loads, without_nulls
+import re
+from collections import Counter
+from typing import Any, NamedTuple
+
+from minimind_jax.data.values import (
+    Place,
+    check_json,
+    decode_json,
+    is_absent,
+    json_list,
+    kind_of,
+    loads,
+    without_nulls,
+)
 from minimind_jax.errors import UserError
 
 
@@ -101,3 +115,43 @@ def _arguments(value: Any, place: str) -> dict[str, Any] | str:
     if not isinstance(parsed, dict):
         raise UserError(f"{place} is {kind_of(parsed)}; expected an object or its JSON")
     return value
+
+
+# What a model has written ---------------------------------------------------------------------------------------------
+
+
+class Call(NamedTuple):
+    """A call of a tool. error: what is wrong with the text that should be one; it then has no name."""
+
+    name: str
+    arguments: dict[str, Any]
+    error: str = ""
+
+
+_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|(?=<tool_call>)|\Z)", re.DOTALL)
+
+
+def parse_calls(answer: str) -> tuple[str, list[Call]]:
+    """The words of an answer, and the calls in it: <tool_call>, JSON of one call or a list, </tool_call>.
+
+    A call that is never closed ends where the next one begins, or with the answer.
+    """
+    calls = [call for found in _CALL.finditer(answer) for call in _parsed(found[1])]
+    return _CALL.sub("", answer).strip(), calls
+
+
+def _parsed(text: str) -> list[Call]:
+    try:
+        calls = calls_in_text(text.strip(), Place("tool_call", "", Counter()))
+    except UserError as error:
+        return [Call("", {}, str(error).partition(";")[0])]  # what comes behind it is for the owner of a file
+    except RecursionError:
+        return [Call("", {}, "tool_call is nested too deeply")]
+    return [called(call) for call in calls] or [Call("", {}, "tool_call is an empty list")]
+
+
+def called(call: dict[str, Any]) -> Call:
+    """Name and arguments of a call that `read_calls` has checked."""
+    function = call.get("function") or call
+    arguments = function["arguments"]
+    return Call(function["name"], decode_json(arguments) if isinstance(arguments, str) else arguments)

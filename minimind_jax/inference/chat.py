@@ -1,5 +1,6 @@
 """`minimind chat`: a conversation with a model in the terminal."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator
@@ -9,12 +10,15 @@ from rich.console import Console
 
 from minimind_jax.config.generation import ChatConfig
 from minimind_jax.data.documents import encode_prompt
+from minimind_jax.data.tools import Call, parse_calls
 from minimind_jax.errors import UserError
 from minimind_jax.inference.adapters import SwitchedGenerator, load_switched
 from minimind_jax.inference.generate import Generator, Piece
 from minimind_jax.inference.load import load_generator
 from minimind_jax.inference.text import ThinkSplitter
+from minimind_jax.inference.tool_use import carry_out
 from minimind_jax.inference.typed import typed_messages
+from minimind_jax.tools.toolbox import Observation, Toolbox
 
 Message = dict[str, Any]
 
@@ -27,26 +31,36 @@ HELP = """\
 
 
 def run(config: ChatConfig) -> None:
-    """Loads the model and talks until the user leaves. Raises UserError if there is no such model."""
-    if config.adapters:
-        generator = load_switched(config.model, config.adapters, config.dtype)
-    else:
-        generator = load_generator(config.model, config.dtype)
-    chat(generator, config, Console(markup=False, emoji=False, highlight=False))
+    """Loads the model and talks until the user leaves. Raises UserError if there is no such model or tool."""
+    with Toolbox(config.tools) if config.tools else contextlib.nullcontext() as tools:
+        if config.adapters:
+            generator = load_switched(config.model, config.adapters, config.dtype)
+        else:
+            generator = load_generator(config.model, config.dtype)
+        chat(generator, config, Console(markup=False, emoji=False, highlight=False), tools=tools)
 
 
-def chat(generator: Generator, config: ChatConfig, console: Console, lines: Iterable[str] | None = None) -> None:
+def chat(
+    generator: Generator,
+    config: ChatConfig,
+    console: Console,
+    lines: Iterable[str] | None = None,
+    tools: Toolbox | None = None,
+) -> None:
     """Answers the user's lines until they end or one is /exit.
 
     Args:
         lines: what the user types, messages and commands; None reads the standard input, a terminal or a pipe.
+        tools: that the model may call.
     """
-    conversation = Dialogue(generator, config)
+    conversation = Dialogue(generator, config, tools)
     with console.status("Compiling ..."):
         conversation.warm_up()
+    offered = f" Tools: {', '.join(tools.names)}." if tools else ""
     console.print(
-        f"{config.model}, context of {generator.room(0)} tokens. /help lists the commands.", style="dim", soft_wrap=True
-    )
+        f"{config.model}, context of {generator.room(0)} tokens.{offered} /help lists the commands.",
+        style="dim", soft_wrap=True,
+    )  # fmt: skip
     if lines is None:
         lines = typed_messages(console.print, lambda hint: console.print(hint, style="dim"))
     for line in lines:
@@ -56,17 +70,18 @@ def chat(generator: Generator, config: ChatConfig, console: Console, lines: Iter
         if line.startswith("/"):
             console.print(conversation.command(line), style="dim")
         elif line:
-            _answer(conversation, line, console, config.show_speed)
+            _answer(conversation, line, console, config)
 
 
 class Dialogue:
     """The messages so far, and the answers of the model to them.
 
-    messages: user and assistant messages, without the system prompt. thinking: whether the next answer thinks first.
+    messages: of user, assistant and tools, without the system prompt. thinking: whether the next answer thinks first.
     """
 
-    def __init__(self, generator: Generator, config: ChatConfig):
+    def __init__(self, generator: Generator, config: ChatConfig, tools: Toolbox | None = None):
         self._generator, self._sampling = generator, config.resolve(generator.sampling)
+        self._tools = tools
         self._answers = 0
         self.system, self.thinking = config.system, config.thinking
         self.messages: list[Message] = []
@@ -121,23 +136,44 @@ class Dialogue:
         """Streams the answer to the last message. Give what was shown to `keep`, also when the loop was left."""
         ids = self._prompt(self.messages)
         count = min(self._sampling.max_new_tokens, self._generator.room(len(ids)))
+        if count < 1:
+            raise UserError(
+                f"the tools' results fill the model's context of {self._generator.room(0)} tokens; the question is "
+                "forgotten"
+            )
         seed = self._sampling.seed + self._answers  # asked again, a question gets another answer
         self._answers += 1
         yield from self._generator.stream(ids, dataclasses.replace(self._sampling, max_new_tokens=count, seed=seed))
 
     def opens_thinking(self) -> bool:
         """Whether the prompt of the next answer ends in an open think block."""
-        return self._generator.tokenizer.prompt_opens_thinking(self._whole(self.messages), open_thinking=self.thinking)
+        tokenizer = self._generator.tokenizer
+        return tokenizer.prompt_opens_thinking(self._whole(self.messages), self._schemas, self.thinking)
 
     def keep(self, answer: str, thinking: str) -> None:
-        """Adds the model's message. If it said nothing, the question is forgotten: silence would teach it silence."""
+        """Adds the model's message, its calls as it wrote them. If it said nothing, the question is forgotten: silence
+        would teach it silence."""
         if not (answer + thinking).strip():
-            self.messages.pop()
+            self.forget_question()
             return
         message = {"role": "assistant", "content": answer.strip()}
         if thinking.strip():
             message["reasoning_content"] = thinking.strip()
         self.messages.append(message)
+
+    def forget_question(self) -> None:
+        """Takes the last question away, and all that came of it."""
+        del self.messages[max(n for n, message in enumerate(self.messages) if message["role"] == "user") :]
+
+    def calls_in(self, answer: str) -> list[Call]:
+        """What the answer calls, if there are tools."""
+        return parse_calls(answer)[1] if self._tools else []
+
+    def use_tools(self, calls: list[Call]) -> list[Observation]:
+        """Carries out calls, and adds what comes of them to the messages."""
+        results = carry_out(calls, self._tools)
+        self.messages += [{"role": "tool", "content": result.text} for result in results]
+        return results
 
     def warm_up(self) -> None:
         """Compiles what a first short message needs, so that the speed shown is the model's."""
@@ -148,15 +184,19 @@ class Dialogue:
                     return
 
     def _prompt(self, messages: list[Message]) -> list[int]:
-        return encode_prompt(self._generator.tokenizer, self._whole(messages), open_thinking=self.thinking)
+        return encode_prompt(self._generator.tokenizer, self._whole(messages), self._schemas, self.thinking)
+
+    @property
+    def _schemas(self) -> list[dict[str, Any]] | None:
+        return self._tools.schemas if self._tools else None
 
     def _whole(self, messages: list[Message]) -> list[Message]:
         """The messages behind the system prompt."""
         return [*([{"role": "system", "content": self.system}] if self.system else []), *messages]
 
 
-def _answer(conversation: Dialogue, text: str, console: Console, show_speed: bool) -> None:
-    """Answers one message: streams it, thinking dim, and ends it early at Ctrl-C."""
+def _answer(conversation: Dialogue, text: str, console: Console, config: ChatConfig) -> None:
+    """Answers one message, and carries out the calls in the answer until there are none."""
     try:
         dropped = conversation.ask(text)
     except UserError as error:
@@ -164,6 +204,24 @@ def _answer(conversation: Dialogue, text: str, console: Console, show_speed: boo
         return
     if dropped:
         console.print(f"({dropped} of the oldest turns no longer fit and are forgotten)", style="dim")
+    try:
+        for _ in range(config.tool_rounds):
+            calls = conversation.calls_in(_stream(conversation, console, config.show_speed))
+            if not calls:
+                return
+            for call, result in zip(calls, conversation.use_tools(calls), strict=True):
+                console.print(f"{call.name or 'call'} -> {result.text}", style="dim", soft_wrap=True)
+        if conversation.calls_in(_stream(conversation, console, config.show_speed)):
+            console.print(f"(not carried out: tool_rounds is {config.tool_rounds})", style="dim")
+    except KeyboardInterrupt:
+        console.print("(stopped)", style="dim")
+    except UserError as error:
+        conversation.forget_question()
+        console.print(str(error), style="red")
+
+
+def _stream(conversation: Dialogue, console: Console, show_speed: bool) -> str:
+    """Streams an answer to the messages, thinking dim, and ends it early at Ctrl-C; the answer, if it is whole."""
     splitter = ThinkSplitter(inside=conversation.opens_thinking())
     clock, note = Clock(), ""
     try:
@@ -179,6 +237,7 @@ def _answer(conversation: Dialogue, text: str, console: Console, show_speed: boo
     console.print()
     if show_speed or note:
         console.print(f"{clock if show_speed else ''}{note}".strip(), style="dim", soft_wrap=True)
+    return "" if note else splitter.answer
 
 
 def _show(parts: list[tuple[bool, str]], console: Console) -> None:

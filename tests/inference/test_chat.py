@@ -18,11 +18,14 @@ from templates import QWEN3, with_template
 
 from minimind_jax.config.generation import ChatConfig
 from minimind_jax.data.documents import encode_prompt
+from minimind_jax.data.template import render
+from minimind_jax.data.tools import parse_calls
 from minimind_jax.errors import UserError
 from minimind_jax.inference import chat as chat_module
 from minimind_jax.inference.chat import Clock, Dialogue, chat
 from minimind_jax.inference.generate import Generator
-from minimind_jax.inference.load import load_generator
+from minimind_jax.inference.load import load_generator, load_model
+from minimind_jax.tools.toolbox import Toolbox
 
 CONFIG = ChatConfig(max_new_tokens=12, temperature=1.0, model="tiny", ignore_eos=True)
 
@@ -131,8 +134,9 @@ def test_a_message_too_long_for_the_model_is_refused_and_the_chat_goes_on(genera
 def test_thinking_is_dim_and_kept_as_reasoning(generator, monkeypatch):
     monkeypatch.setattr(Dialogue, "answer", lambda self: iter(pieces("let me see\n</thi", "nk>\n\nA cat", ".")))
     console = Console(file=io.StringIO(), force_terminal=True, width=200, markup=False, emoji=False, highlight=False)
-    conversation = Dialogue(generator, ChatConfig(model="tiny", thinking=True))
-    chat_module._answer(conversation, "what?", console, show_speed=False)
+    config = ChatConfig(model="tiny", thinking=True, show_speed=False)
+    conversation = Dialogue(generator, config)
+    chat_module._answer(conversation, "what?", console, config)
     assert conversation.messages[-1] == {"role": "assistant", "content": "A cat.", "reasoning_content": "let me see"}
     printed = console.file.getvalue()
     assert "\x1b[2;3mlet me see" in printed  # dim italic
@@ -251,3 +255,97 @@ class Screen:
                 self._shown += os.read(self._descriptor, 65536)
             except OSError:
                 time.sleep(0.02)
+
+
+CALL = '<tool_call>\n{"name": "calculate_math", "arguments": {"expression": "6*7"}}\n</tool_call>'
+
+
+@pytest.fixture(scope="module")
+def calculator():
+    with Toolbox(["calculator"]) as tools:
+        yield tools
+
+
+@pytest.fixture(scope="module")
+def roomy(model_folder, generator):
+    """The model with a context for schemas of tools: 1,500 tokens."""
+    model, params = load_model(model_folder)
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, max_position_embeddings=1500))
+    return Generator(model, params, generator.tokenizer)
+
+
+def use_tools(generator, calculator, monkeypatch, *answers, **settings):
+    """What the chat prints and remembers where the model answers so; prompts, tools and results are real."""
+    answers, prompts = iter(answers), []
+
+    def answer(self):
+        prompts.append(generator.tokenizer.decode(self._prompt(self.messages), skip_special_tokens=False))
+        yield from pieces(*next(answers))
+
+    monkeypatch.setattr(Dialogue, "answer", answer)
+    config = ChatConfig(model="tiny", show_speed=False, **settings)
+    conversation = Dialogue(generator, config, calculator)
+    console = Console(file=io.StringIO(), width=200, markup=False, emoji=False, highlight=False)
+    chat_module._answer(conversation, "What is 6*7?", console, config)
+    return console.file.getvalue(), conversation.messages, prompts
+
+
+def test_a_call_is_carried_out_and_its_result_goes_to_the_model(roomy, calculator, monkeypatch):
+    printed, messages, prompts = use_tools(roomy, calculator, monkeypatch, [CALL[:20], CALL[20:]], ["It is 42."])
+    assert messages == [
+        {"role": "user", "content": "What is 6*7?"},
+        {"role": "assistant", "content": CALL},
+        {"role": "tool", "content": '{"result": "42"}'},
+        {"role": "assistant", "content": "It is 42."},
+    ]
+    assert 'calculate_math -> {"result": "42"}\nIt is 42.' in printed
+    assert '"name": "calculate_math"' in prompts[0]  # the schema
+    expected = [*messages[:1], {**messages[1], "content": "", "tool_calls": parsed(CALL)}, messages[2]]
+    assert prompts[1] == render(expected, calculator.schemas, True)  # as it is trained
+
+
+def parsed(text):
+    return [{"name": call.name, "arguments": call.arguments} for call in parse_calls(text)[1]]
+
+
+def test_broken_and_unknown_calls_are_told_to_the_model(roomy, calculator, monkeypatch):
+    printed, messages, _ = use_tools(
+        roomy, calculator, monkeypatch, ["<tool_call>[1]</tool_call><tool_call>"], [CALL.replace("math", "x")], ["."]
+    )
+    results = [json.loads(message["content"])["error"] for message in messages if message["role"] == "tool"]
+    assert "is a number" in results[0] and "is not JSON" in results[1] and "no tool 'calculate_x'" in results[2]
+    assert "call -> " in printed and messages[-1]["content"] == "."
+
+
+def test_rounds_of_calls_are_limited(roomy, calculator, monkeypatch):
+    printed, messages, prompts = use_tools(roomy, calculator, monkeypatch, *[[CALL]] * 9, tool_rounds=2)
+    assert [message["role"] for message in messages] == ["user", *["assistant", "tool"] * 2, "assistant"]
+    assert "(not carried out: tool_rounds is 2)" in printed and len(prompts) == 3
+
+
+def test_results_that_fill_the_context_end_the_answer_and_are_forgotten(roomy, calculator):
+    config = ChatConfig(model="tiny", show_speed=False)
+    conversation = Dialogue(roomy, config, calculator)
+    conversation.ask("one")
+    conversation.keep("two", "")
+    conversation.messages += [{"role": "user", "content": "three"}, {"role": "assistant", "content": CALL}]
+    conversation.messages += [{"role": "tool", "content": "xyz " * 900}]
+    with pytest.raises(UserError, match="the tools' results fill the model's context of 1500 tokens"):
+        next(conversation.answer())
+    conversation.forget_question()
+    assert [message["content"] for message in conversation.messages] == ["one", "two"]
+
+
+def test_silence_behind_a_result_takes_the_whole_turn_with_it(roomy, calculator, monkeypatch):
+    _, messages, _ = use_tools(roomy, calculator, monkeypatch, [CALL], [" "])
+    assert messages == []
+
+
+def test_without_tools_a_call_is_only_text(generator, monkeypatch):
+    _, messages, prompts = use_tools(generator, None, monkeypatch, [CALL])
+    assert [message["role"] for message in messages] == ["user", "assistant"] and "<tools>" not in prompts[0]
+
+
+def test_a_tool_that_is_not_there_is_named_before_the_model_is_loaded():
+    with pytest.raises(UserError, match="there is no tool abacus"):
+        chat_module.run(ChatConfig(model="no such model", tools=("abacus",)))
