@@ -50,6 +50,11 @@ COMMANDS = {
     "evaluate choices": Command(
         "multiple choice: how often the right choice is the likeliest", tools.ChoicesConfig, "evaluate.choices:run"
     ),
+    "evaluate tools": Command(
+        "tool calls: valid JSON, the right tool, arguments and answer",
+        tools.ToolCallsConfig,
+        "minimind_jax.evaluate.tool_calls:run",
+    ),
     "evaluate lm-eval": Command(
         "EleutherAI's harness, with --model minimind_jax", tools.LMEvalConfig, "evaluate.lm_eval_command:run"
     ),

@@ -233,6 +233,35 @@ class ChoicesConfig(Settings):
     batch_size: int = setting(16, must=at_least(1))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToolCallsConfig(ReadingConfig):
+    """How well a model calls tools: valid JSON, the right tools, the right arguments, the right numbers in its answer.
+
+    Every answer of a conversation with tools is asked for anew, behind the record's own messages. Of a record with `gt`
+    (MiniMind's agent data) calls are carried out until the model answers with the numbers that it says.
+
+    files: conversations with tools.
+    model: a Hugging Face folder, a run whose model/ is meant, or a name on the hub.
+    tools: that carry out calls of records with `gt`, as for chat.
+    tool_rounds: rounds of such calls before an answer.
+    output: a file of JSON lines that gets each answer and its marks.
+    max_new_tokens: longer answers are cut off.
+    max_records: read at most; 0 for all.
+    batch_size: answers made at the same time.
+    thinking: let the model think before it answers.
+    """
+
+    files: tuple[str, ...] = setting(positional="FILE")
+    model: str = setting()
+    tools: tuple[str, ...] = ("all",)
+    tool_rounds: int = setting(5, must=at_least(1))
+    output: str = ""
+    max_new_tokens: int = setting(512, must=at_least(1))
+    max_records: int = setting(0, must=at_least(0))
+    batch_size: int = setting(16, must=at_least(1))
+    thinking: bool = False
+
+
 @dataclasses.dataclass(frozen=True)
 class ReportConfig:
     """Writes report.md and loss.png of a run, finished or not.
