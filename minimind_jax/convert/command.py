@@ -1,9 +1,8 @@
 """`minimind convert`: models in other forms. Of a run's checkpoints see `runs.export`."""
 
 from minimind_jax.config.tools import FromHFConfig, FromTorchConfig, MergeLoRAConfig, ToTorchConfig
-from minimind_jax.convert.hf import from_hf
 from minimind_jax.convert.hf_config import MINIMIND_YARN
-from minimind_jax.convert.load import merge_lora
+from minimind_jax.convert.load import from_hf, merge_lora
 from minimind_jax.convert.torch_checkpoint import from_torch, to_torch
 from minimind_jax.folders import resolve_model_folder
 

@@ -18,7 +18,6 @@ from minimind_jax.convert.hf_config import (
 )
 from minimind_jax.convert.hf_weights import (
     StoredTensor,
-    check_dtype,
     hf_tensors,
     params_from_hf,
     read_safetensors,
@@ -28,10 +27,9 @@ from minimind_jax.convert.replace import replacing, write_json
 from minimind_jax.convert.torch_file import read_torch
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
-from minimind_jax.folders import is_adapter
 from minimind_jax.model.config import ModelConfig, union_of_ids
 from minimind_jax.model.transformer import Params
-from minimind_jax.paths import absolute, as_path, local_folder
+from minimind_jax.paths import as_path, local_folder
 from minimind_jax.texts import is_there, read_object
 
 MAX_SHARD_BYTES = 5e9
@@ -72,7 +70,6 @@ def save_hf(
             not fit float16, or the disk is full.
     """
     folder = as_path(folder)
-    check_dtype(dtype)
     config = _with_token_ids(config, tokenizer)
     with replacing(folder) as partial:
         headed = head_config(config, labels.names, labels.several) if labels else {}
@@ -81,8 +78,7 @@ def save_hf(
             write_json(partial / "generation_config.json", to_generation_config(config, generation_config))
         if tokenizer is not None:
             tokenizer.save(partial)
-            _make_readable_by_transformers_4(partial / "tokenizer_config.json")
-            _set_max_tokens(partial / "tokenizer_config.json", config.max_position_embeddings, labels)
+            _fit_tokenizer_config(partial / "tokenizer_config.json", config.max_position_embeddings, labels)
         write_safetensors(partial, hf_tensors(config, params), dtype, max_shard_bytes)
     return folder
 
@@ -96,70 +92,8 @@ def load_hf(folder: str | Path) -> tuple[ModelConfig, Params]:
         UserError: a file is missing or damaged, the model has a feature that is not supported, or its tensors are not
             those of its configuration.
     """
-    config, stored = _open_hf(local_folder(as_path(folder)))
+    config, stored = _open_hf(folder)
     return config, params_from_hf(config, stored, str(folder))
-
-
-def from_hf(
-    source: str | Path,
-    output: str | Path,
-    dtype: str | None = None,
-    tokenizer: str | Path | None = None,
-    max_shard_bytes: float = MAX_SHARD_BYTES,
-) -> ModelConfig:
-    """Checks a Hugging Face folder and writes it anew in the form that every reader takes.
-
-    dtype: None keeps the source's, so that every tensor stays the same bit for bit. tokenizer: a folder; None takes the
-    source's. The source's generation settings are kept.
-    """
-    source, output = as_path(source), as_path(output)
-    if absolute(source) == absolute(output):
-        raise UserError(f"{output}: source and output are the same folder; choose another output")
-    source = local_folder(source)
-    if is_adapter(source):
-        raise UserError(f"{source} is an adapter; minimind convert merge-lora makes a whole model of it")
-    config, stored = _open_hf(source)
-    dtype = dtype or _dtype_of(stored)
-    words = model_tokenizer(source, tokenizer)
-    config = dataclasses.replace(config, eos_token_id=union_of_ids(config.eos_token_id, words.eos_id))
-    save_hf(
-        output,
-        config,
-        params_from_hf(config, stored, str(source)),
-        words,
-        dtype,
-        max_shard_bytes,
-        generation_config=generation_settings(source),
-        labels=load_labels(source),
-    )
-    return config
-
-
-def generation_settings(*folders: Path) -> dict[str, Any] | None:
-    """`generation_config.json` of the first of the folders that has one; None where none has."""
-    files = (local_folder(as_path(folder)) / "generation_config.json" for folder in folders)
-    return next((read_object(file) for file in files if is_there(file)), None)
-
-
-def model_tokenizer(folder: str | Path, other: str | Path | None = None) -> Tokenizer:
-    """The tokenizer in the folder of a model, or another one whose ids stand for the same words.
-
-    Raises UserError when there is none, or the other has other words.
-    """
-    folder = local_folder(as_path(folder))
-    if not (folder / "tokenizer.json").is_file():
-        if other:
-            return Tokenizer.load(other)  # nothing tells what the model's ids meant
-        raise UserError(
-            f"{folder} has no tokenizer (no tokenizer.json); give the one that the model was trained with: --tokenizer "
-            "FOLDER, or copy its files there"
-        )
-    own = Tokenizer.load(folder)
-    if not other:
-        return own
-    given = Tokenizer.load(other)
-    given.check_same_words(own, f"the model {folder}")
-    return given
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
@@ -181,27 +115,24 @@ def _with_token_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelCo
     return dataclasses.replace(config, **{name: token for name, token in ids.items() if token is not None})
 
 
-def _make_readable_by_transformers_4(tokenizer_config: Path):
-    """Undoes what transformers 5 writes when it saves a tokenizer anew and 4 cannot load: a class that 4 does not have,
-    and a list where 4 wants a dict."""
-    values = read_object(tokenizer_config)
-    if values.get("tokenizer_class") != "TokenizersBackend":
-        return
-    values["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(values.get("extra_special_tokens"), list):
-        values["additional_special_tokens"] = values.pop("extra_special_tokens")
-    write_json(tokenizer_config, values)
-
-
-def _set_max_tokens(tokenizer_config: Path, context: int, labels: Labels | None):
-    """Texts are cut at their end, as transformers' pipeline does with truncation; conversations at their beginning.
-    A language model reads its whole context, though its tokenizer may come from a classifier of short texts."""
-    values = read_object(tokenizer_config)
+def _fit_tokenizer_config(file: Path, context: int, labels: Labels | None):
+    """Undoes what transformers 5 writes when it saves a tokenizer anew and 4 cannot load (a class that 4 does not have,
+    and a list where 4 wants a dict), and says where texts are cut: at their end, as transformers' pipeline does with
+    truncation; conversations at their beginning. A language model reads its whole context, though its tokenizer may
+    come from a classifier of short texts."""
+    given = read_object(file)
+    values = dict(given)
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(values.get("extra_special_tokens"), list):
+            values["additional_special_tokens"] = values.pop("extra_special_tokens")
     said = values.get("model_max_length")
     limit = labels.max_tokens if labels else context if isinstance(said, int) and said < context else None
     if limit:
         side = "left" if labels and len(labels.names) == 1 else "right"
-        write_json(tokenizer_config, {**values, "model_max_length": limit, "truncation_side": side})
+        values |= {"model_max_length": limit, "truncation_side": side}
+    if values != given:
+        write_json(file, values)
 
 
 def read_hf_config(folder: str | Path) -> ModelConfig:
@@ -214,11 +145,7 @@ def read_hf_config(folder: str | Path) -> ModelConfig:
 
 def stored_dtype(folder: str | Path) -> str:
     """The dtype of a model's tensors in its folder; float32 where they have several."""
-    return _dtype_of(_open_hf(local_folder(as_path(folder)))[1])
-
-
-def _dtype_of(stored: Mapping[str, StoredTensor]) -> str:
-    dtypes = {tensor.dtype for tensor in stored.values()}
+    dtypes = {tensor.dtype for tensor in _open_hf(folder)[1].values()}
     return dtypes.pop() if len(dtypes) == 1 else "float32"
 
 
@@ -233,7 +160,8 @@ def load_labels(folder: str | Path) -> Labels | None:
     return Labels(*found, max_tokens=limit if isinstance(limit, int) and limit > 0 else None)
 
 
-def _open_hf(folder: Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:
+def _open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:
+    folder = local_folder(as_path(folder))
     config = read_hf_config(folder)
     if any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
         return config, read_safetensors(folder)

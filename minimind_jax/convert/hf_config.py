@@ -181,13 +181,14 @@ def _from_hf_config(values: Mapping[str, Any], where: str) -> ModelConfig:
     defaults = _MINIMIND_DEFAULTS if model_type == "minimind" else _QWEN3_DEFAULTS
     fields = {name: _required(values, name, where) for name in SIZES}
     fields |= {name: values.get(name, default) for name, default in defaults.items()}
-    fields["eos_token_id"] = union_of_ids(_checked_ids(fields["eos_token_id"], where))
+    fields["eos_token_id"] = union_of_ids(checked_ids(fields["eos_token_id"], where))
     if model_type == "qwen3_moe" or values.get("use_moe"):
         fields |= _moe_fields(values, where)
     fields["head_dim"] = values.get("head_dim")
     fields = {name: _typed(name, value, where) for name, value in fields.items()}
     if not fields["head_dim"] and fields["num_attention_heads"] > 0:
-        fields["head_dim"] = _default_head_dim(model_type, fields)
+        of_width = fields["hidden_size"] // fields["num_attention_heads"]
+        fields["head_dim"] = 128 if model_type == "qwen3" else of_width
     fields["rope_theta"], fields["rope_scaling"] = _read_rope(values, fields, where)
     if _is_extended_by_reader(fields["rope_scaling"]):  # see to_hf_config
         fields["max_position_embeddings"] = values.get(_CONTEXT_KEY) or _extended_context(fields["rope_scaling"])
@@ -210,10 +211,6 @@ def _typed(name: str, value: Any, where: str) -> Any:
     kind = next((k for k in typing.get_args(kind)), kind)
     expected = {int: "a whole number", bool: "true or false"}.get(kind, "a number")
     raise UserError(f"{where}: {name} is {value!r}; expected {expected}")
-
-
-def _default_head_dim(model_type: str, fields: Mapping[str, Any]) -> int:
-    return 128 if model_type == "qwen3" else fields["hidden_size"] // fields["num_attention_heads"]
 
 
 def _moe_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -322,7 +319,8 @@ def _required(values: Mapping[str, Any], name: str, where: str) -> Any:
     return values[name]
 
 
-def _checked_ids(ids: Any, where: str) -> tuple[int, ...]:
+def checked_ids(ids: Any, where: str) -> tuple[int, ...]:
+    """A JSON value of eos_token_id: an id, a list of them or null. Raises UserError for anything else."""
     found = ids if isinstance(ids, list) else [] if ids is None else [ids]
     if not all(isinstance(token, int) for token in found):
         raise UserError(f"{where}: eos_token_id is {ids!r}; expected a token's id, or a list of ids")

@@ -4,8 +4,9 @@ torch's Linear weights are (out, in), the kernels here (in, out) and stacked ove
 embedding is the same half-split one, so nothing else changes.
 """
 
-import contextlib
 import dataclasses
+import functools
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -67,7 +69,7 @@ def hf_tensors(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"
         for name, path in _LAYER_TENSORS.items():
-            array = _leaf(layers, path)[layer]
+            array = functools.reduce(operator.getitem, path, layers)[layer]
             tensors[f"{prefix}.{name}"] = array.T if path[-1] == "kernel" else array
         tensors |= {f"{prefix}.mlp.{name}": array for name, array in _mlp_tensors(config, layers["mlp"], layer)}
     tensors["model.norm.weight"] = host["norm"]["scale"]
@@ -89,12 +91,6 @@ def _mlp_tensors(config: ModelConfig, mlp: Params, layer: int) -> Iterator[tuple
             yield f"experts.{expert}.{projection}.weight", mlp["experts"][projection]["kernel"][layer, expert].T
 
 
-def _leaf(tree: Params, path: tuple[str, ...]) -> np.ndarray:
-    for key in path:
-        tree = tree[key]
-    return tree
-
-
 def params_from_hf(config: ModelConfig, stored: Mapping[str, StoredTensor], where: str) -> Params:
     """Parameters in float32 (NumPy arrays on the host) from the tensors of a checkpoint.
 
@@ -110,21 +106,16 @@ def params_from_hf(config: ModelConfig, stored: Mapping[str, StoredTensor], wher
         params[SCORE] = {"kernel": np.empty(stored["score.weight"].shape[::-1], np.float32)}
     views = hf_tensors(config, params)
     if config.tie_word_embeddings and "lm_head.weight" in stored:
-        _check_tied_head(stored, where)
-        stored.pop("lm_head.weight")
+        head, embedding = stored.pop("lm_head.weight"), stored.get("model.embed_tokens.weight")
+        if embedding is not None and not head.equals(embedding):
+            raise UserError(
+                f"{where}: tie_word_embeddings is true but lm_head.weight differs from model.embed_tokens.weight; "
+                "set tie_word_embeddings to false"
+            )
     _check_names_and_shapes({name: view.shape for name, view in views.items()}, stored, where)
     for name, view in views.items():
         view[...] = stored[name].read(...)
     return params
-
-
-def _check_tied_head(stored: Mapping[str, StoredTensor], where: str):
-    embedding = stored.get("model.embed_tokens.weight")
-    if embedding is not None and not stored["lm_head.weight"].equals(embedding):
-        raise UserError(
-            f"{where}: tie_word_embeddings is true but lm_head.weight differs from model.embed_tokens.weight; "
-            "set tie_word_embeddings to false"
-        )
 
 
 def _check_names_and_shapes(expected: Mapping[str, tuple], stored: Mapping[str, StoredTensor], where: str):
@@ -174,40 +165,25 @@ def cast(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
     return result
 
 
-def check_dtype(dtype: str):
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is unknown; it must be {', '.join(DTYPES)}")
-
-
 def write_safetensors(folder: Path, tensors: Mapping[str, np.ndarray], dtype: str, max_shard_bytes: float):
     """`model.safetensors`, or numbered shards with an index if the whole is larger than `max_shard_bytes`.
 
-    One shard is converted to `dtype` and written at a time.
+    One shard is converted to `dtype` and written at a time. Raises UserError for an unknown dtype.
     """
-    sizes = {name: array.size * np.dtype(DTYPES[dtype]).itemsize for name, array in tensors.items()}
-    shards = _plan_shards(sizes, max_shard_bytes)
-    weight_map = {}
-    for number, names in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is unknown; it must be {', '.join(DTYPES)}")
+    plan = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda array: array.size * np.dtype(DTYPES[dtype]).itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    for file, names in plan.filename_to_tensors.items():
         converted = {name: cast(name, tensors[name], dtype) for name in names}
         save_file(converted, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
-
-
-def _plan_shards(sizes: Mapping[str, int], max_shard_bytes: float) -> list[list[str]]:
-    """Names in order, cut before the shard would exceed the limit; a larger tensor gets a shard of its own."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
 
 
 def read_safetensors(folder: Path) -> dict[str, StoredTensor]:
@@ -232,21 +208,15 @@ def read_safetensors(folder: Path) -> dict[str, StoredTensor]:
 
 def read_safetensors_file(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file. Raises UserError when it is damaged or holds another type than those in `DTYPES`."""
-    with _readable(path):
+    result = {}
+    try:
         file = safe_open(path, framework="numpy")
-        result = {}
         for name in file.keys():
             described = file.get_slice(name)
             dtype = described.get_dtype()
             if dtype not in _SAFETENSORS_DTYPES:
                 raise UserError(f"{path}: {name} is stored as {dtype}; only F32, BF16 and F16 are supported")
             result[name] = StoredTensor(tuple(described.get_shape()), _SAFETENSORS_DTYPES[dtype], described.__getitem__)
-        return result
-
-
-@contextlib.contextmanager
-def _readable(path: Path):
-    try:
-        yield
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a complete safetensors file ({error}); download or export it again") from error
+    return result

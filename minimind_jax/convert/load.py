@@ -10,9 +10,8 @@ import numpy as np
 
 from minimind_jax.convert.hf import (
     MAX_SHARD_BYTES,
-    generation_settings,
     load_hf,
-    model_tokenizer,
+    load_labels,
     read_hf_config,
     save_hf,
     stored_dtype,
@@ -26,6 +25,7 @@ from minimind_jax.model.config import ModelConfig, union_of_ids
 from minimind_jax.model.lora import join, merge
 from minimind_jax.model.transformer import Params
 from minimind_jax.paths import absolute, as_path, local_folder
+from minimind_jax.texts import is_there, read_object
 
 
 def read_config(folder: str | Path, base: str = "") -> ModelConfig:
@@ -81,11 +81,24 @@ def _tell_moved(named: str, adapter: Path, moved: Path) -> None:
 
 def load_tokenizer(folder: Path, other: str | Path | None = None, base: str = "") -> Tokenizer:
     """The tokenizer of a model: the one in its folder, for an adapter the one saved beside it or else its base's; or
-    `other`, a folder. Raises UserError when its words are not those of the whole model."""
-    if not is_adapter(folder):
-        return model_tokenizer(folder, other)
-    beside = folder if (folder / "tokenizer.json").is_file() else None
-    return model_tokenizer(base_folder(folder, base), other or beside)
+    `other`, a folder. Raises UserError when there is none, or its words are not those of the whole model."""
+    folder = local_folder(folder)
+    if is_adapter(folder):
+        beside = folder if (folder / "tokenizer.json").is_file() else None
+        folder, other = base_folder(folder, base), other or beside
+    if not (folder / "tokenizer.json").is_file():
+        if other:
+            return Tokenizer.load(other)  # nothing tells what the model's ids meant
+        raise UserError(
+            f"{folder} has no tokenizer (no tokenizer.json); give the one that the model was trained with: --tokenizer "
+            "FOLDER, or copy its files there"
+        )
+    own = Tokenizer.load(folder)
+    if not other:
+        return own
+    given = Tokenizer.load(other)
+    given.check_same_words(own, f"the model {folder}")
+    return given
 
 
 def folders_of(folder: Path, base: str = "") -> list[Path]:
@@ -95,7 +108,36 @@ def folders_of(folder: Path, base: str = "") -> list[Path]:
 
 def load_generation_settings(folder: Path, base: str = "") -> dict | None:
     """`generation_config.json` of a model: of its folder, or of its base for an adapter without one; None without."""
-    return generation_settings(*folders_of(folder, base))
+    files = (place / "generation_config.json" for place in folders_of(folder, base))
+    return next((read_object(file) for file in files if is_there(file)), None)
+
+
+def from_hf(
+    source: str | Path,
+    output: str | Path,
+    dtype: str | None = None,
+    tokenizer: str | Path | None = None,
+    max_shard_bytes: float = MAX_SHARD_BYTES,
+) -> ModelConfig:
+    """Checks a Hugging Face folder and writes it anew in the form that every reader takes.
+
+    dtype: None keeps the source's, so that every tensor stays the same bit for bit. tokenizer: a folder; None takes the
+    source's. The source's generation settings are kept.
+    """
+    source, output = as_path(source), as_path(output)
+    if absolute(source) == absolute(output):
+        raise UserError(f"{output}: source and output are the same folder; choose another output")
+    source = local_folder(source)
+    if is_adapter(source):
+        raise UserError(f"{source} is an adapter; minimind convert merge-lora makes a whole model of it")
+    config, params = load_hf(source)
+    words = load_tokenizer(source, tokenizer)
+    config = dataclasses.replace(config, eos_token_id=union_of_ids(config.eos_token_id, words.eos_id))
+    save_hf(
+        output, config, params, words, dtype or stored_dtype(source), max_shard_bytes,
+        generation_config=load_generation_settings(source), labels=load_labels(source),
+    )  # fmt: skip
+    return config
 
 
 def merge_lora(

@@ -20,6 +20,7 @@ from minimind_jax.folders import ADAPTER_CONFIG
 from minimind_jax.hub import origin_of
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.lora import PROJECTIONS, Params, RankTable, scale_of
+from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.paths import absolute, as_path, local_folder
 from minimind_jax.texts import read_object
 
@@ -62,7 +63,7 @@ class StoredAdapter(NamedTuple):
 
 def module_name(layer: int, projection: str) -> str:
     """What transformers calls a projection: model.layers.3.self_attn.q_proj."""
-    return f"model.layers.{layer}.{_BLOCKS[PROJECTIONS[projection][0]]}.{projection}"
+    return f"model.layers.{layer}.{_BLOCKS[PROJECTIONS[projection]]}.{projection}"
 
 
 def rank_table(config: ModelConfig, rank: int, targets: Sequence[str], ranks: Mapping[str, int]) -> RankTable:
@@ -89,17 +90,12 @@ def rank_table(config: ModelConfig, rank: int, targets: Sequence[str], ranks: Ma
 
 def _projections(config: ModelConfig) -> list[str]:
     """Those of a model that can have adapters."""
-    return [name for name, (block, _) in PROJECTIONS.items() if block == "attention" or not config.is_moe]
+    return [name for name, block in PROJECTIONS.items() if block == "attention" or not config.is_moe]
 
 
 def _matches(target: str, module: str) -> bool:
     """Whether `target`, a name or a pattern, stands for the module or for something that the module is in."""
     return f".{target}." in f".{module}." or re.fullmatch(rf"(.*\.)?({target})(\..*)?", module) is not None
-
-
-def _is_pattern_of(key: str, module: str) -> bool:
-    """Whether a key of peft's alpha_pattern means the module."""
-    return re.match(rf"(.*\.)?({key})$", module) is not None
 
 
 def _check_targets(targets: Sequence[str], modules: Sequence[str], config: ModelConfig) -> None:
@@ -140,7 +136,7 @@ def save_peft(
     """
     tensors, ranks, alphas = {}, {}, {}
     for layer, name, rank in _modules(table):
-        block, _ = PROJECTIONS[name]
+        block = PROJECTIONS[name]
         leaf = {key: np.asarray(value)[layer] for key, value in params["layers"][block][name].items() if "lora" in key}
         module = module_name(layer, name)
         ranks[module] = rank
@@ -264,7 +260,7 @@ def load_peft(folder: str | Path, config: ModelConfig) -> StoredAdapter:
     }
     tree: Params = {}
     for name, ranks in table.items():
-        block, _ = PROJECTIONS[name]
+        block = PROJECTIONS[name]
         tree.setdefault(block, {})[name] = _stack(there, name, ranks, config, settings)
     dropout, rslora = float(settings.get("lora_dropout") or 0), bool(settings.get("use_rslora"))
     return StoredAdapter(settings["base_model_name_or_path"], table, {"layers": tree}, dropout, rslora)
@@ -286,10 +282,8 @@ def _rank(pair: list[StoredTensor | None] | None, layer: int, name: str, config:
 
 def _shape(name: str, config: ModelConfig) -> tuple[int, int]:
     """(in, out) of a projection."""
-    D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
-    queries, keys = config.num_attention_heads * H, config.num_key_value_heads * H
-    shapes = {"q_proj": (D, queries), "k_proj": (D, keys), "v_proj": (D, keys), "o_proj": (queries, D)}
-    return shapes.get(name) or ((F, D) if name == "down_proj" else (D, F))
+    layers = LanguageModel(config).abstract_params()["layers"]
+    return layers[PROJECTIONS[name]][name]["kernel"].shape[1:]
 
 
 def _stack(there: Mapping, name: str, ranks: tuple[int, ...], config: ModelConfig, settings: Mapping) -> Params:
@@ -302,8 +296,7 @@ def _stack(there: Mapping, name: str, ranks: tuple[int, ...], config: ModelConfi
             tensors = there[layer, name]
             a[layer, :, :own], b[layer, :own] = (np.asarray(tensor.read(...), np.float32).T for tensor in tensors)
             module = module_name(layer, name)
-            alpha = next(
-                (v for key, v in patterns.items() if _is_pattern_of(key, module)), settings.get("lora_alpha", 8)
-            )
+            named = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))  # as peft does
+            alpha = next(named, settings.get("lora_alpha", 8))
             scales[layer] = scale_of(own, alpha, bool(settings.get("use_rslora")))
     return {"lora_a": a, "lora_b": b, "lora_scale": scales}

@@ -22,7 +22,7 @@ from minimind_jax.model.heads import SCORE
 def from_torch(
     pth: str | Path,
     output: str | Path,
-    tokenizer: str | Path | Tokenizer | None,
+    tokenizer: str | Path | None,
     dtype: str = "float16",
     max_shard_bytes: float = MAX_SHARD_BYTES,
     overrides: Mapping[str, Any] | None = None,
@@ -38,9 +38,8 @@ def from_torch(
     stored = read_torch(pth)
     config = infer_config(stored, str(pth), overrides or {})
     params = params_from_hf(config, stored, str(pth))
-    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
-        tokenizer = Tokenizer.load(tokenizer)
-    save_hf(output, config, params, tokenizer, dtype, max_shard_bytes)
+    words = None if tokenizer is None else Tokenizer.load(tokenizer)
+    save_hf(output, config, params, words, dtype, max_shard_bytes)
     return config
 
 
@@ -90,9 +89,6 @@ def infer_config(stored: Mapping[str, StoredTensor], where: str, overrides: Mapp
         fields["intermediate_size"] = shape(f"{layer}.mlp.gate_proj.weight")[0]
     if "num_experts_per_tok" in overrides and "num_experts" not in fields:
         raise UserError(f"{where}: num_experts_per_tok is given, but the model has no experts; leave it out")
-    if overrides.get("max_position_embeddings", 1) < 1:
-        context = overrides["max_position_embeddings"]
-        raise UserError(f"{where}: max_position_embeddings is {context}; it must be at least 1")
     try:
         return ModelConfig(**{**fields, **overrides})
     except (TypeError, ValueError) as error:

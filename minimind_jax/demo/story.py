@@ -16,7 +16,8 @@ import numpy as np
 
 from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.config.tools import DemoConfig
-from minimind_jax.convert.hf import from_hf, load_hf
+from minimind_jax.convert.hf import load_hf
+from minimind_jax.convert.load import from_hf
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.demo import corpus
 from minimind_jax.inference.buckets import bucket

@@ -93,7 +93,7 @@ def _filled(tree: Params | None, shapes: Params, ranks: dict[str, int], dtype: A
     """An adapter's parameters in the common shapes; zeros for None."""
     layers: Params = {}
     for name in ranks:
-        block, _ = PROJECTIONS[name]
+        block = PROJECTIONS[name]
         own = (tree or {"layers": {}})["layers"].get(block, {}).get(name, {})
         leaves = {}
         for key in ("lora_a", "lora_b", "lora_scale"):

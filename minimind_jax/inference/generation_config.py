@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minimind_jax.config.generation import FROM_MODEL, SamplingConfig
+from minimind_jax.convert.hf_config import checked_ids
 from minimind_jax.errors import UserError
 from minimind_jax.texts import is_there, read_object
 
@@ -36,15 +37,11 @@ def read_generation_config(*folders: Path) -> GenerationConfig:
     given = {name: values[name] for name in FROM_MODEL if values.get(name) is not None}
     if values.get("do_sample") is False:
         given["temperature"] = 0.0
-    ids = values.get("eos_token_id")
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
     try:
         sampling = dataclasses.replace(SamplingConfig(), **given)
     except (ValueError, TypeError) as error:
         raise UserError(f"{file}: {error}") from error
-    if not all(isinstance(token, int) for token in ids):
-        raise UserError(f"{file}: eos_token_id is {ids!r}; expected token ids")
-    return GenerationConfig(sampling, frozenset(ids))
+    return GenerationConfig(sampling, frozenset(checked_ids(values.get("eos_token_id"), str(file))))
 
 
 def _name_ignored(values: dict[str, Any], file: Path) -> None:

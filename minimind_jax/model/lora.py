@@ -21,10 +21,10 @@ from jax import Array
 Params = dict[str, Any]
 Path = tuple[str, ...]
 
-# The projections of a layer that can have an adapter: where they lie in the tree of a layer.
+# The projections of a layer that can have an adapter, and the block of it that each is in.
 PROJECTIONS = {
-    **{name: ("attention", name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
-    **{name: ("mlp", name) for name in ("gate_proj", "up_proj", "down_proj")},
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "attention"),
+    **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp"),
 }
 TRAINED = ("lora_a", "lora_b")
 LEAVES = (*TRAINED, "lora_scale")
@@ -68,7 +68,7 @@ def init_adapters(key: Array, kernels: Params, table: RankTable, alpha: float, r
     for number, (name, ranks) in enumerate(table.items()):
         if not max(ranks):
             continue
-        block, _ = PROJECTIONS[name]
+        block = PROJECTIONS[name]
         L, width, out = kernels["layers"][block][name]["kernel"].shape
         bound, rank = width**-0.5, max(ranks)
         a = jax.random.uniform(jax.random.fold_in(key, number), (L, width, rank), jnp.float32, -bound, bound)

@@ -8,8 +8,8 @@ from minimind_jax.config import settings
 from minimind_jax.config.sections import MeshConfig
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.config.tools import ToHFConfig
-from minimind_jax.convert.hf import from_hf, save_hf, stored_dtype
-from minimind_jax.convert.load import folders_of, load_generation_settings, merge_lora
+from minimind_jax.convert.hf import save_hf, stored_dtype
+from minimind_jax.convert.load import folders_of, from_hf, load_generation_settings, merge_lora
 from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter, resolve_model_folder, resolve_run
 from minimind_jax.model.lora import join, merge

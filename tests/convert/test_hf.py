@@ -10,7 +10,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from minimind_jax.convert.hf import from_hf, load_hf, save_hf
+from minimind_jax.convert.hf import load_hf, save_hf
+from minimind_jax.convert.load import from_hf
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder

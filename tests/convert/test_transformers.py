@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from minimind_jax.convert.hf import from_hf, load_hf, save_hf
+from minimind_jax.convert.hf import load_hf, save_hf
 from minimind_jax.convert.hf_config import to_hf_config
+from minimind_jax.convert.load import from_hf
 from minimind_jax.inference.generate import Generator
 from minimind_jax.inference.sampling import SamplingConfig
 from minimind_jax.model.config import ComputeConfig

@@ -13,8 +13,8 @@ from worlds import ADAPTERS, write_lines
 from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.config.sections import ModelSettings
 from minimind_jax.config.stages import SFTConfig
-from minimind_jax.convert.hf import from_hf, load_hf
-from minimind_jax.convert.load import merge_lora
+from minimind_jax.convert.hf import load_hf
+from minimind_jax.convert.load import from_hf, merge_lora
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.tokenizer import train_bpe
 from minimind_jax.errors import UserError

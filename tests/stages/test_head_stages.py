@@ -24,7 +24,8 @@ from minimind_jax.config.stages import (
     TeacherConfig,
 )
 from minimind_jax.config.tools import PredictConfig, ScoreConfig
-from minimind_jax.convert.hf import Labels, from_hf, load_hf, load_labels, save_hf
+from minimind_jax.convert.hf import Labels, load_hf, load_labels, save_hf
+from minimind_jax.convert.load import from_hf
 from minimind_jax.data.jsonl import iter_records
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
