@@ -33,7 +33,7 @@ from minimind_jax.training.state import Parameters, TrainState, create_state, fi
 from minimind_jax.training.step import Program, Skip, make_program
 from minimind_jax.training.stop import StopRequest
 from minimind_jax.training.tracking import MetricsWriter
-from minimind_jax.training.watch import Timetable, Watch, check_patience
+from minimind_jax.training.watch import Timetable, Watch, check_patience, unwatched
 
 SampleFn = Callable[[Params], list[tuple[str, str]]]
 
@@ -100,7 +100,8 @@ def train(
         profiler = stack.enter_context(Profiler(run, config.training, start.step, progress.say, active=is_first))
         resumed = {"resumed": f"from the checkpoint of step {start.step}"} if start.step else {}
         progress.facts({**facts, "run": str(run.path), **resumed})
-        for warning in filter(None, [*start.warnings, few_steps(total_steps, config)]):
+        silent = unwatched(config.training, evaluation is not None)
+        for warning in filter(None, [*start.warnings, few_steps(total_steps, config), silent]):
             progress.say(f"[bold red]warning:[/] {warning}")
         speed = Speed(model, config.data.seq_len, start.record.get("seconds", 0.0), has_words)
         journal = Journal(config, timetable, writer, progress, speed, start.record, checkpoints, skip)

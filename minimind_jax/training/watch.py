@@ -99,3 +99,10 @@ def check_patience(training: LoopConfig, has_validation: bool) -> None:
         raise UserError(
             "training.patience needs validation: set data.val or data.val_fraction, and training.eval_every"
         )
+
+
+def unwatched(training: LoopConfig, has_validation: bool) -> str | None:
+    """A warning for a run whose `training.watch` means validation that it does not have."""
+    if has_validation or training.watch == LoopConfig.watch:
+        return None
+    return f"training.watch {training.watch} is without effect: there is no validation (data.val, data.val_fraction)"

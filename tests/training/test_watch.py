@@ -6,7 +6,7 @@ import pytest
 
 from minimind_jax.config.sections import CheckpointConfig, LoopConfig
 from minimind_jax.config.stages import PretrainConfig
-from minimind_jax.training.watch import Timetable, Watch
+from minimind_jax.training.watch import Timetable, Watch, unwatched
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,10 @@ def test_a_watch_of_no_number_or_direction_is_refused():
 def test_what_falls_into_a_stride_waits_for_its_end(stride, saved):
     table = Timetable(PretrainConfig(checkpoint=CheckpointConfig(every=3)), 10, stride)
     assert [step for step in range(11) if table.saves(step)] == saved
+
+
+def test_a_watch_without_validation_is_told():
+    told = unwatched(LoopConfig(watch="max accuracy"), has_validation=False)
+    assert told.startswith("training.watch max accuracy is without effect: there is no validation (data.val")
+    assert unwatched(LoopConfig(watch="max accuracy"), has_validation=True) is None
+    assert unwatched(LoopConfig(), has_validation=False) is None
