@@ -68,6 +68,7 @@ COMMANDS = {
         "a MiniMind .pth as a Hugging Face folder", tools.FromTorchConfig, "convert.command:run_from_torch"
     ),
     "convert to-torch": Command("a model as a MiniMind .pth", tools.ToTorchConfig, "convert.command:run_to_torch"),
+    "convert to-gguf": Command("a model for llama.cpp and ollama", tools.ToGGUFConfig, "pipeline.tools:to_gguf"),
     "convert merge-lora": Command(
         "an adapter and its base model as one model", tools.MergeLoRAConfig, "convert.command:run_merge_lora"
     ),

@@ -39,6 +39,7 @@ COMMANDS = [
     *("data inspect X --tokenizer tok", "data inspect null.jsonl --tokenizer X", "report X", "pipeline X"),
     *("convert from-hf X out", "convert to-hf X out", "convert to-hf X out --checkpoint newest", "plan sft --config X"),
     *("convert from-torch X out --tokenizer tok", "convert to-torch X out.pth", "convert merge-lora X out"),
+    *("convert to-gguf X out", "convert to-gguf X out --adapter", "convert to-gguf X out --checkpoint newest"),
     *("evaluate perplexity --model X null.jsonl", "sft --config X", "tokenizer --data X --output out"),
 ]
 

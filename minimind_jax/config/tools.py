@@ -274,6 +274,8 @@ class ReportConfig:
 
 # Converting -----------------------------------------------------------------------------------------------------------
 
+CHECKPOINT = Rule(lambda word: word in ("newest", "best") or word.isdecimal(), "newest, best or a step")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WrittenConfig(Settings):
@@ -310,9 +312,32 @@ class ToHFConfig(WrittenConfig):
     dtype: of the tensors; null takes bfloat16, or for a checkpoint the run's export_dtype.
     """
 
-    checkpoint: str | None = setting(
-        None, must=Rule(lambda word: word in ("newest", "best") or word.isdecimal(), "newest, best or a step")
-    )
+    checkpoint: str | None = setting(None, must=CHECKPOINT)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToGGUFConfig(Settings):
+    """Writes a model as a GGUF file for llama.cpp, and a Modelfile for ollama beside it.
+
+    source: a run's folder or a Hugging Face folder; of an adapter the merged model is written.
+    output: the file to write (NAME.gguf), or a folder for model.gguf.
+    checkpoint: newest, best or a step of the run; null takes its model/.
+    dtype: of the matrices; null takes what they are stored in, or for a checkpoint the run's export_dtype.
+    adapter: write an adapter alone, for llama.cpp's --lora; its dtype is float32 unless given.
+    base: the base model's folder or run; empty looks where the adapter says.
+    """
+
+    source: str = setting(positional="SOURCE")
+    output: str = setting(positional="OUTPUT")
+    checkpoint: str | None = setting(None, must=CHECKPOINT)
+    dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = None
+    adapter: bool = setting(False, alone=True)
+    base: str = ""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.checkpoint and (self.adapter or self.base):
+            raise ValueError("checkpoint writes a whole model of a run; leave adapter and base out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

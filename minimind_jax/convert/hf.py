@@ -19,6 +19,7 @@ from minimind_jax.convert.hf_config import (
 from minimind_jax.convert.hf_weights import (
     StoredTensor,
     hf_tensors,
+    matching_tensors,
     params_from_hf,
     read_safetensors,
     write_safetensors,
@@ -70,7 +71,7 @@ def save_hf(
             not fit float16, or the disk is full.
     """
     folder = as_path(folder)
-    config = _with_token_ids(config, tokenizer)
+    config = with_token_ids(config, tokenizer)
     with replacing(folder) as partial:
         headed = head_config(config, labels.names, labels.several) if labels else {}
         write_json(partial / "config.json", {**to_hf_config(config, dtype), **headed})
@@ -96,6 +97,12 @@ def load_hf(folder: str | Path) -> tuple[ModelConfig, Params]:
     return config, params_from_hf(config, stored, str(folder))
 
 
+def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:
+    """`load_hf` for what takes one tensor after another: under the names of `hf_tensors`, read when it is needed."""
+    config, stored = _open_hf(folder)
+    return config, matching_tensors(config, stored, str(folder))
+
+
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
     """Raises UserError for a tokenizer with more tokens than a model."""
     if tokenizer.vocab_size > config.vocab_size:
@@ -106,7 +113,8 @@ def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
         )
 
 
-def _with_token_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
+def with_token_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
+    """The configuration with the tokenizer's begin, end and padding tokens; UserError where it has too many tokens."""
     if tokenizer is None:
         return config
     check_vocabulary(tokenizer, config)

@@ -92,7 +92,16 @@ def _mlp_tensors(config: ModelConfig, mlp: Params, layer: int) -> Iterator[tuple
 
 
 def params_from_hf(config: ModelConfig, stored: Mapping[str, StoredTensor], where: str) -> Params:
-    """Parameters in float32 (NumPy arrays on the host) from the tensors of a checkpoint.
+    """Parameters in float32 (NumPy arrays on the host) from the tensors of a checkpoint (see `matching_tensors`)."""
+    stored = matching_tensors(config, stored, where)
+    params = _empty_params(config, stored)
+    for name, view in hf_tensors(config, params).items():
+        view[...] = stored[name].read(...)
+    return params
+
+
+def matching_tensors(config: ModelConfig, stored: Mapping[str, StoredTensor], where: str) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint under the names of `hf_tensors`, in that order; none is read yet.
 
     5.x's fused expert tensors are taken apart. A tied model may come with an `lm_head.weight` if it equals the
     embedding, as MiniMind's files do.
@@ -101,10 +110,7 @@ def params_from_hf(config: ModelConfig, stored: Mapping[str, StoredTensor], wher
         UserError: tensors are missing or left over, or have another shape than the configuration says.
     """
     stored = _unfuse_experts(stored)
-    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), LanguageModel(config).abstract_params())
-    if "score.weight" in stored:
-        params[SCORE] = {"kernel": np.empty(stored["score.weight"].shape[::-1], np.float32)}
-    views = hf_tensors(config, params)
+    expected = {name: view.shape for name, view in hf_tensors(config, _empty_params(config, stored)).items()}
     if config.tie_word_embeddings and "lm_head.weight" in stored:
         head, embedding = stored.pop("lm_head.weight"), stored.get("model.embed_tokens.weight")
         if embedding is not None and not head.equals(embedding):
@@ -112,9 +118,15 @@ def params_from_hf(config: ModelConfig, stored: Mapping[str, StoredTensor], wher
                 f"{where}: tie_word_embeddings is true but lm_head.weight differs from model.embed_tokens.weight; "
                 "set tie_word_embeddings to false"
             )
-    _check_names_and_shapes({name: view.shape for name, view in views.items()}, stored, where)
-    for name, view in views.items():
-        view[...] = stored[name].read(...)
+    _check_names_and_shapes(expected, stored, where)
+    return {name: stored[name] for name in expected}
+
+
+def _empty_params(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> Params:
+    """Parameters to be filled, with a head of scores where the checkpoint has one."""
+    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), LanguageModel(config).abstract_params())
+    if "score.weight" in stored:
+        params[SCORE] = {"kernel": np.empty(stored["score.weight"].shape[::-1], np.float32)}
     return params
 
 

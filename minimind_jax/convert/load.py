@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,11 +13,13 @@ from minimind_jax.convert.hf import (
     MAX_SHARD_BYTES,
     load_hf,
     load_labels,
+    open_hf,
     read_hf_config,
     save_hf,
     stored_dtype,
 )
-from minimind_jax.convert.peft import load_peft, read_adapter_config
+from minimind_jax.convert.hf_weights import StoredTensor
+from minimind_jax.convert.peft import load_peft, low_rank_pairs, read_adapter_config
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import ADAPTER_CONFIG, holds_model, is_adapter, moved_with_run, resolve_model_folder
@@ -42,6 +45,24 @@ def load_merged(folder: str | Path, base: str = "") -> tuple[ModelConfig, Params
     adapter = load_peft(folder, read_hf_config(whole))  # a wrong one is told before the base's weights are read
     config, params = load_hf(whole)
     return config, jax.tree.map(np.asarray, merge(join(params, adapter.tree)))
+
+
+def open_merged(folder: str | Path, base: str = "") -> tuple[ModelConfig, dict[str, StoredTensor]]:
+    """`load_merged` for what takes one tensor after another (see `open_hf`): each is merged when it is read."""
+    folder = as_path(folder)
+    if not is_adapter(folder):
+        return open_hf(folder)
+    config, stored = open_hf(base_folder(folder, base))
+    adapter = load_peft(folder, config)
+    for module, a, b, scale in low_rank_pairs(adapter.tree, adapter.table):
+        kernel = stored[f"{module}.weight"]
+        read = functools.partial(_read_merged, kernel, a, b, scale)
+        stored[f"{module}.weight"] = StoredTensor(kernel.shape, "float32", read)
+    return config, stored
+
+
+def _read_merged(kernel: StoredTensor, a: np.ndarray, b: np.ndarray, scale: float, index: Any) -> np.ndarray:
+    return (np.asarray(kernel.read(...), np.float32) + scale * (b @ a))[index]
 
 
 def base_folder(adapter: Path, base: str = "") -> Path:

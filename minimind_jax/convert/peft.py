@@ -5,7 +5,7 @@ An adapter is small and useless without its base model, whose folder its configu
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.folders import ADAPTER_CONFIG
 from minimind_jax.hub import origin_of
 from minimind_jax.model.config import ModelConfig
-from minimind_jax.model.lora import PROJECTIONS, Params, RankTable, scale_of
+from minimind_jax.model.lora import LEAVES, PROJECTIONS, Params, RankTable, scale_of
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.paths import absolute, as_path, local_folder
 from minimind_jax.texts import read_object
@@ -135,14 +135,11 @@ def save_peft(
     Raises UserError as `convert.hf.save_hf` does.
     """
     tensors, ranks, alphas = {}, {}, {}
-    for layer, name, rank in _modules(table):
-        block = PROJECTIONS[name]
-        leaf = {key: np.asarray(value)[layer] for key, value in params["layers"][block][name].items() if "lora" in key}
-        module = module_name(layer, name)
-        ranks[module] = rank
-        alphas[module] = float(f"{leaf['lora_scale'] / scale_of(rank, 1, rslora):.6g}")
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(leaf["lora_a"][:, :rank].T, np.float32)
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(leaf["lora_b"][:rank].T, np.float32)
+    for module, a, b, scale in low_rank_pairs(params, table):
+        ranks[module] = len(a)
+        alphas[module] = float(f"{scale / scale_of(len(a), 1, rslora):.6g}")
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(a, np.float32)
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(b, np.float32)
     named, revision = origin_of(Path(base)) or (str(base), None)  # others have another cache of the hub
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     config = {
@@ -182,6 +179,14 @@ def _modules(table: RankTable):
         for name, ranks in table.items():
             if ranks[layer]:
                 yield layer, name, ranks[layer]
+
+
+def low_rank_pairs(params: Params, table: RankTable) -> Iterator[tuple[str, np.ndarray, np.ndarray, float]]:
+    """(module, A (r, in), B (out, r), scale) of every adapter in `params`: torch's layout, W changes by scale B A."""
+    for layer, name, rank in _modules(table):
+        block = PROJECTIONS[name]
+        a, b, scale = (np.asarray(params["layers"][block][name][leaf])[layer] for leaf in LEAVES)
+        yield module_name(layer, name), a[:, :rank].T, b[:rank].T, float(scale)
 
 
 def _target_names(table: RankTable) -> list[str]:

@@ -1,7 +1,5 @@
 """PyTorch files of tensors, read without running anything that is in them."""
 
-import contextlib
-import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -11,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from minimind_jax.convert.hf_weights import DTYPES, StoredTensor, cast
+from minimind_jax.convert.replace import replacing_files
 from minimind_jax.errors import UserError
 from minimind_jax.shell import install_command
-from minimind_jax.signals import telling
 
 # What compilation and data parallelism put before the names.
 _WRAPPERS = ("_orig_mod.", "module.")
@@ -58,17 +56,11 @@ def write_torch(path: str | Path, tensors: Mapping[str, np.ndarray], aliases: Ma
         raise UserError(f"{path} is there already and is no PyTorch file; choose another name")
     state = {name: torch.from_numpy(cast(name, array, "float16")) for name, array in tensors.items()}
     state |= {alias: state[name] for alias, name in aliases.items()}
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with telling(lambda: f"{path} was not written; give the command again"):
-            path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_files(path) as (partial,):
+        try:
             torch.save(state, partial)
-            os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: could not be written: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):  # its folder is a file: the user has been told
-            partial.unlink(missing_ok=True)
+        except RuntimeError as error:  # how torch tells of a full disk
+            raise OSError(str(error)) from error
 
 
 def _import_torch() -> Any:

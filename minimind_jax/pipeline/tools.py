@@ -1,8 +1,8 @@
-"""Tools for runs of any stage: `minimind report` and `minimind convert to-hf`."""
+"""Tools for runs of any stage: `minimind report`, `minimind convert to-hf` and `to-gguf`."""
 
-from minimind_jax.config.tools import ReportConfig, ToHFConfig
+from minimind_jax.config.tools import ReportConfig, ToGGUFConfig, ToHFConfig
 from minimind_jax.folders import resolve_run
-from minimind_jax.runs.export import export
+from minimind_jax.runs.export import export, export_gguf
 from minimind_jax.runs.report import write_report
 from minimind_jax.stages import STAGES
 from minimind_jax.training.run import RunFolder
@@ -14,3 +14,7 @@ def report(config: ReportConfig) -> None:
 
 def to_hf(config: ToHFConfig) -> None:
     export(STAGES, config)
+
+
+def to_gguf(config: ToGGUFConfig) -> None:
+    export_gguf(STAGES, config)

@@ -1,23 +1,27 @@
-"""A checkpoint of a run, finished or cut off, as a Hugging Face folder."""
+"""A checkpoint of a run, finished or cut off, as a model and as a Hugging Face folder."""
 
 import dataclasses
 from collections.abc import Container
-from typing import Any
+from typing import Any, NamedTuple
 
 from minimind_jax.config import settings
 from minimind_jax.config.sections import MeshConfig
 from minimind_jax.config.stages import RunConfig
-from minimind_jax.config.tools import ToHFConfig
-from minimind_jax.convert.hf import save_hf, stored_dtype
+from minimind_jax.config.tools import ToGGUFConfig, ToHFConfig
+from minimind_jax.convert.hf import Labels, save_hf, stored_dtype
 from minimind_jax.convert.load import folders_of, from_hf, load_generation_settings, merge_lora
+from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter, resolve_model_folder, resolve_run
+from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.lora import join, merge
+from minimind_jax.model.transformer import Params
 from minimind_jax.paths import as_path
 from minimind_jax.runs.kind import StageKind, Stages
 from minimind_jax.runs.labels import labels_of_run
 from minimind_jax.runs.parts import assemble, run_parameters
 from minimind_jax.sharding import announce, make_mesh
+from minimind_jax.shell import install_command
 from minimind_jax.training.checkpoint import DamagedCheckpoint, load_params
 from minimind_jax.training.origin import check_words, find_models
 from minimind_jax.training.run import RunFolder
@@ -40,9 +44,56 @@ def export(stages: Stages, config: ToHFConfig) -> None:
     print(f"wrote {config.output}{note}")
 
 
+def export_gguf(stages: Stages, config: ToGGUFConfig) -> None:
+    """`minimind convert to-gguf`: a checkpoint, the model of a run or a folder, or an adapter alone."""
+    try:
+        from minimind_jax.convert import gguf
+    except ImportError as error:
+        raise UserError(f"GGUF files need another package ({error}); install it: {install_command('gguf')}") from error
+    if config.checkpoint:
+        found = load_checkpoint(stages, config)
+        written = gguf.params_to_gguf(
+            config.output, as_path(config.source).name, found.config, found.params, found.tokenizer,
+            config.dtype or found.dtype, found.generation,
+        )  # fmt: skip
+    else:
+        write = gguf.adapter_to_gguf if config.adapter else gguf.to_gguf
+        written = write(resolve_model_folder(config.source, "source"), config.output, config.dtype, config.base)
+    for note in written.notes:
+        announce(f"note: {note}")
+    print("\n".join(f"wrote {file}" for file in written.files))
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint as a whole model: adapters merged into the model that they were trained over.
+
+    labels: of a model with a head of scores. generation: what its generation_config.json has. dtype: the run's
+    export_dtype.
+    """
+
+    step: int
+    config: ModelConfig
+    params: Params
+    tokenizer: Tokenizer
+    labels: Labels | None
+    generation: dict[str, Any] | None
+    dtype: str
+
+
 def export_checkpoint(stages: Stages, asked: ToHFConfig) -> int:
-    """Writes a checkpoint of a run as a whole model, adapters merged into the model that they were trained over, and
-    returns the checkpoint's step. Nothing in the run's folder is changed, so the run may be under way.
+    """Writes a checkpoint of a run as a Hugging Face folder and returns its step (see `load_checkpoint`)."""
+    found = load_checkpoint(stages, asked)
+    save_hf(
+        asked.output, found.config, found.params, found.tokenizer,
+        dtype=asked.dtype or found.dtype, max_shard_bytes=asked.max_shard_bytes, labels=found.labels,
+        generation_config=found.generation,
+    )  # fmt: skip
+    return found.step
+
+
+def load_checkpoint(stages: Stages, asked: ToHFConfig | ToGGUFConfig) -> Checkpoint:
+    """A checkpoint of a run, adapters merged into the model that they were trained over. Nothing in the run's folder is
+    changed, so the run may be under way.
 
     Raises UserError when there is no such run or checkpoint, when the tokenizer or model that the run started from is
     gone, and when the tokenizer has other words by now.
@@ -62,12 +113,8 @@ def export_checkpoint(stages: Stages, asked: ToHFConfig) -> int:
     step, params = _load_sound(folder, asked.checkpoint, trained)
     if frozen:
         params = merge(join(parameters.split(parameters.load())[1], params))
-    save_hf(
-        asked.output, run.model.config, params, run.tokenizer,
-        dtype=asked.dtype or config.export_dtype, max_shard_bytes=asked.max_shard_bytes, labels=run.labels,
-        generation_config=run.start and load_generation_settings(run.start),
-    )  # fmt: skip
-    return step
+    generation = run.start and load_generation_settings(run.start)
+    return Checkpoint(step, run.model.config, params, run.tokenizer, run.labels, generation, config.export_dtype)
 
 
 def _load_sound(run: RunFolder, checkpoint: str, abstract: Any) -> tuple[int, Any]:

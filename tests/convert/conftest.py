@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from minimind_jax.config.sections import CheckpointConfig, LoRAConfig, OptimizerConfig
+from minimind_jax.convert.hf import save_hf
 from minimind_jax.data.tokenizer import train_bpe
 from minimind_jax.model.config import ModelConfig, RopeScaling
 from minimind_jax.model.transformer import LanguageModel
+from minimind_jax.stages.sft import sft
 
 _SIZES = {
     "vocab_size": 400,
@@ -77,3 +80,31 @@ def tokenizer(tmp_path_factory):
     """A byte-level BPE of at most 400 tokens."""
     texts = ["The quick brown fox jumps over the lazy dog.", "Wer reitet so spät durch Nacht und Wind?", "你好，世界！"]
     return train_bpe(texts * 20, tmp_path_factory.mktemp("tokenizer"), vocab_size=400)
+
+
+@pytest.fixture
+def saved(make_model, tokenizer, tmp_path):
+    """A function that writes one of MODELS as a Hugging Face folder."""
+
+    def save(name, words=tokenizer, dtype="float32", **changes):
+        config, params = make_model(name, **changes)
+        return save_hf(tmp_path / name, config, params, words, dtype)
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def chat_runs(world, tmp_path_factory):
+    """Chat models trained here: dense, a mixture, and a dense one's adapters, of which the layers' ranks differ."""
+    folder = tmp_path_factory.mktemp("runs")
+    changes = {"training": {"steps": 30, "eval_every": 0}, "checkpoint": CheckpointConfig(every=15)}
+    dense = world.sft(folder / "dense", **changes)
+    mixture = dataclasses.replace(dense.model, **_MOE, num_experts_per_tok=2)
+    moe = dataclasses.replace(dense, run=str(folder / "moe"), model=mixture)
+    sft(dense)
+    sft(moe)
+    lora = LoRAConfig(rank=4, alpha=8, targets=("all-linear",), ranks=("layers.0=2",))
+    optimizer, model = OptimizerConfig(learning_rate=5e-2), type(dense.model)()
+    base = {"init_from": str(folder / "dense"), "tokenizer": "", "model": model}
+    sft(world.sft(folder / "adapter", lora=lora, optimizer=optimizer, **base, **changes))
+    return folder
