@@ -1,8 +1,7 @@
 """How every stage runs: it begins, trains what its recipe says, and writes its model and report."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.data.batches import Batches
@@ -15,25 +14,8 @@ from minimind_jax.runs.parts import Run
 from minimind_jax.runs.samples import sampler
 from minimind_jax.training.loop import SampleFn, TrainResult, train
 from minimind_jax.training.packed import HeldOutRows, PackedRows
-from minimind_jax.training.source import Evaluation, Source
+from minimind_jax.training.source import Recipe
 from minimind_jax.training.state import Parameters
-
-
-class Recipe(NamedTuple):
-    """What a stage trains, and on what.
-
-    source: of the batches. loss_fn: of a batch and the parameters (see `losses`). parameters: those that are trained,
-    and what the loss reads beside them. evaluation: at `training.eval_every`; None without validation data.
-    judge: writes what else belongs to the run, about the model that it has written; on the first process.
-    skip_above: limits of metrics above which an update is not made (see `step.Skip`).
-    """
-
-    source: Source
-    loss_fn: LossFn
-    parameters: Parameters
-    evaluation: Evaluation | None = None
-    judge: Callable[[], None] | None = None
-    skip_above: Mapping[str, float] | None = None
 
 
 def run_stage(kind: StageKind, config: RunConfig, recipe: Callable[[Run], Recipe]) -> Path:
@@ -58,17 +40,13 @@ def run_stage(kind: StageKind, config: RunConfig, recipe: Callable[[Run], Recipe
 def train_run(run: Run, recipe: Recipe, sample_fn: SampleFn | None = None) -> TrainResult:
     return train(
         run.config,
+        recipe,
         stage=run.kind.name,
         model=run.model,
         has_words=not run.kind.has_head,
-        parameters=recipe.parameters,
-        loss_fn=recipe.loss_fn,
-        source=recipe.source,
-        evaluation=recipe.evaluation,
         run=run.folder,
         mesh=run.mesh,
         sample_fn=sample_fn,
-        skip_above=recipe.skip_above,
     )
 
 

@@ -15,10 +15,11 @@ from minimind_jax.losses.classification import make_classification_loss
 from minimind_jax.progress import progress
 from minimind_jax.runs.labels import values_of_pieces
 from minimind_jax.runs.parts import Run, open_rows, run_parameters
-from minimind_jax.runs.stage import Recipe, on_rows, run_stage
+from minimind_jax.runs.stage import on_rows, run_stage
 from minimind_jax.sharding import announce
 from minimind_jax.stages import STAGES
 from minimind_jax.training.run import RunFolder, write_text
+from minimind_jax.training.source import Recipe
 
 
 def classify(config: ClassifyConfig) -> Path:

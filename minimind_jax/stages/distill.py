@@ -16,9 +16,10 @@ from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.paths import is_remote
 from minimind_jax.runs.frozen import TOKENS, Answers, Asked
 from minimind_jax.runs.parts import Run, open_rows, run_parameters
-from minimind_jax.runs.stage import Recipe, on_rows, run_stage
+from minimind_jax.runs.stage import on_rows, run_stage
 from minimind_jax.sharding import param_shardings
 from minimind_jax.stages import STAGES
+from minimind_jax.training.source import Recipe
 
 TEACHER = "teacher"  # the key of its parameters
 

@@ -11,8 +11,9 @@ from minimind_jax.losses.sequences import pair_room
 from minimind_jax.model.transformer import full_precision
 from minimind_jax.runs.frozen import Answers, Asked, Reference, pairs
 from minimind_jax.runs.parts import Run, open_rows, run_parameters
-from minimind_jax.runs.stage import Recipe, on_rows, run_stage
+from minimind_jax.runs.stage import on_rows, run_stage
 from minimind_jax.stages import STAGES
+from minimind_jax.training.source import Recipe
 
 
 def dpo(config: DPOConfig) -> Path:

@@ -5,8 +5,9 @@ from pathlib import Path
 from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.runs.parts import Run, open_rows, run_parameters
-from minimind_jax.runs.stage import Recipe, on_rows, run_stage
+from minimind_jax.runs.stage import on_rows, run_stage
 from minimind_jax.stages import STAGES
+from minimind_jax.training.source import Recipe
 
 
 def pretrain(config: PretrainConfig) -> Path:

@@ -9,8 +9,9 @@ from minimind_jax.losses.reward import make_reward_loss
 from minimind_jax.losses.sequences import pair_room
 from minimind_jax.runs.labels import values_of_pieces
 from minimind_jax.runs.parts import Run, open_rows, run_parameters
-from minimind_jax.runs.stage import Recipe, on_rows, run_stage
+from minimind_jax.runs.stage import on_rows, run_stage
 from minimind_jax.stages import STAGES
+from minimind_jax.training.source import Recipe
 
 
 def reward(config: RewardConfig) -> Path:

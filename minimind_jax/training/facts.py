@@ -14,7 +14,7 @@ from minimind_jax.model.lora import split, without_adapters
 from minimind_jax.model.transformer import LanguageModel, count_parameters
 from minimind_jax.sharding import row_shards
 from minimind_jax.training.optimizer import make_schedule
-from minimind_jax.training.source import Evaluation, Source
+from minimind_jax.training.source import Recipe
 from minimind_jax.training.state import Parameters, is_adapter
 
 SHORTEST = 100  # steps; shorter runs are warned about
@@ -50,14 +50,12 @@ def schedule_change(optimizer: OptimizerConfig, step: int, before: int, now: int
 
 def run_facts(
     config: RunConfig,
+    recipe: Recipe,
     stage: str,
     model: LanguageModel,
-    parameters: Parameters,
     mesh: Mesh,
     parts: int,
     total_steps: int,
-    source: Source,
-    evaluation: Evaluation | None,
     has_words: bool = True,
 ) -> dict[str, str]:
     """What is printed at the start and kept in environment.json. parts: micro-batches of a step. has_words: false of a
@@ -82,15 +80,15 @@ def run_facts(
         "model": f"{size:,} parameters ({shape.num_hidden_layers} layers of width {shape.hidden_size}, "
         f"{shape.vocab_size:,} tokens{experts})",
         **_adapter_facts(model, size),
-        **_group_facts(parameters),
+        **_group_facts(recipe.parameters),
         "compute": f"{model.dtype.name}, attention path: {path}{f' ({reason})' if reason else ''}, "
         + f"experts path: {moe.choose_path(model.compute.experts, tokens, model.platform)}, " * shape.is_moe
         + f"remat {model.compute.remat}",
         **({"loss": f"logits of {piece:,} of {vocab:,} words at once on a device"} if has_words else {}),
         "devices": f"{devices.size} x {devices[0].device_kind}{f' ({sizes})' if sizes else ''}",
         "batch": f"{config.rows_per_step} rows of {config.data.seq_len} tokens{in_parts}",
-        **source.facts(total_steps),
-        "validation data": evaluation.describe() if evaluation is not None else "none",
+        **recipe.source.facts(total_steps),
+        "validation data": recipe.evaluation.describe() if recipe.evaluation is not None else "none",
     }
 
 

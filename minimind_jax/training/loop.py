@@ -7,7 +7,7 @@ off between two of them does the rest when it is resumed, so its metrics are tho
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from minimind_jax.agreement import check_agreement, ending_alone
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.errors import UserError
-from minimind_jax.losses import LossFn
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.sharding import data_process, shard_batch
 from minimind_jax.training.checkpoint import Checkpoints
@@ -27,9 +26,9 @@ from minimind_jax.training.journal import Journal, Step
 from minimind_jax.training.profile import Profiler
 from minimind_jax.training.progress import TrainingProgress
 from minimind_jax.training.run import RunFolder, package_versions, plain
-from minimind_jax.training.source import Evaluation, Source
+from minimind_jax.training.source import Recipe
 from minimind_jax.training.speed import Speed
-from minimind_jax.training.state import Parameters, TrainState, create_state, fingerprint
+from minimind_jax.training.state import TrainState, create_state, fingerprint
 from minimind_jax.training.step import Program, Skip, make_program
 from minimind_jax.training.stop import StopRequest
 from minimind_jax.training.tracking import MetricsWriter
@@ -48,46 +47,40 @@ class TrainResult(NamedTuple):
 
 def train(
     config: RunConfig,
+    recipe: Recipe,
     *,
     stage: str,
     model: LanguageModel,
-    parameters: Parameters,
-    loss_fn: LossFn,
-    source: Source,
-    evaluation: Evaluation | None,
     run: RunFolder,
     mesh: Mesh,
     has_words: bool = True,
     sample_fn: SampleFn | None = None,
-    skip_above: Mapping[str, float] | None = None,
 ) -> TrainResult:
-    """Trains for the steps that `source` plans, going on from the run's newest checkpoint.
+    """Trains for the steps that the recipe's source plans, going on from the run's newest checkpoint.
 
-    parameters: what is trained, and what `loss_fn` (see `losses`) reads beside it. source: of the batches. evaluation:
-    at `training.eval_every`. has_words: false of a model with a head of scores. sample_fn: (prompt, text) pairs written
-    by the model with these parameters. skip_above: of metrics of the loss, limits above which an update is not made
-    (see `step.Skip`).
+    has_words: false of a model with a head of scores. sample_fn: (prompt, text) pairs written by the model with these
+    parameters.
 
     Writes metrics.jsonl, environment.json, config.yaml and checkpoints into the run's folder.
     Raises:
         UserError: the checkpoint is of another model or other data, the loss is not finite, the disk is full, ...
         Interrupted: SIGTERM, SIGHUP or Ctrl-C; the state is saved.
     """
-    config = filled(config)
-    check_patience(config.training, evaluation is not None)
-    total_steps = source.planned_steps(config.training)
+    config, stride = filled(config), recipe.source.stride
+    check_patience(config.training, recipe.evaluation is not None)
+    total_steps = recipe.source.planned_steps(config.training)
     check_agreement({"the number of steps": total_steps})
     watch = Watch(config.training.watch)
-    skip = Skip(skip_above, source.stride) if skip_above else None
-    program = make_program(config, parameters, loss_fn, mesh, total_steps, skip)
-    facts = run_facts(config, stage, model, parameters, mesh, program.parts, total_steps, source, evaluation, has_words)
-    timetable = Timetable(config, total_steps, source.stride)
+    skip = Skip(recipe.skip_above, stride) if recipe.skip_above else None
+    program = make_program(config, recipe.parameters, recipe.loss_fn, mesh, total_steps, skip)
+    facts = run_facts(config, recipe, stage, model, mesh, program.parts, total_steps, has_words)
+    timetable = Timetable(config, total_steps, stride)
     is_first = jax.process_index() == 0
     with ending_alone(), contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())  # the last to go: a second signal must not disturb a save
         best = watch.best if config.checkpoint.keep_best or config.training.patience else None
         checkpoints = stack.enter_context(Checkpoints(run.checkpoints, keep=config.checkpoint.keep, best=best))
-        start = find_start(config, run, checkpoints, source, program, parameters, total_steps)
+        start = find_start(config, recipe, run, checkpoints, program, total_steps)
         # Before the settings: while metrics.jsonl says that the model is written, they are those it was written with.
         writer = stack.enter_context(
             MetricsWriter(run, config.tracking, start_step=start.step, settings=plain(config), active=is_first)
@@ -106,8 +99,7 @@ def train(
         speed = Speed(model, config.data.seq_len, start.record.get("seconds", 0.0), has_words)
         journal = Journal(config, timetable, writer, progress, speed, start.record, checkpoints, skip)
         loop = Loop(
-            config, mesh, program, source, evaluation, sample_fn, timetable, checkpoints, watch, journal, profiler,
-            stop, start.base,
+            config, recipe, mesh, program, sample_fn, timetable, checkpoints, watch, journal, profiler, stop, start.base
         )  # fmt: skip
         state, step = loop.run(start.state, start.step)
         checkpoints.wait()
@@ -130,13 +122,7 @@ class Start(NamedTuple):
 
 
 def find_start(
-    config: RunConfig,
-    run: RunFolder,
-    checkpoints: Checkpoints,
-    source: Source,
-    program: Program,
-    parameters: Parameters,
-    total_steps: int,
+    config: RunConfig, recipe: Recipe, run: RunFolder, checkpoints: Checkpoints, program: Program, total_steps: int
 ) -> Start:
     """Loads the newest checkpoint, or makes the state of a run's first step.
 
@@ -148,11 +134,11 @@ def find_start(
             f"{run.path} is at step {step} already, beyond the {total_steps} steps asked for; ask for more, or choose "
             "another run name"
         )
-    record, warnings = {}, []
+    parameters, record, warnings = recipe.parameters, {}, []
     if step:
         record = checkpoints.record(step)
         planned = record.get("total_steps", total_steps)
-        warnings.append(source.check_record(record["data"]))
+        warnings.append(recipe.source.check_record(record["data"]))
         warnings.append(schedule_change(config.optimizer, step, planned, total_steps))
         state = checkpoints.restore(step, program.abstract.stored())
         frozen = parameters.split(parameters.load())[1] if program.abstract.frozen else {}
@@ -175,10 +161,9 @@ class Loop:
     """The parts of one run, and what happens at its steps. Made by `train`. base: see `Start`."""
 
     config: RunConfig
+    recipe: Recipe
     mesh: Mesh
     program: Program
-    source: Source
-    evaluation: Evaluation | None
     sample_fn: SampleFn | None
     timetable: Timetable
     checkpoints: Checkpoints
@@ -194,10 +179,11 @@ class Loop:
     def run(self, state: TrainState, step: int) -> tuple[TrainState, int]:
         """From `step`, whose state this is, to the end, or until patience is lost. Returns where it has come to."""
         self.observe(state, step)
-        with contextlib.closing(self.source):
-            self.source.begin(step, self.timetable.total_steps)
-            while step < self.timetable.total_steps and not self.has_lost_patience():
-                if step % self.source.stride == 0:
+        source, total_steps = self.recipe.source, self.timetable.total_steps
+        with contextlib.closing(source):
+            source.begin(step, total_steps)
+            while step < total_steps and not self.has_lost_patience():
+                if step % source.stride == 0:
                     self.stop_if_asked(state, step)
                 state, step = self.train_step(state, step), step + 1
                 self.checkpoints.poll()
@@ -213,7 +199,7 @@ class Loop:
 
     def train_step(self, state: TrainState, step: int) -> TrainState:
         """The state after one more step, which the device may still be doing."""
-        batch, told = self.source.next(step, state.all_params())
+        batch, told = self.recipe.source.next(step, state.all_params())
         # Rows of other processes are as full as ours, nearly: asking them would cost a message a step.
         tokens = int(np.count_nonzero(batch["segment_ids"])) * self.row_processes
         state, metrics = self.profiler.step(step + 1, self.program.step, state, shard_batch(batch, self.mesh))
@@ -224,7 +210,7 @@ class Loop:
         with self.journal.caught_up():
             record = {
                 **self.journal.record(),
-                "data": self.source.record(),
+                "data": self.recipe.source.record(),
                 "base": self.base,
                 "total_steps": self.timetable.total_steps,
                 "config": plain(self.config),
@@ -250,8 +236,8 @@ class Loop:
 
     def observe(self, state: TrainState, step: int) -> None:
         """The evaluation and the samples due at `step`, unless they were written before the run was cut off."""
-        is_written = self.journal.writer.has
-        if self.evaluation is not None and self.timetable.evaluates(step) and not is_written(step, self.watch.key):
+        is_written, has_validation = self.journal.writer.has, self.recipe.evaluation is not None
+        if has_validation and self.timetable.evaluates(step) and not is_written(step, self.watch.key):
             with self.journal.caught_up():
                 self.evaluate(state.all_params(), step)
         if self.sample_fn is not None and self.timetable.samples(step) and not is_written(step, "samples"):
@@ -260,7 +246,7 @@ class Loop:
 
     def evaluate(self, params: Params, step: int) -> None:
         """Writes the evaluation's numbers as val_NAME; left out when the run is asked to stop meanwhile."""
-        found = self.evaluation(params, lambda: self.stop.signal is not None)
+        found = self.recipe.evaluation(params, lambda: self.stop.signal is not None)
         if found is None:
             return
         self.watch.add(step, found)

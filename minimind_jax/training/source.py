@@ -1,11 +1,13 @@
-"""What the loop is given: where the batches of a run come from, and how its model is judged."""
+"""What the loop is given: what is trained, where the batches come from, and how the model is judged."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from minimind_jax.config.sections import TrainingConfig
 from minimind_jax.data.rows import Batch
+from minimind_jax.losses import LossFn
 from minimind_jax.model.transformer import Params
+from minimind_jax.training.state import Parameters
 
 
 class Source(Protocol):
@@ -66,3 +68,20 @@ class Evaluation(Protocol):
 
     def __call__(self, params: Params, is_stopping: Callable[[], bool]) -> dict[str, float] | None:
         """The numbers; None when it gave up since the run is to stop, which `is_stopping` says at any time."""
+
+
+class Recipe(NamedTuple):
+    """What a stage trains, and on what.
+
+    source: of the batches. loss_fn: of a batch and the parameters (see `losses`). parameters: those that are trained,
+    and what the loss reads beside them. evaluation: at `training.eval_every`; None without validation data.
+    judge: writes what else belongs to the run, about the model that it has written; on the first process.
+    skip_above: limits of metrics above which an update is not made (see `step.Skip`).
+    """
+
+    source: Source
+    loss_fn: LossFn
+    parameters: Parameters
+    evaluation: Evaluation | None = None
+    judge: Callable[[], None] | None = None
+    skip_above: Mapping[str, float] | None = None

@@ -6,10 +6,12 @@ import pytest
 from run_helpers import assembled
 
 from minimind_jax.config.sections import OptimizerConfig
+from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.model.config import ComputeConfig
 from minimind_jax.runs.parts import open_rows
 from minimind_jax.training.facts import run_facts, schedule_change
 from minimind_jax.training.packed import PackedRows
+from minimind_jax.training.source import Recipe
 from minimind_jax.training.state import Parameters
 
 
@@ -22,8 +24,8 @@ def test_the_paths_that_compute_are_told(world, tmp_path, experts, path, shown):
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_experts=experts))
     run = assembled("pretrain", config)
     source = PackedRows(open_rows(run)[0])
-    parameters = Parameters.of(run.model, dict)
-    facts = run_facts(config, "pretrain", run.model, parameters, run.mesh, 1, 24, source, None)
+    recipe = Recipe(source, make_language_model_loss(run.model), Parameters.of(run.model, dict))
+    facts = run_facts(config, recipe, "pretrain", run.model, run.mesh, 1, 24)
     told = f", experts path: {shown}" if shown else ""
     assert facts["compute"] == f"float32, attention path: grouped{told}, remat none"
 

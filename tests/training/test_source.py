@@ -18,6 +18,7 @@ from minimind_jax.training.checkpoint import Checkpoints
 from minimind_jax.training.loop import train
 from minimind_jax.training.optimizer import Group
 from minimind_jax.training.run import RunFolder
+from minimind_jax.training.source import Recipe
 from minimind_jax.training.stop import Interrupted
 
 ROWS, T, STRIDE = 8, 32, 4
@@ -98,8 +99,8 @@ def train_on(config, source, **given):
         layers=lambda path: [1] if path[0] == "layers" else None,
     )
     given = {"loss_fn": make_language_model_loss(run.model), "evaluation": Success(), **given}
-    parts = {"model": run.model, "parameters": parameters, "run": run.folder, "mesh": run.mesh}
-    return train(config, stage="test", source=source, **parts, **given)
+    recipe = Recipe(source, parameters=parameters, **given)
+    return train(config, recipe, stage="test", model=run.model, run=run.folder, mesh=run.mesh)
 
 
 def test_a_run_is_saved_stopped_and_evaluated_between_strides_and_goes_on_exactly(settings, tmp_path, capsys):
