@@ -49,11 +49,8 @@ def superseded(steps: Sequence[int], newest: int, best: Best | None) -> list[int
 class Checkpoints:
     """The checkpoints of one run. All processes of a run call the same methods in the same order.
 
-    Args:
-        folder: where they are; created if needed. What a killed save left behind is removed.
-        keep: newest checkpoints kept.
-        best: of some steps the one whose checkpoint is kept, too. None: only the newest are.
-
+    folder: created if needed; what a killed save left behind there is removed. keep: newest checkpoints kept. best: of
+    some steps the one whose checkpoint is kept, too. None: only the newest are.
     Use as a context manager: leaving it waits for the save in progress.
     """
 
@@ -113,8 +110,7 @@ class Checkpoints:
         has been copied, so it may be donated. A checkpoint of that step that is already there is kept as it is.
 
         Older checkpoints that this one supersedes are removed in the background, once it is whole and was read back.
-        Raises:
-            UserError: this save, or the one before it, failed; older checkpoints are intact.
+        Raises UserError when this save, or the one before it, has failed; older checkpoints are intact.
         """
         self.wait()
         if step in self._steps:
@@ -170,9 +166,8 @@ class Checkpoints:
     def restore(self, step: int, abstract_state: Any) -> Any:
         """Checkpoint `step` as a pytree like `abstract_state` (ShapeDtypeStructs with shardings).
 
-        Raises:
-            UserError: the checkpoint is of another model or optimizer (the first tensor that differs is named), or it
-                cannot be read.
+        Raises UserError when it is of another model or optimizer (the first tensor that differs is named), or cannot be
+        read.
         """
         expected, checkpoint = flatten(abstract_state), self.folder / str(step)
         self._check(step)

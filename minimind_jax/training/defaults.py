@@ -62,9 +62,8 @@ def open_chances(config: RunConfig, is_rendered: bool, size: int) -> dict[str, f
 
 def leaves_open(config: RunConfig) -> bool:
     """Whether anything else is to follow from the data."""
-    training = config.training
-    needed = [training.batch_tokens, training.eval_every, config.optimizer.learning_rate]
-    needed.append(0.0 if config.data.val else config.data.val_fraction)
+    training, held_out = config.training, config.data.val or config.data.val_fraction
+    needed = (training.batch_tokens, training.eval_every, config.optimizer.learning_rate, held_out)
     return None in needed or not _has_length(training)
 
 
@@ -133,13 +132,12 @@ def _two_digits(number: float) -> float:
 
 def with_values(config: RunConfig, values: dict[str, Any]) -> RunConfig:
     """`config` with these values, by dotted key."""
-    sections: dict[str, dict[str, Any]] = {}
+    sections = {key.partition(".")[0]: {} for key in values}
     for key, value in values.items():
         section, _, name = key.partition(".")
-        sections.setdefault(section, {})[name] = value
-    return dataclasses.replace(
-        config, **{name: dataclasses.replace(getattr(config, name), **new) for name, new in sections.items()}
-    )
+        sections[section][name] = value
+    sections = {name: dataclasses.replace(getattr(config, name), **new) for name, new in sections.items()}
+    return dataclasses.replace(config, **sections)
 
 
 def filled(config: RunConfig) -> RunConfig:

@@ -114,13 +114,10 @@ def data_record(batches: Batches) -> dict[str, str | int | float | bool]:
 
 
 def check_same_data(before: dict, now: dict) -> str | None:
-    """Compares the data record of a checkpoint with that of the run at hand; returns a warning, or None.
+    """`Source.check_record` of a checkpoint's record and that of the run at hand.
 
     Files that were only moved or touched are the same data; a tokenizer or a rendering that makes as many tokens of it
-    is worth a warning. What the checkpoint does not say, since an earlier version of this program wrote it, is not
-    compared.
-    Raises:
-        UserError: the steps of the checkpoint were made from other batches.
+    is worth a warning. What the checkpoint of an earlier version does not say is not compared.
     """
     changed = {key: (before[key], now[key]) for key in now if key in before and before[key] != now[key]}
     if not changed:

@@ -114,14 +114,12 @@ def make_train_step(
     """A jitted `(state, batch) -> (state, metrics)`. The state is donated: its arrays are gone after the call.
 
     loss_fn: sums over one micro-batch (see `losses`), given all parameters; the gradient is of those that are trained.
-    The numerators' gradients and the denominators are summed over `accumulation_steps` micro-batches and all devices
-    and divided once, so that how a batch is cut changes nothing.
-    optimizer, rates, clip: of `training.optimizer`. The optimizer is given the step and applies its own rates, which
-    are here for the metrics.
+        The numerators' gradients and the denominators are summed over `accumulation_steps` micro-batches and all
+        devices and divided once, so that how a batch is cut changes nothing.
+    optimizer, rates, clip: of `training.optimizer`; the rates, which the optimizer applies itself, for the metrics.
     seed: the dropout key of a micro-batch is derived from it, the step and the micro-batch's number.
-    masks: `Parameters.layer_masks`, of the values that are trained.
-    shardings: of the state (see `state_shardings`), when it lies on a mesh. compute: of the model, for the precision of
-    float32.
+    masks: `Parameters.layer_masks`. shardings: of the state, when it lies on a mesh. compute: of the model, for the
+        precision of float32.
 
     A loss or gradient that is not finite leaves params and opt_state as they were, and so does `skip`; the step still
     counts, so that the run gets past the batch if it goes on.

@@ -15,9 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-from jax.experimental import multihost_utils
-
+from minimind_jax.agreement import exchange
 from minimind_jax.config.sections import TrackingConfig
 from minimind_jax.errors import UserError
 from minimind_jax.folders import holds_model
@@ -32,8 +30,7 @@ WALL_CLOCK = ("seconds", "tokens_per_second", "mfu")
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; none if it does not exist. A last line that a kill cut off is left out.
 
-    Raises:
-        UserError: another line is not a JSON object with `step`.
+    Raises UserError when another line is not a JSON object with `step`.
     """
     path = as_path(path)
     if not is_there(path):
@@ -67,12 +64,11 @@ def export_row(step: int, written: str, model_step: int | None = None) -> dict[s
 
 def append_export(run: RunFolder, row: dict[str, Any]) -> None:
     """Adds an `export_row`; the last thing that a run writes, which makes it finished."""
-    row = _line(row)
     if is_remote(run.metrics_file):
-        write_text(run.metrics_file, run.metrics_file.read_text("utf-8") + row)
-        return
-    with run.metrics_file.open("a", encoding="utf-8") as file:
-        file.write(row)
+        write_text(run.metrics_file, run.metrics_file.read_text("utf-8") + _line(row))
+    else:
+        with run.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(_line(row))
 
 
 def is_exported(run: RunFolder) -> bool:
@@ -86,17 +82,12 @@ def is_exported(run: RunFolder) -> bool:
 class MetricsWriter:
     """Appends rows to the run's metrics.jsonl and to the chosen loggers.
 
-    Args:
-        run: the run's folder.
-        tracking: the loggers.
-        start_step: the checkpoint's step the run goes on from, 0 at its start; rows of later steps are removed first,
-            and so is the `exported` row: the run is not finished until it has written its model again.
-        settings: a plain dict that loggers show beside the curves.
-        active: false on all processes but the first, which write nothing.
+    start_step: the checkpoint's step the run goes on from, 0 at its start; rows of later steps are removed first, and
+        so is the `exported` row: the run is not finished until it has written its model again.
+    settings: a plain dict that loggers show beside the curves.
+    active: false on all processes but the first, which write nothing.
 
-    Use as a context manager.
-    Raises:
-        UserError: a logger's package is not installed, or the file cannot be written.
+    Use as a context manager. Raises UserError when a logger's package is not installed or the file cannot be written.
     """
 
     def __init__(
@@ -108,9 +99,8 @@ class MetricsWriter:
         # A run that starts anew writes its step 0 again; a resumed one keeps what was measured there.
         rows = read_metrics(self.path) if start_step else []
         self.rows = [row for row in rows if row["step"] <= start_step and "exported" not in row]
-        if jax.process_count() > 1:
-            # All processes must know the same rows (what is done, what is not) before the first one adds to them.
-            multihost_utils.sync_global_devices("metrics.jsonl")
+        # All processes must know the same rows (what is done, what is not) before the first one adds to them.
+        exchange()
         if not active:
             return
         text = "".join(_line(row) for row in self.rows)
