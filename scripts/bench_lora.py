@@ -14,7 +14,7 @@ import bench_common as bench
 import jax
 import numpy as np
 
-from minimind_jax.config.sections import DataConfig, LoRAConfig, TrainingConfig
+from minimind_jax.config.sections import LoRAConfig, TextConfig, TrainingConfig
 from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.convert.peft import rank_table
 from minimind_jax.huge_pages import use_huge_pages
@@ -24,6 +24,7 @@ from minimind_jax.model.lora import init_adapters, join, make_adapter
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.seeds import named_key
 from minimind_jax.sharding import init_params, make_mesh, param_shardings, shard_batch
+from minimind_jax.training.defaults import filled
 from minimind_jax.training.state import Parameters, create_state
 from minimind_jax.training.step import make_program
 
@@ -69,9 +70,8 @@ def main() -> None:
     parser.add_argument("--seq_len", type=int, default=340)
     parser.add_argument("--pairs", type=int, default=5)
     args = parser.parse_args()
-    config = PretrainConfig(
-        data=DataConfig(seq_len=args.seq_len), training=TrainingConfig(batch_tokens=args.rows * args.seq_len)
-    )
+    rows = TrainingConfig(batch_tokens=args.rows * args.seq_len)
+    config = filled(PretrainConfig(data=TextConfig(seq_len=args.seq_len), training=rows))
     shape = ModelConfig(hidden_size=args.hidden_size, num_hidden_layers=args.layers)
     adapters = rank_table(shape, args.rank, args.targets, {})
     sides = {"all": Side(config, shape, None), "lora": Side(config, shape, adapters)}

@@ -31,6 +31,7 @@ from minimind_jax.model.config import ComputeConfig, ModelConfig
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.seeds import named_key
 from minimind_jax.sharding import init_params, make_mesh, shard_batch
+from minimind_jax.training.defaults import filled
 from minimind_jax.training.speed import flops_per_token, peak_flops
 from minimind_jax.training.state import Parameters, create_state
 from minimind_jax.training.step import make_program
@@ -63,6 +64,7 @@ def serve_ours(settings: dict) -> None:
                         cache_dir=settings["cache"]),
         training=TrainingConfig(batch_tokens=settings["rows"] * settings["seq_len"]),
     )  # fmt: skip
+    config = filled(config)
     model = LanguageModel(_model_config(settings), config.compute)
     mesh = make_mesh(config.mesh)
     parameters = Parameters.of(model, lambda: init_params(model, named_key(0, "init"), mesh))

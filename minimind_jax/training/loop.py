@@ -93,7 +93,7 @@ def train(
         profiler = stack.enter_context(Profiler(run, config.training, start.step, progress.say, active=is_first))
         resumed = {"resumed": f"from the checkpoint of step {start.step}"} if start.step else {}
         progress.facts({**facts, "run": str(run.path), **resumed})
-        silent = unwatched(config.training, evaluation is not None)
+        silent = unwatched(config.training, recipe.evaluation is not None)
         for warning in filter(None, [*start.warnings, few_steps(total_steps, config), silent]):
             progress.say(f"[bold red]warning:[/] {warning}")
         speed = Speed(model, config.data.seq_len, start.record.get("seconds", 0.0), has_words)
