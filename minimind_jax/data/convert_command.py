@@ -1,5 +1,6 @@
 """`minimind data convert`: records of any format, written in ours."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -104,7 +105,7 @@ def _renamed(record: Record, names: dict[str, str]) -> Record:
     if len(value) < len(record.value):
         taken = next(new for old, new in names.items() if old in record.value and new in record.value)
         raise UserError(f"{record.where}: the field {taken!r} is there already; rename that, too")
-    return Record(record.where, record.file, record.line, value, record.told)
+    return dataclasses.replace(record, value=value)
 
 
 def _kind(record: Record, reading: Reading) -> KindName:

@@ -48,10 +48,6 @@ class Inspection:
     lengths: np.ndarray
     packings: dict[str, Packed]
 
-    @property
-    def trained_share(self) -> float:
-        return self.cache.info["trained_tokens"] / self.cache.info["tokens"]
-
 
 def run(config: InspectConfig) -> None:
     """Inspects the files that `config` names."""
@@ -78,7 +74,10 @@ def inspect(
     files = expand_paths(paths)
     kind = kind or detect_kind(files, reading_of(data))
     cache = build_cache(kind, files, tokenizer, dataclasses.replace(data, on_error="skip"), seed, report_skipped=False)
-    packings = {name: _pack(cache, data, name, seed) for name in KINDS[kind].packings}
+    packings = {}
+    for name in KINDS[kind].packings:
+        plan = plan_epoch(cache, np.arange(len(cache)), data, seed, epoch=0, packing=name).plan
+        packings[name] = Packed(plan, lost=len(cache) - len(np.unique(plan.documents)))
     found = Inspection(kind, cache, cache.lengths, packings)
     _print_records(console, cache, tokenizer, min(rows, len(cache)), data.seq_len)
     _print_counts(console, found, tokenizer, files)
@@ -99,11 +98,6 @@ def detect_kind(files: list[Path], reading: Reading = READING) -> KindName:
             "--text_field names another field with a text, and docs/data.md lists the formats that are read"
         )
     raise UserError(f"{', '.join(map(str, files))}: no line is a JSON object; the first: {broken[0]}")
-
-
-def _pack(cache: TokenCache, data: DataConfig, packing: str, seed: int) -> Packed:
-    plan = plan_epoch(cache, np.arange(len(cache)), data, seed, epoch=0, packing=packing).plan
-    return Packed(plan, lost=len(cache) - len(np.unique(plan.documents)))
 
 
 def printable(text: str) -> str:
@@ -137,17 +131,15 @@ def _print_records(console: Console, cache: TokenCache, tokenizer: Tokenizer, co
 
 def _print_counts(console: Console, found: Inspection, tokenizer: Tokenizer, files: list[Path]) -> None:
     info, token_bytes = found.cache.info, tokenizer.token_bytes()
-    size = sum(
-        int(token_bytes[found.cache.tokens[start : start + (1 << 20)]].sum())
-        for start in range(0, info["tokens"], 1 << 20)
-    )
+    parts = np.array_split(found.cache.tokens, info["tokens"] // (1 << 20) + 1)  # not all in memory at once
+    size = sum(int(token_bytes[part].sum()) for part in parts)
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in (
         ("kind", found.kind),
         ("files", f"{len(files):,}"),
         ("records", f"{len(found.cache) + info['skipped']:,}, {info['skipped']:,} of them broken"),
         ("tokens", f"{info['tokens']:,}, {size / info['tokens']:.2f} bytes of text each"),
-        ("trained tokens", f"{info['trained_tokens']:,} ({found.trained_share:.1%})"),
+        ("trained tokens", f"{info['trained_tokens']:,} ({info['trained_tokens'] / info['tokens']:.1%})"),
         *((name, f"{info[name]:,}") for name in KINDS[found.kind].counts),
     ):
         table.add_row(name, value)

@@ -126,14 +126,11 @@ def plan_best_fit(
     `split_at_turns`.
     """
     lengths = np.asarray(lengths, np.int64)
-    cuts = [
-        (doc, *split_at_turns(lengths[doc], turn_starts(doc), seq_len, message_starts(doc)))
-        for doc in np.flatnonzero(lengths > seq_len)
-    ]
-    fitting = np.flatnonzero(lengths <= seq_len)
-    documents = np.concatenate([np.full(len(bounds) - 1, doc) for doc, bounds, _ in cuts] or [[]]).astype(np.int64)
-    starts = np.concatenate([bounds[:-1] for _, bounds, _ in cuts] or [[]]).astype(np.int64)
-    stops = np.concatenate([bounds[1:] for _, bounds, _ in cuts] or [[]]).astype(np.int64)
+    fitting, too_long = np.flatnonzero(lengths <= seq_len), np.flatnonzero(lengths > seq_len)
+    cuts = [split_at_turns(lengths[doc], turn_starts(doc), seq_len, message_starts(doc)) for doc in too_long]
+    documents = np.repeat(too_long, np.array([len(bounds) - 1 for bounds, _ in cuts], np.int64))
+    starts = np.concatenate([bounds[:-1] for bounds, _ in cuts] or [[]]).astype(np.int64)
+    stops = np.concatenate([bounds[1:] for bounds, _ in cuts] or [[]]).astype(np.int64)
     kept = targets(documents, starts, stops) > 0
     documents = np.concatenate([fitting, documents[kept]])
     starts = np.concatenate([np.zeros_like(fitting), starts[kept]])
@@ -142,7 +139,7 @@ def plan_best_fit(
         order = np.argsort(documents, kind="stable")
         documents, starts, stops = documents[order], starts[order], stops[order]
 
-    counts = {"cut_documents": len(cuts), "cut_turns": sum(turns for _, _, turns in cuts)}
+    counts = {"cut_documents": len(cuts), "cut_turns": sum(turns for _, turns in cuts)}
     counts["untrained"] = int((~kept).sum())
     pieces = documents, starts[:, None], stops[:, None]
     return _plan_groups(lengths, *pieces, seq_len, seed, epoch, shuffle, **counts)

@@ -83,10 +83,8 @@ def render(
     open_thinking decides whether the generation prompt opens a think block; where it is None, enable_thinking does
     (the name other programs use; llama.cpp always sets it). Neither given: an empty think block, no thinking.
     """
-    return "".join(
-        segment.text
-        for segment in render_segments(messages, tools, add_generation_prompt, open_thinking, enable_thinking)
-    )
+    segments = render_segments(messages, tools, add_generation_prompt, open_thinking, enable_thinking)
+    return "".join(segment.text for segment in segments)
 
 
 def render_segments(
@@ -100,9 +98,8 @@ def render_segments(
     """The conversation in pieces whose texts join to what `chat_template.jinja` renders, byte for byte.
 
     Trained is everything after an assistant header up to and including <|im_end|> and the newline, but of messages with
-    `train` False. Pieces end wherever
-    a prompt ends at inference (after the header, after "<think>\\n", after an empty think block), so that tokenising
-    each by itself gives the model in training the very tokens it sees in use.
+    `train` False. Pieces end wherever a prompt ends at inference (after the header, after "<think>\\n", after an empty
+    think block), so that tokenising each by itself gives the model in training the very tokens it sees in use.
     keep_empty_think: False leaves out the empty think blocks of the assistant's messages.
     Raises UserError for an unknown role.
     """
@@ -205,11 +202,8 @@ def apply_dice(
     setting does not move the other's draws.
     """
     adds_prompt, choice, removes_think = rng.random(3)
-    if (
-        adds_prompt < system_prompt_probability
-        and not conversation.tools
-        and conversation.messages[0]["role"] != "system"
-    ):
+    is_bare = not conversation.tools and conversation.messages[0]["role"] != "system"
+    if is_bare and adds_prompt < system_prompt_probability:
         prompt = {"role": "system", "content": SYSTEM_PROMPTS[int(choice * len(SYSTEM_PROMPTS))]}
         conversation = dataclasses.replace(conversation, messages=[prompt, *conversation.messages])
     return conversation, not removes_think < empty_think_removal
@@ -235,12 +229,8 @@ class Dice:
 
     def roll(self, record_index: int) -> Roll:
         """What is drawn for a record; all its conversations get the same draws."""
-
-        def roll(conversation: Conversation) -> tuple[Conversation, bool]:
-            rng = dice_rng(self.seed, record_index, self.epoch)
-            return apply_dice(conversation, rng, self.system_prompt_probability, self.empty_think_removal)
-
-        return roll
+        chances = self.system_prompt_probability, self.empty_think_removal
+        return lambda talk: apply_dice(talk, dice_rng(self.seed, record_index, self.epoch), *chances)
 
 
 class _GenerationTag(jinja2.ext.Extension):

@@ -1,4 +1,4 @@
-"""What a foreign chat template makes of a conversation: whether it leaves anything out, and how its prompts end."""
+"""What a foreign chat template makes of a conversation: whether it leaves anything out."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -82,12 +82,6 @@ def raise_as_what_it_is(
     raise error
 
 
-def ends_in_thought(prompt: str, without_generation_prompt: str) -> bool:
-    """Whether what a template adds for the model to write on from leaves a think block open."""
-    added = prompt.removeprefix(without_generation_prompt)
-    return added.rfind(OPEN_TAG) > added.rfind(CLOSE_TAG)
-
-
 def _ways_out() -> str:
     return (
         "the model would not see it. Leave that out, take a tokenizer whose template writes it (--tokenizer), or copy "
@@ -101,11 +95,7 @@ def _said(message: Message) -> list[tuple[str, list[Any]]]:
     answer = _split_thought(content)[1] if message["role"] == "assistant" else content
     calls = [_function(call) for call in message.get("tool_calls") or ()]
     called = [word for call in calls for word in (call.get("name"), *_leaves(call.get("arguments")))]
-    return [
-        ("content", [answer]),
-        *_thoughts(message),
-        ("tool_calls", called),
-    ]
+    return [("content", [answer]), *_thoughts(message), ("tool_calls", called)]
 
 
 def _thoughts(message: Message) -> list[tuple[str, list[Any]]]:

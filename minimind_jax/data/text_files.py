@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -107,25 +107,21 @@ def json_values(stream: BinaryIO, file: Path, encoding: str) -> Iterator[tuple[i
 
     Lines are told from the rest by the first that is not blank. Raises UserError for text that cannot be split.
     """
-    lines = _lines(stream, file) if codecs.lookup(encoding).name == "utf-8" else _decoded_lines(stream, file, encoding)
-    for number, first in lines:
-        if first.strip():
-            lines = itertools.chain([(number, first)], lines)
-            break
-    else:
-        return
-    if _is_spread(first):
-        yield from _spread_values(lines, file)
-        return
-    for number, line in lines:
-        if line.strip():
-            yield number, line
+    is_utf8 = codecs.lookup(encoding).name == "utf-8"
+    lines = _lines(stream.readline, file) if is_utf8 else _decoded_lines(stream, file, encoding)
+    filled = ((number, line) for number, line in lines if line.strip())
+    begin = next(filled, None)
+    if begin and _is_spread(begin[1]):
+        yield from _spread_values(itertools.chain([begin], lines), file)
+    elif begin:
+        yield begin
+        yield from filled
 
 
-def _lines(stream: BinaryIO, file: Path) -> Iterator[tuple[int, bytes]]:
-    number = 0
-    while raw := stream.readline(MAX_LINE + 1):
-        number += 1
+def _lines(readline: Callable[[int], bytes], file: Path) -> Iterator[tuple[int, bytes]]:
+    for number in itertools.count(1):
+        if not (raw := readline(MAX_LINE + 1)):
+            return
         if len(raw) > MAX_LINE:
             raise UserError(f"{file}:{number}: longer than {MAX_LINE:,} bytes; expected one JSON object a line")
         yield number, raw.removeprefix(BOM)  # in any line: files with the mark are joined end to end
@@ -133,19 +129,10 @@ def _lines(stream: BinaryIO, file: Path) -> Iterator[tuple[int, bytes]]:
 
 def _decoded_lines(stream: BinaryIO, file: Path, encoding: str) -> Iterator[tuple[int, bytes]]:
     try:
-        yield from _lines(_Utf8(_text(stream, encoding, "")), file)
+        text = _text(stream, encoding, "")
+        yield from _lines(lambda limit: text.readline(limit).encode("utf-8", "surrogatepass"), file)
     except UnicodeError as error:
         raise _undecodable(error, file, encoding) from error
-
-
-class _Utf8:
-    """Lines of text as bytes of UTF-8."""
-
-    def __init__(self, text: io.TextIOWrapper):
-        self._text = text
-
-    def readline(self, limit: int) -> bytes:
-        return self._text.readline(limit).encode("utf-8", "surrogatepass")
 
 
 def _is_spread(first: bytes) -> bool:
@@ -157,10 +144,8 @@ def _is_spread(first: bytes) -> bool:
         return False
     try:
         json.loads(start)
-    except json.JSONDecodeError as error:
-        return error.pos >= len(start)  # right so far, and more has to come
-    except (ValueError, RecursionError):
-        return False
+    except (ValueError, RecursionError) as error:
+        return getattr(error, "pos", 0) >= len(start)  # right so far, and more has to come
     return False
 
 
@@ -298,8 +283,7 @@ def csv_rows(stream: BinaryIO, file: Path, encoding: str) -> Iterator[tuple[int,
         sample = text.read(_SAMPLE).removeprefix("\ufeff")
         _check_zeros(sample, file)
         first, _, rest = sample.partition("\n")
-        skipped = 0
-        line = first.strip('"\r\n')
+        line, skipped = first.strip('"\r\n'), 0
         separator = line[4:5] if line.lower().startswith("sep=") else ""  # a line of Excel's
         if separator:
             sample, skipped = rest, 1
@@ -316,15 +300,13 @@ def csv_rows(stream: BinaryIO, file: Path, encoding: str) -> Iterator[tuple[int,
         if twice:
             raise UserError(f"{file}:1: the header has the column {twice[0][:40]!r} twice; rename one")
         for row in reader:
-            if not any(row.values()):  # Excel's, below the table
-                continue
-            yield reader.line_num + skipped, row
+            if any(row.values()):  # else one of Excel's, below the table
+                yield reader.line_num + skipped, row
     except UnicodeError as error:
         raise _undecodable(error, file, encoding) from error
     except csv.Error as error:
-        raise UserError(
-            f"{file}: not a readable CSV file: {error} (at line {reader.reader.line_num + skipped})"
-        ) from error
+        line_number = reader.reader.line_num + skipped
+        raise UserError(f"{file}: not a readable CSV file: {error} (at line {line_number})") from error
 
 
 def _joined(sample: str, text: io.TextIOWrapper) -> Iterator[str]:

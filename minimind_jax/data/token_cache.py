@@ -147,17 +147,16 @@ def build_cache(
                     cache = _build(folder, files, encoder, tokenizer, source, data.tokenizer_workers, progress)
                     if progress:
                         _report_stale(cache, data)
-    if cache.info["skipped"] and data.on_error == "stop":  # made with `skip`, where this error was the first
-        raise UserError(cache.info["skipped_messages"][0])
-    if cache.info["skipped"] and report_skipped:
-        _report_skipped(cache)
+    if skipped := cache.info["skipped"]:
+        first = cache.info["skipped_messages"][0]
+        if data.on_error == "stop":  # made with `skip`, where this error was the first
+            raise UserError(first)
+        if report_skipped:
+            _say(f"Skipped {skipped:,} of {skipped + len(cache):,} records, the first: {first}")
     if progress:
         _report_told(cache.folder, tuple(cache.info["told"]))
         _report_left_out(tuple(map(str, paths)))
     return cache
-
-
-# What a cache depends on
 
 
 def _dice(kind: KindName, data: FilesConfig, seed: int, epoch: int) -> Dice | None:
@@ -180,9 +179,6 @@ def _source(files: list[Path], encoder: "Encoder", tokenizer: Tokenizer, root: P
         "dice": encoder.dice and dataclasses.asdict(encoder.dice),
         **({"classes": dataclasses.asdict(encoder.classes)} if encoder.classes else {}),
     }
-
-
-# Files
 
 
 def _layout(info: dict[str, Any]) -> dict[str, tuple[int, np.dtype]]:
@@ -223,7 +219,9 @@ def _build(folder, files, encoder, tokenizer, source, asked_workers, progress) -
             names = ", ".join(map(str, files))
             first = f"; the first of them: {info['skipped_messages'][0]}" if info["skipped"] else ""
             raise UserError(f"{names}: no usable record, {info['skipped']} were skipped{first}")
-        _write_synced(building / "info.json", json.dumps({**info, "source": source}, indent=1).encode())
+        info_file = open(building / "info.json", "wb")
+        info_file.write(json.dumps({**info, "source": source}, indent=1).encode())
+        _close_synced(info_file)
         shutil.rmtree(folder, ignore_errors=True)  # only ever a damaged one
         building.rename(folder)
     finally:
@@ -261,9 +259,7 @@ class _CacheWriter:
     def __exit__(self, *exception):
         self.info["told"] = told_lines(self._told)
         for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
+            _close_synced(file)
 
     def _append(self, arrays: dict[str, np.ndarray]) -> None:
         for name in arrays.keys() & self._files.keys():
@@ -306,11 +302,10 @@ def _map(path: Path, count: int, dtype: np.dtype) -> np.ndarray | None:
     return np.memmap(path, dtype, mode="r", shape=(count,)).view(np.ndarray) if count else np.zeros(0, dtype)
 
 
-def _write_synced(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def _close_synced(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
 
 
 @contextlib.contextmanager
@@ -324,16 +319,8 @@ def _explained_disk_errors(folder: Path):
         ) from error
 
 
-# What the user sees
-
-
 def _say(text: str) -> None:
     Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
-
-
-def _report_skipped(cache: TokenCache) -> None:
-    skipped, first = cache.info["skipped"], cache.info["skipped_messages"][0]
-    _say(f"Skipped {skipped:,} of {skipped + len(cache):,} records, the first: {first}")
 
 
 _report_left_out = functools.cache(tell_left_out)

@@ -32,7 +32,6 @@ from minimind_jax.errors import TemplateFault, UserError
 CHUNK_BYTES = 1 << 19  # of raw lines a process gets at once
 BYTES_PER_PROCESS = 4 << 20  # less than this is not worth a process of its own
 
-
 Line = tuple[int, Path, int, bytes | dict]  # number of the record, file, line, what `iter_lines` gave
 
 
@@ -57,10 +56,9 @@ class Encoder:
         record, kind = parse_line(raw, file, line_number, told), KINDS[self.kind]
         parsed = kind.parse(record, Wanted(self.reading, self.classes))
         notes: set[str] = set()
+        roll = self.dice.roll(number) if self.dice else unchanged
         try:
-            document = kind.encode(
-                self.tokenizer, parsed, self.dice.roll(number) if self.dice else unchanged, notes.add
-            )
+            document = kind.encode(self.tokenizer, parsed, roll, notes.add)
         except UserError as error:  # of the template, which knows no files
             raise type(error)(f"{record.where}: {error}") from error
         record.told.update((str(file), note) for note in notes)

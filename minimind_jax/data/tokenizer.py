@@ -17,14 +17,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from minimind_jax.data.template import (
-    CHAT_TEMPLATE,
-    Segment,
-    render_jinja,
-    render_segments,
-    renders_as_ours,
-)
-from minimind_jax.data.template_check import FORGOTTEN, check_complete, ends_in_thought, raise_as_what_it_is
+from minimind_jax.data.template import CHAT_TEMPLATE, Segment, render_jinja, render_segments, renders_as_ours
+from minimind_jax.data.template_check import CLOSE_TAG, FORGOTTEN, OPEN_TAG, check_complete, raise_as_what_it_is
 from minimind_jax.data.template_spans import foreign_segments
 from minimind_jax.data.token_bytes import bytes_of_tokens
 from minimind_jax.errors import TemplateFault, UserError
@@ -80,7 +74,7 @@ class Tokenizer:
         self.own_template = template is None or renders_as_ours(template)
         self.chat_template = CHAT_TEMPLATE if self.own_template else template
         self._backend = backend
-        vocabulary = backend.get_vocab(with_added_tokens=True)
+        vocabulary = self.vocabulary()
         self.vocab_size = max(vocabulary.values()) + 1
         self.special_tokens = {name: _special(folder, config, name, vocabulary) for name in _USUAL_NAMES}
         self.bos_id, self.eos_id, self.pad_id = (vocabulary.get(token) for token in self.special_tokens.values())
@@ -110,10 +104,9 @@ class Tokenizer:
             )
         if not is_there(file):
             raise UserError(f"{file}: no such file; expected a tokenizer folder (`minimind tokenizer` makes one)")
+        text = read_text(file)
         try:
-            backend = tokenizers.Tokenizer.from_str(read_text(file))
-        except UserError:
-            raise
+            backend = tokenizers.Tokenizer.from_str(text)
         except BaseException as error:  # the Rust library raises bare Exception, and panics of no class of Python's
             if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
                 raise
@@ -146,7 +139,7 @@ class Tokenizer:
     @functools.cached_property
     def turn_end_id(self) -> int | None:
         """The token that the template writes behind an answer; None if it writes none, or text that is no token."""
-        after = self._written_after({"role": "assistant", "content": _PROBE_WORD}, _PROBE_WORD)
+        after = self._written_after({"role": "assistant", "content": _PROBE_WORD})
         return next((i for i in after if i in self._added), None)
 
     @functools.cached_property
@@ -159,18 +152,18 @@ class Tokenizer:
         """The tokens that end an answer: those that the template writes behind one and behind a tool call (only a
         special one: `</tool_call>` is none), and the end-of-text token."""
         call = {"type": "function", "function": {"name": _PROBE_WORD, "arguments": {"a": "b"}}}
-        after = self._written_after({"role": "assistant", "content": "", "tool_calls": [call]}, _PROBE_WORD)
+        after = self._written_after({"role": "assistant", "content": "", "tool_calls": [call]})
         called = [i for i in after if i in self.special_ids][-1:]
         found = [i for i in (self.turn_end_id, *called) if i is not None]
         return tuple(dict.fromkeys([*found, self.eos_id]))
 
-    def _written_after(self, answer: dict[str, Any], word: str) -> list[int]:
-        """The tokens that the template writes behind the word in an answer; none if it cannot write it."""
+    def _written_after(self, answer: dict[str, Any]) -> list[int]:
+        """The tokens that the template writes behind _PROBE_WORD in an answer; none if it cannot write it."""
         try:
             segments = self.prompt_segments([{"role": "user", "content": "q"}, answer], add_generation_prompt=False)
         except UserError:
             return []
-        _, found, after = "".join(segment.text for segment in segments).rpartition(word)
+        _, found, after = "".join(segment.text for segment in segments).rpartition(_PROBE_WORD)
         return self.encode(after) if found else []
 
     @property
@@ -204,7 +197,7 @@ class Tokenizer:
         """The bytes of every id, b"" for unused ids."""
         pieces = [b""] * self.vocab_size
         to_bytes = bytes_of_tokens(self._backend)
-        for token, i in self._backend.get_vocab(with_added_tokens=True).items():
+        for token, i in self.vocabulary().items():
             pieces[i] = to_bytes(token)
         return pieces
 
@@ -263,7 +256,8 @@ class Tokenizer:
             "".join(segment.text for segment in self.prompt_segments(messages, tools, prompts, open_thinking))
             for prompts in (True, False)
         )
-        return ends_in_thought(prompt, before)
+        added = prompt.removeprefix(before)
+        return added.rfind(OPEN_TAG) > added.rfind(CLOSE_TAG)
 
     def prompt_segments(
         self,
@@ -300,10 +294,8 @@ class Tokenizer:
                 shutil.copyfile(self.folder / name, folder / name)
         config_file = folder / "tokenizer_config.json"
         found = _read_json(config_file)
-        config = {
-            **(found or tokenizer_config(self._backend, self.special_tokens)),
-            "chat_template": self.chat_template,
-        }
+        config = found or tokenizer_config(self._backend, self.special_tokens)
+        config = {**config, "chat_template": self.chat_template}
         config.setdefault("model_input_names", ["input_ids", "attention_mask"])
         if config != found:
             _write_json(config_file, config)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from minimind_jax.config.sections import DataConfig
-from minimind_jax.data import content, template
+from minimind_jax.data import cache_folder, template
 from minimind_jax.data.documents import encode_conversation, encode_text
 from minimind_jax.data.jsonl import iter_records
 from minimind_jax.data.kinds import parse_conversation
@@ -256,7 +256,7 @@ BUILD = """
 import sys
 import minimind_jax.data.tokenise as tokenise
 from minimind_jax.config.sections import DataConfig
-from minimind_jax.data import content
+from minimind_jax.data import cache_folder
 from minimind_jax.data.token_cache import build_cache
 from minimind_jax.data.tokenizer import Tokenizer
 
@@ -352,7 +352,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, tokenizer, data, monkeypat
 
 def test_a_file_with_another_content_and_the_same_size_and_times_is_noticed(tmp_path, tokenizer, data, monkeypatch):
     """As `cp -p`, rsync -t and backups leave it; after a while, when its hash is remembered."""
-    monkeypatch.setattr(content, "SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(cache_folder, "SETTLED_SECONDS", -1.0)
     file = write_lines(tmp_path / "a.jsonl", texts(10))
     before = build_cache("text", [file], tokenizer, data, seed=1)
     stat = file.stat()
@@ -370,10 +370,10 @@ def test_a_file_with_another_content_and_the_same_size_and_times_is_noticed(tmp_
 
 def test_a_hash_is_made_once(tmp_path, tokenizer, data, monkeypatch):
     file = write_lines(tmp_path / "a.jsonl", texts(10))
-    monkeypatch.setattr(content, "SETTLED_SECONDS", -1.0)
-    found = content.file_identities([file], tmp_path)
-    monkeypatch.setattr(content, "_hash", lambda path: pytest.fail("read again"))
-    assert content.file_identities([file], tmp_path) == found
-    (tmp_path / content.REMEMBERED).write_text("[1")  # damaged: read again
+    monkeypatch.setattr(cache_folder, "SETTLED_SECONDS", -1.0)
+    found = cache_folder.file_identities([file], tmp_path)
+    monkeypatch.setattr(cache_folder, "_hash", lambda path: pytest.fail("read again"))
+    assert cache_folder.file_identities([file], tmp_path) == found
+    (tmp_path / cache_folder.REMEMBERED).write_text("[1")  # damaged: read again
     with pytest.raises(pytest.fail.Exception, match="read again"):
-        content.file_identities([file], tmp_path)
+        cache_folder.file_identities([file], tmp_path)
