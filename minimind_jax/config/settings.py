@@ -190,7 +190,8 @@ def _place(words: list[str], places: Sequence[Field]) -> dict[str, Setting]:
         if taken:
             given[field.key] = Setting(taken if field.is_list else taken[0], "command line")
     if words:
-        raise UserError(f"unexpected argument {words[0]!r}; settings are given as --key value")
+        told = "settings are given as --key value, a value with spaces in quotes"
+        raise UserError(f"unexpected argument {words[0]!r}; {told}")
     return given
 
 

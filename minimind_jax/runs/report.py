@@ -99,7 +99,7 @@ def report_text(
 ) -> str:
     """report.md as text. kind: of the run's stage, if that is known."""
     watch = Watch.of_run(config, val)
-    recorded, defaults = run.read_environment(), plain(kind.config()) if kind else {}
+    recorded, own = run.read_environment(), not_default(config, _unset(kind) if kind else {})
     facts = {key.replace("_", " "): value for key, value in recorded.get("run", {}).items()}
     sections = [
         f"# Run {run.path.name}",
@@ -122,7 +122,7 @@ def report_text(
         _next_steps(run, kind),
         "## Settings",
         f"Those that are not the defaults; all are in {run.config_file.name}.",
-        _code(yaml.safe_dump(not_default(config, defaults), sort_keys=False, allow_unicode=True), "yaml"),
+        _code(yaml.safe_dump(own, sort_keys=False, allow_unicode=True), "yaml"),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -153,6 +153,15 @@ def verdict(train: list[dict], val: list[dict], watch: Watch, chosen: dict) -> s
     else:
         said.append(f"{number} {improved} from {first:.4f} to {last:.4f}.")
     return " ".join(said)
+
+
+def _unset(kind: StageKind) -> dict:
+    """The stage's defaults, with those of the settings that runs of an earlier version kept of all stages."""
+    found = plain(kind.config())
+    for key, (value, _) in kind.config.FORMER.items():
+        section, _, name = key.partition(".")
+        found.setdefault(section, {}).setdefault(name, value)
+    return found
 
 
 def not_default(config: dict, defaults: dict) -> dict:

@@ -143,3 +143,10 @@ def test_the_report_says_when_with_which_command_and_what_is_not_the_default(run
     settings = text.partition("## Settings")[2]
     assert "seed: 77" in settings and "momentum" not in settings and "resume" not in settings
     assert not_default({"a": {"b": 1}, "c": 2}, {}) == {"a": {"b": 1}, "c": 2}
+
+
+def test_what_an_earlier_version_kept_of_other_stages_is_no_setting_of_the_run(run):
+    train = [{"step": 1, "loss": 1.0}]
+    config = {"data": {"packing": "best_fit"}, "samples": {"top_p": 1.0, "temperature": 0.5}}
+    settings = report_text(run, STAGES["classify"], config, train, train, []).partition("## Settings")[2]
+    assert "temperature: 0.5" in settings and "packing" not in settings and "top_p" not in settings
