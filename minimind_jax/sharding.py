@@ -82,11 +82,11 @@ def make_mesh(config, devices: list[jax.Device] | None = None) -> Mesh:
     Raises UserError when the sizes do not multiply to the number of devices, or not to the slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [getattr(config, axis) for axis in MESH_AXES]
-    known = math.prod(size for size in sizes if size != -1)
-    filled = [len(devices) // known if size == -1 else size for size in sizes]
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    known = math.prod(size for size in sizes.values() if size != -1)
+    filled = [len(devices) // known if size == -1 else size for size in sizes.values()]
     if math.prod(filled) != len(devices):
-        asked = ", ".join(f"mesh.{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+        asked = ", ".join(f"mesh.{axis} {size}" for axis, size in sizes.items())
         raise UserError(
             f"{asked} do not fit {len(devices)} devices: the sizes must multiply to it; "
             "set one of them to -1 to take the devices that are left"
@@ -126,15 +126,10 @@ def param_shardings(mesh: Mesh, logical_axes, abstract):
     """
 
     def place(path, parameter, axes):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if len(axes) != len(parameter.shape):
-            raise ValueError(f"{name} has shape {parameter.shape} but logical axes {axes}")
         spec = [RULES[axis] for axis in axes]
-        used = [axis for axis in spec if axis is not None]
-        if len(set(used)) != len(used):
-            raise ValueError(f"{name}: two of its axes {axes} are cut over the same mesh axis: {spec}")
         for axis, size, mesh_axis in zip(axes, parameter.shape, spec, strict=True):
             if mesh_axis is not None and size % mesh.shape[mesh_axis]:
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise UserError(
                     f"parameter {name}: its axis {axis} of size {size} does not divide by "
                     f"mesh.{mesh_axis} {mesh.shape[mesh_axis]}; choose sizes that divide"

@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -37,14 +36,10 @@ def with_program(text: str) -> str:
 
 def install_command(extra: str) -> str:
     """What installs the packages of one of our extras, by their own names: this package need not be in any index."""
-    wanted = packages_of(extra, importlib.metadata.requires("minimind-jax") or [])
-    return " ".join([shlex.quote(_shortest(Path(sys.executable))), "-m pip install", *map(shlex.quote, wanted)])
-
-
-def packages_of(extra: str, requirements: Iterable[str]) -> list[str]:
-    """The requirements of an extra, out of those that a package's metadata lists."""
-    pairs = (text.partition(";") for text in requirements)
-    return [name.strip() for name, _, mark in pairs if re.search(rf"extra\s*==\s*['\"]{re.escape(extra)}['\"]", mark)]
+    pairs = [text.partition(";") for text in importlib.metadata.requires("minimind-jax") or []]
+    is_of_it = re.compile(rf"extra\s*==\s*['\"]{re.escape(extra)}['\"]").search
+    wanted = [shlex.quote(name.strip()) for name, _, mark in pairs if is_of_it(mark)]
+    return " ".join([shlex.quote(_shortest(Path(sys.executable))), "-m pip install", *wanted])
 
 
 def _shortest(path: Path) -> str:

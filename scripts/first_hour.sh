@@ -22,7 +22,7 @@ check() {
 }
 
 make_base() {
-    "$python" -c 'from minimind_jax.demo import story; story.collect(story.FOLDER / "data")'
+    "$python" -c 'from minimind_jax.demo import corpus, story; corpus.write_data(story.FOLDER / "data")'
     sed '/^  - sft:/,$d' "$scripts/../configs/quickstart.yaml" >"$work/base.yaml"
     timed minimind pipeline --config "$work/base.yaml" --name first_hour_base \
         --tokenizer.data runs/demo/data/pretrain.jsonl runs/demo/data/sft.jsonl

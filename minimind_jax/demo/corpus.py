@@ -8,7 +8,7 @@ the `chatterbot-corpus` package (BSD licence).
 import ast
 import json
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import yaml
@@ -31,12 +31,12 @@ def topics() -> list[str]:
     return [text for _, text in sorted(pydoc_data.topics.topics.items())]
 
 
-def docstrings(folder: Path | None = None) -> Iterator[str]:
-    """`module.name`, a blank line and the docstring, for every documented definition in a folder of Python files.
+def docstrings() -> Iterator[str]:
+    """`module.name`, a blank line and the docstring, for every documented definition of the standard library.
 
-    The files are parsed, never imported. The same docstring is given once. `folder` defaults to the standard library.
+    The files are parsed, never imported. The same docstring is given once.
     """
-    folder = folder or Path(sysconfig.get_paths()["stdlib"])
+    folder = Path(sysconfig.get_paths()["stdlib"])
     seen = set()
     for file in sorted(folder.rglob("*.py")):
         parts = file.relative_to(folder).with_suffix("").parts
@@ -108,18 +108,18 @@ def messages(turns: list[str] | tuple[str, ...]) -> list[dict]:
     return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
 
 
-def write_data(folder: Path) -> dict[str, Path]:
-    """Writes pretrain.jsonl and sft.jsonl into `folder`."""
-    chains = [chain for language in LANGUAGES for chain in dialogues(language)]
-    texts = [*topics(), *docstrings(), *("\n".join(chain) for chain in chains)]
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {"pretrain": folder / "pretrain.jsonl", "sft": folder / "sft.jsonl"}
-    _write_records(files["pretrain"], ({"text": text} for text in texts))
-    _write_records(files["sft"], ({"conversations": messages(chain)} for chain in chains))
+def write_data(folder: Path) -> tuple[Path, Path]:
+    """pretrain.jsonl and sft.jsonl in `folder`, written unless they are there."""
+    files = folder / "pretrain.jsonl", folder / "sft.jsonl"
+    if not all(file.is_file() for file in files):
+        chains = [chain for language in LANGUAGES for chain in dialogues(language)]
+        texts = [*topics(), *docstrings(), *("\n".join(chain) for chain in chains)]
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_records(files[0], ({"text": text} for text in texts))
+        _write_records(files[1], ({"conversations": messages(chain)} for chain in chains))
     return files
 
 
-def _write_records(path: Path, records) -> None:
+def _write_records(path: Path, records: Iterable[dict]) -> None:
     with path.open("w", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

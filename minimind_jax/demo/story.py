@@ -7,9 +7,8 @@ that the model answers word for word, and that the exported folder computes what
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -38,47 +37,29 @@ BATCH = 64
 MINE = ("--pretrain.data.train", "text.jsonl", "--sft.data.train", "chats.jsonl")
 
 
-class Recall(NamedTuple):
-    """Questions of a language, and how many were answered word for word with one of their answers."""
-
-    language: str
-    questions: int
-    exact: int
-
-    def __str__(self) -> str:
-        return f"{self.language}: {self.exact} of {self.questions} ({self.exact / self.questions:.1%})"
-
-
 def run(config: DemoConfig) -> int:
     """Collects, trains, measures and exports in runs/demo; 0, or 1 when the export is not what was trained."""
     started = time.perf_counter()
     print("Collecting text: Python's language reference, docstrings, dialogues")
-    files = collect(FOLDER / "data")
-    for path in files.values():
+    texts, chats = corpus.write_data(FOLDER / "data")
+    for path in (texts, chats):
         print(f"  {path}: {path.stat().st_size / 1e6:.1f} MB")
-    texts, chats = map(str, files.values())
-    data = ["--pretrain.data.train", texts, "--sft.data.train", chats]
+    data = ["--pretrain.data.train", str(texts), "--sft.data.train", str(chats)]
     run_pipeline(load_pipeline(["--config", "quickstart", "--name", "demo", *data, *config.arguments]))
 
     exported = FOLDER / "model"
     from_hf(FOLDER / "sft" / "model", exported, "float32")
-    difference = export_difference(FOLDER / "sft", exported)
     pretrained, tuned = load_generator(str(FOLDER / "pretrain")), load_generator(str(exported))
+    difference = export_difference(FOLDER / "sft", exported, tuned)
     before, after = answers(pretrained, SAMPLE_QUESTIONS), answers(tuned, SAMPLE_QUESTIONS)
     samples = list(zip(SAMPLE_QUESTIONS, before, after, strict=True))
     print("\nAsking every question of the dialogues")
-    recalls = [recall(tuned, language) for language in corpus.LANGUAGES]
-    facts = [*bits_per_byte(FOLDER / "pretrain"), *recall_lines(recalls), export_line(exported, difference)]
+    recalls = {language.capitalize(): recall(tuned, language) for language in corpus.LANGUAGES}
+    facts = [bits_per_byte(FOLDER / "pretrain"), *recall_lines(recalls), export_line(exported, difference)]
     report = report_text(facts, samples, time.perf_counter() - started)
     write_text(FOLDER / "report.md", report)
     print("\n" + report)
     return 0 if difference <= LARGEST_DIFFERENCE else 1
-
-
-def collect(folder: Path) -> dict[str, Path]:
-    """The data files, written unless they are there."""
-    files = {name: folder / f"{name}.jsonl" for name in ("pretrain", "sft")}
-    return files if all(file.is_file() for file in files.values()) else corpus.write_data(folder)
 
 
 # Measuring ------------------------------------------------------------------------------------------------------------
@@ -98,59 +79,52 @@ def answers(generator: Generator, questions: Sequence[str]) -> list[str]:
     return greedy(generator, [prompt_ids(generator, [question]) for question in questions], 48)
 
 
-def recall(generator: Generator, language: str) -> Recall:
-    """Asks every question of a language's dialogues, with the turns before it; compares answers word for word."""
+def recall(generator: Generator, language: str) -> list[bool]:
+    """Asks every question of a language's dialogues, with the turns before it: whether each is answered word for word
+    with one of its answers."""
     expected = corpus.questions(corpus.dialogues(language))
     prompts = {question: prompt_ids(generator, question) for question in expected}
     longest = {q: max(len(generator.tokenizer.encode(a)) for a in found) for q, found in expected.items()}
-    exact = 0
-    for batch in batches_of_a_size(list(expected), lambda q: len(prompts[q]), longest.get):
-        made = greedy(generator, [prompts[q] for q in batch], max(longest[q] for q in batch) + 1)
-        exact += sum(answer in expected[question] for question, answer in zip(batch, made, strict=True))
-    return Recall(language.capitalize(), len(expected), exact)
+
+    def size(question) -> int:
+        return bucket(len(prompts[question]), smallest=64, multiple=1024)
+
+    is_exact = []
+    # A batch has prompts that are padded to the same length and answers about as long: little work is wasted.
+    for _, group in itertools.groupby(sorted(expected, key=lambda q: (size(q), longest[q])), key=size):
+        questions = list(group)
+        for start in range(0, len(questions), BATCH):
+            batch = questions[start : start + BATCH]
+            made = greedy(generator, [prompts[q] for q in batch], max(longest[q] for q in batch) + 1)
+            is_exact += [answer in expected[question] for question, answer in zip(batch, made, strict=True)]
+    return is_exact
 
 
-def batches_of_a_size(questions: list, prompt_length: Callable, answer_length: Callable) -> Iterator[list]:
-    """Batches of prompts that are padded to the same length, with answers about as long: little work is wasted."""
-
-    def size(question):
-        return bucket(prompt_length(question), smallest=64, multiple=1024)
-
-    for _, group in itertools.groupby(sorted(questions, key=size), key=size):
-        group = sorted(group, key=answer_length)
-        for start in range(0, len(group), BATCH):
-            yield group[start : start + BATCH]
-
-
-def export_difference(folder: Path, exported: Path) -> float:
+def export_difference(run: Path, exported: Path, generator: Generator) -> float:
     """Largest difference of a logit between the run's last checkpoint and the exported folder, loaded from disk."""
     config, params = load_hf(exported)
-    model = LanguageModel(config)
-    generator = load_generator(str(exported), "float32")
+    model, folder = LanguageModel(config), RunFolder(run)
     tokens_BT = np.array([prompt_ids(generator, [question])[:8] for question in SAMPLE_QUESTIONS])
-    run = RunFolder(folder)
-    trained = load_params(run.checkpoints / str(run.checkpoint_steps()[-1]), model.abstract_params())
+    trained = load_params(folder.checkpoints / str(folder.checkpoint_steps()[-1]), model.abstract_params())
     logits = [np.asarray(jax.jit(model.apply)(tree, tokens_BT)[0]) for tree in (trained, params)]
     return float(np.abs(logits[0] - logits[1]).max())
 
 
-def bits_per_byte(run: Path) -> list[str]:
+def bits_per_byte(run: Path) -> str:
     """Validation of pretraining at its start and its end."""
     rows = [row for row in read_metrics(RunFolder(run).metrics_file) if "val_bits_per_byte" in row]
-    first, last = rows[0], rows[-1]
-    share = last["val_bits_per_byte"] / first["val_bits_per_byte"]
-    return [
-        f"pretraining, validation bits per byte: {first['val_bits_per_byte']:.3f} at step {first['step']}, "
-        f"{last['val_bits_per_byte']:.3f} at step {last['step']} ({share:.0%} of it)"
-    ]
+    (start, first), (end, last) = ((row["step"], row["val_bits_per_byte"]) for row in (rows[0], rows[-1]))
+    told = f"{first:.3f} at step {start}, {last:.3f} at step {end} ({last / first:.0%} of it)"
+    return f"pretraining, validation bits per byte: {told}"
 
 
 # Telling --------------------------------------------------------------------------------------------------------------
 
 
-def recall_lines(recalls: Sequence[Recall]) -> list[str]:
-    total = Recall("All", sum(r.questions for r in recalls), sum(r.exact for r in recalls))
-    return [f"questions answered word for word by greedy decoding, {line}" for line in (total, *recalls)]
+def recall_lines(recalls: dict[str, list[bool]]) -> list[str]:
+    told = {"All": [*itertools.chain(*recalls.values())], **recalls}
+    shares = [f"{name}: {sum(found)} of {len(found)} ({sum(found) / len(found):.1%})" for name, found in told.items()]
+    return [f"questions answered word for word by greedy decoding, {share}" for share in shares]
 
 
 def export_line(exported: Path, difference: float) -> str:

@@ -1,7 +1,7 @@
 """A pipeline: from its file and the arguments to the checked settings of each stage; see `config.tools` for both."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +15,9 @@ from minimind_jax.folders import resolve_run
 from minimind_jax.runs.kind import StageKind
 from minimind_jax.stages import STAGES
 
-TOKENISED = ("text", "conversation")  # records of other stages that a tokenizer can learn from
+Given = dict[str, Setting]  # by dotted key
 
-EXAMPLE = "name: NAME, then stages: with a list of `- tokenizer:`, `- pretrain:`, `- sft:`"
+TOKENISED = ("text", "conversation")  # records of other stages that a tokenizer can learn from
 
 
 class Stage(NamedTuple):
@@ -60,16 +60,19 @@ def load_pipeline(argv: Sequence[str]) -> list[Stage]:
     configs, overrides = settings.read_arguments(argv)
     if len(configs) != 1:
         raise UserError("a pipeline is one file: minimind pipeline --config FILE")
-    file = settings.find_config(configs[0])
-    name, shared, stages = _read_file(file)
+    name, shared, stages = _read_file(settings.find_config(configs[0]))
     name = str(overrides.pop("name", Setting(name, "")).value)
     for key, setting in overrides.items():
         _apply_override(key, setting, shared, stages)
-    _check_shared(shared, [stage for stage, _ in stages])
+    known = {field.key for field in _fields(stages)}
+    for key, setting in shared.items():
+        if key not in known:
+            near = settings.nearest(key, known)
+            raise UserError(f"{setting.where}: no stage has the shared setting {key}; did you mean {near}?")
     return _make_stages(Path("runs") / name, shared, stages)
 
 
-def _read_file(file: Path) -> tuple[str, dict[str, Setting], list[tuple[str, dict[str, Setting]]]]:
+def _read_file(file: Path) -> tuple[str, Given, list[tuple[str, Given]]]:
     """Name, shared settings, and each stage with its own settings."""
     node = settings.compose_yaml(file)
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
@@ -78,13 +81,14 @@ def _read_file(file: Path) -> tuple[str, dict[str, Setting], list[tuple[str, dic
         line = sections[key].start_mark.line + 1
         raise UserError(f"{file}:{line}: unknown key {key}; a pipeline has name, shared and stages")
     if not isinstance(sections.get("stages"), yaml.SequenceNode) or not sections["stages"].value:
-        raise UserError(f"{file} is not a pipeline; it needs {EXAMPLE}")
+        example = "name: NAME, then stages: with a list of `- tokenizer:`, `- pretrain:`, `- sft:`"
+        raise UserError(f"{file} is not a pipeline; it needs {example}")
     shared = settings.flatten_yaml(sections["shared"], str(file)) if "shared" in sections else {}
     name = settings.scalar_key(sections["name"], str(file)) if "name" in sections else file.stem
     return name, shared, [_read_stage(item, file) for item in sections["stages"].value]
 
 
-def _read_stage(item: yaml.Node, file: Path) -> tuple[str, dict[str, Setting]]:
+def _read_stage(item: yaml.Node, file: Path) -> tuple[str, Given]:
     where = f"{file}:{item.start_mark.line + 1}"
     if isinstance(item, yaml.ScalarNode):
         name, body = item.value, None
@@ -98,42 +102,31 @@ def _read_stage(item: yaml.Node, file: Path) -> tuple[str, dict[str, Setting]]:
     return name, {} if empty else settings.flatten_yaml(body, str(file))
 
 
-def _apply_override(key: str, setting: Setting, shared: dict, stages: list) -> None:
+def _apply_override(key: str, setting: Setting, shared: Given, stages: Sequence[tuple[str, Given]]) -> None:
     section, _, rest = key.partition(".")
     targets = [shared] if section == "shared" else [own for name, own in stages if name == section]
     if not targets or not rest:
-        known = ["name", *(f"shared.{f}" for f in _shared_keys([name for name, _ in stages]))]
-        known += [f"{name}.{field.key}" for name, _ in stages for field in _fields([name])]
+        known = ["name", *(f"shared.{field.key}" for field in _fields(stages))]
+        known += [f"{stage[0]}.{field.key}" for stage in stages for field in _fields([stage])]
         raise UserError(f"command line: unknown setting {key}; did you mean {settings.nearest(key, known)}?")
     for target in targets:
-        merged = settings.merge(target, {rest: setting}, _fields([name for name, _ in stages]))
+        merged = settings.merge(target, {rest: setting}, _fields(stages))
         target.clear()
         target.update(merged)
 
 
-def _fields(names: Sequence[str]) -> list[Field]:
+def _fields(stages: Sequence[tuple[str, Given]]) -> list[Field]:
     """Settings that at least one of the stages has."""
-    return [field for name in names for field in fields_of(STAGES[name].config)]
+    return [field for name, _ in stages for field in fields_of(STAGES[name].config)]
 
 
-def _shared_keys(names: Sequence[str]) -> set[str]:
-    return {field.key for field in _fields(names)}
-
-
-def _check_shared(shared: Mapping[str, Setting], names: Sequence[str]) -> None:
-    known = _shared_keys(names)
-    for key, setting in shared.items():
-        if key not in known:
-            near = settings.nearest(key, known)
-            raise UserError(f"{setting.where}: no stage has the shared setting {key}; did you mean {near}?")
-
-
-def _make_stages(folder: Path, shared: Mapping[str, Setting], own: list[tuple[str, dict[str, Setting]]]) -> list[Stage]:
+def _make_stages(folder: Path, shared: Given, stages: Sequence[tuple[str, Given]]) -> list[Stage]:
     """Checked settings of every stage, with the defaults that tie the stages together."""
     made: list[Stage] = []
-    for name, given in own:
-        fields, keys = _fields([name]), _shared_keys([name])
-        given = settings.merge({key: value for key, value in shared.items() if key in keys}, given, fields)
+    for name, own in stages:
+        fields = fields_of(STAGES[name].config)
+        keys = {field.key for field in fields}
+        given = settings.merge({key: value for key, value in shared.items() if key in keys}, own, fields)
         config = settings.make_settings(STAGES[name].config, given, **_defaults(name, folder, made))
         stage = Stage(name, config, folder)
         if stage.folder in [other.folder for other in made]:

@@ -7,6 +7,7 @@ their own, which are named where they matter.
 """
 
 import dataclasses
+import graphlib
 import math
 import re
 from typing import NamedTuple
@@ -100,15 +101,17 @@ def count_runs(computations: dict[str, list[Operation]], entry: str) -> tuple[di
     runs = dict.fromkeys(computations, 0)
     runs[entry] = 1
     unknown = 0
-    for name in _callers_first(computations, entry):
+    called = {name: {c for operation in found for c in _called(operation)} for name, found in computations.items()}
+    callees_first = tuple(graphlib.TopologicalSorter(called).static_order())
+    for name in reversed(callees_first):
+        if not runs.get(name):
+            continue
         for operation in computations[name]:
-            rounds = 1
-            if operation.kind == "while":
-                told = loop_rounds(operation, computations)
-                rounds, unknown = (told, unknown) if told is not None else (1, unknown + 1)
-            for called in _called(operation):
-                if called in runs:
-                    runs[called] += runs[name] * rounds
+            rounds = loop_rounds(operation, computations) if operation.kind == "while" else 1
+            unknown += rounds is None
+            for inner in _called(operation):
+                if inner in runs:
+                    runs[inner] += runs[name] * (1 if rounds is None else rounds)
     return runs, unknown
 
 
@@ -125,20 +128,6 @@ def loop_rounds(loop: Operation, computations: dict[str, list[Operation]]) -> in
     if len(constants) == 1 and any(o.kind == "fusion" for o in condition):  # CPU, GPU: the comparison is fused
         return int(next(iter(constants.values())).partition(")")[0])
     return None
-
-
-def _callers_first(computations: dict[str, list[Operation]], entry: str) -> list[str]:
-    """Every computation after all that call it."""
-    done: dict[str, None] = {}
-    stack = [(entry, False)]
-    while stack:
-        name, is_finished = stack.pop()
-        if is_finished:
-            done[name] = None
-        elif name not in done and name in computations:
-            stack.append((name, True))
-            stack += [(called, False) for operation in computations[name] for called in _called(operation)]
-    return list(reversed(done))
 
 
 def _called(operation: Operation) -> list[str]:
