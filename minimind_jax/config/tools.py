@@ -10,7 +10,13 @@ from minimind_jax.config.sections import DType, ReadingConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class PipelineConfig:
+class PassedOn:
+    """Arguments that are read where the command is carried out."""
+
+    arguments: tuple[str, ...] = setting((), rest=True)
+
+
+class PipelineConfig(PassedOn):
     """Stages in order from one YAML file: minimind pipeline --config FILE
 
         name: small                     # runs/small/ holds everything the pipeline makes
@@ -30,20 +36,14 @@ class PipelineConfig:
     stages are checked before the first one trains. As a model, runs/NAME means the last stage's.
     """
 
-    arguments: tuple[str, ...] = setting((), rest=True)
 
-
-@dataclasses.dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(PassedOn):
     """Trains a small model on text that comes with Python, asks it the questions it learned and exports it, all in
     runs/demo. --STAGE.key value changes configs/quickstart.yaml.
     """
 
-    arguments: tuple[str, ...] = setting((), rest=True)
 
-
-@dataclasses.dataclass(frozen=True)
-class LMEvalConfig:
+class LMEvalConfig(PassedOn):
     """EleutherAI's lm_eval with a model of ours:
 
         minimind evaluate lm-eval --model minimind_jax --model_args pretrained=FOLDER --tasks NAME [...]
@@ -51,8 +51,6 @@ class LMEvalConfig:
     FOLDER is a run or a Hugging Face folder. All other arguments are lm_eval's own (lm_eval run --help lists them):
     --num_fewshot, --limit, --include_path, --output_path, ...
     """
-
-    arguments: tuple[str, ...] = setting((), rest=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
