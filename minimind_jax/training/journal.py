@@ -49,15 +49,14 @@ class Journal:
         self.config, self.timetable, self.speed, self.checkpoints = config, timetable, speed, checkpoints
         self.writer, self.progress = writer, progress
         self.tokens: int = record.get("tokens", 0)
-        skipped = record.get("skipped", 0)
-        # By the names of their metrics; an earlier version knew of those alone that were not finite.
-        self.skipped: dict[str, int] = dict(skipped) if isinstance(skipped, dict) else {"skipped": skipped}
+        # Updates that were not made, by the names of their metrics: `skipped`, `skipped/METRIC`.
+        self.skipped: dict[str, int] = {name: record[name] for name in record if name.startswith("skipped")}
         self._limits = [] if skip is None else list(skip.above.items())
         self._unread: Step | None = None
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint keeps of this: tokens trained on, updates not made, seconds."""
-        return {"tokens": self.tokens, "skipped": self.skipped, "seconds": self.speed.seconds()}
+        return {"tokens": self.tokens, "skipped": 0, **self.skipped, "seconds": self.speed.seconds()}
 
     def follow(self, step: Step | None) -> None:
         """A step is under way: the one before it is done, or soon, and is read; so raises UserError when its metrics

@@ -26,6 +26,7 @@ from minimind_jax.runs.stage import on_rows, train_run
 from minimind_jax.stages import STAGES
 from minimind_jax.stages.pretrain import pretrain
 from minimind_jax.stages.sft import sft
+from minimind_jax.training.checkpoint import Checkpoints
 from minimind_jax.training.defaults import planned_steps
 from minimind_jax.training.loop import Loop
 from minimind_jax.training.packed import check_same_data
@@ -223,6 +224,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint_kept(world, tm
     assert [rows[step].get("skipped") for step in (4, 5, 8)] == [None, 1, 1]
     assert "1 of 5 updates were skipped so far" in capsys.readouterr().out
     assert "| skipped updates | 1 of 8" in write_report(RunFolder(config.run), STAGES).read_text("utf-8")
+    with Checkpoints(RunFolder(config.run).checkpoints) as kept:
+        assert kept.record(8)["skipped"] == 1  # as version 0.1 reads it
 
 
 def test_a_run_most_of_whose_updates_are_skipped_stops(world, tmp_path, capsys):

@@ -154,6 +154,8 @@ def test_a_limit_on_a_metric_forbids_the_rest_of_its_stride(settings, capsys):
     moved = [step for step in range(1, 16) if rows[step]["step_weight"] != rows[step + 1]["step_weight"]]
     assert moved == [1, 2, 3, 4, 5, 9, 10, 11, 13, 14, 15]  # not 6, 7, 8 of the second rollout, and not 12
     assert [rows[step].get("skipped/approx_kl") for step in (5, 6, 7, 8, 9, 12, 16)] == [None, 1, 2, 3, 3, 4, 4]
+    with Checkpoints(RunFolder(settings.run).checkpoints) as kept:
+        assert kept.record(16)["skipped/approx_kl"] == 4 and kept.record(16)["skipped"] == 0
     told = capsys.readouterr().out
     assert "1 of 6 updates were skipped so far: approx_kl was above 4" in told and "4 of 12 updates" in told
 
