@@ -116,7 +116,7 @@ class Batches:
 
     def _make(self, epoch: int, *, ahead: bool = False) -> Epoch:
         cache = self._redraw(epoch, ahead) if self._redraw and epoch else self.cache
-        return self._plan(cache, self.data, self.seed, epoch)
+        return plan_epoch(cache, self._select(cache), self.data, self.seed, epoch, annotate=self._annotate)
 
     def _make_ahead(self, epoch: int) -> None:
         """Begins to make an epoch, in a thread that does not outlive the program."""
@@ -139,10 +139,6 @@ class Batches:
             check_rows(planned, f"{self.role} of epoch {epoch + 1}")
             if told := describe_cuts(planned):
                 announce(f"{self.role} of epoch {epoch + 1}: {told}")
-
-    def _plan(self, cache: TokenCache, data: FilesConfig, seed: int, epoch: int) -> Epoch:
-        planned = plan_epoch(cache, self._select(cache), data, seed, epoch)
-        return dataclasses.replace(planned, annotate=self._annotate)
 
     def locate(self, step: int) -> tuple[int, int]:
         """(epoch, step within it) of a step of the run."""
@@ -198,7 +194,7 @@ class Batches:
     @functools.cached_property
     def _evaluation(self) -> Epoch:
         shuffled = dataclasses.replace(self.data, shuffle=True)  # so that the first rows stand for all
-        return self._plan(self.cache, shuffled, seed=0, epoch=0)
+        return plan_epoch(self.cache, self._select(self.cache), shuffled, 0, 0, annotate=self._annotate)
 
     def _read(self, read: Callable[[int], Batch], first: int, last: int) -> Iterator[Batch]:
         """`read` of the steps [first, last), ahead of what is asked for by `loader_workers` threads."""

@@ -46,9 +46,8 @@ def show_caches(
 
 
 def _clear(console: Console, caches: list[StoredCache]) -> None:
-    removed, kept = [], []
-    for cache in caches:
-        (removed if remove_cache(cache) else kept).append(cache)
+    removed = [cache for cache in caches if remove_cache(cache)]
+    kept = [cache for cache in caches if cache not in removed]
     _print(console, f"removed {_amount(removed)}" + (f"; kept {_amount(kept)}, in use" if kept else ""))
 
 

@@ -72,17 +72,23 @@ class Epoch:
 
 
 def plan_epoch(
-    cache: TokenCache, documents: np.ndarray, data: FilesConfig, seed: int, epoch: int, packing: str = ""
+    cache: TokenCache,
+    documents: np.ndarray,
+    data: FilesConfig,
+    seed: int,
+    epoch: int,
+    packing: str = "",
+    annotate: Annotate | None = None,
 ) -> Epoch:
     """Packs these documents of a cache for one epoch and draws the order of the rows.
 
-    packing: of the kind's; by default its only one, or `data.packing`.
+    packing: of the kind's; by default its only one, or `data.packing`. annotate: see `Epoch`.
     """
     own = KINDS[cache.kind].packings
     packing = packing or (own[0] if len(own) == 1 else data.packing)
     plan = PACKINGS[packing](_Documents(cache, documents), data.seq_len, seed, epoch, data.shuffle)
     order_seed = named_seed(seed, "rows", epoch) % 2**32 if data.shuffle else None
-    return Epoch(cache, documents, plan, order_seed, packing)
+    return Epoch(cache, documents, plan, order_seed, packing, annotate)
 
 
 class _Documents(NamedTuple):
@@ -105,7 +111,19 @@ class _Documents(NamedTuple):
         return np.flatnonzero((ids == ids[0]) | (ids == ids[turns[min(turn, len(turns) - 1)]]))
 
     def targets(self, pieces: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-        return _count_targets(self.cache, self.documents, pieces, starts, stops)
+        """Trained targets of the pieces [start, stop) of these documents, (pieces,); as `pack_rows` weighs them."""
+        cache, own = self.cache, self.documents[pieces]
+        first = cache.offsets[own] + starts + 1
+        last = np.minimum(cache.offsets[own] + stops + 1, cache.offsets[own + 1])
+        if cache.trained is None:
+            return np.maximum(last - first, 0)
+        counts, some = np.zeros(len(first), np.int64), np.flatnonzero(last > first)
+        some = some[np.argsort(first[some], kind="stable")]  # in the order of the file, which is then read once
+        if len(some):
+            first, end = first[some], last[some] - 1
+            sums = np.add.reduceat(cache.trained, np.stack([first, end], axis=1).ravel(), dtype=np.int64)[::2]
+            counts[some] = np.where(first < end, sums, 0) + cache.trained[end]
+        return counts
 
 
 def _best_fit(documents: _Documents, *how) -> PackingPlan:
@@ -125,48 +143,30 @@ PACKINGS: dict[str, Callable[..., PackingPlan]] = {
 }
 
 
-def _count_targets(cache: TokenCache, documents: np.ndarray, pieces, starts, stops) -> np.ndarray:
-    """Trained targets of the pieces [start, stop) of these documents, (pieces,); as `pack_rows` weighs them."""
-    own = documents[pieces]
-    first = cache.offsets[own] + starts + 1
-    last = np.minimum(cache.offsets[own] + stops + 1, cache.offsets[own + 1])
-    if cache.trained is None:
-        return np.maximum(last - first, 0)
-    counts, some = np.zeros(len(first), np.int64), np.flatnonzero(last > first)
-    some = some[np.argsort(first[some], kind="stable")]  # in the order of the file, which is then read once
-    if len(some):
-        first, end = first[some], last[some] - 1
-        sums = np.add.reduceat(cache.trained, np.stack([first, end], axis=1).ravel(), dtype=np.int64)[::2]
-        counts[some] = np.where(first < end, sums, 0) + cache.trained[end]
-    return counts
-
-
 def describe_cuts(epoch: Epoch) -> str:
     """What is cut or left out of an epoch's documents, in words; "" where nothing is."""
     plan, packing, kind = epoch.plan, epoch.packing, KINDS[epoch.cache.kind]
-    noun = kind.noun
     lengths = epoch.cache.lengths[epoch.documents]
     told = []
     if plan.cut_documents and packing == "concat":
         if not kind.cut_freely:  # texts are joined and cut on purpose
             told.append(
-                f"{plan.cut_documents:,} of {len(lengths):,} {noun} run over the end of a row and are cut there, "
+                f"{plan.cut_documents:,} of {len(lengths):,} {kind.noun} run over the end of a row and are cut there, "
                 "wherever that is (data.packing best_fit cuts between turns)"
             )
     elif plan.cut_documents:
         told.append(
-            f"{plan.cut_documents:,} of {len(lengths):,} {noun} are longer than data.seq_len {plan.seq_len}: "
-            + _what_is_cut(epoch, packing)
+            f"{plan.cut_documents:,} of {len(lengths):,} {kind.noun} are longer than data.seq_len {plan.seq_len}: "
+            + _what_is_cut(plan, packing)
         )
     if plan.left_out:
-        told.append(f"{plan.left_out:,} {noun} left out whose answers have no room in a row")
+        told.append(f"{plan.left_out:,} {kind.noun} left out whose answers have no room in a row")
     if plan.untrained:
-        unit = {"best_fit": "pieces", "concat": "rows"}.get(packing, noun)
+        unit = {"best_fit": "pieces", "concat": "rows"}.get(packing, kind.noun)
         told.append(f"{plan.untrained:,} {unit} left out in which nothing is trained")
     if plan.dropped_tokens:
-        told.append(
-            f"{plan.dropped_tokens:,} of {lengths.sum():,} tokens ({plan.dropped_tokens / lengths.sum():.1%}) lost"
-        )
+        share = plan.dropped_tokens / lengths.sum()
+        told.append(f"{plan.dropped_tokens:,} of {lengths.sum():,} tokens ({share:.1%}) lost")
     if told and packing != "concat" and (advice := _advice(lengths, plan.seq_len)):
         told.append(advice)
     return "; ".join(told)
@@ -186,8 +186,7 @@ def check_rows(epoch: Epoch, role: str) -> None:
     )
 
 
-def _what_is_cut(epoch: Epoch, packing: str) -> str:
-    plan = epoch.plan
+def _what_is_cut(plan: PackingPlan, packing: str) -> str:
     if packing == "best_fit":
         further = int((plan.starts > 0).sum())
         inside = f", {plan.cut_turns:,} of the cuts inside a turn" * bool(plan.cut_turns)

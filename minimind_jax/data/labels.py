@@ -113,7 +113,7 @@ def _given(record: Record, label_field: str) -> _Given:
     field = _field(record, label_field)
     labels, is_list = _labels(record, field)
     named = next((n for n in (f"{field}_text", f"{field}_name", *NAME_FIELDS) if record.value.get(n) is not None), None)
-    if named in (None, field) or not labels or not all(_NUMBER.fullmatch(label) for label in labels):
+    if named in (None, field) or not labels or not all(map(_NUMBER.fullmatch, labels)):
         return _Given(labels, is_list, field)
     names, _ = _labels(record, named)
     if len(names) != len(labels):
