@@ -1,6 +1,9 @@
 """Which tokens of which document go into which row: plans made from lengths alone, before a token is read.
 
-A plan is a pure function of its arguments. A row is a list of pieces, a piece the tokens [start, stop) of a document.
+A plan is a pure function of its arguments: lengths (documents,), the tokens of each; the seed and the epoch, which draw
+the order of the documents unless shuffle is False; targets, which count what is trained of a piece. A row is a list of
+pieces, a piece the tokens [start, stop) of a document.
+
 `plan_concat` is for pretraining, `plan_best_fit` for conversations, `plan_pairs` for preferences, `plan_heads` for
 labelled texts, `plan_pad` is MiniMind's one document a row.
 """
@@ -81,10 +84,7 @@ def plan_concat(
     targets: CountTargets = some_everywhere,
 ) -> PackingPlan:
     """Documents in an order drawn for the epoch, joined end to end and cut where a row ends; nothing is dropped but
-    rows in which, by `targets`, nothing is trained.
-
-    Every row but the last is full. lengths: (documents,) tokens of each.
-    """
+    rows in which nothing is trained. Every row but the last is full."""
     lengths = np.asarray(lengths, np.int64)
     order = _document_order(len(lengths), seed, epoch, shuffle)
     ends = np.cumsum(lengths[order])
@@ -118,12 +118,11 @@ def plan_best_fit(
     """Whole documents, the longest first, each into the fullest row that still has room for it.
 
     Documents longer than a row are cut, at the start of a turn if one lies within the row's length, inside the turn
-    (counted in `cut_turns`) if not; pieces in which, by `targets`, nothing is trained are left out. Documents of one
+    (counted in `cut_turns`) if not; pieces in which nothing is trained are left out. Documents of one
     length are interchangeable: their order is drawn for the epoch, so rows are composed anew in each. Without
     `shuffle` the documents keep their order, and a row ends where the next one has no room.
 
-    lengths: (documents,) tokens of each. turn_starts: the places where a document may be cut. message_starts: see
-    `split_at_turns`.
+    turn_starts: the places where a document may be cut. message_starts: see `split_at_turns`.
     """
     lengths = np.asarray(lengths, np.int64)
     fitting, too_long = np.flatnonzero(lengths <= seq_len), np.flatnonzero(lengths > seq_len)
@@ -146,15 +145,11 @@ def plan_best_fit(
 
 
 def plan_pad(lengths: np.ndarray, seq_len: int, targets: CountTargets = some_everywhere) -> PackingPlan:
-    """One document a row, in order, cut at `seq_len` as MiniMind does; lengths: (documents,) tokens of each.
-
-    Documents that have, by `targets`, nothing trained within the row are left out.
-    """
+    """One document a row, in order, cut at `seq_len` as MiniMind does; left out where nothing is trained in the row."""
     lengths = np.asarray(lengths, np.int64)
     documents, stops = np.arange(len(lengths)), np.minimum(lengths, seq_len)
-    # A document that is cut off has no target behind the row.
-    reach = np.where(lengths > seq_len, stops - 1, stops)
     starts = np.zeros_like(stops)
+    reach = np.where(lengths > seq_len, stops - 1, stops)  # one that is cut off has no target behind the row
     kept = targets(documents, starts, reach) > 0
     counts = {"cut_documents": int((lengths > seq_len).sum()), "untrained": int((~kept).sum())}
     rows = np.arange(kept.sum())
@@ -176,8 +171,8 @@ def plan_pairs(
     survive, and never inside a message's header. A pair whose answers leave no room for the prompt's last header is
     left out.
 
-    lengths: (documents,) tokens of both sides. bounds: of a document's number, (0, tokens of the shared prompt, tokens
-    of the chosen side). message_starts: as in `split_at_turns`.
+    lengths: of both sides together. bounds: of a document's number, (0, tokens of the shared prompt, tokens of the
+    chosen side). message_starts: as in `split_at_turns`.
     """
     lengths = np.asarray(lengths, np.int64)
     cut = -(-np.maximum(lengths - seq_len, 0) // 2)

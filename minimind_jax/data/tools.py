@@ -7,16 +7,7 @@ import re
 from collections import Counter
 from typing import Any, NamedTuple
 
-from minimind_jax.data.values import (
-    Place,
-    check_json,
-    decode_json,
-    is_absent,
-    json_list,
-    kind_of,
-    loads,
-    without_nulls,
-)
+from minimind_jax.data.values import Place, check_json, decode_json, is_absent, json_list, kind_of, loads, without_nulls
 from minimind_jax.errors import UserError
 
 
