@@ -159,13 +159,10 @@ def add_cautious_decay(weight_decay: float, mask: Callable[[Params], Params]) ->
     step w -= rate * direction makes w smaller; the direction alone elsewhere (cautious weight decay, arXiv 2510.12402).
     """
 
-    def add(directions, params):
-        def decayed(direction, w, masked):
-            return direction + weight_decay * jnp.where(direction * w > 0, w, 0) if masked else direction
+    def decayed(direction, w):
+        return direction + weight_decay * jnp.where(direction * w > 0, w, 0)
 
-        return jax.tree.map(decayed, directions, params, mask(params))
-
-    return optax.stateless(add)
+    return optax.masked(optax.stateless_with_tree_map(decayed), mask)
 
 
 def decay_mask(params: Params, decay: str) -> Params:
@@ -191,12 +188,12 @@ def scale_by_muon(momentum: float) -> optax.GradientTransformation:
     def dimension_numbers(updates):
         return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), updates)
 
-    def match_rms(update):
+    def match_rms(update, _):
         return update * (0.2 * math.sqrt(max(update.shape[-2:])))
 
     return optax.chain(
         optax.contrib.scale_by_muon(beta=momentum, weight_dimension_numbers=dimension_numbers),
-        optax.stateless(lambda updates, params: jax.tree.map(match_rms, updates)),
+        optax.stateless_with_tree_map(match_rms),
     )
 
 
