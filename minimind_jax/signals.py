@@ -44,8 +44,8 @@ def answering(patience: float = 1.0) -> Iterator[None]:
     answers, hook = _Answers(patience), sys.unraisablehook
     numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     with handling(numbers, answers.deliver, answers.hear):
-        sys.unraisablehook = answers.raise_again
         try:
+            sys.unraisablehook = answers.raise_again
             yield
         except Exception as error:
             if answers.raised is not None and _is_made_of(error, answers.raised):

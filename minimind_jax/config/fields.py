@@ -23,7 +23,8 @@ def setting(default: Any = dataclasses.MISSING, **declared: Any) -> Any:
     positional: what stands for it in `--help` where it is given without its name. alone: what its flag means without a
     value, as in `--json`. flag: another name on the command line. either: of the settings that say the same `either`
     one replaces the others that an earlier file set. is_text: a comma or a bracket in it is only a character. rest: it
-    takes all arguments that are not of this class, as they are. must: what holds of its value, one of the rules below.
+    takes all arguments that are not of this class, as they are. late: in `--help` it comes behind the others. must:
+    what holds of its value, one of the rules below.
     """
     return dataclasses.field(default=default, metadata=declared)
 
@@ -161,7 +162,8 @@ def help_text(cls: type, prog: str, configs: Sequence[str]) -> str:
     """
     width = max(60, min(shutil.get_terminal_size().columns, 120) - 2)
     own = inspect.get_annotations(cls)
-    fields = sorted(fields_of(cls), key=lambda field: field.key not in own)  # those that others have, too, come later
+    # Those that others have, too, come later.
+    fields = sorted(fields_of(cls), key=lambda field: (field.key not in own, field.declared.get("late", False)))
     sections: dict[str, list[Field]] = {"arguments": [], "options": []}
     for field in fields:
         title = "arguments" if field.declared.get("positional") else field.key.rpartition(".")[0] or "options"

@@ -101,13 +101,13 @@ class ReadingConfig(Settings):
     ignore_fields: fields of records and messages that are left out, where an unknown one is an error otherwise.
     """
 
-    encoding: str = "utf-8"
-    text_field: str = ""
-    ignore_fields: tuple[str, ...] = ()
+    encoding: str = setting("utf-8", late=True)
+    text_field: str = setting("", late=True)
+    ignore_fields: tuple[str, ...] = setting((), late=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class FilesConfig(Settings):
+class FilesConfig(ReadingConfig):
     """Where the records are and how they become rows of tokens.
 
     train: files, folders or globs (.jsonl, .json, .csv, .tsv, .parquet, .txt, .md; .gz and .zst of these).
@@ -116,9 +116,6 @@ class FilesConfig(Settings):
         how many there are.
     seq_len: tokens in a row.
     on_error: a broken record stops the run before its first step, or is skipped and counted.
-    encoding: of files of text: utf-8, gb18030, gbk, big5, utf-16, latin-1, ...
-    text_field: where records hold their text; empty takes `text`, `content`, `body`, `document` or `raw_content`.
-    ignore_fields: fields of records and messages that are left out, where an unknown one is an error otherwise.
     shuffle: redraw the order of the documents every epoch.
     cache_dir: of tokenised data; empty means $MINIMIND_CACHE or ~/.cache/minimind_jax.
     tokenizer_workers: processes that tokenise; 0 means one for each core.
@@ -130,9 +127,6 @@ class FilesConfig(Settings):
     val_fraction: float | None = setting(None, must=SHARE)
     seq_len: int = setting(512, must=at_least(4))
     on_error: Literal["stop", "skip"] = "stop"
-    encoding: str = "utf-8"
-    text_field: str = ""
-    ignore_fields: tuple[str, ...] = ()
     shuffle: bool = True
     cache_dir: str = ""
     tokenizer_workers: int = setting(0, must=at_least(0))

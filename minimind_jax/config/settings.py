@@ -62,8 +62,7 @@ def find_config(name: str) -> Path:
     bare = Path(name).name.removesuffix(".yaml")
     if name in (bare, f"{bare}.yaml") and bare in config_names():
         return config_folder() / f"{bare}.yaml"
-    hint = difflib.get_close_matches(bare, config_names(), n=1)
-    guess = f"; did you mean {hint[0]}?" if hint else ""
+    guess = "".join(f"; did you mean {hint}?" for hint in difflib.get_close_matches(bare, config_names(), n=1))
     raise UserError(f"no config file {name}{guess} (configs that come with the package: {', '.join(config_names())})")
 
 

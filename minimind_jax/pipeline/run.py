@@ -21,28 +21,22 @@ def run_pipeline(stages: Sequence[Stage]) -> None:
     process. Raises UserError."""
     initialize_distributed()
     with ending_together():
-        _run_in_order(stages)
-
-
-def _run_in_order(stages: Sequence[Stage]) -> None:
-    check_stages(stages)
-    renewed = ""
-    for number, stage in enumerate(stages, 1):
-        title = f"[{number}/{len(stages)}] {stage.name}"
-        if first_says(stage.is_finished):
-            announce(f"{title}: done, in {stage.folder}")
-            for line in _what_changed(stage, renewed):
-                announce(line)
-            continue
-        announce(f"{title}: {stage.folder}")
-        if not renewed:
-            watch_records([later for later in stages[number:] if not later.is_finished])
-        if stage.kind.is_run:
-            stage.kind.load()(stage.config)
-        else:
-            on_first(lambda stage=stage: _make_tokenizer(stage))
-        renewed = renewed or stage.name
-        on_first(lambda: _write_last(stages))
+        check_stages(stages)
+        renewed = ""
+        for number, stage in enumerate(stages, 1):
+            title = f"[{number}/{len(stages)}] {stage.name}"
+            if first_says(stage.is_finished):
+                announce("\n".join([f"{title}: done, in {stage.folder}", *_what_changed(stage, renewed)]))
+                continue
+            announce(f"{title}: {stage.folder}")
+            if not renewed:
+                watch_records([later for later in stages[number:] if not later.is_finished])
+            if stage.kind.is_run:
+                stage.kind.load()(stage.config)
+            else:
+                on_first(lambda stage=stage: _make_tokenizer(stage))
+            renewed = renewed or stage.name
+            on_first(lambda: _write_last(stages))
 
 
 def _write_last(stages: Sequence[Stage]) -> None:

@@ -41,11 +41,9 @@ def make_plan(asked: PlanConfig) -> dict:
     training = dataclasses.replace(planned.config.training, accumulation_steps=parts)
     config = dataclasses.replace(planned.config, training=training)
     model = LanguageModel(planned.architecture, config.compute, inputs.planned_adapter(planned), device.backend)
-    traceable = model
-    if not package:  # fused attention cannot even be traced without its compiler
-        compute = dataclasses.replace(model.compute, attention="grouped")
-        traceable = dataclasses.replace(model, compute=compute)
-    traced, state = compiler.trace_step(config, traceable, mesh)
+    # Fused attention cannot even be traced without its compiler.
+    compute = config.compute if package else dataclasses.replace(config.compute, attention="grouped")
+    traced, state = compiler.trace_step(config, dataclasses.replace(model, compute=compute), mesh)
     params, opt_state, whole = compiler.state_bytes(state)
 
     formula = flops_per_token(model.config, config.data.seq_len, model.adapter is not None)
