@@ -35,9 +35,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--times", type=int, default=4)
+    parser.add_argument("--times", type=int, default=4, help="2 or more: nothing is cached at the first")
     parser.add_argument("settings", nargs="*", help="after `--`: settings of `minimind pretrain`")
     args = parser.parse_args()
+    if args.times < 2:
+        parser.error("--times must be 2 or more")
     with tempfile.TemporaryDirectory() as folder:
         seconds = [seconds_to_first_step(args, Path(folder), f"run{index}") for index in range(args.times)]
     results = {"seconds, nothing cached": seconds[0], "seconds, cached": round(statistics.median(seconds[1:]), 1)}
