@@ -22,8 +22,7 @@ import numpy as np
 from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.inference.generate import Generator
 from minimind_jax.model.config import ModelConfig
-from minimind_jax.model.precision import cast_matrices
-from minimind_jax.model.transformer import LanguageModel
+from minimind_jax.model.transformer import LanguageModel, cast_matrices
 
 
 def serve_ours(settings: dict) -> None:

@@ -21,13 +21,8 @@ ARCHITECTURES = {
 # With a head of scores in place of the language model's: reward models and classifiers.
 HEADED = {"qwen3": "Qwen3ForSequenceClassification", "qwen3_moe": "Qwen3MoeForSequenceClassification"}
 SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-)
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+)  # fmt: skip
 # What an absent key means to the library that wrote the file.
 _QWEN3_DEFAULTS = {
     "max_position_embeddings": 32768,

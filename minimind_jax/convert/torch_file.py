@@ -1,6 +1,7 @@
 """PyTorch files of tensors, read without running anything that is in them."""
 
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +14,7 @@ from minimind_jax.convert.replace import replacing_files
 from minimind_jax.errors import UserError
 from minimind_jax.shell import install_command
 
-# What compilation and data parallelism put before the names.
-_WRAPPERS = ("_orig_mod.", "module.")
+_WRAPPERS = r"^(_orig_mod\.|module\.)*"  # what compilation and data parallelism put before the names
 
 
 def read_torch(path: str | Path) -> dict[str, StoredTensor]:
@@ -41,7 +41,7 @@ def read_torch(path: str | Path) -> dict[str, StoredTensor]:
     state = content.get("model", content) if isinstance(content, Mapping) else content
     if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise UserError(f"{path}: expected a state dict (names to tensors), or a dict with one under 'model'")
-    return {_plain_name(name): _stored(name, tensor, path) for name, tensor in state.items()}
+    return {re.sub(_WRAPPERS, "", name): _stored(name, tensor, path) for name, tensor in state.items()}
 
 
 def write_torch(path: str | Path, tensors: Mapping[str, np.ndarray], aliases: Mapping[str, str]):
@@ -72,12 +72,6 @@ def _import_torch() -> Any:
         # CVE-2025-32434: before 2.6 a file could run code in spite of weights_only.
         raise UserError(f"torch {torch.__version__} cannot load files safely; pip install 'torch>=2.6'")
     return torch
-
-
-def _plain_name(name: str) -> str:
-    for wrapper in _WRAPPERS * 2:
-        name = name.removeprefix(wrapper)
-    return name
 
 
 def _stored(name: str, tensor: Any, path: Path) -> StoredTensor:

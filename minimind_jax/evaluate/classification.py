@@ -13,16 +13,9 @@ from minimind_jax.signals import uninterrupted
 
 BINS = 10  # of confidence
 FONTS = (  # of pictures: matplotlib's own, and those that have Chinese
-    *(
-        "DejaVu Sans",
-        "Noto Sans CJK SC",
-        "Source Han Sans SC",
-        "WenQuanYi Zen Hei",
-        "WenQuanYi Micro Hei",
-        "PingFang SC",
-    ),
-    *("Microsoft YaHei", "SimHei", "Arial Unicode MS"),
-)
+    "DejaVu Sans", "Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "PingFang SC",
+    "Microsoft YaHei", "SimHei", "Arial Unicode MS",
+)  # fmt: skip
 LONGEST = 40  # characters of a label in a picture
 SHOWN = 40  # classes that a picture of the confusion matrix can name
 CALIBRATED = 100  # texts from which on a curve of confidence against accuracy is more than chance

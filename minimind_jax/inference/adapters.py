@@ -57,20 +57,18 @@ def load_switched(model: str, names: Sequence[str], dtype: str = "auto") -> Swit
         place = resolve_model_folder(name, "adapters")
         if not is_adapter(place):
             raise UserError(f"adapters: {place} is a whole model, not an adapter")
-        short = _short_name(name)
+        # Of a run its name, of a folder the last part that is not `model`.
+        short = next((part for part in reversed(Path(name).parts) if part not in ("model", "/")), name)
         if short in stored or short == OFF:
             raise UserError(f"adapters: two are called {short}; rename a folder")
         stored[short] = load_peft(place, generator.model.config)
-        generator.eos_ids = tuple(sorted({*generator.eos_ids, *_end_ids(place, folder)}))
+        words = load_tokenizer(place, base=str(folder))  # refused when they are not the base model's
+        ends = {*generator.eos_ids, *read_generation_config(place).eos_ids, *words.end_ids}
+        generator.eos_ids = tuple(sorted(ends))
         its_base = moved_with_run(stored[short].base, place) or Path(stored[short].base)
         if folder.resolve() not in (its_base.resolve(), Path(stored[short].base).resolve()):
             print(f"warning: the adapter {short} was trained over {stored[short].base}, not over {folder}")
     return switched(generator, stored)
-
-
-def _end_ids(adapter: Path, base: Path) -> set[int]:
-    """The tokens that end an adapter's answers. Raises UserError when its words are not the base model's."""
-    return {*read_generation_config(adapter).eos_ids, *load_tokenizer(adapter, base=str(base)).end_ids}
 
 
 def switched(generator: Generator, stored: dict[str, StoredAdapter]) -> SwitchedGenerator:
@@ -103,9 +101,3 @@ def _filled(tree: Params | None, shapes: Params, ranks: dict[str, int], dtype: A
             leaves[key] = jnp.asarray(found, jnp.float32 if key == "lora_scale" else dtype)
         layers.setdefault(block, {})[name] = leaves
     return {"layers": layers}
-
-
-def _short_name(name: str) -> str:
-    """Of a run its name, of a folder the last part that is not `model`."""
-    parts = [part for part in Path(name).parts if part not in ("model", "/")]
-    return parts[-1] if parts else name

@@ -1,6 +1,6 @@
 """Log-likelihoods of continuations, in batches: for multiple choice and lm_eval."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minimind_jax.errors import UserError
-from minimind_jax.inference.buckets import bucket
+from minimind_jax.inference.buckets import bucket, by_length
 from minimind_jax.losses.pieces import by_columns, logits
 from minimind_jax.model.transformer import LanguageModel, Params, full_precision
 
@@ -84,35 +84,21 @@ class LikelihoodScorer:
         """
         if not all(context and continuation for context, continuation in requests):
             raise ValueError("a context or a continuation has no tokens")
+        wholes = [[*context, *continuation][-(self.context + 1) :] for context, continuation in requests]
+        counts = [min(len(own), len(whole) - 1) for (_, own), whole in zip(requests, wholes, strict=True)]
         found: list[Likelihood | None] = [None] * len(requests)
-        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][0]) - len(requests[i][1]))
-        for first in range(0, len(order), self.batch_size):
-            chosen = order[first : first + self.batch_size]
-            for index, likelihood in zip(chosen, self._batch([requests[i] for i in chosen]), strict=True):
-                found[index] = likelihood
+        # The last token of a continuation is predicted and not read, so a row has one token fewer than the request.
+        batches = by_length([whole[:-1] for whole in wholes], lambda width, left: self.batch_size, multiple=128)
+        for chosen, tokens_BT, lengths_B in batches:
+            most = bucket(max(counts[i] for i in chosen), smallest=4, multiple=64)
+            targets_BC, places_BC = (np.zeros((self.batch_size, most), np.int32) for _ in range(2))
+            for row, i in enumerate(chosen):
+                targets_BC[row, : counts[i]] = wholes[i][-counts[i] :]
+                places_BC[row, : counts[i]] = np.arange(lengths_B[row] - counts[i], lengths_B[row])
+            judged = self._score(self.params, tokens_BT, lengths_B, targets_BC, places_BC)
+            log_probs_BC, is_likeliest_BC = map(np.asarray, judged)
+            for row, i in enumerate(chosen):
+                total = float(log_probs_BC[row, : counts[i]].astype(np.float64).sum())
+                found[i] = Likelihood(total, counts[i], bool(is_likeliest_BC[row, : counts[i]].all()))
             advance(len(chosen))
         return found
-
-    def _batch(self, requests: Sequence[Request]) -> Iterator[Likelihood]:
-        """The last token of a continuation is predicted and not read, so a row has one token fewer than the request."""
-        rows = []
-        for context, continuation in requests:
-            whole = [*context, *continuation][-(self.context + 1) :]
-            rows.append((whole, min(len(continuation), len(whole) - 1)))
-        width = bucket(max(len(whole) - 1 for whole, _ in rows), smallest=16, multiple=128)
-        most = bucket(max(max(count for _, count in rows), 1), smallest=4, multiple=64)
-        tokens_BT = np.zeros((self.batch_size, width), np.int32)
-        targets_BC, places_BC = (np.zeros((self.batch_size, most), np.int32) for _ in range(2))
-        lengths_B = np.ones(self.batch_size, np.int32)
-        for row, (whole, count) in enumerate(rows):
-            lengths_B[row] = len(whole) - 1
-            tokens_BT[row, : len(whole) - 1] = whole[:-1]
-            if count:
-                targets_BC[row, :count] = whole[-count:]
-                places_BC[row, :count] = np.arange(len(whole) - 1 - count, len(whole) - 1)
-        log_probs_BC, is_likeliest_BC = map(
-            np.asarray, self._score(self.params, tokens_BT, lengths_B, targets_BC, places_BC)
-        )
-        for row, (_, count) in enumerate(rows):
-            total = float(log_probs_BC[row, :count].astype(np.float64).sum())
-            yield Likelihood(total, count, bool(is_likeliest_BC[row, :count].all()))

@@ -13,8 +13,7 @@ from minimind_jax.inference.generate import Generator
 from minimind_jax.inference.generation_config import read_generation_config
 from minimind_jax.model.config import ComputeConfig, RopeScaling
 from minimind_jax.model.heads import SCORE
-from minimind_jax.model.precision import cast_matrices
-from minimind_jax.model.transformer import LanguageModel, Params
+from minimind_jax.model.transformer import LanguageModel, Params, cast_matrices
 
 
 def load_generator(name: str, dtype: str = "auto") -> Generator:

@@ -11,7 +11,7 @@ from minimind_jax.convert.hf import Labels, load_labels
 from minimind_jax.convert.load import load_tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter, resolve_model_folder
-from minimind_jax.inference.buckets import bucket
+from minimind_jax.inference.buckets import bucket, by_length
 from minimind_jax.inference.load import load_model
 from minimind_jax.model.heads import SCORE, scores
 
@@ -22,13 +22,13 @@ MAX_ROWS = 64
 class Scorer:
     """A model with a head of scores, ready to score texts and conversations.
 
-    name: a folder, or a run whose model/ is meant. dtype: as for `load_model`. max_tokens: longer texts are cut at
-    their end, longer conversations at their beginning; None takes the length that the model was trained with, which its
-    tokenizer_config.json says. cut: how many were, so far.
+    name: a folder, or a run whose model/ is meant. max_tokens: longer texts are cut at their end, longer conversations
+    at their beginning; None takes the length that the model was trained with, which its tokenizer_config.json says.
+    cut: how many were, so far.
     Raises UserError when it is no such model, or max_tokens is above its context.
     """
 
-    def __init__(self, name: str, dtype: str = "auto", max_tokens: int | None = None):
+    def __init__(self, name: str, max_tokens: int | None = None):
         folder = resolve_model_folder(name)
         labels = None if is_adapter(folder) else load_labels(folder)
         if labels is None:
@@ -36,7 +36,7 @@ class Scorer:
                 f"{folder} is a language model; `minimind classify` and `minimind reward` make models that score"
             )
         self.labels: Labels = labels
-        self.model, self.params = load_model(folder, dtype, has_head=True)
+        self.model, self.params = load_model(folder, has_head=True)
         if SCORE not in self.params or self.params[SCORE]["kernel"].shape[1] != len(labels.names):
             raise UserError(f"{folder}: config.json names {len(labels.names)} labels, and the weights hold others")
         self.tokenizer = load_tokenizer(folder)
@@ -55,9 +55,7 @@ class Scorer:
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """(texts, labels) logits, as transformers' pipeline computes them: no special tokens are added."""
-        prompts = self.tokenizer.encode_batch(texts)
-        self.cut += sum(len(ids) > self.max_tokens for ids in prompts)
-        return self.score_ids([ids[: self.max_tokens] for ids in prompts])
+        return self._score_cut(self.tokenizer.encode_batch(texts), slice(self.max_tokens))
 
     def conversations(self, conversations: Sequence[tuple[list[dict], Any]]) -> np.ndarray:
         """(conversations, labels) scores of (messages, tools) in the chat template."""
@@ -65,27 +63,26 @@ class Scorer:
         for messages, tools in conversations:
             segments = self.tokenizer.segments(messages, tools)
             prompts.append([i for piece in self.tokenizer.encode_batch([s.text for s in segments]) for i in piece])
+        return self._score_cut(prompts, slice(-self.max_tokens, None))
+
+    def _score_cut(self, prompts: Sequence[Sequence[int]], kept: slice) -> np.ndarray:
         self.cut += sum(len(ids) > self.max_tokens for ids in prompts)
-        return self.score_ids([ids[-self.max_tokens :] for ids in prompts])
+        return self.score_ids([ids[kept] for ids in prompts])
 
     def score_ids(
         self, prompts: Sequence[Sequence[int]], advance: Callable[[int], None] = lambda count: None
     ) -> np.ndarray:
-        """(prompts, labels) scores of token ids. Neighbours in length share a batch, so that little is padding.
-        advance: hears how many more are done."""
+        """(prompts, labels) scores of token ids. advance: hears how many more are done."""
         found = np.zeros((len(prompts), len(self.labels.names)), np.float32)
         if any(not ids for ids in prompts):
             raise UserError("a text is empty; there is nothing to score")
-        order = np.argsort([len(ids) for ids in prompts], kind="stable")
-        while len(order):
-            # From the longest on, as many as make BATCH_TOKENS, in powers of two: few sizes are few programs.
-            width = bucket(len(prompts[order[-1]]), smallest=16, multiple=256)
-            most = min(MAX_ROWS, max(1, BATCH_TOKENS // width), bucket(len(order), smallest=1, multiple=MAX_ROWS))
-            rows = 1 << (most.bit_length() - 1)
-            order, chosen = order[:-rows], order[-rows:]
-            tokens_BT, lengths_B = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)
-            for row, i in enumerate(chosen):
-                tokens_BT[row, : len(prompts[i])], lengths_B[row] = prompts[i], len(prompts[i])
+        for chosen, tokens_BT, lengths_B in by_length(prompts, _rows, multiple=256):
             found[chosen] = np.asarray(self._last_scores(self.params, tokens_BT, lengths_B))[: len(chosen)]
             advance(len(chosen))
         return found
+
+
+def _rows(width: int, left: int) -> int:
+    """As many as make BATCH_TOKENS, in powers of two: few sizes are few programs."""
+    most = min(MAX_ROWS, max(1, BATCH_TOKENS // width), bucket(left, smallest=1, multiple=MAX_ROWS))
+    return 1 << (most.bit_length() - 1)

@@ -22,10 +22,6 @@ class LayerCache(NamedTuple):
     k_CBKHs: Array
     v_CBKsH: Array
 
-    @property
-    def slots(self) -> int:
-        return self.v_CBKsH.shape[0] * self.v_CBKsH.shape[3]
-
     def fill(self, k_BTKH: Array, v_BTKH: Array) -> "LayerCache":
         """The cache with the keys and values of each row's first T tokens."""
         k_BKHT, v_BKTH = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)

@@ -47,10 +47,6 @@ def _split_key(key: Array | None, count: int) -> tuple[Array | None, ...]:
     return (None,) * count if key is None else tuple(jax.random.split(key, count))
 
 
-def _fold(key: Array | None, number: int) -> Array | None:
-    return None if key is None else jax.random.fold_in(key, number)
-
-
 def _normal(rngs: nnx.Rngs, std: float, shape: tuple[int, ...], axes: tuple) -> nnx.Param:
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
 
@@ -200,7 +196,8 @@ class Block(nnx.Module):
         self.mlp = MoE(config, rngs=rngs) if config.is_moe else MLP(config, adapter, rngs=rngs)
 
     def __call__(self, x_BTD: Array, context: Context, cache: LayerCache | None, dropout_key: Array | None):
-        keys, adapter_keys = _split_key(dropout_key, 2), _split_key(_fold(dropout_key, 1), 2)
+        adapter_key = None if dropout_key is None else jax.random.fold_in(dropout_key, 1)
+        keys, adapter_keys = _split_key(dropout_key, 2), _split_key(adapter_key, 2)
         with jax.named_scope("attention"):
             update_BTD, cache = self.attention(self.input_norm(x_BTD), context, cache, adapter_keys[0])
             x_BTD = x_BTD + dropout(update_BTD, self.rate, keys[0])

@@ -210,6 +210,25 @@ def _set_rows(array, rows, first):
     return jax.lax.dynamic_update_slice_in_dim(array, rows, first, axis=0)
 
 
+def _empty(padded_PD, F):
+    """Where gates, ups and outputs of all rows go."""
+    empty_PF = jnp.zeros_like(padded_PD, shape=(len(padded_PD), F))
+    return empty_PF, empty_PF, jnp.zeros_like(padded_PD)
+
+
+def _write_rows(made, padded_PD, first, size, kernels):
+    """`made` with what one expert makes of the rows first..first+size; those behind its own are written over later."""
+    rows = _expert(_rows(padded_PD, first, size), *kernels)
+    return tuple(_set_rows(array, new, first) for array, new in zip(made, rows, strict=True))
+
+
+def _rows_gradients(padded_PD, gates_PF, ups_PF, grad_PD, first, size, stop, kernels):
+    """`_expert_gradients` of the rows first..first+size, of which those from `stop` on are another expert's."""
+    x, gates, ups, grad = (_rows(array, first, size) for array in (padded_PD, gates_PF, ups_PF, grad_PD))
+    is_own = (first + jnp.arange(size) < stop)[:, None]
+    return _expert_gradients(x, gates, ups, jnp.where(is_own, grad, 0), *kernels)
+
+
 @jax.custom_vjp
 def _blocked(x_PD, sizes_E, gate_EDF, up_EDF, down_EFD):
     """The experts on rows sorted by expert, sizes_E rows each; rows behind these get any finite values.
@@ -226,47 +245,35 @@ def _blocked_forward(x_PD, sizes_E, gate_EDF, up_EDF, down_EFD):
     blocks = _block_sizes(P, E)
     padded_PD = jnp.pad(x_PD, ((0, blocks[0]), (0, 0)))
 
-    def expert(carry, inputs):
-        start, size, gate_DF, up_DF, down_FD = inputs
+    def expert(made, inputs):
+        start, size, *kernels = inputs
+        body = lambda block, first, made: _write_rows(made, padded_PD, first, block, kernels)  # noqa: E731
+        return _for_blocks(start, size, blocks, body, made), None
 
-        def body(block, first, carry):
-            gates_PF, ups_PF, out_PD = carry
-            gates, ups, out = _expert(_rows(padded_PD, first, block), gate_DF, up_DF, down_FD)
-            return _set_rows(gates_PF, gates, first), _set_rows(ups_PF, ups, first), _set_rows(out_PD, out, first)
-
-        return _for_blocks(start, size, blocks, body, carry), None
-
-    starts_E = jnp.cumsum(sizes_E) - sizes_E
-    empty_PF = jnp.zeros_like(padded_PD, shape=(P + blocks[0], F))
-    carry = (empty_PF, empty_PF, jnp.zeros_like(padded_PD))
-    (gates_PF, ups_PF, out_PD), _ = jax.lax.scan(expert, carry, (starts_E, sizes_E, gate_EDF, up_EDF, down_EFD))
-    return out_PD[:P], (padded_PD, sizes_E, gates_PF, ups_PF, gate_EDF, up_EDF, down_EFD)
+    inputs = (jnp.cumsum(sizes_E) - sizes_E, sizes_E, gate_EDF, up_EDF, down_EFD)
+    (gates_PF, ups_PF, out_PD), _ = jax.lax.scan(expert, _empty(padded_PD, F), inputs)
+    return out_PD[:P], (padded_PD, gates_PF, ups_PF, inputs)
 
 
 def _blocked_backward(saved, grad_PD):
-    padded_PD, sizes_E, gates_PF, ups_PF, gate_EDF, up_EDF, down_EFD = saved
+    padded_PD, gates_PF, ups_PF, inputs = saved
     P, dtype = grad_PD.shape[0], grad_PD.dtype
-    blocks = _block_sizes(P, gate_EDF.shape[0])
+    blocks = _block_sizes(P, len(inputs[0]))
     grad_PD = jnp.pad(grad_PD, ((0, blocks[0]), (0, 0)))
 
     def expert(grad_x_PD, inputs):
-        start, size, gate_DF, up_DF, down_FD = inputs
+        start, size, *kernels = inputs
 
         def body(block, first, carry):
-            grad_x_PD, grad_gate, grad_up, grad_down = carry
-            is_own = (first + jnp.arange(block) < start + size)[:, None]
-            x, gates, ups = _rows(padded_PD, first, block), _rows(gates_PF, first, block), _rows(ups_PF, first, block)
-            grad = jnp.where(is_own, _rows(grad_PD, first, block), 0)
-            grad_x, *grads = _expert_gradients(x, gates, ups, grad, gate_DF, up_DF, down_FD)
-            sums = [total + grad for total, grad in zip((grad_gate, grad_up, grad_down), grads, strict=True)]
-            return _set_rows(grad_x_PD, grad_x, first), *sums
+            grad_x_PD, *totals = carry
+            arrays = (padded_PD, gates_PF, ups_PF, grad_PD)
+            grad_x, *grads = _rows_gradients(*arrays, first, block, start + size, kernels)
+            return _set_rows(grad_x_PD, grad_x, first), *map(jnp.add, totals, grads)
 
-        zeros = [jnp.zeros_like(kernel, jnp.float32) for kernel in (gate_DF, up_DF, down_FD)]
+        zeros = [jnp.zeros_like(kernel, jnp.float32) for kernel in kernels]
         grad_x_PD, *grads = _for_blocks(start, size, blocks, body, (grad_x_PD, *zeros))
         return grad_x_PD, [grad.astype(dtype) for grad in grads]
 
-    starts_E = jnp.cumsum(sizes_E) - sizes_E
-    inputs = (starts_E, sizes_E, gate_EDF, up_EDF, down_EFD)
     grad_x_PD, grads = jax.lax.scan(expert, jnp.zeros_like(grad_PD), inputs)
     return grad_x_PD[:P], None, *grads
 
@@ -371,14 +378,11 @@ def _looped_forward(is_part, x_PD, sizes_E, *kernels):
     tiles = _make_tiles(sizes_E, P)
     padded_PD = jnp.pad(x_PD, ((0, tiles.size), (0, 0)))
 
-    def body(tile, carry):
-        first, expert = tiles.firsts_N[tile], tiles.experts_N[tile]
-        made = _expert(_rows(padded_PD, first, tiles.size), *(kernel[expert] for kernel in kernels))
-        return tuple(_set_rows(array, rows, first) for array, rows in zip(carry, made, strict=True))
+    def body(tile, made):
+        own = [kernel[tiles.experts_N[tile]] for kernel in kernels]
+        return _write_rows(made, padded_PD, tiles.firsts_N[tile], tiles.size, own)
 
-    empty_PF = jnp.zeros_like(padded_PD, shape=(P + tiles.size, F))
-    carry = (empty_PF, empty_PF, jnp.zeros_like(padded_PD))
-    gates_PF, ups_PF, out_PD = jax.lax.fori_loop(0, tiles.count(is_part), body, carry)
+    gates_PF, ups_PF, out_PD = jax.lax.fori_loop(0, tiles.count(is_part), body, _empty(padded_PD, F))
     return out_PD[:P], (padded_PD, sizes_E, gates_PF, ups_PF, kernels)
 
 
@@ -391,11 +395,8 @@ def _looped_backward(is_part, saved, grad_PD):
     def body(tile, carry):
         grad_x_PD, *totals = carry
         first, expert = tiles.firsts_N[tile], tiles.experts_N[tile]
-        x, gates, ups, grad = (_rows(array, first, tiles.size) for array in (padded_PD, gates_PF, ups_PF, grad_PD))
-        is_own = (first + jnp.arange(tiles.size) < tiles.stops_N[tile])[:, None]
-        grad_x, *grads = _expert_gradients(
-            x, gates, ups, jnp.where(is_own, grad, 0), *(kernel[expert] for kernel in kernels)
-        )
+        own, arrays = [kernel[expert] for kernel in kernels], (padded_PD, gates_PF, ups_PF, grad_PD)
+        grad_x, *grads = _rows_gradients(*arrays, first, tiles.size, tiles.stops_N[tile], own)
         totals = (total.at[expert].add(grad) for total, grad in zip(totals, grads, strict=True))
         return _set_rows(grad_x_PD, grad_x, first), *totals
 

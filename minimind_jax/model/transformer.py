@@ -59,6 +59,18 @@ def count_parameters(params: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+def cast_matrices(params: Params, dtype: Any) -> Params:
+    """The same parameters with their kernels and embeddings in `dtype`, so that no step reads and casts more; norms and
+    routers stay as they are."""
+
+    def cast(path, leaf):
+        names = [key.key for key in path]
+        is_matrix = names[-1] in ("kernel", "embedding") and "router" not in names
+        return leaf.astype(dtype, copy=False) if is_matrix else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def _make(kind: str, config: ModelConfig, adapter: Adapter | None, key: Array) -> nnx.Module:
     rngs = nnx.Rngs(params=key)
     return Block(config, adapter, rngs=rngs) if kind == "layers" else Surroundings(config, rngs=rngs)
@@ -168,10 +180,9 @@ class LanguageModel:
             embed_key, layers_key = jax.random.split(dropout_key)
             x_BTD = dropout(x_BTD, self.config.dropout, embed_key)
             keys_L = jax.random.split(layers_key, self.config.num_hidden_layers)
-        length_BT = None
-        if self._needs_length:
-            found_BT = rope.document_length(positions_BT, segment_ids_BT)
-            length_BT = found_BT if lengths_B is None else lengths_B[:, None]
+        length_BT, scaling = None if lengths_B is None else lengths_B[:, None], self.config.rope_scaling
+        if length_BT is None and scaling is not None and scaling.rope_type == "dynamic":
+            length_BT = rope.document_length(positions_BT, segment_ids_BT)
         attend = self._attend_row(x_BTD, segment_ids_BT)
         context = self._context(positions_BT, length_BT, is_token_BT, lambda q, k, v, _: (attend(q, k, v), None))
         x_BTD, router_loss = self._layers(params["layers"], x_BTD, context, keys_L)
@@ -261,11 +272,6 @@ class LanguageModel:
         """Of the parameters its own: others may stand beside them, a head of scores or another model."""
         graph, own = self._split("surroundings")
         return nnx.merge(graph, {name: params[name] for name in own})
-
-    @property
-    def _needs_length(self) -> bool:
-        scaling = self.config.rope_scaling
-        return scaling is not None and scaling.rope_type == "dynamic"
 
     def _context(self, positions_BT, length_BT, is_token_BT, attend: Attend) -> Context:
         cos_BTh, sin_BTh = rope.rope_tables(self.config, positions_BT, length_BT)

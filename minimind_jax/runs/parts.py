@@ -21,8 +21,7 @@ from minimind_jax.folders import is_adapter
 from minimind_jax.model.config import ModelConfig, union_of_ids
 from minimind_jax.model.heads import SCORE, head_axes, init_head
 from minimind_jax.model.lora import init_adapters, join, make_adapter
-from minimind_jax.model.precision import cast_matrices
-from minimind_jax.model.transformer import LanguageModel, Params
+from minimind_jax.model.transformer import LanguageModel, Params, cast_matrices
 from minimind_jax.model.vocabulary import grow_vocabulary
 from minimind_jax.runs.adapters import AdapterPlan, frozen_dtype, plan_adapters
 from minimind_jax.runs.kind import StageKind

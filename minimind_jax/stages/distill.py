@@ -11,8 +11,7 @@ from minimind_jax.convert.load import load_merged, load_tokenizer, read_config
 from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter
 from minimind_jax.losses.distillation import make_distillation_loss, teacher_likeliest
-from minimind_jax.model.precision import cast_matrices
-from minimind_jax.model.transformer import LanguageModel, Params
+from minimind_jax.model.transformer import LanguageModel, Params, cast_matrices
 from minimind_jax.paths import is_remote
 from minimind_jax.runs.frozen import TOKENS, Answers, Asked
 from minimind_jax.runs.parts import Run, open_rows, run_parameters

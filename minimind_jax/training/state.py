@@ -11,8 +11,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from minimind_jax.model.lora import TRAINED, Path, join, split
-from minimind_jax.model.precision import cast_matrices
-from minimind_jax.model.transformer import LanguageModel, Params
+from minimind_jax.model.transformer import LanguageModel, Params, cast_matrices
 from minimind_jax.training.optimizer import Group
 
 
