@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ _LAYER_TENSORS = {
     "post_attention_layernorm.weight": ("post_attention_norm", "scale"),
 }
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_MLP_TENSORS = {f"mlp.{name}.weight": ("mlp", name, "kernel") for name in _PROJECTIONS}
+_ROUTER_TENSORS = {"mlp.gate.weight": ("mlp", "router", "kernel")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,29 +68,22 @@ def hf_tensors(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
     host = jax.tree.map(np.asarray, params)
     layers = host["layers"]
     tensors = {"model.embed_tokens.weight": host["embed"]["embedding"]}
+    names = _LAYER_TENSORS | (_ROUTER_TENSORS if config.is_moe else _MLP_TENSORS)
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"
-        for name, path in _LAYER_TENSORS.items():
+        for name, path in names.items():
             array = functools.reduce(operator.getitem, path, layers)[layer]
             tensors[f"{prefix}.{name}"] = array.T if path[-1] == "kernel" else array
-        tensors |= {f"{prefix}.mlp.{name}": array for name, array in _mlp_tensors(config, layers["mlp"], layer)}
+        for expert in range(config.num_experts):
+            for name in _PROJECTIONS:
+                kernel_DF = layers["mlp"]["experts"][name]["kernel"][layer, expert]
+                tensors[f"{prefix}.mlp.experts.{expert}.{name}.weight"] = kernel_DF.T
     tensors["model.norm.weight"] = host["norm"]["scale"]
     if SCORE in host:
         tensors["score.weight"] = host[SCORE]["kernel"].T
     elif not config.tie_word_embeddings:
         tensors["lm_head.weight"] = host["lm_head"]["kernel"].T
     return tensors
-
-
-def _mlp_tensors(config: ModelConfig, mlp: Params, layer: int) -> Iterator[tuple[str, np.ndarray]]:
-    if not config.is_moe:
-        for projection in _PROJECTIONS:
-            yield f"{projection}.weight", mlp[projection]["kernel"][layer].T
-        return
-    yield "gate.weight", mlp["router"]["kernel"][layer].T
-    for expert in range(config.num_experts):
-        for projection in _PROJECTIONS:
-            yield f"experts.{expert}.{projection}.weight", mlp["experts"][projection]["kernel"][layer, expert].T
 
 
 def params_from_hf(config: ModelConfig, stored: Mapping[str, StoredTensor], where: str) -> Params:

@@ -150,10 +150,13 @@ def _requests(
         raise UserError(f"{question.task}: {shot_count} examples are asked for, and there are {len(shown)}")
     context = "".join(_filled(prompt, other) + _spaced(prompt, other, other.answer) + "\n\n" for other in shown)
     context += _filled(prompt, question)
-    return [
-        _request(tokenizer, context, _spaced(prompt, question, n), f"{question.where}: choice {n}")
-        for n in range(len(question.choices))
-    ]
+    prefix, requests = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id, []
+    for n in range(len(question.choices)):
+        choice, where = _spaced(prompt, question, n), f"{question.where}: choice {n}"
+        context_ids, own = encode_pair(tokenizer.encode, context, choice, prefix, where)
+        is_begun = context_ids == [prefix] or tokenizer.bos_id is None
+        requests.append((context_ids if is_begun else [prefix, *context_ids], own))
+    return requests
 
 
 def _by_task(files: Sequence[str]) -> dict[str, list[Question]]:
@@ -175,13 +178,6 @@ def _spaced(prompt: str, question: Question, number: int) -> str:
     if before[-1:].isspace():
         return choice.lstrip()
     return ("" if choice[0].isspace() or before.endswith("：") else " ") + choice
-
-
-def _request(tokenizer: Tokenizer, context: str, choice: str, where: str) -> Request:
-    """Token ids of both, a begin token before them."""
-    prefix = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    context_ids, own = encode_pair(tokenizer.encode, context, choice, prefix, where)
-    return (context_ids if context_ids == [prefix] or tokenizer.bos_id is None else [prefix, *context_ids]), own
 
 
 def _result(task: str, questions: list[Question], likelihoods: list[Likelihood], cut: int) -> ChoiceResult:

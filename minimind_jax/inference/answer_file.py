@@ -35,18 +35,15 @@ class PartialFile:
         self._lock = FileLock(output.with_name(output.name + ".partial.lock"))
         try:
             self._lock.acquire(timeout=0)
+            self._file = self._open()
         except Timeout:
             raise UserError(f"{self._partial} is being written by another process; wait for it, or stop it") from None
-        except OSError as error:
+        except (OSError, UserError) as error:
+            if self._lock.is_locked:
+                self._unlock()
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"output {output}: cannot write: {error.strerror}; choose another place") from error
-        try:
-            self._file = self._open()
-        except OSError as error:
-            self._unlock()
-            raise UserError(f"output {output}: cannot write: {error.strerror}; choose another place") from error
-        except UserError:
-            self._unlock()
-            raise
 
     def __enter__(self):
         self._telling = telling(self._what_is_left, of=(BaseException,))
@@ -112,19 +109,19 @@ class AnswerFile(PartialFile):
 
     def _open(self) -> BinaryIO:
         if self._resume and self._partial.exists() and self._partial.stat().st_size:
-            self._check(self._made_with)
+            self._check()
             self._read()
         self._settings.write_text(json.dumps(self._made_with, ensure_ascii=False, indent=1), "utf-8")
         return self._partial.open("ab" if self.earlier else "wb")
 
-    def _check(self, settings: dict[str, Any]) -> None:
+    def _check(self) -> None:
         try:
             earlier = read_object(self._settings)
         except UserError:
             raise UserError(
                 f"{self._partial} is there without {self._settings.name}, which says what made it; {AGAIN}"
             ) from None
-        for name, value in settings.items():
+        for name, value in self._made_with.items():
             if earlier.get(name) == value:
                 continue
             if isinstance(value, dict):

@@ -20,7 +20,7 @@ def by_length(
     """Batches of prompts whose lengths are neighbours, so that little is padding, from the longest on: (indices of its
     prompts, tokens_BT, lengths_B) of each.
 
-    rows_of: B for a width and the prompts left; rows without a prompt have length 1. multiple: of widths (see `bucket`).
+    rows_of: B for a width and the prompts left; a row without a prompt has length 1. multiple: of widths, see `bucket`.
     """
     order = np.argsort([len(ids) for ids in prompts], kind="stable")
     while len(order):

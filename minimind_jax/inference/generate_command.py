@@ -87,8 +87,8 @@ def _print_answers(generator: Generator, config: GenerateConfig) -> None:
 def _write_answers(generator: Generator, config: GenerateConfig, folder: Path) -> None:
     """Answers the records into `config.output`, from where an earlier call was cut off."""
     settings = what_makes(config, folders_of(folder))
+    found, changed = Counter(), Counter()
     with AnswerFile(Path(config.output), settings, config.resume == "auto") as file:
-        changed: Counter = Counter()
         requests = _requests(generator, config, changed)
         for number, earlier in enumerate(file.earlier, 1):
             request = next(requests, None)
@@ -97,29 +97,26 @@ def _write_answers(generator: Generator, config: GenerateConfig, folder: Path) -
                 raise UserError(
                     f"{config.output}.partial:{number} {asked}: the input has changed; put it back to go on; {AGAIN}"
                 )
+            _count(found, earlier)
         if file.earlier:
             print(f"going on behind {len(file.earlier)} records of {config.output}.partial")
-        count = len(file.earlier)
-        cut_off = sum(earlier["finish_reason"] == "length" for earlier in file.earlier)
-        empty = sum(not _says_something(config, earlier) for earlier in file.earlier)
-        for request, answer in _shown(config, answer_requests(generator, config, requests, count), count):
+        done = len(file.earlier)
+        for request, answer in _shown(config, answer_requests(generator, config, requests, done), done):
             result = _result(config, request, answer)
             file.write(result)
-            count += 1
-            cut_off += answer.finish_reason == "length"
-            empty += not _says_something(config, result)
+            _count(found, result)
         file.finish()
-    notes = [f"{cut_off} answers were cut off (finish_reason length)"] if cut_off else []
-    notes += [f"{empty} are empty (in training: --data.on_error skip)"] if empty else []
-    notes += _changes(changed)
-    print("; ".join([f"{count} records written to {config.output}", *notes]))
+    notes = [f"{found['records']} records written to {config.output}"]
+    notes += [f"{found['cut off']} answers were cut off (finish_reason length)"] if found["cut off"] else []
+    notes += [f"{found['empty']} are empty (in training: --data.on_error skip)"] if found["empty"] else []
+    print("; ".join([*notes, *_changes(changed)]))
 
 
-def _says_something(config: GenerateConfig, result: dict[str, Any]) -> bool:
-    if not config.as_conversations:
-        return bool(result["completion"].strip())
-    reply = result["conversations"][-1]
-    return bool(reply["content"] or reply.get("reasoning_content"))
+def _count(found: Counter, result: dict[str, Any]) -> None:
+    reply = result["conversations"][-1] if "completion" not in result else {"content": result["completion"].strip()}
+    found["records"] += 1
+    found["cut off"] += result["finish_reason"] == "length"
+    found["empty"] += not (reply["content"] or reply.get("reasoning_content"))
 
 
 def _print_records(generator: Generator, config: GenerateConfig) -> None:

@@ -293,8 +293,7 @@ class LanguageModel:
     def _layers(self, layers: Params, x_BTD: Array, context: Context, keys_L: Array | None) -> tuple[Array, Array]:
         """Scans the layers; returns the residual stream and the sum of the router losses."""
         if isinstance(layers, tuple):
-            keys = [None] * len(layers) if keys_L is None else keys_L
-            x_BTD, _, router_loss = self._loose_layers(layers, x_BTD, context, [None] * len(layers), keys)
+            x_BTD, _, router_loss = self._loose_layers(layers, x_BTD, context, keys=keys_L)
             return x_BTD, router_loss
         graph, _ = self._split("layers")
 
@@ -318,14 +317,14 @@ class LanguageModel:
 
     def _read_into(self, cache: KVCache, params: Params, x_BTD: Array, context: Context) -> tuple[Array, KVCache]:
         layers = params["layers"] if isinstance(params["layers"], tuple) else _unstack(params["layers"])
-        keys = [None] * len(layers)
-        x_BTD, caches, _ = self._loose_layers(layers, x_BTD, context, cache.layers, keys)
+        x_BTD, caches, _ = self._loose_layers(layers, x_BTD, context, cache.layers)
         return self._norm(params, x_BTD), KVCache(caches)
 
-    def _loose_layers(self, layers, x_BTD, context: Context, caches, keys):
+    def _loose_layers(self, layers, x_BTD, context: Context, caches=None, keys=None):
         """One layer after another: the residual stream, the layers' caches and the sum of the router losses."""
         graph, _ = self._split("layers")
-        losses, written = [], []
+        losses, written, none = [], [], [None] * len(layers)
+        caches, keys = none if caches is None else caches, none if keys is None else keys
         for params, cache, key in zip(layers, caches, keys, strict=True):
             with jax.named_scope("layers"):
                 x_BTD, cache, loss = nnx.merge(graph, params)(x_BTD, context, cache, key)
