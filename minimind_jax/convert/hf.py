@@ -66,9 +66,8 @@ def save_hf(
     labels: of the head of scores that `params` has; None for a language model.
     Besides `params` about one shard is held in memory.
 
-    Raises:
-        UserError: the tokenizer has more tokens than the model, `check_replaceable` refuses the folder, a tensor does
-            not fit float16, or the disk is full.
+    Raises UserError: the tokenizer has more tokens than the model, `check_replaceable` refuses the folder, a tensor
+    does not fit float16, or the disk is full.
     """
     folder = as_path(folder)
     config = with_token_ids(config, tokenizer)
@@ -89,9 +88,8 @@ def load_hf(folder: str | Path) -> tuple[ModelConfig, Params]:
 
     The parameters are NumPy arrays on the host: put them where they are needed (`jax.device_put`) once.
 
-    Raises:
-        UserError: a file is missing or damaged, the model has a feature that is not supported, or its tensors are not
-            those of its configuration.
+    Raises UserError: a file is missing or damaged, the model has a feature that is not supported, or its tensors are
+    not those of its configuration.
     """
     config, stored = _open_hf(folder)
     return config, params_from_hf(config, stored, str(folder))

@@ -157,8 +157,7 @@ def from_hf_config(values: Mapping[str, Any], where: str = "config.json") -> Mod
 
     Fields that only training uses get their defaults.
 
-    Raises:
-        UserError: a key is missing, or the model has a feature that this project does not compute.
+    Raises UserError: a key is missing, or the model has a feature that this project does not compute.
     """
     try:
         return _from_hf_config(values, where)

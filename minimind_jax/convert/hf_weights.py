@@ -101,8 +101,7 @@ def matching_tensors(config: ModelConfig, stored: Mapping[str, StoredTensor], wh
     5.x's fused expert tensors are taken apart. A tied model may come with an `lm_head.weight` if it equals the
     embedding, as MiniMind's files do.
 
-    Raises:
-        UserError: tensors are missing or left over, or have another shape than the configuration says.
+    Raises UserError: tensors are missing or left over, or have another shape than the configuration says.
     """
     stored = _unfuse_experts(stored)
     expected = {name: view.shape for name, view in hf_tensors(config, _empty_params(config, stored)).items()}

@@ -32,8 +32,7 @@ def from_torch(
     tokenizer: a folder with tokenizer.json, such as MiniMind's `model/`. dtype: of the written tensors; float16 keeps
     MiniMind's bit for bit. overrides: fields of `ModelConfig` that the shapes do not tell.
 
-    Raises:
-        UserError: the file is no state dict of such a model, or torch is missing.
+    Raises UserError: the file is no state dict of such a model, or torch is missing.
     """
     stored = read_torch(pth)
     config = infer_config(stored, str(pth), overrides or {})
@@ -59,9 +58,8 @@ def to_torch(folder: str | Path, pth: str | Path) -> ModelConfig:
 def infer_config(stored: Mapping[str, StoredTensor], where: str, overrides: Mapping[str, Any]) -> ModelConfig:
     """The architecture that a MiniMind state dict has; `overrides` wins over what is inferred.
 
-    Raises:
-        UserError: a tensor that tells a size is missing, as in MiniMind2, which has no query and key norms, or
-            `overrides` has what such a model cannot have.
+    Raises UserError: a tensor that tells a size is missing, as in MiniMind2, which has no query and key norms, or
+    `overrides` has what such a model cannot have.
     """
 
     def shape(name: str) -> tuple[int, ...]:

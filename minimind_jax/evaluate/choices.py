@@ -119,9 +119,8 @@ def evaluate_choices(config: ChoicesConfig) -> list[ChoiceResult]:
     already, and behind a Chinese colon. Spaces at the prompt's end count as the choice's, in place of its own; those at
     a choice's end are left out. The question's own answer is never among the examples.
 
-    Raises:
-        UserError: no such model or file, a broken record, too few examples, a prompt without {question}, or a choice of
-            which the tokenizer leaves nothing to score.
+    Raises UserError: no such model or file, a broken record, too few examples, a prompt without {question}, or a choice
+    of which the tokenizer leaves nothing to score.
     """
     prompt = config.prompt.replace("\\n", "\n")
     if prompt and "{question}" not in prompt:

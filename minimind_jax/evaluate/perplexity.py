@@ -82,14 +82,10 @@ def evaluate_perplexity(
     predicted from itself alone; the first token of a next piece is predicted from all of the piece before it.
     Conversations are taken as they are, without the random changes of training.
 
-    Args:
-        min_document_tokens: shorter documents are left out; at seq_len, every piece but the last of a document is
-            full, which is what a comparison of context lengths needs.
-        rope_scaling: replaces the model's own, when given.
-
-    Raises:
-        UserError: no such model or file, a broken record, no document that is long enough, nothing to predict in the
-            rows, or seq_len above the model's context.
+    min_document_tokens: shorter documents are left out; at seq_len, every piece but the last of a document is full,
+    which is what a comparison of context lengths needs. rope_scaling: replaces the model's own, when given.
+    Raises UserError: no such model or file, a broken record, no document that is long enough, nothing to predict in the
+    rows, or seq_len above the model's context.
     """
     folder, reading, max_rows = resolve_model_folder(config.model), reading_of(config), config.max_rows
     files = expand_paths(config.files)  # a file that is missing is told before the model is loaded

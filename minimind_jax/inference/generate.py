@@ -56,11 +56,10 @@ class Piece(NamedTuple):
 class Generator:
     """A model ready to generate.
 
-    Args:
-        tokenizer: None works on token ids alone: no text in prompts, completions or stop strings.
-        eos_ids: tokens that end an answer; when None, those of the model's configuration, what the tokenizer's
-            template writes behind an answer, and its end-of-text token.
-        sampling: what the model's makers mean it to be sampled with; kept for the caller, and used by no method.
+    tokenizer: None works on token ids alone: no text in prompts, completions or stop strings. eos_ids: tokens that end
+    an answer; when None, those of the model's configuration, what the tokenizer's template writes behind an answer, and
+    its end-of-text token. sampling: what the model's makers mean it to be sampled with; kept for the caller, used by no
+    method.
     """
 
     def __init__(
@@ -81,11 +80,8 @@ class Generator:
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig = DEFAULT) -> list[Completion]:
         """An answer for each prompt, all in one batch.
 
-        Args:
-            prompts: text, in which special tokens are recognised and to which none are added, or token ids.
-
-        Raises:
-            UserError: an empty prompt, ids that are not in the vocabulary, or a prompt too long for the model.
+        prompts: text, in which special tokens are recognised and to which none are added, or token ids.
+        Raises UserError: an empty prompt, ids that are not in the vocabulary, or a prompt too long for the model.
         """
         if not prompts:
             return []

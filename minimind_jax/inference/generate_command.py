@@ -46,9 +46,8 @@ class TooLong(UserError):
 def run(config: GenerateConfig) -> None:
     """Answers the prompts or the records, as `config` says.
 
-    Raises:
-        UserError: no such model or file, a record without a prompt, or a prompt that does not fit the model. Records
-            that were answered before it stay in OUTPUT.partial, and the same command goes on behind them.
+    Raises UserError: no such model or file, a record without a prompt, or a prompt that does not fit the model. Records
+    that were answered before it stay in OUTPUT.partial, and the same command goes on behind them.
     """
     if config.output:
         complete = f" and is complete; choose another name; {AGAIN}" if config.resume == "auto" else None

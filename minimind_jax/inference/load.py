@@ -17,14 +17,9 @@ from minimind_jax.model.transformer import LanguageModel, Params, cast_matrices
 
 
 def load_generator(name: str, dtype: str = "auto") -> Generator:
-    """The model in a Hugging Face folder or a run, with its tokenizer.
+    """The model in a Hugging Face folder, or the model/ of a run (name or path), with its tokenizer.
 
-    Args:
-        name: a folder, or a run (name or path) whose model/ is meant.
-        dtype: `float32`, `bfloat16`, or `auto`: bfloat16 on GPU and TPU, float32 on CPU.
-
-    Raises:
-        UserError: there is no such model, or its files do not fit together.
+    dtype: as of `ComputeConfig`. Raises UserError: there is no such model, or its files do not fit together.
     """
     folder = resolve_model_folder(name)
     model, params = load_model(folder, dtype)

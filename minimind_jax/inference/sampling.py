@@ -86,22 +86,13 @@ def process(logits_BV: jax.Array, values: SamplingValues, seen_BV: jax.Array | N
 
 
 def sample(
-    logits_BV: jax.Array,
-    keys_B: jax.Array,
-    values: SamplingValues,
-    seen_BV: jax.Array | None = None,
+    logits_BV: jax.Array, keys_B: jax.Array, values: SamplingValues, seen_BV: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """The next token of each row.
+    """The next token of each row, int32 (B,), and the model's own log-probability of it, float32 (B,): log softmax of
+    the raw logits, before penalty, temperature and cuts.
 
-    Args:
-        logits_BV: the model's, raw.
-        keys_B: one key a row, used once.
-        values: settings; rows with temperature 0 (or all, when it is None) take the likeliest token.
-        seen_BV: bool, tokens of the prompt and the answer so far; needed for a repetition penalty.
-
-    Returns:
-        token_B (int32), and logprob_B: the model's own float32 log-probability of it, log softmax of the raw logits,
-        before penalty, temperature and cuts.
+    keys_B: used once. values: rows with temperature 0 (or all, when it is None) take the likeliest token. seen_BV:
+    bool, tokens of the prompt and the answer so far; needed for a repetition penalty.
     """
     scores_BV = process(logits_BV, values, seen_BV)
     token_B = _likeliest(scores_BV)
