@@ -202,10 +202,6 @@ def _for_blocks(start, size, block_sizes, body, carry):
     return carry
 
 
-def _rows(array, first, block):
-    return jax.lax.dynamic_slice_in_dim(array, first, block)
-
-
 def _set_rows(array, rows, first):
     return jax.lax.dynamic_update_slice_in_dim(array, rows, first, axis=0)
 
@@ -218,13 +214,14 @@ def _empty(padded_PD, F):
 
 def _write_rows(made, padded_PD, first, size, kernels):
     """`made` with what one expert makes of the rows first..first+size; those behind its own are written over later."""
-    rows = _expert(_rows(padded_PD, first, size), *kernels)
+    rows = _expert(jax.lax.dynamic_slice_in_dim(padded_PD, first, size), *kernels)
     return tuple(_set_rows(array, new, first) for array, new in zip(made, rows, strict=True))
 
 
-def _rows_gradients(padded_PD, gates_PF, ups_PF, grad_PD, first, size, stop, kernels):
-    """`_expert_gradients` of the rows first..first+size, of which those from `stop` on are another expert's."""
-    x, gates, ups, grad = (_rows(array, first, size) for array in (padded_PD, gates_PF, ups_PF, grad_PD))
+def _rows_gradients(arrays, first, size, stop, kernels):
+    """`_expert_gradients` of the rows first..first+size of the arrays x, gates, ups and gradient, of which those from
+    `stop` on are another expert's."""
+    x, gates, ups, grad = (jax.lax.dynamic_slice_in_dim(array, first, size) for array in arrays)
     is_own = (first + jnp.arange(size) < stop)[:, None]
     return _expert_gradients(x, gates, ups, jnp.where(is_own, grad, 0), *kernels)
 
@@ -239,18 +236,20 @@ def _blocked(x_PD, sizes_E, gate_EDF, up_EDF, down_EFD):
     return _blocked_forward(x_PD, sizes_E, gate_EDF, up_EDF, down_EFD)[0]
 
 
-def _blocked_forward(x_PD, sizes_E, gate_EDF, up_EDF, down_EFD):
-    P = x_PD.shape[0]
-    E, _, F = gate_EDF.shape
+def _blocked_forward(x_PD, sizes_E, *kernels):
+    P, (E, _, F) = len(x_PD), kernels[0].shape
     blocks = _block_sizes(P, E)
     padded_PD = jnp.pad(x_PD, ((0, blocks[0]), (0, 0)))
 
     def expert(made, inputs):
-        start, size, *kernels = inputs
-        body = lambda block, first, made: _write_rows(made, padded_PD, first, block, kernels)  # noqa: E731
+        start, size, *own = inputs
+
+        def body(block, first, made):
+            return _write_rows(made, padded_PD, first, block, own)
+
         return _for_blocks(start, size, blocks, body, made), None
 
-    inputs = (jnp.cumsum(sizes_E) - sizes_E, sizes_E, gate_EDF, up_EDF, down_EFD)
+    inputs = (jnp.cumsum(sizes_E) - sizes_E, sizes_E, *kernels)
     (gates_PF, ups_PF, out_PD), _ = jax.lax.scan(expert, _empty(padded_PD, F), inputs)
     return out_PD[:P], (padded_PD, gates_PF, ups_PF, inputs)
 
@@ -260,17 +259,17 @@ def _blocked_backward(saved, grad_PD):
     P, dtype = grad_PD.shape[0], grad_PD.dtype
     blocks = _block_sizes(P, len(inputs[0]))
     grad_PD = jnp.pad(grad_PD, ((0, blocks[0]), (0, 0)))
+    arrays = (padded_PD, gates_PF, ups_PF, grad_PD)
 
     def expert(grad_x_PD, inputs):
-        start, size, *kernels = inputs
+        start, size, *own = inputs
 
         def body(block, first, carry):
             grad_x_PD, *totals = carry
-            arrays = (padded_PD, gates_PF, ups_PF, grad_PD)
-            grad_x, *grads = _rows_gradients(*arrays, first, block, start + size, kernels)
+            grad_x, *grads = _rows_gradients(arrays, first, block, start + size, own)
             return _set_rows(grad_x_PD, grad_x, first), *map(jnp.add, totals, grads)
 
-        zeros = [jnp.zeros_like(kernel, jnp.float32) for kernel in kernels]
+        zeros = [jnp.zeros_like(kernel, jnp.float32) for kernel in own]
         grad_x_PD, *grads = _for_blocks(start, size, blocks, body, (grad_x_PD, *zeros))
         return grad_x_PD, [grad.astype(dtype) for grad in grads]
 
@@ -390,18 +389,18 @@ def _looped_backward(is_part, saved, grad_PD):
     padded_PD, sizes_E, gates_PF, ups_PF, kernels = saved
     P = grad_PD.shape[0]
     tiles = _make_tiles(sizes_E, P)
-    grad_PD = jnp.pad(grad_PD, ((0, tiles.size), (0, 0)))
+    arrays = (padded_PD, gates_PF, ups_PF, jnp.pad(grad_PD, ((0, tiles.size), (0, 0))))
 
     def body(tile, carry):
         grad_x_PD, *totals = carry
         first, expert = tiles.firsts_N[tile], tiles.experts_N[tile]
-        own, arrays = [kernel[expert] for kernel in kernels], (padded_PD, gates_PF, ups_PF, grad_PD)
-        grad_x, *grads = _rows_gradients(*arrays, first, tiles.size, tiles.stops_N[tile], own)
+        own = [kernel[expert] for kernel in kernels]
+        grad_x, *grads = _rows_gradients(arrays, first, tiles.size, tiles.stops_N[tile], own)
         totals = (total.at[expert].add(grad) for total, grad in zip(totals, grads, strict=True))
         return _set_rows(grad_x_PD, grad_x, first), *totals
 
     zeros = [jnp.zeros_like(kernel, jnp.float32) for kernel in kernels]
-    grad_x_PD, *grads = jax.lax.fori_loop(0, tiles.count(is_part), body, (jnp.zeros_like(grad_PD), *zeros))
+    grad_x_PD, *grads = jax.lax.fori_loop(0, tiles.count(is_part), body, (jnp.zeros_like(padded_PD), *zeros))
     return grad_x_PD[:P], None, *(grad.astype(grad_PD.dtype) for grad in grads)
 
 
