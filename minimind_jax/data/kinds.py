@@ -28,8 +28,15 @@ from minimind_jax.errors import UserError
 
 KindName = Literal["text", "conversation", "preference", "labelled"]
 
-
 BEGINNING = 40  # characters of a text, of which the last word is left out
+
+
+class Wanted(NamedTuple):
+    """What a record is read for. reading: of its file. classes: of labelled texts. flag: what skips broken records."""
+
+    reading: Reading = READING
+    classes: Classes | None = None
+    flag: str = "--data.on_error"
 
 
 def parse_text(record: Record, flag: str = "--data.on_error", reading: Reading = READING) -> str:
@@ -81,14 +88,6 @@ def first_question(messages: Sequence[Message]) -> str:
 def spoken(messages: Sequence[Message]) -> str:
     """All that is said and thought in messages."""
     return "\n".join(part for m in messages for part in (m.get("reasoning_content"), m["content"]) if part)
-
-
-class Wanted(NamedTuple):
-    """What a record is read for. reading: of its file. classes: of labelled texts. flag: what skips broken records."""
-
-    reading: Reading = READING
-    classes: Classes | None = None
-    flag: str = "--data.on_error"
 
 
 @dataclasses.dataclass(frozen=True)
