@@ -20,7 +20,6 @@ from minimind_jax.runs.report import write_report
 from minimind_jax.shell import command
 from minimind_jax.signals import telling
 from minimind_jax.training.loop import TrainResult
-from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import append_export, export_row
 
 
@@ -31,20 +30,24 @@ def finish(run: Run, result: TrainResult, judge: Callable[[], None] | None = Non
     run finished: one that is killed before writes all of it again.
     Adapters are written as such, unless the model has a head of scores: then they are merged.
     """
-    params = without_others(run, result.params)
+    folder, params = run.folder, without_others(run, result.params)
     if run.adapters is not None:
         params, _ = split(params, lambda path: path[-1] in LEAVES or path[0] == SCORE)
     if jax.process_count() > 1:
         params = multihost_utils.process_allgather(params, tiled=True)
+    left = (
+        f"the training of {folder.path} is done and saved; what belongs to its end, {folder.model.name}/ and "
+        f"{folder.report_file.name}, is not all written: the same command goes on there"
+    )
     if jax.process_index() == 0:
-        folder, hints = run.folder, run.kind.next_commands(run.folder)
-        with telling(lambda: _what_is_left(folder), of=(BaseException,)):
+        with telling(lambda: left, of=(BaseException,)):
             written = _write_model(run, params)
             if judge is not None:
                 judge()
             row = export_row(result.step, written, result.model_step)
             write_report(folder, {run.kind.name: run.kind}, row)
             append_export(folder, row)
+        hints = run.kind.next_commands(folder)
         if is_adapter(folder.model):
             hints.append(command("convert", "merge-lora", folder.path, "OUTPUT", note="one whole model"))
         hint = "".join(f"\n  {text}" for text in hints)
@@ -54,31 +57,20 @@ def finish(run: Run, result: TrainResult, judge: Callable[[], None] | None = Non
 
 def _write_model(run: Run, params: Params) -> str:
     """Writes model/ and returns in which dtype."""
-    config, generation = run.config, run.start and load_generation_settings(run.start)
-    if run.adapters is not None and not run.kind.has_head:
-        plan = run.adapters
+    dtype, plan, generation = run.config.export_dtype, run.adapters, run.start and load_generation_settings(run.start)
+    if plan is not None and not run.kind.has_head:
         save_peft(
             run.folder.model, params, plan.table,
             base=absolute(plan.base), tokenizer=run.tokenizer, dropout=plan.dropout, rslora=plan.rslora,
             generation_config=to_generation_config(run.model.config, generation),
         )  # fmt: skip
         return "adapters in float32"
-    if run.adapters is not None:
-        params = merge(join(_body(load_hf(run.adapters.base)[1]), params))
+    if plan is not None:
+        _, base = load_hf(plan.base)
+        body = {name: tree for name, tree in base.items() if name not in (SCORE, "lm_head")}  # without its own head
+        params = merge(join(body, params))
     save_hf(
-        run.folder.model, run.model.config, params, run.tokenizer, dtype=config.export_dtype, labels=run.labels,
+        run.folder.model, run.model.config, params, run.tokenizer, dtype=dtype, labels=run.labels,
         generation_config=generation,
     )  # fmt: skip
-    return config.export_dtype
-
-
-def _what_is_left(run: RunFolder) -> str:
-    return (
-        f"the training of {run.path} is done and saved; what belongs to its end, {run.model.name}/ and "
-        f"{run.report_file.name}, is not all written: the same command goes on there"
-    )
-
-
-def _body(params: Params) -> Params:
-    """A model's parameters without any head of its own."""
-    return {name: tree for name, tree in params.items() if name not in (SCORE, "lm_head")}
+    return dtype

@@ -5,7 +5,6 @@ demonstration.
 """
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import os
@@ -13,6 +12,7 @@ import random
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from minimind_jax.data.template import render
 from minimind_jax.data.tokenizer import TOKENIZER_FILES, StreamDecoder, Tokenizer, train_bpe
 from minimind_jax.errors import UserError
 from minimind_jax.progress import progress
+from minimind_jax.training.run import plain
 
-SELF_TEST_TEXTS = {
+TEST_TEXTS = {
     "English": (
         "The lighthouse keeper wrote down the weather every evening. Most days were calm, with a light wind from the "
         "west; in 1907 a storm broke two windows and put out the lamp for an hour."
@@ -39,15 +40,12 @@ SELF_TEST_TEXTS = {
     ),
     "mixed": "用 Python 写一个 function：def add(a, b): return a + b，然后 print(add(1, 2))。🙂",
 }
+TEST_TALK = [{"role": "user", "content": "你好, who are you?"}, {"role": "assistant", "content": "A small model."}]
 ORIGIN = "made_from.json"  # in its folder, by which the same command asked again is told from another
 MAX_WORD = 1000  # characters of one class, as GPT-2's pattern splits
 _CLASSES = (r"[^\W\d_]", r"\d", r"\s", r"(?:[^\w\s]|_)")
 _LONG_WORD = re.compile(f"({'|'.join(f'{one}{{{MAX_WORD}}}' for one in _CLASSES)})")
 _LONG_RUN = re.compile(rf"\S{{{MAX_WORD}}}|\s{{{MAX_WORD}}}")  # finds quickly that there are none
-_SELF_TEST_TALK = [
-    {"role": "user", "content": "你好, who are you?"},
-    {"role": "assistant", "content": "A small model."},
-]
 
 
 def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
@@ -60,13 +58,16 @@ def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """
     output = Path(config.output)
     _check_replaceable(output)
-    files, reading = _files(config), reading_of(config)
-    origin = origin_of(config, files)
+    if not config.data:
+        raise UserError("data is empty; expected files, folders or globs of records, as in --data pretrain.jsonl")
+    files, reading = expand_paths(config.data), reading_of(config)
+    origin = _origin(config, files)
     if (output / "tokenizer.json").is_file() and not config.overwrite:
-        check_origin(output, origin)
+        _check_origin(output, origin)
         print(f"{output} holds the tokenizer of these settings and records already")
         return Tokenizer.load(output)
     skipped: dict[str, None] = {}  # messages, each once although a file may be read again
+    told: Counter[str] = Counter()
 
     def skip(error: UserError) -> None:
         if config.on_error == "stop":
@@ -84,11 +85,11 @@ def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
             total, records = _draw(files, config.max_records, skip, reading)
         drawn = min(total, config.max_records or total)
         with progress("training the tokenizer", drawn) as advance:
-            texts = _Texts(records, skip, advance, reading)
+            texts = _texts(records, reading, skip, advance, told)
             tokenizer = train_bpe(texts, workplace / "new", config.vocab_size)
-        _report(config, tokenizer, texts, total, list(skipped))
+        _report(config, tokenizer, told, total, list(skipped))
         _self_test(tokenizer)
-        write_origin(workplace / "new", origin)
+        (workplace / "new" / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", "utf-8")
         if output.exists():
             os.replace(output, workplace / "old")
         os.replace(workplace / "new", output)
@@ -98,19 +99,21 @@ def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
     return Tokenizer.load(output)
 
 
-def _report(config: TokenizerConfig, tokenizer: Tokenizer, texts: "_Texts", total: int, skipped: list[str]) -> None:
+def _report(
+    config: TokenizerConfig, tokenizer: Tokenizer, told: Counter[str], total: int, skipped: list[str]
+) -> None:
     """Says what was read. Raises UserError if it was nothing."""
-    if not texts.used:
+    if not told["used"]:
         raise UserError(f"no usable record in {', '.join(config.data)}; the first was skipped because of {skipped[0]}")
     are_all = not config.max_records or config.max_records >= total
     more = "" if are_all else ", spread over all files (max_records sets how many, 0 is all)"
-    print(f"{texts.used:,} of {total:,} records used{more}")
+    print(f"{told['used']:,} of {total:,} records used{more}")
     if skipped:
         print(f"{len(skipped)} records skipped; the first: {skipped[0]}")
-    if texts.cut:
+    if told["cut"]:
         print(
-            f"{texts.cut:,} records with words of more than {MAX_WORD:,} characters, or as many spaces, which were cut "
-            "for the training"
+            f"{told['cut']:,} records with words of more than {MAX_WORD:,} characters, or as many spaces, which were "
+            "cut for the training"
         )
     if tokenizer.vocab_size < config.vocab_size:
         data = "Give more data" if are_all else "Raise max_records"
@@ -120,19 +123,11 @@ def _report(config: TokenizerConfig, tokenizer: Tokenizer, texts: "_Texts", tota
         )
 
 
-def _files(config: TokenizerConfig) -> list[Path]:
-    if not config.data:
-        raise UserError("data is empty; expected files, folders or globs of records, as in --data pretrain.jsonl")
-    return expand_paths(config.data)
-
-
 def _check_replaceable(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; output must be a folder to write")
-    others = (
-        sorted(p.name for p in output.iterdir() if p.name not in (*TOKENIZER_FILES, ORIGIN)) if output.is_dir() else []
-    )
-    if others:
+    there = {file.name for file in output.iterdir()} if output.is_dir() else set()
+    if others := sorted(there - {*TOKENIZER_FILES, ORIGIN}):
         raise UserError(f"{output} holds other files ({', '.join(others[:3])}); choose a new folder as output")
 
 
@@ -144,9 +139,8 @@ def _draw(
 
     The files are read twice, for all that is kept is numbers; one is open at a time. Always the same ones are drawn.
     """
-    counts = [
-        sum(1 for _ in iter_records([file], lambda error: None, reading)) for file in files
-    ]  # told as they are read
+    # Broken ones are told when they are read again.
+    counts = [sum(1 for _ in iter_records([file], lambda error: None, reading)) for file in files]
     total = sum(counts)
     if not limit or limit >= total:
         return total, iter_records(files, on_bad, reading)
@@ -176,30 +170,24 @@ def _spread(count: int, share: int, rng: random.Random) -> set[int]:
     return {rng.randrange(first, end) for first, end in itertools.pairwise(edges)}
 
 
-class _Texts:
-    """The texts of the records, long words in pieces. used: how many records had one, so far; cut: how many a word of
-    MAX_WORD characters or more."""
-
-    def __init__(
-        self,
-        records: Iterator[Record],
-        on_bad: Callable[[UserError], None],
-        advance: Callable[[int], None],
-        reading: Reading,
-    ):
-        self._records, self._on_bad, self._advance, self._reading = records, on_bad, advance, reading
-        self.used = self.cut = 0
-
-    def __iter__(self) -> Iterator[str]:
-        for record in self._records:
-            self._advance(1)
-            try:
-                pieces = _cut_words(text_of(record, self._reading))
-            except UserError as error:
-                self._on_bad(error)
-                continue
-            self.used, self.cut = self.used + 1, self.cut + (len(pieces) > 1)
-            yield from pieces
+def _texts(
+    records: Iterator[Record],
+    reading: Reading,
+    on_bad: Callable[[UserError], None],
+    advance: Callable[[int], None],
+    told: Counter[str],
+) -> Iterator[str]:
+    """The texts of the records, long words in pieces. told: gets how many records were `used`, and how many of these
+    `cut`, since they have a word of MAX_WORD characters or more."""
+    for record in records:
+        advance(1)
+        try:
+            pieces = _cut_words(text_of(record, reading))
+        except UserError as error:
+            on_bad(error)
+            continue
+        told.update(used=1, cut=len(pieces) > 1)
+        yield from pieces
 
 
 def _cut_words(text: str) -> list[str]:
@@ -217,7 +205,7 @@ def text_of(record: Record, reading: Reading = READING) -> str:
 
 
 def _self_test(tokenizer: Tokenizer) -> None:
-    for name, text in {**SELF_TEST_TEXTS, "template": render(_SELF_TEST_TALK)}.items():
+    for name, text in {**TEST_TEXTS, "template": render(TEST_TALK)}.items():
         ids = tokenizer.encode(text)
         decoder = StreamDecoder(tokenizer, skip_special_tokens=False)
         streamed = "".join(decoder.push(i) for i in ids)
@@ -232,20 +220,13 @@ def _self_test(tokenizer: Tokenizer) -> None:
 # What it was made from ------------------------------------------------------------------------------------------------
 
 
-def origin_of(config: TokenizerConfig, files: Sequence[Path]) -> dict[str, Any]:
-    """The settings that decide the tokens, and a hash of each file of records."""
-    settings = dataclasses.asdict(config)
-    for place in ("data", "output", "overwrite"):
-        settings.pop(place)
-    settings["ignore_fields"] = list(settings["ignore_fields"])  # as JSON has it
-    return {**settings, "data": [content for *_, content in file_identities(files, cache_root(FilesConfig()))]}
+def _origin(config: TokenizerConfig, files: Sequence[Path]) -> dict[str, Any]:
+    """The settings that decide the tokens, as JSON has them, and a hash of each file of records."""
+    decide = {key: value for key, value in plain(config).items() if key not in ("output", "overwrite")}
+    return {**decide, "data": [content for *_, content in file_identities(files, cache_root(FilesConfig()))]}
 
 
-def write_origin(folder: Path, origin: dict[str, Any]) -> None:
-    (folder / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", "utf-8")
-
-
-def check_origin(folder: Path, origin: dict[str, Any]) -> None:
+def _check_origin(folder: Path, origin: dict[str, Any]) -> None:
     """Raises UserError unless the tokenizer in a folder was made from `origin`."""
     try:
         found = json.loads((folder / ORIGIN).read_text("utf-8"))
