@@ -16,8 +16,8 @@ from minimind_jax.model.transformer import LanguageModel, Params
 
 
 class AdapterPlan(NamedTuple):
-    """base: folder of the model below. stored: parameters of the adapter that the run goes on training, None for new
-    ones. The rest as in `LoRAConfig` and `convert.peft.rank_table`."""
+    """base: folder of the model below. stored: parameters of the adapter that is trained further, None for new ones.
+    The rest as in `LoRAConfig` and `convert.peft.rank_table`."""
 
     base: Path
     table: RankTable
@@ -49,8 +49,12 @@ def plan_adapters(config: RunConfig, architecture: ModelConfig, start: Path | No
             f"{_told(table)}; ask for the same to train it further, or train new adapters over the whole model: "
             f"minimind convert merge-lora {start} OUTPUT, then --init_from OUTPUT"
         )
-    wanted = {name: [scale_of(rank, alpha, lora.rslora) for rank in ranks] for name, ranks in stored.table.items()}
-    if (lora.alpha is not None or lora.rslora) and not _has_scales(stored.tree, wanted):
+    scales = {name: leaf["lora_scale"] for block in stored.tree["layers"].values() for name, leaf in block.items()}
+    are_alike = all(
+        np.allclose(scales[name], [scale_of(rank, alpha, lora.rslora) for rank in ranks])
+        for name, ranks in stored.table.items()
+    )
+    if (lora.alpha is not None or lora.rslora) and not are_alike:
         raise UserError(
             f"the adapter {start}, which init_from means, has another alpha than lora.alpha {alpha:g} (lora.rslora "
             f"{str(lora.rslora).lower()}); leave both out to train it further as it is"
@@ -58,16 +62,9 @@ def plan_adapters(config: RunConfig, architecture: ModelConfig, start: Path | No
     return AdapterPlan(base_folder(start), stored.table, stored.tree, alpha, stored.rslora, lora.dropout)
 
 
-def _has_scales(tree: Params, wanted: dict[str, list[float]]) -> bool:
-    found = {name: leaf["lora_scale"] for block in tree["layers"].values() for name, leaf in block.items()}
-    return all(np.allclose(found[name], scales) for name, scales in wanted.items())
-
-
 def _told(table: RankTable) -> str:
-    def ranks(found: tuple[int, ...]) -> str:
-        return str(found[0]) if len(set(found)) == 1 else ",".join(map(str, found))
-
-    return ", ".join(f"{name} {ranks(found)}" for name, found in table.items() if any(found))
+    ranks = {name: found[:1] if len(set(found)) == 1 else found for name, found in table.items() if any(found)}
+    return ", ".join(f"{name} {','.join(map(str, found))}" for name, found in ranks.items())
 
 
 def frozen_dtype(config: RunConfig, model: LanguageModel) -> str:

@@ -34,8 +34,8 @@ from minimind_jax.training.tracking import is_exported
 
 
 class Found(NamedTuple):
-    """What is in the folder of a run that is about to begin. steps: of its checkpoints. changed: the settings that are
-    not those it was last started with, `old -> new`. is_exported: its model is written."""
+    """What is in the folder of a run that is about to begin. steps: of its checkpoints. changed: settings that are not
+    those it was last started with, `old -> new`. is_exported: its model is written."""
 
     steps: Sequence[int]
     changed: dict[str, str]
@@ -44,10 +44,6 @@ class Found(NamedTuple):
     @classmethod
     def look(cls, folder: RunFolder, config: RunConfig) -> "Found":
         return cls(folder.checkpoint_steps(), folder.changed_settings(config), is_exported(folder))
-
-    @property
-    def is_finished(self) -> bool:
-        return self.is_exported and not self.changed
 
     @property
     def has_begun(self) -> bool:
@@ -65,6 +61,7 @@ def begin(kind: StageKind, config: RunConfig) -> Run | None:
     folder = RunFolder(resolve_run(config.run))
     check_shared(folder)
     check_agreement(agreed_settings(config))
+    # Whatever can be told before any data is read is.
     if holds_model(folder.path) and (folder.path / "tokenizer.json").is_file():
         raise UserError(
             f"{folder.path} is a Hugging Face model, not the folder of a run; choose another run name (with "
@@ -74,13 +71,21 @@ def begin(kind: StageKind, config: RunConfig) -> Run | None:
     hub.pin(folder.read_environment().get("hub", {}))
     found = Found.look(folder, config)
     check_settings(folder, found, kind.fixed)
-    if found.is_finished and config.resume != "never":
+    if found.is_exported and not found.changed and config.resume != "never":
         _open(folder)
         announce(f"{folder.path} is finished; its model is {folder.model}. Choose another run name to train again.")
         for change in changed_data(folder, config):
             announce(f"changed since it was trained: {change}")
         return None
-    run = _assemble(kind, config, folder)
+    mesh = make_mesh(config.mesh)
+    if config.training.batch_tokens is not None:
+        count_parts(config, mesh)
+    check_effect(config)
+    check_replaceable(folder.model)
+    models = on_all(lambda: find_models(config))
+    check_start_models(folder, config, models)
+    run = assemble(kind, config, folder, mesh, models)
+    check_words(folder, run.tokenizer)
     _open(folder)
     if holds_model(folder.model) and not found.steps:
         raise UserError(
@@ -91,20 +96,6 @@ def begin(kind: StageKind, config: RunConfig) -> Run | None:
     return _with_data(run, found)
 
 
-def _assemble(kind: StageKind, config: RunConfig, folder: RunFolder) -> Run:
-    """The run's parts; whatever can be told before any data is read is."""
-    mesh = make_mesh(config.mesh)
-    if config.training.batch_tokens is not None:
-        count_parts(config, mesh)
-    check_effect(config)
-    check_replaceable(folder.model)
-    models = on_all(lambda: find_models(config))
-    check_start_models(folder, config, models)
-    run = assemble(kind, config, folder, mesh, models)
-    check_words(folder, run.tokenizer)
-    return run
-
-
 def _with_data(run: Run, found: Found) -> Run:
     """The run with what follows from its data: labels, and a value for everything that its settings leave open."""
     if KINDS[run.kind.records].rendered and not run.kind.has_head:
@@ -113,7 +104,7 @@ def _with_data(run: Run, found: Found) -> Run:
         run = run.with_labels(Labels(run.kind.labels))
     elif run.kind.has_head:
         run = run.with_labels(*labels_of_data(run.config, run.folder, found.has_begun))
-    return dataclasses.replace(run, config=settle(run))
+    return dataclasses.replace(run, config=on_all(lambda: settle(run)))
 
 
 def _open(folder: RunFolder) -> None:
@@ -152,7 +143,14 @@ def check_shared(run: RunFolder, patience: float = 10.0) -> None:
     run.create()
     # A new name: what a network disk was asked for before it was there it may deny for a while.
     mark = run.path / f".processes-{exchange(secrets.token_hex(4))[0]}"
-    on_first(lambda: _write_mark(run, mark))
+
+    def write() -> None:
+        try:
+            mark.write_text("", "utf-8")
+        except OSError as error:
+            raise UserError(f"the run's folder {run.path} cannot be written into: {error}") from error
+
+    on_first(write)
     late = time.monotonic() + patience
     while not (seen := mark.exists()) and time.monotonic() < late:
         time.sleep(0.2)
@@ -164,13 +162,6 @@ def check_shared(run: RunFolder, patience: float = 10.0) -> None:
             f"process{'es' * (len(blind) > 1)} {', '.join(map(str, blind))}; give --run a folder on a disk that all "
             "processes see, or gs://BUCKET/NAME"
         )
-
-
-def _write_mark(run: RunFolder, mark: Path) -> None:
-    try:
-        mark.write_text("", "utf-8")
-    except OSError as error:
-        raise UserError(f"the run's folder {run.path} cannot be written into: {error}") from error
 
 
 def check_settings(run: RunFolder, found: Found, fixed: Sequence[str] = ()) -> None:

@@ -3,6 +3,7 @@ once before the first step and kept in the run's folder."""
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,17 +37,12 @@ class Reference:
     """The policy as it was at the start: a function of all parameters that gives its model and its parameters.
 
     has_own: whether there are parameters of its own among them, under REFERENCE: a copy of all, or of adapters that
-    were trained before. If not, it is the model without its adapters.
+    were trained before. If not, it is the model without its adapters, for new ones change nothing at the start.
     """
 
     def __init__(self, model: LanguageModel, has_own: bool):
         self.model, self.has_own = model, has_own
         self.base = LanguageModel(model.config, model.compute)
-
-    @classmethod
-    def of(cls, run: Run) -> "Reference":
-        """That of a run's model: new adapters change nothing at the start."""
-        return cls(run.model, has_own=run.adapters is None or run.adapters.stored is not None)
 
     def __call__(self, params: Params) -> tuple[LanguageModel, Params]:
         shared = {name: tree for name, tree in params.items() if name != REFERENCE}
@@ -73,48 +69,46 @@ class Reference:
 # Asked once -----------------------------------------------------------------------------------------------------------
 
 
-class Unit(NamedTuple):
-    """What a frozen model speaks of: every token, or every pair. It has a row in the table of its cache.
+class Tokens:
+    """Every token has a row in the table of what is said. It is behind the tokens before it in its row's piece, so the
+    pieces must be the same in every epoch."""
 
-    offsets: of a cache, the row of each document's first one, and their number, (documents + 1,). where: `documents`
-    and `places` of those in rows of data, int32, places from 0 in each document; -1 for none. rows: what the table
-    says, put where the loss reads it.
+    def offsets(self, cache: TokenCache) -> np.ndarray:
+        """The table's row of each document's first, and behind them their number; (documents + 1,)."""
+        return cache.offsets
+
+    def where(self, pieces: Pieces) -> Batch:
+        """Of all that is asked for in rows of data, int32: its document, -1 for none, and its place in that, from 0."""
+        documents, starts = pieces.each(pieces.documents, -1), pieces.each(pieces.starts, -1)
+        return {"documents": documents.astype(np.int32), "places": (starts + pieces.positions).astype(np.int32)}
+
+    def rows(self, table: np.ndarray, cache: TokenCache, pieces: Pieces) -> np.ndarray:
+        """What the table says, put where the loss reads it."""
+        found = table[pieces.sources(cache)]
+        found[pieces.is_padding] = 0
+        return found
+
+
+class Pairs(NamedTuple):
+    """As `Tokens`, of pairs of documents, whose sides are neighbouring pieces: each pair has a row of two numbers.
+
+    room: pieces that a row of data may have.
     """
 
-    offsets: Callable[[TokenCache], np.ndarray]
-    where: Callable[[Pieces], Batch]
-    rows: Callable[[np.ndarray, TokenCache, Pieces], np.ndarray]
+    room: int
 
+    def offsets(self, cache: TokenCache) -> np.ndarray:
+        return np.arange(len(cache) + 1)
 
-def _places_of_tokens(pieces: Pieces) -> Batch:
-    documents, starts = pieces.each(pieces.documents, -1), pieces.each(pieces.starts, -1)
-    return {"documents": documents.astype(np.int32), "places": (starts + pieces.positions).astype(np.int32)}
-
-
-def _said_of_tokens(table: np.ndarray, cache: TokenCache, pieces: Pieces) -> np.ndarray:
-    found = table[pieces.sources(cache)]
-    found[pieces.is_padding] = 0
-    return found
-
-
-# What is said of a token is behind the tokens before it in its row's piece: pieces must be the same in every epoch.
-TOKENS = Unit(lambda cache: cache.offsets, _places_of_tokens, _said_of_tokens)
-
-
-def pairs(room: int) -> Unit:
-    """A pair of documents, whose sides are neighbouring pieces; two numbers each. room: pieces that a row may have."""
-
-    def where(pieces: Pieces) -> Batch:
-        documents = np.full((pieces.row_count, room // 2), -1, np.int32)
+    def where(self, pieces: Pieces) -> Batch:
+        documents = np.full((pieces.row_count, self.room // 2), -1, np.int32)
         documents[pieces.rows, pieces.segments // 2] = pieces.documents
         return {"documents": documents, "places": np.zeros_like(documents)}
 
-    def rows(table: np.ndarray, _: TokenCache, pieces: Pieces) -> np.ndarray:
-        found = np.zeros((pieces.row_count, room), table.dtype)
+    def rows(self, table: np.ndarray, _: TokenCache, pieces: Pieces) -> np.ndarray:
+        found = np.zeros((pieces.row_count, self.room), table.dtype)
         found[pieces.rows, pieces.segments] = table[pieces.documents, pieces.segments % 2]
         return found
-
-    return Unit(lambda cache: np.arange(len(cache) + 1), where, rows)
 
 
 class Asked(NamedTuple):
@@ -127,7 +121,7 @@ class Asked(NamedTuple):
 
     name: str
     setting: str
-    unit: Unit
+    unit: Tokens | Pairs
     columns: dict[str, tuple[str, type]]
     width: int
     ask: Callable[[Params, dict[str, Array]], tuple[Array, ...]]
@@ -144,107 +138,113 @@ class Answers:
     """
 
     def __init__(self, run: Run, asked: Asked, params: Params):
-        self.run, self.asked = run, asked
-        self.folder = run.folder.path / asked.name
+        self.mesh, self.asked = run.mesh, asked
+        self.record = run.folder.path / asked.name / "made_of.json"
         sides = [side for side in open_rows(run, lambda _, pieces: asked.unit.where(pieces)) if side is not None]
         caches = {side.cache.folder.name: side.cache for side in sides}
+        self.files: dict[tuple[str, str], _Table] = {}  # by cache and column
+        for name, cache in caches.items():
+            shape = (int(asked.unit.offsets(cache)[-1]), asked.width)
+            for column, (ending, dtype) in asked.columns.items():
+                self.files[name, column] = _Table(self.record.with_name(f"{name}.{ending}"), dtype, shape)
         made_of = {asked.name: fingerprint(params), **asked.made_of, "caches": sorted(caches)}
-        record = self.folder / "made_of.json"
-        earlier = read_object(record, "remove it, to ask again") if is_there(record) else None
+        earlier = read_object(self.record, "remove it, to ask again") if is_there(self.record) else None
         if earlier and earlier[asked.name] != made_of[asked.name] and run.folder.checkpoint_steps():
             raise UserError(
                 f"{asked.setting} (or compute.dtype) has changed since {run.folder.path} was started; restore it, or "
                 "start another run"
             )
-        counts = {name: int(asked.unit.offsets(cache)[-1]) for name, cache in caches.items()}
-        if first_says(earlier != made_of or not self._are_whole(counts)):
-            self._make(sides, counts, params)
-            on_first(lambda: write_text(record, json.dumps(made_of)))
-        self.tables = {name: [self._read(*file) for file in self._files(name)] for name in caches}
+        if first_says(earlier != made_of or not all(file.is_whole() for file in self.files.values())):
+            self._make(sides, params)
+            on_first(lambda: write_text(self.record, json.dumps(made_of)))
+        self.tables = {key: file.read() for key, file in self.files.items()}
 
     def annotate(self, cache: TokenCache, pieces: Pieces) -> Batch:
         found = {}
-        for name, table in zip(self.asked.columns, self.tables[cache.folder.name], strict=True):
-            dtype = np.int32 if table.dtype.kind == "u" else table.dtype
-            found[name] = self.asked.unit.rows(table, cache, pieces).astype(dtype, copy=False)
+        for column in self.asked.columns:
+            rows = self.asked.unit.rows(self.tables[cache.folder.name, column], cache, pieces)
+            found[column] = rows.astype(np.int32 if rows.dtype.kind == "u" else rows.dtype, copy=False)
         return found
 
-    def _make(self, sides: list[Batches], counts: dict[str, int], params: Params) -> None:
+    def _make(self, sides: list[Batches], params: Params) -> None:
         """Asks for all rows; the first process writes."""
-        size = sum(self._size(count, dtype) for count in counts.values() for _, dtype in self.asked.columns.values())
-        announce(f"asking the {self.asked.name} once for {self.asked.what} ({size / 2**20:,.1f} MiB)")
-        tables: dict[str, list[np.ndarray]] = {}
+        size = sum(file.size for file in self.files.values()) / 2**20
+        announce(f"asking the {self.asked.name} once for {self.asked.what} ({size:,.1f} MiB)")
+        tables: dict[tuple[str, str], np.ndarray] = {}
 
+        @self._telling_when_full(size)
         def make_room() -> None:
-            with self._told_when_full(size):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                (self.folder / "made_of.json").unlink(missing_ok=True)
-                for name, count in counts.items():
-                    tables[name] = [self._new(*file, count) for file in self._files(name)]
+            self.record.parent.mkdir(parents=True, exist_ok=True)
+            self.record.unlink(missing_ok=True)
+            tables.update({key: file.create() for key, file in self.files.items()})
 
+        @self._telling_when_full(size)
         def close() -> None:
-            with self._told_when_full(size):
-                for name, filled in tables.items():
-                    for (file, _), table in zip(self._files(name), filled, strict=True):
-                        file.write_bytes(table.tobytes()) if is_remote(file) else table.flush()
+            for key, table in tables.items():
+                self.files[key].close(table)
 
         on_first(make_room)
         with ending_alone():
             for side in sides:
-                self._fill(tables.get(side.cache.folder.name), side, params)
+                name = side.cache.folder.name
+                self._fill([tables[name, column] for column in self.asked.columns if tables], side, params)
         on_first(close)
 
-    def _fill(self, tables: list[np.ndarray] | None, batches: Batches, params: Params) -> None:
-        offsets, mesh, is_first = self.asked.unit.offsets(batches.cache), self.run.mesh, jax.process_index() == 0
+    def _fill(self, tables: list[np.ndarray], batches: Batches, params: Params) -> None:
+        """tables: of the columns, on the first process; none on others."""
+        offsets, is_first = self.asked.unit.offsets(batches.cache), jax.process_index() == 0
         ask = jax.jit(self.asked.ask)
         for batch in tracked(batches.eval_batches(), f"the {self.asked.name}", batches.eval_steps(), show=is_first):
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                placed = shard_batch(batch, mesh)
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                placed = shard_batch(batch, self.mesh)
                 found = (placed.pop("documents"), placed.pop("places"), *ask(params, placed))
             if jax.process_count() > 1:
                 found = multihost_utils.process_allgather(found, tiled=True)
-            if tables is not None:
+            if is_first:
                 documents, places, *values = (np.asarray(array) for array in found)
                 is_unit = documents >= 0
                 rows = offsets[documents[is_unit]] + places[is_unit]
                 for table, value in zip(tables, values, strict=True):
                     table[rows] = value[is_unit]
 
-    # The tables on the disk ---------------------------------------------------------------------------------------
-
-    def _files(self, cache: str) -> list[tuple[Path, type]]:
-        return [(self.folder / f"{cache}.{ending}", dtype) for ending, dtype in self.asked.columns.values()]
-
-    def _size(self, count: int, dtype: type) -> int:
-        return count * self.asked.width * np.dtype(dtype).itemsize
-
-    def _are_whole(self, counts: dict[str, int]) -> bool:
-        files = [(*file, count) for name, count in counts.items() for file in self._files(name)]
-        return all(  # objects appear whole
-            is_remote(file) or (file.is_file() and file.stat().st_size == self._size(count, dtype))
-            for file, dtype, count in files
-        )
-
-    def _new(self, file: Path, dtype: type, count: int) -> np.ndarray:
-        """An empty table; on a disk with its room there, so that a full one is told now. Raises OSError."""
-        if is_remote(file):
-            return np.zeros((count, self.asked.width), dtype)
-        with file.open("wb") as stream:
-            rest = self._size(count, dtype)
-            while rest:
-                rest -= stream.write(bytes(min(rest, 2**24)))
-        return np.memmap(file, dtype, "r+").reshape(-1, self.asked.width)
-
-    def _read(self, file: Path, dtype: type) -> np.ndarray:
-        found = np.frombuffer(file.read_bytes(), dtype) if is_remote(file) else np.memmap(file, dtype, "r")
-        return found.reshape(-1, self.asked.width)
-
     @contextlib.contextmanager
-    def _told_when_full(self, size: int) -> Iterator[None]:
+    def _telling_when_full(self, size: float) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             raise UserError(
-                f"{self.folder}: cannot write {size / 2**20:,.1f} MiB: {error.strerror or error}; make room"
+                f"{self.record.parent}: cannot write {size:,.1f} MiB: {error.strerror or error}; make room"
                 f"{self.asked.way_out}, and run again"
             ) from error
+
+
+class _Table(NamedTuple):
+    """The file of a column of answers: numbers alone, mapped on a disk, and whole in memory in an object store."""
+
+    file: Path
+    dtype: type
+    shape: tuple[int, int]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def is_whole(self) -> bool:
+        return is_remote(self.file) or (self.file.is_file() and self.file.stat().st_size == self.size)
+
+    def create(self) -> np.ndarray:
+        """Zeros; on a disk their room is taken, so that a full one is told now. Raises OSError."""
+        if is_remote(self.file):
+            return np.zeros(self.shape, self.dtype)
+        with self.file.open("wb") as stream:
+            for begin in range(0, self.size, 2**24):
+                stream.write(bytes(min(2**24, self.size - begin)))
+        return np.memmap(self.file, self.dtype, "r+", shape=self.shape)
+
+    def close(self, table: np.ndarray) -> None:
+        self.file.write_bytes(table.tobytes()) if is_remote(self.file) else table.flush()
+
+    def read(self) -> np.ndarray:
+        if is_remote(self.file):
+            return np.frombuffer(self.file.read_bytes(), self.dtype).reshape(self.shape)
+        return np.memmap(self.file, self.dtype, "r", shape=self.shape)

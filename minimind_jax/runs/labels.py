@@ -8,10 +8,9 @@ import numpy as np
 
 from minimind_jax.config.stages import ClassifyConfig
 from minimind_jax.convert.hf import Labels, load_labels
-from minimind_jax.data.epoch import Annotate
 from minimind_jax.data.jsonl import reading_of
 from minimind_jax.data.labels import Classes, find_classes, label_changes
-from minimind_jax.data.rows import Batch, Pieces
+from minimind_jax.data.rows import Pieces
 from minimind_jax.data.token_cache import TokenCache
 from minimind_jax.errors import UserError
 from minimind_jax.folders import holds_model
@@ -26,9 +25,10 @@ def labels_of_run(kind: StageKind, run: RunFolder) -> Labels | None:
 
     Raises UserError where none were kept, in a run of an earlier version.
     """
-    if not kind.has_head or kind.labels:
-        return Labels(kind.labels) if kind.labels else None
-    if (found := own_labels(run)) is None:
+    if kind.labels:
+        return Labels(kind.labels)
+    found = _own_labels(run) if kind.has_head else None
+    if kind.has_head and found is None:
         raise UserError(
             f"{run.path} was made by an earlier version and keeps no {run.labels_file.name}; give its command "
             "again with the data it was started with, and stop it when it trains"
@@ -48,19 +48,19 @@ def labels_of_data(config: ClassifyConfig, run: RunFolder, has_begun: bool) -> t
 def differing(found: Labels, wanted: Labels) -> str:
     """Why a head's scores are not the wanted ones; "" where they are, in whatever order and whatever a score is called.
     A score among several labels is not trained as one of which the likeliest counts."""
-    kinds = [
-        "one score (a reward model's)"
-        if len(labels.names) == 1
-        else f"{'any number' if labels.several else 'one'} of {len(labels.names)} labels a text"
-        for labels in (found, wanted)
-    ]
-    if kinds[0] != kinds[1]:
-        return f"it gives {kinds[0]}, and here it is {kinds[1]}"
+
+    def gives(labels: Labels) -> str:
+        if len(labels.names) == 1:
+            return "one score (a reward model's)"
+        return f"{'any number' if labels.several else 'one'} of {len(labels.names)} labels a text"
+
+    if gives(found) != gives(wanted):
+        return f"it gives {gives(found)}, and here it is {gives(wanted)}"
     changes = label_changes(found.names, wanted.names) if len(wanted.names) > 1 else ""
     return changes and f"it has other labels ({changes})"
 
 
-def own_labels(run: RunFolder) -> Labels | None:
+def _own_labels(run: RunFolder) -> Labels | None:
     """The labels that a classifier's run was started with; None where none are kept (a run of an earlier version)."""
     if is_there(run.labels_file):
         try:
@@ -76,7 +76,7 @@ def keep_labels(run: RunFolder, found: Labels, has_begun: bool) -> Labels:
 
     Raises UserError when they are not those that the run was started with.
     """
-    known = own_labels(run) if has_begun else None
+    known = _own_labels(run) if has_begun else None
     if known is not None:
         changes = label_changes(known.names, found.names)
         if known.several != found.several:
@@ -94,13 +94,8 @@ def keep_labels(run: RunFolder, found: Labels, has_begun: bool) -> Labels:
     return found
 
 
-def values_of_pieces(name: str, room: int) -> Annotate:
-    """An `Annotate` that gives rows the values of their pieces' documents as `name`: (rows, room, width), 0 where is
-    none."""
-
-    def annotate(cache: TokenCache, pieces: Pieces) -> Batch:
-        found = np.zeros((pieces.row_count, room, cache.values.shape[1]), np.float32)
-        found[pieces.rows, pieces.segments] = cache.values[pieces.documents]
-        return {name: found}
-
-    return annotate
+def values_of_pieces(cache: TokenCache, pieces: Pieces, room: int) -> np.ndarray:
+    """The values of the pieces' documents, float32 (rows, room, width), 0 where is no piece."""
+    found = np.zeros((pieces.row_count, room, cache.values.shape[1]), np.float32)
+    found[pieces.rows, pieces.segments] = cache.values[pieces.documents]
+    return found

@@ -1,6 +1,7 @@
 """A run's samples: the prompts, those of its own data too, and what the model writes on them."""
 
 import dataclasses
+import itertools
 
 from minimind_jax.config.sections import SampleConfig
 from minimind_jax.config.stages import WriterConfig
@@ -23,16 +24,16 @@ def with_prompts(config: WriterConfig, kind: KindName) -> SampleConfig:
     samples, data, found = config.samples, config.data, {}
     if samples.prompts or not samples.from_data:
         return samples
-    wanted = Wanted(reading_of(data))
-    for number, record in enumerate(iter_records(data.val or data.train, lambda error: None)):
-        if len(found) == samples.from_data or number == LOOKED_AT:
-            break
+    wanted, records = Wanted(reading_of(data)), iter_records(data.val or data.train, lambda error: None)
+    for record in itertools.islice(records, LOOKED_AT):
         try:
             prompt = KINDS[kind].question(KINDS[kind].parse(record, wanted))
         except UserError:  # told when all records are read
             continue
-        if 0 < len(prompt.strip()) and len(prompt) <= LONGEST:
+        if prompt.strip() and len(prompt) <= LONGEST:
             found[prompt] = None
+        if len(found) == samples.from_data:
+            break
     return dataclasses.replace(samples, prompts=tuple(found))
 
 
@@ -41,13 +42,10 @@ def sampler(run: Run) -> SampleFn | None:
 
     Raises UserError for a prompt that is empty or too long, now and not when the model could not be exported for it.
     """
-    if run.kind.has_head:
+    samples = None if run.kind.has_head else with_prompts(run.config, run.kind.records)
+    if not samples or not samples.prompts:
         return None
-    samples = with_prompts(run.config, run.kind.records)
-    if not samples.prompts:
-        return None
-    tokenizer = run.tokenizer
-    prompts = [KINDS[run.kind.records].prompt(tokenizer, prompt) for prompt in samples.prompts]
+    prompts = [KINDS[run.kind.records].prompt(run.tokenizer, prompt) for prompt in samples.prompts]
     context = run.model.config.max_position_embeddings
     for prompt, ids in zip(samples.prompts, prompts, strict=True):
         if not ids:
@@ -58,16 +56,14 @@ def sampler(run: Run) -> SampleFn | None:
                 f"{samples.max_new_tokens} exceed the model's context of {context} tokens; shorten the prompt or ask "
                 "for fewer"
             )
+    seed = named_seed(run.config.seed, "samples") % 2**31
     sampling = SamplingConfig(
-        max_new_tokens=samples.max_new_tokens,
-        temperature=samples.temperature,
-        top_p=samples.top_p,
-        seed=named_seed(run.config.seed, "samples") % 2**31,
+        max_new_tokens=samples.max_new_tokens, temperature=samples.temperature, top_p=samples.top_p, seed=seed
     )
 
     def sample(params: Params) -> list[tuple[str, str]]:
-        own = without_others(run, params)
-        completions = Generator(run.model, own, tokenizer).generate(prompts, sampling)
+        generator = Generator(run.model, without_others(run, params), run.tokenizer)
+        completions = generator.generate(prompts, sampling)
         return [(prompt, done.text) for prompt, done in zip(samples.prompts, completions, strict=True)]
 
     return sample

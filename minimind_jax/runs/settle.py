@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 
-from minimind_jax.agreement import on_all
 from minimind_jax.config.sections import FilesConfig
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.data.batches import split_documents
@@ -26,13 +25,8 @@ def settle(run: Run) -> RunConfig:
     """The run's settings with a value for everything that they leave open; says which, and from how much data they
     follow.
 
-    A run that goes on keeps the values it was started with. Raises UserError for what is wrong with the data, on all
-    processes.
+    A run that goes on keeps the values it was started with. Raises UserError for what is wrong with the data.
     """
-    return on_all(lambda: _settle(run))
-
-
-def _settle(run: Run) -> RunConfig:
     config = run.config
     asked = flat(plain(config))
     values = run.folder.settled(asked)
@@ -52,11 +46,11 @@ def _settle(run: Run) -> RunConfig:
 
 def content_of(data: FilesConfig) -> dict[str, list[str]]:
     """Hashes of the files of data.train and data.val. Raises UserError for files that are not there."""
-    found = {"data.train": data.train, "data.val": data.val}
-    return {
-        key: [content for *_, content in file_identities(expand_paths(paths), cache_root(data))]
-        for key, paths in found.items()
-    }
+
+    def contents(paths: tuple[str, ...]) -> list[str]:
+        return [content for *_, content in file_identities(expand_paths(paths), cache_root(data))]
+
+    return {"data.train": contents(data.train), "data.val": contents(data.val)}
 
 
 def changed_data(run: RunFolder, config: RunConfig) -> list[str]:
@@ -72,10 +66,8 @@ def changed_data(run: RunFolder, config: RunConfig) -> list[str]:
 def _from_data(run: Run) -> tuple[dict, str]:
     """The values by dotted key, and a sentence about them."""
     config, data, values = run.config, run.config.data, {}
-    cache = build_cache(
-        run.kind.records, data.train, run.tokenizer, data, config.seed,
-        progress=jax.process_index() == 0, report_skipped=False, classes=run.classes,
-    )  # fmt: skip
+    told = {"progress": jax.process_index() == 0, "report_skipped": False}
+    cache = build_cache(run.kind.records, data.train, run.tokenizer, data, config.seed, classes=run.classes, **told)
     fraction = 0.0 if data.val else data.val_fraction
     if fraction is None:
         fraction = values["data.val_fraction"] = share_held_out(len(cache), config.figures)
@@ -87,7 +79,5 @@ def _from_data(run: Run) -> tuple[dict, str]:
     amount = Amount(len(documents), plan.tokens, trained, max(1, plan.rows))
     parameters = count_parameters(without_adapters(run.model.abstract_params()))
     values |= following(config, amount, parameters, row_shards(run.mesh))
-    return values, (
-        f"{amount.records:,} records to train on ({amount.tokens:,} tokens, {amount.rows:,} rows)"
-        + f", {len(held_out):,} held out" * bool(len(held_out))
-    )
+    aside = f", {len(held_out):,} held out" * bool(len(held_out))
+    return values, f"{amount.records:,} records to train on ({amount.tokens:,} tokens, {amount.rows:,} rows){aside}"

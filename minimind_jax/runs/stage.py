@@ -28,36 +28,23 @@ def run_stage(kind: StageKind, config: RunConfig, recipe: Callable[[Run], Recipe
     """
     folder = resolve_run(config.run)
     with leaving_nothing(folder):
-        run = begin(kind, config)
-        if run is None:
-            return folder
-        sample_fn = sampler(run)
-        made = recipe(run)
-        finish(run, train_run(run, made, sample_fn), made.judge)
+        if run := begin(kind, config):
+            sample_fn = sampler(run)
+            made = recipe(run)
+            finish(run, train_run(run, made, sample_fn), made.judge)
     return folder
 
 
 def train_run(run: Run, recipe: Recipe, sample_fn: SampleFn | None = None) -> TrainResult:
+    """Trains a run that has begun; writes neither its model nor its report."""
     return train(
-        run.config,
-        recipe,
-        stage=run.kind.name,
-        model=run.model,
-        has_words=not run.kind.has_head,
-        run=run.folder,
-        mesh=run.mesh,
-        sample_fn=sample_fn,
-    )
+        run.config, recipe, stage=run.kind.name, model=run.model, has_words=not run.kind.has_head, run=run.folder,
+        mesh=run.mesh, sample_fn=sample_fn,
+    )  # fmt: skip
 
 
-def on_rows(
-    run: Run,
-    loss_fn: LossFn,
-    parameters: Parameters,
-    rows: tuple[Batches, Batches | None],
-    judge: Callable[[], None] | None = None,
-) -> Recipe:
+def on_rows(run: Run, loss_fn: LossFn, parameters: Parameters, rows: tuple[Batches, Batches | None]) -> Recipe:
     """Training on packed rows, evaluated by the loss of the held-out ones."""
     trained, held_out = rows
     evaluation = None if held_out is None else HeldOutRows(run.config, run.mesh, loss_fn, held_out)
-    return Recipe(PackedRows(trained), loss_fn, parameters, evaluation, judge)
+    return Recipe(PackedRows(trained), loss_fn, parameters, evaluation)

@@ -34,38 +34,36 @@ def classify(config: ClassifyConfig) -> Path:
 
 
 def _recipe(run: Run) -> Recipe:
-    wanted, classes = run.config.classify, run.classes
-    trained, held_out = open_rows(run, values_of_pieces("values", run.config.data.seq_len))
+    wanted, classes, room = run.config.classify, run.classes, run.config.data.seq_len
+    trained, held_out = open_rows(run, lambda cache, pieces: {"values": values_of_pieces(cache, pieces, room)})
     counts = texts_of_labels(trained, classes)
     if untrained := [name for name, count in zip(classes.names, counts, strict=True) if not count]:
         announce(
             f"{len(untrained)} labels have no text to train on ({', '.join(untrained[:8])}), for all of theirs are "
             "held out; give more texts, or held-out ones of your own (--data.val)"
         )
-    weights = np.ones(len(counts))
+    weights = jnp.ones(len(counts))
     if wanted.class_weights == "balanced":
-        weights = class_weights(counts, len(trained.epoch(0).documents), classes.several)
-    loss_fn = make_classification_loss(
-        run.model,
-        jnp.asarray(weights, jnp.float32),
-        several=classes.several,
-        label_smoothing=wanted.label_smoothing,
-    )
+        balanced = class_weights(counts, len(trained.epoch(0).documents), classes.several)
+        weights = jnp.asarray(balanced, jnp.float32)
+    smoothing = wanted.label_smoothing
+    loss_fn = make_classification_loss(run.model, weights, several=classes.several, label_smoothing=smoothing)
 
     def judge() -> None:
         found = evaluate_batches(run, held_out)
         write_results(run.folder, found)
         print(describe(found).splitlines()[0])
 
-    return on_rows(run, loss_fn, run_parameters(run), (trained, held_out), judge if held_out is not None else None)
+    recipe = on_rows(run, loss_fn, run_parameters(run), (trained, held_out))
+    return recipe if held_out is None else recipe._replace(judge=judge)
 
 
 def texts_of_labels(batches: Batches, classes: Classes) -> np.ndarray:
     """(C,) how many texts of `batches` have each label."""
     values = batches.cache.values[batches.epoch(0).documents]
-    return (
-        values.sum(axis=0) if classes.several else np.bincount(values[:, 0].astype(int), minlength=len(classes.names))
-    )
+    if classes.several:
+        return values.sum(axis=0)
+    return np.bincount(values[:, 0].astype(int), minlength=len(classes.names))
 
 
 def class_weights(counts: np.ndarray, texts: int, several: bool) -> np.ndarray:

@@ -13,10 +13,9 @@ from minimind_jax.folders import is_adapter
 from minimind_jax.losses.distillation import make_distillation_loss, teacher_likeliest
 from minimind_jax.model.transformer import LanguageModel, Params, cast_matrices
 from minimind_jax.paths import is_remote
-from minimind_jax.runs.frozen import TOKENS, Answers, Asked
-from minimind_jax.runs.parts import Run, open_rows, run_parameters
+from minimind_jax.runs.frozen import Answers, Asked, Tokens
+from minimind_jax.runs.parts import Run, on_mesh, open_rows, run_parameters
 from minimind_jax.runs.stage import on_rows, run_stage
-from minimind_jax.sharding import param_shardings
 from minimind_jax.stages import STAGES
 from minimind_jax.training.source import Recipe
 
@@ -42,27 +41,20 @@ def _recipe(run: Run) -> Recipe:
 
     def load(_: Params) -> Params:
         _, known = load_merged(run.models["teacher.model"])
-        known = {name: tree for name, tree in known.items() if name in abstract}
-        return jax.device_put(cast_matrices(known, teacher.dtype), param_shardings(run.mesh, axes, abstract))
+        return on_mesh(run.mesh, cast_matrices(known, teacher.dtype), abstract, axes)
 
-    annotate = ask = None
+    def ask(params: Params) -> tuple[LanguageModel, Params]:
+        return teacher, params[TEACHER]
+
+    annotate = None
     if wanted.top_k:
         annotate = Answers(run, _likeliest(run, teacher, words), load({})).annotate
     else:
         parameters = parameters.adding(TEACHER, abstract, axes, load)
-
-        def ask(params: Params) -> tuple[LanguageModel, Params]:
-            return teacher, params[TEACHER]
-
     loss_fn = make_distillation_loss(
-        run.model,
-        ask,
-        alpha=wanted.alpha,
-        temperature=wanted.temperature,
-        divergence=wanted.divergence,
-        jsd_beta=wanted.jsd_beta,
-        words=words,
-    )
+        run.model, None if wanted.top_k else ask, alpha=wanted.alpha, temperature=wanted.temperature,
+        divergence=wanted.divergence, jsd_beta=wanted.jsd_beta, words=words,
+    )  # fmt: skip
     return on_rows(run, loss_fn, parameters, open_rows(run, annotate))
 
 
@@ -70,7 +62,7 @@ def _teacher(run: Run) -> LanguageModel:
     """The teacher's network. Raises UserError when its tokens are not the student's."""
     if "teacher.model" not in run.models:
         raise UserError("distill needs a teacher: give --teacher.model, a Hugging Face folder or a run")
-    folder, tokenizer, seq_len = run.models["teacher.model"], run.tokenizer, run.config.data.seq_len
+    folder, tokenizer = run.models["teacher.model"], run.tokenizer
     if not is_adapter(folder) and load_labels(folder) is not None:
         raise UserError(f"teacher.model {folder} is a classifier or reward model; a teacher must be a language model")
     theirs = load_tokenizer(folder)
@@ -84,51 +76,42 @@ def _teacher(run: Run) -> LanguageModel:
     model = LanguageModel(read_config(folder), run.config.compute)
     if model.config.vocab_size < tokenizer.vocab_size:
         raise UserError(f"teacher.model {folder}: its vocab_size {model.config.vocab_size} is below its tokenizer's")
-    if seq_len > model.config.max_position_embeddings:
-        raise UserError(
-            f"data.seq_len {seq_len} is above the teacher's context of {model.config.max_position_embeddings} tokens"
-        )
+    if (seq_len := run.config.data.seq_len) > (context := model.config.max_position_embeddings):
+        raise UserError(f"data.seq_len {seq_len} is above the teacher's context of {context} tokens")
     return model
 
 
 def _likeliest(run: Run, teacher: LanguageModel, words: int) -> Asked:
     """The teacher's likeliest words of every token. Raises UserError for settings under which they cannot be stored."""
-    wanted, data = run.config.teacher, run.config.data
-    _check_stored(run, words)
+    wanted, data, place = run.config.teacher, run.config.data, run.folder.path
+    if wanted.top_k > words:
+        raise UserError(f"teacher.top_k {wanted.top_k} is above the vocabulary of {words} words")
+    if is_remote(place):
+        raise UserError(f"teacher.top_k needs a run on a disk, not {place}; set it to 0, or choose another run")
+    if data.packing == "concat":
+        raise UserError(
+            "data.packing concat cuts documents at other places in every epoch, so a stored teacher would not fit; "
+            "choose best_fit or pad, or teacher.top_k 0"
+        )
+    if data.redraw_each_epoch:
+        raise UserError(
+            "data.redraw_each_epoch changes the conversations in every epoch, so a stored teacher would not fit; drop "
+            "it, or choose teacher.top_k 0"
+        )
 
     def ask(params, batch):
         return teacher_likeliest(teacher, params, batch, wanted.top_k, words, wanted.temperature)
 
     ids = np.uint16 if words <= 2**16 else np.uint32
+    asked = {"top_k": wanted.top_k, "temperature": wanted.temperature, "words": words}
     return Asked(
         name="teacher",
         setting=f"teacher.model {wanted.model}",
-        unit=TOKENS,
+        unit=Tokens(),
         columns={"teacher_ids": ("ids", ids), "teacher_log_probs": ("log_probs", np.float32)},
         width=wanted.top_k,
         ask=ask,
-        made_of={
-            "top_k": wanted.top_k, "temperature": wanted.temperature, "words": words,
-            "seq_len": data.seq_len, "packing": data.packing,
-        },
+        made_of={**asked, "seq_len": data.seq_len, "packing": data.packing},
         what=f"the {wanted.top_k} likeliest words of every token",
         way_out=", or lower teacher.top_k",
-    )  # fmt: skip
-
-
-def _check_stored(run: Run, words: int) -> None:
-    config, place = run.config, run.folder.path
-    if config.teacher.top_k > words:
-        raise UserError(f"teacher.top_k {config.teacher.top_k} is above the vocabulary of {words} words")
-    if is_remote(place):
-        raise UserError(f"teacher.top_k needs a run on a disk, not {place}; set it to 0, or choose another run")
-    if config.data.packing == "concat":
-        raise UserError(
-            "data.packing concat cuts documents at other places in every epoch, so a stored teacher would not fit; "
-            "choose best_fit or pad, or teacher.top_k 0"
-        )
-    if config.data.redraw_each_epoch:
-        raise UserError(
-            "data.redraw_each_epoch changes the conversations in every epoch, so a stored teacher would not fit; drop "
-            "it, or choose teacher.top_k 0"
-        )
+    )

@@ -9,7 +9,7 @@ from minimind_jax.config.stages import DPOConfig
 from minimind_jax.losses.preference import answer_log_probs, make_preference_loss
 from minimind_jax.losses.sequences import pair_room
 from minimind_jax.model.transformer import full_precision
-from minimind_jax.runs.frozen import Answers, Asked, Reference, pairs
+from minimind_jax.runs.frozen import Answers, Asked, Pairs, Reference
 from minimind_jax.runs.parts import Run, open_rows, run_parameters
 from minimind_jax.runs.stage import on_rows, run_stage
 from minimind_jax.stages import STAGES
@@ -32,17 +32,13 @@ def _recipe(run: Run) -> Recipe:
     if wanted.precompute_reference:
         annotate = Answers(run, _log_probs(run), parameters.load()).annotate
     elif wanted.has_reference:
-        reference = Reference.of(run)
+        reference = Reference(run.model, has_own=run.adapters is None or run.adapters.stored is not None)
         parameters = reference.add_to(parameters)
+    sft_weight = float(wanted.loss == "orpo") if wanted.sft_weight is None else wanted.sft_weight
     loss_fn = make_preference_loss(
-        run.model,
-        wanted.loss,
-        beta=wanted.beta,
-        label_smoothing=wanted.label_smoothing,
-        gamma=wanted.gamma,
-        sft_weight=float(wanted.loss == "orpo") if wanted.sft_weight is None else wanted.sft_weight,
-        reference=reference,
-    )
+        run.model, wanted.loss, beta=wanted.beta, label_smoothing=wanted.label_smoothing, gamma=wanted.gamma,
+        sft_weight=sft_weight, reference=reference,
+    )  # fmt: skip
     return on_rows(run, loss_fn, parameters, open_rows(run, annotate))
 
 
@@ -58,7 +54,7 @@ def _log_probs(run: Run) -> Asked:
     return Asked(
         name="reference",
         setting=f"init_from {run.config.init_from}",
-        unit=pairs(room),
+        unit=Pairs(room),
         columns={"reference_log_probs": ("log_probs", np.float32)},
         width=2,
         ask=ask,

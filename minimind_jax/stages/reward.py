@@ -3,8 +3,6 @@
 from pathlib import Path
 
 from minimind_jax.config.stages import RewardConfig
-from minimind_jax.data.rows import Batch, Pieces
-from minimind_jax.data.token_cache import TokenCache
 from minimind_jax.losses.reward import make_reward_loss
 from minimind_jax.losses.sequences import pair_room
 from minimind_jax.runs.labels import values_of_pieces
@@ -25,10 +23,6 @@ def reward(config: RewardConfig) -> Path:
 
 
 def _recipe(run: Run) -> Recipe:
-    values = values_of_pieces("margins", pair_room(run.config.data.seq_len))
-
-    def margins(cache: TokenCache, pieces: Pieces) -> Batch:
-        return {name: array[..., 0] for name, array in values(cache, pieces).items()}
-
-    loss_fn = make_reward_loss(run.model, run.config.centring)
-    return on_rows(run, loss_fn, run_parameters(run), open_rows(run, margins))
+    room = pair_room(run.config.data.seq_len)
+    rows = open_rows(run, lambda cache, pieces: {"margins": values_of_pieces(cache, pieces, room)[..., 0]})
+    return on_rows(run, make_reward_loss(run.model, run.config.centring), run_parameters(run), rows)

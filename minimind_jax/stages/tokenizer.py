@@ -99,9 +99,7 @@ def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
     return Tokenizer.load(output)
 
 
-def _report(
-    config: TokenizerConfig, tokenizer: Tokenizer, told: Counter[str], total: int, skipped: list[str]
-) -> None:
+def _report(config: TokenizerConfig, tokenizer: Tokenizer, told: Counter[str], total: int, skipped: list[str]) -> None:
     """Says what was read. Raises UserError if it was nothing."""
     if not told["used"]:
         raise UserError(f"no usable record in {', '.join(config.data)}; the first was skipped because of {skipped[0]}")
