@@ -117,7 +117,7 @@ def make_preference_loss(
     sft_weight: weight of the chosen answer's mean negative log-likelihood of a token, averaged over pairs, which keeps
     a small model from making both answers unlikely (RPO, arXiv 2404.19733; ORPO's first term).
     reference: of all parameters, the model and parameters that were the policy at the start. None for the losses
-    without one, and where the batch holds `reference_log_probs` (B, S), a sum for each document.
+    without one, and where the batch holds `reference_log_probs` (B, S / 2, 2), a sum for each answer of each pair.
     A pair of padding, without tokens, does not count.
 
     Metrics, under TRL's names: rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies, logps/chosen,
@@ -127,8 +127,8 @@ def make_preference_loss(
 
     def reference_answers(params: Params, batch: Batch, policy: Answers) -> Answers | None:
         if "reference_log_probs" in batch:
-            sums_BS = batch["reference_log_probs"]
-            return policy._replace(chosen=sums_BS[:, 0::2], rejected=sums_BS[:, 1::2])
+            sums_BP2 = batch["reference_log_probs"]
+            return policy._replace(chosen=sums_BP2[..., 0], rejected=sums_BP2[..., 1])
         if reference is None:
             return None
         with jax.named_scope("reference"):

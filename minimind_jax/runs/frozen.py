@@ -69,59 +69,44 @@ class Reference:
 # Asked once -----------------------------------------------------------------------------------------------------------
 
 
-class Tokens:
-    """Every token has a row in the table of what is said. It is behind the tokens before it in its row's piece, so the
-    pieces must be the same in every epoch."""
+class Unit(NamedTuple):
+    """What a frozen model speaks of: every token, or every pair. Each has a row in the tables of its cache.
 
-    def offsets(self, cache: TokenCache) -> np.ndarray:
-        """The table's row of each document's first, and behind them their number; (documents + 1,)."""
-        return cache.offsets
-
-    def where(self, pieces: Pieces) -> Batch:
-        """Of all that is asked for in rows of data, int32: its document, -1 for none, and its place in that, from 0."""
-        documents, starts = pieces.each(pieces.documents, -1), pieces.each(pieces.starts, -1)
-        return {"documents": documents.astype(np.int32), "places": (starts + pieces.positions).astype(np.int32)}
-
-    def rows(self, table: np.ndarray, cache: TokenCache, pieces: Pieces) -> np.ndarray:
-        """What the table says, put where the loss reads it."""
-        found = table[pieces.sources(cache)]
-        found[pieces.is_padding] = 0
-        return found
-
-
-class Pairs(NamedTuple):
-    """As `Tokens`, of pairs of documents, whose sides are neighbouring pieces: each pair has a row of two numbers.
-
-    room: pieces that a row of data may have.
+    count: how many a cache has. rows: of the units in rows of data, (rows, units), -1 for none.
     """
 
-    room: int
+    count: Callable[[TokenCache], int]
+    rows: Callable[[TokenCache, Pieces], np.ndarray]
 
-    def offsets(self, cache: TokenCache) -> np.ndarray:
-        return np.arange(len(cache) + 1)
 
-    def where(self, pieces: Pieces) -> Batch:
-        documents = np.full((pieces.row_count, self.room // 2), -1, np.int32)
-        documents[pieces.rows, pieces.segments // 2] = pieces.documents
-        return {"documents": documents, "places": np.zeros_like(documents)}
+# What is said of a token is behind the tokens before it in its row's piece: pieces must be the same in every epoch.
+TOKENS = Unit(
+    lambda cache: int(cache.offsets[-1]), lambda cache, pieces: np.where(pieces.is_padding, -1, pieces.sources(cache))
+)
 
-    def rows(self, table: np.ndarray, _: TokenCache, pieces: Pieces) -> np.ndarray:
-        found = np.zeros((pieces.row_count, self.room), table.dtype)
-        found[pieces.rows, pieces.segments] = table[pieces.documents, pieces.segments % 2]
+
+def pairs(room: int) -> Unit:
+    """A pair of documents, whose sides are neighbouring pieces. room: pieces that a row may have."""
+
+    def rows(_: TokenCache, pieces: Pieces) -> np.ndarray:
+        found = np.full((pieces.row_count, room // 2), -1)
+        found[pieces.rows, pieces.segments // 2] = pieces.documents
         return found
+
+    return Unit(len, rows)
 
 
 class Asked(NamedTuple):
     """A question to a frozen model. name: whose folder below the run's it is. setting: by which it is changed.
 
-    columns: of what is kept, by its name in a batch, the ending of its file and the dtype there; `width` numbers for
-    each unit. ask: of parameters and a batch, an array (rows, units of a row, width) for each column. made_of: what
-    else decides the answers. what: it is asked for, in words; way_out: of a full disk.
+    columns: of what is kept, by its name in a batch, the ending of its file and the dtype there. ask: of parameters and
+    a batch, an array (rows, units, width) for each column. made_of: what else decides the answers. what: it is asked
+    for, in words; way_out: of a full disk.
     """
 
     name: str
     setting: str
-    unit: Tokens | Pairs
+    unit: Unit
     columns: dict[str, tuple[str, type]]
     width: int
     ask: Callable[[Params, dict[str, Array]], tuple[Array, ...]]
@@ -140,11 +125,11 @@ class Answers:
     def __init__(self, run: Run, asked: Asked, params: Params):
         self.mesh, self.asked = run.mesh, asked
         self.record = run.folder.path / asked.name / "made_of.json"
-        sides = [side for side in open_rows(run, lambda _, pieces: asked.unit.where(pieces)) if side is not None]
+        sides = [side for side in open_rows(run, self._places) if side is not None]
         caches = {side.cache.folder.name: side.cache for side in sides}
         self.files: dict[tuple[str, str], _Table] = {}  # by cache and column
         for name, cache in caches.items():
-            shape = (int(asked.unit.offsets(cache)[-1]), asked.width)
+            shape = (asked.unit.count(cache), asked.width)
             for column, (ending, dtype) in asked.columns.items():
                 self.files[name, column] = _Table(self.record.with_name(f"{name}.{ending}"), dtype, shape)
         made_of = {asked.name: fingerprint(params), **asked.made_of, "caches": sorted(caches)}
@@ -160,11 +145,18 @@ class Answers:
         self.tables = {key: file.read() for key, file in self.files.items()}
 
     def annotate(self, cache: TokenCache, pieces: Pieces) -> Batch:
-        found = {}
+        """What is said of the units in rows, (rows, units, width), 0 where there is none."""
+        rows, found = self.asked.unit.rows(cache, pieces), {}
         for column in self.asked.columns:
-            rows = self.asked.unit.rows(self.tables[cache.folder.name, column], cache, pieces)
-            found[column] = rows.astype(np.int32 if rows.dtype.kind == "u" else rows.dtype, copy=False)
+            said = self.tables[cache.folder.name, column][rows]
+            said[rows < 0] = 0
+            found[column] = said.astype(np.int32 if said.dtype.kind == "u" else said.dtype, copy=False)
         return found
+
+    def _places(self, cache: TokenCache, pieces: Pieces) -> Batch:
+        """Where the answers go, as devices hold it: rows of a table in two halves of 31 bits, (rows, units, 2)."""
+        rows = self.asked.unit.rows(cache, pieces)
+        return {"places": np.stack([rows >> 31, rows & 0x7FFFFFFF], axis=-1).astype(np.int32)}
 
     def _make(self, sides: list[Batches], params: Params) -> None:
         """Asks for all rows; the first process writes."""
@@ -192,20 +184,18 @@ class Answers:
 
     def _fill(self, tables: list[np.ndarray], batches: Batches, params: Params) -> None:
         """tables: of the columns, on the first process; none on others."""
-        offsets, is_first = self.asked.unit.offsets(batches.cache), jax.process_index() == 0
-        ask = jax.jit(self.asked.ask)
+        is_first, ask = jax.process_index() == 0, jax.jit(self.asked.ask)
         for batch in tracked(batches.eval_batches(), f"the {self.asked.name}", batches.eval_steps(), show=is_first):
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
                 placed = shard_batch(batch, self.mesh)
-                found = (placed.pop("documents"), placed.pop("places"), *ask(params, placed))
+                found = (placed.pop("places"), *ask(params, placed))
             if jax.process_count() > 1:
                 found = multihost_utils.process_allgather(found, tiled=True)
             if is_first:
-                documents, places, *values = (np.asarray(array) for array in found)
-                is_unit = documents >= 0
-                rows = offsets[documents[is_unit]] + places[is_unit]
+                places, *values = (np.asarray(array) for array in found)
+                rows = places[..., 0].astype(np.int64) << 31 | places[..., 1]
                 for table, value in zip(tables, values, strict=True):
-                    table[rows] = value[is_unit]
+                    table[rows[rows >= 0]] = value[rows >= 0]
 
     @contextlib.contextmanager
     def _telling_when_full(self, size: float) -> Iterator[None]:
@@ -230,6 +220,7 @@ class _Table(NamedTuple):
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def is_whole(self) -> bool:
+        # Objects appear whole.
         return is_remote(self.file) or (self.file.is_file() and self.file.stat().st_size == self.size)
 
     def create(self) -> np.ndarray:

@@ -27,19 +27,18 @@ def settle(run: Run) -> RunConfig:
 
     A run that goes on keeps the values it was started with. Raises UserError for what is wrong with the data.
     """
-    config = run.config
-    asked = flat(plain(config))
+    asked, found = flat(plain(run.config)), {}
     values = run.folder.settled(asked)
-    config = with_values(config, values)
+    config = with_values(run.config, values)
     size = sum(file.stat().st_size for file in expand_paths(config.data.train))
     chances = open_chances(config, KINDS[run.kind.records].rendered, size)
-    values, config = values | chances, with_values(config, chances)
+    config = with_values(config, chances)
     if leaves_open(config):
         found, told = _from_data(dataclasses.replace(run, config=config))
-        values, config = values | found, with_values(config, found)
+        config = with_values(config, found)
         follow = ", ".join(f"{key} {value:g}" for key, value in (chances | found).items())
         announce(f"{told}. From that follow, unless you set them: {follow}")
-    run.folder.asked = {key: asked[key] for key in values}
+    run.folder.asked = {key: asked[key] for key in values | chances | found}
     run.folder.content = content_of(config.data)
     return config
 

@@ -13,7 +13,7 @@ from minimind_jax.folders import is_adapter
 from minimind_jax.losses.distillation import make_distillation_loss, teacher_likeliest
 from minimind_jax.model.transformer import LanguageModel, Params, cast_matrices
 from minimind_jax.paths import is_remote
-from minimind_jax.runs.frozen import Answers, Asked, Tokens
+from minimind_jax.runs.frozen import TOKENS, Answers, Asked
 from minimind_jax.runs.parts import Run, on_mesh, open_rows, run_parameters
 from minimind_jax.runs.stage import on_rows, run_stage
 from minimind_jax.stages import STAGES
@@ -107,7 +107,7 @@ def _likeliest(run: Run, teacher: LanguageModel, words: int) -> Asked:
     return Asked(
         name="teacher",
         setting=f"teacher.model {wanted.model}",
-        unit=Tokens(),
+        unit=TOKENS,
         columns={"teacher_ids": ("ids", ids), "teacher_log_probs": ("log_probs", np.float32)},
         width=wanted.top_k,
         ask=ask,

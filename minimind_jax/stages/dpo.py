@@ -9,7 +9,7 @@ from minimind_jax.config.stages import DPOConfig
 from minimind_jax.losses.preference import answer_log_probs, make_preference_loss
 from minimind_jax.losses.sequences import pair_room
 from minimind_jax.model.transformer import full_precision
-from minimind_jax.runs.frozen import Answers, Asked, Pairs, Reference
+from minimind_jax.runs.frozen import Answers, Asked, Reference, pairs
 from minimind_jax.runs.parts import Run, open_rows, run_parameters
 from minimind_jax.runs.stage import on_rows, run_stage
 from minimind_jax.stages import STAGES
@@ -54,7 +54,7 @@ def _log_probs(run: Run) -> Asked:
     return Asked(
         name="reference",
         setting=f"init_from {run.config.init_from}",
-        unit=Pairs(room),
+        unit=pairs(room),
         columns={"reference_log_probs": ("log_probs", np.float32)},
         width=2,
         ask=ask,

@@ -169,9 +169,9 @@ def test_given_log_probabilities_replace_the_reference(params):
     both = {**params[0], "reference": params[1]}
     with_model = make_preference_loss(MODEL, "sigmoid", beta=0.5, reference=lambda p: (MODEL, p["reference"]))
     other, _ = log_probs_of_answers(MODEL, params[1], batch)
-    sums_BS = np.stack([other.chosen, other.rejected], axis=-1).reshape(2, -1)
+    sums_BP2 = np.stack([other.chosen, other.rejected], axis=-1)
     given = make_preference_loss(MODEL, "sigmoid", beta=0.5)
-    found = jax.jit(given)(params[0], {**batch, "reference_log_probs": sums_BS}, None)[0]
+    found = jax.jit(given)(params[0], {**batch, "reference_log_probs": sums_BP2}, None)[0]
     np.testing.assert_allclose(found, jax.jit(with_model)(both, batch, None)[0], rtol=1e-6)
 
 
