@@ -28,9 +28,11 @@ from minimind_jax.runs.parts import SHAPE_FIELDS, Run, assemble, say_if_endless
 from minimind_jax.runs.settle import changed_data, settle
 from minimind_jax.sharding import announce, initialize_distributed, make_mesh
 from minimind_jax.training.origin import agreed_settings, check_start_models, check_words, find_models
-from minimind_jax.training.run import RunFolder
+from minimind_jax.training.run import RunFolder, write_text
 from minimind_jax.training.step import count_parts
 from minimind_jax.training.tracking import is_exported
+
+PATIENCE = 10.0  # seconds until a process must see what another has written
 
 
 class Found(NamedTuple):
@@ -135,23 +137,16 @@ def remove_unused(folder: Path) -> None:
         folder.parent.rmdir()
 
 
-def check_shared(run: RunFolder, patience: float = 10.0) -> None:
+def check_shared(run: RunFolder) -> None:
     """Raises UserError, on all processes, when one does not see a file that the first writes into the run's folder:
-    checkpoints are written by all, which would wait for each other for ever. patience: seconds a disk may be late."""
+    checkpoints are written by all, which would wait for each other for ever."""
     if jax.process_count() == 1:
         return
     run.create()
     # A new name: what a network disk was asked for before it was there it may deny for a while.
     mark = run.path / f".processes-{exchange(secrets.token_hex(4))[0]}"
-
-    def write() -> None:
-        try:
-            mark.write_text("", "utf-8")
-        except OSError as error:
-            raise UserError(f"the run's folder {run.path} cannot be written into: {error}") from error
-
-    on_first(write)
-    late = time.monotonic() + patience
+    on_first(lambda: write_text(mark, ""))
+    late = time.monotonic() + PATIENCE
     while not (seen := mark.exists()) and time.monotonic() < late:
         time.sleep(0.2)
     blind = [process for process, answer in enumerate(exchange("seen" if seen else "")) if not answer]
