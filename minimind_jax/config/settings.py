@@ -6,6 +6,7 @@ meant. What there is to know about a key stands with its field, see `config.fiel
 
 import dataclasses
 import difflib
+import os
 import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -290,10 +291,11 @@ def _typed(field: Field, setting: Setting) -> Any:
 
 
 def _as_list(value: Any, field: Field) -> list:
-    """`a,b`, `[a, b]` as YAML, and a single value all stand for a list; text for the model is never taken apart."""
+    """`a,b`, `[a, b]` as YAML, and a single value all stand for a list; text for the model is never taken apart, nor is
+    what names a file or folder that is there."""
     if isinstance(value, list | tuple):
         return list(value)
-    if not isinstance(value, str) or field.declared.get("is_text"):
+    if not isinstance(value, str) or field.declared.get("is_text") or os.path.exists(value):
         return [value]
     if not value.startswith("["):
         return value.split(",")

@@ -84,6 +84,14 @@ def test_forms_of_a_list_on_the_command_line(argv):
     assert load_settings(PretrainConfig, argv).data.train == ("a.jsonl", "b.jsonl")
 
 
+@pytest.mark.parametrize("name", ["May, June.jsonl", "[May].jsonl", "[a, b]"])
+def test_a_file_that_is_there_is_one_whatever_its_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text("")
+    assert load_settings(PretrainConfig, ["--data.train", name, "b.jsonl"]).data.train == (name, "b.jsonl")
+    assert load_settings(PretrainConfig, ["--data.train", name]).data.train == (name,)
+
+
 @pytest.mark.parametrize("text", ["[a.jsonl, b.jsonl]", "\n  - a.jsonl\n  - b.jsonl", "a.jsonl,b.jsonl"])
 def test_forms_of_a_list_in_yaml(config_file, text):
     assert load_settings(PretrainConfig, ["--config", config_file(f"data.train: {text}")]).data.train == (
