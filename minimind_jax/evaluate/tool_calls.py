@@ -18,8 +18,9 @@ from minimind_jax.data.messages import Message, is_trained
 from minimind_jax.data.prompts import read_prompt
 from minimind_jax.data.tools import Call, called, calls_in_text, parse_calls
 from minimind_jax.data.values import Place, kind_of
-from minimind_jax.data.written import check_output, json_line
+from minimind_jax.data.written import check_output
 from minimind_jax.errors import UserError
+from minimind_jax.inference.answer_file import PartialFile
 from minimind_jax.inference.generate import Generator
 from minimind_jax.inference.load import load_generator
 from minimind_jax.inference.text import ThinkSplitter
@@ -83,7 +84,7 @@ def evaluate_tool_calls(config: ToolCallsConfig) -> tuple[dict[str, list[bool]],
     with Toolbox(config.tools if any(question.acts for question in questions) else ()) as tools:
         answers = _answers(load_generator(config.model), questions, tools, config, notes)
     scores: dict[str, list[bool]] = {row: [] for row in ROWS}
-    lines = []
+    rows = []
     for question, answer in ((questions[n], answers[n]) for n in sorted(answers)):
         marks = marks_of(question, answer)
         for row, mark in marks.items():
@@ -92,9 +93,12 @@ def evaluate_tool_calls(config: ToolCallsConfig) -> tuple[dict[str, list[bool]],
         found = {"answer": answer.text, "calls": [call._asdict() for call in answer.calls], "right": right}
         due = {"calls_due": [call._asdict() for call in question.calls or ()], "numbers_due": question.numbers}
         asked = {"where": question.where, "question": question.messages[-1]["content"]}
-        lines.append(json_line(asked | found | due) + "\n")
+        rows.append(asked | found | due)
     if config.output:
-        Path(config.output).write_text("".join(lines), encoding="utf-8")
+        with PartialFile(Path(config.output)) as file:
+            for row in rows:
+                file.write(row)
+            file.finish()
     return {row: marks for row, marks in scores.items() if marks}, +notes
 
 
@@ -107,6 +111,8 @@ def _questions(config: ToolCallsConfig) -> tuple[list[Question], Counter[str]]:
     for record in itertools.islice(iter_records(config.files, reading=reading, told=told), config.max_records or None):
         found = questions_of(record, reading)
         questions += found
+        if found and record.value.get("chat_template_kwargs"):
+            told[str(record.file), "`chat_template_kwargs` is ignored: --thinking holds for all records"] += 1
         notes["records"] += 1
         notes["of them offer no tools, or hold nothing to check, and are left out"] += not found
     tell(told)

@@ -200,7 +200,11 @@ def test_a_model_that_knows_nothing_is_scored_and_every_answer_written(tmp_path,
         tmp_path,
         [
             *RECORDS,
-            {"conversations": [{"role": "user", "content": "long " * 400}, HELLO["conversations"][2]], "tools": TOOLS},
+            {
+                "conversations": [{"role": "user", "content": "long " * 400}, HELLO["conversations"][2]],
+                "tools": TOOLS,
+                "chat_template_kwargs": {"enable_thinking": True},
+            },
         ],
     )
     output = tmp_path / "answers.jsonl"
@@ -208,7 +212,8 @@ def test_a_model_that_knows_nothing_is_scored_and_every_answer_written(tmp_path,
         files=(str(tmp_path / "chat.jsonl"),), model=str(folder), max_new_tokens=4, batch_size=2, output=str(output)
     )
     tool_calls.run(config)
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
+    assert "`chat_template_kwargs` is ignored" in printed + told
     assert "6 answers are asked for" in printed and "1 prompts leave no room for --max_new_tokens" in printed
     assert "a call where one is due" in printed and "0 of        2     0.0%" in printed
     assert "100.0%" in printed  # no call where none is due
