@@ -8,8 +8,10 @@ processes nor of loader threads changes what a step holds.
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
+import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import jax
@@ -28,7 +30,8 @@ from minimind_jax.errors import UserError
 from minimind_jax.seeds import named_seed
 from minimind_jax.sharding import announce
 
-READ_AHEAD = 4  # steps
+READ_AHEAD = 4  # blocks of steps
+BLOCK_STEPS, BLOCK_POSITIONS = 8, 2**16  # the most that are gathered at once, if they are several steps
 
 
 class Batches:
@@ -151,40 +154,25 @@ class Batches:
             epoch = int(np.searchsorted(self._first_steps, step, side="right")) - 1
             return epoch, step - self._first_steps[epoch]
 
-    def step(self, step: int) -> Batch:
-        """This process's rows of a step of the run: arrays (rows_per_step / processes, T)."""
-        epoch, within = self.locate(step)
-        return self.epoch(epoch).rows(self._own_rows(within), self.token_bytes)
-
-    def _own_rows(self, step: int) -> range:
-        """This process's places among the rows of an epoch, of which `step` is a step."""
-        share = self.rows_per_step // self.process_count
-        first = step * self.rows_per_step + self.process_index * share
-        return range(first, first + share)
-
     def iterate(self, start_step: int, steps: int) -> Iterator[Batch]:
-        """`step` of the steps [start_step, start_step + steps), read ahead; and each next epoch is made ahead."""
+        """This process's rows of the steps [start_step, start_step + steps) of the run, of each arrays
+        (rows_per_step / processes, T); read ahead, and each next epoch is made ahead."""
         last = start_step + steps
 
-        def read(step: int) -> Batch:
-            batch = self.step(step)
-            epoch, within = self.locate(step)
-            if step - within + self.epoch(epoch).steps(self.rows_per_step) < last:
+        def read(steps: range) -> list[Batch]:
+            found = []
+            for epoch, places in itertools.groupby(map(self.locate, steps), key=operator.itemgetter(0)):
+                found += self._gather(self.epoch(epoch), [within for _, within in places])
+            epoch, within = self.locate(steps[-1])
+            if steps[-1] - within + self.epoch(epoch).steps(self.rows_per_step) < last:
                 self._make_ahead(epoch + 1)
-            return batch
+            return found
 
         return self._read(read, start_step, last)
 
     def eval_batches(self, max_rows: int = 0) -> Iterator[Batch]:
         """This process's rows of the first `max_rows` rows (0: all), in an order that no seed or step changes."""
-        epoch = self._evaluation
-        rows = min(max_rows or epoch.plan.rows, epoch.plan.rows)
-
-        def read(step: int) -> Batch:
-            places = [place if place < rows else epoch.plan.rows for place in self._own_rows(step)]
-            return epoch.rows(places, self.token_bytes)
-
-        return self._read(read, 0, self.eval_steps(max_rows))
+        return self._read(lambda steps: self._gather(self._evaluation, steps, max_rows), 0, self.eval_steps(max_rows))
 
     def eval_steps(self, max_rows: int = 0) -> int:
         """How many batches `eval_batches` gives."""
@@ -196,16 +184,36 @@ class Batches:
         shuffled = dataclasses.replace(self.data, shuffle=True)  # so that the first rows stand for all
         return plan_epoch(self.cache, self._select(self.cache), shuffled, 0, 0, annotate=self._annotate)
 
-    def _read(self, read: Callable[[int], Batch], first: int, last: int) -> Iterator[Batch]:
-        """`read` of the steps [first, last), ahead of what is asked for by `loader_workers` threads."""
+    def _gather(self, epoch: Epoch, steps: Sequence[int], max_rows: int = 0) -> list[Batch]:
+        """This process's rows of these steps of an epoch, of which only the first `max_rows` count (0: all)."""
+        share = self.rows_per_step // self.process_count
+        firsts = [step * self.rows_per_step + self.process_index * share for step in steps]
+        places = [place for first in firsts for place in range(first, first + share)]
+        if max_rows:
+            places = [place if place < max_rows else epoch.plan.rows for place in places]
+        gathered = epoch.rows(places, self.token_bytes)
+        parts = [slice(begin, begin + share) for begin in range(0, len(places), share)]
+        return [{name: array[part] for name, array in gathered.items()} for part in parts]
+
+    def _read(self, read: Callable[[range], list[Batch]], first: int, last: int) -> Iterator[Batch]:
+        """`read` of the steps [first, last), ahead of what is asked for by `loader_workers` threads.
+
+        Steps are gathered in blocks, for a thread and NumPy take their time by the call rather than by the row. No
+        block has more than an epoch, whose first step would wait for all of it, or any of a redrawn one's beside
+        others.
+        """
         if last <= first:
             return
+        positions = self.rows_per_step // self.process_count * self.data.seq_len
+        block = max(1, min(BLOCK_STEPS, BLOCK_POSITIONS // positions, self.steps_per_epoch))
+        block = 1 if self._redraw else block
         threads = self.data.loader_workers
         ahead = max(READ_AHEAD, threads) if threads else 0
-        steps = grain.MapDataset.range(first, last).map(read)
-        iterator = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)))
+        blocks = grain.MapDataset.range(first, last, block).map(lambda at: read(range(at, min(at + block, last))))
+        iterator = iter(blocks.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)))
         try:
-            yield from iterator
+            for batches in iterator:
+                yield from batches
         finally:
             iterator.close()
 

@@ -159,17 +159,17 @@ def test_the_rows_of_a_step_are_those_built_one_by_one(text_cache, talk_cache, m
     """Bit for bit, with padding rows at the end, whatever the documents and the number of rows."""
     cache = text_cache if kind == "text" else talk_cache
     batches = make(cache, 3, packing=packing, seq_len=seq_len, select=lambda cache: np.arange(len(cache))[::2])
-    for step in range(min(batches.steps_per_epoch + 2, 40)):
+    for step, batch in enumerate(take(batches, 0, min(batches.steps_per_epoch + 2, 40))):
         epoch, within = batches.locate(step)
         expected = rows_of(batches.epoch(epoch), range(3 * within, 3 * within + 3), batches.token_bytes)
-        assert_same([batches.step(step)], [expected])
+        assert_same([batch], [expected])
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_a_planned_step_has_the_arrays_of_a_real_one(text_cache, make, packing):
     data = DataConfig(packing=packing, seq_len=SEQ_LEN)
     planned = abstract_batch(PretrainConfig(data=data, training=TrainingConfig(batch_tokens=4 * SEQ_LEN)))
-    real = make(text_cache, packing=packing, seq_len=SEQ_LEN).step(0)
+    (real,) = take(make(text_cache, packing=packing, seq_len=SEQ_LEN), 0, 1)
     assert {name: (x.shape, x.dtype) for name, x in planned.items()} == {
         name: (x.shape, x.dtype) for name, x in real.items()
     }

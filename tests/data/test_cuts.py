@@ -56,7 +56,7 @@ def chats(*lengths):
 
 def rows(batches):
     """All rows of an epoch that hold anything."""
-    steps = [batches.step(step) for step in range(batches.steps_per_epoch)]
+    steps = list(batches.iterate(0, batches.steps_per_epoch))
     found = [{name: array[row] for name, array in step.items()} for step in steps for row in range(len(step["tokens"]))]
     return [row for row in found if row["segment_ids"].any()]
 

@@ -128,7 +128,7 @@ def test_a_row_of_pairs(tokenizer, tmp_path):
         return {"documents": found}
 
     batches = Batches(cache, data, 1, 0, tokenizer.token_bytes(), annotate=annotate)
-    row = {name: array[0] for name, array in batches.step(0).items()}
+    row = {name: array[0] for name, array in next(batches.iterate(0, 1)).items()}
     count = int(row["segment_ids"].max())
     documents = row["documents"][:count]
     np.testing.assert_array_equal(documents[::2], documents[1::2])
@@ -151,9 +151,9 @@ def test_the_rows_of_a_step_are_those_built_one_by_one(tokenizer, tmp_path, kind
     data = DataConfig(train=(str(file),), seq_len=100, cache_dir=str(tmp_path), system_prompt_probability=0.0)
     cache = build_cache(kind, data.train, tokenizer, data, seed=0, classes=Classes(("a", "b")))
     batches = Batches(cache, data, 3, 0, tokenizer.token_bytes())
-    for step in range(batches.steps_per_epoch):
+    for step, batch in enumerate(batches.iterate(0, batches.steps_per_epoch)):
         expected = rows_of(batches.epoch(0), range(3 * step, 3 * step + 3), batches.token_bytes)
-        for name, array in batches.step(step).items():
+        for name, array in batch.items():
             np.testing.assert_array_equal(array, expected[name])
             assert array.dtype == expected[name].dtype
 
