@@ -20,11 +20,12 @@ FIELD_LINE = r"\w+(?:, \w+)*: "  # of a docstring: what begins the text of one f
 def setting(default: Any = dataclasses.MISSING, **declared: Any) -> Any:
     """A field of a settings class, with what is to be known of it besides its type; without a default it is required.
 
-    positional: what stands for it in `--help` where it is given without its name. alone: what its flag means without a
-    value, as in `--json`. flag: another name on the command line. either: of the settings that say the same `either`
-    one replaces the others that an earlier file set. is_text: a comma or a bracket in it is only a character. rest: it
-    takes all arguments that are not of this class, as they are. late: in `--help` it comes behind the others. must:
-    what holds of its value, one of the rules below.
+    positional: what stands for it in `--help` where it is given without its name. alone: what its flag means
+    without a value, as in `--json`. flag: another name on the command line. either: of the settings that say the
+    same `either` one replaces the others that an earlier file set. is_text: a comma or a bracket in it is only a
+    character. rest: it takes all arguments that are not of this class, as they are. late: in `--help` it comes
+    behind the others. names: what is on a disk under it, `model` (a run or a model's folder), `tokenizer` or
+    `place`. must: what holds of its value, one of the rules below.
     """
     return dataclasses.field(default=default, metadata=declared)
 
@@ -97,6 +98,11 @@ class Field(NamedTuple):
 def fields_of(cls: type) -> list[Field]:
     """All settings of a dataclass, nested ones under dotted keys, in order of definition."""
     return list(_fields(cls, None, ""))
+
+
+def names_of(cls: type) -> dict[str, str]:
+    """What each setting of a class names, of those that name something on a disk, by dotted key."""
+    return {field.key: field.declared["names"] for field in fields_of(cls) if "names" in field.declared}
 
 
 def _fields(cls: type, owner: Any, prefix: str) -> Iterable[Field]:

@@ -122,13 +122,13 @@ class FilesConfig(ReadingConfig):
     loader_workers: threads that read rows ahead of the training step.
     """
 
-    train: tuple[str, ...] = ()
-    val: tuple[str, ...] = ()
+    train: tuple[str, ...] = setting((), names="place")
+    val: tuple[str, ...] = setting((), names="place")
     val_fraction: float | None = setting(None, must=SHARE)
     seq_len: int = setting(512, must=at_least(4))
     on_error: Literal["stop", "skip"] = "stop"
     shuffle: bool = True
-    cache_dir: str = ""
+    cache_dir: str = setting("", names="place")
     tokenizer_workers: int = setting(0, must=at_least(0))
     loader_workers: int = setting(1, must=at_least(0))
 

@@ -84,8 +84,8 @@ class RunConfig(Settings):
     }
 
     run: str
-    init_from: str = ""
-    tokenizer: str = ""
+    init_from: str = setting("", names="model")
+    tokenizer: str = setting("", names="tokenizer")
     seed: int = setting(42, must=INT64)
     resume: Literal["auto", "must", "never"] = "auto"
     export_dtype: DType = "bfloat16"
@@ -180,8 +180,8 @@ class TokenizerConfig(ReadingConfig):
     overwrite: replace another tokenizer that is at `output`; what was trained with that one cannot be used without it.
     """
 
-    data: tuple[str, ...] = ()
-    output: str = "runs/tokenizer"
+    data: tuple[str, ...] = setting((), names="place")
+    output: str = setting("runs/tokenizer", names="place")
     vocab_size: int = setting(6400, must=at_least(36 + 256))
     max_records: int = setting(10_000, must=at_least(0))
     on_error: Literal["stop", "skip"] = "stop"
@@ -324,7 +324,7 @@ class TeacherConfig(Settings):
         taken as one; the divergence is that of these k + 1.
     """
 
-    model: str = ""
+    model: str = setting("", names="model")
     top_k: int = setting(0, must=at_least(0))
     alpha: float = setting(0.5, must=SHARE)
     temperature: float = setting(1.5, must=ABOVE_0)

@@ -18,9 +18,8 @@ from minimind_jax.sharding import announce, make_mesh
 from minimind_jax.stages.tokenizer import text_of
 from minimind_jax.training.defaults import filled
 from minimind_jax.training.optimizer import make_schedule
-from minimind_jax.training.origin import find_models
-from minimind_jax.training.places import MODELS
-from minimind_jax.training.run import RunFolder, flat, plain
+from minimind_jax.training.origin import find_models, named_models
+from minimind_jax.training.run import RunFolder
 from minimind_jax.training.step import count_parts
 from minimind_jax.training.watch import check_patience
 
@@ -92,8 +91,7 @@ def _check_settings(stage: Stage, before: Sequence[Stage]) -> None:
     if config.training.steps is not None:
         make_schedule(filled(config).optimizer, config.training.steps)
     check_patience(config.training, bool(config.data.val) or config.data.val_fraction != 0)
-    named = flat(plain(config))
-    models = find_models(config, [key for key in MODELS if not maker_of(named.get(key, ""), before)])
+    models = find_models(config, [key for key, name in named_models(config).items() if not maker_of(name, before)])
     if config.lora.rank and not config.init_from:
         raise UserError("lora.rank is set, but there is no model to adapt; give --init_from, or leave lora.rank out")
     if not maker_of(config.init_from, before) and not maker_of(config.tokenizer, before):

@@ -7,12 +7,13 @@ import yaml
 
 from minimind_jax.agreement import ending_together, first_says, on_first
 from minimind_jax.config import settings
+from minimind_jax.config.fields import names_of
 from minimind_jax.folders import PIPELINE
 from minimind_jax.pipeline.check import check_stages, watch_records
 from minimind_jax.pipeline.read import Stage
 from minimind_jax.runs.settle import changed_data
 from minimind_jax.sharding import announce, initialize_distributed
-from minimind_jax.training.places import mean_the_same
+from minimind_jax.training.places import changes
 from minimind_jax.training.run import RunFolder, flat, plain, write_text
 
 
@@ -64,10 +65,10 @@ def _what_changed(stage: Stage, renewed: str) -> list[str]:
 def _changes(stage: Stage) -> list[str]:
     """`key old -> new` for every setting that is not the one the stage was made with."""
     if stage.kind.is_run:
-        return [f"{key} {change}" for key, change in RunFolder(stage.folder).changed_settings(stage.config).items()]
-    if not stage.record.is_file():
-        return []
-    before = settings.make_settings(type(stage.config), settings.read_yaml(stage.record))
-    old, new = flat(plain(before)), flat(plain(stage.config))
-    changed = [key for key in old if old[key] != new[key] and not mean_the_same(key, old[key], new[key])]
-    return [f"{key} {old[key]} -> {new[key]}" for key in changed]
+        changed = RunFolder(stage.folder).changed_settings(stage.config)
+    elif stage.record.is_file():
+        before = settings.make_settings(type(stage.config), settings.read_yaml(stage.record))
+        changed = changes(names_of(type(before)), flat(plain(before)), flat(plain(stage.config)))
+    else:
+        changed = {}
+    return [f"{key} {change}" for key, change in changed.items()]

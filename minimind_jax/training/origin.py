@@ -6,28 +6,37 @@ from pathlib import Path
 from typing import Any
 
 from minimind_jax.agreement import check_agreement, code_hash, on_all
+from minimind_jax.config.fields import names_of
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.convert.identity import tokenizer_hash, weights_hash, words_hash
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
 from minimind_jax.paths import is_remote
-from minimind_jax.training.places import MODELS
 from minimind_jax.training.run import RunFolder, flat, package_versions, plain
 
 
-def find_models(config: RunConfig, keys: Collection[str] = MODELS) -> dict[str, Path]:
-    """The folders of the models that these settings name, by setting. Raises UserError for one that is not there."""
-    named = flat(plain(config))
-    return {key: resolve_model_folder(named[key], key) for key in sorted(keys) if named.get(key)}
+def find_models(config: RunConfig, keys: Collection[str] | None = None) -> dict[str, Path]:
+    """The folders of the models that the settings name, by setting. keys: those that are looked for; all by default.
+
+    Raises UserError for one that is not there.
+    """
+    named = named_models(config)
+    return {key: resolve_model_folder(name, key) for key, name in named.items() if keys is None or key in keys}
+
+
+def named_models(config: RunConfig) -> dict[str, str]:
+    """The models that the settings name, by setting."""
+    values = flat(plain(config))
+    return {key: values[key] for key, what in names_of(type(config)).items() if what == "model" and values[key]}
 
 
 def agreed_settings(config: RunConfig) -> dict[str, Any]:
     """What the processes of a run are told and run with, by name, for `check_agreement`.
 
     Folders and threads may differ; what is in them is compared later."""
-    own = {"run", "resume", "tokenizer", "tracking.loggers", "tracking.project", *MODELS}
-    own |= {f"data.{name}" for name in ("train", "val", "cache_dir", "tokenizer_workers", "loader_workers")}
+    own = {"run", "resume", "tracking.loggers", "tracking.project", "data.tokenizer_workers", "data.loader_workers"}
+    own |= names_of(type(config)).keys()
     settings = {f"the setting {key}": value for key, value in flat(plain(config)).items() if key not in own}
     versions = {f"the version of {package}": version for package, version in package_versions().items()}
     return {**settings, **versions, "the code of minimind_jax": code_hash()}

@@ -9,9 +9,6 @@ from minimind_jax.convert.identity import tokenizer_hash, weights_hash
 from minimind_jax.folders import holds_model, last_stage, resolve_run
 from minimind_jax.paths import is_remote
 
-MODELS = {"init_from", "teacher.model"}  # settings that name a model's folder or a run
-PLACES = {*MODELS, "tokenizer", "data", "data.train", "data.val", "data.cache_dir", "output"}
-
 
 class Then(NamedTuple):
     """Where the names in a run's settings count from: the working directory and the run's folder when they were
@@ -39,39 +36,49 @@ class Then(NamedTuple):
         return next((str(place) for place in places if place.exists()), name)
 
 
-def mean_the_same(key: str, before: Any, now: Any, then: Then | None = None) -> bool:
-    """Whether the values of the dotted setting `key` name the same files or folder.
+def changes(
+    names: Mapping[str, str], before: Mapping[str, Any], now: Mapping[str, Any], then: Then | None = None
+) -> dict[str, str]:
+    """`old -> new` of every setting, by dotted key, in which two runs or stages differ, sorted.
 
-    A folder is told by where it is, links followed, a model also by the run it belongs to, and both it and a tokenizer
-    by their files, as far as those of then are known. then: of `before`; None where both count from the present
-    working directory.
+    names: what settings name on a disk (see `config.fields.names_of`); their values differ when they mean other files
+    or another folder. A folder is told by where it is, links followed, a model also by the run it belongs to, and both
+    it and a tokenizer by their files, as far as those of then are known. then: of `before`; None where both count from
+    the present working directory.
     """
-    if key not in PLACES:
-        return False
+    pairs = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
+    return {
+        key: f"{old} -> {new}"
+        for key, (old, new) in pairs.items()
+        if old != new and not (key in names and _mean_the_same(names[key], old, new, then, key))
+    }
+
+
+def _mean_the_same(what: str, before: Any, now: Any, then: Then | None, key: str) -> bool:
     if isinstance(before, list | tuple) and isinstance(now, list | tuple):
         return len(before) == len(now) and all(
-            mean_the_same(key, *pair, then) for pair in zip(before, now, strict=True)
+            _mean_the_same(what, *pair, then, key) for pair in zip(before, now, strict=True)
         )
     if not (isinstance(before, str) and isinstance(now, str) and before and now):
         return before == now
     if "://" in before + now:
-        left, right = (name.rstrip("/").removesuffix("/model" if key in MODELS else "") for name in (before, now))
+        left, right = (name.rstrip("/").removesuffix("/model" if what == "model" else "") for name in (before, now))
         return left == right
-    find = _model if key in MODELS else _place
+    find = _model if what == "model" else _place
     here = find(now, Path.cwd())
     places = [find(*reading) for reading in (then.readings(before) if then else [(before, Path.cwd())])]
     if here in places:
         return True
-    found = _hash(key, here)
-    known = [then.hashes[key]] if then and key in then.hashes else [_hash(key, place) for place in places]
+    found = _hash(what, here)
+    known = [then.hashes[key]] if then and key in then.hashes else [_hash(what, place) for place in places]
     return bool(found) and found in known
 
 
-def _hash(key: str, folder: Path) -> str:
-    """Of what the setting `key` names; "" where it is not there, or of another kind."""
-    if key == "tokenizer":
+def _hash(what: str, folder: Path) -> str:
+    """Of the model or tokenizer in a folder; "" where there is none."""
+    if what == "tokenizer":
         return tokenizer_hash(folder)
-    return weights_hash(folder) if key in MODELS and holds_model(folder) else ""
+    return weights_hash(folder) if what == "model" and holds_model(folder) else ""
 
 
 def _place(name: str, directory: Path) -> Path:

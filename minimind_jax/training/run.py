@@ -27,6 +27,7 @@ import jax
 import yaml
 from filelock import FileLock, Timeout
 
+from minimind_jax.config.fields import names_of
 from minimind_jax.config.sections import RUN_LENGTHS
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_run
@@ -34,7 +35,7 @@ from minimind_jax.hub import used_commits
 from minimind_jax.paths import absolute, as_path, is_remote, write_object
 from minimind_jax.texts import is_there, read_object, read_text
 from minimind_jax.training.checkpoint_files import unfit_for_checkpoints
-from minimind_jax.training.places import Then, mean_the_same
+from minimind_jax.training.places import Then, changes
 
 PACKAGES = ("minimind-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
@@ -154,15 +155,8 @@ class RunFolder:
         now |= self.settled(now)
         before = {key: value for key, value in flat(written).items() if key in now or not config.is_former(key, value)}
         before = {**flat(plain(type(config)())), **before}
-        then = self.then()
-        pairs = {
-            key: (before.get(key), now.get(key)) for key in sorted((now.keys() | before.keys()) - {"resume", "run"})
-        }
-        return {
-            key: f"{old} -> {new}"
-            for key, (old, new) in pairs.items()
-            if old != new and not mean_the_same(key, old, new, then)
-        }
+        changed = changes(names_of(type(config)), before, now, self.then())
+        return {key: change for key, change in changed.items() if key not in ("resume", "run")}
 
     def then(self) -> Then | None:
         """Where the run's settings were written, as far as that is known."""

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from minimind_jax.config.fields import names_of
 from minimind_jax.config.sections import DataConfig
-from minimind_jax.config.stages import PretrainConfig
+from minimind_jax.config.stages import DistillConfig, PretrainConfig
 from minimind_jax.convert.load import base_folder
 from minimind_jax.errors import UserError
 from minimind_jax.training.origin import check_start_models, find_models
-from minimind_jax.training.places import mean_the_same
+from minimind_jax.training.places import changes
 from minimind_jax.training.run import RunFolder
 
 
@@ -57,7 +58,9 @@ def project(tmp_path, monkeypatch):
 )
 def test_names_of_the_same_thing(project, key, before, now, same):
     now = [f"{project}/{name}" for name in now] if isinstance(now, list) else now.replace("PROJECT", str(project))
-    assert mean_the_same(key, before, now) is mean_the_same(key, now, before) is same
+    for pair in ((before, now), (now, before)):
+        found = changes(names_of(DistillConfig), *({key: value} for value in pair))
+        assert found == ({} if same else {key: f"{pair[0]} -> {pair[1]}"})
 
 
 NAMES = ("tok", "base", "data/text.jsonl")
