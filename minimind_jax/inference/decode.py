@@ -5,6 +5,7 @@ tokens are made is an argument, not a shape.
 """
 
 import functools
+import zlib
 from typing import NamedTuple
 
 import jax
@@ -128,3 +129,112 @@ def _append(state: DecodeState, logits_BV, controls: Controls) -> DecodeState:
         ended_B=state.ended_B | jnp.isin(token_B, controls.eos_E),
         seen_BV=seen_BV,
     )
+
+
+# The engine's ---------------------------------------------------------------------------------------------------------
+
+
+class Settings(NamedTuple):
+    """What does not change from token to token of some rows.
+
+    rows_B: of the cache; beyond its last for a row that only fills up. values: sampling settings. seeds_B2: the lower
+    and the higher half of each row's seed. ends_BE: tokens that end it, -1 where there are fewer.
+    """
+
+    rows_B: jax.Array
+    values: SamplingValues
+    seeds_B2: jax.Array
+    ends_BE: jax.Array
+
+
+class Chosen(NamedTuple):
+    """Tokens, and the model's own log-probabilities of them; (B,) or, of several steps, (N, B)."""
+
+    token: jax.Array
+    logprob: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("cache",))
+def read(
+    model: LanguageModel,
+    params: Params,
+    cache: KVCache,
+    tokens_BP: jax.Array,
+    rows_B: jax.Array,
+    starts_B: jax.Array,
+    counts_B: jax.Array,
+    lengths_B: jax.Array,
+) -> tuple[jax.Array, KVCache]:
+    """Logits (B, V) behind the next tokens of some rows, and the cache with these in it.
+
+    counts_B: how many of P they are. starts_B: tokens of each row that are in the cache. lengths_B: tokens of the whole
+    prompt, on which rotary positions may depend.
+    """
+    hidden_BPD, cache = model.read_next(params, model.embed(params, tokens_BP), starts_B, cache, lengths_B, rows_B)
+    last_B1D = jnp.take_along_axis(hidden_BPD, jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)
+    return model.logits(params, last_B1D)[:, 0], cache
+
+
+@jax.jit
+def choose(logits_BV: jax.Array, lengths_B: jax.Array, settings: Settings) -> Chosen:
+    """The next token of each row. Draws depend on the row's seed and the token's position, on nothing else."""
+    keys_B = jax.vmap(_key)(settings.seeds_B2, lengths_B)
+    return Chosen(*sample(logits_BV, keys_B, settings.values))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "most"), donate_argnames=("cache",))
+def make(
+    model: LanguageModel,
+    params: Params,
+    cache: KVCache,
+    newest_B: jax.Array,
+    lengths_B: jax.Array,
+    settings: Settings,
+    count: jax.Array,
+    *,
+    most: int,
+) -> tuple[Chosen, jax.Array, KVCache]:
+    """Makes `count` tokens (N = `most` at most) in each row, or fewer if all have ended: the tokens, how many there
+    are, and the cache with all but the last of them.
+
+    newest_B: of each row, which is not in the cache yet. lengths_B: tokens of each row, with it; 0 fills up.
+    """
+
+    def is_wanted(state):
+        made, ended_B, *_ = state
+        return (made < count) & ~jnp.all(ended_B)
+
+    def step(state):
+        made, ended_B, newest_B, cache, chosen = state
+        starts_B = jnp.maximum(lengths_B + made - 1, 0)
+        x_B1D = model.embed(params, newest_B[:, None])
+        hidden_B1D, cache = model.read_next(params, x_B1D, starts_B, cache, rows_B=settings.rows_B)
+        new = choose(model.logits(params, hidden_B1D)[:, 0], lengths_B + made, settings)
+        ended_B |= jnp.any(new.token[:, None] == settings.ends_BE, axis=1)
+        chosen = jax.tree.map(lambda all_NB, new_B: all_NB.at[made].set(new_B), chosen, new)
+        return made + 1, ended_B, new.token, cache, chosen
+
+    rows = len(newest_B)
+    chosen = Chosen(jnp.zeros((most, rows), jnp.int32), jnp.zeros((most, rows), jnp.float32))
+    start = (jnp.int32(0), lengths_B == 0, newest_B, cache, chosen)
+    made, _, _, cache, chosen = jax.lax.while_loop(is_wanted, step, start)
+    return chosen, made, cache
+
+
+@functools.partial(jax.jit, donate_argnames=("cache",))
+def copy_row(cache: KVCache, source: jax.Array, target: jax.Array, count: jax.Array) -> KVCache:
+    """The cache with the first `count` tokens of row `source` in row `target`, too."""
+    return cache.copy_row(source, target, count)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "rows", "slots"))
+def enlarge(model: LanguageModel, cache: KVCache, rows: int, slots: int) -> KVCache:
+    """The same cache with room for more."""
+    return cache.into(model.new_cache(rows, slots))
+
+
+def _key(seed_2: jax.Array, position: jax.Array) -> jax.Array:
+    """`named_key(seed, "sampling", position)` of a seed that is an array."""
+    key = jax.random.key(seed_2[0])
+    key = jnp.where(seed_2[1] > 0, jax.random.fold_in(key, seed_2[1]), key)
+    return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(b"sampling")), position)

@@ -11,7 +11,7 @@ class AnswerText:
     Text that may be the start of a stop string is held back until it is not. A stop string may hold special tokens,
     which are not shown.
 
-    stopped: a stop string was completed. text: all that was given out.
+    stopped_by: the stop string that was completed, None before. text: all that was given out.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Iterable[str] = (), skip_special_tokens: bool = True):
@@ -21,8 +21,12 @@ class AnswerText:
         self._hidden = {token: tokenizer.byte_pieces[token].decode("utf-8", "replace") for token in hidden}
         self._held = ""
         self._shown = ""  # of each character held: "1" if it is to be shown
-        self.stopped = False
+        self.stopped_by: str | None = None
         self.text = ""
+
+    @property
+    def stopped(self) -> bool:
+        return self.stopped_by is not None
 
     def push(self, token_id: int) -> str:
         """The text that became final with this token."""
@@ -42,9 +46,10 @@ class AnswerText:
             return ""
         held = self._held + new
         self._held, self._shown = held, self._shown + shown * len(new)
-        found = [start for start in (held.find(stop) for stop in self._stop) if start >= 0]
-        self.stopped = bool(found)
-        end = min(found) if found else len(held) - _possible_start(held, self._stop)
+        found = [(start, stop) for stop in self._stop if (start := held.find(stop)) >= 0]
+        if not found:
+            return self._give(len(held) - _possible_start(held, self._stop))
+        end, self.stopped_by = min(found)
         return self._give(end)
 
     def _give(self, end: int) -> str:

@@ -95,13 +95,17 @@ def attention(
     return fused.on_mesh(attend, jax.sharding.get_abstract_mesh())(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
 
-def cached_attention(q_BTNH: Array, cache: LayerCache, positions_BT: Array, platform: Platform) -> Array:
+def cached_attention(
+    q_BTNH: Array, cache: LayerCache, positions_BT: Array, platform: Platform, rows_B: Array | None = None
+) -> Array:
     """`attention` over the slots of a cache, in which slot s holds the token at position s of its row: a query at
-    position p sees slots 0..p. The plain formula, in the dtype of the queries; on a CPU block by block for a single
-    one."""
-    if q_BTNH.shape[1] == 1 and platform == "cpu":
-        return _single_query(q_BTNH, cache, positions_BT)
-    k_BKHS, v_BKSH = (x.astype(q_BTNH.dtype) for x in cache.join())
+    position p sees slots 0..p. In the dtype of the queries; on a CPU block by block, elsewhere the plain formula.
+
+    rows_B: the rows of the cache that the queries belong to; see `LayerCache.of_rows`."""
+    take_rows = cache.of_rows(rows_B)
+    if platform == "cpu":
+        return _by_blocks(q_BTNH, cache, positions_BT, take_rows)
+    k_BKHS, v_BKSH = (take_rows(x).astype(q_BTNH.dtype) for x in cache.join())
     mask_BTS = jnp.arange(v_BKSH.shape[2]) <= positions_BT[:, :, None]
     return _reference(q_BTNH, k_BKHS, v_BKSH, mask_BTS, platform)
 
@@ -141,32 +145,33 @@ def _reference(q_BTNH, k_BKHS, v_BKSH, mask_BTS, platform):
     return _in_float32("BKGTS,BKSH->BTKGH", probs_BKGTS, v_BKSH, platform).astype(q_BTNH.dtype).reshape(B, T, N, H)
 
 
-def _single_query(q_B1NH, cache: LayerCache, positions_B1):
-    """`_reference` for one query a row on a CPU: block by block, up to the last slot that a row sees, so that time
-    follows the tokens and not the size of the cache. Sums so far are rescaled when a larger score is found (arXiv
-    2205.14135)."""
-    B, _, N, H = q_B1NH.shape
-    K, size = cache.v_CBKsH.shape[2:4]
-    q_BKGH = q_B1NH.astype(jnp.float32).reshape(B, K, N // K, H) / math.sqrt(H)
+def _by_blocks(q_BTNH, cache: LayerCache, positions_BT, take_rows):
+    """`_reference` on a CPU: block by block, up to the last slot that a query sees, so that time follows the tokens
+    and not the size of the cache. Sums so far are rescaled when a larger score is found (arXiv 2205.14135). The queries
+    that share a key are the rows of one product (R = T * G)."""
+    B, T, N, H = q_BTNH.shape
+    C, _, K, size, _ = cache.v_CBKsH.shape
+    q_BTKGH = q_BTNH.astype(jnp.float32).reshape(B, T, K, N // K, H) / math.sqrt(H)
+    q_BKRH = q_BTKGH.transpose(0, 2, 1, 3, 4).reshape(B, K, -1, H)
+    last_B1R1 = jnp.repeat(positions_BT, N // K, axis=1)[:, None, :, None]
 
     def add_block(index, state):
-        out_BKGH, total_BKG1, largest_BKG1 = state
-        take = functools.partial(jax.lax.dynamic_index_in_dim, index=index, axis=0, keepdims=False)
-        mask_B11s = (index * size + jnp.arange(size) <= positions_B1)[:, None, None]
-        scores_BKGs = jnp.einsum("BKGH,BKHs->BKGs", q_BKGH, take(cache.k_CBKHs))
-        scores_BKGs = jnp.where(mask_B11s, scores_BKGs, -1e30)
-        new_largest_BKG1 = jnp.maximum(largest_BKG1, jnp.max(scores_BKGs, axis=-1, keepdims=True))
-        weights_BKGs, kept_BKG1 = jnp.exp(scores_BKGs - new_largest_BKG1), jnp.exp(largest_BKG1 - new_largest_BKG1)
-        new_out_BKGH = jnp.einsum("BKGs,BKsH->BKGH", weights_BKGs, take(cache.v_CBKsH))
-        new_total_BKG1 = jnp.sum(weights_BKGs, axis=-1, keepdims=True)
-        return out_BKGH * kept_BKG1 + new_out_BKGH, total_BKG1 * kept_BKG1 + new_total_BKG1, new_largest_BKG1
+        out_BKRH, total_BKR1, largest_BKR1 = state
+        k_BKHs, v_BKsH = (take_rows(jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False)) for x in cache)
+        mask_B1Rs = index * size + jnp.arange(size) <= last_B1R1
+        scores_BKRs = jnp.where(mask_B1Rs, jnp.einsum("BKRH,BKHs->BKRs", q_BKRH, k_BKHs), -1e30)
+        new_largest_BKR1 = jnp.maximum(largest_BKR1, jnp.max(scores_BKRs, axis=-1, keepdims=True))
+        weights_BKRs, kept_BKR1 = jnp.exp(scores_BKRs - new_largest_BKR1), jnp.exp(largest_BKR1 - new_largest_BKR1)
+        new_out_BKRH = jnp.einsum("BKRs,BKsH->BKRH", weights_BKRs, v_BKsH)
+        new_total_BKR1 = jnp.sum(weights_BKRs, axis=-1, keepdims=True)
+        return out_BKRH * kept_BKR1 + new_out_BKRH, total_BKR1 * kept_BKR1 + new_total_BKR1, new_largest_BKR1
 
-    column = functools.partial(jnp.full, (B, K, N // K, 1), dtype=jnp.float32)
-    start = (jnp.zeros(q_BKGH.shape, jnp.float32), column(0), column(-1e29))
-    blocks = jnp.max(positions_B1) // size + 1
-    out_BKGH, total_BKG1, _ = jax.lax.fori_loop(0, blocks, add_block, start)
-    out_BKGH = out_BKGH / jnp.maximum(total_BKG1, 1e-30)
-    return out_BKGH.astype(q_B1NH.dtype).reshape(B, 1, N, H)
+    column = functools.partial(jnp.full, (B, K, T * (N // K), 1), dtype=jnp.float32)
+    start = (jnp.zeros(q_BKRH.shape, jnp.float32), column(0), column(-1e29))
+    blocks = jnp.minimum(jnp.max(positions_BT) // size + 1, C)
+    out_BKRH, total_BKR1, _ = jax.lax.fori_loop(0, blocks, add_block, start)
+    out_BKTGH = (out_BKRH / jnp.maximum(total_BKR1, 1e-30)).reshape(B, K, T, N // K, H)
+    return out_BKTGH.transpose(0, 2, 1, 3, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
 def _grouped(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, platform):

@@ -1,5 +1,6 @@
 """Keys and values of the tokens so far, in arrays of a fixed size: the token at position p of a row is in slot p."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -27,14 +28,21 @@ class LayerCache(NamedTuple):
         k_BKHT, v_BKTH = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)
         return LayerCache(_fill(self.k_CBKHs, k_BKHT, 3), _fill(self.v_CBKsH, v_BKTH, 2))
 
-    def write(self, k_BTKH: Array, v_BTKH: Array, positions_BT: Array) -> "LayerCache":
-        """The cache with keys and values of tokens at these positions; those beyond the last slot are dropped."""
-        rows_B1 = jnp.arange(len(positions_BT))[:, None]
+    def write(self, k_BTKH: Array, v_BTKH: Array, positions_BT: Array, rows_B: Array | None = None) -> "LayerCache":
+        """The cache with keys and values of tokens at these positions of these rows (0, 1 ... for None); those beyond
+        the last slot or the last row are dropped."""
+        rows_B1 = (jnp.arange(len(positions_BT)) if rows_B is None else rows_B)[:, None]
         block_BT, slot_BT = jnp.divmod(positions_BT, self.v_CBKsH.shape[3])
         return LayerCache(
             self.k_CBKHs.at[block_BT, rows_B1, :, :, slot_BT].set(k_BTKH.astype(self.k_CBKHs.dtype), mode="drop"),
             self.v_CBKsH.at[block_BT, rows_B1, :, slot_BT].set(v_BTKH.astype(self.v_CBKsH.dtype), mode="drop"),
         )
+
+    def of_rows(self, rows_B: Array | None) -> Callable[[Array], Array]:
+        """Takes these rows out of a block, or all of it: for None, and for as many as there are, in their order."""
+        if rows_B is None or len(rows_B) == self.k_CBKHs.shape[1]:
+            return lambda block: block
+        return lambda block: block.at[rows_B].get(mode="clip")
 
     def join(self) -> tuple[Array, Array]:
         """Keys (B, K, H, S) and values (B, K, S, H)."""
@@ -68,6 +76,20 @@ class KVCache(NamedTuple):
             LayerCache(*(jnp.zeros(shape, dtype) for shape in shapes)) for _ in range(config.num_hidden_layers)
         )
         return cls(layers)
+
+    def copy_row(self, source: Array, target: Array, count: Array) -> "KVCache":
+        """The cache with (at least) the first `count` tokens of row `source` in row `target`, too."""
+
+        def copy(blocks, size):
+            def copy_block(index, blocks):
+                shape = (1, 1, *blocks.shape[2:])
+                block = jax.lax.dynamic_slice(blocks, (index, source, 0, 0, 0), shape)
+                return jax.lax.dynamic_update_slice(blocks, block, (index, target, 0, 0, 0))
+
+            return jax.lax.fori_loop(0, (count + size - 1) // size, copy_block, blocks)
+
+        size = self.layers[0].v_CBKsH.shape[3]
+        return jax.tree.map(lambda blocks: copy(blocks, size), self)
 
     def into(self, larger: "KVCache") -> "KVCache":
         """The larger cache with these tokens in it."""

@@ -208,21 +208,28 @@ class LanguageModel:
 
     @_in_full_precision
     def read_next(
-        self, params: Params, x_BTD: Array, starts_B: Array, cache: KVCache, lengths_B: Array | None = None
+        self,
+        params: Params,
+        x_BTD: Array,
+        starts_B: Array,
+        cache: KVCache,
+        lengths_B: Array | None = None,
+        rows_B: Array | None = None,
     ) -> tuple[Array, KVCache]:
         """Hidden states (B, T, D) of T more tokens of each row, and the cache with them in slots starts..starts+T-1.
 
         starts_B: tokens of each row that the cache holds, which the new ones see; what is in later slots is written
         over, tokens beyond the last slot are dropped. lengths_B: tokens of each row with these, where padding is behind
-        them.
+        them. rows_B: the rows of the cache; beyond its last for a row that is there to fill up and is not kept. As many
+        as the cache has, or None, are in its order.
         """
         T = x_BTD.shape[1]
         positions_BT = starts_B[:, None] + jnp.arange(T)
         length_B = starts_B + T if lengths_B is None else lengths_B
 
         def attend(q_BTNH, k_BTKH, v_BTKH, layer):
-            layer = layer.write(k_BTKH, v_BTKH, positions_BT)
-            return cached_attention(q_BTNH, layer, positions_BT, self.platform), layer
+            layer = layer.write(k_BTKH, v_BTKH, positions_BT, rows_B)
+            return cached_attention(q_BTNH, layer, positions_BT, self.platform, rows_B), layer
 
         context = self._context(positions_BT, length_B[:, None], None, attend)
         if T == 1 and self.platform == "cpu":
