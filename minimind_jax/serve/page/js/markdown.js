@@ -1,0 +1,122 @@
+// Markdown as elements, in a way that cannot be turned against the reader: HTML in it is shown as text, what `marked`
+// makes of the rest passes DOMPurify with few tags, and no picture is loaded (its address would tell others what was said).
+
+import hljs from "../vendor/highlight.js";
+import { Marked } from "../vendor/marked.js";
+import DOMPurify from "../vendor/purify.js";
+import { copyButton } from "./elements.js";
+import { say } from "./words.js";
+
+const LONGEST_COLOURED = 50_000; // characters of code; more takes too long
+const REST = 4; // between two renderings the page rests so many times as long as one took
+const SHORTEST_REST = 60; // milliseconds
+
+const ALLOWED = {
+  ALLOWED_TAGS: ("a b blockquote br code del em h1 h2 h3 h4 h5 h6 hr i li ol p pre s span strong table tbody td th thead tr ul")
+    .split(" "),
+  ALLOWED_ATTR: ["align", "class", "href", "start"],
+  ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
+  ALLOW_ARIA_ATTR: false,
+  ALLOW_DATA_ATTR: false,
+  RETURN_DOM_FRAGMENT: true,
+};
+
+const escaped = (text) => text.replace(/[&<>"']/g, (mark) => `&#${mark.charCodeAt(0)};`);
+
+let colours = true; // whether code is coloured; not while it is being written
+
+const marked = new Marked({
+  gfm: true,
+  breaks: true,
+  renderer: {
+    html: ({ text, block }) => (block ? `<p>${escaped(text)}</p>` : escaped(text)),
+    image: ({ href, text }) => `<a href="${escaped(href)}">[${escaped(text || say("image"))}]</a>`,
+    checkbox: ({ checked }) => (checked ? "☑ " : "☐ "),
+    code({ text, lang }) {
+      const language = lang?.match(/^\S+/)?.[0] ?? "";
+      const isKnown = colours && hljs.getLanguage(language) && text.length < LONGEST_COLOURED;
+      const body = isKnown ? hljs.highlight(text, { language }).value : escaped(text);
+      return `<pre><code class="language-${escaped(language)}">${body}\n</code></pre>`;
+    },
+  },
+});
+
+function fragmentOf(tokens) {
+  const fragment = DOMPurify.sanitize(marked.parser(tokens), ALLOWED);
+  for (const link of fragment.querySelectorAll("a[href]")) {
+    link.target = "_blank";
+    link.rel = "noopener noreferrer nofollow";
+    link.title = link.href;
+  }
+  for (const pre of fragment.querySelectorAll("pre")) {
+    const box = document.createElement("div");
+    box.className = "code";
+    pre.replaceWith(box);
+    box.append(pre, copyButton(() => pre.textContent));
+  }
+  return fragment;
+}
+
+/** Markdown that grows, in an element. */
+export class Markdown {
+  constructor() {
+    this.element = document.createElement("div");
+    this.element.className = "markdown";
+    this.#open.className = "open";
+  }
+
+  #open = document.createElement("div"); // the last blocks, of which more may come
+  #text = "";
+  #settled = 0; // characters of the blocks above
+  #timer = null;
+  #rest = 0;
+
+  /** Shows the text soon. It begins with what was shown before. */
+  grow(text) {
+    this.#text = text;
+    this.#timer ??= setTimeout(() => {
+      const started = performance.now();
+      this.#render();
+      this.#rest = Math.max(SHORTEST_REST, REST * (performance.now() - started));
+      this.#timer = null;
+    }, this.#rest);
+  }
+
+  /** Shows the whole text, now and for good. */
+  finish(text) {
+    clearTimeout(this.#timer);
+    this.#timer = null;
+    this.#guarded(text, () => this.element.replaceChildren(fragmentOf(marked.lexer(text))));
+  }
+
+  /** Renders the blocks of which more may come; a block is settled when two others stand behind it. */
+  #render() {
+    if (!this.#open.isConnected) this.element.replaceChildren(this.#open);
+    const rest = this.#text.slice(this.#settled);
+    this.#guarded(rest, () => {
+      const tokens = marked.lexer(rest);
+      const blocks = tokens.flatMap((token, index) => (token.type === "space" ? [] : [index]));
+      const settled = tokens.slice(0, blocks.at(-2) ?? 0);
+      const length = settled.reduce((sum, token) => sum + token.raw.length, 0);
+      if (rest.startsWith(settled.map((token) => token.raw).join(""))) {
+        this.#open.before(fragmentOf(settled));
+        this.#settled += length;
+        tokens.splice(0, settled.length);
+      }
+      colours = false;
+      this.#open.replaceChildren(fragmentOf(tokens));
+    });
+  }
+
+  /** Where `marked` gives up, on thousands of nested quotes say, the text is shown as it is. */
+  #guarded(text, render) {
+    try {
+      render();
+    } catch (error) {
+      console.warn(error);
+      (this.#open.isConnected ? this.#open : this.element).textContent = text;
+    } finally {
+      colours = true;
+    }
+  }
+}

@@ -1,0 +1,119 @@
+// How one message is shown: a question with its editor; an answer with thinking, words, calls and what is to be said of it.
+
+import { MOST_ROUNDS } from "./answer.js";
+import { make } from "./elements.js";
+import { onEnter } from "./keys.js";
+import { Markdown } from "./markdown.js";
+import { say } from "./words.js";
+
+const LONGEST_SUMMARY = 80; // characters of a call's arguments and of its result beside the tool's name
+
+export class QuestionPart {
+  element = make("div", { className: "question" });
+  #editing = false;
+
+  show(message) {
+    if (!this.#editing) this.element.replaceChildren(make("div", { className: "plain", textContent: message.content }));
+    return this.element;
+  }
+
+  /** Lets the user change the question; `send` gets the new text. The earlier one stays as a version. */
+  edit(message, send) {
+    const field = make("textarea", { value: message.content, ariaLabel: say("edit"), rows: 3 });
+    const end = () => {
+      this.#editing = false;
+      this.show(message);
+    };
+    const done = () => {
+      if (!field.value.trim()) return;
+      end();
+      send(field.value);
+    };
+    onEnter(field, done);
+    field.addEventListener("keydown", (event) => event.key === "Escape" && end());
+    this.#editing = true;
+    const buttons = make("div", { className: "row" },
+      make("button", { type: "button", textContent: say("cancel"), onclick: end }),
+      make("button", { type: "button", className: "main", textContent: say("send"), onclick: done }));
+    this.element.replaceChildren(field, buttons);
+    field.focus();
+  }
+}
+
+export class AnswerPart {
+  element = make("div", { className: "answer" });
+  #title = make("summary");
+  #thoughts = make("div", { className: "plain" });
+  #thinking = make("details", { className: "thinking" }, this.#title, this.#thoughts);
+  #words = new Markdown();
+  #calls = make("div", { className: "calls" });
+  #notes = make("div", { className: "notes" });
+  #finished = null; // the text that is shown whole
+
+  constructor() {
+    this.element.append(this.#thinking, this.#words.element, this.#calls, this.#notes);
+  }
+
+  show(message, results, growing) {
+    this.#showThinking(message, growing);
+    if (growing) this.#words.grow(message.content);
+    else if (this.#finished !== message.content) this.#words.finish((this.#finished = message.content));
+    this.#showCalls(message.calls ?? [], results, growing);
+    const notes = growing ? this.#waiting(message) : notesOf(message, results);
+    this.#notes.replaceChildren(...notes.map((text) => make("p", { className: "note", textContent: text })));
+    return this.element;
+  }
+
+  grow(message) {
+    this.show(message, [], true);
+  }
+
+  #waiting(message) {
+    return message.content || message.reasoning || message.calls.length ? [] : [say("waiting")];
+  }
+
+  #showThinking({ reasoning, content, calls, stats }, growing) {
+    this.#thinking.hidden = !reasoning;
+    if (!reasoning) return;
+    if (growing && !content && !calls?.length) this.#title.textContent = say("thinkingNow");
+    else this.#title.textContent = stats?.thought ? say("thought", { seconds: stats.thought.toFixed(1) }) : say("thoughtSome");
+    // Only what is new is added: a long text that is set again and again would stop the page.
+    const shown = this.#thoughts.textContent.length;
+    if (reasoning.length > shown) this.#thoughts.append(reasoning.slice(shown));
+  }
+
+  #showCalls(calls, results, growing) {
+    const open = new Set([...this.#calls.querySelectorAll("details[open]")].map((details) => details.dataset.call));
+    const shown = calls.map((call) => {
+      const result = results.find((other) => other.call === call.id);
+      const details = make("details", { className: "call" }, make("summary", {}, ...summaryOf(call, result, growing)));
+      details.dataset.call = call.id;
+      details.open = open.has(call.id);
+      details.append(make("pre", { textContent: call.function.arguments }));
+      if (result) details.append(make("pre", { className: result.isError ? "fault" : "", textContent: result.content }));
+      return details;
+    });
+    this.#calls.replaceChildren(...shown);
+  }
+}
+
+function summaryOf(call, result, growing) {
+  const parts = [make("b", { textContent: call.function.name || "…" }), ` ${brief(call.function.arguments)} `];
+  if (result) parts.push(make("span", { className: result.isError ? "fault" : "" }, `→ ${brief(result.content)}`));
+  else if (growing) parts.push(make("i", { textContent: say("calling") }));
+  return parts;
+}
+
+const brief = (text) => (text.length > LONGEST_SUMMARY ? `${text.slice(0, LONGEST_SUMMARY)}…` : text);
+
+/** What is to be said of an answer besides its words. */
+function notesOf({ finish, stats, calls, content }, results) {
+  const notes = [];
+  if (stats?.skipped) notes.push(say("left", { count: stats.skipped }));
+  if (finish === "stopped" || finish === "length") notes.push(say(finish));
+  else if (finish === "tool_calls") {
+    if (!calls.some((call) => results.some((result) => result.call === call.id))) notes.push(say("tooManyRounds", { rounds: MOST_ROUNDS }));
+  } else if (finish !== "stop") notes.push(say("cut")); // also where the page was closed meanwhile
+  else if (!content) notes.push(say("nothing"));
+  return notes;
+}

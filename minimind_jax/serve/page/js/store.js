@@ -1,0 +1,125 @@
+// Conversations in this browser (IndexedDB), and as a file. Each message is a record of its own: saving one while it
+// grows costs what it is long, and two tabs that answer in one conversation add versions rather than overwrite.
+
+import { newId } from "./conversation.js";
+import { cleaned } from "./settings.js";
+
+const ROLES = ["user", "assistant", "tool"];
+const FORMAT = "minimind-conversations";
+const MOST_BYTES = 200e6; // of a file that is imported
+const channel = new BroadcastChannel("minimind-conversations");
+let opened;
+
+function database() {
+  opened ??= new Promise((resolve, reject) => {
+    const request = indexedDB.open("minimind", 1);
+    request.onupgradeneeded = () => {
+      request.result.createObjectStore("conversations", { keyPath: "id" });
+      request.result.createObjectStore("messages", { keyPath: "id" }).createIndex("conversation", "conversation");
+    };
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = () => reject(request.error);
+  });
+  return opened;
+}
+
+/** Runs `work(conversations, messages)` as one transaction; the result of the request that it returns, if any. */
+async function transact(mode, work) {
+  const transaction = (await database()).transaction(["conversations", "messages"], mode);
+  const request = work(transaction.objectStore("conversations"), transaction.objectStore("messages"));
+  await new Promise((resolve, reject) => {
+    transaction.oncomplete = resolve;
+    transaction.onabort = transaction.onerror = () => reject(transaction.error ?? new Error("the transaction failed"));
+  });
+  return request?.result;
+}
+
+/** Calls `react` when another tab has changed what is kept. */
+export function onChange(react) {
+  channel.onmessage = react;
+}
+
+export const allConversations = () => transact("readonly", (conversations) => conversations.getAll());
+
+export const allMessages = () => transact("readonly", (_, messages) => messages.getAll());
+
+export const messagesOf = (id) => transact("readonly", (_, messages) => messages.index("conversation").getAll(id));
+
+/** Keeps the record of a conversation and some of its messages. partial: other tabs are not told yet. */
+export async function keep(record, messages = [], partial = false) {
+  await transact("readwrite", (conversationStore, messageStore) => {
+    conversationStore.put(record);
+    for (const message of messages) messageStore.put(message);
+  });
+  if (!partial) channel.postMessage(record.id);
+}
+
+export async function remove(id) {
+  await transact("readwrite", (conversations, messages) => {
+    conversations.delete(id);
+    messages.index("conversation").openKeyCursor(id).onsuccess = ({ target }) => {
+      if (!target.result) return;
+      messages.delete(target.result.primaryKey);
+      target.result.continue();
+    };
+  });
+  channel.postMessage(id);
+}
+
+/** All that is kept, as the text of a file. */
+export async function exported() {
+  const conversations = await allConversations();
+  const messages = Object.groupBy(await allMessages(), (message) => message.conversation);
+  const whole = conversations.map((record) => ({ ...record, messages: messages[record.id] ?? [] }));
+  return JSON.stringify({ format: FORMAT, version: 1, conversations: whole }, null, 1);
+}
+
+/** Adds what a file holds and is not here yet: {count, added, known}. Throws an Error that says what is wrong with it. */
+export async function imported(file) {
+  if (file.size > MOST_BYTES) throw new Error(`${Math.round(file.size / 1e6)} MB`);
+  const found = JSON.parse(await file.text());
+  if (found?.format !== FORMAT || !Array.isArray(found.conversations)) throw new Error(`"format" is not ${FORMAT}`);
+  if (found.version !== 1) throw new Error(`version ${found.version}`);
+  const whole = found.conversations.map(checked);
+  const here = new Set((await allMessages()).map((message) => message.id));
+  const titles = new Map((await allConversations()).map((record) => [record.id, record]));
+  let [added, known] = [0, 0];
+  for (const { messages, ...record } of whole) {
+    const fresh = messages.filter((message) => !here.has(message.id));
+    added += fresh.length;
+    known += messages.length - fresh.length;
+    await keep(titles.get(record.id) ?? record, fresh); // a title that was changed here stays
+  }
+  return { count: whole.length, added, known };
+}
+
+/** A conversation of a file with exactly our fields, each of its type: the file may come from anybody. */
+function checked(record, index) {
+  const where = `conversations[${index}]`;
+  if (!Array.isArray(record?.messages)) throw new Error(`${where}.messages`);
+  const id = String(record.id || newId());
+  const times = new Map(record.messages.map((message) => [message?.id, message?.created]));
+  const messages = record.messages.map((message, at) => {
+    const isOurs = ROLES.includes(message?.role) && typeof message.content === "string" && typeof message.id === "string";
+    // An answer is later than its question, so that no message is its own ancestor.
+    const isPlaced = message?.parent === null || times.get(message?.parent) < message?.created;
+    if (!isOurs || !isPlaced) throw new Error(`${where}.messages[${at}]`);
+    return { ...fieldsOf(message), conversation: id };
+  });
+  const leaf = times.has(record.leaf) ? record.leaf : (messages.at(-1)?.id ?? null);
+  const [created, updated] = [Number(record.created) || 0, Number(record.updated) || 0];
+  return { id, title: String(record.title ?? ""), created, updated, leaf, settings: cleaned(record.settings), messages };
+}
+
+function fieldsOf({ id, parent, role, content, created, reasoning, calls, finish, stats, model, call, isError }) {
+  const message = { id, parent, role, content, created: Number(created) || 0 };
+  if (role === "tool") return { ...message, call: String(call), isError: isError === true };
+  if (role === "user") return message;
+  const numbers = Object.fromEntries(Object.entries(stats ?? {}).filter(([, value]) => Number.isFinite(value)));
+  const whole = Array.isArray(calls) ? calls.filter(isCall) : [];
+  return { ...message, reasoning: String(reasoning ?? ""), calls: whole, finish: String(finish), stats: numbers, model: String(model ?? "") };
+}
+
+function isCall(call) {
+  return typeof call?.function?.name === "string" && typeof call.function.arguments === "string";
+}

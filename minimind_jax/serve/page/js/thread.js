@@ -1,0 +1,110 @@
+// The messages of a conversation, as they are shown and as they grow.
+
+import { AnswerPart, QuestionPart } from "./parts.js";
+import { copyButton, iconButton, make, wordButton } from "./elements.js";
+import { say } from "./words.js";
+
+const NEAR = 80; // pixels from the bottom, within which the view follows what is written
+
+export class Thread {
+  #parts = new Map(); // of messages of users and of the model, by id; they stay while the conversation is shown
+  #inner = make("div", { className: "inner" });
+  #shown = null;
+  #footers = new Map(); // id of an answer's last message -> where its speed stands
+
+  /** actions: {edit(message, text), again(message), choose(message)}, what the buttons do. */
+  constructor(element, actions) {
+    this.actions = actions;
+    element.append(this.#inner);
+    let follows = true;
+    element.onscroll = () => (follows = element.scrollHeight - element.scrollTop - element.clientHeight < NEAR);
+    new ResizeObserver(() => follows && this.toEnd()).observe(this.#inner);
+    this.toEnd = () => {
+      follows = true;
+      element.scrollTop = element.scrollHeight;
+    };
+  }
+
+  /** Shows a conversation from its first message to its leaf. busy: an answer is being written; end: what stands below. */
+  show(conversation, busy, end) {
+    if (this.#shown !== conversation) this.#parts.clear();
+    this.#footers.clear();
+    const turns = [];
+    const path = conversation.path();
+    for (const message of path) {
+      if (message.role === "user" || turns.at(-1)?.role !== "assistant") turns.push({ role: message.role, messages: [message] });
+      else turns.at(-1).messages.push(message);
+    }
+    const articles = turns.map((turn) => this.#article(conversation, turn.messages, busy && turn === turns.at(-1), busy));
+    if (!path.length) articles.push(make("p", { className: "empty", textContent: say("empty") }));
+    this.#inner.replaceChildren(...articles, ...(end ? [end] : []));
+    if (this.#shown !== conversation) this.toEnd();
+    this.#shown = conversation;
+  }
+
+  /** Shows what has come to a message that is being written. */
+  grow(message) {
+    this.#parts.get(message.id)?.grow(message);
+    this.#footers.get(message.id)?.replaceChildren(speed(message.stats, true));
+  }
+
+  #article(conversation, messages, growing, busy) {
+    const [first, last] = [messages[0], messages.findLast((message) => message.role !== "tool") ?? messages[0]];
+    const isUser = first.role === "user";
+    const article = make("article", { className: isUser ? "user" : "assistant", ariaLabel: isUser ? say("you") : (first.model ?? "") });
+    for (const message of messages) {
+      if (message.role === "tool") continue;
+      const results = messages.filter((other) => other.role === "tool");
+      article.append(this.#part(message).show(message, results, growing && message === last));
+    }
+    if (growing && !isUser) {
+      article.ariaBusy = "true";
+      const footer = make("small", { className: "speed" });
+      this.#footers.set(last.id, footer);
+      article.append(footer);
+    } else if (!busy) article.append(this.#footer(conversation, first, last, isUser));
+    return article;
+  }
+
+  #part(message) {
+    let part = this.#parts.get(message.id);
+    if (!part) this.#parts.set(message.id, (part = new (message.role === "user" ? QuestionPart : AnswerPart)()));
+    return part;
+  }
+
+  /** Versions, and what can be done with a turn. */
+  #footer(conversation, first, last, isUser) {
+    const footer = make("footer");
+    const versions = conversation.versions(first);
+    const at = versions.indexOf(first);
+    if (versions.length > 1) {
+      const step = (by) => () => this.actions.choose(versions[at + by]);
+      const [earlier, later] = [iconButton("‹", "earlier", step(-1)), iconButton("›", "later", step(1))];
+      earlier.disabled = at === 0;
+      later.disabled = at === versions.length - 1;
+      footer.append(earlier, `${at + 1}/${versions.length}`, later);
+    }
+    footer.append(copyButton(() => last.content));
+    if (isUser) {
+      const send = (text) => this.actions.edit(first, text);
+      footer.append(wordButton("edit", () => this.#part(first).edit(first, send)));
+    } else {
+      footer.append(wordButton("again", () => this.actions.again(first)));
+      footer.append(make("small", { className: "speed" }, speed(last.stats ?? {}, false)));
+    }
+    return footer;
+  }
+}
+
+/** What is known of an answer's speed. The first token came with the prompt's reading, the others in `seconds`. */
+function speed(stats, growing) {
+  const said = [];
+  const rate = (tokens) => (stats.seconds > 0 && tokens > 1 ? ((tokens - 1) / stats.seconds).toFixed(1) : "–");
+  const first = stats.first?.toFixed(2);
+  if (growing && first) said.push(say("speedNow", { rate: rate(stats.pieces) }));
+  else if (stats.tokens && first) said.push(say("speed", { rate: rate(stats.tokens), first, tokens: stats.tokens }));
+  else if (first) said.push(say("firstOnly", { first }));
+  if (stats.cached) said.push(say("cached", stats));
+  if (stats.seed !== undefined) said.push(say("seedUsed", stats));
+  return said.join(" · ");
+}
