@@ -5,6 +5,8 @@ from __future__ import annotations
 import zlib
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     import jax
 
@@ -18,6 +20,24 @@ def named_key(seed: int, name: str, step: int | jax.Array | None = None) -> jax.
     key = jax.random.fold_in(key, high) if high else key
     key = jax.random.fold_in(key, zlib.crc32(name.encode()))
     return key if step is None else jax.random.fold_in(key, step)
+
+
+def seed_words(seed: int) -> np.ndarray:
+    """The 64 bits of a seed as two words, uint32 (2,), the low one first: what `named_keys` takes as data."""
+    return np.array([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF], np.uint32)
+
+
+def named_keys(seed_B2: jax.Array, name: str) -> jax.Array:
+    """`named_key(seed, name)` of many seeds, given as `seed_words`, in one call that may be compiled; (B,)."""
+    import jax
+
+    def key(words):
+        low, high = words
+        key = jax.random.key(low)
+        key = jax.lax.select(high > 0, jax.random.fold_in(key, high), key)
+        return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+    return jax.vmap(key)(seed_B2)
 
 
 def named_seed(seed: int, *names: str | int) -> int:

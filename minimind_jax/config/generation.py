@@ -10,6 +10,8 @@ from minimind_jax.config.sections import ReadingConfig
 # What a model's generation_config.json decides where the user does not.
 FROM_MODEL = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
+PENALTY = Rule(lambda value: -2 <= value <= 2, "between -2 and 2 (0 is off)")  # OpenAI's bounds
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSettings(Settings):
@@ -25,6 +27,8 @@ class SamplingSettings(Settings):
     min_p: only tokens at least min_p times as likely as the likeliest; 0 for all. null: generation_config.json, or 0.
     repetition_penalty: positive logits of tokens already in the prompt or the answer are divided by it, negative ones
         multiplied (arXiv 1909.05858); 1 for none. null: generation_config.json, or 1.
+    presence_penalty: taken off the logits of tokens that are in the answer already; below 0 they are favoured.
+    frequency_penalty: taken off them once for each time they are in the answer.
     stop: generation ends before the first of these strings, which may be special tokens such as <|im_end|>; a shell's
         \\n, \\t and \\r mean a line break, a tab and a carriage return, two backslashes one.
     ignore_eos: go on after an end-of-text token.
@@ -37,6 +41,8 @@ class SamplingSettings(Settings):
     top_p: float | None = setting(None, must=TOP_P)
     min_p: float | None = setting(None, must=Rule(lambda share: 0 <= share <= 1, "between 0 (off) and 1"))
     repetition_penalty: float | None = setting(None, must=Rule(lambda value: value > 0, "above 0 (1 is off)"))
+    presence_penalty: float = setting(0.0, must=PENALTY)
+    frequency_penalty: float = setting(0.0, must=PENALTY)
     stop: tuple[str, ...] = setting((), is_text=True, must=Rule(all, "strings that are not empty"))
     ignore_eos: bool = False
     seed: int = setting(0, must=Rule(lambda seed: abs(seed) <= 2**62, "between -2**62 and 2**62"))

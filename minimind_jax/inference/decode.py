@@ -5,13 +5,12 @@ tokens are made is an argument, not a shape.
 """
 
 import functools
-import zlib
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from minimind_jax.inference.sampling import SamplingValues, sample
+from minimind_jax.inference.sampling import Counts, SamplingValues, sample
 from minimind_jax.model.kv_cache import KVCache
 from minimind_jax.model.transformer import LanguageModel, Params
 
@@ -23,7 +22,7 @@ class DecodeState(NamedTuple):
     lengths_B: tokens of each row. The newest is not in the cache yet.
     made: tokens that were made of each row that has not ended.
     ended_B: rows that made an end-of-text token, or were ended by the caller.
-    seen_BV: tokens each row holds; None without a repetition penalty.
+    counts: the tokens of each row, for its penalties.
     """
 
     cache: KVCache
@@ -32,17 +31,16 @@ class DecodeState(NamedTuple):
     lengths_B: jax.Array
     made: jax.Array
     ended_B: jax.Array
-    seen_BV: jax.Array | None
+    counts: Counts
 
 
 class Controls(NamedTuple):
     """What does not change while a batch is generated.
 
-    values: sampling settings of each row. keys_B: random key of each row. eos_E: token ids that end a row.
+    values: sampling settings of each row. eos_E: token ids that end a row.
     """
 
     values: SamplingValues
-    keys_B: jax.Array
     eos_E: jax.Array
 
 
@@ -64,12 +62,10 @@ def prefill(
     cache, lasts_B = model.new_cache(rows, slots), jnp.maximum(lengths_B - 1, 0)
     hidden_BPD, cache = model.read_prompt(params, model.embed(params, tokens_BP), lengths_B, cache)
     last_B1D = jnp.take_along_axis(hidden_BPD, lasts_B[:, None, None], axis=1)
-    seen_BV = None
-    if controls.values.repetition_penalty_B is not None:
-        is_token_BP = jnp.arange(width) < lengths_B[:, None]
-        ids_BP = jnp.where(is_token_BP, tokens_BP, model.config.vocab_size)  # padding is not "seen"
-        seen_BV = jnp.zeros((rows, model.config.vocab_size), bool)
-        seen_BV = seen_BV.at[jnp.arange(rows)[:, None], ids_BP].set(True, mode="drop")
+    vocab_size = model.config.vocab_size
+    ids_BP = jnp.where(jnp.arange(width) < lengths_B[:, None], tokens_BP, vocab_size)  # padding is not counted
+    counts = Counts.none(rows, vocab_size)
+    in_prompt_BV = counts.prompt_BV.at[jnp.arange(rows)[:, None], ids_BP].set(True, mode="drop")
     state = DecodeState(
         cache=cache,
         tokens_BS=jnp.pad(tokens_BP.astype(jnp.int32), ((0, 0), (0, slots - width))),
@@ -77,7 +73,7 @@ def prefill(
         lengths_B=lengths_B,
         made=jnp.int32(0),
         ended_B=lengths_B == 0,
-        seen_BV=seen_BV,
+        counts=counts._replace(prompt_BV=in_prompt_BV),
     )
     return _append(state, model.logits(params, last_B1D)[:, 0], controls)
 
@@ -113,21 +109,18 @@ def grow(model: LanguageModel, state: DecodeState, slots: int) -> DecodeState:
 
 
 def _append(state: DecodeState, logits_BV, controls: Controls) -> DecodeState:
-    """Chooses the next token of each row. Draws depend on the row's key and the token's position, on nothing else."""
-    keys_B = jax.vmap(jax.random.fold_in)(controls.keys_B, state.lengths_B)
-    token_B, logprob_B = sample(logits_BV, keys_B, controls.values, state.seen_BV)
+    """Chooses the next token of each row. Draws depend on the row's seed and the token's position, on nothing else."""
+    chosen = sample(logits_BV, state.lengths_B, controls.values, state.counts)
     is_open_B, slots = ~state.ended_B, state.tokens_BS.shape[1]
-    place = (jnp.arange(len(token_B)), jnp.where(is_open_B, state.lengths_B, slots))  # beyond the end nothing is set
-    seen_BV = state.seen_BV
-    if seen_BV is not None:
-        seen_BV = seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)
+    rows_B = jnp.arange(len(is_open_B))
+    place = (rows_B, jnp.where(is_open_B, state.lengths_B, slots))  # beyond the end nothing is set
     return state._replace(
-        tokens_BS=state.tokens_BS.at[place].set(token_B, mode="drop"),
-        logprobs_BS=state.logprobs_BS.at[place].set(logprob_B, mode="drop"),
+        tokens_BS=state.tokens_BS.at[place].set(chosen.token_B, mode="drop"),
+        logprobs_BS=state.logprobs_BS.at[place].set(chosen.logprob_B, mode="drop"),
         lengths_B=state.lengths_B + is_open_B,
         made=state.made + 1,
-        ended_B=state.ended_B | jnp.isin(token_B, controls.eos_E),
-        seen_BV=seen_BV,
+        ended_B=state.ended_B | jnp.isin(chosen.token_B, controls.eos_E),
+        counts=state.counts.with_token(chosen.token_B, is_open_B),
     )
 
 
@@ -137,13 +130,12 @@ def _append(state: DecodeState, logits_BV, controls: Controls) -> DecodeState:
 class Settings(NamedTuple):
     """What does not change from token to token of some rows.
 
-    rows_B: of the cache; beyond its last for a row that only fills up. values: sampling settings. seeds_B2: the lower
-    and the higher half of each row's seed. ends_BE: tokens that end it, -1 where there are fewer.
+    rows_B: of the cache; beyond its last for a row that only fills up. values: sampling settings. ends_BE: tokens that
+    end it, -1 where there are fewer.
     """
 
     rows_B: jax.Array
     values: SamplingValues
-    seeds_B2: jax.Array
     ends_BE: jax.Array
 
 
@@ -178,8 +170,8 @@ def read(
 @jax.jit
 def choose(logits_BV: jax.Array, lengths_B: jax.Array, settings: Settings) -> Chosen:
     """The next token of each row. Draws depend on the row's seed and the token's position, on nothing else."""
-    keys_B = jax.vmap(_key)(settings.seeds_B2, lengths_B)
-    return Chosen(*sample(logits_BV, keys_B, settings.values))
+    chosen = sample(logits_BV, lengths_B, settings.values)
+    return Chosen(chosen.token_B, chosen.logprob_B)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "most"), donate_argnames=("cache",))
@@ -231,10 +223,3 @@ def copy_row(cache: KVCache, source: jax.Array, target: jax.Array, count: jax.Ar
 def enlarge(model: LanguageModel, cache: KVCache, rows: int, slots: int) -> KVCache:
     """The same cache with room for more."""
     return cache.into(model.new_cache(rows, slots))
-
-
-def _key(seed_2: jax.Array, position: jax.Array) -> jax.Array:
-    """`named_key(seed, "sampling", position)` of a seed that is an array."""
-    key = jax.random.key(seed_2[0])
-    key = jnp.where(seed_2[1] > 0, jax.random.fold_in(key, seed_2[1]), key)
-    return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(b"sampling")), position)

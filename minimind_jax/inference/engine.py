@@ -359,16 +359,6 @@ class Engine:
             configs[place], rows_B[place] = request.sampling, task.row.number
             ends = (*request.stop_ids, *(() if request.sampling.ignore_eos else self.eos_ids))[:ENDS]
             ends_BE[place, : len(ends)] = ends
-        seeds_B2 = np.array(
-            [(config.seed & 0xFFFFFFFF, config.seed >> 32 & 0xFFFFFFFF) for config in configs], np.uint32
-        )
-        settings = jax.device_put(decode.Settings(rows_B, _values(configs), seeds_B2, ends_BE))
+        settings = jax.device_put(decode.Settings(rows_B, SamplingValues.of(configs), ends_BE))
         self._settings = (tasks, rows), settings
         return settings
-
-
-def _values(configs: list[SamplingConfig]) -> SamplingValues:
-    def column(name, dtype=np.float32):
-        return np.array([getattr(config, name) for config in configs], dtype)
-
-    return SamplingValues(column("temperature"), column("top_k", np.int32), column("top_p"), column("min_p"))

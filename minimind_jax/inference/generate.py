@@ -14,7 +14,7 @@ from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.inference.buckets import bucket, round_up
 from minimind_jax.inference.decode import Controls, decode, grow, prefill
-from minimind_jax.inference.sampling import SamplingConfig, SamplingValues, row_keys
+from minimind_jax.inference.sampling import SamplingConfig, SamplingValues
 from minimind_jax.inference.text import AnswerText
 from minimind_jax.model.transformer import LanguageModel, Params
 
@@ -166,9 +166,8 @@ class _Batch:
         for row, prompt in enumerate(prompts):
             tokens_BP[row, : len(prompt)] = prompt
         self.eos_ids = (-1,) if sampling.ignore_eos else generator.eos_ids or (-1,)
-        self.controls = Controls(
-            SamplingValues.of(sampling, rows), row_keys(sampling.seed, rows), np.array(self.eos_ids, np.int32)
-        )
+        own = [dataclasses.replace(sampling, seed=sampling.seed + row) for row in range(rows)]
+        self.controls = Controls(SamplingValues.of(own), np.array(self.eos_ids, np.int32))
         self.state = prefill(
             generator.model,
             generator.params,

@@ -1,8 +1,14 @@
 """How the next token is chosen: pure functions of logits, in the order `transformers` applies them.
 
-repetition penalty -> temperature -> top-k -> top-p -> min-p -> draw.
+logit bias -> penalties (repetition, frequency, presence) -> allowed tokens -> temperature -> top-k -> top-p -> min-p ->
+draw. Every row brings a number for every step, so that no request compiles anything; what no row needs is skipped when
+the program runs (`lax.cond`).
+
+Cuts keep tokens from the likeliest down, so they are looked for among the few likeliest tokens first; only a row whose
+cut lies further down is cut in the whole vocabulary. What a row gets depends on its own logits and numbers alone.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,96 +16,298 @@ import jax.numpy as jnp
 import numpy as np
 
 from minimind_jax.config.generation import SamplingConfig
-from minimind_jax.seeds import named_key
+from minimind_jax.seeds import named_keys, seed_words
+
+MAX_BIASES = 300  # tokens that a request may bias
+NO_TOKEN = np.int32(2**31 - 1)
+MAX_TOP = 20  # likeliest tokens that may be reported
+CANDIDATES = (64, 1024)  # cuts are looked for among so many of the likeliest, then among more, then among all
+MUCH_LARGER = 16  # candidates are taken of vocabularies so many times as large
+WIDTH = 128  # tokens in a block, where sums are made block by block
 
 
 class SamplingValues(NamedTuple):
-    """The numbers of a `SamplingConfig` for each row, (B,) each; None leaves the step out of the compiled program."""
+    """The numbers of every row, always all of them: (B,) each, 0 (penalty of repetition and top_p: 1) where a step is
+    off.
 
-    temperature_B: jax.Array | None = None
-    top_k_B: jax.Array | None = None
-    top_p_B: jax.Array | None = None
-    min_p_B: jax.Array | None = None
-    repetition_penalty_B: jax.Array | None = None
+    seed_B2: words of the seed, uint32. bias_ids_BN, bias_values_BN: added to the logits of those ids; an id beyond the
+    vocabulary adds nothing. top_logprobs_B: likeliest tokens to report.
+    """
+
+    temperature_B: jax.Array
+    top_k_B: jax.Array
+    top_p_B: jax.Array
+    min_p_B: jax.Array
+    repetition_penalty_B: jax.Array
+    presence_penalty_B: jax.Array
+    frequency_penalty_B: jax.Array
+    seed_B2: jax.Array
+    bias_ids_BN: jax.Array
+    bias_values_BN: jax.Array
+    top_logprobs_B: jax.Array
 
     @classmethod
-    def of(cls, config: SamplingConfig, rows: int) -> "SamplingValues":
-        """The same settings for every row. Greedy keeps only the penalty: the rest cannot change its choice."""
+    def of(
+        cls,
+        configs: Sequence[SamplingConfig],
+        biases: Sequence[Sequence[tuple[int, float]]] = (),
+        top_logprobs: Sequence[int] = (),
+    ) -> "SamplingValues":
+        """Of the settings of each row, as NumPy. biases: pairs of a token and what is added to its logit."""
+        rows = len(configs)
 
-        def column(value, used, dtype=np.float32):
-            return np.full(rows, value, dtype) if used else None
+        def column(name, dtype=np.float32):
+            return np.array([getattr(config, name) for config in configs], dtype)
 
-        draws = config.temperature > 0
+        ids_BN, values_BN = np.full((rows, MAX_BIASES), NO_TOKEN), np.zeros((rows, MAX_BIASES), np.float32)
+        for row, bias in enumerate(biases):
+            for place, (token, value) in enumerate(bias):
+                ids_BN[row, place], values_BN[row, place] = token, value
         return cls(
-            temperature_B=column(config.temperature, draws),
-            top_k_B=column(config.top_k, draws and config.top_k > 0, np.int32),
-            top_p_B=column(config.top_p, draws and config.top_p < 1),
-            min_p_B=column(config.min_p, draws and config.min_p > 0),
-            repetition_penalty_B=column(config.repetition_penalty, config.repetition_penalty != 1),
+            temperature_B=column("temperature"),
+            top_k_B=np.array([min(config.top_k, NO_TOKEN) for config in configs], np.int32),
+            top_p_B=column("top_p"),
+            min_p_B=column("min_p"),
+            repetition_penalty_B=column("repetition_penalty"),
+            presence_penalty_B=column("presence_penalty"),
+            frequency_penalty_B=column("frequency_penalty"),
+            seed_B2=np.stack([seed_words(config.seed) for config in configs]),
+            bias_ids_BN=ids_BN,
+            bias_values_BN=values_BN,
+            top_logprobs_B=np.array(top_logprobs or [0] * rows, np.int32),
         )
 
-
-def row_keys(seed: int, rows: int) -> jax.Array:
-    """Keys (B,) of the rows of a batch; row n has the key of a single prompt with seed + n."""
-    return jnp.stack([named_key(seed + row, "sampling") for row in range(rows)])
-
-
-def penalize_repetition(logits_BV: jax.Array, seen_BV: jax.Array, penalty_B: jax.Array) -> jax.Array:
-    """logit / penalty where positive, logit * penalty where negative, for tokens seen (arXiv 1909.05858)."""
-    penalty_B1 = penalty_B[:, None]
-    return jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1), logits_BV)
+    @property
+    def counts_B(self) -> jax.Array:
+        """Rows whose tokens have to be counted."""
+        return (self.repetition_penalty_B != 1) | (self.presence_penalty_B != 0) | (self.frequency_penalty_B != 0)
 
 
-def keep_top_k(logits_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
-    """-inf for every token that has k or more likelier ones (so tokens tied at rank k all stay); k = 0 keeps all."""
-    limit_B = jnp.where(top_k_B > 0, top_k_B, logits_BV.shape[-1]).astype(jnp.float32)
-    return _keep_while_less_above(logits_BV, jnp.ones_like(logits_BV), limit_B)
+class Counts(NamedTuple):
+    """What the penalties look at: is a token in the prompt, bool; how often it is in the answer, int32."""
+
+    prompt_BV: jax.Array
+    answer_BV: jax.Array
+
+    @classmethod
+    def none(cls, rows: int, vocab_size: int) -> "Counts":
+        return cls(jnp.zeros((rows, vocab_size), bool), jnp.zeros((rows, vocab_size), jnp.int32))
+
+    def with_token(self, token_B: jax.Array, counted_B: jax.Array) -> "Counts":
+        """One more token of the answer, in the rows for which `counted_B` is true."""
+        rows = jnp.arange(len(token_B))
+        return self._replace(answer_BV=self.answer_BV.at[rows, token_B].add(counted_B.astype(jnp.int32)))
 
 
-def keep_top_p(logits_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:
-    """-inf for every token whose likelier ones reach probability top_p (arXiv 1904.09751); ties stay together."""
-    limit_B = jnp.where(top_p_B < 1, top_p_B, jnp.inf)  # 1 keeps all, whatever the sum is rounded to
-    return _keep_while_less_above(logits_BV, jax.nn.softmax(logits_BV), limit_B)
+class Sampled(NamedTuple):
+    """The next token of each row.
 
+    logprob_B: log softmax of the model's own logits. sampled_logprob_B: of the distribution that was drawn from, after
+    bias, penalties, allowed tokens, temperature and cuts; 0 where the likeliest is taken. top_ids_BT, top_logprobs_BT:
+    the MAX_TOP likeliest by the model's own logits; zeros if no row asked.
+    """
 
-def keep_min_p(logits_BV: jax.Array, min_p_B: jax.Array) -> jax.Array:
-    """-inf for every token less likely than min_p times the likeliest (arXiv 2407.01082)."""
-    threshold_B1 = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(min_p_B)[:, None]
-    return jnp.where(logits_BV < threshold_B1, -jnp.inf, logits_BV)
-
-
-def process(logits_BV: jax.Array, values: SamplingValues, seen_BV: jax.Array | None = None) -> jax.Array:
-    """The logits that are drawn from, float32: penalised, divided by the temperature and cut."""
-    logits_BV = logits_BV.astype(jnp.float32)
-    if values.repetition_penalty_B is not None:
-        logits_BV = penalize_repetition(logits_BV, seen_BV, values.repetition_penalty_B)
-    if values.temperature_B is not None:
-        # a row at temperature 0 is not drawn; its value here only has to be finite
-        logits_BV = logits_BV / jnp.where(values.temperature_B > 0, values.temperature_B, 1.0)[:, None]
-    if values.top_k_B is not None:
-        logits_BV = keep_top_k(logits_BV, values.top_k_B)
-    if values.top_p_B is not None:
-        logits_BV = keep_top_p(logits_BV, values.top_p_B)
-    if values.min_p_B is not None:
-        logits_BV = keep_min_p(logits_BV, values.min_p_B)
-    return logits_BV
+    token_B: jax.Array
+    logprob_B: jax.Array
+    sampled_logprob_B: jax.Array
+    top_ids_BT: jax.Array
+    top_logprobs_BT: jax.Array
 
 
 def sample(
-    logits_BV: jax.Array, keys_B: jax.Array, values: SamplingValues, seen_BV: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """The next token of each row, int32 (B,), and the model's own log-probability of it, float32 (B,): log softmax of
-    the raw logits, before penalty, temperature and cuts.
+    logits_BV: jax.Array,
+    positions_B: jax.Array,
+    values: SamplingValues,
+    counts: Counts | None = None,
+    allowed_BW: jax.Array | None = None,
+) -> Sampled:
+    """The next token of each row. Rows with temperature 0 take the likeliest; a draw of the others depends on their
+    logits, their seed and `positions_B`, the place of the new token, alone.
 
-    keys_B: used once. values: rows with temperature 0 (or all, when it is None) take the likeliest token. seen_BV:
-    bool, tokens of the prompt and the answer so far; needed for a repetition penalty.
+    counts: needed where a row has a penalty. allowed_BW: packed bits of the tokens that each row may take, uint32: bit
+    v % 32 of word v // 32 is token v. All ones for a free row; at least one token is allowed.
     """
-    scores_BV = process(logits_BV, values, seen_BV)
-    token_B = _likeliest(scores_BV)
-    if values.temperature_B is not None:
-        uniform_B = jax.vmap(jax.random.uniform)(keys_B)
-        token_B = jnp.where(values.temperature_B > 0, draw(scores_BV, uniform_B), token_B)
-    return token_B, token_log_prob(logits_BV, token_B)
+    logits_BV = logits_BV.astype(jnp.float32)
+    scores_BV = adjust(logits_BV, values, counts, allowed_BW)
+    greedy_B = _likeliest(scores_BV)
+    token_B, sampled_logprob_B = jax.lax.cond(
+        jnp.any(values.temperature_B > 0),
+        lambda: _draw(scores_BV, positions_B, values, greedy_B),
+        lambda: (greedy_B, jnp.zeros(greedy_B.shape, jnp.float32)),
+    )
+    total_B = jax.nn.logsumexp(logits_BV, axis=-1)
+    top_ids_BT, top_logits_BT = _top(logits_BV, values)
+    return Sampled(
+        token_B=token_B,
+        logprob_B=_at(logits_BV, token_B) - total_B,
+        sampled_logprob_B=sampled_logprob_B,
+        top_ids_BT=top_ids_BT,
+        top_logprobs_BT=jnp.where(values.top_logprobs_B[:, None] > 0, top_logits_BT - total_B[:, None], 0),
+    )
+
+
+def adjust(
+    logits_BV: jax.Array, values: SamplingValues, counts: Counts | None, allowed_BW: jax.Array | None
+) -> jax.Array:
+    """Logits with bias, penalties and only the allowed tokens, in that order; without any, the logits themselves."""
+    steps = [(jnp.any(values.bias_values_BN != 0), lambda scores_BV: _bias(scores_BV, values))]
+    if counts is not None:
+        steps.append((jnp.any(values.counts_B), lambda scores_BV: penalize(scores_BV, values, counts)))
+    if allowed_BW is not None:
+        steps.append((jnp.any(~allowed_BW != 0), lambda scores_BV: allow(scores_BV, allowed_BW)))
+    for is_needed, step in steps:
+        logits_BV = jax.lax.cond(is_needed, step, _same, logits_BV)
+    return logits_BV
+
+
+def _same(scores_BV):
+    return scores_BV
+
+
+def _bias(logits_BV, values):
+    rows_B1 = jnp.arange(len(logits_BV))[:, None]
+    return logits_BV.at[rows_B1, values.bias_ids_BN].add(values.bias_values_BN, mode="drop")
+
+
+def penalize(logits_BV: jax.Array, values: SamplingValues, counts: Counts) -> jax.Array:
+    """Repetition: logit / penalty where positive, logit * penalty where negative, for tokens of prompt and answer
+    (arXiv 1909.05858). Then count * frequency and, where the count is not 0, presence are taken off; they count the
+    answer alone (OpenAI's definition)."""
+    repetition_B1 = values.repetition_penalty_B[:, None]
+    repeated_BV = jnp.where(logits_BV > 0, logits_BV / repetition_B1, logits_BV * repetition_B1)
+    logits_BV = jnp.where(counts.prompt_BV | (counts.answer_BV > 0), repeated_BV, logits_BV)
+    logits_BV = logits_BV - values.frequency_penalty_B[:, None] * counts.answer_BV
+    return logits_BV - values.presence_penalty_B[:, None] * (counts.answer_BV > 0)
+
+
+def allow(logits_BV: jax.Array, allowed_BW: jax.Array) -> jax.Array:
+    """-inf for every token whose bit is not set."""
+    bits_BV = (allowed_BW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return jnp.where(bits_BV.reshape(len(logits_BV), -1)[:, : logits_BV.shape[1]] > 0, logits_BV, -jnp.inf)
+
+
+def _top(logits_BV, values):
+    """Ids and logits of the likeliest tokens; zeros if no row asked."""
+    shape = len(logits_BV), min(MAX_TOP, logits_BV.shape[1])
+
+    def largest():
+        logits_BT, ids_BT = _top_k(logits_BV, shape[1])
+        return ids_BT, logits_BT
+
+    nothing = (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
+    return jax.lax.cond(jnp.any(values.top_logprobs_B > 0), largest, lambda: nothing)
+
+
+def _draw(scores_BV, positions_B, values, greedy_B):
+    """Tokens and the logarithm of their probability; `greedy_B` and 0 in rows at temperature 0."""
+    V = scores_BV.shape[-1]
+    keys_B = jax.vmap(jax.random.fold_in)(named_keys(values.seed_B2, "sampling"), positions_B)
+    uniform_B = jax.vmap(jax.random.uniform)(keys_B)
+    is_drawn_B = values.temperature_B > 0
+    # a row at temperature 0 is not drawn; its value here only has to be finite
+    scores_BV = scores_BV / jnp.where(is_drawn_B, values.temperature_B, 1.0)[:, None]
+    is_cut_B = ((values.top_k_B > 0) & (values.top_k_B < V)) | (values.top_p_B < 1) | (values.min_p_B > 0)
+
+    state = greedy_B, jnp.zeros(greedy_B.shape, jnp.float32), is_drawn_B & is_cut_B
+    for count in CANDIDATES:
+        if count * MUCH_LARGER <= V:
+            state = jax.lax.cond(
+                jnp.any(state[2]),
+                lambda state, count=count: _draw_candidates(scores_BV, values, uniform_B, state, count),
+                lambda state: state,
+                state,
+            )
+    token_B, logprob_B, is_waiting_B = state
+    is_waiting_B |= is_drawn_B & ~is_cut_B
+
+    def draw_all():
+        kept_BV = cut(scores_BV, values, is_waiting_B)
+        drawn_B, total_B = draw(kept_BV, uniform_B)
+        drawn_logprob_B = _at(kept_BV, drawn_B) - total_B
+        return jnp.where(is_waiting_B, drawn_B, token_B), jnp.where(is_waiting_B, drawn_logprob_B, logprob_B)
+
+    return jax.lax.cond(jnp.any(is_waiting_B), draw_all, lambda: (token_B, logprob_B))
+
+
+def _draw_candidates(scores_BV, values, uniform_B, state, count):
+    """Draws the waiting rows whose cuts lie within the `count` likeliest tokens; the others go on waiting.
+
+    A cut that drops the last candidate drops all that are no likelier, so the kept candidates are all there are.
+    """
+    token_B, logprob_B, is_waiting_B = state
+    scores_BK, ids_BK = _largest(scores_BV, count)
+    highest_B1, weights_BK = scores_BK[:, :1], jnp.exp(scores_BK - scores_BK[:, :1])
+    top_k_B1, top_p_B1 = values.top_k_B[:, None], values.top_p_B[:, None]
+
+    kth_B1 = jnp.take_along_axis(scores_BK, jnp.clip(top_k_B1 - 1, 0, count - 1), axis=1)
+    is_kept_BK = (scores_BK >= kth_B1) | (top_k_B1 == 0)
+    total_B = jax.lax.cond(
+        jnp.any(is_waiting_B & (values.top_k_B == 0) & (values.top_p_B < 1)),
+        lambda: jnp.sum(jnp.exp(scores_BV - highest_B1), axis=-1),
+        lambda: jnp.zeros_like(logprob_B),
+    )
+    total_B1 = jnp.where(top_k_B1 > 0, jnp.sum(weights_BK * is_kept_BK, axis=-1, keepdims=True), total_B[:, None])
+    # the sum of all strictly likelier ones: in a group of equals, what lies before its first
+    is_first_BK = jnp.pad(scores_BK[:, 1:] < scores_BK[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    before_BK = jnp.cumsum(weights_BK, axis=-1) - weights_BK
+    above_BK = jax.lax.cummax(jnp.where(is_first_BK, before_BK, 0), axis=1)
+    is_kept_BK &= (above_BK < top_p_B1 * total_B1) | (top_p_B1 >= 1)
+    is_kept_BK &= scores_BK >= highest_B1 + jnp.log(values.min_p_B)[:, None]
+
+    is_complete_B = ~is_kept_BK[:, -1] | jnp.isneginf(scores_BK[:, -1])
+    is_done_B = is_waiting_B & is_complete_B & (values.top_k_B <= count)
+    weights_BK = jnp.where(is_kept_BK, weights_BK, 0)
+    place_B, _ = _pick(weights_BK, uniform_B * jnp.sum(weights_BK, axis=-1))
+    drawn_logprob_B = jnp.log(_at(weights_BK, place_B) / jnp.sum(weights_BK, axis=-1))
+    return (
+        jnp.where(is_done_B, _at(ids_BK, place_B), token_B),
+        jnp.where(is_done_B, drawn_logprob_B, logprob_B),
+        is_waiting_B & ~is_done_B,
+    )
+
+
+def _largest(scores_BV, count):
+    """The `count` largest scores, falling, and their ids. Of a large vocabulary first the blocks that hold them: 1.7 ms
+    for 64 of 16 x 151,936 on a CPU where `top_k` alone takes 4.5."""
+    rows, V = scores_BV.shape
+    width = 32
+    if V < 4 * width * count:
+        return _top_k(scores_BV, count)
+    blocks_BGW = _blocks(scores_BV, width, -jnp.inf)
+    _, best_BK = _top_k(jnp.max(blocks_BGW, axis=-1), count)
+    chosen_BX = jnp.take_along_axis(blocks_BGW, best_BK[:, :, None], axis=1).reshape(rows, -1)
+    largest_BK, place_BK = _top_k(chosen_BX, count)
+    return largest_BK, jnp.take_along_axis(best_BK, place_BK // width, axis=1) * width + place_BK % width
+
+
+def _top_k(scores_BV, count):
+    """`lax.top_k`, which XLA on a CPU turns into a sort of everything when it can merge it with a slice behind it."""
+    return jax.lax.optimization_barrier(jax.lax.top_k(scores_BV, count))
+
+
+def cut(scores_BV: jax.Array, values: SamplingValues, rows_B: jax.Array) -> jax.Array:
+    """-inf for what is cut off in `rows_B`; tokens as likely as the last that is kept stay too.
+
+    top-k keeps tokens with fewer than k likelier ones; top-p those whose likelier ones do not reach probability top_p
+    (arXiv 1904.09751); min-p those at least min_p times as likely as the likeliest (arXiv 2407.01082).
+    """
+    V = scores_BV.shape[-1]
+    top_k_B = jnp.where(rows_B & (values.top_k_B > 0), values.top_k_B, V)
+    top_p_B = jnp.where(
+        rows_B & (values.top_p_B < 1), values.top_p_B, jnp.inf
+    )  # 1: all, whatever the sum is rounded to
+    min_p_B = jnp.where(rows_B, values.min_p_B, 0.0)
+
+    def keep_top_k(scores_BV):
+        return _keep_while_less_above(scores_BV, jnp.ones_like(scores_BV), top_k_B.astype(jnp.float32))
+
+    def keep_top_p(scores_BV):
+        return _keep_while_less_above(scores_BV, jax.nn.softmax(scores_BV), top_p_B)
+
+    scores_BV = jax.lax.cond(jnp.any(top_k_B < V), keep_top_k, _same, scores_BV)
+    scores_BV = jax.lax.cond(jnp.any(top_p_B < 1), keep_top_p, _same, scores_BV)
+    lowest_B1 = jnp.max(scores_BV, axis=-1, keepdims=True) + jnp.log(min_p_B)[:, None]
+    return jnp.where(scores_BV >= lowest_B1, scores_BV, -jnp.inf)
 
 
 def _likeliest(scores_BV: jax.Array) -> jax.Array:
@@ -110,24 +318,38 @@ def _likeliest(scores_BV: jax.Array) -> jax.Array:
     return jnp.min(jnp.where(is_largest_BV, jnp.arange(V, dtype=jnp.int32), V - 1), axis=-1)
 
 
-def draw(logits_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
-    """Token int32 (B,) from softmax(logits), by inverting the cumulative distribution at uniform_B in [0, 1).
+def draw(logits_BV: jax.Array, uniform_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Token int32 (B,) from softmax(logits), by inverting the cumulative distribution at uniform_B in [0, 1); and the
+    log of the sum of the exponentials, (B,).
 
-    One random number a row instead of the Gumbel trick's V: four times faster on CPU.
+    One random number a row instead of the Gumbel trick's V. Sums of blocks first, then the block that is hit.
     """
-    probs_BV = jax.nn.softmax(logits_BV)
-    cumulative_BV = jnp.cumsum(probs_BV, axis=-1)
-    # a parallel cumulative sum is not exactly monotone: look only at tokens that may be drawn
-    cumulative_BV = jnp.where(probs_BV > 0, cumulative_BV, 0)
-    total_B = jnp.max(cumulative_BV, axis=-1)
-    return jnp.argmax(cumulative_BV > (uniform_B * total_B)[:, None], axis=-1).astype(jnp.int32)
+    highest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+    blocks_BGW = _blocks(jnp.exp(logits_BV - highest_B1), WIDTH, 0)
+    sums_BG = jnp.sum(blocks_BGW, axis=-1)
+    total_B = jnp.sum(sums_BG, axis=-1)
+    block_B, rest_B = _pick(sums_BG, uniform_B * total_B)
+    place_B, _ = _pick(jnp.take_along_axis(blocks_BGW, block_B[:, None, None], axis=1)[:, 0], rest_B)
+    return block_B * WIDTH + place_B, jnp.log(total_B) + highest_B1[:, 0]
 
 
-def token_log_prob(logits_BV: jax.Array, token_B: jax.Array) -> jax.Array:
-    """log softmax(logits)[token], float32 (B,)."""
-    logits_BV = logits_BV.astype(jnp.float32)
-    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
-    return chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+def _pick(weights_BN, target_B):
+    """The weight in whose stretch of the running sum the target lies, int32 (B,), and how far into it."""
+    # a parallel cumulative sum is not exactly monotone, nor does it end at the sum: look only at weights above 0
+    running_BN = jnp.where(weights_BN > 0, jnp.cumsum(weights_BN, axis=-1), 0)
+    target_B = jnp.minimum(target_B, jnp.nextafter(jnp.max(running_BN, axis=-1), 0.0))
+    place_B = jnp.argmax(running_BN > target_B[:, None], axis=-1).astype(jnp.int32)
+    return place_B, jnp.maximum(target_B - (_at(running_BN, place_B) - _at(weights_BN, place_B)), 0)
+
+
+def _blocks(x_BV, width, fill):
+    """(B, G, width); the last block is filled up."""
+    rows, V = x_BV.shape
+    return jnp.pad(x_BV, ((0, 0), (0, -V % width)), constant_values=fill).reshape(rows, -1, width)
+
+
+def _at(x_BN, place_B):
+    return jnp.take_along_axis(x_BN, place_B[:, None], axis=-1)[:, 0]
 
 
 def _keep_while_less_above(logits_BV, weights_BV, limit_B):

@@ -21,7 +21,7 @@ from minimind_jax.config.generation import SamplingConfig  # noqa: E402
 from minimind_jax.config.sections import MeshConfig  # noqa: E402
 from minimind_jax.inference.decode import Controls, decode, prefill  # noqa: E402
 from minimind_jax.inference.generate import unfused  # noqa: E402
-from minimind_jax.inference.sampling import SamplingValues, row_keys  # noqa: E402
+from minimind_jax.inference.sampling import SamplingValues  # noqa: E402
 from minimind_jax.model.config import ComputeConfig, ModelConfig, Platform  # noqa: E402
 from minimind_jax.model.transformer import LanguageModel  # noqa: E402
 from minimind_jax.plan.devices import find_device, parse_topology  # noqa: E402
@@ -51,7 +51,7 @@ def compile_case(platform: Platform, devices: list, sizes: dict, length: int, mo
     params = jax.tree.map(argument, params, param_shardings(mesh, model.logical_axes(), params))
     model = unfused(model, params)
     params["layers"] = tuple(jax.tree.map(functools.partial(layer_of, mesh), params["layers"]) for _ in range(LAYERS))
-    controls = Controls(SamplingValues.of(SamplingConfig(temperature=0.0), ROWS), row_keys(0, ROWS), jnp.array([2]))
+    controls = Controls(SamplingValues.of([SamplingConfig(temperature=0.0)] * ROWS), jnp.array([2]))
     controls = jax.tree.map(argument, controls)
     tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole) for shape in ((ROWS, length), (ROWS,)))
     reading = prefill.lower(model, params, tokens, lengths, controls, slots=length + 128).compile()
