@@ -80,7 +80,8 @@ class Engine:
             eos_ids = {*model.config.end_ids, *(tokenizer.end_ids if tokenizer else ())}
         if tokenizer:
             check_vocabulary(tokenizer, model.config)
-        self.model, self.params, self.tokenizer = unfused(model, params), model.unstack(params), tokenizer
+        self.model, self.tokenizer = unfused(model, params), tokenizer
+        self.params = self.model.unstack(params)
         self.eos_ids, self.sampling = tuple(sorted(eos_ids)), sampling
         self.context = min(context or model.config.max_position_embeddings, model.config.max_position_embeddings)
         self.slots, self._held, self._grows = slots, held, context is None

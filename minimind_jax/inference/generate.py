@@ -74,7 +74,8 @@ class Generator:
             eos_ids = {*model.config.end_ids, *(tokenizer.end_ids if tokenizer else ())}
         if tokenizer:
             check_vocabulary(tokenizer, model.config)
-        self.model, self.params, self.tokenizer = unfused(model, params), model.unstack(params), tokenizer
+        self.model, self.tokenizer = unfused(model, params), tokenizer
+        self.params = self.model.unstack(params)
         self.eos_ids, self.sampling = tuple(sorted(eos_ids)), sampling
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig = DEFAULT) -> list[Completion]:

@@ -19,10 +19,13 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from minimind_jax.model.config import ModelConfig, Platform
+from minimind_jax.model.loose_experts import LooseKernels, apply_loose
+from minimind_jax.model.tiles import make_tiles
 from minimind_jax.sharding import ROW_AXES, RULES, current_mesh
 
 Path = Literal["auto", "reference", "ragged", "tiled", "blocked"]
 Kernels = tuple[Array, Array, Array]  # gate_EDF, up_EDF, down_EFD
+AnyKernels = Kernels | tuple[LooseKernels, LooseKernels, LooseKernels]
 
 COPIED_BYTES = 2**30  # of kernels, up to which `tiled` copies them for every tile
 
@@ -45,7 +48,7 @@ def mixture(
     x_MD: Array,
     logits_ME: Array,
     is_token_M: Array | None,
-    kernels: Kernels,
+    kernels: AnyKernels,
     path: Path,
     platform: Platform,
 ) -> tuple[Array, Array]:
@@ -56,7 +59,7 @@ def mixture(
     """
     if is_token_M is None:
         is_token_M = jnp.ones(x_MD.shape[0])
-    if current_mesh() is None:
+    if current_mesh() is None or isinstance(kernels[0], LooseKernels):
         routing = route(config, logits_ME, is_token_M)
         return apply_experts(x_MD, routing, kernels, choose_path(path, x_MD.shape[0], platform)), routing.loss
     rows, into, out_of = PartitionSpec(ROW_AXES), PartitionSpec(EXPERT, EMBED, MLP), PartitionSpec(EXPERT, MLP, EMBED)
@@ -118,29 +121,33 @@ def choose_path(path: Path, tokens: int, platform: Platform) -> Path:
     return {"cpu": "blocked", "tpu": "ragged"}.get(platform, "tiled")
 
 
-def apply_experts(x_MD: Array, routing: Routing, kernels: Kernels, path: Path, is_part: bool = False) -> Array:
+def apply_experts(x_MD: Array, routing: Routing, kernels: AnyKernels, path: Path, is_part: bool = False) -> Array:
     """sum_j weights_Mj * down_e(silu(gate_e(x)) * up_e(x)), e = experts_Mj, in the dtype of x; (M, D).
 
-    path: one that `choose_path` gave. is_part: experts_Mk may name experts that are none of the E in `kernels` (those
-    of other devices); they add nothing.
+    path: one that `choose_path` gave; LooseKernels have their own. is_part: experts_Mk may name experts that are none
+    of the E in `kernels` (those of other devices); they add nothing.
     """
-    if path == "reference":
+    is_loose = isinstance(kernels[0], LooseKernels)
+    if path == "reference" and not is_loose:
         return _reference(x_MD, routing, *kernels)
-    M, k = routing.experts_Mk.shape
-    E, D, _ = kernels[0].shape
+    (M, k), E = routing.experts_Mk.shape, kernels[0].count if is_loose else len(kernels[0])
     is_own_Mk = (routing.experts_Mk >= 0) & (routing.experts_Mk < E)
     experts_P = jnp.where(is_own_Mk, routing.experts_Mk, E).reshape(-1)  # others' rows go behind the own
     order_P = jnp.argsort(experts_P, stable=True)
     place_P = jnp.argsort(order_P, stable=True)  # where each (token, choice) went
     sizes_E = jnp.sum(experts_P[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
     sorted_PD = _permute(jnp.repeat(x_MD, k, axis=0), order_P, place_P)
-    is_loop = is_part or _copied_bytes(sorted_PD, kernels[0]) > COPIED_BYTES
-    tiled = functools.partial(_looped, is_part) if is_loop else _tiled
-    apply = {"ragged": _ragged, "tiled": tiled, "blocked": _blocked}[path]
+    apply = apply_loose if is_loose else _sorted_path(path, is_part, sorted_PD, kernels[0])
     out_PD = apply(sorted_PD, sizes_E, *kernels)
-    out_MkD = _permute(out_PD, place_P, order_P).reshape(M, k, D)
+    out_MkD = _permute(out_PD, place_P, order_P).reshape(M, k, -1)
     weights_Mk = jnp.where(is_own_Mk, routing.weights_Mk, 0)
     return jnp.einsum("Mk,MkD->MD", weights_Mk.astype(x_MD.dtype), out_MkD)
+
+
+def _sorted_path(path, is_part, x_PD, gate_EDF):
+    is_loop = is_part or _copied_bytes(x_PD, gate_EDF) > COPIED_BYTES
+    tiled = functools.partial(_looped, is_part) if is_loop else _tiled
+    return {"ragged": _ragged, "tiled": tiled, "blocked": _blocked}[path]
 
 
 def _reference(x_MD, routing, gate_EDF, up_EDF, down_EFD):
@@ -280,52 +287,9 @@ def _blocked_backward(saved, grad_PD):
 _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
-class _Tiles(NamedTuple):
-    """Pieces of `size` sorted rows, each of one expert, in order; the last of an expert may reach beyond its rows.
-    experts_N, firsts_N, stops_N: the expert, its first row in the tile, and where its rows end. Tiles not needed begin
-    behind all rows. needed: tiles up to the last that is. places_P: where each row is in all tiles."""
-
-    size: int
-    needed: Array
-    experts_N: Array
-    firsts_N: Array
-    stops_N: Array
-    places_P: Array
-
-    @property
-    def rows_NS(self) -> Array:
-        return self.firsts_N[:, None] + jnp.arange(self.size)
-
-    def count(self, is_part: bool) -> int | Array:
-        return self.needed if is_part else len(self.experts_N)
-
-    def cut(self, x_PD: Array) -> Array:
-        """(N, S, D), 0 where a row is not the tile's."""
-        is_own_NS = self.rows_NS < self.stops_N[:, None]
-        return jnp.where(is_own_NS[..., None], x_PD[jnp.minimum(self.rows_NS, len(x_PD) - 1)], 0)
-
-    def join(self, x_NSD: Array) -> Array:
-        return x_NSD.reshape(-1, x_NSD.shape[-1])[self.places_P]
-
-
 def _tile_size(rows: int, experts: int) -> int:
     size = max(1, min(2048, rows // (8 * experts)))  # so that an eighth of the work is wasted at most
     return size - (size % 128 if size > 128 else 0)
-
-
-def _make_tiles(sizes_E, rows: int) -> _Tiles:
-    E = sizes_E.shape[0]
-    size = _tile_size(rows, E)
-    needed_E = -(-sizes_E // size)
-    ends_E, starts_E = jnp.cumsum(needed_E), jnp.cumsum(sizes_E) - sizes_E
-    tiles_N = jnp.arange(rows // size + E)
-    experts_N = jnp.minimum(jnp.searchsorted(ends_E, tiles_N, side="right", method="compare_all"), E - 1)
-    firsts_N = starts_E[experts_N] + (tiles_N - (ends_E - needed_E)[experts_N]) * size
-    firsts_N = jnp.where(tiles_N < ends_E[-1], firsts_N, rows)
-    rows_P = jnp.arange(rows)
-    expert_P = jnp.minimum(jnp.sum(rows_P[:, None] >= (starts_E + sizes_E), axis=1), E - 1)
-    places_P = rows_P + ((ends_E - needed_E) * size - starts_E)[expert_P]
-    return _Tiles(size, ends_E[-1], experts_N, firsts_N, (starts_E + sizes_E)[experts_N], places_P)
 
 
 def _copied_bytes(x_PD, gate_EDF) -> int:
@@ -341,14 +305,14 @@ def _tiled(x_PD, sizes_E, gate_EDF, up_EDF, down_EFD):
 
 
 def _tiled_forward(x_PD, sizes_E, *kernels):
-    tiles = _make_tiles(sizes_E, x_PD.shape[0])
+    tiles = make_tiles(sizes_E, len(x_PD), _tile_size(len(x_PD), len(sizes_E)))
     gates_NSF, ups_NSF, out_NSD = _expert(tiles.cut(x_PD), *(kernel[tiles.experts_N] for kernel in kernels))
     return tiles.join(out_NSD), (x_PD, sizes_E, gates_NSF, ups_NSF, kernels)
 
 
 def _tiled_backward(saved, grad_PD):
     x_PD, sizes_E, gates_NSF, ups_NSF, kernels = saved
-    tiles = _make_tiles(sizes_E, x_PD.shape[0])
+    tiles = make_tiles(sizes_E, len(x_PD), _tile_size(len(x_PD), len(sizes_E)))
     # Behind a barrier, or XLA takes the forward pass's copies and keeps those of all layers.
     kernels, grad_PD = jax.lax.optimization_barrier((kernels, grad_PD))
     copies = (kernel[tiles.experts_N] for kernel in kernels)
@@ -374,7 +338,7 @@ def _looped(is_part, x_PD, sizes_E, gate_EDF, up_EDF, down_EFD):
 
 def _looped_forward(is_part, x_PD, sizes_E, *kernels):
     P, F = x_PD.shape[0], kernels[0].shape[2]
-    tiles = _make_tiles(sizes_E, P)
+    tiles = make_tiles(sizes_E, P, _tile_size(P, len(sizes_E)))
     padded_PD = jnp.pad(x_PD, ((0, tiles.size), (0, 0)))
 
     def body(tile, made):
@@ -388,7 +352,7 @@ def _looped_forward(is_part, x_PD, sizes_E, *kernels):
 def _looped_backward(is_part, saved, grad_PD):
     padded_PD, sizes_E, gates_PF, ups_PF, kernels = saved
     P = grad_PD.shape[0]
-    tiles = _make_tiles(sizes_E, P)
+    tiles = make_tiles(sizes_E, P, _tile_size(P, len(sizes_E)))
     arrays = (padded_PD, gates_PF, ups_PF, jnp.pad(grad_PD, ((0, tiles.size), (0, 0))))
 
     def body(tile, carry):

@@ -20,6 +20,7 @@ from minimind_jax.model.config import ComputeConfig, ModelConfig, Platform
 from minimind_jax.model.kv_cache import KVCache
 from minimind_jax.model.layers import Attend, Block, Context, Surroundings, dropout
 from minimind_jax.model.linear import TransposedKernel, multiply
+from minimind_jax.model.loose_experts import LooseKernels
 from minimind_jax.model.lora import Adapter
 
 Params = dict[str, Any]
@@ -247,7 +248,10 @@ class LanguageModel:
     def head_kernel(self, params: Params) -> Array:
         """What hidden states are multiplied with, (V, D) float32: the embedding when tied."""
         outer = self._surroundings(params)
-        return outer.embed.embedding[...] if self.config.tie_word_embeddings else outer.lm_head.kernel[...].T
+        if self.config.tie_word_embeddings:
+            return outer.embed.embedding[...]
+        kernel = outer.lm_head.kernel[...]
+        return kernel.kernel_OI if isinstance(kernel, TransposedKernel) else kernel.T
 
     def apply(
         self,
@@ -262,15 +266,15 @@ class LanguageModel:
 
     def unstack(self, params: Params) -> Params:
         """The same parameters for generation, which all functions here take, too: `layers` is a tuple of one tree a
-        layer, and on a CPU the layers' kernels are stored as (out, in).
+        layer, and on a CPU kernels are stored as (out, in), the head's too, and experts apart (see `loose_experts`).
 
         A scan copies each layer's kernels out of the stack at every token, which takes as long as the products
-        themselves. The program is longer and compiles more slowly.
+        themselves. The program is longer and compiles more slowly. No gradient passes through experts apart.
         """
         if isinstance(params["layers"], tuple):
             return params
-        layers = _unstack(params["layers"])
-        return {**params, "layers": _transpose_kernels(layers) if self.platform == "cpu" else layers}
+        arranged = {name: params[name] for name in ("layers", "lm_head") if name in params}
+        return {**params, **_lay_out(self, arranged)}
 
     def _split(self, kind: str) -> tuple[nnx.GraphDef, nnx.State]:
         return _split_abstract(kind, self.config, self.adapter)
@@ -346,15 +350,20 @@ def _unstack(stacked: Params) -> tuple[Params, ...]:
     return tuple(jax.tree.map(operator.itemgetter(index), stacked) for index in range(count))
 
 
-@jax.jit
-def _transpose_kernels(layers: tuple[Params, ...]) -> tuple[Params, ...]:
-    """Experts' kernels and the router's stay as they are: the mixture does not multiply row by row."""
+@functools.partial(jax.jit, static_argnums=0)
+def _lay_out(model: LanguageModel, params: Params) -> Params:
+    """Layers and head as `unstack` has them; one program, so that nothing is held a third time on the way."""
+    params = {**params, "layers": _unstack(params["layers"])}
 
-    def transpose(path, leaf):
-        names = {key.key for key in path[1:]}
-        return TransposedKernel(leaf.T) if "kernel" in names and "router" not in names and leaf.ndim == 2 else leaf
+    def arrange(path, leaf):
+        names = {key.key for key in path if isinstance(key, jax.tree_util.DictKey)}
+        if "kernel" not in names or "router" in names:
+            return leaf
+        if "experts" not in names:
+            return TransposedKernel(leaf.T)
+        return LooseKernels.of(leaf, len(params["layers"])) if model.compute.experts == "auto" else leaf
 
-    return jax.tree_util.tree_map_with_path(transpose, layers)
+    return jax.tree_util.tree_map_with_path(arrange, params) if model.platform == "cpu" else params
 
 
 @functools.lru_cache(maxsize=32)

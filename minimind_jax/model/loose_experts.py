@@ -1,0 +1,78 @@
+"""The experts of a mixture for generation on a CPU: each token's own, out of arrays they can be read from in place."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from minimind_jax.model.linear import TransposedKernel, multiply
+from minimind_jax.model.tiles import make_tiles
+
+# Experts of all layers together, up to which each has arrays of its own. Each is a branch of the program: 512 of them
+# take some 5 s to compile.
+APART = 256
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LooseKernels:
+    """The kernels of E experts, in place of the (E, in, out) array.
+
+    One TransposedKernel an expert, which is read where it lies: out of a stack XLA on a CPU copies an expert's kernel
+    before the product, and an einsum over the stack takes 117 ms a layer (one row, 4 experts, 768 to 2,432 and back)
+    where these take 0.7. Or the stack, for many experts.
+    """
+
+    kernels: tuple[TransposedKernel, ...] | Array
+
+    def __getitem__(self, _) -> "LooseKernels":
+        return self  # as nnx.Param reads its array
+
+    @classmethod
+    def of(cls, kernel_EIO: Array, layers: int) -> "LooseKernels":
+        """layers: of the model."""
+        is_apart = len(kernel_EIO) * layers <= APART
+        return cls(tuple(TransposedKernel(kernel_IO.T) for kernel_IO in kernel_EIO) if is_apart else kernel_EIO)
+
+    @property
+    def count(self) -> int:
+        return len(self.kernels)
+
+    def astype(self, dtype: jnp.dtype) -> "LooseKernels":
+        return jax.tree.map(lambda kernel: kernel.astype(dtype), self)
+
+
+def apply_loose(x_PD: Array, sizes_E: Array, gates: LooseKernels, ups: LooseKernels, downs: LooseKernels) -> Array:
+    """down_e(silu(gate_e(x)) * up_e(x)) of rows sorted by expert e, sizes_E rows each; rows behind these get any finite
+    values. Without a gradient."""
+    P, stacks = len(x_PD), (gates.kernels, ups.kernels, downs.kernels)
+    tiles = make_tiles(sizes_E, P, _tile_size(P, len(sizes_E)))
+    padded_PD = jnp.pad(x_PD, ((0, tiles.size), (0, 0)))
+
+    def choose(expert, x_SD):
+        if isinstance(gates.kernels, tuple):
+            return jax.lax.switch(expert, [functools.partial(_expert, own) for own in zip(*stacks, strict=True)], x_SD)
+        return _expert([stack[expert] for stack in stacks], x_SD)
+
+    def body(tile, out_PD):
+        first = tiles.firsts_N[tile]
+        x_SD = jax.lax.dynamic_slice_in_dim(padded_PD, first, tiles.size)
+        # Where a tile reaches into the rows of the next, that one writes over it.
+        return jax.lax.dynamic_update_slice_in_dim(out_PD, choose(tiles.experts_N[tile], x_SD), first, axis=0)
+
+    return jax.lax.fori_loop(0, tiles.needed, body, jnp.zeros_like(padded_PD))[:P]
+
+
+def _expert(kernels, x_SD):
+    gate, up, down = kernels
+    gate_SF, up_SF = multiply(x_SD, gate, "cpu"), multiply(x_SD, up, "cpu")
+    return multiply(jax.nn.silu(gate_SF) * up_SF, down, "cpu")
+
+
+def _tile_size(rows: int, experts: int) -> int:
+    """Reading an expert takes as long as 8 rows of products, so that few rows should be one tile; of many rows half a
+    tile is wasted at most."""
+    few = min(rows, 2 * -(-rows // experts), 8)
+    return min(128, max(few, rows // (2 * experts)))
