@@ -129,7 +129,7 @@ class ConvertDataConfig(ReadingConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class DownloadConfig:
+class DownloadConfig(Settings):
     """Downloads MiniMind's public data; HF_ENDPOINT and MODELSCOPE_ENDPOINT name mirrors.
 
     what: mini, all, or names of files.

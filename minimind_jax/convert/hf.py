@@ -9,13 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minimind_jax.convert.hf_config import (
-    from_hf_config,
-    head_config,
-    read_labels,
-    to_generation_config,
-    to_hf_config,
-)
+from minimind_jax.convert.hf_config import from_hf_config, head_config, read_labels, to_generation_config, to_hf_config
 from minimind_jax.convert.hf_weights import (
     StoredTensor,
     hf_tensors,

@@ -13,11 +13,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.model.config import ModelConfig, RopeScaling, id_tuple, union_of_ids, yarn_attention_factor
 from minimind_jax.values import convert, is_optional
 
-ARCHITECTURES = {
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "minimind": "MiniMindForCausalLM",
-}
+ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "minimind": "MiniMindForCausalLM"}
 # With a head of scores in place of the language model's: reward models and classifiers.
 HEADED = {"qwen3": "Qwen3ForSequenceClassification", "qwen3_moe": "Qwen3MoeForSequenceClassification"}
 SIZES = (

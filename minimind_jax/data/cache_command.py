@@ -1,7 +1,6 @@
 """`minimind data cache`: the token caches on this machine, and removing them."""
 
 import time
-from typing import Literal
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -15,27 +14,16 @@ SHOWN_FILES = 3
 DAY = 24 * 60 * 60
 
 
-def run(config: CacheConfig) -> None:
-    """Lists or removes the caches that `config` means."""
-    show_caches(config.cache_dir, config.clear, config.days)
+def run(config: CacheConfig, console: Console | None = None) -> list[StoredCache]:
+    """Lists or removes the caches that `config` means; none is removed that a process has open.
 
-
-def show_caches(
-    cache_dir: str = "",
-    clear: Literal["stale", "all"] | None = None,
-    days: float = 0,
-    console: Console | None = None,
-) -> list[StoredCache]:
-    """Prints the caches that were not used for so many days, or removes them: all, or those that are stale.
-
-    None is removed that a process has open. Returns what is left, or was listed. Raises UserError for a cache that
-    cannot be removed.
+    Returns what is left, or was listed. Raises UserError for a cache that cannot be removed.
     """
     console = console or Console()
-    root = cache_root(FilesConfig(cache_dir=cache_dir))
-    asked = [cache for cache in stored_caches(root) if time.time() - cache.last_used >= days * DAY]
-    if clear:
-        _clear(console, [cache for cache in asked if cache.stale or clear == "all"])
+    root = cache_root(FilesConfig(cache_dir=config.cache_dir))
+    asked = [cache for cache in stored_caches(root) if time.time() - cache.last_used >= config.days * DAY]
+    if config.clear:
+        _clear(console, [cache for cache in asked if cache.stale or config.clear == "all"])
         return stored_caches(root)
     _print(console, f"{root}: {_amount(asked)}")
     for cache in asked:

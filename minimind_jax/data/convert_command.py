@@ -20,50 +20,35 @@ from minimind_jax.signals import telling
 
 
 def run(config: ConvertDataConfig) -> None:
-    """Converts the files that `config` names."""
-    renamed, skip = parse_renamed(config.rename), config.on_error == "skip"
-    convert(config.files, config.output, reading_of(config), config.kind, renamed, config.label_field, skip)
+    """Writes the records of the files as JSON lines in our own format, and says what was left out.
 
-
-def convert(
-    paths: Sequence[str],
-    output: str,
-    reading: Reading,
-    kind: KindName | None = None,
-    renamed: dict[str, str] | None = None,
-    label_field: str = LABEL_FIELDS[0],
-    skip: bool = False,
-) -> int:
-    """Writes the records of files as JSON lines in our own format, says what was left out, and returns their number.
-
-    kind: found from the first record if None. renamed: names of fields, and what they are called in a format that is
-    read. skip: broken records are left out and counted.
-    Raises UserError for a broken record (without `skip`), and for an output that is there already or cannot be written.
+    Raises UserError for a broken record that is not to be skipped, and for an output that is there already or cannot be
+    written.
     """
-    files = expand_paths(paths)
-    target = Path(output)
+    renamed, reading, kind = parse_renamed(config.rename), reading_of(config), config.kind
+    files, target = expand_paths(config.files), Path(config.output)
     if target.suffix != ".jsonl":
         raise UserError(f"output {target}: expected a name ending in .jsonl")
     check_output(target, files)
     errors: list[UserError] = []
 
     def on_bad(error: UserError) -> None:
-        if not skip:
+        if config.on_error == "stop":
             raise error
         errors.append(error)
 
-    wanted = Wanted(reading, Classes.any(reading.text_field or "text", label_field), "--on_error")
+    wanted = Wanted(reading, Classes.any(reading.text_field or "text", config.label_field), "--on_error")
     told: Counter = Counter()
     found: Counter = Counter()
     partial = target.with_name(f"{target.name}.partial")
     try:
         with (
-            telling(lambda: f"{output} was not written; give the command again"),
+            telling(lambda: f"{target} was not written; give the command again"),
             open(partial, "w", encoding="utf-8") as file,
         ):
             for record in iter_records(files, on_bad, reading, told):
                 try:
-                    record = _renamed(record, renamed or {})
+                    record = _renamed(record, renamed)
                     kind = kind or _kind(record, reading)
                     row = KINDS[kind].as_record(KINDS[kind].parse(record, wanted))
                 except UserError as error:
@@ -73,19 +58,20 @@ def convert(
                 found[known.name if known else kind] += 1
                 file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         if not found:
-            raise UserError(f"no usable record in {', '.join(paths)}; the first was skipped because of {errors[0]}")
+            raise UserError(
+                f"no usable record in {', '.join(config.files)}; the first was skipped because of {errors[0]}"
+            )
         os.replace(partial, target)
     except OSError as error:
-        raise UserError(f"output {output} cannot be written: {error.strerror or error}") from error
+        raise UserError(f"output {target} cannot be written: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
     tell(told)
-    tell_left_out(paths)
+    tell_left_out(config.files)
     if errors:
         print(f"{len(errors):,} records skipped; the first: {errors[0]}", file=sys.stderr)
     formats = ", ".join(f"{name} ({count:,})" for name, count in found.items())
-    print(f"{found.total():,} records written to {output}; read as {formats}")
-    return found.total()
+    print(f"{found.total():,} records written to {target}; read as {formats}")
 
 
 def parse_renamed(pairs: Sequence[str]) -> dict[str, str]:

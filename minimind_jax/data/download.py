@@ -3,13 +3,10 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from minimind_jax.config.tools import DownloadConfig
 from minimind_jax.errors import UserError
 from minimind_jax.shell import install_command
-
-Source = Literal["huggingface", "modelscope"]
 
 HUGGINGFACE_REPOSITORY = "jingyaogong/minimind_dataset"
 MODELSCOPE_REPOSITORY = "gongjy/minimind_dataset"
@@ -27,36 +24,24 @@ SETS = {"mini": ("pretrain_t2t_mini.jsonl", "sft_t2t_mini.jsonl"), "all": tuple(
 
 
 def run(config: DownloadConfig) -> None:
-    """Downloads what `config` names, and prints where it lies."""
-    for path in download(config.what, config.target, config.source):
-        print(path)
+    """Downloads files of MiniMind's data set, and prints where they lie.
 
-
-def download(what: str | Sequence[str], target: str | Path = "data", source: Source = "huggingface") -> list[Path]:
-    """Downloads files of MiniMind's data set into the folder `target`; returns their paths.
-
-    what: `mini`, `all`, or names of files; ".jsonl" may be left out. What was cut off goes on where it stopped, and a
-    file has its name only once it is complete. HF_ENDPOINT names a mirror of Hugging Face, MODELSCOPE_ENDPOINT
-    another address of ModelScope.
-
-    Raises UserError for an unknown source, a file that is not there, no connection, and a disk that is full.
+    What was cut off goes on where it stopped, and a file has its name only once it is complete.
+    Raises UserError for a file that is not there, no connection, and a disk that is full.
     """
-    fetchers = {"huggingface": _from_huggingface, "modelscope": _from_modelscope}
-    if source not in fetchers:
-        raise UserError(f"source is {source!r}; it must be {' or '.join(fetchers)}")
-    target, names = Path(target).expanduser(), file_names(what)
+    target, names = Path(config.target).expanduser(), file_names(config.what)
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{target}: cannot make this folder: {error}") from error
-    fetchers[source](names, target)
-    return [target / name for name in names]
+    fetch = {"huggingface": _from_huggingface, "modelscope": _from_modelscope}[config.source]
+    fetch(names, target)
+    print(*(target / name for name in names), sep="\n")
 
 
-def file_names(what: str | Sequence[str]) -> list[str]:
-    """The names of the files that sets and shortened names stand for."""
-    given = [what] if isinstance(what, str) else what
-    names = [name for item in given for name in SETS.get(item, (item if Path(item).suffix else f"{item}.jsonl",))]
+def file_names(what: Sequence[str]) -> list[str]:
+    """The names of the files that sets and shortened names (without .jsonl) stand for."""
+    names = [name for item in what for name in SETS.get(item, (item if Path(item).suffix else f"{item}.jsonl",))]
     return list(dict.fromkeys(names))
 
 

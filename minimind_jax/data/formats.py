@@ -16,15 +16,7 @@ from minimind_jax.data.jsonl import Reading, Record
 from minimind_jax.data.messages import REASONING, Conversation, Message, messages_in, read_messages
 from minimind_jax.data.preferences import Preference, count_shared, make_preference, shared_key, turns_of
 from minimind_jax.data.tools import read_tools
-from minimind_jax.data.values import (
-    checked_text,
-    field_names,
-    is_absent,
-    kind_of,
-    meant,
-    respelled,
-    without_nulls,
-)
+from minimind_jax.data.values import checked_text, field_names, is_absent, kind_of, meant, respelled, without_nulls
 from minimind_jax.errors import UserError
 
 VERSION = 2  # counts up when a record is read as something else than before; caches of tokens are made anew

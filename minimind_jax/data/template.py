@@ -190,10 +190,7 @@ def dice_rng(seed: int, record_index: int, epoch: int = 0) -> np.random.Generato
 
 
 def apply_dice(
-    conversation: Conversation,
-    rng: np.random.Generator,
-    system_prompt_probability: float,
-    empty_think_removal: float,
+    conversation: Conversation, rng: np.random.Generator, system_prompt_probability: float, empty_think_removal: float
 ) -> tuple[Conversation, bool]:
     """MiniMind's two random changes: (conversation, keep_empty_think).
 

@@ -246,10 +246,7 @@ class Tokenizer:
         return segments
 
     def prompt_opens_thinking(
-        self,
-        messages: Sequence[dict[str, Any]],
-        tools: Sequence[Any] | None = None,
-        open_thinking: bool | None = None,
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None = None, open_thinking: bool | None = None
     ) -> bool:
         """Whether the generation prompt behind the messages ends in an open think block."""
         prompt, before = (

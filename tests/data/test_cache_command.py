@@ -11,8 +11,9 @@ import pytest
 from rich.console import Console
 
 from minimind_jax.config.sections import DataConfig
+from minimind_jax.config.tools import CacheConfig
 from minimind_jax.data import cache_folder
-from minimind_jax.data.cache_command import show_caches
+from minimind_jax.data.cache_command import run
 from minimind_jax.data.cache_folder import cache_root, lock_file, stored_caches
 from minimind_jax.data.token_cache import build_cache
 from minimind_jax.data.tokenizer import train_bpe
@@ -43,7 +44,7 @@ def build(file, tokenizer, data):
 
 def shown(data, **options):
     console = Console(file=io.StringIO(), width=80)
-    left = show_caches(data.cache_dir, console=console, **options)
+    left = run(CacheConfig(cache_dir=data.cache_dir, **options), console)
     return {cache.folder for cache in left}, console.file.getvalue()
 
 

@@ -10,7 +10,8 @@ import threading
 
 import pytest
 
-from minimind_jax.data.download import FILES, download, file_names
+from minimind_jax.config.tools import DownloadConfig
+from minimind_jax.data.download import FILES, file_names, run
 from minimind_jax.errors import UserError
 
 CONTENT = {name: (f'{{"text": "{name}"}}\n' * 20_000).encode() for name in ("rlaif.jsonl", "dpo.jsonl")}
@@ -122,9 +123,10 @@ def run_huggingface(endpoint, *arguments, **more):
     """In a process of its own, since huggingface_hub reads HF_ENDPOINT when it is imported."""
     code = (
         "import sys\n"
-        "from minimind_jax.data.download import download\n"
+        "from minimind_jax.config.tools import DownloadConfig\n"
+        "from minimind_jax.data.download import run\n"
         "from minimind_jax.errors import UserError\n"
-        "try: print(*download(sys.argv[1:-1], sys.argv[-1]))\n"
+        "try: run(DownloadConfig(sys.argv[1:-1], sys.argv[-1]))\n"
         "except UserError as error: sys.exit(f'UserError: {error}')\n"
     )
     environment = {
@@ -139,8 +141,8 @@ def run_huggingface(endpoint, *arguments, **more):
 
 
 def test_names_of_files():
-    assert file_names("mini") == ["pretrain_t2t_mini.jsonl", "sft_t2t_mini.jsonl"]
-    assert file_names("all") == list(FILES)
+    assert file_names(["mini"]) == ["pretrain_t2t_mini.jsonl", "sft_t2t_mini.jsonl"]
+    assert file_names(["all"]) == list(FILES)
     assert file_names(["dpo", "dpo.jsonl", "lora_exam.jsonl"]) == ["dpo.jsonl", "lora_exam.jsonl"]
 
 
@@ -168,9 +170,14 @@ def test_huggingface_without_a_connection_says_what_to_do(hub, tmp_path, switche
     assert not list(tmp_path.glob("*.jsonl"))
 
 
-def test_modelscope_files(modelscope, tmp_path):
+def download(name, target):
+    run(DownloadConfig((name,), str(target), "modelscope"))
+
+
+def test_modelscope_files(modelscope, tmp_path, capsys):
     target = tmp_path / "data"
-    assert download("rlaif", target, "modelscope") == [target / "rlaif.jsonl"]
+    download("rlaif", target)
+    assert capsys.readouterr().out.splitlines()[-1] == str(target / "rlaif.jsonl")
     assert (target / "rlaif.jsonl").read_bytes() == CONTENT["rlaif.jsonl"]
     assert asked_of(modelscope) == [("rlaif.jsonl", 0)]
     assert [path.name for path in target.iterdir()] == ["rlaif.jsonl"]
@@ -179,37 +186,38 @@ def test_modelscope_files(modelscope, tmp_path):
 def test_a_lost_server_leaves_a_part_that_the_next_call_completes(modelscope, tmp_path):
     modelscope.cut_after = 150_000
     with pytest.raises(UserError, match=r"(?s)cannot be reached.*What has arrived is kept"):
-        download("rlaif", tmp_path, "modelscope")
+        download("rlaif", tmp_path)
     assert not (tmp_path / "rlaif.jsonl").exists()
     modelscope.cut_after = None
     modelscope.requests.clear()
-    download("rlaif", tmp_path, "modelscope")
+    download("rlaif", tmp_path)
     assert (tmp_path / "rlaif.jsonl").read_bytes() == CONTENT["rlaif.jsonl"]
     assert asked_of(modelscope) == [("rlaif.jsonl", 150_000)]
 
 
 def test_a_complete_file_is_not_downloaded_again_and_a_changed_one_is(modelscope, tmp_path):
-    (path,) = download("dpo", tmp_path, "modelscope")
+    download("dpo", tmp_path)
+    path = tmp_path / "dpo.jsonl"
     made = path.stat().st_mtime_ns
-    download("dpo", tmp_path, "modelscope")
+    download("dpo", tmp_path)
     assert path.stat().st_mtime_ns == made
     modelscope.content["dpo.jsonl"] = b'{"text": "new"}\n'
-    download("dpo", tmp_path, "modelscope")
+    download("dpo", tmp_path)
     assert path.read_bytes() == b'{"text": "new"}\n'
 
 
 def test_modelscope_errors_say_what_to_do(modelscope, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"has no file nothing\.jsonl; MiniMind's files are"):
-        download("nothing", tmp_path, "modelscope")
-    with pytest.raises(UserError, match="it must be huggingface or modelscope"):
-        download("mini", tmp_path, "elsewhere")
+        download("nothing", tmp_path)
+    with pytest.raises(ValueError, match="it must be huggingface or modelscope"):
+        DownloadConfig(source="elsewhere")
     modelscope.shutdown()
     modelscope.server_close()
     with pytest.raises(UserError, match=r"(?s)cannot be reached.*check the connection"):
-        download("rlaif", tmp_path, "modelscope")
+        download("rlaif", tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot make this folder"):
-        download("rlaif", tmp_path / "file", "modelscope")
+        download("rlaif", tmp_path / "file")
     monkeypatch.setitem(sys.modules, "modelscope.hub.snapshot_download", None)
     with pytest.raises(UserError, match=r"needs the package modelscope: .*pip install"):
-        download("rlaif", tmp_path, "modelscope")
+        download("rlaif", tmp_path)
