@@ -23,26 +23,16 @@ from minimind_jax.values import convert
 
 
 class Setting(NamedTuple):
-    """A value as the user gave it, and where: `FILE:LINE` or `command line`.
+    """A value as the user wrote it, and where: `FILE:LINE` or `command line`.
 
-    written: of a YAML value its text, or a list of texts: the field's type decides what `007` or `1e3` is, not YAML.
+    value: a text, a list of texts, or None: the field's type decides what `007` or `1e3` is, not YAML.
     """
 
-    value: Any
+    value: str | list | None
     where: str
-    written: Any = None
 
 
 # Where values come from -----------------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 5e-4 is a number, as in YAML 1.2."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
 
 
 def config_folder() -> Path:
@@ -76,7 +66,7 @@ def read_yaml(path: str | Path) -> dict[str, Setting]:
 def compose_yaml(path: str | Path) -> yaml.Node | None:
     """The parsed nodes of a YAML file, which know their lines."""
     try:
-        return yaml.compose(read_text(as_path(path), "a config is a YAML file"), _Loader)
+        return yaml.compose(read_text(as_path(path), "a config is a YAML file"), yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
@@ -95,8 +85,7 @@ def flatten_yaml(node: yaml.Node, file: str, prefix: str = "") -> dict[str, Sett
         if isinstance(value_node, yaml.MappingNode) and value_node.value:
             new = flatten_yaml(value_node, file, key + ".")
         else:
-            value = _construct(value_node, file)
-            new = {key: Setting(value, f"{file}:{key_node.start_mark.line + 1}", as_written(value_node))}
+            new = {key: Setting(as_written(value_node, file), f"{file}:{key_node.start_mark.line + 1}")}
         for name in new.keys() & settings.keys():
             raise UserError(f"{new[name].where}: {name} is set twice, first at {settings[name].where}")
         settings |= new
@@ -110,20 +99,13 @@ def scalar_key(node: yaml.Node, file: str) -> str:
     return node.value
 
 
-def _construct(node: yaml.Node, file: str) -> Any:
-    try:
-        return _Loader("").construct_object(node, deep=True)
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        problem = " ".join(str(error).split())
-        raise UserError(f"{file}:{node.start_mark.line + 1}: not a value: {problem}") from None
-
-
-def as_written(node: yaml.Node) -> Any:
-    """The text of a YAML scalar, texts of a list; None for null and for what is neither."""
+def as_written(node: yaml.Node, file: str) -> str | list | None:
+    """The text of a YAML scalar, texts of a list, None for null. Raises UserError for anything else."""
     if isinstance(node, yaml.SequenceNode):
-        return [as_written(item) for item in node.value]
-    null = node.tag == "tag:yaml.org,2002:null"
-    return node.value if isinstance(node, yaml.ScalarNode) and not null else None
+        return [as_written(item, file) for item in node.value]
+    if not isinstance(node, yaml.ScalarNode):
+        raise UserError(f"{file}:{node.start_mark.line + 1}: not a value: expected a word, a number or a list of them")
+    return None if node.tag == "tag:yaml.org,2002:null" else node.value
 
 
 def read_arguments(argv: Sequence[str], fields: Sequence[Field] = ()) -> tuple[list[str], dict[str, Setting]]:
@@ -279,15 +261,15 @@ def _with_section(message: str, cls: type, prefix: str, given: Mapping[str, Sett
 
 def _typed(field: Field, setting: Setting) -> Any:
     """The setting's value in the field's type."""
-    where, given = f"{setting.where}: {field.key}", setting.value if setting.written is None else setting.written
+    where, given = f"{setting.where}: {field.key}", setting.value
     try:
         if field.is_list and given is not None:
             return tuple(convert(typing.get_args(field.type)[0], item) for item in _as_list(given, field))
         return convert(field.type, given)
     except ArithmeticError:
-        raise UserError(f"{where} is {setting.value}; it must be {INT64.words}") from None
+        raise UserError(f"{where} is {given}; it must be {INT64.words}") from None
     except (ValueError, TypeError):
-        raise UserError(f"{where} is {setting.value!r}; expected {type_name(field.type)}") from None
+        raise UserError(f"{where} is {given!r}; expected {type_name(field.type)}") from None
 
 
 def _as_list(value: Any, field: Field) -> list:
@@ -300,7 +282,7 @@ def _as_list(value: Any, field: Field) -> list:
     if not value.startswith("["):
         return value.split(",")
     try:
-        return as_written(yaml.compose(value, _Loader))
+        return as_written(yaml.compose(value, yaml.SafeLoader), "command line")
     except yaml.YAMLError:
         raise UserError(f"command line: {field.key}: {value!r} is not a list; write it as [a, b] or a,b") from None
 
@@ -311,7 +293,7 @@ def _check_former(cls: type, key: str, setting: Setting, fields: Mapping[str, Fi
     if key not in former:
         raise UserError(_unknown_key(key, setting, fields))
     default, reason = former[key]
-    if setting.value != default:
+    if (yaml.safe_load(setting.value) if isinstance(setting.value, str) else setting.value) != default:
         given = f"{setting.where}: {key} {setting.value}"
         raise UserError(f"{given}: has no effect in this stage, for {reason}; leave it out")
 
