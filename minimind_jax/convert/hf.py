@@ -14,7 +14,7 @@ from minimind_jax.convert.hf_weights import (
     StoredTensor,
     hf_tensors,
     matching_tensors,
-    params_from_hf,
+    read_params,
     read_safetensors,
     write_safetensors,
 )
@@ -85,13 +85,22 @@ def load_hf(folder: str | Path) -> tuple[ModelConfig, Params]:
     Raises UserError: a file is missing or damaged, the model has a feature that is not supported, or its tensors are
     not those of its configuration.
     """
-    config, stored = _open_hf(folder)
-    return config, params_from_hf(config, stored, str(folder))
+    config, tensors = open_hf(folder)
+    return config, read_params(config, tensors)
 
 
 def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:
     """`load_hf` for what takes one tensor after another: under the names of `hf_tensors`, read when it is needed."""
-    config, stored = _open_hf(folder)
+    place = local_folder(as_path(folder))
+    config = read_hf_config(place)
+    if any((place / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
+        stored = read_safetensors(place)
+    elif (place / "pytorch_model.bin").exists():  # how MiniMind writes its own architecture
+        stored = read_torch(place / "pytorch_model.bin")
+    else:
+        raise UserError(
+            f"{place}: neither model.safetensors, model.safetensors.index.json nor pytorch_model.bin is there"
+        )
     return config, matching_tensors(config, stored, str(folder))
 
 
@@ -145,7 +154,7 @@ def read_hf_config(folder: str | Path) -> ModelConfig:
 
 def stored_dtype(folder: str | Path) -> str:
     """The dtype of a model's tensors in its folder; float32 where they have several."""
-    dtypes = {tensor.dtype for tensor in _open_hf(folder)[1].values()}
+    dtypes = {tensor.dtype for tensor in open_hf(folder)[1].values()}
     return dtypes.pop() if len(dtypes) == 1 else "float32"
 
 
@@ -158,13 +167,3 @@ def load_labels(folder: str | Path) -> Labels | None:
     file = folder / "tokenizer_config.json"
     limit = read_object(file).get("model_max_length") if is_there(file) else None
     return Labels(*found, max_tokens=limit if isinstance(limit, int) and limit > 0 else None)
-
-
-def _open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:
-    folder = local_folder(as_path(folder))
-    config = read_hf_config(folder)
-    if any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
-        return config, read_safetensors(folder)
-    if (folder / "pytorch_model.bin").exists():  # how MiniMind writes its own architecture
-        return config, read_torch(folder / "pytorch_model.bin")
-    raise UserError(f"{folder}: neither model.safetensors, model.safetensors.index.json nor pytorch_model.bin is there")

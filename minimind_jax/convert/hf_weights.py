@@ -86,12 +86,11 @@ def hf_tensors(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
     return tensors
 
 
-def params_from_hf(config: ModelConfig, stored: Mapping[str, StoredTensor], where: str) -> Params:
-    """Parameters in float32 (NumPy arrays on the host) from the tensors of a checkpoint (see `matching_tensors`)."""
-    stored = matching_tensors(config, stored, where)
-    params = _empty_params(config, stored)
+def read_params(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> Params:
+    """Parameters in float32 (NumPy arrays on the host) from `matching_tensors`."""
+    params = _empty_params(config, tensors)
     for name, view in hf_tensors(config, params).items():
-        view[...] = stored[name].read(...)
+        view[...] = tensors[name].read(...)
     return params
 
 

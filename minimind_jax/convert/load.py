@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from minimind_jax.convert.hf import (
@@ -18,14 +17,13 @@ from minimind_jax.convert.hf import (
     save_hf,
     stored_dtype,
 )
-from minimind_jax.convert.hf_weights import StoredTensor
+from minimind_jax.convert.hf_weights import StoredTensor, read_params
 from minimind_jax.convert.peft import load_peft, low_rank_pairs, read_adapter_config
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import ADAPTER_CONFIG, holds_model, is_adapter, moved_with_run, resolve_model_folder
 from minimind_jax.hub import is_hub_name
 from minimind_jax.model.config import ModelConfig, union_of_ids
-from minimind_jax.model.lora import join, merge
 from minimind_jax.model.transformer import Params
 from minimind_jax.paths import absolute, as_path, local_folder
 from minimind_jax.texts import is_there, read_object
@@ -38,13 +36,8 @@ def read_config(folder: str | Path, base: str = "") -> ModelConfig:
 
 def load_merged(folder: str | Path, base: str = "") -> tuple[ModelConfig, Params]:
     """The model in a folder as configuration and float32 parameters (NumPy), with the adapter, if it is one, merged."""
-    folder = as_path(folder)
-    if not is_adapter(folder):
-        return load_hf(folder)
-    whole = base_folder(folder, base)
-    adapter = load_peft(folder, read_hf_config(whole))  # a wrong one is told before the base's weights are read
-    config, params = load_hf(whole)
-    return config, jax.tree.map(np.asarray, merge(join(params, adapter.tree)))
+    config, tensors = open_merged(folder, base)
+    return config, read_params(config, tensors)
 
 
 def open_merged(folder: str | Path, base: str = "") -> tuple[ModelConfig, dict[str, StoredTensor]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_jax.convert.hf import MAX_SHARD_BYTES, save_hf
-from minimind_jax.convert.hf_weights import StoredTensor, hf_tensors, params_from_hf
+from minimind_jax.convert.hf_weights import StoredTensor, hf_tensors, matching_tensors, read_params
 from minimind_jax.convert.load import load_merged
 from minimind_jax.convert.torch_file import read_torch, write_torch
 from minimind_jax.data.tokenizer import Tokenizer
@@ -36,7 +36,7 @@ def from_torch(
     """
     stored = read_torch(pth)
     config = infer_config(stored, str(pth), overrides or {})
-    params = params_from_hf(config, stored, str(pth))
+    params = read_params(config, matching_tensors(config, stored, str(pth)))
     words = None if tokenizer is None else Tokenizer.load(tokenizer)
     save_hf(output, config, params, words, dtype, max_shard_bytes)
     return config
