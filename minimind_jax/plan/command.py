@@ -10,7 +10,7 @@ from minimind_jax.model import attention
 from minimind_jax.model.lora import without_adapters
 from minimind_jax.model.transformer import LanguageModel, count_parameters
 from minimind_jax.plan import compile as compiler
-from minimind_jax.plan import devices, estimate, inputs, products
+from minimind_jax.plan import devices, estimate, inputs
 from minimind_jax.plan.module import ATTENTION_CALLS, read_module
 from minimind_jax.sharding import make_mesh
 from minimind_jax.training.speed import flops_per_token
@@ -58,14 +58,11 @@ def make_plan(asked: PlanConfig) -> dict:
             "peak_flops": device.peak_flops,
             "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
         },
-        "flops_per_token": {
-            "formula": formula,
-            "matrix_products_of_the_step": products.product_flops(traced.jaxpr.jaxpr) / config.training.batch_tokens,
-        },
+        "flops_per_token": formula,
         "state": {"parameters": params, "optimizer": opt_state, "share": (params + opt_state) / whole},
     }
     if package:
-        plan |= _compiled_facts(traced, package, device.platform, topology.count, config.training.batch_tokens)
+        plan |= _compiled_facts(traced, package, device.platform)
     else:
         plan["compiler"] = {"name": None, "install": devices.install_command(device)}
         gradients = compiler.bytes_per_device(state.params)
@@ -111,8 +108,8 @@ def _step_facts(config, model, mesh) -> dict:
     }
 
 
-def _compiled_facts(traced, package: str, platform: str, count: int, batch_tokens: int) -> dict:
-    """What the compiler has to say: memory, kernels, collectives, its own FLOPs."""
+def _compiled_facts(traced, package: str, platform: str) -> dict:
+    """What the compiler has to say: memory, kernels, collectives."""
     started = time.monotonic()
     step = compiler.compile_step(traced, platform)
     name, seconds = f"{package} {version(package)}, jax {version('jax')}", round(time.monotonic() - started, 1)
@@ -123,7 +120,6 @@ def _compiled_facts(traced, package: str, platform: str, count: int, batch_token
     return {
         "compiler": told,
         "memory": {**step.memory._asdict(), "total": step.memory.total},
-        "cost_analysis_flops_per_token": step.flops and step.flops * count / batch_tokens,
         "attention_kernels": {
             name: {"count": calls, "runs": runs}
             for name, (calls, runs) in module.custom_calls.items()
@@ -147,7 +143,7 @@ def _time_facts(asked: PlanConfig, config, tokens, formula: float, peak: float, 
 
 def describe(plan: dict) -> list[str]:
     """The plan in lines of text."""
-    model, step, device, flops = plan["model"], plan["step"], plan["device"], plan["flops_per_token"]
+    model, step, device = plan["model"], plan["step"], plan["device"]
     mesh = ", ".join(f"{axis} {size}" for axis, size in device["mesh"].items()) or "one device"
     experts = f", {model['experts']} experts" if model["experts"] else ""
     adapters = f", adapters of rank {max(model['adapters'].values())} trained" if model["adapters"] else ""
@@ -161,9 +157,7 @@ def describe(plan: dict) -> list[str]:
         ("device", f"{device['count']} x {device['name']} ({mesh}): {gib(device['memory'])} and "
                    f"{device['peak_flops'] / 1e12:,.0f} TFLOP/s each in bfloat16"),
         *_compiler_lines(plan["compiler"]),
-        ("FLOPs", f"{flops['formula'] / 1e6:,.1f} million a token by the formula, "
-                  f"{flops['matrix_products_of_the_step'] / 1e6:,.1f} in the step's matrix products, kernels not"),
-        ("", _compiler_flops(plan)),
+        ("FLOPs", f"{plan['flops_per_token'] / 1e6:,.1f} million a token"),
         ("state", f"parameters {gib(plan['state']['parameters'])}, optimizer {gib(plan['state']['optimizer'])} on each "
                   f"device ({plan['state']['share']:.1%} of all)"),
         ("memory", _memory_line(plan)),
@@ -183,12 +177,6 @@ def _compiler_lines(told: dict) -> list[tuple[str, str]]:
         return [("compiler", f"{told['name']}, no device present; {told['seconds']:.0f} s")]
     missing = "NOT INSTALLED: memory is estimated by formulas, and there are no kernels and collectives"
     return [("compiler", missing), ("", f"install it with: {told['install']}")]
-
-
-def _compiler_flops(plan: dict) -> str:
-    if (flops := plan.get("cost_analysis_flops_per_token")) is None:
-        return ""
-    return f"the compiler's cost analysis: {flops / 1e6:,.1f} million, in which a loop's body counts once"
 
 
 def _memory_line(plan: dict) -> str:

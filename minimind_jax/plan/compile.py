@@ -42,16 +42,15 @@ class Memory(NamedTuple):
 
 
 class CompiledStep(NamedTuple):
-    """memory, text (of the optimised program), flops (of `cost_analysis`, on one device, loop bodies counted once).
+    """memory, text (of the optimised program).
 
-    All None where the compiler found that the step needs more memory than there is; then `needed` is what it says of
-    it. flops is None for a GPU, too, whose compiler counts only on a device.
+    Both None where the compiler found that the step needs more memory than there is; then `needed` is what it says of
+    it.
     """
 
     memory: Memory | None
     text: str | None
-    flops: float | None
-    needed: int | None
+    needed: int | None = None
 
 
 def prepare_process() -> None:
@@ -110,11 +109,11 @@ def compile_step(traced, platform: str) -> CompiledStep:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise UserError(f"the compiler refused the step: {first_line(error)}") from error
-        return CompiledStep(None, None, None, needed_memory(str(error)))
-    stats, costs = compiled.memory_analysis(), compiled.cost_analysis()
+        return CompiledStep(None, None, needed_memory(str(error)))
+    stats = compiled.memory_analysis()
     names = ("argument", "output", "alias", "temp", "generated_code")
     memory = Memory(*(getattr(stats, f"{name}_size_in_bytes") for name in names))
-    return CompiledStep(memory, compiled.as_text(), (costs or {}).get("flops"), None)
+    return CompiledStep(memory, compiled.as_text())
 
 
 def needed_memory(message: str) -> int | None:

@@ -2,13 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+from products import product_flops
 
 from minimind_jax.config.sections import DataConfig, ModelSettings, TrainingConfig
 from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.model.config import ComputeConfig
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.plan.compile import trace_step
-from minimind_jax.plan.products import product_flops
 from minimind_jax.sharding import make_mesh
 from minimind_jax.training.defaults import filled
 from minimind_jax.training.speed import flops_per_token
