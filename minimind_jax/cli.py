@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from minimind_jax.commands import Command, run_commands
-from minimind_jax.config import generation, tools
+from minimind_jax.config import generation, serving, tools
 from minimind_jax.stages import STAGES
 
 
@@ -35,6 +35,9 @@ COMMANDS = {
     "chat": Command("talk with a model in the terminal", generation.ChatConfig, "inference.chat:run"),
     "generate": Command(
         "answers to prompts, or to every record of a file", generation.GenerateConfig, "inference.generate_command:run"
+    ),
+    "serve": Command(
+        "an OpenAI-compatible server, and with --web a chat page", serving.ServeConfig, "serve.command:run"
     ),
     "classify predict": Command(
         "labels for the texts of a file or of the standard input",

@@ -59,11 +59,12 @@ class Scorer:
 
     def conversations(self, conversations: Sequence[tuple[list[dict], Any]]) -> np.ndarray:
         """(conversations, labels) scores of (messages, tools) in the chat template."""
-        prompts = []
-        for messages, tools in conversations:
-            segments = self.tokenizer.segments(messages, tools)
-            prompts.append([i for piece in self.tokenizer.encode_batch([s.text for s in segments]) for i in piece])
+        prompts = [self.conversation_ids(messages, tools) for messages, tools in conversations]
         return self._score_cut(prompts, slice(-self.max_tokens, None))
+
+    def conversation_ids(self, messages: list[dict], tools: Any = None) -> list[int]:
+        segments = self.tokenizer.segments(messages, tools)
+        return [i for piece in self.tokenizer.encode_batch([s.text for s in segments]) for i in piece]
 
     def _score_cut(self, prompts: Sequence[Sequence[int]], kept: slice) -> np.ndarray:
         self.cut += sum(len(ids) > self.max_tokens for ids in prompts)

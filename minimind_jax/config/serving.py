@@ -1,0 +1,63 @@
+"""Settings of the server."""
+
+import dataclasses
+from typing import Literal
+
+from minimind_jax.config.fields import ABOVE_0, Rule, Settings, at_least, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeConfig(Settings):
+    """Models of this machine behind OpenAI's protocol, and with --web a chat page (docs/serve.md).
+
+      minimind serve --model runs/assistant --web
+      MINIMIND_API_KEY=... minimind serve --model runs/assistant runs/tickets --host 0.0.0.0
+
+    model: language models, classifiers and reward models: Hugging Face folders, runs, or names on the hub. Requests
+        name them as their folder or run is called, or as NAME=FOLDER says; the first language model also answers what
+        names none.
+    host: the address to listen at; 0.0.0.0 is every network of this machine.
+    port: to listen at; 0 takes a free one, and says which.
+    api_key_file: a file with API keys, one a line; MINIMIND_API_KEY in the environment holds one as well. With neither,
+        whoever reaches the port may use the models.
+    web: show a chat page at /.
+    tools: what the page may have carried out here, as for `minimind chat` (docs/tools.md).
+    cors_origins: origins, such as https://chat.example.org, whose pages may call the server from a browser.
+    slots: answers made at the same time.
+    context: tokens of a prompt and its answer. null: the model's context.
+    queue: requests that wait for a slot; more are refused (429).
+    max_tokens: of an answer, where a request does not say. null: what its prompt leaves of the context.
+    max_n: answers and prompts of one request.
+    max_body_mib: size of a request.
+    max_seconds: that a request may take; an answer that takes longer ends with an error.
+    drain_seconds: after SIGTERM or Ctrl-C open answers are finished for at most so long.
+    thinking: let the model think first, where a request does not say.
+    dtype: of weights and activations; `auto` is bfloat16 on GPU and TPU, float32 on CPU.
+    """
+
+    model: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+    port: int = setting(8000, must=Rule(lambda port: 0 <= port < 65536, "between 0 (any) and 65535"))
+    api_key_file: str = ""
+    web: bool = setting(False, alone=True)
+    tools: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    slots: int = setting(16, must=at_least(1))
+    context: int | None = setting(None, must=at_least(2))
+    queue: int = setting(256, must=at_least(0))
+    max_tokens: int | None = setting(None, must=at_least(1))
+    max_n: int = setting(64, must=at_least(1))
+    max_body_mib: float = setting(8.0, must=ABOVE_0)
+    max_seconds: float = setting(600.0, must=ABOVE_0)
+    drain_seconds: float = setting(30.0, must=at_least(0))
+    thinking: bool = setting(False, alone=True)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.model:
+            raise ValueError("model is empty; give a Hugging Face folder or the name of a run: --model runs/assistant")
+        if self.tools and not self.web:
+            raise ValueError("tools are carried out for the chat page, which is off; add --web, or drop --tools")
+        if "*" in self.cors_origins:
+            raise ValueError("cors_origins holds *, by which any page on the web could use the models; name origins")

@@ -1,0 +1,1 @@
+"""`minimind serve`: models of this machine behind OpenAI's protocol."""

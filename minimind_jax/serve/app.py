@@ -1,0 +1,228 @@
+"""The routes."""
+
+import asyncio
+import mimetypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import FileResponse, JSONResponse
+
+from minimind_jax import __version__
+from minimind_jax.config.serving import ServeConfig
+from minimind_jax.data.values import loads
+from minimind_jax.serve import chat, completions, responses, scoring, tokens
+from minimind_jax.serve.answers import Answers, while_there
+from minimind_jax.serve.chat import Asked
+from minimind_jax.serve.drawing import tell_ignored
+from minimind_jax.serve.errors import HANDLED, answer_error
+from minimind_jax.serve.guard import Guard
+from minimind_jax.serve.metrics import Metrics, figures_of
+from minimind_jax.serve.models import Models, Served
+from minimind_jax.serve.protocol import (
+    Body,
+    ChatRequest,
+    ClassifyRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    ResponsesRequest,
+    ScoreRequest,
+    TemplateRequest,
+    TokenizeRequest,
+    ToolCallRequest,
+)
+from minimind_jax.serve.reading import Route
+from minimind_jax.serve.shape import Shape
+from minimind_jax.serve.stream import EventStream, to_the_end
+from minimind_jax.serve.worker import Worker
+from minimind_jax.tools.toolbox import Toolbox
+
+
+class Server:
+    """What all routes share."""
+
+    def __init__(self, config: ServeConfig, models: Models, worker: Worker):
+        self.config, self.models, self.worker = config, models, worker
+        self.metrics = Metrics(self._figures)
+
+    def _figures(self) -> dict[str, dict[str, float]]:
+        """Of every engine, under the name of its model: adapters share it."""
+        engines = {each.name: each.engine for each in self.models if each.engine and not each.adapter}
+        return {name: figures_of(engine) for name, engine in engines.items()}
+
+    async def respond(
+        self, http: Request, body: Body, ask: Callable[[Any, Served, ServeConfig], Asked], shape: type[Shape]
+    ) -> Response:
+        """The answers to a request, in one piece or as a stream; whoever goes away frees their rows.
+
+        ask: what the request asks of the engine, computed aside for it may take a while.
+        """
+        self.worker.check()
+        tell_ignored(body)
+        served = self.models.get(body.model, "generate")
+        asked = await asyncio.to_thread(ask, body, served, self.config)
+        watch = self.metrics.watch(served.name)
+        ticket = await self.worker.ask(served.engine, asked.requests)
+        answers = Answers(self.worker, ticket, asked.choices, self.config.max_seconds, watch, http.state.told)
+        made = shape(body, served)
+        if body.stream:
+            return EventStream(to_the_end(made.events(answers), made.fault, made.end), answers.close)
+        try:
+            found = await while_there(http, answers.all())
+            return Response(status_code=499) if found is None else JSONResponse(made.whole(answers))
+        finally:
+            answers.close()
+
+    async def compute(self, http: Request, body: Body, work: Callable[..., Any], kind: str, *more: Any) -> Response:
+        """What a function makes of the request and of its model, which is of this kind."""
+        self.worker.check()
+        tell_ignored(body)
+        served = self.models.get(body.model, kind)
+        if not asyncio.iscoroutinefunction(work):
+            return JSONResponse(await asyncio.to_thread(work, body, served, *more))
+        found = await while_there(http, asyncio.wait_for(work(body, served, *more), self.config.max_seconds))
+        return Response(status_code=499) if found is None else JSONResponse(found)
+
+
+def make_app(server: Server, keys: list[str], page: Path | None = None, tools: Toolbox | None = None) -> FastAPI:
+    """page: a folder of static files, shown at /. tools: whose calls it may have carried out."""
+    app = FastAPI(title="minimind_jax", version=__version__, docs_url=None, redoc_url=None)
+    app.router.route_class = Route
+    for kind in HANDLED:
+        app.add_exception_handler(kind, answer_error)
+    free = {"/health"}
+    _add_models(app, server)
+    _add_answers(app, server)
+    _add_figures(app, server)
+    if tools:
+        _add_tools(app, tools)
+    if page:
+        free |= _add_page(app, page)
+    app.add_middleware(Guard, keys=keys, free=free, most_bytes=int(server.config.max_body_mib * 2**20))
+    if server.config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=server.config.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+    return app
+
+
+def _add_models(app: FastAPI, server: Server) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        server.worker.check()
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [_model_object(each) for each in server.models]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        return JSONResponse(_model_object(server.models.get(name)))
+
+
+def _model_object(served: Served) -> dict[str, Any]:
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "minimind_jax",
+        "root": served.folder.name,
+        "parent": None,
+        "max_model_len": served.context,
+        "task": served.kind,
+    }
+
+
+def _add_answers(app: FastAPI, server: Server) -> None:
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, http: Request) -> Response:
+        return await server.respond(http, body, chat.ask, chat.ChatShape)
+
+    @app.post("/v1/completions")
+    async def text_completions(body: CompletionRequest, http: Request) -> Response:
+        return await server.respond(http, body, completions.ask, completions.CompletionShape)
+
+    @app.post("/v1/responses")
+    async def model_responses(body: ResponsesRequest, http: Request) -> Response:
+        return await server.respond(http, body, responses.ask, responses.ResponsesShape)
+
+
+def _add_figures(app: FastAPI, server: Server) -> None:
+    """What is computed without a word being made."""
+
+    @app.post("/v1/embeddings")
+    async def embeddings(body: EmbeddingRequest, http: Request) -> Response:
+        return await server.compute(http, body, scoring.embeddings, "generate", server.worker)
+
+    @app.post("/classify")
+    async def classify(body: ClassifyRequest, http: Request) -> Response:
+        return await server.compute(http, body, scoring.classify, "classify", server.worker)
+
+    @app.post("/score")
+    async def score(body: ScoreRequest, http: Request) -> Response:
+        return await server.compute(http, body, scoring.score, "score", server.worker)
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest, http: Request) -> Response:
+        return await server.compute(http, body, tokens.tokenize, "", server.config.thinking)
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest, http: Request) -> Response:
+        return await server.compute(http, body, tokens.detokenize, "")
+
+    @app.post("/apply-template")
+    async def apply_template(body: TemplateRequest, http: Request) -> Response:
+        return await server.compute(http, body, tokens.apply_template, "", server.config.thinking)
+
+
+def _add_tools(app: FastAPI, tools: Toolbox) -> None:
+    """Calls that the page has carried out."""
+
+    @app.get("/tools")
+    async def schemas() -> Response:
+        return JSONResponse({"tools": tools.schemas})
+
+    @app.post("/tools/call")
+    async def call(body: ToolCallRequest) -> Response:
+        arguments = body.arguments
+        if isinstance(arguments, str):
+            arguments = loads(arguments or "{}", "arguments")
+        result = await asyncio.to_thread(tools.call, body.name, arguments)
+        return JSONResponse({"content": result.text, "is_error": result.is_error})
+
+
+# The chat page -------------------------------------------------------------------------------------------------------
+
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_HEADERS = {
+    "Content-Security-Policy": _POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+def _add_page(app: FastAPI, folder: Path) -> set[str]:
+    """Every file of the folder under its path, and index.html as /; those paths, which hold nothing of the models."""
+    paths = {f"/{file.relative_to(folder).as_posix()}": file for file in folder.rglob("*") if file.is_file()}
+    paths["/"] = folder / "index.html"
+    for path, file in paths.items():
+        kind = mimetypes.types_map.get(file.suffix, "text/plain")
+        kind = "text/javascript" if file.suffix == ".js" else kind
+
+        async def send(file: Path = file, kind: str = kind) -> Response:
+            return FileResponse(file, headers=_HEADERS, media_type=kind)
+
+        app.add_api_route(path, send, methods=["GET"], include_in_schema=False)
+    return set(paths)

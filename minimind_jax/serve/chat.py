@@ -1,0 +1,147 @@
+"""/v1/chat/completions: from the request to the engine, and from the answers to OpenAI's objects."""
+
+import dataclasses
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from minimind_jax import __version__
+from minimind_jax.config.serving import ServeConfig
+from minimind_jax.inference.request import Request
+from minimind_jax.serve import logprobs
+from minimind_jax.serve.answers import Answers, Choice
+from minimind_jax.serve.drawing import count_of, extras_of, requests_of, sampling_of
+from minimind_jax.serve.errors import refused
+from minimind_jax.serve.models import Served
+from minimind_jax.serve.prompts import prompt_ids, read_talk, thinks
+from minimind_jax.serve.protocol import ChatRequest, NamedTool
+from minimind_jax.serve.shape import Shape
+from minimind_jax.serve.splitter import AnswerSplitter, Part
+from minimind_jax.serve.stream import KEEP_ALIVE, event
+
+FINGERPRINT = f"minimind-jax-{__version__}"
+
+
+@dataclasses.dataclass
+class Asked:
+    """What the engine is to do, and the choices that its answers become."""
+
+    served: Served
+    requests: list[Request]
+    choices: list[Choice]
+
+
+def new_id(kind: str) -> str:
+    return f"{kind}{secrets.token_hex(12)}"
+
+
+def ask(body: ChatRequest, served: Served, config: ServeConfig) -> Asked:
+    """Raises ApiError or UserError for a bad request."""
+    count = count_of(body, 1, config)
+    wanted = body.max_completion_tokens or body.max_tokens or config.max_tokens
+    choice = body.tool_choice or "auto"
+    if choice != "auto" and choice != "none" and not body.tools:
+        raise refused("tool_choice is set, but there are no tools", "tool_choice")
+    tools = body.tools if choice != "none" else None
+    if isinstance(choice, NamedTool) and choice.called not in [_name(tool) for tool in tools]:
+        raise refused(f"tool_choice: there is no tool {choice.called[:60]!r}", "tool_choice")
+    talk = read_talk(served.tokenizer, body.messages, tools, thinks(body, config.thinking))
+    prompt = prompt_ids(served.tokenizer, talk)
+    opens = served.tokenizer.prompt_opens_thinking(talk.messages, talk.tools, talk.thinking)
+    sampling = sampling_of(body, served, prompt, wanted)
+    parallel = body.parallel_tool_calls is not False
+    more = {**extras_of(body, served), "top_logprobs": (body.top_logprobs or 0) if body.logprobs else 0}
+    requests = requests_of(served, prompt, sampling, count, None, **more)
+    splitters = [AnswerSplitter(opens, calls=bool(talk.tools)) for _ in range(count)]
+    named = isinstance(choice, NamedTool)
+    choices = [Choice(n, prompt, splitter, parallel, not named) for n, splitter in enumerate(splitters)]
+    return Asked(served, requests, choices)
+
+
+def _name(tool: dict[str, Any]) -> Any:
+    function = tool.get("function")
+    return function.get("name") if isinstance(function, dict) else tool.get("name")
+
+
+class ChatShape(Shape):
+    """The objects of one chat completion."""
+
+    def __init__(self, body: ChatRequest, served: Served):
+        self._body, self._served = body, served
+        self._base = {
+            "id": new_id("chatcmpl-"),
+            "created": int(time.time()),
+            "model": served.name,
+            "system_fingerprint": FINGERPRINT,
+        }
+        self._calls: dict[int, int] = {}  # how many each choice has told of
+
+    def whole(self, answers: Answers) -> dict[str, Any]:
+        choices = [self._choice(choice) for choice in answers.choices]
+        more = {"prompt_token_ids": answers.choices[0].prompt} if self._body.return_token_ids else {}
+        return {**self._base, "object": "chat.completion", "choices": choices, "usage": answers.usage(), **more}
+
+    def _choice(self, choice: Choice) -> dict[str, Any]:
+        reasoning, calls = choice.reasoning or None, [_call(call) for call in choice.calls]
+        message = {
+            "role": "assistant",
+            "content": choice.content or (None if calls else ""),
+            "refusal": None,
+            "reasoning_content": reasoning,
+            "reasoning": reasoning,
+            **({"tool_calls": calls} if calls else {}),
+        }
+        end = {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
+        return {"index": choice.index, "message": message, **end, **self._tokens(choice)}
+
+    def _tokens(self, choice: Choice) -> dict[str, Any]:
+        """Log-probabilities and ids of the tokens that are new, where they were asked for."""
+        tokens, body = choice.fresh(), self._body
+        found: dict[str, Any] = {"logprobs": None}
+        if body.logprobs:
+            found["logprobs"] = logprobs.of_chat(self._served.tokenizer, tokens, body.top_logprobs or 0)
+        return {**found, "token_ids": [token.id for token in tokens]} if body.return_token_ids else found
+
+    async def events(self, answers: Answers) -> AsyncIterator[str]:
+        for choice in answers.choices:
+            more = {"prompt_token_ids": choice.prompt} if self._body.return_token_ids else {}
+            yield self._chunk(choice, {"role": "assistant", "content": ""}, {"logprobs": None}, **more)
+        async for news in answers.news():
+            if news is None:
+                yield KEEP_ALIVE
+                continue
+            choice, parts = news
+            for part in parts:
+                for delta in self._deltas(choice, part):
+                    yield self._chunk(choice, delta, self._tokens(choice))
+            if choice.finish_reason:
+                end = {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
+                yield self._chunk(choice, {}, {**self._tokens(choice), **end})
+        if self._body.stream_options and self._body.stream_options.include_usage:
+            yield event({**self._base, "object": "chat.completion.chunk", "choices": [], "usage": answers.usage()})
+
+    def _deltas(self, choice: Choice, part: Part) -> list[dict[str, Any]]:
+        if part.reasoning:
+            return [{"reasoning_content": part.reasoning, "reasoning": part.reasoning}]
+        if part.content:
+            return [{"content": part.content}]
+        index = self._calls.get(choice.index, 0)
+        self._calls[choice.index] = index + 1
+        call = _call(part.call)
+        arguments = call["function"]["arguments"]
+        call["function"] = {"name": part.call.name, "arguments": ""}
+        rest = {"index": index, "function": {"arguments": arguments}}
+        return [{"tool_calls": [{"index": index, **call}]}, {"tool_calls": [rest]}]
+
+    def _chunk(self, choice: Choice, delta: dict[str, Any], told: dict[str, Any], **more: Any) -> str:
+        shown = {"index": choice.index, "delta": delta, "finish_reason": None, **told}
+        return event({**self._base, "object": "chat.completion.chunk", "choices": [shown], **more})
+
+
+def _call(call: Any) -> dict[str, Any]:
+    return {
+        "id": new_id("call_"),
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }

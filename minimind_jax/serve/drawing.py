@@ -1,0 +1,84 @@
+"""What a request asks of the engine: which answers, drawn how, within which bounds."""
+
+import dataclasses
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from minimind_jax.config.generation import SamplingConfig
+from minimind_jax.config.serving import ServeConfig
+from minimind_jax.inference.request import Request
+from minimind_jax.serve import log
+from minimind_jax.serve.errors import refused
+from minimind_jax.serve.models import Served
+from minimind_jax.serve.protocol import WITHOUT_A_WORD, Body, Drawing, Sampling
+
+_SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_MOST_BIASED = 1024
+
+
+def tell_ignored(body: Body) -> None:
+    for name, value in (body.model_extra or {}).items():
+        if name not in WITHOUT_A_WORD and value not in (None, False, [], {}):
+            log.once(f"{type(body).__name__}: field {name[:40]!r} is ignored")
+
+
+def sampling_of(body: Sampling, served: Served, prompt: Sequence[int], max_tokens: int | None) -> SamplingConfig:
+    """How each answer to a prompt is drawn; its seed is the first answer's. Raises ApiError for a prompt that leaves no
+    room. max_tokens: asked for; None for all that there is room for."""
+    room = served.context - len(prompt)
+    if room < 1:
+        raise refused(
+            f"This model's maximum context length is {served.context} tokens. However, your prompt has {len(prompt)} "
+            "tokens, which leaves no room for an answer. Please reduce the length of the messages.",
+            "messages",
+            "context_length_exceeded",
+        )
+    given = {name: value for name in _SETTINGS if (value := getattr(body, name)) is not None}
+    given["top_k"] = max(0, given.get("top_k", served.sampling.top_k))  # -1 is vLLM's off
+    stop = getattr(body, "stop", None) or ()
+    return dataclasses.replace(
+        served.sampling,
+        max_new_tokens=min(max_tokens or room, room),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        ignore_eos=bool(getattr(body, "ignore_eos", None)),
+        seed=secrets.randbelow(2**61) if body.seed is None else body.seed,
+        **given,
+    )
+
+
+def count_of(body: Drawing, prompts: int, config: ServeConfig) -> int:
+    """Answers to each of so many prompts. Raises ApiError for more than a request may ask for."""
+    count = body.n or 1
+    if count * prompts > config.max_n:
+        raise refused(f"the request asks for {count * prompts} answers; at most {config.max_n} are made at once", "n")
+    return count
+
+
+def requests_of(
+    served: Served, prompt: list[int], sampling: SamplingConfig, count: int, constrain: Any = None, **more: Any
+) -> list[Request]:
+    """So many answers to a prompt: the n-th draws with seed + n. constrain: makes what binds one of them, or None."""
+    return [
+        Request(
+            tuple(prompt),
+            dataclasses.replace(sampling, seed=sampling.seed + n),
+            constraint=constrain() if constrain else None,
+            adapter=served.adapter,
+            **more,
+        )
+        for n in range(count)
+    ]
+
+
+def extras_of(body: Drawing, served: Served) -> dict[str, Any]:
+    """Stop ids and biases, as the engine takes them. Raises ApiError."""
+    stop_ids = tuple(dict.fromkeys(body.stop_token_ids or ()))
+    bias = body.logit_bias or {}
+    if len(bias) > _MOST_BIASED:
+        raise refused(f"logit_bias has {len(bias)} tokens; at most {_MOST_BIASED} are taken", "logit_bias")
+    for name, tokens in (("logit_bias", bias), ("stop_token_ids", map(str, stop_ids))):
+        for token in tokens:
+            if not (token.isascii() and token.isdecimal() and len(token) < 10 and int(token) < served.vocabulary):
+                raise refused(f"{name}: {token[:20]!r} is none of the ids 0 to {served.vocabulary - 1}", name)
+    return {"stop_ids": stop_ids, "logit_bias": tuple((int(token), value) for token, value in bias.items())}

@@ -1,0 +1,68 @@
+"""What goes wrong, as OpenAI's clients understand it: {"error": {message, type, param, code}} and a status."""
+
+from typing import Any
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from minimind_jax.errors import UserError
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    503: "unavailable_error",
+    504: "timeout_error",
+}
+
+
+class ApiError(HTTPException):
+    """A request that is refused, or an answer that cannot be finished. param: the field at fault. code: OpenAI's."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str):
+        super().__init__(status, message, {name.replace("_", "-"): value for name, value in headers.items()} or None)
+        self.param, self.code = param, code
+
+
+def refused(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(400, message, param, code)
+
+
+def error_object(error: Exception) -> dict[str, Any]:
+    """The body that says it. What is nobody's fault but ours is not told in detail."""
+    if isinstance(error, UserError):
+        error = refused(str(error))
+    if not isinstance(error, HTTPException):
+        error = ApiError(500, "the server made a mistake; its log says more")
+    status = error.status_code
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    param, code = getattr(error, "param", None), getattr(error, "code", None)
+    return {"error": {"message": str(error.detail), "type": kind, "param": param, "code": code}}
+
+
+def status_of(error: Exception) -> int:
+    return 400 if isinstance(error, UserError) else getattr(error, "status_code", 500)
+
+
+async def answer_error(request: Request, error: Exception) -> JSONResponse:
+    """The response to a request that has failed."""
+    if isinstance(error, RequestValidationError):
+        error = _of_validation(error)
+    elif isinstance(error, HTTPException) and not isinstance(error, ApiError):
+        told = {404: f"there is no {request.url.path}", 405: f"{request.url.path} does not take {request.method}"}
+        error = ApiError(error.status_code, told.get(error.status_code, str(error.detail)), **(error.headers or {}))
+    return JSONResponse(error_object(error), status_of(error), getattr(error, "headers", None))
+
+
+def _of_validation(error: RequestValidationError) -> ApiError:
+    first = error.errors()[0]
+    place = [part for part in first["loc"] if part != "body"]
+    # Of a field with several types each is named; the user knows the field.
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".") or None
+    return refused(f"{param}: {first['msg']}" if param else first["msg"], param)
+
+
+HANDLED = (HTTPException, RequestValidationError, UserError, Exception)

@@ -1,0 +1,113 @@
+"""From the settings to a server that listens, and to its end."""
+
+import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvicorn
+
+from minimind_jax.config.generation import SamplingConfig
+from minimind_jax.config.serving import ServeConfig
+from minimind_jax.errors import UserError
+from minimind_jax.paths import as_path
+from minimind_jax.serve import log
+from minimind_jax.serve.app import Server, make_app
+from minimind_jax.serve.errors import ApiError
+from minimind_jax.serve.models import Models, load_models
+from minimind_jax.serve.worker import Worker
+from minimind_jax.texts import read_text
+from minimind_jax.tools.toolbox import Toolbox
+
+PAGE = Path(__file__).with_name("page")
+KEY_VARIABLE = "MINIMIND_API_KEY"
+IDLE_SECONDS = 75  # that a connection without requests is kept
+
+
+def listen(config: ServeConfig) -> None:
+    """Serves until a signal ends it; open answers are finished first. Raises UserError."""
+    keys = api_keys(config.api_key_file)
+    with Toolbox(config.tools) if config.tools else contextlib.nullcontext() as tools:
+        models = load_models(config)
+        log.set_up()
+        Listening(config, models, keys, tools).run()
+
+
+def api_keys(file: str) -> list[str]:
+    """The keys of a file, one a line, and of the environment. Raises UserError."""
+    lines = read_text(as_path(file)).splitlines() if file else []
+    found = [line.strip() for line in [*lines, os.environ.get(KEY_VARIABLE, "")]]
+    keys = [key for key in found if key and not key.startswith("#")]
+    if file and not keys:
+        raise UserError(f"{file} holds no API key; write one a line, or leave api_key_file out")
+    return keys
+
+
+class Listening(uvicorn.Server):
+    """The server at its address. Its worker warms up while it listens already: /health says 503 until then."""
+
+    def __init__(self, config: ServeConfig, models: Models, keys: Sequence[str], tools: Toolbox | None = None):
+        self._settings, self._models, self._keys = config, models, keys
+        self._worker = Worker(models.engines)
+        server = Server(config, models, self._worker)
+        app = make_app(server, list(keys), PAGE if config.web else None, tools)
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=config.host,
+                port=config.port,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="off",
+                ws="none",
+                timeout_keep_alive=IDLE_SECONDS,
+                timeout_graceful_shutdown=int(config.drain_seconds) + 3,
+            )
+        )
+
+    @property
+    def url(self) -> str:
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    async def startup(self, sockets=None) -> None:
+        try:
+            await super().startup(sockets)
+        except SystemExit:
+            place = f"{self._settings.host}:{self._settings.port}"
+            raise UserError(f"cannot listen at {place}; is another server there? --port 0 takes a free one") from None
+        self._say_open()
+        self._worker.start(self._warm_up)
+
+    def _warm_up(self) -> None:
+        for served in self._models:
+            if served.engine:
+                served.engine.generate([[0]], SamplingConfig(max_new_tokens=2))
+        log.logger.info("ready: %s/v1", self.url)
+
+    def _say_open(self) -> None:
+        names = ", ".join(served.name for served in self._models)
+        log.logger.info("serving %s at %s%s", names, self.url, ", with a page" if self._settings.web else "")
+        if not self._keys:
+            log.logger.warning(
+                "no API key is set: %s may use the models (%s=KEY or --api_key_file sets one)",
+                "every program on this machine" if self._is_local() else "WHOEVER REACHES THIS MACHINE'S NETWORK",
+                KEY_VARIABLE,
+            )
+
+    def _is_local(self) -> bool:
+        return self._settings.host in ("127.0.0.1", "localhost", "::1")
+
+    async def shutdown(self, sockets=None) -> None:
+        """Open answers are finished for a while; those that are not are told that no more comes."""
+        open_answers = self._worker.open_answers
+        log.logger.info("stopping; %d open answers are finished first", open_answers)
+        gone = ApiError(503, "the server is stopping")
+        late = asyncio.get_running_loop().call_later(self._settings.drain_seconds, self._worker.abandon, gone)
+        await super().shutdown(sockets)
+        late.cancel()
+        self._worker.stop()
+        sys.stderr.flush()

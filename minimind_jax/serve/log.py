@@ -1,0 +1,26 @@
+"""What the server says on the standard error: one line a request, without a word of what was asked or answered."""
+
+import logging
+import sys
+
+logger = logging.getLogger("minimind.serve")
+_MOST = 500  # different notes: names in them are the clients'
+
+_told: set[str] = set()
+
+
+def set_up() -> None:
+    """Lines with their time, of ours and of uvicorn's errors."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    for name, level in (("minimind.serve", logging.INFO), ("uvicorn", logging.WARNING)):
+        log = logging.getLogger(name)
+        log.handlers, log.propagate = [handler], False
+        log.setLevel(level)
+
+
+def once(note: str) -> None:
+    """Says what was ignored or changed, the first time that it happens."""
+    if note not in _told and len(_told) < _MOST:
+        _told.add(note)
+        logger.info("note (said once): %s", note)

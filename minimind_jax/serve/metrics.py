@@ -1,0 +1,107 @@
+"""What Prometheus reads at /metrics, under vLLM's names, so that its dashboards show this server as well."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from minimind_jax.inference.engine import Engine
+
+_FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+_NEXT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5)
+_WHOLE = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+
+# Of an engine, as it is now: the name, what it is, and the field of its figures.
+_GAUGES = (
+    ("num_requests_running", "Requests that are being answered", "running"),
+    ("num_requests_waiting", "Requests that wait for a slot", "waiting"),
+    ("kv_cache_usage_perc", "Share of the cache that holds tokens, 1 is all", "kv_usage"),
+)
+_COUNTS = (
+    ("prefix_cache_queries", "Tokens of prompts that were looked for in the cache", "prefix_queries"),
+    ("prefix_cache_hits", "Tokens of prompts that were found in the cache", "prefix_hits"),
+)
+
+Figures = Callable[[], Mapping[str, Mapping[str, float]]]  # of every model: running, waiting, kv_usage, prefix_...
+
+
+def figures_of(engine: Engine) -> dict[str, float]:
+    counts = engine.counts
+    return {
+        "running": engine.running,
+        "waiting": engine.waiting,
+        "kv_usage": engine.cache_usage,
+        "prefix_queries": counts["prompt_tokens"] + counts["cached_tokens"],
+        "prefix_hits": counts["cached_tokens"],
+    }
+
+
+class Metrics:
+    def __init__(self, figures: Figures):
+        self._registry = CollectorRegistry()
+        self._registry.register(_Engines(figures))
+        kept = {"registry": self._registry}
+        model = ["model_name"]
+        self.prompt = Counter("vllm:prompt_tokens", "Tokens of prompts", model, **kept)
+        self.made = Counter("vllm:generation_tokens", "Tokens of answers", model, **kept)
+        self.ended = Counter("vllm:request_success", "Answers by their end", [*model, "finished_reason"], **kept)
+        first, following, whole = "time_to_first_token", "inter_token_latency", "e2e_request_latency"
+        self.first = Histogram(f"vllm:{first}_seconds", "Until the first token", model, buckets=_FIRST, **kept)
+        self.next = Histogram(f"vllm:{following}_seconds", "Between tokens", model, buckets=_NEXT, **kept)
+        self.whole = Histogram(f"vllm:{whole}_seconds", "Until an answer is whole", model, buckets=_WHOLE, **kept)
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)
+
+    def watch(self, model: str) -> "Watch":
+        return Watch(self, model)
+
+
+class _Engines(Collector):
+    def __init__(self, figures: Figures):
+        self._figures = figures
+
+    def collect(self) -> Iterator[Any]:
+        figures = self._figures()
+        for kind, table in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTS)):
+            for name, words, field in table:
+                family = kind(f"vllm:{name}", words, labels=["model_name"])
+                for model, values in figures.items():
+                    family.add_metric([model], values[field])
+                yield family
+
+
+class Watch:
+    """The clock of one request's answers."""
+
+    def __init__(self, metrics: Metrics, model: str):
+        self._metrics, self._model = metrics, model
+        self._begin = time.monotonic()
+        self._last: dict[int, float] = {}
+        self._is_over = False
+
+    def count(self, index: int, tokens: int, finish_reason: str | None) -> None:
+        """The answer `index` has so many more tokens, and has ended if there is a reason."""
+        now = time.monotonic()
+        if tokens and index not in self._last:
+            self._metrics.first.labels(self._model).observe(now - self._begin)
+        elif tokens:
+            self._metrics.next.labels(self._model).observe((now - self._last[index]) / tokens)
+        if tokens:
+            self._last[index] = now
+            self._metrics.made.labels(self._model).inc(tokens)
+        if finish_reason:
+            self._metrics.ended.labels(self._model, finish_reason).inc()
+            self._metrics.whole.labels(self._model).observe(now - self._begin)
+
+    def end(self, prompts: Iterable[Sequence[int]], unfinished: int) -> None:
+        """Nobody waits any more: for so many answers that were not finished."""
+        if self._is_over:
+            return
+        self._is_over = True
+        self._metrics.prompt.labels(self._model).inc(sum(map(len, prompts)))
+        if unfinished:
+            self._metrics.ended.labels(self._model, "abort").inc(unfinished)

@@ -1,0 +1,124 @@
+"""The models that are served, by name."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from minimind_jax.config.generation import SamplingConfig
+from minimind_jax.config.serving import ServeConfig
+from minimind_jax.convert.hf import load_labels
+from minimind_jax.convert.load import folders_of, load_tokenizer
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.errors import UserError
+from minimind_jax.folders import is_adapter, resolve_model_folder
+from minimind_jax.inference.embed import Embedder
+from minimind_jax.inference.engine import Engine
+from minimind_jax.inference.generation_config import read_generation_config
+from minimind_jax.inference.load import load_model
+from minimind_jax.inference.score import Scorer
+from minimind_jax.serve.errors import ApiError
+
+
+@dataclasses.dataclass(eq=False)
+class Served:
+    """A model under its name: a language model, which has an engine, or one that scores.
+
+    adapter: of the engine's, that answers; "" the model itself. created: seconds since 1970.
+    """
+
+    name: str
+    folder: Path
+    engine: Engine | None = None
+    scorer: Scorer | None = None
+    adapter: str = ""
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return (self.engine or self.scorer).tokenizer
+
+    @property
+    def context(self) -> int:
+        return self.engine.context if self.engine else self.scorer.max_tokens
+
+    @property
+    def vocabulary(self) -> int:
+        return (self.engine or self.scorer).model.config.vocab_size
+
+    @functools.cached_property
+    def embedder(self) -> Embedder:
+        return Embedder(self.engine.model)
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        return self.engine.sampling
+
+    @property
+    def kind(self) -> str:
+        if self.engine:
+            return "generate"
+        return "score" if len(self.scorer.labels.names) == 1 else "classify"
+
+
+class Models:
+    """All that are served."""
+
+    def __init__(self, served: list[Served]):
+        self._by_name = {each.name: each for each in served}
+
+    def __iter__(self) -> Iterator[Served]:
+        return iter(self._by_name.values())
+
+    @property
+    def engines(self) -> list[Engine]:
+        return list({id(each.engine): each.engine for each in self if each.engine}.values())
+
+    def get(self, name: str | None, kind: str = "") -> Served:
+        """The model of that name, which must be of the kind; None: the first of the kind. Raises ApiError."""
+        fitting = [each for each in self if kind in ("", each.kind)]
+        if name is None and fitting:
+            return fitting[0]
+        found = self._by_name.get(name)
+        names = ", ".join(each.name for each in fitting) or "none"
+        if found is None:
+            what = "a model" if name is None else f"the model {name[:80]!r}"
+            raise ApiError(404, f"{what} that can do this is not here; there are: {names}", "model", "model_not_found")
+        if found not in fitting:
+            raise ApiError(400, f"the model {found.name} is for {found.kind}; for this there are: {names}", "model")
+        return found
+
+
+def load_models(config: ServeConfig) -> Models:
+    """Raises UserError for a folder that is no model, and two of one name."""
+    served: list[Served] = []
+    for entry in config.model:
+        name, path = _named(entry)
+        folder = resolve_model_folder(path)
+        if not is_adapter(folder) and load_labels(folder) is not None:
+            served.append(Served(name, folder, scorer=Scorer(path)))
+            continue
+        served.append(Served(name, folder, _engine(folder, config)))
+    names = [each.name for each in served]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise UserError(f"two models are called {twice}; name one of them: --model OTHER=FOLDER")
+    return Models(served)
+
+
+def _engine(folder: Path, config: ServeConfig) -> Engine:
+    model, params = load_model(folder, config.dtype)
+    tokenizer, defaults = load_tokenizer(folder), read_generation_config(*folders_of(folder))
+    eos_ids = {*defaults.eos_ids, *model.config.end_ids, *tokenizer.end_ids}
+    size = {"slots": config.slots, "context": config.context or model.config.max_position_embeddings}
+    return Engine(model, params, tokenizer, eos_ids, defaults.sampling, queue=config.queue, **size)
+
+
+def _named(entry: str) -> tuple[str, str]:
+    """(name, folder) of NAME=FOLDER; without a name it is the run's, or the last part of the folder that says it."""
+    name, given, path = entry.partition("=")
+    if given and name and path and "/" not in name:
+        return name, path
+    parts = [part for part in Path(entry).parts if part not in ("model", "/", ".", "..")]
+    return (parts[-1] if parts else Path(entry).resolve().name), entry

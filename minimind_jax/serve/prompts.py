@@ -1,0 +1,121 @@
+"""Messages and tools of a request -> the tokens of its prompt."""
+
+import functools
+import re
+from collections import Counter
+from typing import Any, NamedTuple
+
+from minimind_jax.data.documents import encode_prompt
+from minimind_jax.data.messages import REASONING, TEXT_PARTS, read_messages, without_marks
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.data.tools import read_tools
+from minimind_jax.data.values import Place
+from minimind_jax.serve import log
+from minimind_jax.serve.errors import refused
+from minimind_jax.serve.protocol import Json, Thinking
+
+_FIELDS = {"role", "content", "name", "tool_calls", "function_call", "tool_call_id", *REASONING}
+_SWITCHES = ("open_thinking", "enable_thinking", "thinking")
+_NO_EFFORT = ("none", "minimal", "off", "disabled")
+
+
+class Talk(NamedTuple):
+    """Messages and tools as the chat template takes them, and whether the model thinks first."""
+
+    messages: list[Json]
+    tools: list[Json] | None
+    thinking: bool
+
+
+def read_talk(tokenizer: Tokenizer, messages: list[Json], tools: list[Json] | None, thinking: bool) -> Talk:
+    """A conversation of OpenAI's shape. Raises UserError or ApiError with the field at fault.
+
+    Special tokens that are spelled in it are put apart: text of a user must not end his turn and begin another.
+    """
+    place = Place("messages", "messages", Counter())
+    read, _ = read_messages([_known(message, index) for index, message in enumerate(messages)], place)
+    schemas = read_tools([_function(tool, index) for index, tool in enumerate(tools)], _at("tools")) if tools else None
+    apart = functools.partial(_apart, pattern=_special(tokenizer))
+    return Talk(apart(without_marks(read)), apart(schemas), thinking)
+
+
+def prompt_ids(tokenizer: Tokenizer, talk: Talk) -> list[int]:
+    return encode_prompt(tokenizer, talk.messages, talk.tools, talk.thinking)
+
+
+def prompt_text(tokenizer: Tokenizer, talk: Talk, add_generation_prompt: bool = True) -> str:
+    segments = tokenizer.prompt_segments(talk.messages, talk.tools, add_generation_prompt, talk.thinking)
+    return "".join(segment.text for segment in segments)
+
+
+def thinks(request: Thinking, default: bool) -> bool:
+    """What the first of the switches says, by whatever name."""
+    inside = request.chat_template_kwargs or {}
+    for name in inside.keys() - {*_SWITCHES, "reasoning_effort"}:
+        log.once(f"chat_template_kwargs: {name[:40]!r} is ignored; there are {', '.join(_SWITCHES)}")
+    for name in _SWITCHES:
+        for value in (getattr(request, name), inside.get(name)):
+            if isinstance(value, dict):  # {"type": "enabled"}
+                value = {"enabled": True, "disabled": False}.get(value.get("type"))
+            if value is not None:
+                if not isinstance(value, bool):
+                    raise refused(f"{name} must be true or false", name)
+                return value
+    effort = request.reasoning_effort or inside.get("reasoning_effort")
+    return default if effort is None else effort not in _NO_EFFORT
+
+
+def _at(name: str) -> Place:
+    return Place(name, name, Counter())
+
+
+def _known(message: Json, index: int) -> Json:
+    """The message without what no model is told, its parts being text."""
+    for name in message.keys() - _FIELDS:
+        if message[name] not in (None, [], {}):
+            log.once(f"messages: field {name[:40]!r} is ignored")
+    kept = {name: value for name, value in message.items() if name in _FIELDS}
+    if isinstance(kept.get("content"), list):
+        where = f"messages[{index}].content"
+        kept["content"] = [_text_of(part, f"{where}[{n}]") for n, part in enumerate(kept["content"])]
+    return kept
+
+
+def _text_of(part: Any, where: str) -> str:
+    if isinstance(part, dict):
+        kind = part.get("type", "text")
+        if kind not in (*TEXT_PARTS, "refusal"):
+            raise refused(f"{where} has the type {str(kind)[:40]!r}; this model reads text", where)
+        part = part.get("refusal" if kind == "refusal" else "text")
+    if not isinstance(part, str):
+        raise refused(f"{where} has no text", where)
+    return part
+
+
+def _function(tool: Json, index: int) -> Json:
+    """A tool as chat has it: of responses the function stands beside its type."""
+    if tool.get("type", "function") != "function":
+        kind = str(tool["type"])[:40]
+        raise refused(f"tools[{index}] has the type {kind!r}; this server has tools of type function", "tools")
+    if "function" in tool or "name" not in tool:
+        return tool
+    return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
+
+
+def _special(tokenizer: Tokenizer) -> re.Pattern:
+    """What spells a special token."""
+    words = {tokenizer.byte_pieces[i].decode("utf-8", "replace") for i in tokenizer.special_ids}
+    longest_first = sorted((word for word in words if len(word) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "$^")
+
+
+def _apart(value: Any, pattern: re.Pattern) -> Any:
+    """A JSON value whose texts spell no special token: a space stands behind its first character."""
+    if isinstance(value, str):
+        text, count = pattern.subn(lambda found: f"{found[0][0]} {found[0][1:]}", value)
+        if count:
+            log.once("special tokens that messages spell, such as <|im_end|>, reach the model as text: < |im_end|>")
+        return text
+    if isinstance(value, dict):
+        return {_apart(name, pattern): _apart(item, pattern) for name, item in value.items()}
+    return [_apart(item, pattern) for item in value] if isinstance(value, list) else value

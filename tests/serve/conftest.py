@@ -1,0 +1,107 @@
+"""A server in a thread of this process, with a tiny random model, and clients of it."""
+
+import contextlib
+import threading
+import time
+
+import jax
+import pytest
+
+from minimind_jax.config.serving import ServeConfig
+from minimind_jax.convert.hf import save_hf
+from minimind_jax.data.tokenizer import train_bpe
+from minimind_jax.model.config import ModelConfig
+from minimind_jax.model.transformer import LanguageModel
+
+pytest.importorskip("fastapi")
+pytest.importorskip("openai")
+
+TEXTS = [
+    "The cat sat on the mat, and the dog sat on the log.",
+    "你好，世界。今天天气很好，我们去公园散步吧。",
+    "User: what is a cat? Assistant: a cat is a small animal. 🐱🐶",
+    '{"name": "add", "arguments": {"a": 1, "b": [true, null]}}',
+]
+CONTEXT = 512
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, compilation_cache):
+    """A random model whose answers are varied text and seldom end by themselves."""
+    words = train_bpe(TEXTS * 3, tmp_path_factory.mktemp("words"), vocab_size=360)
+    config = ModelConfig(
+        vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=CONTEXT, initializer_range=0.3,
+    )  # fmt: skip
+    params = LanguageModel(config).init(jax.random.key(3))
+    return save_hf(tmp_path_factory.mktemp("models") / "tiny", config, params, words, "float32")
+
+
+class Running:
+    """A server that listens. url: of its /v1."""
+
+    def __init__(self, config: ServeConfig, keys=()):
+        from minimind_jax.serve import log
+        from minimind_jax.serve.listening import Listening
+        from minimind_jax.serve.models import load_models
+
+        log.set_up()
+        self.models = load_models(config)
+        self.server = Listening(config, self.models, list(keys))
+        self.worker = self.server._worker
+        self._thread = threading.Thread(target=self.server.run, daemon=True)
+        self._thread.start()
+        wait_until(lambda: self.worker.is_ready or self.worker.fault or not self._thread.is_alive(), seconds=120)
+        assert self.worker.is_ready, self.worker.fault
+        self.url = f"{self.server.url}/v1"
+        self.root = self.server.url
+
+    @property
+    def engine(self):
+        return self.models.engines[0]
+
+    def idle(self):
+        """Waits until no row is busy."""
+        wait_until(lambda: not self.engine.busy and not self.worker.open_answers, seconds=20)
+        return self.engine.running == self.engine.waiting == 0
+
+    def stop(self):
+        self.server.should_exit = True
+        self._thread.join(timeout=30)
+
+
+def wait_until(holds, seconds):
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def running(*arguments, **changes):
+    server = Running(ServeConfig(**{"port": 0, "slots": 4, **changes}), *arguments)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def server(folder):
+    with running(model=(f"tiny={folder}",)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def client(server):
+    import openai
+
+    return openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="session")
+def http(server):
+    """Plain HTTP to the server."""
+    import httpx
+
+    with httpx.Client(base_url=server.root, timeout=60) as client:
+        yield client

@@ -1,0 +1,182 @@
+"""Requests that nobody should send: each is refused with OpenAI's error object, and the server answers the next."""
+
+import json
+
+import httpx
+import pytest
+
+CHAT = "/v1/chat/completions"
+ASK = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+
+
+def refusal(response, status=400):
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["message"]
+    return error
+
+
+@pytest.fixture(autouse=True)
+def _still_answers(http, server):
+    yield
+    assert http.post(CHAT, json=ASK).status_code == 200
+    assert server.idle()
+
+
+@pytest.mark.parametrize(
+    "changes, param",
+    [
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": "0.5"}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": "many"}, "max_tokens"),
+        ({"n": 0}, "n"),
+        ({"n": 10**9}, "n"),
+        ({"seed": 2**70}, "seed"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {"٣": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"logit_bias": [5]}, "logit_bias"),
+        ({"stop": [""]}, None),
+        ({"stop": [5]}, None),
+        ({"stop_token_ids": [2**40]}, "stop_token_ids[0]"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"stream": "yes"}, "stream"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": [5]}, "messages[0]"),
+        ({"messages": [{}]}, None),
+        ({"messages": [{"role": "user"}]}, None),
+        ({"messages": [{"role": "user", "content": 5}]}, None),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, None),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [{"name": "f", "arguments": {}}]}]}, None),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": "[1"}]}]}, None),
+        ({"tools": "f"}, "tools"),
+        ({"tools": [{"type": "function"}]}, None),
+        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"model": 5}, "model"),
+        ({"reasoning_effort": 5}, "reasoning_effort"),
+        ({"thinking": "yes"}, None),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused_by_name(http, changes, param):
+    error = refusal(http.post(CHAT, json={**ASK, **changes}))
+    assert error["type"] == "invalid_request_error"
+    assert param is None or error["param"] == param
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\xff\xfe\x00",
+        b"[]",
+        b"null",
+        b"{",
+        b'{"messages": [{"role": "user", "content": "hi"}], "temperature": NaN}',
+        b'{"messages": [{"role": "user", "content": "hi"}], "temperature": Infinity}',
+        b'{"messages": [{"role": "user", "content": "hi"}], "temperature": 1e999}',
+        b'{"messages": [{"role": "user", "content": "hi \\ud800"}]}',
+        b'{"messages": [{"role": "user", "content": "hi"}], "stop": "\\udfff"}',
+        b'{"messages": ' + b"[" * 100_000,
+        b'{"messages": [{"role": "user", "content": "hi"}], "metadata": ' + b'{"a":' * 200 + b"1" + b"}" * 201,
+    ],
+    ids=lambda body: repr(body[:70]),
+)
+def test_what_is_no_json_object_of_whole_characters_is_refused(http, body):
+    refusal(http.post(CHAT, content=body, headers={"content-type": "application/json"}))
+
+
+def test_a_form_is_refused_so_that_no_page_of_another_origin_can_send_one(http):
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        refusal(http.post(CHAT, content=json.dumps(ASK), headers={"content-type": kind}), 415)
+
+
+def test_a_body_that_is_too_large_is_refused_also_without_a_length(http, server):
+    size = int(server.server._settings.max_body_mib * 2**20) + 1
+    refusal(http.post(CHAT, content=b" " * size, headers={"content-type": "application/json"}), 413)
+
+    def pieces():
+        for _ in range(size // 65536 + 1):
+            yield b" " * 65536
+
+    try:
+        refusal(http.post(CHAT, content=pieces(), headers={"content-type": "application/json"}), 413)
+    except httpx.WriteError:
+        pass  # the server has answered and closed before all was sent
+
+
+@pytest.mark.parametrize(
+    "method, path, status",
+    [
+        ("GET", "/v1/nothing", 404),
+        ("GET", "/../etc/passwd", 404),
+        ("GET", CHAT, 405),
+        ("DELETE", "/v1/models", 405),
+        ("GET", "/v1/models/other", 404),
+        ("GET", "/tools", 404),
+    ],
+)
+def test_a_path_that_is_not_there_says_so(http, method, path, status):
+    refusal(http.request(method, path), status)
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("/v1/completions", {"prompt": []}),
+        ("/v1/completions", {"prompt": [[]]}),
+        ("/v1/completions", {"prompt": [99999]}),
+        ("/v1/completions", {"prompt": [-1]}),
+        ("/v1/completions", {"prompt": ["a", 5]}),
+        ("/v1/completions", {"prompt": [5] * 512}),
+        ("/v1/completions", {"prompt": "a", "suffix": "b"}),
+        ("/v1/completions", {"prompt": "a", "best_of": 3}),
+        ("/v1/completions", {"prompt": "a", "echo": True, "logprobs": 1}),
+        ("/v1/responses", {"input": []}),
+        ("/v1/responses", {"input": [{"type": "image"}]}),
+        ("/v1/responses", {"input": [{"type": "reasoning", "content": 5}]}),
+        ("/v1/responses", {"input": [{"type": "function_call", "name": 5}]}),
+        ("/v1/responses", {"input": "a", "previous_response_id": "resp_1"}),
+        ("/v1/responses", {"input": "a", "tool_choice": {"type": "function"}}),
+        ("/v1/responses", {"input": "a", "reasoning": 5}),
+        ("/v1/embeddings", {"input": "a", "dimensions": 5}),
+        ("/v1/embeddings", {"input": [5] * 600}),
+        ("/v1/embeddings", {"input": ""}),
+        ("/classify", {"input": "a", "model": "tiny"}),
+        ("/tokenize", {}),
+        ("/tokenize", {"prompt": "a", "content": "b"}),
+        ("/detokenize", {"tokens": [-1]}),
+        ("/detokenize", {"tokens": [9999]}),
+        ("/apply-template", {"messages": [{"role": "user", "content": None}]}),
+    ],
+)
+def test_other_routes_refuse_in_the_same_way(http, path, body):
+    refusal(http.post(path, json=body))
+
+
+def test_fields_that_nobody_knows_change_nothing(http):
+    told = http.post(CHAT, json={**ASK, "seed": 1, "temperature": 1}).json()
+    more = {"frobnicate": {"a": 1}, "user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto"}
+    found = http.post(CHAT, json={**ASK, "seed": 1, "temperature": 1, **more}).json()
+    assert found["choices"] == told["choices"]
+
+
+def test_tokens_there_and_back(http):
+    text = "The cat 你好 <|im_end|>\n"
+    found = http.post("/tokenize", json={"content": text, "return_token_strs": True}).json()
+    assert found["count"] == len(found["tokens"]) == len(found["token_strs"])
+    assert http.post("/detokenize", json={"tokens": found["tokens"]}).json()["content"] == text
+    whole = http.post("/tokenize", json={"prompt": text, "add_special_tokens": True}).json()
+    assert whole["tokens"][1:] == found["tokens"]
