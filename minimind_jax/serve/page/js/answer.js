@@ -4,11 +4,12 @@ import { forModel } from "./conversation.js";
 import { callTool, CutError, ServerError, streamChat } from "./server.js";
 
 export const MOST_ROUNDS = 5; // of calls and results in one answer; `minimind chat` has as many
+const COMPLETE = ["stop", "length", "tool_calls"]; // reasons for an end that the model itself came to
 
 /**
  * Answers the message `parent` of a conversation.
  *
- * asked: {model, schemas (of the tools offered), thinking, version (the how many-eth answer to it, from 0), signal}
+ * asked: {model, schemas (of the tools offered), thinking, version (how many answers to it there are already), signal}
  * changed(message, isNew): called whenever a message of the answer grew.
  * Throws ServerError; what had come until then is kept. A message that nothing came for is taken away.
  */
@@ -16,12 +17,13 @@ export async function answer(conversation, parent, asked, changed) {
   let last = parent;
   let skipped = 0;
   for (let round = 0; ; round++) {
-    const message = conversation.add("assistant", last.id, { reasoning: "", calls: [], finish: null, stats: {}, model: asked.model });
+    const empty = { reasoning: "", calls: [], finish: null, stats: {}, model: asked.model };
+    const message = conversation.add("assistant", last.id, empty);
     changed(message, true);
     try {
       skipped = await speak(conversation, message, { ...asked, skipped, mayCall: round < MOST_ROUNDS }, changed);
     } finally {
-      if (!message.content && !message.reasoning && !message.calls.length && message.finish !== "stop") conversation.remove(message);
+      if (isEmpty(message) && !COMPLETE.includes(message.finish)) conversation.remove(message);
       changed(message);
     }
     last = message;
@@ -90,10 +92,9 @@ async function read(message, body, signal, changed) {
     }
   } catch (error) {
     if (signal.aborted) message.finish = "stopped";
-    else if (error instanceof CutError) message.finish = "cut";
     else {
-      message.finish = "error";
-      throw error;
+      message.finish = "cut";
+      if (!(error instanceof CutError) || isEmpty(message)) throw error;
     }
   }
   message.finish ??= "cut"; // a stream that ends without a reason is not complete either
@@ -106,6 +107,8 @@ function count(stats, usage) {
   stats.cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
 }
 
+const isEmpty = (message) => !message.content && !message.reasoning && !message.calls.length;
+
 /** Adds a delta to a message; whether there was anything in it. */
 function extend(message, delta) {
   const thought = delta.reasoning_content ?? delta.reasoning ?? ""; // servers send one, the other, or the same in both
@@ -113,13 +116,15 @@ function extend(message, delta) {
   message.reasoning += thought;
   message.content += words;
   for (const piece of delta.tool_calls ?? []) {
-    const call = (message.calls[piece.index ?? 0] ??= { id: "", type: "function", function: { name: "", arguments: "" } });
+    const call = (message.calls[piece.index ?? 0] ??= newCall());
     call.id ||= piece.id ?? "";
     call.function.name ||= piece.function?.name ?? "";
     call.function.arguments += piece.function?.arguments ?? "";
   }
   return Boolean(thought || words || delta.tool_calls?.length);
 }
+
+const newCall = () => ({ id: "", type: "function", function: { name: "", arguments: "" } });
 
 /** What comes of a call; an error is told to the model, which may try something else. */
 async function carryOut(call, signal) {

@@ -49,13 +49,14 @@ function render() {
 function unanswered() {
   const fault = faults.get(conversation.record.id);
   const last = conversation.path().at(-1);
-  if (!fault && last?.role !== "user") return null;
+  if (!fault && (!last || last.role === "assistant")) return null;
   const box = make("div", { className: fault ? "fault box" : "box" });
   if (fault) box.role = "alert";
   if (fault) box.append(make("p", {}, fault.message), make("p", { className: "note" }, fault.advice ?? ""));
   const question = conversation.path().findLast((message) => message.role === "user");
-  const retry = () => respond(question);
-  if (question) box.append(make("button", { type: "button", className: "main", textContent: say(fault ? "retry" : "answerNow"), onclick: retry }));
+  const button = make("button", { type: "button", className: "main", onclick: () => respond(question) });
+  button.textContent = say(fault ? "retry" : "answerNow");
+  box.append(button);
   return box;
 }
 
@@ -63,16 +64,25 @@ function unanswered() {
 async function open() {
   const id = location.hash.slice(1);
   if (id === conversation.record.id) return;
-  const record = id && (await store.allConversations().catch(() => [])).find((other) => other.id === id);
-  if (running.has(id)) conversation = running.get(id).conversation;
-  else if (record) conversation = load(record, await store.messagesOf(id));
-  else conversation = Conversation.begin(lastSettings());
+  const found = loaded(id) ?? (await kept(id).catch(tellNotKept)) ?? Conversation.begin(lastSettings());
+  if (id !== location.hash.slice(1)) return; // meanwhile another was chosen
+  conversation = found;
   sidebar.toggle(false);
   render();
   refresh();
 }
 
-const load = (record, messages) => new Conversation({ ...record, settings: cleaned(record.settings) }, messages);
+/** A conversation as it is kept in the browser, if it is. */
+async function kept(id) {
+  const record = id ? await store.conversationOf(id) : null;
+  if (!record) return null;
+  return new Conversation({ ...record, settings: cleaned(record.settings) }, await store.messagesOf(id));
+}
+
+/** A conversation that is shown or being answered: the one object that may be changed. */
+function loaded(id) {
+  return running.get(id)?.conversation ?? (conversation.record.id === id ? conversation : null);
+}
 
 function go(id) {
   if (id === location.hash.slice(1)) sidebar.toggle(false);
@@ -87,23 +97,25 @@ function refresh() {
 
 async function send(text, parent = conversation.record.leaf) {
   if (!text.trim() || running.has(conversation.record.id)) return;
-  const question = conversation.add("user", parent, { content: text });
-  conversation.record.title ||= titleFrom(text);
-  history.replaceState(null, "", `#${conversation.record.id}`);
-  await keep(conversation, [question]);
+  const asked = conversation;
+  const question = asked.add("user", parent, { content: text });
+  asked.record.title ||= titleFrom(text);
+  history.replaceState(null, "", `#${asked.record.id}`);
   thread.toEnd();
-  await respond(question);
+  await keep(asked, [question]);
+  navigator.storage?.persist?.(); // or the browser may clear it when the disk is full
+  await respond(question, asked);
 }
 
-/** Answers a question of the conversation that is shown; an earlier answer stays as a version. */
-async function respond(question) {
-  const asked = conversation;
+/** Answers a question; an earlier answer to it stays as a version. */
+async function respond(question, asked = conversation) {
   const { id, settings } = asked.record;
   if (running.has(id)) return;
   const controller = new AbortController();
   running.set(id, { conversation: asked, controller });
   faults.delete(id);
   announce(say("answering"));
+  if (!$("#model").value) await meet(); // when the page was opened the server was not there, or wanted a key
   const version = [...asked.messages.values()].filter((message) => message.parent === question.id).length;
   const written = new Set();
   let saved = Date.now();
@@ -134,10 +146,10 @@ async function respond(question) {
 // ---- Keeping ----
 
 /** partial: an answer that is being written, of which other tabs need not know. */
-async function keep(kept, messages = [], partial = false) {
-  if (kept.isGone) return;
+async function keep({ record, isGone }, messages = [], partial = false) {
+  if (isGone) return;
   try {
-    await store.keep(kept.record, messages, partial);
+    await store.keep(record, messages, partial);
     if (!partial) await sidebar.refresh();
   } catch (error) {
     tellNotKept(error);
@@ -149,15 +161,13 @@ function tellNotKept(error) {
 }
 
 async function rename(id, title) {
-  const record = id === conversation.record.id ? conversation.record : (await store.allConversations()).find((other) => other.id === id);
-  record.title = title;
-  if (running.has(id)) running.get(id).conversation.record.title = title;
-  await store.keep(record).then(refresh, tellNotKept);
+  const named = loaded(id) ?? (await kept(id));
+  named.record.title = title;
+  keep(named);
 }
 
 async function remove(id) {
-  const current = running.get(id)?.conversation ?? conversation;
-  if (current.record.id === id) current.isGone = true;
+  if (loaded(id)) loaded(id).isGone = true;
   running.get(id)?.controller.abort();
   await store.remove(id).catch(tellNotKept);
   if (conversation.record.id === id) {
@@ -171,10 +181,9 @@ async function remove(id) {
 /** Another tab has changed a conversation: what it added is shown here, too. */
 store.onChange(async ({ data: id }) => {
   if (id === conversation.record.id) {
-    const messages = await store.messagesOf(id);
-    const record = (await store.allConversations()).find((other) => other.id === id);
-    if (running.has(id)) for (const message of messages) conversation.messages.has(message.id) || conversation.messages.set(message.id, message);
-    else if (record) conversation = load(record, messages);
+    const found = await kept(id);
+    if (found && running.has(id)) conversation.messages = new Map([...found.messages, ...conversation.messages]);
+    else if (found) conversation = found;
     render();
   }
   refresh();

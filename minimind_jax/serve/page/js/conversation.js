@@ -39,9 +39,8 @@ export class Conversation {
   /** Adds a message behind `parent` and makes it the leaf. */
   add(role, parent, fields) {
     const after = this.messages.get(parent)?.created ?? 0; // always later: imported files are checked by that
-    const message = {
-      id: newId(), conversation: this.record.id, parent, role, content: "", created: Math.max(Date.now(), after + 1), ...fields,
-    };
+    const created = Math.max(Date.now(), after + 1);
+    const message = { id: newId(), conversation: this.record.id, parent, role, content: "", created, ...fields };
     this.messages.set(message.id, message);
     this.record.leaf = message.id;
     this.record.updated = message.created;

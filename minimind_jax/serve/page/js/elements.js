@@ -17,7 +17,9 @@ export function iconButton(sign, name, onclick) {
 }
 
 /** A button that shows its name, without a frame. */
-export const wordButton = (name, onclick) => make("button", { type: "button", className: "quiet", textContent: say(name), onclick });
+export function wordButton(name, onclick) {
+  return make("button", { type: "button", className: "quiet", textContent: say(name), onclick });
+}
 
 /** A button that copies what `text()` gives, and says whether the browser let it. */
 export function copyButton(text) {
@@ -44,7 +46,7 @@ export function tell(text) {
   banner.textContent = text;
 }
 
-/** Asks in a dialog. With `input` it is a text field of that type, and the answer its text; else true. null: cancelled. */
+/** Asks in a dialog: true, or with `input` (the type of a field) the text that was written. null: cancelled. */
 export function ask({ title, text = "", input = "", value = "", ok = say("ok") }) {
   const dialog = document.querySelector("#question");
   const field = dialog.querySelector("#question-input");

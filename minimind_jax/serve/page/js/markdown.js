@@ -1,19 +1,25 @@
 // Markdown as elements, in a way that cannot be turned against the reader: HTML in it is shown as text, what `marked`
-// makes of the rest passes DOMPurify with few tags, and no picture is loaded (its address would tell others what was said).
+// makes of the rest passes DOMPurify with few tags, and no picture is loaded (its address may tell what was said).
 
 import hljs from "../vendor/highlight.js";
-import { Marked } from "../vendor/marked.js";
+import { Lexer, Marked } from "../vendor/marked.js";
 import DOMPurify from "../vendor/purify.js";
 import { copyButton } from "./elements.js";
 import { say } from "./words.js";
 
-const LONGEST_COLOURED = 50_000; // characters of code; more takes too long
+// A model that repeats itself writes what takes the libraries' expressions minutes: their time grows with the square
+// of a paragraph's, and of a line's, length. So long ones are shown without bold words or colours.
+const LONGEST_PARAGRAPH = 5000;
+const LONGEST_LINE = 1000; // of code
+const LONGEST_CODE = 10_000;
 const REST = 4; // between two renderings the page rests so many times as long as one took
 const SHORTEST_REST = 60; // milliseconds
 
 const ALLOWED = {
-  ALLOWED_TAGS: ("a b blockquote br code del em h1 h2 h3 h4 h5 h6 hr i li ol p pre s span strong table tbody td th thead tr ul")
-    .split(" "),
+  ALLOWED_TAGS: [
+    ..."a b blockquote br code del em h1 h2 h3 h4 h5 h6 hr i li ol p pre s span strong".split(" "),
+    ..."table tbody td th thead tr ul".split(" "),
+  ],
   ALLOWED_ATTR: ["align", "class", "href", "start"],
   ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
   ALLOW_ARIA_ATTR: false,
@@ -34,12 +40,23 @@ const marked = new Marked({
     checkbox: ({ checked }) => (checked ? "☑ " : "☐ "),
     code({ text, lang }) {
       const language = lang?.match(/^\S+/)?.[0] ?? "";
-      const isKnown = colours && hljs.getLanguage(language) && text.length < LONGEST_COLOURED;
-      const body = isKnown ? hljs.highlight(text, { language }).value : escaped(text);
+      const isShort = text.length < LONGEST_CODE && text.split("\n").every((line) => line.length < LONGEST_LINE);
+      const isColoured = colours && isShort && hljs.getLanguage(language);
+      const body = isColoured ? hljs.highlight(text, { language }).value : escaped(text);
       return `<pre><code class="language-${escaped(language)}">${body}\n</code></pre>`;
     },
   },
 });
+
+class BoundedLexer extends Lexer {
+  inlineTokens(text, tokens = []) {
+    if (text.length < LONGEST_PARAGRAPH) return super.inlineTokens(text, tokens);
+    tokens.push({ type: "text", raw: text, text, escaped: false });
+    return tokens;
+  }
+}
+
+const tokensOf = (text) => new BoundedLexer(marked.defaults).lex(text);
 
 function fragmentOf(tokens) {
   const fragment = DOMPurify.sanitize(marked.parser(tokens), ALLOWED);
@@ -86,7 +103,7 @@ export class Markdown {
   finish(text) {
     clearTimeout(this.#timer);
     this.#timer = null;
-    this.#guarded(text, () => this.element.replaceChildren(fragmentOf(marked.lexer(text))));
+    this.#guarded(text, () => this.element.replaceChildren(fragmentOf(tokensOf(text))));
   }
 
   /** Renders the blocks of which more may come; a block is settled when two others stand behind it. */
@@ -94,7 +111,7 @@ export class Markdown {
     if (!this.#open.isConnected) this.element.replaceChildren(this.#open);
     const rest = this.#text.slice(this.#settled);
     this.#guarded(rest, () => {
-      const tokens = marked.lexer(rest);
+      const tokens = tokensOf(rest);
       const blocks = tokens.flatMap((token, index) => (token.type === "space" ? [] : [index]));
       const settled = tokens.slice(0, blocks.at(-2) ?? 0);
       const length = settled.reduce((sum, token) => sum + token.raw.length, 0);

@@ -1,4 +1,4 @@
-// How one message is shown: a question with its editor; an answer with thinking, words, calls and what is to be said of it.
+// How one message is shown: a question with its editor; an answer with thinking, words, calls and notes.
 
 import { MOST_ROUNDS } from "./answer.js";
 import { make } from "./elements.js";
@@ -76,7 +76,8 @@ export class AnswerPart {
     this.#thinking.hidden = !reasoning;
     if (!reasoning) return;
     if (growing && !content && !calls?.length) this.#title.textContent = say("thinkingNow");
-    else this.#title.textContent = stats?.thought ? say("thought", { seconds: stats.thought.toFixed(1) }) : say("thoughtSome");
+    else if (stats?.thought) this.#title.textContent = say("thought", { seconds: stats.thought.toFixed(1) });
+    else this.#title.textContent = say("thoughtSome");
     // Only what is new is added: a long text that is set again and again would stop the page.
     const shown = this.#thoughts.textContent.length;
     if (reasoning.length > shown) this.#thoughts.append(reasoning.slice(shown));
@@ -90,7 +91,7 @@ export class AnswerPart {
       details.dataset.call = call.id;
       details.open = open.has(call.id);
       details.append(make("pre", { textContent: call.function.arguments }));
-      if (result) details.append(make("pre", { className: result.isError ? "fault" : "", textContent: result.content }));
+      if (result) details.append(make("pre", { className: faultClass(result), textContent: result.content }));
       return details;
     });
     this.#calls.replaceChildren(...shown);
@@ -99,10 +100,12 @@ export class AnswerPart {
 
 function summaryOf(call, result, growing) {
   const parts = [make("b", { textContent: call.function.name || "…" }), ` ${brief(call.function.arguments)} `];
-  if (result) parts.push(make("span", { className: result.isError ? "fault" : "" }, `→ ${brief(result.content)}`));
+  if (result) parts.push(make("span", { className: faultClass(result) }, `→ ${brief(result.content)}`));
   else if (growing) parts.push(make("i", { textContent: say("calling") }));
   return parts;
 }
+
+const faultClass = (result) => (result.isError ? "fault" : "");
 
 const brief = (text) => (text.length > LONGEST_SUMMARY ? `${text.slice(0, LONGEST_SUMMARY)}…` : text);
 
@@ -112,7 +115,8 @@ function notesOf({ finish, stats, calls, content }, results) {
   if (stats?.skipped) notes.push(say("left", { count: stats.skipped }));
   if (finish === "stopped" || finish === "length") notes.push(say(finish));
   else if (finish === "tool_calls") {
-    if (!calls.some((call) => results.some((result) => result.call === call.id))) notes.push(say("tooManyRounds", { rounds: MOST_ROUNDS }));
+    const isDone = calls.some((call) => results.some((result) => result.call === call.id));
+    if (!isDone) notes.push(say("tooManyRounds", { rounds: MOST_ROUNDS }));
   } else if (finish !== "stop") notes.push(say("cut")); // also where the page was closed meanwhile
   else if (!content) notes.push(say("nothing"));
   return notes;

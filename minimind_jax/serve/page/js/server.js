@@ -30,7 +30,11 @@ export class ServerError extends Error {
 }
 
 /** The stream ended without saying that it was complete. */
-export class CutError extends Error {}
+export class CutError extends ServerError {
+  constructor() {
+    super(0, say("cut"), "unreachable");
+  }
+}
 
 let askForKey = async () => null;
 let asking = null; // one dialog, however many requests wait for it
@@ -40,10 +44,10 @@ export function onKeyNeeded(ask) {
   askForKey = ask;
 }
 
-/** The models' names. */
+/** The names of the models that can chat; classifiers and reward models are served as well. */
 export async function models() {
-  const list = (await json("v1/models")).data ?? [];
-  return list.map((model) => model.id);
+  const { data = [] } = await json("v1/models");
+  return data.filter((model) => (model.task ?? "generate") === "generate").map((model) => model.id);
 }
 
 /** The schemas of the tools that the server carries out; none where it carries out none. */
@@ -78,8 +82,7 @@ export async function* streamChat(body, signal) {
       yield chunk;
     }
   } catch (error) {
-    if (error instanceof ServerError || signal?.aborted) throw error;
-    throw new CutError(error.message);
+    throw error instanceof ServerError || signal?.aborted ? error : new CutError();
   }
   if (!isWhole) throw new CutError();
 }

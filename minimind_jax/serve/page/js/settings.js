@@ -1,5 +1,5 @@
-// Settings of a conversation: {system, temperature, max_tokens, top_k, top_p, seed, thinking, tools}; what is missing is
-// the model's own. The last ones are those of the next conversation.
+// Settings of a conversation: {system, temperature, max_tokens, top_k, top_p, seed, thinking, tools}; a number that is
+// missing is the model's own. The last ones are those of the next conversation.
 
 const NUMBERS = ["temperature", "max_tokens", "top_k", "top_p", "seed"];
 
@@ -18,7 +18,8 @@ export function rememberSettings(settings) {
 
 /** Settings with exactly our fields, each of its type, from something that may be anything. */
 export function cleaned(found) {
-  const settings = { system: String(found?.system ?? ""), thinking: found?.thinking === true, tools: found?.tools !== false };
+  const { system = "", thinking, tools } = found ?? {};
+  const settings = { system: String(system), thinking: thinking === true, tools: tools !== false };
   for (const name of NUMBERS) if (Number.isFinite(found?.[name])) settings[name] = found[name];
   return settings;
 }

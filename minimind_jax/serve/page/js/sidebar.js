@@ -6,7 +6,7 @@ import { say } from "./words.js";
 
 const $ = (selector) => document.querySelector(selector);
 
-/** actions: {open(id), rename(id, title), remove(id), imported()}; current(): the id of the conversation that is shown. */
+/** actions: {open(id), rename(id, title), remove(id), imported()}; current(): the id of what is shown. */
 export class Sidebar {
   constructor(actions, current) {
     this.actions = actions;
@@ -41,7 +41,8 @@ export class Sidebar {
   }
 
   #entry(record) {
-    const open = make("button", { type: "button", className: "title", textContent: record.title, onclick: () => this.actions.open(record.id) });
+    const open = make("button", { type: "button", className: "title", textContent: record.title });
+    open.onclick = () => this.actions.open(record.id);
     if (record.id === this.current()) open.ariaCurrent = "true";
     const rename = async () => {
       const title = await ask({ title: say("titleOf"), input: "text", value: record.title, ok: say("save") });
@@ -76,6 +77,7 @@ export class Sidebar {
 /** Conversations with the words in their title or in a message. */
 async function matching(records, wanted) {
   const has = (text) => text.toLowerCase().includes(wanted);
-  const said = new Set((await store.allMessages()).filter((message) => has(message.content)).map((message) => message.conversation));
-  return records.filter((record) => has(record.title) || said.has(record.id));
+  const said = (await store.allMessages()).filter((message) => has(message.content));
+  const ids = new Set(said.map((message) => message.conversation));
+  return records.filter((record) => has(record.title) || ids.has(record.id));
 }

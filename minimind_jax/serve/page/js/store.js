@@ -41,6 +41,8 @@ export function onChange(react) {
 
 export const allConversations = () => transact("readonly", (conversations) => conversations.getAll());
 
+export const conversationOf = (id) => transact("readonly", (conversations) => conversations.get(id));
+
 export const allMessages = () => transact("readonly", (_, messages) => messages.getAll());
 
 export const messagesOf = (id) => transact("readonly", (_, messages) => messages.index("conversation").getAll(id));
@@ -69,12 +71,13 @@ export async function remove(id) {
 /** All that is kept, as the text of a file. */
 export async function exported() {
   const conversations = await allConversations();
-  const messages = Object.groupBy(await allMessages(), (message) => message.conversation);
+  const inOrder = (await allMessages()).sort((a, b) => a.created - b.created);
+  const messages = Object.groupBy(inOrder, (message) => message.conversation);
   const whole = conversations.map((record) => ({ ...record, messages: messages[record.id] ?? [] }));
   return JSON.stringify({ format: FORMAT, version: 1, conversations: whole }, null, 1);
 }
 
-/** Adds what a file holds and is not here yet: {count, added, known}. Throws an Error that says what is wrong with it. */
+/** Adds what a file holds and is not here yet: {count, added, known}. Throws an Error that says what is wrong. */
 export async function imported(file) {
   if (file.size > MOST_BYTES) throw new Error(`${Math.round(file.size / 1e6)} MB`);
   const found = JSON.parse(await file.text());
@@ -100,15 +103,16 @@ function checked(record, index) {
   const id = String(record.id || newId());
   const times = new Map(record.messages.map((message) => [message?.id, message?.created]));
   const messages = record.messages.map((message, at) => {
-    const isOurs = ROLES.includes(message?.role) && typeof message.content === "string" && typeof message.id === "string";
+    const isText = [message?.id, message?.content].every((text) => typeof text === "string");
     // An answer is later than its question, so that no message is its own ancestor.
     const isPlaced = message?.parent === null || times.get(message?.parent) < message?.created;
-    if (!isOurs || !isPlaced) throw new Error(`${where}.messages[${at}]`);
+    if (!ROLES.includes(message?.role) || !isText || !isPlaced) throw new Error(`${where}.messages[${at}]`);
     return { ...fieldsOf(message), conversation: id };
   });
   const leaf = times.has(record.leaf) ? record.leaf : (messages.at(-1)?.id ?? null);
   const [created, updated] = [Number(record.created) || 0, Number(record.updated) || 0];
-  return { id, title: String(record.title ?? ""), created, updated, leaf, settings: cleaned(record.settings), messages };
+  const [title, settings] = [String(record.title ?? ""), cleaned(record.settings)];
+  return { id, title, created, updated, leaf, settings, messages };
 }
 
 function fieldsOf({ id, parent, role, content, created, reasoning, calls, finish, stats, model, call, isError }) {
@@ -117,7 +121,8 @@ function fieldsOf({ id, parent, role, content, created, reasoning, calls, finish
   if (role === "user") return message;
   const numbers = Object.fromEntries(Object.entries(stats ?? {}).filter(([, value]) => Number.isFinite(value)));
   const whole = Array.isArray(calls) ? calls.filter(isCall) : [];
-  return { ...message, reasoning: String(reasoning ?? ""), calls: whole, finish: String(finish), stats: numbers, model: String(model ?? "") };
+  const texts = { reasoning: String(reasoning ?? ""), finish: String(finish), model: String(model ?? "") };
+  return { ...message, ...texts, calls: whole, stats: numbers };
 }
 
 function isCall(call) {

@@ -25,17 +25,18 @@ export class Thread {
     };
   }
 
-  /** Shows a conversation from its first message to its leaf. busy: an answer is being written; end: what stands below. */
+  /** Shows a conversation down to its leaf. busy: an answer is being written; end: what stands below, if anything. */
   show(conversation, busy, end) {
     if (this.#shown !== conversation) this.#parts.clear();
     this.#footers.clear();
     const turns = [];
     const path = conversation.path();
     for (const message of path) {
-      if (message.role === "user" || turns.at(-1)?.role !== "assistant") turns.push({ role: message.role, messages: [message] });
-      else turns.at(-1).messages.push(message);
+      const isNext = message.role === "user" || turns.at(-1)?.[0].role !== "assistant";
+      if (isNext) turns.push([message]);
+      else turns.at(-1).push(message);
     }
-    const articles = turns.map((turn) => this.#article(conversation, turn.messages, busy && turn === turns.at(-1), busy));
+    const articles = turns.map((turn) => this.#article(conversation, turn, busy && turn === turns.at(-1), busy));
     if (!path.length) articles.push(make("p", { className: "empty", textContent: say("empty") }));
     this.#inner.replaceChildren(...articles, ...(end ? [end] : []));
     if (this.#shown !== conversation) this.toEnd();
@@ -51,7 +52,8 @@ export class Thread {
   #article(conversation, messages, growing, busy) {
     const [first, last] = [messages[0], messages.findLast((message) => message.role !== "tool") ?? messages[0]];
     const isUser = first.role === "user";
-    const article = make("article", { className: isUser ? "user" : "assistant", ariaLabel: isUser ? say("you") : (first.model ?? "") });
+    const article = make("article", { className: isUser ? "user" : "assistant" });
+    article.ariaLabel = isUser ? say("you") : (first.model ?? "");
     for (const message of messages) {
       if (message.role === "tool") continue;
       const results = messages.filter((other) => other.role === "tool");
