@@ -1,5 +1,6 @@
 # make demo    a model learns from real text, chats, and is exported       make test    the tests
-# Both set themselves up from a bare Python 3.11 or newer, and are quick to repeat.
+# make chat    the demo's model in a browser
+# All set themselves up from a bare Python 3.11 or newer, and are quick to repeat.
 #
 #   PYTHON=python3.13                another Python, with a virtual environment of its own
 #   ACCELERATOR=cuda12|cuda13|tpu    JAX for a GPU or TPU, in a virtual environment of its own
@@ -24,10 +25,14 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 # Every process, of which the tests start hundreds, would compile the sources for itself.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow lint format wheel clean
+.PHONY: demo chat test test-slow lint format wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/minimind demo
+
+chat: $(VENV)/.serve
+	@test -d runs/demo/model || { echo "there is no model yet; make demo trains one"; exit 1; }
+	$(BIN)/minimind serve --model runs/demo/model --web --open
 
 test: $(VENV)/.test-parity$(PARITY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
@@ -56,6 +61,11 @@ $(VENV)/.python: scripts/find_python.sh
 $(VENV)/.demo: $(VENV)/.python pyproject.toml
 	@echo "installing into $(VENV); this takes a few minutes the first time"
 	$(PIP_INSTALL) --editable ".[$(accelerated)demo]"
+	@touch $@
+
+$(VENV)/.serve: $(VENV)/.python pyproject.toml
+	@echo "installing into $(VENV); this takes a few minutes the first time"
+	$(PIP_INSTALL) --editable ".[$(accelerated)demo,serve]"
 	@touch $@
 
 $(VENV)/.test-parity$(PARITY): $(VENV)/.python pyproject.toml

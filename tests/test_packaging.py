@@ -60,6 +60,15 @@ def test_the_wheel_holds_the_configs_and_no_tests(installed):
     assert sorted(entry.name for entry in installed.iterdir() if entry.suffix != ".dist-info") == ["minimind_jax"]
 
 
+def test_the_wheel_holds_the_chat_page_with_its_licences(installed):
+    def files(root):
+        folder = root / "minimind_jax" / "serve" / "page"
+        return {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+
+    assert files(installed) == files(ROOT)
+    assert {"index.html", "js/app.js", "vendor/marked.js", "vendor/marked.LICENSE"} <= files(installed)
+
+
 def test_the_wheel_works_outside_the_checkout(installed, tmp_path):
     found = run_outside(installed, tmp_path, "import minimind_jax; print(minimind_jax.__file__)")
     assert found.stdout.startswith(str(installed))

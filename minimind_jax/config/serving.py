@@ -21,6 +21,7 @@ class ServeConfig(Settings):
     api_key_file: a file with API keys, one a line; MINIMIND_API_KEY in the environment holds one as well. With neither,
         whoever reaches the port may use the models.
     web: show a chat page at /.
+    open: open the page in this machine's browser, if there is one, when the models are ready.
     tools: what the page may have carried out here, as for `minimind chat` (docs/tools.md).
     cors_origins: origins, such as https://chat.example.org, whose pages may call the server from a browser.
     slots: answers made at the same time.
@@ -40,6 +41,7 @@ class ServeConfig(Settings):
     port: int = setting(8000, must=Rule(lambda port: 0 <= port < 65536, "between 0 (any) and 65535"))
     api_key_file: str = ""
     web: bool = setting(False, alone=True)
+    open: bool = setting(False, alone=True)
     tools: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     slots: int = setting(16, must=at_least(1))
@@ -59,5 +61,7 @@ class ServeConfig(Settings):
             raise ValueError("model is empty; give a Hugging Face folder or the name of a run: --model runs/assistant")
         if self.tools and not self.web:
             raise ValueError("tools are carried out for the chat page, which is off; add --web, or drop --tools")
+        if self.open and not self.web:
+            raise ValueError("open shows the chat page, which is off; add --web, or drop --open")
         if "*" in self.cors_origins:
             raise ValueError("cors_origins holds *, by which any page on the web could use the models; name origins")

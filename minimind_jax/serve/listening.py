@@ -15,6 +15,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.paths import as_path
 from minimind_jax.serve import log
 from minimind_jax.serve.app import Server, make_app
+from minimind_jax.serve.browser import open_page
 from minimind_jax.serve.errors import ApiError
 from minimind_jax.serve.models import Models, load_models
 from minimind_jax.serve.worker import Worker
@@ -87,6 +88,8 @@ class Listening(uvicorn.Server):
             if served.engine:
                 served.engine.generate([[0]], SamplingConfig(max_new_tokens=2))
         log.logger.info("ready: %s/v1", self.url)
+        if self._settings.open and not open_page(self.url):
+            log.logger.info("there is no browser here to open %s in", self.url)
 
     def _say_open(self) -> None:
         names = ", ".join(served.name for served in self._models)
