@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from fastapi import Request as HttpRequest
 
 from minimind_jax.inference.request import Token
-from minimind_jax.serve.errors import ApiError
+from minimind_jax.serve.errors import too_slow
 from minimind_jax.serve.metrics import Watch
 from minimind_jax.serve.splitter import AnswerSplitter, Part
 from minimind_jax.serve.worker import News, Ticket, Worker
@@ -110,7 +110,7 @@ class Answers:
         while left:
             wait = min(KEEP_ALIVE_SECONDS, self._deadline - time.monotonic())
             if wait <= 0:
-                raise ApiError(504, f"the answer took longer than {self._seconds:g} seconds", code="timeout")
+                raise too_slow(self._seconds)
             try:
                 news = await asyncio.wait_for(self._ticket.news.get(), wait)
             except TimeoutError:

@@ -17,7 +17,7 @@ from minimind_jax.serve import chat, completions, responses, scoring, tokens
 from minimind_jax.serve.answers import Answers, while_there
 from minimind_jax.serve.chat import Asked
 from minimind_jax.serve.drawing import tell_ignored
-from minimind_jax.serve.errors import HANDLED, answer_error
+from minimind_jax.serve.errors import HANDLED, answer_error, too_slow
 from minimind_jax.serve.guard import Guard
 from minimind_jax.serve.metrics import Metrics, figures_of
 from minimind_jax.serve.models import Models, Served
@@ -83,7 +83,10 @@ class Server:
         served = self.models.get(body.model, kind)
         if not asyncio.iscoroutinefunction(work):
             return JSONResponse(await asyncio.to_thread(work, body, served, *more))
-        found = await while_there(http, asyncio.wait_for(work(body, served, *more), self.config.max_seconds))
+        try:
+            found = await while_there(http, asyncio.wait_for(work(body, served, *more), self.config.max_seconds))
+        except TimeoutError:
+            raise too_slow(self.config.max_seconds) from None
         return Response(status_code=499) if found is None else JSONResponse(found)
 
 

@@ -31,6 +31,10 @@ def refused(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param, code)
 
 
+def too_slow(seconds: float) -> ApiError:
+    return ApiError(504, f"the request took longer than {seconds:g} seconds", code="timeout")
+
+
 def error_object(error: Exception) -> dict[str, Any]:
     """The body that says it. What is nobody's fault but ours is not told in detail."""
     if isinstance(error, UserError):

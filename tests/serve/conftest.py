@@ -4,7 +4,9 @@ import contextlib
 import threading
 import time
 
+import httpx
 import jax
+import openai
 import pytest
 
 from minimind_jax.config.serving import ServeConfig
@@ -12,9 +14,9 @@ from minimind_jax.convert.hf import save_hf
 from minimind_jax.data.tokenizer import train_bpe
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.transformer import LanguageModel
-
-pytest.importorskip("fastapi")
-pytest.importorskip("openai")
+from minimind_jax.serve import log
+from minimind_jax.serve.listening import Listening
+from minimind_jax.serve.models import load_models
 
 TEXTS = [
     "The cat sat on the mat, and the dog sat on the log.",
@@ -41,10 +43,6 @@ class Running:
     """A server that listens. url: of its /v1."""
 
     def __init__(self, config: ServeConfig, keys=()):
-        from minimind_jax.serve import log
-        from minimind_jax.serve.listening import Listening
-        from minimind_jax.serve.models import load_models
-
         log.set_up()
         self.models = load_models(config)
         self.server = Listening(config, self.models, list(keys))
@@ -93,15 +91,11 @@ def server(folder):
 
 @pytest.fixture(scope="session")
 def client(server):
-    import openai
-
     return openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
 
 
 @pytest.fixture(scope="session")
 def http(server):
     """Plain HTTP to the server."""
-    import httpx
-
     with httpx.Client(base_url=server.root, timeout=60) as client:
         yield client
