@@ -8,37 +8,30 @@ import dataclasses
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from minimind_jax.convert.hf import check_vocabulary
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
-from minimind_jax.inference import decode
 from minimind_jax.inference.buckets import bucket, round_up
 from minimind_jax.inference.generate import unfused
+from minimind_jax.inference.programs import MOST_STEPS, Programs
 from minimind_jax.inference.request import Answer, Request, Token
-from minimind_jax.inference.sampling import SamplingConfig, SamplingValues
+from minimind_jax.inference.sampling import MAX_BIASES, MAX_TOP, Sampled, SamplingConfig
 from minimind_jax.inference.scheduler import Scheduler, Task
 from minimind_jax.inference.text import AnswerText
 from minimind_jax.model.transformer import LanguageModel, Params
 
 Prompt = str | Sequence[int]
 DEFAULT = SamplingConfig()
-GREEDY = SamplingConfig(temperature=0.0)
 
 MOST_SLOTS = 64  # running at once, where the caller says nothing
 SLOT_MULTIPLE = 128
 FIRST_ROOM = 256  # new tokens a cache that grows holds at first
-MOST_STEPS = 32  # tokens of a row that one call of the device makes
 LATENCY = 0.04  # seconds that such a call takes at most, where someone reads along
-CHUNK = {"cpu": 512}  # tokens that are read at once, padding counted
-OTHER_CHUNK = 8192
-BESIDE_RUNNING = 4  # the part of them that is read while others run
-ENDS = 8  # tokens that end a row, known to the device; of others the host knows
 
 
 class Piece(NamedTuple):
@@ -60,7 +53,8 @@ class Engine:
     the start. When None it is the model's, and the cache grows to what requests need. held: rows more, for prefixes of
     finished requests. queue: most requests that wait.
 
-    Methods are called from one thread. `counts`: prompt_tokens, cached_tokens, generated_tokens, requests, prefix_hits.
+    Methods are called from one thread. `counts`: requests, prompt_tokens, cached_tokens (of these, that were not
+    read anew) and generated_tokens so far.
     """
 
     def __init__(
@@ -81,22 +75,18 @@ class Engine:
         if tokenizer:
             check_vocabulary(tokenizer, model.config)
         self.model, self.tokenizer = unfused(model, params), tokenizer
-        self.params = self.model.unstack(params)
         self.eos_ids, self.sampling = tuple(sorted(eos_ids)), sampling
         self.context = min(context or model.config.max_position_embeddings, model.config.max_position_embeddings)
-        self.slots, self._held, self._grows = slots, held, context is None
+        self.slots, self._grows = slots, context is None
         self.counts: Counter[str] = Counter()
+        size = (0, 0) if self._grows else (slots + held, self.context)
+        self._programs = Programs(self.model, params, *size, is_fixed=not self._grows)
         scaling = model.config.rope_scaling  # with `dynamic` keys depend on the length of their prompt
         reuses = scaling is None or scaling.rope_type != "dynamic"
-        self._scheduler = Scheduler(slots, 0, queue, reuses)
+        self._scheduler = Scheduler(slots, size[0], queue, reuses)
         self._tasks: dict[Answer, Task] = {}
-        self._cache, self._length = None, 0
-        self._settings: tuple[list[Task], decode.Settings] | None = None
-        self._widths: set[int] = set()  # of rows that run, for which the program is compiled
         self._has_read = False  # in the last step
-        self._seconds = 0.0  # that a step took last
-        if not self._grows:
-            self._reserve(slots + held, self.context)
+        self._seconds = 0.0  # that a token of all rows took last
 
     # One answer and another -------------------------------------------------------------------------------------------
 
@@ -117,7 +107,25 @@ class Engine:
     def cache_usage(self) -> float:
         """The part of the cache that unfinished requests use."""
         used = sum(len(task.row.held) for task in self._scheduler.at_work)
-        return used / max(1, len(self._scheduler.rows) * self._length)
+        return used / max(1, self._programs.rows * self._programs.length)
+
+    @property
+    def params(self) -> Params:
+        """As they are laid out for generation."""
+        return self._programs.params
+
+    def load(self, params: Params) -> None:
+        """Answers with other parameters of the same model from now on. Raises ValueError while some are in work."""
+        if self.busy:
+            raise ValueError("answers are in work; finish or cancel them before other parameters are loaded")
+        self._programs.load(params)
+        self._scheduler.forget()
+
+    def warm_up(self, report: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Compiles all that a request may need, if the context was given; report: gets (done, of how many)."""
+        if self._grows:
+            raise ValueError("an engine whose cache grows compiles what it needs; give it a context")
+        self._programs.warm_up(report)
 
     def submit(self, request: Request) -> Answer:
         """Takes a request: its answer grows with the steps.
@@ -126,10 +134,8 @@ class Engine:
         Busy when the queue is full.
         """
         self._check(request)
-        stop = request.sampling.stop
-        if stop and self.tokenizer is None:
-            raise UserError("stop strings need a tokenizer, and the model was loaded without one")
-        answer = Answer(request, self.eos_ids, AnswerText(self.tokenizer, stop) if self.tokenizer else None)
+        text = AnswerText(self.tokenizer, request.sampling.stop) if self.tokenizer else None
+        answer = Answer(request, self.eos_ids, text)
         task = Task(answer, list(request.prompt))
         self._scheduler.add(task)
         self._tasks[answer] = task
@@ -155,15 +161,15 @@ class Engine:
 
     def _step(self, patient: bool) -> list[Answer]:
         self._admit()
-        running = self._scheduler.running
-        most = CHUNK.get(self.model.platform, OTHER_CHUNK)
-        if running and not patient:
-            most //= BESIDE_RUNNING
-        wants_read = patient or not running or not self._has_read
-        chunks = self._scheduler.chunks(most) if wants_read else []
-        self._has_read = bool(chunks)
-        if chunks:
-            return self._read(chunks)
+        running, reading = self._scheduler.running, self._scheduler.reading
+        if reading and (patient or not running or not self._has_read):
+            self._has_read = True
+            width, most = self._programs.chunk(reading[0].unread, patient or not running)
+            chunks = [(task, min(task.unread, width)) for task in reading[:most]]
+            return self._read(chunks, width, self._programs.rows_for(len(chunks), reading=True))
+        self._has_read = False
+        if any(task.answer.request.constraint for task in running):
+            return self._read([(task, 1) for task in running], 1, self._programs.rows_for(len(running)))
         return self._make(running, patient) if running else []
 
     # Prompts and whole answers ----------------------------------------------------------------------------------------
@@ -220,34 +226,29 @@ class Engine:
     # One step ---------------------------------------------------------------------------------------------------------
 
     def _check(self, request: Request) -> None:
+        """Raises UserError for what cannot be answered."""
         self.encode(request.prompt)
-        length, count = len(request.prompt), request.sampling.max_new_tokens
+        length, count, vocabulary = len(request.prompt), request.sampling.max_new_tokens, self.model.config.vocab_size
         if count > self.room(length):
             raise UserError(
                 f"a prompt of {length} tokens and max_new_tokens {count} exceed the model's context of {self.context} "
                 "tokens (max_position_embeddings); shorten the prompt or ask for fewer tokens"
             )
+        if request.sampling.stop and self.tokenizer is None:
+            raise UserError("stop strings need a tokenizer, and the model was loaded without one")
+        if outside := [token for token, _ in request.logit_bias if not 0 <= token < vocabulary]:
+            raise UserError(f"logit_bias has token id {outside[0]}; the model's ids are 0 to {vocabulary - 1}")
+        if len(request.logit_bias) > MAX_BIASES:
+            raise UserError(f"logit_bias has {len(request.logit_bias)} tokens; {MAX_BIASES} is the most")
+        if not 0 <= request.top_logprobs <= MAX_TOP:
+            raise UserError(f"top_logprobs is {request.top_logprobs}; it is from 0 to {MAX_TOP}")
 
     def _recover(self) -> None:
         """Cancels all that is in work, and forgets what the cache held."""
         for answer in list(self._tasks):
             self.cancel(answer)
         self._scheduler.forget()
-        if self._cache is not None:
-            self._cache = self.model.new_cache(len(self._scheduler.rows), self._length)
-
-    def _reserve(self, rows: int, length: int) -> None:
-        """Makes the cache at least as large."""
-        rows, length = max(rows, len(self._scheduler.rows)), max(length, self._length)
-        if (rows, length) == (len(self._scheduler.rows), self._length):
-            return
-        if self._cache is None:
-            self._cache = self.model.new_cache(rows, length)
-        else:
-            self._cache = decode.enlarge(self.model, self._cache, rows, length)
-        self._scheduler.grow(rows)
-        self._length = length
-        self._widths, self._settings = set(), None
+        self._programs.clear()
 
     def _admit(self) -> None:
         waiting = self._scheduler.waiting
@@ -257,67 +258,47 @@ class Engine:
                 len(task.ids) + min(task.answer.request.sampling.max_new_tokens, FIRST_ROOM)
                 for task in itertools.islice(waiting, wanted)
             ]
-            self._reserve(bucket(wanted, smallest=1, multiple=16), round_up(max(first), SLOT_MULTIPLE))
+            rows = bucket(wanted, smallest=1, multiple=16)
+            self._programs.reserve(min(rows, self.slots), round_up(max(first), SLOT_MULTIPLE))
+            self._scheduler.grow(self._programs.rows)
         for copy in self._scheduler.admit():
-            self._cache = decode.copy_row(self._cache, *map(np.int32, copy))
+            self._programs.copy(copy)
 
-    def _read(self, chunks: list[tuple[Task, int]]) -> list[Answer]:
-        """Reads so many more tokens of prompts; those that are read to their end get their first token."""
+    def _read(self, chunks: list[tuple[Task, int]], width: int, rows: int) -> list[Answer]:
+        """Reads so many more tokens; tasks that are read to their end get their next token."""
         tasks = [task for task, _ in chunks]
-        width = bucket(max(count for _, count in chunks), smallest=16, multiple=1024)
-        rows = self._width(len(tasks), reading=True)
-        tokens_BP, (starts_B, counts_B, lengths_B) = np.zeros((rows, width), np.int32), np.zeros((3, rows), np.int32)
-        places = self._places(tasks, rows)
-        for place, (task, count) in zip(places, chunks, strict=True):
-            held = task.row.held
-            starts_B[place], counts_B[place], lengths_B[place] = len(held), count, len(task.ids)
-            tokens_BP[place, :count] = task.ids[len(held) : len(held) + count]
-            held += task.ids[len(held) : len(held) + count]
-            self.counts["prompt_tokens"] += count
-        settings = self._settings_of(tasks, rows)
-        logits_BV, self._cache = decode.read(
-            self.model, self.params, self._cache, tokens_BP, settings.rows_B, starts_B, counts_B, lengths_B
-        )
-        done = [len(task.row.held) == len(task.ids) for task in tasks]
-        if not any(done):
-            jax.block_until_ready(logits_BV)
+        logits_BV = self._programs.read(chunks, width, rows)
+        for task, count in chunks:
+            task.row.held += task.ids[len(task.row.held) :][:count]
+        due = [task for task in tasks if len(task.row.held) == len(task.ids)]
+        if not due:
+            jax.block_until_ready(logits_BV)  # or calls pile up on the device
             return []
-        chosen = jax.device_get(decode.choose(logits_BV, lengths_B, settings))
-        return self._take(tasks, jax.tree.map(lambda all_B: all_B[None, places], chosen), done)
+        return self._take(due, self._programs.choose(tasks, due, logits_BV))
 
     def _make(self, tasks: list[Task], patient: bool) -> list[Answer]:
         """Makes more tokens in all rows that run."""
-        rows = self._width(len(tasks))
         count = self._count(tasks, patient)
-        if self._grows:
-            needed = max(len(task.ids) for task in tasks) + count - 1
-            if needed > self._length:
-                self._reserve(0, min(2 * self._length, round_up(self.context, SLOT_MULTIPLE)))
-        newest_B, lengths_B = np.zeros((2, rows), np.int32)
-        settings = self._settings_of(tasks, rows)
-        for place, task in zip(self._places(tasks, rows), tasks, strict=True):
-            newest_B[place], lengths_B[place] = task.ids[-1], len(task.ids)
+        if max(len(task.ids) for task in tasks) + count - 1 > self._programs.length and self._grows:
+            self._programs.reserve(0, min(2 * self._programs.length, round_up(self.context, SLOT_MULTIPLE)))
         started = time.perf_counter()
-        chosen, made, self._cache = decode.make(
-            self.model, self.params, self._cache, newest_B, lengths_B, settings, np.int32(count), most=MOST_STEPS
-        )
-        chosen, made = jax.device_get((chosen, made))
-        self._widths.add(rows)
-        self._seconds = (time.perf_counter() - started) / int(made)
-        places = self._places(tasks, rows)
-        chosen = jax.tree.map(lambda all_NB: all_NB[:made, places], chosen)
-        return self._take(tasks, chosen, [True] * len(tasks))
+        sampled = self._programs.make(tasks, count)
+        self._seconds = (time.perf_counter() - started) / len(sampled.token_B)
+        return self._take(tasks, sampled)
 
-    def _take(self, tasks: list[Task], chosen: decode.Chosen, is_due: Sequence[bool]) -> list[Answer]:
-        """Gives the answers of the tasks that are due their new tokens, (N, tasks), up to the one that ends them."""
-        grown = []
-        for task, due, ids, logprobs in zip(
-            tasks, is_due, chosen.token.T.tolist(), chosen.logprob.T.tolist(), strict=True
-        ):
-            if not due:
-                continue
-            answer = task.answer
-            for token in map(Token, ids, logprobs):
+    def _take(self, tasks: list[Task], sampled: Sampled) -> list[Answer]:
+        """Gives the answers their new tokens, (steps, tasks), up to the one that ends them."""
+        columns = [column.swapaxes(0, 1).tolist() for column in sampled[:3]]
+        for n, (task, *values) in enumerate(zip(tasks, *columns, strict=True)):
+            answer, tops = task.answer, task.answer.request.top_logprobs
+            if not answer.tokens:
+                self.counts += Counter(prompt_tokens=answer.prompt_tokens, cached_tokens=answer.cached_tokens)
+            for step, token in enumerate(map(Token, *values)):
+                if tops:
+                    best = zip(
+                        sampled.top_ids_BT[step, n].tolist(), sampled.top_logprobs_BT[step, n].tolist(), strict=True
+                    )
+                    token = token._replace(top=tuple(itertools.islice(best, tops)))
                 answer.add(token)
                 task.ids.append(token.id)
                 self.counts["generated_tokens"] += 1
@@ -327,8 +308,7 @@ class Engine:
             if answer.finish_reason:
                 self._scheduler.drop(task)
                 del self._tasks[answer]
-            grown.append(answer)
-        return grown
+        return [task.answer for task in tasks]
 
     def _count(self, tasks: list[Task], patient: bool) -> int:
         """How many tokens the next call makes in each row: until a row may be free for one that waits; so few that who
@@ -339,27 +319,3 @@ class Engine:
         if patient:
             return count
         return max(1, min(count, int(LATENCY / self._seconds) if self._seconds else 1))
-
-    def _width(self, tasks: int, reading: bool = False) -> int:
-        """Rows of the program: a power of two, or all of the cache's; of running ones rather more than to compile."""
-        every = len(self._scheduler.rows)
-        fitting = [] if reading else [width for width in self._widths if width >= tasks]
-        return min(fitting, default=min(bucket(tasks, smallest=1, multiple=every), every))
-
-    def _places(self, tasks: list[Task], rows: int) -> list[int]:
-        """Where tasks stand in the arrays of a program: if it takes the whole cache, as in that."""
-        return [task.row.number for task in tasks] if rows == len(self._scheduler.rows) else list(range(len(tasks)))
-
-    def _settings_of(self, tasks: list[Task], rows: int) -> decode.Settings:
-        if self._settings and self._settings[0] == (tasks, rows):
-            return self._settings[1]
-        configs = [GREEDY] * rows
-        rows_B, ends_BE = np.full(rows, len(self._scheduler.rows), np.int32), np.full((rows, ENDS), -1, np.int32)
-        for place, task in zip(self._places(tasks, rows), tasks, strict=True):
-            request = task.answer.request
-            configs[place], rows_B[place] = request.sampling, task.row.number
-            ends = (*request.stop_ids, *(() if request.sampling.ignore_eos else self.eos_ids))[:ENDS]
-            ends_BE[place, : len(ends)] = ends
-        settings = jax.device_put(decode.Settings(rows_B, SamplingValues.of(configs), ends_BE))
-        self._settings = (tasks, rows), settings
-        return settings

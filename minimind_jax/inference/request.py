@@ -66,7 +66,7 @@ class Answer:
 
     tokens: made so far, with the end-of-text token or those of the stop string. finish_reason: None while it grows;
     `stop` (end-of-text, stop id or stop string), `length` or `cancelled`. stop_reason: the stop string or stop id that
-    ended it. cached_tokens: of the prompt, that were not read anew.
+    ended it. cached_tokens: of the prompt, that were not read anew. ends: tokens that end it.
     """
 
     def __init__(self, request: Request, end_ids: Sequence[int], text: AnswerText | None):
@@ -75,7 +75,7 @@ class Answer:
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
         self.cached_tokens = 0
-        self._end_ids = () if request.sampling.ignore_eos else tuple(end_ids)
+        self.ends = (*request.stop_ids, *(() if request.sampling.ignore_eos else end_ids))
         self._text = text
         self._told = 0, 0  # tokens and characters that `news` has given
 
@@ -112,10 +112,8 @@ class Answer:
         self.tokens.append(token)
         if constraint := self.request.constraint:
             constraint.accept(token.id)
-        if token.id in self._end_ids:
-            self.finish("stop")
-        elif token.id in self.request.stop_ids:
-            self.finish("stop", token.id)
+        if token.id in self.ends:
+            self.finish("stop", token.id if token.id in self.request.stop_ids else None)
         elif self._text and (self._text.push(token.id), self._text.stopped)[1]:
             self.finish("stop", self._text.stopped_by)
         elif constraint and constraint.ended:

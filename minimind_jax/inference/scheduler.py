@@ -134,14 +134,10 @@ class Scheduler:
         free = [row for row in self.rows if row.task is None]
         return min(free, key=lambda row: (row is but, row.used))
 
-    def chunks(self, most: int) -> list[tuple[Task, int]]:
-        """Tasks of which so many tokens of the prompt are to be read together: as many as the first one's, up to `most`
-        of all, each counted as wide as the widest."""
-        reading = sorted((task for task in self.at_work if task.unread), key=lambda task: task.row.used)
-        if not reading:
-            return []
-        width = min(reading[0].unread, most)
-        return [(task, min(task.unread, width)) for task in reading[: max(1, most // width)]]
+    @property
+    def reading(self) -> list[Task]:
+        """The tasks whose prompt is not read to its end, those first that have their row longest."""
+        return sorted((task for task in self.at_work if task.unread), key=lambda task: task.row.used)
 
     def _tick(self) -> int:
         self._clock += 1

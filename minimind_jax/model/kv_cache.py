@@ -23,11 +23,6 @@ class LayerCache(NamedTuple):
     k_CBKHs: Array
     v_CBKsH: Array
 
-    def fill(self, k_BTKH: Array, v_BTKH: Array) -> "LayerCache":
-        """The cache with the keys and values of each row's first T tokens."""
-        k_BKHT, v_BKTH = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)
-        return LayerCache(_fill(self.k_CBKHs, k_BKHT, 3), _fill(self.v_CBKsH, v_BKTH, 2))
-
     def write(self, k_BTKH: Array, v_BTKH: Array, positions_BT: Array, rows_B: Array | None = None) -> "LayerCache":
         """The cache with keys and values of tokens at these positions of these rows (0, 1 ... for None); those beyond
         the last slot or the last row are dropped."""
@@ -47,14 +42,6 @@ class LayerCache(NamedTuple):
     def join(self) -> tuple[Array, Array]:
         """Keys (B, K, H, S) and values (B, K, S, H)."""
         return _join_blocks(self.k_CBKHs, 3), _join_blocks(self.v_CBKsH, 2)
-
-
-def _fill(blocks: Array, x: Array, axis: int) -> Array:
-    """The blocks with x in the first slots; axis: that of the slots in x, which goes first as that of the blocks."""
-    size = blocks.shape[axis + 1]
-    x = jnp.pad(x, [(0, -x.shape[i] % size if i == axis else 0) for i in range(4)])
-    x = jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
-    return jax.lax.dynamic_update_slice(blocks, x.astype(blocks.dtype), (0,) * 5)
 
 
 def _join_blocks(blocks: Array, axis: int) -> Array:

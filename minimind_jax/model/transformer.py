@@ -88,9 +88,9 @@ class LanguageModel:
     """A model as pure functions of its parameters, a nested dict of float32 arrays. Hashable: may be a static argument
     of `jax.jit` or closed over.
 
-    Three functions read tokens, as the embeddings that `embed` makes of them, some of which may be those of images:
-    `read_rows` whole rows, to train and to score; `read_prompt` the beginnings of rows into a cache; `read_next` what
-    follows in each row, its next token or more of a long prompt.
+    Two functions read tokens, as the embeddings that `embed` makes of them, some of which may be those of images:
+    `read_rows` whole rows, to train and to score; `read_next` what follows in each row of a cache: a whole prompt, a
+    part of a long one, or the next token.
 
     Parameters of the layers have a leading L axis; linear kernels are (in, out). See docs of the project for the tree.
     Others that stand beside them (a head of scores, a teacher) are ignored.
@@ -194,25 +194,11 @@ class LanguageModel:
         return KVCache.create(self.config, rows, slots, self.dtype, self.platform)
 
     @_in_full_precision
-    def read_prompt(self, params: Params, x_BTD: Array, lengths_B: Array, cache: KVCache) -> tuple[Array, KVCache]:
-        """Hidden states (B, T, D) of the first T tokens of each row, and the cache with them in slots 0..T-1.
-
-        lengths_B: how many of them are tokens; behind them is padding, for which what comes out is of no use.
-        """
-        B, T, _ = x_BTD.shape
-        positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-        attend = self._attend_row(x_BTD, None)
-        context = self._context(
-            positions_BT, lengths_B[:, None], None, lambda q, k, v, layer: (attend(q, k, v), layer.fill(k, v))
-        )
-        return self._read_into(cache, params, x_BTD, context)
-
-    @_in_full_precision
     def read_next(
         self,
         params: Params,
         x_BTD: Array,
-        starts_B: Array,
+        starts_B: Array | None,
         cache: KVCache,
         lengths_B: Array | None = None,
         rows_B: Array | None = None,
@@ -220,16 +206,20 @@ class LanguageModel:
         """Hidden states (B, T, D) of T more tokens of each row, and the cache with them in slots starts..starts+T-1.
 
         starts_B: tokens of each row that the cache holds, which the new ones see; what is in later slots is written
-        over, tokens beyond the last slot are dropped. lengths_B: tokens of each row with these, where padding is behind
-        them. rows_B: the rows of the cache; beyond its last for a row that is there to fill up and is not kept. As many
-        as the cache has, or None, are in its order.
+        over, tokens beyond the last slot are dropped. None: none, and attention is that of whole rows. lengths_B: of
+        each row with these, where padding is behind them. rows_B: the rows of the cache; beyond its last for a row
+        that is there to fill up and is not kept. As many as the cache has, or None, are in its order.
         """
-        T = x_BTD.shape[1]
+        B, T, _ = x_BTD.shape
+        attend_row = self._attend_row(x_BTD, None) if starts_B is None else None
+        starts_B = jnp.zeros(B, jnp.int32) if starts_B is None else starts_B
         positions_BT = starts_B[:, None] + jnp.arange(T)
         length_B = starts_B + T if lengths_B is None else lengths_B
 
         def attend(q_BTNH, k_BTKH, v_BTKH, layer):
             layer = layer.write(k_BTKH, v_BTKH, positions_BT, rows_B)
+            if attend_row is not None:
+                return attend_row(q_BTNH, k_BTKH, v_BTKH), layer
             return cached_attention(q_BTNH, layer, positions_BT, self.platform, rows_B), layer
 
         context = self._context(positions_BT, length_B[:, None], None, attend)

@@ -137,7 +137,8 @@ def make_cache(k_BSKH, v_BSKH) -> LayerCache:
     """All slots written, in the dtype of the keys."""
     B, S, K, H = k_BSKH.shape
     config = ModelConfig(hidden_size=K * H, num_attention_heads=K, num_key_value_heads=K, num_hidden_layers=1)
-    return KVCache.create(config, B, S, k_BSKH.dtype, "cpu").layers[0].fill(k_BSKH, v_BSKH)
+    positions_BS = jnp.broadcast_to(jnp.arange(S), (B, S))
+    return KVCache.create(config, B, S, k_BSKH.dtype, "cpu").layers[0].write(k_BSKH, v_BSKH, positions_BS)
 
 
 def test_a_query_sees_the_slots_up_to_its_position():

@@ -53,7 +53,7 @@ def test_prompts_of_any_length_then_single_tokens_equal_the_whole_pass(name, chu
 
     @jax.jit
     def prompt(params, tokens, lengths, cache):
-        hidden, cache = model.read_prompt(params, model.embed(params, tokens), lengths, cache)
+        hidden, cache = model.read_next(params, model.embed(params, tokens), None, cache, lengths)
         return model.logits(params, hidden), cache
 
     @jax.jit
@@ -84,8 +84,8 @@ def test_dynamic_scaling_looks_at_a_row_s_own_length_and_not_at_its_padding():
     config = ModelConfig(**SIZES, rope_scaling=RopeScaling("dynamic", 4.0, 4))
     model, params = LanguageModel(config, ComputeConfig(dtype="float32")), make("dense")[1]
     tokens = make("dense")[2]
-    read = jax.jit(lambda tokens, lengths: model.read_prompt(
-        params, model.embed(params, tokens), lengths, model.new_cache(len(tokens), PROMPT))[0])  # fmt: skip
+    read = jax.jit(lambda tokens, lengths: model.read_next(
+        params, model.embed(params, tokens), None, model.new_cache(len(tokens), PROMPT), lengths)[0])  # fmt: skip
     together = read(tokens[:, :PROMPT], jnp.asarray(LENGTHS))
     rows = jax.jit(lambda tokens, lengths: model.read_rows(
         params, model.embed(params, tokens), lengths_B=lengths).hidden_BTD)(tokens, jnp.asarray(LENGTHS))  # fmt: skip
@@ -110,8 +110,8 @@ def test_slots_hold_what_was_written_and_a_larger_cache_takes_it_over(platform):
     tokens, slots = CPU_BLOCK + 9, 2 * CPU_BLOCK
     k_BTKH, v_BTKH = jnp.asarray(rng.standard_normal((2, 2, tokens, 2, 8)), jnp.float32)
     cache = KVCache.create(config, 2, slots, jnp.float32, platform)
-    layer = cache.layers[0].fill(k_BTKH[:, :66], v_BTKH[:, :66])
-    for places in (np.arange(66, 70), np.arange(70, 71), np.arange(71, tokens)):
+    layer = cache.layers[0]
+    for places in (np.arange(66), np.arange(66, 70), np.arange(70, 71), np.arange(71, tokens)):
         positions_BT = jnp.asarray(np.broadcast_to(places, (2, len(places))))
         layer = layer.write(k_BTKH[:, places], v_BTKH[:, places], positions_BT)
     beyond = layer.write(k_BTKH[:, :1], v_BTKH[:, :1], jnp.full((2, 1), slots))
@@ -121,3 +121,23 @@ def test_slots_hold_what_was_written_and_a_larger_cache_takes_it_over(platform):
         padding = ((0, 0), (0, found.join()[1].shape[2] - tokens), (0, 0), (0, 0))
         np.testing.assert_array_equal(keys_BKHS.transpose(0, 3, 1, 2), np.pad(k_BTKH, padding))
         np.testing.assert_array_equal(values_BKSH.transpose(0, 2, 1, 3), np.pad(v_BTKH, padding))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_rows_are_written_and_copied_one_by_one(platform):
+    config, rng = MODELS["dense"], np.random.default_rng(0)
+    tokens = CPU_BLOCK + 9
+    k_BTKH, v_BTKH = jnp.asarray(rng.standard_normal((2, 2, tokens, 2, 8)), jnp.float32)
+    layer = KVCache.create(config, 4, 2 * CPU_BLOCK, jnp.float32, platform).layers[0]
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens), (2, tokens))
+    layer = layer.write(k_BTKH, v_BTKH, positions_BT, jnp.array([2, 4]))  # there is no row 4
+    count = CPU_BLOCK if platform == "cpu" else tokens
+    copied = KVCache((layer,)).copy_row(2, 0, count).layers[0]
+    for found in (layer, copied):
+        keys_BKHS, values_BKSH = (np.array(x) for x in found.join())
+        np.testing.assert_array_equal(keys_BKHS[2, :, :, :tokens], k_BTKH[0].transpose(1, 2, 0))
+        np.testing.assert_array_equal(values_BKSH[2, :, :tokens], v_BTKH[0].transpose(1, 0, 2))
+        assert not keys_BKHS[[1, 3]].any() and not values_BKSH[[1, 3]].any()
+    assert not np.array(layer.join()[0])[0].any()
+    np.testing.assert_array_equal(copied.join()[0][0, :, :, :count], k_BTKH[0, :count].transpose(1, 2, 0))
+    assert platform != "cpu" or not np.array(copied.join()[0])[0, :, :, count:].any()

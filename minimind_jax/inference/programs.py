@@ -1,0 +1,229 @@
+"""What the engine has on the device, and the compiled functions that work on it: the host's tasks go in, and what was
+sampled comes out, as NumPy.
+
+A program takes some rows of the cache, or all of them. Those of some rows pick them out, which costs little (16 of 64
+rows of the 29.0M model on a CPU: 1 ms of 20), so that a lone request does not pay for others; in those of all, a task
+stands where its row stands.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+
+from minimind_jax.config.generation import SamplingConfig
+from minimind_jax.inference import decode
+from minimind_jax.inference.buckets import bucket
+from minimind_jax.inference.sampling import Counts, Sampled, SamplingValues
+from minimind_jax.inference.scheduler import Copy, Task
+from minimind_jax.model.transformer import LanguageModel, Params
+
+GREEDY = SamplingConfig(temperature=0.0)
+
+MOST_STEPS = 32  # tokens of a row that one call makes
+ENDS = 8  # tokens that end a row, known to the device; of others the host knows
+STEP = 4  # from one number of rows of a program to the next, where all are compiled before the first request
+
+
+class Limits(NamedTuple):
+    """Of tokens that are read at once. alone: padding counted. beside: while other rows run. widths: of programs, where
+    all are compiled before the first request."""
+
+    alone: int
+    beside: int
+    widths: tuple[int, ...]
+
+
+LIMITS = {"cpu": Limits(512, 64, (16, 64, 256))}
+OTHER_LIMITS = Limits(4096, 512, (64, 512))
+
+
+class Programs:
+    """rows, length: of the cache, at first. is_fixed: it never grows, and a few programs do for everything; otherwise
+    programs are compiled as they are needed, and rather too large a one is used than another compiled."""
+
+    def __init__(self, model: LanguageModel, params: Params, rows: int, length: int, is_fixed: bool):
+        self.model, self.is_fixed = model, is_fixed
+        self.limits = LIMITS.get(model.platform, OTHER_LIMITS)
+        self.rows, self.length, self._cache = 0, 0, None
+        self._settings: dict[int, tuple[list[Task], decode.Settings]] = {}
+        self._nothing: dict[int, tuple[Counts, Array]] = {}
+        self._made: set[int] = set()  # rows for which tokens were made
+        self.load(params)
+        self.reserve(rows, length)
+
+    def load(self, params: Params) -> None:
+        """Takes other parameters."""
+        self.params = self.model.unstack(params)
+
+    def reserve(self, rows: int, length: int) -> None:
+        """Makes the cache at least as large."""
+        rows, length = max(rows, self.rows), max(length, self.length)
+        if (rows, length) == (self.rows, self.length):
+            return
+        if self._cache is None:
+            self._cache = self.model.new_cache(rows, length)
+        else:
+            self._cache = decode.enlarge(self.model, self._cache, rows, length)
+        self.rows, self.length = rows, length
+        self._settings, self._made = {}, set()
+
+    def clear(self) -> None:
+        """An empty cache of the same size; the old one may be lost in a call that was given it."""
+        self._cache = self.model.new_cache(self.rows, self.length)
+
+    # Sizes of programs ------------------------------------------------------------------------------------------------
+
+    def chunk(self, unread: int, is_alone: bool) -> tuple[int, int]:
+        """(tokens that are read of a prompt, of how many prompts), where the first has so many left."""
+        most = self.limits.alone if is_alone else self.limits.beside
+        if not self.is_fixed:
+            width = min(bucket(unread, smallest=16, multiple=most), most)
+            return width, max(1, most // width)
+        widths = [width for width in self.limits.widths if width <= most]
+        width = next((width for width in widths if width >= unread), widths[-1])
+        return width, max(1, *(rows for rows in self.steps if rows * width <= most))
+
+    @functools.cached_property
+    def steps(self) -> tuple[int, ...]:
+        """Rows of programs, where all are compiled before the first request."""
+        powers = (STEP**n for n in range(20))
+        return (*(rows for rows in powers if rows < self.rows), self.rows)
+
+    def rows_for(self, tasks: int, reading: bool = False) -> int:
+        """Rows of the program that takes so many tasks."""
+        if self.is_fixed:
+            return next(rows for rows in self.steps if rows >= tasks)
+        compiled = [] if reading else [rows for rows in self._made if rows >= tasks]
+        return min(compiled, default=min(bucket(tasks, smallest=1, multiple=self.rows), self.rows))
+
+    def places(self, tasks: Sequence[Task], rows: int) -> list[int]:
+        """Where tasks stand in the arrays of a program."""
+        return [task.row.number for task in tasks] if rows == self.rows else list(range(len(tasks)))
+
+    # Calls ------------------------------------------------------------------------------------------------------------
+
+    def copy(self, copy: Copy) -> None:
+        self._cache = decode.copy_row(self._cache, *map(np.int32, copy))
+
+    def read(self, chunks: Sequence[tuple[Task, int]], width: int, rows: int) -> Array:
+        """Reads so many more tokens of each task, `width` at most; logits behind them, (rows, V), still on the device.
+
+        The newest token of a task that runs is read likewise, when it is not left to `make`.
+        """
+        tasks = [task for task, _ in chunks]
+        tokens_BP, (starts_B, counts_B, lengths_B) = np.zeros((rows, width), np.int32), np.zeros((3, rows), np.int32)
+        for place, (task, count) in zip(self.places(tasks, rows), chunks, strict=True):
+            start = len(task.row.held)
+            starts_B[place], counts_B[place], lengths_B[place] = start, count, len(task.ids)
+            tokens_BP[place, :count] = task.ids[start : start + count]
+        from_start = self.model.platform != "cpu" and width > 1 and not starts_B.any()
+        rows_B = self._settings_of(tasks, rows).rows_B
+        work = tokens_BP, rows_B, starts_B, counts_B, lengths_B
+        logits_BV, self._cache = decode.read(self.model, self.params, self._cache, *work, from_start=from_start)
+        return logits_BV
+
+    def choose(self, tasks: Sequence[Task], due: Sequence[Task], logits_BV: Array) -> Sampled:
+        """The next token of the tasks that are due one, from the logits that `read` gave for `tasks`; one step.
+
+        Masks of constrained answers are computed here, while the device still reads.
+        """
+        rows = len(logits_BV)
+        positions_B, allowed_BW = np.zeros(rows, np.int32), None
+        for place, task in zip(self.places(tasks, rows), tasks, strict=True):
+            positions_B[place] = len(task.ids)
+            constraint = task.answer.request.constraint
+            if constraint and task in due:
+                allowed_BW = np.array(self._unused(rows)[1]) if allowed_BW is None else allowed_BW
+                allowed_BW[place] = constraint.mask()
+        allowed_BW = self._unused(rows)[1] if allowed_BW is None else allowed_BW
+        settings, counts = self._settings_of(tasks, rows), self._counts_of(tasks, rows)
+        sampled = jax.device_get(decode.choose(logits_BV, positions_B, settings, counts, allowed_BW))
+        places = [place for place, task in zip(self.places(tasks, rows), tasks, strict=True) if task in due]
+        return jax.tree.map(lambda all_B: all_B[None, places], sampled)
+
+    def make(self, tasks: Sequence[Task], count: int) -> Sampled:
+        """The next `count` tokens of each task, or fewer if all end; (steps, tasks) first in each array."""
+        rows = self.rows_for(len(tasks))
+        places = self.places(tasks, rows)
+        newest_B, lengths_B = np.zeros((2, rows), np.int32)
+        for place, task in zip(places, tasks, strict=True):
+            newest_B[place], lengths_B[place] = task.ids[-1], len(task.ids)
+        settings, counts = self._settings_of(tasks, rows), self._counts_of(tasks, rows)
+        sampled, made = self._make(newest_B, lengths_B, settings, counts, count)
+        self._made.add(rows)
+        return jax.tree.map(lambda all_NB: all_NB[:made, places], sampled)
+
+    def warm_up(self, report: Callable[[int, int], None]) -> None:
+        """Compiles every program of a fixed cache, by calls that change nothing; report: gets (done, of how many)."""
+        none = functools.partial(np.zeros, dtype=np.int32)
+        reads = [(rows, 1) for rows in self.steps]
+        reads += [
+            (rows, width)
+            for width in self.limits.widths
+            for rows in self.steps
+            if rows == 1 or rows * width <= self.limits.alone
+        ]
+        total = len(reads) + len(self.steps) + 1
+        self.copy(Copy(0, 0, 0))
+        for done, (rows, width) in enumerate(reads, 1):
+            report(done - 1, total)
+            settings, counts = self._settings_of([], rows), self._counts_of([], rows)
+            for from_start in (False,) if self.model.platform == "cpu" or width == 1 else (False, True):
+                work = none((rows, width)), settings.rows_B, none(rows), none(rows), none(rows)
+                logits_BV, self._cache = decode.read(self.model, self.params, self._cache, *work, from_start=from_start)
+            if width == 1:
+                decode.choose(logits_BV, none(rows), settings, counts, self._unused(rows)[1])
+                self._make(none(rows), none(rows), settings, counts, 0)
+        report(total, total)
+
+    # Arrays -----------------------------------------------------------------------------------------------------------
+
+    def _make(self, newest_B, lengths_B, settings, counts, count) -> tuple[Sampled, int]:
+        work = newest_B, lengths_B, settings, counts, np.int32(count)
+        sampled, made, self._cache = decode.make(self.model, self.params, self._cache, *work, most=MOST_STEPS)
+        return jax.device_get((sampled, made))
+
+    def _settings_of(self, tasks: Sequence[Task], rows: int) -> decode.Settings:
+        """Kept as long as the same tasks are in the same places."""
+        known, settings = self._settings.get(rows, ([], None))
+        if settings is not None and known == list(tasks):
+            return settings
+        configs, biases, tops = [GREEDY] * rows, [()] * rows, [0] * rows
+        rows_B, ends_BE = np.full(rows, self.rows, np.int32), np.full((rows, ENDS), -1, np.int32)
+        for place, task in zip(self.places(tasks, rows), tasks, strict=True):
+            request, ends = task.answer.request, task.answer.ends[:ENDS]
+            configs[place], biases[place], tops[place] = request.sampling, request.logit_bias, request.top_logprobs
+            rows_B[place], ends_BE[place, : len(ends)] = task.row.number, ends
+        values = SamplingValues.of(configs, biases, tops)
+        settings = jax.device_put(decode.Settings(rows_B, values, ends_BE))
+        self._settings[rows] = list(tasks), settings
+        return settings
+
+    def _counts_of(self, tasks: Sequence[Task], rows: int) -> Counts:
+        """Of the rows with a penalty; made anew for each call, which makes several tokens."""
+        if not any(_is_penalized(task) for task in tasks):
+            return self._unused(rows)[0]
+        vocab_size = self.model.config.vocab_size
+        counts = Counts(np.zeros((rows, vocab_size), bool), np.zeros((rows, vocab_size), np.int32))
+        for place, task in zip(self.places(tasks, rows), tasks, strict=True):
+            if _is_penalized(task):
+                prompt, answer = np.split(np.array(task.ids), [task.answer.prompt_tokens])
+                counts.prompt_BV[place, prompt] = True
+                counts.answer_BV[place] = np.bincount(answer, minlength=vocab_size)
+        return counts
+
+    def _unused(self, rows: int) -> tuple[Counts, Array]:
+        """Counts and masks for rows without a penalty or constraint; they stay on the device."""
+        if rows not in self._nothing:
+            allowed_BW = np.full((rows, -(-self.model.config.vocab_size // 32)), 2**32 - 1, np.uint32)
+            self._nothing[rows] = Counts.none(rows, self.model.config.vocab_size), jax.device_put(allowed_BW)
+        return self._nothing[rows]
+
+
+def _is_penalized(task: Task) -> bool:
+    own = task.answer.request.sampling
+    return own.repetition_penalty != 1 or own.presence_penalty != 0 or own.frequency_penalty != 0
