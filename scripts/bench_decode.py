@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from minimind_jax.config.generation import SamplingConfig
-from minimind_jax.inference.generate import Generator
+from minimind_jax.inference.engine import Engine
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.transformer import LanguageModel, cast_matrices
 
@@ -30,14 +30,14 @@ def serve_ours(settings: dict) -> None:
     config = ModelConfig(hidden_size=settings["hidden_size"], num_hidden_layers=settings["layers"], **shape)
     model = LanguageModel(config)
     params = cast_matrices(jax.jit(model.init)(jax.random.key(0)), model.dtype)
-    generator = Generator(model, params)
-    prompts = np.random.default_rng(0).integers(3, 6400, (settings["rows"], settings["prompt_len"])).tolist()
+    engine, random = Engine(model, params), np.random.default_rng(0)
 
     def generate(count: int) -> dict:
+        prompts = random.integers(3, 6400, (settings["rows"], settings["prompt_len"])).tolist()
         started = time.perf_counter()
-        done = generator.generate(prompts, SamplingConfig(max_new_tokens=count, temperature=0.0, ignore_eos=True))
+        done = engine.generate(prompts, SamplingConfig(max_new_tokens=count, temperature=0.0, ignore_eos=True))
         seconds = time.perf_counter() - started
-        return {"seconds": seconds, "tokens": sum(len(completion.ids) for completion in done)}
+        return {"seconds": seconds, "tokens": sum(len(answer.ids) for answer in done)}
 
     bench.serve({"generate": generate})
 

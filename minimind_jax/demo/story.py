@@ -5,6 +5,7 @@ the end is measured here: bits per byte, answers before and after fine-tuning, t
 that the model answers word for word, and that the exported folder computes what was trained.
 """
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Sequence
@@ -19,9 +20,9 @@ from minimind_jax.convert.hf import load_hf
 from minimind_jax.convert.load import from_hf
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.demo import corpus
-from minimind_jax.inference.buckets import bucket
-from minimind_jax.inference.generate import Generator
-from minimind_jax.inference.load import load_generator
+from minimind_jax.inference.engine import Engine
+from minimind_jax.inference.load import load_engine
+from minimind_jax.inference.request import Request
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.pipeline.read import load_pipeline
 from minimind_jax.pipeline.run import run_pipeline
@@ -33,7 +34,6 @@ from minimind_jax.training.tracking import read_metrics
 FOLDER = Path("runs/demo")
 SAMPLE_QUESTIONS = ("Hello", "What is a computer?", "Tell me a joke", "你好吗?", "你是谁?", "你喜欢什么书?")
 LARGEST_DIFFERENCE = 1e-4  # of a logit, between the trained and the exported model, both float32
-BATCH = 64
 MINE = ("--pretrain.data.train", "text.jsonl", "--sft.data.train", "chats.jsonl")
 
 
@@ -49,7 +49,7 @@ def run(config: DemoConfig) -> int:
 
     exported = FOLDER / "model"
     from_hf(FOLDER / "sft" / "model", exported, "float32")
-    pretrained, tuned = load_generator(str(FOLDER / "pretrain")), load_generator(str(exported))
+    pretrained, tuned = load_engine(str(FOLDER / "pretrain")), load_engine(str(exported))
     difference = export_difference(FOLDER / "sft", exported, tuned)
     before, after = answers(pretrained, SAMPLE_QUESTIONS), answers(tuned, SAMPLE_QUESTIONS)
     samples = list(zip(SAMPLE_QUESTIONS, before, after, strict=True))
@@ -65,46 +65,39 @@ def run(config: DemoConfig) -> int:
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
-def prompt_ids(generator: Generator, turns: Sequence[str]) -> list[int]:
-    return encode_prompt(generator.tokenizer, corpus.messages(turns))
+def prompt_ids(engine: Engine, turns: Sequence[str]) -> list[int]:
+    return encode_prompt(engine.tokenizer, corpus.messages(turns))
 
 
-def greedy(generator: Generator, prompts: Sequence[Sequence[int]], longest: int) -> list[str]:
-    """Greedy answers of at most `longest` tokens."""
-    sampling = SamplingConfig(max_new_tokens=longest, temperature=0.0)
-    return [completion.text.strip() for completion in generator.generate(prompts, sampling)]
+def greedy(engine: Engine, prompts: Sequence[Sequence[int]], longest: Sequence[int]) -> list[str]:
+    """Greedy answers of at most so many tokens."""
+    sampling = SamplingConfig(temperature=0.0)
+    requests = [
+        Request(tuple(prompt), dataclasses.replace(sampling, max_new_tokens=count))
+        for prompt, count in zip(prompts, longest, strict=True)
+    ]
+    return [answer.text.strip() for answer in engine.answers(requests)]
 
 
-def answers(generator: Generator, questions: Sequence[str]) -> list[str]:
-    return greedy(generator, [prompt_ids(generator, [question]) for question in questions], 48)
+def answers(engine: Engine, questions: Sequence[str]) -> list[str]:
+    prompts = [prompt_ids(engine, [question]) for question in questions]
+    return greedy(engine, prompts, [48] * len(prompts))
 
 
-def recall(generator: Generator, language: str) -> list[bool]:
+def recall(engine: Engine, language: str) -> list[bool]:
     """Asks every question of a language's dialogues, with the turns before it: whether each is answered word for word
     with one of its answers."""
     expected = corpus.questions(corpus.dialogues(language))
-    prompts = {question: prompt_ids(generator, question) for question in expected}
-    longest = {q: max(len(generator.tokenizer.encode(a)) for a in found) for q, found in expected.items()}
-
-    def size(question) -> int:
-        return bucket(len(prompts[question]), smallest=64, multiple=1024)
-
-    is_exact = []
-    # A batch has prompts that are padded to the same length and answers about as long: little work is wasted.
-    for _, group in itertools.groupby(sorted(expected, key=lambda q: (size(q), longest[q])), key=size):
-        questions = list(group)
-        for start in range(0, len(questions), BATCH):
-            batch = questions[start : start + BATCH]
-            made = greedy(generator, [prompts[q] for q in batch], max(longest[q] for q in batch) + 1)
-            is_exact += [answer in expected[question] for question, answer in zip(batch, made, strict=True)]
-    return is_exact
+    longest = [max(len(engine.tokenizer.encode(answer)) for answer in found) + 1 for found in expected.values()]
+    made = greedy(engine, [prompt_ids(engine, question) for question in expected], longest)
+    return [answer in found for answer, found in zip(made, expected.values(), strict=True)]
 
 
-def export_difference(run: Path, exported: Path, generator: Generator) -> float:
+def export_difference(run: Path, exported: Path, engine: Engine) -> float:
     """Largest difference of a logit between the run's last checkpoint and the exported folder, loaded from disk."""
     config, params = load_hf(exported)
     model, folder = LanguageModel(config), RunFolder(run)
-    tokens_BT = np.array([prompt_ids(generator, [question])[:8] for question in SAMPLE_QUESTIONS])
+    tokens_BT = np.array([prompt_ids(engine, [question])[:8] for question in SAMPLE_QUESTIONS])
     trained = load_params(folder.checkpoints / str(folder.checkpoint_steps()[-1]), model.abstract_params())
     logits = [np.asarray(jax.jit(model.apply)(tree, tokens_BT)[0]) for tree in (trained, params)]
     return float(np.abs(logits[0] - logits[1]).max())

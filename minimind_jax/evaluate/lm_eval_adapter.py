@@ -21,7 +21,8 @@ from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.data.documents import begun
 from minimind_jax.errors import UserError
 from minimind_jax.inference.likelihood import LikelihoodScorer, encode_pair
-from minimind_jax.inference.load import load_generator
+from minimind_jax.inference.load import load_engine
+from minimind_jax.inference.request import Request
 from minimind_jax.progress import progress, tracked
 
 DEFAULT_BATCH = 16
@@ -46,9 +47,9 @@ class MiniMindJax(TemplateLM):
         if not pretrained:
             raise UserError("minimind_jax needs a model: --model_args pretrained=FOLDER")
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else DEFAULT_BATCH  # `auto` is lm_eval's word
-        self.generator = load_generator(str(pretrained), dtype)
+        self.engine = load_engine(str(pretrained), dtype, slots=self.batch_size)
         limit = int(max_length) if max_length else None
-        self.scorer = LikelihoodScorer(self.generator.model, self.generator.params, self.batch_size, limit)
+        self.scorer = LikelihoodScorer(self.engine.model, self.engine.params, self.batch_size, limit)
         self.max_length = self.scorer.context
         self.max_gen_toks, self.add_bos_token = int(max_gen_toks), _is_true(add_bos_token)
         self.enable_thinking, self.name = _is_true(enable_thinking), str(pretrained)
@@ -59,22 +60,22 @@ class MiniMindJax(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self.generator.tokenizer.eos_id
+        return self.engine.tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text without context: the begin token, or the end token where there is none."""
-        bos = self.generator.tokenizer.bos_id
+        bos = self.engine.tokenizer.bos_id
         return self.eot_token_id if bos is None else bos
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        tokenizer = self.generator.tokenizer
+        tokenizer = self.engine.tokenizer
         ids = tokenizer.encode(string)
         wanted = self.add_bos_token if add_special_tokens is None else add_special_tokens
         return begun(tokenizer, ids) if wanted else ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        segments = self.generator.tokenizer.prompt_segments(
+        segments = self.engine.tokenizer.prompt_segments(
             chat_history, add_generation_prompt=add_generation_prompt, open_thinking=self.enable_thinking
         )
         text = "".join(segment.text for segment in segments)
@@ -117,22 +118,18 @@ class MiniMindJax(TemplateLM):
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """Greedy unless the task says otherwise; a stop string ends an answer and is not part of it."""
-        found: list[str] = [""] * len(requests)
-        order = sorted(range(len(requests)), key=lambda n: (str(requests[n].args[1]), -len(requests[n].args[0])))
-        groups = [list(group) for _, group in itertools.groupby(order, key=lambda n: str(requests[n].args[1]))]
-        size = self.batch_size
-        batches = [group[first : first + size] for group in groups for first in range(0, len(group), size)]
-        for batch in tracked(batches, "writing", len(batches), show=not disable_tqdm):
-            sampling = self._sampling(requests[batch[0]].args[1])
-            room = self.max_length - sampling.max_new_tokens
-            if room < 1:
-                raise UserError(
-                    f"max_gen_toks {sampling.max_new_tokens} leaves no room for a prompt in {self.max_length} tokens"
-                )
-            prompts = [self.tok_encode(requests[n].args[0])[-room:] for n in batch]
-            for n, completion in zip(batch, self.generator.generate(prompts, sampling), strict=True):
-                found[n] = completion.text
-        return found
+        asked = (self._request(*request.args) for request in requests)
+        answers = tracked(self.engine.answers(asked), "writing", len(requests), show=not disable_tqdm)
+        return [answer.text for answer in answers]
+
+    def _request(self, context: str, options: dict[str, Any]) -> Request:
+        sampling = self._sampling(options)
+        room = self.max_length - sampling.max_new_tokens
+        if room < 1:
+            raise UserError(
+                f"max_gen_toks {sampling.max_new_tokens} leaves no room for a prompt in {self.max_length} tokens"
+            )
+        return Request(tuple(self.tok_encode(context)[-room:]), sampling)
 
     def _sampling(self, options: dict[str, Any]) -> SamplingConfig:
         stop = options.get("until") or ()

@@ -21,8 +21,9 @@ from minimind_jax.data.values import Place, kind_of
 from minimind_jax.data.written import check_output
 from minimind_jax.errors import UserError
 from minimind_jax.inference.answer_file import PartialFile
-from minimind_jax.inference.generate import Generator
-from minimind_jax.inference.load import load_generator
+from minimind_jax.inference.engine import Engine
+from minimind_jax.inference.load import load_engine
+from minimind_jax.inference.request import Request
 from minimind_jax.inference.text import ThinkSplitter
 from minimind_jax.inference.tool_use import carry_out
 from minimind_jax.progress import progress
@@ -82,7 +83,7 @@ def evaluate_tool_calls(config: ToolCallsConfig) -> tuple[dict[str, list[bool]],
         check_output(Path(config.output), expand_paths(config.files))
     questions, notes = _questions(config)
     with Toolbox(config.tools if any(question.acts for question in questions) else ()) as tools:
-        answers = _answers(load_generator(config.model), questions, tools, config, notes)
+        answers = _answers(load_engine(config.model, slots=config.batch_size), questions, tools, config, notes)
     scores: dict[str, list[bool]] = {row: [] for row in ROWS}
     rows = []
     for question, answer in ((questions[n], answers[n]) for n in sorted(answers)):
@@ -164,14 +165,14 @@ def _with_truth(record: Record, reading: Reading) -> list[Question]:
 
 
 def _answers(
-    generator: Generator, questions: Sequence[Question], tools: Toolbox, config: ToolCallsConfig, notes: Counter[str]
+    engine: Engine, questions: Sequence[Question], tools: Toolbox, config: ToolCallsConfig, notes: Counter[str]
 ) -> dict[int, Answer]:
     """Answers by the number of their question, without those whose prompt is too long. notes: gets counts."""
     answers: dict[int, Answer] = {}
     messages = [list(question.messages) for question in questions]
     left = list(range(len(questions)))
     for _ in range(config.tool_rounds + 1):
-        texts = _generate(generator, [(messages[n], questions[n].tools) for n in left], config, notes)
+        texts = _generate(engine, [(messages[n], questions[n].tools) for n in left], config, notes)
         acting = []
         for n, text in zip(left, texts, strict=True):
             if text is None:
@@ -190,30 +191,25 @@ def _answers(
 
 
 def _generate(
-    generator: Generator, prompts: Sequence[tuple], config: ToolCallsConfig, notes: Counter[str]
+    engine: Engine, prompts: Sequence[tuple], config: ToolCallsConfig, notes: Counter[str]
 ) -> list[str | None]:
-    """The likeliest answers to (messages, tools), without thoughts; None where there is no room for max_new_tokens.
-
-    This alone knows how many are answered at a time.
-    """
+    """The likeliest answers to (messages, tools), without thoughts; None where there is no room for max_new_tokens."""
     texts: list[str | None] = [None] * len(prompts)
-    ids = [encode_prompt(generator.tokenizer, *prompt, config.thinking) for prompt in prompts]
-    fitting = [n for n in range(len(ids)) if generator.room(len(ids[n])) >= config.max_new_tokens]
+    ids = [encode_prompt(engine.tokenizer, *prompt, config.thinking) for prompt in prompts]
+    fitting = [n for n in range(len(ids)) if engine.room(len(ids[n])) >= config.max_new_tokens]
     notes["prompts leave no room for --max_new_tokens in the model's context and are given up"] += len(ids) - len(
         fitting
     )
-    fitting.sort(key=lambda n: len(ids[n]))
     sampling = SamplingConfig(max_new_tokens=config.max_new_tokens, temperature=0.0)
     with progress("answering", len(fitting)) as advance:
-        for start in range(0, len(fitting), config.batch_size):
-            batch = fitting[start : start + config.batch_size]
-            for n, said in zip(batch, generator.generate([ids[n] for n in batch], sampling), strict=True):
-                splitter = ThinkSplitter(generator.tokenizer.prompt_opens_thinking(*prompts[n], config.thinking))
-                splitter.push(said.text)
-                splitter.finish()
-                texts[n] = splitter.answer.strip()
-                notes["answers were cut off (--max_new_tokens)"] += said.finish_reason == "length"
-            advance(len(batch))
+        requests = (Request(tuple(ids[n]), sampling) for n in fitting)
+        for n, said in zip(fitting, engine.answers(requests), strict=True):
+            splitter = ThinkSplitter(engine.tokenizer.prompt_opens_thinking(*prompts[n], config.thinking))
+            splitter.push(said.text)
+            splitter.finish()
+            texts[n] = splitter.answer.strip()
+            notes["answers were cut off (--max_new_tokens)"] += said.finish_reason == "length"
+            advance(1)
     return texts
 
 

@@ -12,9 +12,9 @@ from minimind_jax.config.generation import ChatConfig
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.tools import Call, parse_calls
 from minimind_jax.errors import UserError
-from minimind_jax.inference.adapters import SwitchedGenerator, load_switched
-from minimind_jax.inference.generate import Generator, Piece
-from minimind_jax.inference.load import load_generator
+from minimind_jax.inference.adapters import SwitchedEngine, load_switched
+from minimind_jax.inference.engine import Engine, Piece
+from minimind_jax.inference.load import load_engine
 from minimind_jax.inference.text import ThinkSplitter
 from minimind_jax.inference.tool_use import carry_out
 from minimind_jax.inference.typed import typed_messages
@@ -34,14 +34,14 @@ def run(config: ChatConfig) -> None:
     """Loads the model and talks until the user leaves. Raises UserError if there is no such model or tool."""
     with Toolbox(config.tools) if config.tools else contextlib.nullcontext() as tools:
         if config.adapters:
-            generator = load_switched(config.model, config.adapters, config.dtype)
+            engine = load_switched(config.model, config.adapters, config.dtype)
         else:
-            generator = load_generator(config.model, config.dtype)
-        chat(generator, config, Console(markup=False, emoji=False, highlight=False), tools=tools)
+            engine = load_engine(config.model, config.dtype, slots=1)
+        chat(engine, config, Console(markup=False, emoji=False, highlight=False), tools=tools)
 
 
 def chat(
-    generator: Generator,
+    engine: Engine,
     config: ChatConfig,
     console: Console,
     lines: Iterable[str] | None = None,
@@ -53,12 +53,12 @@ def chat(
         lines: what the user types, messages and commands; None reads the standard input, a terminal or a pipe.
         tools: that the model may call.
     """
-    conversation = Dialogue(generator, config, tools)
+    conversation = Dialogue(engine, config, tools)
     with console.status("Compiling ..."):
         conversation.warm_up()
     offered = f" Tools: {', '.join(tools.names)}." if tools else ""
     console.print(
-        f"{config.model}, context of {generator.room(0)} tokens.{offered} /help lists the commands.",
+        f"{config.model}, context of {engine.room(0)} tokens.{offered} /help lists the commands.",
         style="dim", soft_wrap=True,
     )  # fmt: skip
     if lines is None:
@@ -79,8 +79,8 @@ class Dialogue:
     messages: of user, assistant and tools, without the system prompt. thinking: whether the next answer thinks first.
     """
 
-    def __init__(self, generator: Generator, config: ChatConfig, tools: Toolbox | None = None):
-        self._generator, self._sampling = generator, config.resolve(generator.sampling)
+    def __init__(self, engine: Engine, config: ChatConfig, tools: Toolbox | None = None):
+        self._engine, self._sampling = engine, config.resolve(engine.sampling)
         self._tools = tools
         self._answers = 0
         self.system, self.thinking = config.system, config.thinking
@@ -103,14 +103,14 @@ class Dialogue:
         return HELP if name == "/help" else f"unknown command {name}\n{HELP}"
 
     def _adapter(self, name: str) -> str:
-        if not isinstance(self._generator, SwitchedGenerator):
+        if not isinstance(self._engine, SwitchedEngine):
             return "there are no adapters; --adapters NAME ... loads some"
         if name:
             try:
-                self._generator.use(name)
+                self._engine.use(name)
             except UserError as error:
                 return str(error)
-        return f"answers with {self._generator.active}; there are {', '.join(self._generator.adapters)}"
+        return f"answers with {self._engine.active}; there are {', '.join(self._engine.adapters)}"
 
     def ask(self, text: str) -> int:
         """Adds the user's message and drops the oldest turns until the conversation fits; the number of those.
@@ -120,7 +120,7 @@ class Dialogue:
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         turns = [start for start, message in enumerate(messages) if message["role"] == "user"]
-        room = self._generator.room(0)
+        room = self._engine.room(0)
         reserve = min(self._sampling.max_new_tokens, room // 2)  # for the answer
         for dropped, start in enumerate(turns):
             length = len(self._prompt(messages[start:]))
@@ -135,19 +135,19 @@ class Dialogue:
     def answer(self) -> Iterator[Piece]:
         """Streams the answer to the last message. Give what was shown to `keep`, also when the loop was left."""
         ids = self._prompt(self.messages)
-        count = min(self._sampling.max_new_tokens, self._generator.room(len(ids)))
+        count = min(self._sampling.max_new_tokens, self._engine.room(len(ids)))
         if count < 1:
             raise UserError(
-                f"the tools' results fill the model's context of {self._generator.room(0)} tokens; the question is "
+                f"the tools' results fill the model's context of {self._engine.room(0)} tokens; the question is "
                 "forgotten"
             )
         seed = self._sampling.seed + self._answers  # asked again, a question gets another answer
         self._answers += 1
-        yield from self._generator.stream(ids, dataclasses.replace(self._sampling, max_new_tokens=count, seed=seed))
+        yield from self._engine.stream(ids, dataclasses.replace(self._sampling, max_new_tokens=count, seed=seed))
 
     def opens_thinking(self) -> bool:
         """Whether the prompt of the next answer ends in an open think block."""
-        tokenizer = self._generator.tokenizer
+        tokenizer = self._engine.tokenizer
         return tokenizer.prompt_opens_thinking(self._whole(self.messages), self._schemas, self.thinking)
 
     def keep(self, answer: str, thinking: str) -> None:
@@ -178,13 +178,13 @@ class Dialogue:
     def warm_up(self) -> None:
         """Compiles what a first short message needs, so that the speed shown is the model's."""
         ids = self._prompt([{"role": "user", "content": "hi"}])
-        if self._generator.room(len(ids)) >= self._sampling.max_new_tokens:
-            for pieces, _ in enumerate(self._generator.stream(ids, self._sampling)):
+        if self._engine.room(len(ids)) >= self._sampling.max_new_tokens:
+            for pieces, _ in enumerate(self._engine.stream(ids, self._sampling)):
                 if pieces == 1:
                     return
 
     def _prompt(self, messages: list[Message]) -> list[int]:
-        return encode_prompt(self._generator.tokenizer, self._whole(messages), self._schemas, self.thinking)
+        return encode_prompt(self._engine.tokenizer, self._whole(messages), self._schemas, self.thinking)
 
     @property
     def _schemas(self) -> list[dict[str, Any]] | None:
@@ -226,9 +226,9 @@ def _stream(conversation: Dialogue, console: Console, show_speed: bool) -> str:
     clock, note = Clock(), ""
     try:
         for piece in conversation.answer():
-            clock.count(piece.tokens)
+            clock.count(len(piece.tokens))
             _show(splitter.push(piece.text), console)
-            if piece.completion and piece.completion.finish_reason == "length":
+            if piece.answer.finish_reason == "length":
                 note = " (cut off: max_new_tokens or the context is used up)"
     except KeyboardInterrupt:
         note = " (stopped)"

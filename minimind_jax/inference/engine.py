@@ -7,7 +7,7 @@ needed and come back as lists: the tokens live on the host, the keys and values 
 import dataclasses
 import itertools
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,7 +17,6 @@ from minimind_jax.convert.hf import check_vocabulary
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.inference.buckets import bucket, round_up
-from minimind_jax.inference.generate import unfused
 from minimind_jax.inference.programs import MOST_STEPS, Programs
 from minimind_jax.inference.request import Answer, Request, Token
 from minimind_jax.inference.sampling import MAX_BIASES, MAX_TOP, Sampled, SamplingConfig
@@ -30,7 +29,9 @@ DEFAULT = SamplingConfig()
 
 MOST_SLOTS = 64  # running at once, where the caller says nothing
 SLOT_MULTIPLE = 128
+SHORTEST_CACHE = 256  # tokens
 FIRST_ROOM = 256  # new tokens a cache that grows holds at first
+AHEAD = 8  # times as many requests as slots are begun behind the first one that is not answered
 LATENCY = 0.04  # seconds that such a call takes at most, where someone reads along
 
 
@@ -197,17 +198,38 @@ class Engine:
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig = DEFAULT) -> list[Answer]:
         """An answer to each prompt; the n-th draws with seed + n. Raises as `encode` and `submit`."""
-        answers: list[Answer] = []
+        seeds = itertools.count(sampling.seed)
+        asked = [
+            Request(tuple(self.encode(prompt)), dataclasses.replace(sampling, seed=seed))
+            for prompt, seed in zip(prompts, seeds, strict=False)
+        ]
+        for request in asked:
+            self._check(request)
+        return list(self.answers(asked))
+
+    def answers(self, requests: Iterable[Request]) -> Iterator[Answer]:
+        """An answer to each request, in order. They are taken as slots come free, and some more; where the next one
+        raises an error, those before are answered first."""
+        requests, failed = iter(requests), None
+        begun: deque[Answer] = deque()
         try:
-            for n, prompt in enumerate(prompts):
-                own = dataclasses.replace(sampling, seed=sampling.seed + n)
-                answers.append(self.submit(Request(tuple(self.encode(prompt)), own)))
-            while any(answer.finish_reason is None for answer in answers):
-                self.step(patient=True)
+            while True:
+                try:
+                    while failed is None and len(self._tasks) < 2 * self.slots and len(begun) < AHEAD * self.slots:
+                        begun.append(self.submit(next(requests)))
+                except (StopIteration, UserError) as error:
+                    failed = error
+                if not begun:
+                    break
+                while begun and begun[0].finish_reason:
+                    yield begun.popleft()
+                if begun:
+                    self.step(patient=True)
         finally:
-            for answer in answers:
+            for answer in begun:
                 self.cancel(answer)
-        return answers
+        if isinstance(failed, UserError):
+            raise failed
 
     def stream(self, prompt: Prompt, sampling: SamplingConfig = DEFAULT) -> Iterator[Piece]:
         """The answer to one prompt, piece by piece: the first after one token, later ones a few tokens each.
@@ -258,8 +280,8 @@ class Engine:
                 len(task.ids) + min(task.answer.request.sampling.max_new_tokens, FIRST_ROOM)
                 for task in itertools.islice(waiting, wanted)
             ]
-            rows = bucket(wanted, smallest=1, multiple=16)
-            self._programs.reserve(min(rows, self.slots), round_up(max(first), SLOT_MULTIPLE))
+            rows, length = bucket(wanted, 1, 16), bucket(max(first), SHORTEST_CACHE, 4096)
+            self._programs.reserve(min(rows, self.slots), min(length, round_up(self.context, SLOT_MULTIPLE)))
             self._scheduler.grow(self._programs.rows)
         for copy in self._scheduler.admit():
             self._programs.copy(copy)
@@ -319,3 +341,13 @@ class Engine:
         if patient:
             return count
         return max(1, min(count, int(LATENCY / self._seconds) if self._seconds else 1))
+
+
+def unfused(model: LanguageModel, params: Params) -> LanguageModel:
+    """`model`, computed by plain products if its parameters lie on several devices: generation is left to the compiler,
+    which can cut these and no fused attention."""
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    if sharding is None or sharding.num_devices == 1:
+        return model
+    compute = dataclasses.replace(model.compute, attention="grouped", experts="reference")
+    return dataclasses.replace(model, compute=compute)

@@ -1,10 +1,9 @@
 """`minimind generate`: answers to prompts on the command line, or to every record of a file."""
 
 import dataclasses
-import itertools
 import json
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,15 +18,16 @@ from minimind_jax.data.written import check_output, json_line
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
 from minimind_jax.inference.answer_file import AGAIN, AnswerFile, what_makes
-from minimind_jax.inference.generate import Completion, Generator
-from minimind_jax.inference.load import load_generator
+from minimind_jax.inference.engine import Engine
+from minimind_jax.inference.load import load_engine
+from minimind_jax.inference.request import Answer, Request
 from minimind_jax.inference.text import ThinkSplitter
 from minimind_jax.progress import first_awaited, progress
 
 NAMED = 20  # prompts that are too long, in a message
 
 
-class Request(NamedTuple):
+class Prompt(NamedTuple):
     """A prompt: where it came from (for error messages), its record, the conversation to be answered (None for raw
     text), its token ids, the fields of the record beside it, and whether the prompt ends in an open think block."""
 
@@ -53,42 +53,42 @@ def run(config: GenerateConfig) -> None:
         complete = f" and is complete; choose another name; {AGAIN}" if config.resume == "auto" else None
         check_output(Path(config.output), expand_paths(config.input), complete=complete)
     folder = resolve_model_folder(config.model)
-    generator = load_generator(str(folder), config.dtype)
+    engine = load_engine(str(folder), config.dtype, slots=config.batch_size)
     if config.input and config.long_prompts == "stop":
-        _check_lengths(generator, config)
+        _check_lengths(engine, config)
     if config.prompt:
-        _print_answers(generator, config)
+        _print_answers(engine, config)
     elif config.output:
-        _write_answers(generator, config, folder)
+        _write_answers(engine, config, folder)
     else:
-        _print_records(generator, config)
+        _print_records(engine, config)
 
 
-def _print_answers(generator: Generator, config: GenerateConfig) -> None:
+def _print_answers(engine: Engine, config: GenerateConfig) -> None:
     """Streams a single answer; several are made together and printed under their prompts."""
     names = ["--prompt"] if len(config.prompt) == 1 else [f"--prompt {n + 1}" for n in range(len(config.prompt))]
     requests = [
-        _request(generator, config, Record(name, Path(), line, {"prompt": text}))
+        _request(engine, config, Record(name, Path(), line, {"prompt": text}))
         for line, (name, text) in enumerate(zip(names, config.prompt, strict=True), 1)
     ]
     if len(requests) == 1:
-        sampling = config.resolve(generator.sampling)
-        count = min(sampling.max_new_tokens, generator.room(len(requests[0].ids)))
-        answer = generator.stream(requests[0].ids, dataclasses.replace(sampling, max_new_tokens=count))
+        sampling = config.resolve(engine.sampling)
+        count = min(sampling.max_new_tokens, engine.room(len(requests[0].ids)))
+        answer = engine.stream(requests[0].ids, dataclasses.replace(sampling, max_new_tokens=count))
         for piece in first_awaited(answer, "compiling"):
             print(piece.text, end="", flush=True)
         print()
         return
-    for request, answer in first_awaited(answer_requests(generator, config, iter(requests)), "answering"):
+    for request, answer in first_awaited(answer_requests(engine, config, iter(requests)), "answering"):
         print(f"> {request.record['prompt']}\n{answer.text}\n")
 
 
-def _write_answers(generator: Generator, config: GenerateConfig, folder: Path) -> None:
+def _write_answers(engine: Engine, config: GenerateConfig, folder: Path) -> None:
     """Answers the records into `config.output`, from where an earlier call was cut off."""
     settings = what_makes(config, folders_of(folder))
     found, changed = Counter(), Counter()
     with AnswerFile(Path(config.output), settings, config.resume == "auto") as file:
-        requests = _requests(generator, config, changed)
+        requests = _requests(engine, config, changed)
         for number, earlier in enumerate(file.earlier, 1):
             request = next(requests, None)
             if request is None or _question(config, earlier) != _question(config, _result(config, request)):
@@ -100,8 +100,8 @@ def _write_answers(generator: Generator, config: GenerateConfig, folder: Path) -
         if file.earlier:
             print(f"going on behind {len(file.earlier)} records of {config.output}.partial")
         done = len(file.earlier)
-        for request, answer in _shown(config, answer_requests(generator, config, requests, done), done):
-            result = _result(config, request, answer)
+        for request, answer in _shown(config, answer_requests(engine, config, requests, done), done):
+            result = _result(config, request, answer.text, answer.finish_reason)
             file.write(result)
             _count(found, result)
         file.finish()
@@ -118,17 +118,17 @@ def _count(found: Counter, result: dict[str, Any]) -> None:
     found["empty"] += not (reply["content"] or reply.get("reasoning_content"))
 
 
-def _print_records(generator: Generator, config: GenerateConfig) -> None:
+def _print_records(engine: Engine, config: GenerateConfig) -> None:
     changed: Counter = Counter()
-    for request, answer in _shown(config, answer_requests(generator, config, _requests(generator, config, changed))):
-        print(json_line(_result(config, request, answer)), flush=True)
+    for request, answer in _shown(config, answer_requests(engine, config, _requests(engine, config, changed))):
+        print(json_line(_result(config, request, answer.text, answer.finish_reason)), flush=True)
     for note in _changes(changed):
         print(note, file=sys.stderr)
 
 
 def _shown(
-    config: GenerateConfig, answers: Iterator[tuple[Request, Completion]], done: int = 0
-) -> Iterator[tuple[Request, Completion]]:
+    config: GenerateConfig, answers: Iterator[tuple[Prompt, Answer]], done: int = 0
+) -> Iterator[tuple[Prompt, Answer]]:
     """The answers, and how many records have one, unless that is seen on the terminal anyway; `done` had one before."""
     show = bool(config.output) or not sys.stdout.isatty()
     total = sum(1 for _ in iter_records(config.input, lambda error: None, reading_of(config))) if show else None
@@ -139,27 +139,27 @@ def _shown(
             advance(1)
 
 
-def _requests(generator: Generator, config: GenerateConfig, changed: Counter) -> Iterator[Request]:
+def _requests(engine: Engine, config: GenerateConfig, changed: Counter) -> Iterator[Prompt]:
     """The prompts in order; changed: counts of those that were skipped or cut, for being too long."""
     told: Counter = Counter()
     for record in iter_records(config.input, reading=reading_of(config), told=told):
         try:
-            yield _request(generator, config, record)
+            yield _request(engine, config, record)
         except TooLong:
             if config.long_prompts == "stop":
                 raise
             changed[config.long_prompts] += 1
             if config.long_prompts == "cut":
-                yield _request(generator, config, record, cut=True)
+                yield _request(engine, config, record, cut=True)
     tell(told)
 
 
-def _check_lengths(generator: Generator, config: GenerateConfig) -> None:
+def _check_lengths(engine: Engine, config: GenerateConfig) -> None:
     """Raises UserError, before anything is generated, that names all prompts which are too long."""
     found: list[str] = []
     for record in iter_records(config.input, lambda error: None, reading_of(config)):
         try:
-            _request(generator, config, record)
+            _request(engine, config, record)
         except TooLong as error:
             found.append(str(error))
         except UserError:  # is told when it is its turn; what comes before it is answered
@@ -177,9 +177,8 @@ def _changes(changed: Counter) -> list[str]:
     return [f"{count:,} prompts were {words[how]}" for how, count in changed.items()]
 
 
-def _result(config: GenerateConfig, request: Request, answer: Completion | None = None) -> dict[str, Any]:
+def _result(config: GenerateConfig, request: Prompt, text: str = "", reason: str = "") -> dict[str, Any]:
     """The line that is written: the record with its answer, or as a conversation that ends with it."""
-    text, reason = (answer.text, answer.finish_reason) if answer else ("", "")
     if not config.as_conversations:
         return {**request.record, "completion": text, "finish_reason": reason}
     splitter = ThinkSplitter(inside=request.opens_thinking)
@@ -202,36 +201,33 @@ def _question(config: GenerateConfig, result: dict[str, Any]) -> Any:
 
 
 def answer_requests(
-    generator: Generator, config: GenerateConfig, requests: Iterator[Request], done: int = 0
-) -> Iterator[tuple[Request, Completion]]:
-    """Each request with its answer, in order, behind `done` others. The batch size does not change the answers.
+    engine: Engine, config: GenerateConfig, prompts: Iterator[Prompt], done: int = 0
+) -> Iterator[tuple[Prompt, Answer]]:
+    """Each prompt with its answer, in order, behind `done` others. How many are answered at a time changes nothing."""
+    sampling, begun = config.resolve(engine.sampling), deque()
 
-    Only neighbours that may get as many new tokens are answered at the same time: all but very long prompts.
-    """
-    sampling = config.resolve(generator.sampling)
+    def requests() -> Iterator[Request]:
+        for number, prompt in enumerate(prompts, done):
+            begun.append(prompt)
+            count = min(sampling.max_new_tokens, engine.room(len(prompt.ids)))
+            own = dataclasses.replace(sampling, max_new_tokens=count, seed=config.seed + number)
+            yield Request(tuple(prompt.ids), own)
 
-    def count(request: Request) -> int:
-        return min(sampling.max_new_tokens, generator.room(len(request.ids)))
-
-    while batch := list(itertools.islice(requests, config.batch_size)):
-        for max_new_tokens, group in itertools.groupby(batch, count):
-            group = list(group)
-            own = dataclasses.replace(sampling, max_new_tokens=max_new_tokens, seed=config.seed + done)
-            yield from zip(group, generator.generate([request.ids for request in group], own), strict=True)
-            done += len(group)
+    for answer in engine.answers(requests()):
+        yield begun.popleft(), answer
 
 
-def _request(generator: Generator, config: GenerateConfig, record: Record, cut: bool = False) -> Request:
+def _request(engine: Engine, config: GenerateConfig, record: Record, cut: bool = False) -> Prompt:
     """The prompt of a record. cut: to what fits. Raises UserError; TooLong where there is no room for the answer."""
     try:
-        request = _prompt(generator, config, record)
-        request = request._replace(ids=generator.encode(request.ids))
+        request = _prompt(engine, config, record)
+        request = request._replace(ids=engine.encode(request.ids))
     except UserError as error:
         raise error if record.where in str(error) else UserError(f"{record.where}: {error}") from error
     if cut:
-        request = _cut(generator, config, request)
+        request = _cut(engine, config, request)
     ids = request.ids
-    room, context = generator.room(len(ids)), generator.room(0)
+    room, context = engine.room(len(ids)), engine.room(0)
     if room < 1:
         raise TooLong(
             f"{record.where}: a prompt of {len(ids)} tokens leaves no room for an answer in the model's context of "
@@ -245,9 +241,9 @@ def _request(generator: Generator, config: GenerateConfig, record: Record, cut: 
     return request
 
 
-def _cut(generator: Generator, config: GenerateConfig, request: Request) -> Request:
+def _cut(engine: Engine, config: GenerateConfig, request: Prompt) -> Prompt:
     """The end of a prompt that leaves room for its answer: max_new_tokens, or half of the context."""
-    context, tokenizer = generator.room(0), generator.tokenizer
+    context, tokenizer = engine.room(0), engine.tokenizer
     room = max(1, context - (config.max_new_tokens or min(512, context // 2)))
     if request.conversation is None:
         begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -266,7 +262,7 @@ def _cut(generator: Generator, config: GenerateConfig, request: Request) -> Requ
     return request._replace(conversation=dataclasses.replace(asked, messages=messages), ids=encode(messages))
 
 
-def _thinking(config: GenerateConfig, asked: Conversation, source: Record | Request) -> bool:
+def _thinking(config: GenerateConfig, asked: Conversation, source: Record | Prompt) -> bool:
     """Whether the answer may think, as the record says, or the settings. Raises UserError for other variables."""
     own = dict(asked.variables)
     thinking = [own.pop(name) for name in ("open_thinking", "enable_thinking") if name in own]
@@ -278,18 +274,18 @@ def _thinking(config: GenerateConfig, asked: Conversation, source: Record | Requ
     return bool(thinking[0]) if thinking else config.thinking
 
 
-def _prompt(generator: Generator, config: GenerateConfig, record: Record) -> Request:
+def _prompt(engine: Engine, config: GenerateConfig, record: Record) -> Prompt:
     """The conversation to be answered (None for raw text) and the prompt's token ids."""
-    tokenizer = generator.tokenizer
+    tokenizer = engine.tokenizer
     text, conversation, others = read_prompt(record, reading_of(config), config.raw)
     if config.raw:
         if conversation is not None:
             raise UserError(f"{record.where}: a conversation needs the chat template; drop raw")
         ids = begun(tokenizer, tokenizer.encode(text))
-        return Request(record.where, record.value, None, ids, others)
+        return Prompt(record.where, record.value, None, ids, others)
     if conversation is None:
         system = [{"role": "system", "content": config.system}] if config.system else []
         conversation = Conversation([*system, {"role": "user", "content": text}])
     asked = (conversation.messages, conversation.tools, _thinking(config, conversation, record))
     ids, opens_thinking = encode_prompt(tokenizer, *asked), tokenizer.prompt_opens_thinking(*asked)
-    return Request(record.where, record.value, conversation, ids, others, opens_thinking)
+    return Prompt(record.where, record.value, conversation, ids, others, opens_thinking)

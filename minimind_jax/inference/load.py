@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,24 +10,25 @@ import jax.numpy as jnp
 from minimind_jax.convert.load import folders_of, load_merged, load_tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
-from minimind_jax.inference.generate import Generator
+from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.generation_config import read_generation_config
 from minimind_jax.model.config import ComputeConfig, RopeScaling
 from minimind_jax.model.heads import SCORE
 from minimind_jax.model.transformer import LanguageModel, Params, cast_matrices
 
 
-def load_generator(name: str, dtype: str = "auto") -> Generator:
+def load_engine(name: str, dtype: str = "auto", **options: Any) -> Engine:
     """The model in a Hugging Face folder, or the model/ of a run (name or path), with its tokenizer.
 
-    dtype: as of `ComputeConfig`. Raises UserError: there is no such model, or its files do not fit together.
+    dtype: as of `ComputeConfig`. options: of the `Engine`. Raises UserError: there is no such model, or its files do
+    not fit together.
     """
     folder = resolve_model_folder(name)
     model, params = load_model(folder, dtype)
     tokenizer = load_tokenizer(folder)
     defaults = read_generation_config(*folders_of(folder))
     eos_ids = {*defaults.eos_ids, *model.config.end_ids, *tokenizer.end_ids}
-    return Generator(model, params, tokenizer, eos_ids, defaults.sampling)
+    return Engine(model, params, tokenizer, eos_ids, defaults.sampling, **options)
 
 
 def load_model(

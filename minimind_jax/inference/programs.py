@@ -139,7 +139,7 @@ class Programs:
             if constraint and task in due:
                 allowed_BW = np.array(self._unused(rows)[1]) if allowed_BW is None else allowed_BW
                 allowed_BW[place] = constraint.mask()
-        allowed_BW = self._unused(rows)[1] if allowed_BW is None else allowed_BW
+        allowed_BW = self._unused(rows)[1] if allowed_BW is None else jax.device_put(allowed_BW)
         settings, counts = self._settings_of(tasks, rows), self._counts_of(tasks, rows)
         sampled = jax.device_get(decode.choose(logits_BV, positions_B, settings, counts, allowed_BW))
         places = [place for place, task in zip(self.places(tasks, rows), tasks, strict=True) if task in due]
@@ -214,7 +214,7 @@ class Programs:
                 prompt, answer = np.split(np.array(task.ids), [task.answer.prompt_tokens])
                 counts.prompt_BV[place, prompt] = True
                 counts.answer_BV[place] = np.bincount(answer, minlength=vocab_size)
-        return counts
+        return jax.device_put(counts)
 
     def _unused(self, rows: int) -> tuple[Counts, Array]:
         """Counts and masks for rows without a penalty or constraint; they stay on the device."""

@@ -8,7 +8,7 @@ from minimind_jax.config.stages import WriterConfig
 from minimind_jax.data.jsonl import iter_records, reading_of
 from minimind_jax.data.kinds import KINDS, KindName, Wanted
 from minimind_jax.errors import UserError
-from minimind_jax.inference.generate import Generator
+from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.sampling import SamplingConfig
 from minimind_jax.model.transformer import Params
 from minimind_jax.runs.parts import Run, without_others
@@ -62,8 +62,8 @@ def sampler(run: Run) -> SampleFn | None:
     )
 
     def sample(params: Params) -> list[tuple[str, str]]:
-        generator = Generator(run.model, without_others(run, params), run.tokenizer)
-        completions = generator.generate(prompts, sampling)
-        return [(prompt, done.text) for prompt, done in zip(samples.prompts, completions, strict=True)]
+        engine = Engine(run.model, without_others(run, params), run.tokenizer)
+        answers = engine.generate(prompts, sampling)
+        return [(prompt, answer.text) for prompt, answer in zip(samples.prompts, answers, strict=True)]
 
     return sample

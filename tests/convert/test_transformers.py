@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from minimind_jax.convert.hf import load_hf, save_hf
 from minimind_jax.convert.hf_config import to_hf_config
 from minimind_jax.convert.load import from_hf
-from minimind_jax.inference.generate import Generator
+from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.sampling import SamplingConfig
 from minimind_jax.model.config import ComputeConfig
 from minimind_jax.model.transformer import LanguageModel
@@ -58,7 +58,7 @@ def test_transformers_loads_it_and_computes_the_same(model, tokenizer, tmp_path)
     assert difference <= 1e-4
 
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
-    generator = Generator(LanguageModel(config, ComputeConfig(dtype="float32")), params, tokenizer)
+    generator = Engine(LanguageModel(config, ComputeConfig(dtype="float32")), params, tokenizer)
     answers = generator.generate(PROMPTS, SamplingConfig(max_new_tokens=NEW_TOKENS, temperature=0))
     for prompt, ours in zip(PROMPTS, answers, strict=True):
         inputs = their_tokenizer(prompt, return_tensors="pt")

@@ -14,7 +14,7 @@ from minimind_jax.data.tokenizer import Tokenizer, train_bpe
 from minimind_jax.errors import UserError
 from minimind_jax.evaluate.choices import _requests, evaluate_choices, parse_question
 from minimind_jax.inference.likelihood import LikelihoodScorer, encode_pair
-from minimind_jax.inference.load import load_generator, load_model
+from minimind_jax.inference.load import load_engine, load_model
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.transformer import LanguageModel
 
@@ -45,7 +45,7 @@ def test_likelihoods_are_those_of_the_whole_pass(folder):
     rng = np.random.default_rng(0)
     sizes = (5, 3), (1, 9), (30, 1), (12, 20)
     requests = [tuple(rng.integers(3, 300, size).tolist() for size in pair) for pair in sizes]
-    greedy = load_generator(str(folder)).generate([[7, 8, 9]], _greedy(4))[0].ids
+    greedy = load_engine(str(folder)).generate([[7, 8, 9]], _greedy(4))[0].ids
     requests.append(([7, 8, 9], greedy))
     found = LikelihoodScorer(*load_model(folder), batch_size=2).score(requests)
     for (context, continuation), likelihood in zip(requests, found, strict=True):

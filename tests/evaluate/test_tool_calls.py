@@ -35,7 +35,7 @@ from minimind_jax.evaluate.tool_calls import (
     questions_of,
 )
 from minimind_jax.inference.chat import chat
-from minimind_jax.inference.load import load_generator
+from minimind_jax.inference.load import load_engine
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.stages.sft import sft
@@ -297,7 +297,7 @@ def test_chat_carries_out_the_calls_of_a_model_and_goes_on(taught):
     config = ChatConfig(model="taught", max_new_tokens=60, temperature=0.0, show_speed=False)
     console = Console(file=io.StringIO(), width=200, markup=False, emoji=False, highlight=False)
     with Toolbox(["calculator"]) as tools:
-        chat(load_generator(str(taught / "run")), config, console, ["hello", "/clear", "what is 2 times 3?"], tools)
+        chat(load_engine(str(taught / "run")), config, console, ["hello", "/clear", "what is 2 times 3?"], tools)
     printed = console.file.getvalue()
     assert "Tools: calculate_math" in printed and "hello to you" in printed
     assert 'calculate_math -> {"result": "6"}\nIt is 6.' in printed

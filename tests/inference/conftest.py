@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from minimind_jax.convert.hf import save_hf
 from minimind_jax.convert.hf_config import to_hf_config
 from minimind_jax.data.tokenizer import Tokenizer, train_bpe
-from minimind_jax.inference.generate import Generator
+from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.load import load_model
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.transformer import LanguageModel
@@ -46,8 +46,8 @@ def golden_folder(fixtures_dir, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def golden(golden_folder):
-    """golden(name): a Generator of a golden model on token ids."""
-    return lambda name: Generator(*load_model(golden_folder(name)))
+    """golden(name): an Engine of a golden model on token ids."""
+    return lambda name: Engine(*load_model(golden_folder(name)))
 
 
 @pytest.fixture(scope="session")

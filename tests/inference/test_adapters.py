@@ -8,7 +8,7 @@ from minimind_jax.convert.peft import StoredAdapter, rank_table
 from minimind_jax.errors import UserError
 from minimind_jax.inference.adapters import switched
 from minimind_jax.inference.decode import decode, prefill
-from minimind_jax.inference.generate import Generator
+from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.sampling import SamplingConfig
 from minimind_jax.model.config import ComputeConfig, ModelConfig
 from minimind_jax.model.lora import init_adapters, join, merge
@@ -40,8 +40,8 @@ def test_adapters_of_any_shape_are_switched():
     params = MODEL.init(jax.random.key(0))
     stored = {"all": adapter(params, 4, ("all-linear",), 1), "few": adapter(params, 2, ("q_proj", "down_proj"), 2)}
     trees = {"off": params, **{name: merge(join(params, each.tree)) for name, each in stored.items()}}
-    expected = {name: Generator(MODEL, tree).generate([[5, 6, 7]], GREEDY)[0] for name, tree in trees.items()}
-    generator = switched(Generator(MODEL, params), stored)
+    expected = {name: Engine(MODEL, tree).generate([[5, 6, 7]], GREEDY)[0] for name, tree in trees.items()}
+    generator = switched(Engine(MODEL, params), stored)
     assert generator.active == "all"
     generator.generate([[5, 6, 7]], GREEDY)
     programs = prefill._cache_size(), decode._cache_size()

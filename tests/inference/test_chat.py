@@ -23,8 +23,8 @@ from minimind_jax.data.tools import parse_calls
 from minimind_jax.errors import UserError
 from minimind_jax.inference import chat as chat_module
 from minimind_jax.inference.chat import Clock, Dialogue, chat
-from minimind_jax.inference.generate import Generator
-from minimind_jax.inference.load import load_generator, load_model
+from minimind_jax.inference.engine import Engine
+from minimind_jax.inference.load import load_engine, load_model
 from minimind_jax.tools.toolbox import Toolbox
 
 CONFIG = ChatConfig(max_new_tokens=12, temperature=1.0, model="tiny", ignore_eos=True)
@@ -32,7 +32,7 @@ CONFIG = ChatConfig(max_new_tokens=12, temperature=1.0, model="tiny", ignore_eos
 
 @pytest.fixture(scope="module")
 def generator(model_folder):
-    return load_generator(str(model_folder))
+    return load_engine(str(model_folder))
 
 
 def talk(generator, lines, config=CONFIG):
@@ -76,7 +76,7 @@ def test_the_next_answer_sees_the_whole_conversation(generator):
 @pytest.mark.parametrize("thinking", [False, True])
 def test_the_prompt_tells_whether_an_answer_is_thinking(thinking, generator, tmp_path):
     tokenizer = with_template(generator.tokenizer.folder, tmp_path / "tokenizer", QWEN3)
-    generator = Generator(generator.model, generator.params, tokenizer)
+    generator = Engine(generator.model, generator.params, tokenizer)
     conversation = Dialogue(generator, dataclasses.replace(CONFIG, thinking=thinking, system="s"))
     conversation.ask("How many?")
     assert not conversation.opens_thinking()
@@ -271,7 +271,7 @@ def roomy(model_folder, generator):
     """The model with a context for schemas of tools: 1,500 tokens."""
     model, params = load_model(model_folder)
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, max_position_embeddings=1500))
-    return Generator(model, params, generator.tokenizer)
+    return Engine(model, params, generator.tokenizer)
 
 
 def use_tools(generator, calculator, monkeypatch, *answers, **settings):

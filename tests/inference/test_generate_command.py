@@ -18,9 +18,9 @@ from minimind_jax.data.kinds import parse_conversation
 from minimind_jax.data.written import json_line
 from minimind_jax.errors import UserError
 from minimind_jax.inference.answer_file import AnswerFile, PartialFile, what_makes
-from minimind_jax.inference.generate import Completion, Generator
+from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.generate_command import _request, _result, answer_requests, run
-from minimind_jax.inference.load import load_generator
+from minimind_jax.inference.load import load_engine
 
 RECORDS = [
     {"prompt": "The cat", "id": 7},
@@ -33,7 +33,7 @@ RECORDS = [
 
 @pytest.fixture(scope="module")
 def generator(model_folder):
-    return load_generator(str(model_folder))
+    return load_engine(str(model_folder))
 
 
 @pytest.fixture
@@ -264,8 +264,7 @@ def test_thinking_becomes_reasoning_content(config, generator):
     [record] = list(iter_records(config.input))[:1]
     config = dataclasses.replace(config, as_conversations=True, thinking=True)
     request = _request(generator, config, record)
-    answer = Completion("why not\n</think>\n\nYes.", [1], [0.0], "stop", 3)
-    reply = _result(config, request, answer)["conversations"][-1]
+    reply = _result(config, request, "why not\n</think>\n\nYes.", "stop")["conversations"][-1]
     assert reply == {"role": "assistant", "content": "Yes.", "reasoning_content": "why not"}
 
 
@@ -333,11 +332,11 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
 def test_the_prompt_tells_thinking_from_the_answer(template, thinking, text, expected, generator, tmp_path):
     if template:
         tokenizer = with_template(generator.tokenizer.folder, tmp_path / "tokenizer", template)
-        generator = Generator(generator.model, generator.params, tokenizer)
+        generator = Engine(generator.model, generator.params, tokenizer)
     config = GenerateConfig(model="m", input="a.jsonl", as_conversations=True, thinking=thinking)
     for record in ({"prompt": "How many?"}, {"conversations": [{"role": "user", "content": "How many?"}]}):
         request = _request(generator, config, Record("a.jsonl:1", tmp_path, 1, record))
-        reply = _result(config, request, Completion(text, [1], [0.0], "stop", 4))["conversations"][-1]
+        reply = _result(config, request, text, "stop")["conversations"][-1]
         assert (reply["content"], reply.get("reasoning_content")) == expected
 
 

@@ -10,7 +10,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.inference.chat import Dialogue
 from minimind_jax.inference.generate_command import run
 from minimind_jax.inference.generation_config import read_generation_config
-from minimind_jax.inference.load import load_generator
+from minimind_jax.inference.load import load_engine
 
 MINIMIND = {"do_sample": True, "temperature": 0.85, "top_p": 0.85, "top_k": 50, "eos_token_id": 2}
 
@@ -82,7 +82,7 @@ def test_a_file_that_makes_no_sense_is_named(content, message, tmp_path):
 
 def test_chat_and_generate_do_what_the_folder_says(model_folder, tmp_path, capsys):
     folder = write(shutil.copytree(model_folder, tmp_path / "model"), {"do_sample": False, "repetition_penalty": 1.5})
-    generator = load_generator(str(folder))
+    generator = load_engine(str(folder))
     settings = {"model": str(folder), "max_new_tokens": 9, "seed": 5}
     conversation = Dialogue(generator, ChatConfig(**settings))
     conversation.ask("The cat?")

@@ -121,15 +121,15 @@ def test_equal_prompts_wait_for_the_first_of_them_and_others_pass():
     assert [copy.count for copy in copies] == [39, 39] and {second.unread, third.unread} == {1}
 
 
-def test_prompts_are_read_in_chunks_in_the_order_they_came():
+def test_prompts_are_read_in_the_order_they_came():
     scheduler = Scheduler(slots=4, rows=4)
     tasks = added(scheduler, *(task_of(range(n, n + length)) for n, length in ((0, 300), (300, 20), (600, 90))))
     scheduler.admit()
-    assert scheduler.chunks(128) == [(tasks[0], 128)]
-    tasks[0].row.held = tasks[0].ids[:290]
-    assert scheduler.chunks(128) == [(tasks[0], 10), (tasks[1], 10), (tasks[2], 10)]
+    assert scheduler.reading == list(tasks) and scheduler.running == []
+    tasks[1].row.held = tasks[1].ids[:19]
+    assert [task.unread for task in scheduler.reading] == [300, 1, 90]
     read(tasks[0])
-    assert scheduler.chunks(128) == [(tasks[1], 20), (tasks[2], 20)] and scheduler.running == [tasks[0]]
+    assert scheduler.reading == list(tasks[1:]) and scheduler.running == [tasks[0]]
 
 
 @pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 200])

@@ -51,7 +51,9 @@ def compile_case(platform: Platform, devices: list, sizes: dict, length: int, mo
     params = jax.tree.map(argument, params, param_shardings(mesh, model.logical_axes(), params))
     model = unfused(model, params)
     params["layers"] = tuple(jax.tree.map(functools.partial(layer_of, mesh), params["layers"]) for _ in range(LAYERS))
-    controls = Controls(SamplingValues.of([SamplingConfig(temperature=0.0)] * ROWS), jnp.array([2]))
+    settings = jax.tree.map(
+        argument, Settings(jnp.arange(ROWS), SamplingValues.of([GREEDY] * ROWS), jnp.full((ROWS, 1), 2))
+    )
     controls = jax.tree.map(argument, controls)
     tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole) for shape in ((ROWS, length), (ROWS,)))
     reading = prefill.lower(model, params, tokens, lengths, controls, slots=length + 128).compile()

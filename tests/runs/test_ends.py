@@ -19,7 +19,7 @@ from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.tokenizer import train_bpe
 from minimind_jax.errors import UserError
 from minimind_jax.inference.adapters import load_switched
-from minimind_jax.inference.load import load_generator
+from minimind_jax.inference.load import load_engine
 from minimind_jax.runs.parts import load_tokenizer
 from minimind_jax.stages.sft import sft
 
@@ -53,7 +53,7 @@ def assert_ends_twice(folder):
     generation = read(folder, "generation_config.json")
     assert generation["eos_token_id"] == [2, 0]
     assert {name: generation[name] for name in SAMPLING} == SAMPLING
-    generator = load_generator(str(folder))
+    generator = load_engine(str(folder))
     assert generator.eos_ids == (0, 2)
     assert (generator.sampling.temperature, generator.sampling.top_k, generator.sampling.top_p) == (0.6, 20, 0.9)
     return generator
@@ -104,7 +104,7 @@ def test_an_adapter_ends_its_answers_and_merges_in_the_base_s_precision(make, fo
     shutil.copy(tmp_path / "other" / "tokenizer.json", half / "tokenizer.json")  # the base is trained anew
     for meets in (
         lambda: merge_lora(run / "model", tmp_path / "no"),
-        lambda: load_generator(str(run)),
+        lambda: load_engine(str(run)),
         lambda: load_switched(str(half), [str(run)]),
     ):
         with pytest.raises(UserError, match=r"has other words than the model .*half was trained with"):

@@ -32,7 +32,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.evaluate.score_command import predict as run_predict
 from minimind_jax.evaluate.score_command import score as run_score
 from minimind_jax.inference.answer_file import PartialFile
-from minimind_jax.inference.load import load_generator
+from minimind_jax.inference.load import load_engine
 from minimind_jax.inference.score import Scorer
 from minimind_jax.model.heads import SCORE
 from minimind_jax.runs.labels import keep_labels
@@ -93,7 +93,7 @@ def test_models_with_scores_write_no_text(make, tmp_path, monkeypatch):
     monkeypatch.setattr("minimind_jax.training.speed.peak_flops", lambda compute: 1e6)
     run = classify(make(ClassifyConfig, tmp_path / "classify", "labels", training={"steps": 2}))
     with pytest.raises(UserError, match="has no words to say; use minimind classify predict"):
-        load_generator(str(run))
+        load_engine(str(run))
     with pytest.raises(UserError, match="a teacher must be a language model"):
         distill(make(DistillConfig, tmp_path / "student", "labels", teacher=TeacherConfig(model=str(run))))
     again = make(ClassifyConfig, tmp_path / "again", "labels", init_from=str(run))  # its head, in whatever order

@@ -14,7 +14,7 @@ import pytest
 from run_helpers import last
 
 from minimind_jax.config.generation import SamplingConfig
-from minimind_jax.inference.generate import Generator
+from minimind_jax.inference.engine import Engine
 from minimind_jax.model import moe
 from minimind_jax.model.attention import attention, choose_path
 from minimind_jax.model.config import ComputeConfig, ModelConfig
@@ -91,7 +91,7 @@ def test_cached_generation_is_the_network_on_whole_rows(shape):
     prompts = [[5, 9, 400, 17, 3], list(range(20, 60)), [11]]
     sampling = SamplingConfig(max_new_tokens=80, temperature=0.0, ignore_eos=True)
     with jax.default_matmul_precision("highest"):
-        for prompt, answer in zip(prompts, Generator(model, params).generate(prompts, sampling), strict=True):
+        for prompt, answer in zip(prompts, Engine(model, params).generate(prompts, sampling), strict=True):
             row = np.array([prompt + answer.ids])
             log_probs = jax.nn.log_softmax(apply(params, row[:, :-1])[0, len(prompt) - 1 :])
             chosen = np.take_along_axis(np.asarray(log_probs), np.array(answer.ids)[:, None], axis=1)[:, 0]

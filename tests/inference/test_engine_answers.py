@@ -1,4 +1,4 @@
-"""Generation: golden answers, cache against no cache, batch against single, stops, streams, errors, compilations."""
+"""Answers of the engine: golden ones, cache against none, batch against single, stops, streams, errors, compilations."""
 
 import dataclasses
 import json
@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from minimind_jax.errors import UserError
-from minimind_jax.inference import generate as generate_module
+from minimind_jax.inference import decode
+from minimind_jax.inference import engine as engine_module
 from minimind_jax.inference.buckets import bucket
-from minimind_jax.inference.decode import decode, prefill
-from minimind_jax.inference.generate import Generator
-from minimind_jax.inference.load import load_generator, load_model
+from minimind_jax.inference.engine import Engine
+from minimind_jax.inference.load import load_engine, load_model
+from minimind_jax.inference.request import Request
 from minimind_jax.inference.sampling import SamplingConfig
 from minimind_jax.model.config import RopeScaling
 
@@ -24,13 +25,13 @@ PROMPTS = ([34, 57, 55, 97, 80, 150, 106], [5], list(range(20, 35)))
 
 
 @pytest.fixture(scope="module")
-def dense(golden) -> Generator:
+def dense(golden) -> Engine:
     return golden("dense")
 
 
 @pytest.fixture(scope="module")
-def talker(model_folder) -> Generator:
-    return load_generator(str(model_folder))
+def talker(model_folder) -> Engine:
+    return load_engine(str(model_folder))
 
 
 def without_cache(generator, prompt, count):
@@ -75,7 +76,7 @@ def test_a_batch_of_unequal_prompts_equals_its_prompts_alone(dense, sampling):
 
 def test_the_seed_decides_the_draws(dense):
     first, again = (dense.generate([PROMPTS[0]] * 3, DRAWN) for _ in range(2))
-    assert first == again
+    assert [answer.ids for answer in first] == [answer.ids for answer in again]
     assert len({tuple(answer.ids) for answer in first}) == 3
     assert first[0].ids != dense.generate(PROMPTS[:1], dataclasses.replace(DRAWN, seed=9))[0].ids
 
@@ -105,14 +106,14 @@ def test_the_repetition_penalty_equals_transformers_generate(golden_folder):
     options = {"do_sample": False, "repetition_penalty": 1.3, "max_new_tokens": 24, "eos_token_id": None}
     expected = reference.generate(prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0, **options)
     sampling = dataclasses.replace(GREEDY, repetition_penalty=1.3)
-    [answer] = Generator(*load_model(folder)).generate(PROMPTS[:1], sampling)
+    [answer] = Engine(*load_model(folder)).generate(PROMPTS[:1], sampling)
     assert PROMPTS[0] + answer.ids == expected[0].tolist()
 
 
 def test_an_end_of_text_token_ends_its_row_only(dense):
     free = dense.generate(PROMPTS, GREEDY)
     end = free[0].ids[9]  # row 0 makes it; see that it is not everywhere
-    stopping = Generator(dense.model, dense.params, eos_ids=[end])
+    stopping = Engine(dense.model, dense.params, eos_ids=[end])
     answers = stopping.generate(PROMPTS, dataclasses.replace(GREEDY, ignore_eos=False))
     for answer, whole in zip(answers, free, strict=True):
         length = whole.ids.index(end) + 1 if end in whole.ids else 24
@@ -122,30 +123,50 @@ def test_an_end_of_text_token_ends_its_row_only(dense):
     assert {answer.finish_reason for answer in answers} == {"stop", "length"}
 
 
-def test_decoding_stops_when_every_row_has_ended(dense):
+def test_decoding_stops_when_every_row_has_ended(dense, monkeypatch):
     end = dense.generate(PROMPTS[:1], GREEDY)[0].ids[2]
-    stopping = Generator(dense.model, dense.params, eos_ids=[end])
-    batch = generate_module._Batch(stopping, [PROMPTS[0]], SamplingConfig(200, 0))
-    batch.run(200)
-    assert batch.made <= 3
+    stopping = Engine(dense.model, dense.params, eos_ids=[end])
+    made = []
+
+    def make(*args, **kwargs):
+        found = own_make(*args, **kwargs)
+        made.append(int(found[1]))
+        return found
+
+    own_make = decode.make
+    monkeypatch.setattr(decode, "make", make)
+    [answer] = stopping.generate(PROMPTS[:1], SamplingConfig(200, 0))
+    assert len(answer.ids) == sum(made) + 1 <= 3
 
 
 def test_buffers_that_grow_do_not_change_the_answer(dense, monkeypatch):
     sampling = dataclasses.replace(GREEDY, max_new_tokens=100)
     whole = dense.generate(PROMPTS, sampling)
-    monkeypatch.setattr(generate_module, "FIRST_ROOM", 64)
-    monkeypatch.setattr(generate_module, "SLOT_MULTIPLE", 16)
-    assert [a.ids for a in dense.generate(PROMPTS, sampling)] == [a.ids for a in whole]
+    monkeypatch.setattr(engine_module, "FIRST_ROOM", 8)
+    monkeypatch.setattr(engine_module, "SHORTEST_CACHE", 16)
+    growing = Engine(dense.model, dense.params)
+    assert [a.ids for a in growing.generate(PROMPTS, sampling)] == [a.ids for a in whole]
 
 
-def test_calls_of_the_same_bucket_compile_once(dense):
-    dense.generate([[1, 2, 3]], DRAWN)
-    programs = prefill._cache_size(), decode._cache_size()
-    dense.generate([[9] * 16], SamplingConfig(60, 1.3, 7, 0.5, 0.2, 1.1, seed=3))
-    list(dense.stream([4, 5], SamplingConfig(17, 0.2, 9, 0.4, 0.1, 0.9)))
-    assert (prefill._cache_size(), decode._cache_size()) == programs
-    dense.generate([[1] * 17], dataclasses.replace(DRAWN, max_new_tokens=1))  # the next bucket: the count is not blind
-    assert prefill._cache_size() == programs[0] + 1
+def test_nothing_is_compiled_after_the_warm_up(dense):
+    engine, shown = Engine(dense.model, dense.params, slots=6, context=200), []
+    engine.warm_up(lambda done, total: shown.append((done, total)))
+    assert shown[0][0] == 0 and shown[-1][0] == shown[-1][1] > len(shown) - 2
+    programs = decode.read, decode.choose, decode.make, decode.copy_row
+    compiled = [program._cache_size() for program in programs]
+    engine.generate(
+        [[1] * length for length in (1, 5, 30, 100, 150, 3, 9, 70, 12, 2)],
+        dataclasses.replace(GREEDY, max_new_tokens=40),
+    )
+    engine.generate([[9] * 16] * 3, SamplingConfig(60, 1.3, 7, 0.5, 0.2, 1.1, seed=3))
+    list(engine.stream([4, 5], SamplingConfig(17, 0.2, 9, 0.4, 0.1, 0.9, presence_penalty=0.5, frequency_penalty=0.2)))
+    answer = engine.submit(Request((1, 2), DRAWN, (3,), ((5, 2.0),), top_logprobs=4))
+    while not answer.finish_reason:
+        engine.step()
+    assert [program._cache_size() for program in programs] == compiled
+    engine.generate([[1]], GREEDY)
+    Engine(dense.model, dense.params, slots=5, context=200).generate([[1]], GREEDY)  # the count is not blind
+    assert decode.make._cache_size() > compiled[2]
 
 
 def test_buckets_are_few():
@@ -198,11 +219,11 @@ def test_a_stream_gives_the_answer_in_whole_characters(talker, seed):
     [whole] = talker.generate(["The cat"], sampling)
     *pieces, last = talker.stream("The cat", sampling)
     assert "".join(p.text for p in pieces) + last.text == whole.text
-    assert sum(p.tokens for p in pieces) == len(whole.ids)
-    assert last.completion.ids == whole.ids
-    assert last.completion.logprobs == pytest.approx(whole.logprobs, abs=1e-5)
-    assert last.completion.finish_reason == whole.finish_reason
-    assert pieces[0].tokens == 1
+    assert sum(len(p.tokens) for p in [*pieces, last]) == len(whole.ids)
+    assert last.answer.ids == whole.ids
+    assert last.answer.logprobs == pytest.approx(whole.logprobs, abs=1e-5)
+    assert last.answer.finish_reason == whole.finish_reason
+    assert len(pieces[0].tokens) == 1
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -219,7 +240,7 @@ def test_a_stop_string_cuts_text_stream_and_tokens(talker, tokenizer, seed):
     assert len(cut.ids) == len(cut.logprobs) < 60
     *pieces, last = talker.stream("The cat", sampling)
     assert "".join(p.text for p in pieces) + last.text == cut.text
-    assert last.completion.ids == cut.ids
+    assert last.answer.ids == cut.ids
     assert other.prompt_tokens == len(tokenizer.encode("dog"))
 
 
@@ -227,9 +248,8 @@ def test_a_model_is_loaded_by_the_name_of_its_run(model_folder, tmp_path, monkey
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     (tmp_path / "runs" / "mine" / "model").symlink_to(model_folder)
     monkeypatch.chdir(tmp_path)
-    assert load_generator("mine").generate(["cat"], GREEDY) == load_generator(str(model_folder)).generate(
-        ["cat"], GREEDY
-    )
+    [mine], [own] = (load_engine(name).generate(["cat"], GREEDY) for name in ("mine", str(model_folder)))
+    assert mine.text == own.text and mine.ids == own.ids
 
 
 def test_end_tokens_come_from_generation_config_too(model_folder, tmp_path):
@@ -239,7 +259,7 @@ def test_end_tokens_come_from_generation_config_too(model_folder, tmp_path):
     before = file.read_text()
     file.write_text(json.dumps({"eos_token_id": [2, 77]}))
     try:
-        assert load_generator(str(folder)).eos_ids == (2, 77)
+        assert load_engine(str(folder)).eos_ids == (2, 77)
     finally:
         file.write_text(before)
 
@@ -248,10 +268,10 @@ def test_bfloat16_keeps_norms_in_float32(model_folder):
     model, params = load_model(model_folder, "bfloat16")
     assert params["norm"]["scale"].dtype == jnp.float32
     assert params["layers"]["mlp"]["up_proj"]["kernel"].dtype == jnp.bfloat16
-    [answer] = Generator(model, params).generate([[40, 50, 60]], GREEDY)
+    [answer] = Engine(model, params).generate([[40, 50, 60]], GREEDY)
     assert len(answer.ids) == 24 and np.isfinite(answer.logprobs).all()
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(dense, tokenizer):
     with pytest.raises(UserError, match="do not belong together"):
-        Generator(dense.model, dense.params, tokenizer)
+        Engine(dense.model, dense.params, tokenizer)
