@@ -6,14 +6,16 @@ rows and of tokens read, and for the size of the cache, and for nothing that a r
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from minimind_jax.inference.sampling import Counts, Sampled, SamplingValues, sample
 from minimind_jax.model.kv_cache import KVCache
-from minimind_jax.model.transformer import LanguageModel, Params
+from minimind_jax.model.transformer import LanguageModel, Params, cast_matrices
+from minimind_jax.sharding import ROW_AXES, current_mesh, row_shards
 
 
 class Settings(NamedTuple):
@@ -26,6 +28,21 @@ class Settings(NamedTuple):
     rows_B: jax.Array
     values: SamplingValues
     ends_BE: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("model", "places"))
+def lay_out(model: LanguageModel, params: Params, places: tuple[NamedSharding, ...] | None = None) -> Params:
+    """Parameters as they are trained, in the order and dtype of generation. places: on a mesh, of each array."""
+    if places is not None:
+        leaves, tree = jax.tree.flatten(params)
+        params = tree.unflatten(map(jax.lax.with_sharding_constraint, leaves, places))
+    return model.unstack(cast_matrices(params, model.dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "rows", "slots"))
+def empty(model: LanguageModel, rows: int, slots: int) -> KVCache:
+    """A cache that holds nothing."""
+    return _cut(model.new_cache(rows, slots))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "from_start"), donate_argnames=("cache",))
@@ -49,7 +66,7 @@ def read(
     starts = None if from_start else starts_B
     hidden_BPD, cache = model.read_next(params, model.embed(params, tokens_BP), starts, cache, lengths_B, rows_B)
     last_B1D = jnp.take_along_axis(hidden_BPD, jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)
-    return model.logits(params, last_B1D)[:, 0], cache
+    return _whole(model.logits(params, last_B1D)[:, 0]), _cut(cache)
 
 
 @jax.jit
@@ -57,7 +74,7 @@ def choose(
     logits_BV: jax.Array, positions_B: jax.Array, settings: Settings, counts: Counts, allowed_BW: jax.Array
 ) -> Sampled:
     """The next token of each row, which comes to stand at `positions_B`; see `sample`."""
-    return sample(logits_BV, positions_B, settings.values, counts, allowed_BW)
+    return _whole(sample(logits_BV, positions_B, settings.values, counts, allowed_BW))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "most"), donate_argnames=("cache",))
@@ -99,16 +116,36 @@ def make(
     sampled = jax.tree.map(lambda shape: jnp.zeros((most, *shape.shape), shape.dtype), shapes)
     start = (jnp.int32(0), lengths_B == 0, newest_B, cache, counts, sampled)
     made, _, _, cache, _, sampled = jax.lax.while_loop(is_wanted, step, start)
-    return sampled, made, cache
+    return *_whole((sampled, made)), _cut(cache)
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
 def copy_row(cache: KVCache, source: jax.Array, target: jax.Array, count: jax.Array) -> KVCache:
     """The cache, which is donated, with the first `count` tokens of row `source` in row `target`, too."""
-    return cache.copy_row(source, target, count)
+    return _cut(cache.copy_row(source, target, count))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "rows", "slots"))
 def enlarge(model: LanguageModel, cache: KVCache, rows: int, slots: int) -> KVCache:
     """The same cache with room for more."""
-    return cache.into(model.new_cache(rows, slots))
+    return _cut(cache.into(model.new_cache(rows, slots)))
+
+
+# On a mesh, which `jax.set_mesh` tells --------------------------------------------------------------------------------
+
+
+def _whole(arrays: Any) -> Any:
+    """What the host reads is the same on all devices."""
+    if current_mesh() is None:
+        return arrays
+    return jax.lax.with_sharding_constraint(arrays, PartitionSpec())
+
+
+def _cut(cache: KVCache) -> KVCache:
+    """The cache's rows are cut over data and fsdp, its heads over tensor, where they can be."""
+    mesh = current_mesh()
+    if mesh is None:
+        return cache
+    _, rows, heads, *_ = cache.layers[0].v_CBKsH.shape
+    cuts = (ROW_AXES if rows % row_shards(mesh) == 0 else None, "tensor" if heads % mesh.shape["tensor"] == 0 else None)
+    return jax.lax.with_sharding_constraint(cache, PartitionSpec(None, *cuts))

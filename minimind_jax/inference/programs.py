@@ -6,20 +6,23 @@ rows of the 29.0M model on a CPU: 1 ms of 20), so that a lone request does not p
 stands where its row stands.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.inference import decode
-from minimind_jax.inference.buckets import bucket
+from minimind_jax.inference.buckets import bucket, round_up
 from minimind_jax.inference.sampling import Counts, Sampled, SamplingValues
 from minimind_jax.inference.scheduler import Copy, Task
 from minimind_jax.model.transformer import LanguageModel, Params
+from minimind_jax.sharding import row_shards
 
 GREEDY = SamplingConfig(temperature=0.0)
 
@@ -46,7 +49,8 @@ class Programs:
     programs are compiled as they are needed, and rather too large a one is used than another compiled."""
 
     def __init__(self, model: LanguageModel, params: Params, rows: int, length: int, is_fixed: bool):
-        self.model, self.is_fixed = model, is_fixed
+        self.model, self.is_fixed, self._mesh = model, is_fixed, _mesh_of(params)
+        self._place = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
         self.limits = LIMITS.get(model.platform, OTHER_LIMITS)
         self.rows, self.length, self._cache = 0, 0, None
         self._settings: dict[int, tuple[list[Task], decode.Settings]] = {}
@@ -56,24 +60,31 @@ class Programs:
         self.reserve(rows, length)
 
     def load(self, params: Params) -> None:
-        """Takes other parameters."""
-        self.params = self.model.unstack(params)
+        """Takes other parameters: as they are trained, cut over the same mesh, or as they are laid out already."""
+        if isinstance(params["layers"], tuple):
+            self.params = params
+            return
+        places = None
+        if self._mesh is not None:  # what fsdp cuts would be gathered for each token
+            places = tuple(map(_without_fsdp, jax.tree.leaves(params)))
+        self.params = self._run(decode.lay_out, self.model, params, places)
 
     def reserve(self, rows: int, length: int) -> None:
         """Makes the cache at least as large."""
-        rows, length = max(rows, self.rows), max(length, self.length)
+        shards = 1 if self._mesh is None else row_shards(self._mesh)
+        rows, length = round_up(max(rows, self.rows), shards), max(length, self.length)
         if (rows, length) == (self.rows, self.length):
             return
         if self._cache is None:
-            self._cache = self.model.new_cache(rows, length)
+            self._cache = self._run(decode.empty, self.model, rows, length)
         else:
-            self._cache = decode.enlarge(self.model, self._cache, rows, length)
+            self._cache = self._run(decode.enlarge, self.model, self._cache, rows, length)
         self.rows, self.length = rows, length
         self._settings, self._made = {}, set()
 
     def clear(self) -> None:
         """An empty cache of the same size; the old one may be lost in a call that was given it."""
-        self._cache = self.model.new_cache(self.rows, self.length)
+        self._cache = self._run(decode.empty, self.model, self.rows, self.length)
 
     # Sizes of programs ------------------------------------------------------------------------------------------------
 
@@ -87,15 +98,17 @@ class Programs:
         width = next((width for width in widths if width >= unread), widths[-1])
         return width, max(1, *(rows for rows in self.steps if rows * width <= most))
 
-    @functools.cached_property
+    @property
     def steps(self) -> tuple[int, ...]:
         """Rows of programs, where all are compiled before the first request."""
+        if self._mesh is not None:  # rows that are cut over it cannot be picked out
+            return (self.rows,)
         powers = (STEP**n for n in range(20))
         return (*(rows for rows in powers if rows < self.rows), self.rows)
 
     def rows_for(self, tasks: int, reading: bool = False) -> int:
         """Rows of the program that takes so many tasks."""
-        if self.is_fixed:
+        if self.is_fixed or self._mesh is not None:
             return next(rows for rows in self.steps if rows >= tasks)
         compiled = [] if reading else [rows for rows in self._made if rows >= tasks]
         return min(compiled, default=min(bucket(tasks, smallest=1, multiple=self.rows), self.rows))
@@ -107,7 +120,7 @@ class Programs:
     # Calls ------------------------------------------------------------------------------------------------------------
 
     def copy(self, copy: Copy) -> None:
-        self._cache = decode.copy_row(self._cache, *map(np.int32, copy))
+        self._cache = self._run(decode.copy_row, self._cache, *map(np.int32, copy))
 
     def read(self, chunks: Sequence[tuple[Task, int]], width: int, rows: int) -> Array:
         """Reads so many more tokens of each task, `width` at most; logits behind them, (rows, V), still on the device.
@@ -122,9 +135,7 @@ class Programs:
             tokens_BP[place, :count] = task.ids[start : start + count]
         from_start = self.model.platform != "cpu" and width > 1 and not starts_B.any()
         rows_B = self._settings_of(tasks, rows).rows_B
-        work = tokens_BP, rows_B, starts_B, counts_B, lengths_B
-        logits_BV, self._cache = decode.read(self.model, self.params, self._cache, *work, from_start=from_start)
-        return logits_BV
+        return self._read(tokens_BP, rows_B, starts_B, counts_B, lengths_B, from_start=from_start)
 
     def choose(self, tasks: Sequence[Task], due: Sequence[Task], logits_BV: Array) -> Sampled:
         """The next token of the tasks that are due one, from the logits that `read` gave for `tasks`; one step.
@@ -139,9 +150,9 @@ class Programs:
             if constraint and task in due:
                 allowed_BW = np.array(self._unused(rows)[1]) if allowed_BW is None else allowed_BW
                 allowed_BW[place] = constraint.mask()
-        allowed_BW = self._unused(rows)[1] if allowed_BW is None else jax.device_put(allowed_BW)
+        allowed_BW = self._unused(rows)[1] if allowed_BW is None else self._put(allowed_BW)
         settings, counts = self._settings_of(tasks, rows), self._counts_of(tasks, rows)
-        sampled = jax.device_get(decode.choose(logits_BV, positions_B, settings, counts, allowed_BW))
+        sampled = jax.device_get(self._run(decode.choose, logits_BV, positions_B, settings, counts, allowed_BW))
         places = [place for place, task in zip(self.places(tasks, rows), tasks, strict=True) if task in due]
         return jax.tree.map(lambda all_B: all_B[None, places], sampled)
 
@@ -174,17 +185,32 @@ class Programs:
             settings, counts = self._settings_of([], rows), self._counts_of([], rows)
             for from_start in (False,) if self.model.platform == "cpu" or width == 1 else (False, True):
                 work = none((rows, width)), settings.rows_B, none(rows), none(rows), none(rows)
-                logits_BV, self._cache = decode.read(self.model, self.params, self._cache, *work, from_start=from_start)
+                logits_BV = self._read(*work, from_start=from_start)
             if width == 1:
-                decode.choose(logits_BV, none(rows), settings, counts, self._unused(rows)[1])
+                self._run(decode.choose, logits_BV, none(rows), settings, counts, self._unused(rows)[1])
                 self._make(none(rows), none(rows), settings, counts, 0)
         report(total, total)
 
     # Arrays -----------------------------------------------------------------------------------------------------------
 
+    def _run(self, program: Callable, *args: Any, **settings: Any) -> Any:
+        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+            return program(*args, **settings)
+
+    def _put(self, arrays: Any) -> Any:
+        """Arrays of the host on the devices, where they stay for several calls."""
+        return jax.device_put(arrays, self._place)
+
+    def _read(self, *work, from_start: bool) -> Array:
+        """`decode.read` with parameters and cache."""
+        own = self.model, self.params, self._cache
+        logits_BV, self._cache = self._run(decode.read, *own, *work, from_start=from_start)
+        return logits_BV
+
     def _make(self, newest_B, lengths_B, settings, counts, count) -> tuple[Sampled, int]:
         work = newest_B, lengths_B, settings, counts, np.int32(count)
-        sampled, made, self._cache = decode.make(self.model, self.params, self._cache, *work, most=MOST_STEPS)
+        own = self.model, self.params, self._cache
+        sampled, made, self._cache = self._run(decode.make, *own, *work, most=MOST_STEPS)
         return jax.device_get((sampled, made))
 
     def _settings_of(self, tasks: Sequence[Task], rows: int) -> decode.Settings:
@@ -199,7 +225,7 @@ class Programs:
             configs[place], biases[place], tops[place] = request.sampling, request.logit_bias, request.top_logprobs
             rows_B[place], ends_BE[place, : len(ends)] = task.row.number, ends
         values = SamplingValues.of(configs, biases, tops)
-        settings = jax.device_put(decode.Settings(rows_B, values, ends_BE))
+        settings = self._put(decode.Settings(rows_B, values, ends_BE))
         self._settings[rows] = list(tasks), settings
         return settings
 
@@ -214,16 +240,27 @@ class Programs:
                 prompt, answer = np.split(np.array(task.ids), [task.answer.prompt_tokens])
                 counts.prompt_BV[place, prompt] = True
                 counts.answer_BV[place] = np.bincount(answer, minlength=vocab_size)
-        return jax.device_put(counts)
+        return self._put(counts)
 
     def _unused(self, rows: int) -> tuple[Counts, Array]:
         """Counts and masks for rows without a penalty or constraint; they stay on the device."""
         if rows not in self._nothing:
             allowed_BW = np.full((rows, -(-self.model.config.vocab_size // 32)), 2**32 - 1, np.uint32)
-            self._nothing[rows] = Counts.none(rows, self.model.config.vocab_size), jax.device_put(allowed_BW)
+            self._nothing[rows] = self._put((Counts.none(rows, self.model.config.vocab_size), allowed_BW))
         return self._nothing[rows]
 
 
 def _is_penalized(task: Task) -> bool:
     own = task.answer.request.sampling
     return own.repetition_penalty != 1 or own.presence_penalty != 0 or own.frequency_penalty != 0
+
+
+def _mesh_of(params: Params) -> Mesh | None:
+    """The mesh that the parameters are cut over; None where they lie on one device."""
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    return sharding.mesh if isinstance(sharding, NamedSharding) and sharding.num_devices > 1 else None
+
+
+def _without_fsdp(leaf: Array) -> NamedSharding:
+    spec = (None if axis == "fsdp" else axis for axis in leaf.sharding.spec)
+    return NamedSharding(leaf.sharding.mesh, PartitionSpec(*spec))

@@ -7,7 +7,7 @@ import pytest
 from minimind_jax.convert.peft import StoredAdapter, rank_table
 from minimind_jax.errors import UserError
 from minimind_jax.inference.adapters import switched
-from minimind_jax.inference.decode import decode, prefill
+from minimind_jax.inference.decode import make, read
 from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.sampling import SamplingConfig
 from minimind_jax.model.config import ComputeConfig, ModelConfig
@@ -44,13 +44,13 @@ def test_adapters_of_any_shape_are_switched():
     generator = switched(Engine(MODEL, params), stored)
     assert generator.active == "all"
     generator.generate([[5, 6, 7]], GREEDY)
-    programs = prefill._cache_size(), decode._cache_size()
+    programs = read._cache_size(), make._cache_size()
     for name in ("few", "off", "all"):
         generator.use(name)
         found = generator.generate([[5, 6, 7]], GREEDY)[0]
         assert found.ids == expected[name].ids
         np.testing.assert_allclose(found.logprobs, expected[name].logprobs, atol=1e-4)
-    assert (prefill._cache_size(), decode._cache_size()) == programs
+    assert (read._cache_size(), make._cache_size()) == programs
     assert len({tuple(each.ids) for each in expected.values()}) == 3
     with pytest.raises(UserError, match="there is no adapter other; there are off, all, few"):
         generator.use("other")

@@ -25,6 +25,7 @@ from minimind_jax.inference import chat as chat_module
 from minimind_jax.inference.chat import Clock, Dialogue, chat
 from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.load import load_engine, load_model
+from minimind_jax.inference.request import Answer, Request, Token
 from minimind_jax.tools.toolbox import Toolbox
 
 CONFIG = ChatConfig(max_new_tokens=12, temperature=1.0, model="tiny", ignore_eos=True)
@@ -45,8 +46,8 @@ def talk(generator, lines, config=CONFIG):
 def ask(conversation, text):
     conversation.ask(text)
     [*_, last] = conversation.answer()
-    conversation.keep(last.completion.text, "")
-    return last.completion
+    conversation.keep(last.answer.text, "")
+    return last.answer
 
 
 def test_answers_are_streamed_and_speed_is_shown(generator):
@@ -70,7 +71,7 @@ def test_the_next_answer_sees_the_whole_conversation(generator):
     ]
     [*_, last] = conversation.answer()
     expected = encode_prompt(generator.tokenizer, conversation.messages, open_thinking=False)
-    assert last.completion.prompt_tokens == len(expected)
+    assert last.answer.prompt_tokens == len(expected)
 
 
 @pytest.mark.parametrize("thinking", [False, True])
@@ -99,7 +100,7 @@ def test_commands_change_the_prompt(generator):
     conversation.ask("two")
     [*_, last] = conversation.answer()
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "two"}]
-    assert last.completion.prompt_tokens == len(encode_prompt(generator.tokenizer, messages, open_thinking=True))
+    assert last.answer.prompt_tokens == len(encode_prompt(generator.tokenizer, messages, open_thinking=True))
     assert "at once" in conversation.command("/nothink")
     assert "no system prompt" in conversation.command("/system")
     assert conversation.system == ""
@@ -145,7 +146,8 @@ def test_thinking_is_dim_and_kept_as_reasoning(generator, monkeypatch):
 
 
 def pieces(*texts):
-    return [chat_module.Piece(text, 1) for text in texts]
+    answer = Answer(Request((1,)), (), None)
+    return [chat_module.Piece(text, [Token(1, 0.0)], answer) for text in texts]
 
 
 def test_silence_is_not_kept(generator):

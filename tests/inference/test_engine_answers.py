@@ -1,4 +1,4 @@
-"""Answers of the engine: golden ones, cache against none, batch against single, stops, streams, errors, compilations."""
+"""Answers of the engine: golden ones, cache against none, batch against single, stops, streams, errors, programs."""
 
 import dataclasses
 import json

@@ -94,7 +94,7 @@ def test_chat_and_generate_do_what_the_folder_says(model_folder, tmp_path, capsy
 
     expected = answer(temperature=0, repetition_penalty=1.5)
     assert expected not in (answer(temperature=0), answer(repetition_penalty=1.5))
-    assert last.completion.text == expected
+    assert last.answer.text == expected
     run(GenerateConfig(prompt="The cat?", **settings))
     assert capsys.readouterr().out == expected + "\n"
     run(GenerateConfig(prompt=("The cat?", "hi"), **settings))

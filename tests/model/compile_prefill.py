@@ -4,6 +4,7 @@
 "length": of the prompts, "model": fields of a ModelConfig}. Prints the kernels found in the reading of prompts.
 """
 
+import contextlib
 import functools
 import json
 import re
@@ -19,9 +20,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from minimind_jax.config.generation import SamplingConfig  # noqa: E402
 from minimind_jax.config.sections import MeshConfig  # noqa: E402
-from minimind_jax.inference.decode import Controls, decode, prefill  # noqa: E402
-from minimind_jax.inference.generate import unfused  # noqa: E402
-from minimind_jax.inference.sampling import SamplingValues  # noqa: E402
+from minimind_jax.inference.decode import Settings, make, read  # noqa: E402
+from minimind_jax.inference.engine import unfused  # noqa: E402
+from minimind_jax.inference.sampling import Counts, SamplingValues  # noqa: E402
 from minimind_jax.model.config import ComputeConfig, ModelConfig, Platform  # noqa: E402
 from minimind_jax.model.transformer import LanguageModel  # noqa: E402
 from minimind_jax.plan.devices import find_device, parse_topology  # noqa: E402
@@ -51,18 +52,19 @@ def compile_case(platform: Platform, devices: list, sizes: dict, length: int, mo
     params = jax.tree.map(argument, params, param_shardings(mesh, model.logical_axes(), params))
     model = unfused(model, params)
     params["layers"] = tuple(jax.tree.map(functools.partial(layer_of, mesh), params["layers"]) for _ in range(LAYERS))
-    settings = jax.tree.map(
-        argument, Settings(jnp.arange(ROWS), SamplingValues.of([GREEDY] * ROWS), jnp.full((ROWS, 1), 2))
-    )
-    controls = jax.tree.map(argument, controls)
-    tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole) for shape in ((ROWS, length), (ROWS,)))
-    reading = prefill.lower(model, params, tokens, lengths, controls, slots=length + 128).compile()
-    if sizes:
-        state = jax.tree.map(argument, reading.out_info)
-        making = decode.lower(model, params, state, controls, jnp.int32(8)).compile()
-        for program in (reading, making):  # what the host reads must be whole on each process's devices
-            outputs = program.output_shardings._replace(cache=None, seen_BV=None)
-            assert all(sharding.is_fully_replicated for sharding in jax.tree.leaves(outputs))
+    values = SamplingValues.of([SamplingConfig(temperature=0.0)] * ROWS)
+    settings = jax.tree.map(argument, Settings(jnp.arange(ROWS), values, jnp.full((ROWS, 1), 2)))
+    tokens, row = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole) for shape in ((ROWS, length), (ROWS,)))
+    cache = jax.tree.map(argument, jax.eval_shape(lambda: model.new_cache(ROWS, length + 128)))
+    with jax.set_mesh(mesh) if sizes else contextlib.nullcontext():
+        reading = read.lower(model, params, cache, tokens, row, row, row, row, from_start=True).compile()
+        if sizes:
+            counts = jax.tree.map(argument, Counts.none(ROWS, model.config.vocab_size))
+            work = row, row, settings, counts, jnp.int32(8)
+            making = make.lower(model, params, cache, *work, most=8).compile()
+            for program in (reading, making):  # what the host reads must be whole on each process's devices
+                *outputs, _ = program.output_shardings
+                assert all(sharding.is_fully_replicated for sharding in jax.tree.leaves(outputs))
     targets = re.findall(r'custom_call_target="([^"]+)"', reading.as_text())
     return sorted({target for target in targets if "fmha" in target or target == "tpu_custom_call"})
 
