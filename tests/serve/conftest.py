@@ -42,10 +42,10 @@ def folder(tmp_path_factory, compilation_cache):
 class Running:
     """A server that listens. url: of its /v1."""
 
-    def __init__(self, config: ServeConfig, keys=()):
+    def __init__(self, config: ServeConfig, keys=(), tools=None):
         log.set_up()
         self.models = load_models(config)
-        self.server = Listening(config, self.models, list(keys))
+        self.server = Listening(config, self.models, list(keys), tools)
         self.worker = self.server._worker
         self._thread = threading.Thread(target=self.server.run, daemon=True)
         self._thread.start()

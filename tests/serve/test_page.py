@@ -1,0 +1,409 @@
+"""The chat page in a real browser, against `minimind serve --web`.
+
+The model is tiny and knows nothing. Where a test needs certain words, the engine is given a constraint under which the
+model can only say them (`Prompter`); all else is what the page, the server and the engine do.
+"""
+
+import json
+import re
+
+import jax
+import pytest
+
+from minimind_jax.convert.hf import save_hf
+from minimind_jax.data.tokenizer import train_bpe
+from minimind_jax.model.config import ModelConfig
+from minimind_jax.model.transformer import LanguageModel
+from minimind_jax.tools.toolbox import Toolbox
+from tests.serve.conftest import TEXTS, running
+from tests.serve.page_helpers import Process, Prompter, chromium, free_port, opened, sync_api, talk_of
+
+expect = sync_api.expect
+CONTEXT = 2048
+
+THINKING = "The user greets.\n</think>\n\nHello **you**."
+CALL = '<tool_call>\n{"name": "calculate_math", "arguments": {"expression": "256*37"}}\n</tool_call>'
+HOSTILE = """<script>window.hacked = 1</script>
+
+a <img src=x onerror="window.hacked = 2"> b [click](javascript:window.hacked=3) ![seen](http://127.0.0.1:9/seen.png)
+
+<iframe src="http://127.0.0.1:9/frame"></iframe><style>body { display: none }</style>
+
+[data](data:text/html,<script>window.hacked=4</script>) <a href="http://127.0.0.1:9/" onclick="window.hacked=5">x</a>"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def talker(compilation_cache, tmp_path_factory):
+    """A random model with room for tools and several turns."""
+    words = train_bpe(TEXTS * 3, tmp_path_factory.mktemp("words"), vocab_size=360)
+    config = ModelConfig(
+        vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=CONTEXT,
+    )  # fmt: skip
+    params = LanguageModel(config).init(jax.random.key(3))
+    return save_hf(tmp_path_factory.mktemp("models") / "talker", config, params, words, "float32")
+
+
+@pytest.fixture(scope="module")
+def serving(talker):
+    settings = {"model": (str(talker),), "web": True, "tools": ("calculator",), "slots": 2}
+    with Toolbox(settings["tools"]) as tools, running((), tools, **settings) as server:
+        yield server, Prompter(server)
+
+
+@pytest.fixture
+def address(serving):
+    return serving[0].root
+
+
+@pytest.fixture
+def model(serving):
+    """The model of the page: `says` are its next answers."""
+    prompter = serving[1]
+    prompter.says, prompter.pause, prompter.prompts = [], 0.0, []
+    return prompter
+
+
+@pytest.fixture
+def page(browser, address):
+    with opened(browser, address) as page:
+        yield page
+
+
+def ask(page, text):
+    page.fill("#text", text)
+    page.press("#text", "Enter")
+
+
+def answered(page, turns=1):
+    """Waits until so many questions have their answers."""
+    expect(page.locator("article.assistant footer")).to_have_count(turns)
+    expect(page.locator("#send")).to_be_visible()
+
+
+def sent_by(page):
+    """The bodies that the page sends from now on."""
+    sent = []
+    page.on("request", lambda request: sent.append(request.post_data_json) if "completions" in request.url else None)
+    return sent
+
+
+def stream(page, text, size=2000):
+    """The next answer is `text` as a recorded stream, for what no model of ours can be made to write."""
+    chunks = [{"content": text[at : at + size]} for at in range(0, len(text), size)]
+    events = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in chunks]
+    events.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+
+
+def test_talk_is_streamed_and_kept(page, model):
+    model.says = ["One.", "Two."]
+    sent = sent_by(page)
+    page.click("#settings-button")
+    page.fill("[name=system]", "Be brief.")
+    page.fill("[name=temperature]", "0")
+    page.fill("[name=seed]", "7")
+    page.click("#settings button[value=ok]")
+    ask(page, "first")
+    answered(page)
+    expect(page.locator(".speed")).to_contain_text("tokens")
+    ask(page, "second")
+    answered(page, 2)
+    assert [message["role"] for message in sent[0]["messages"]] == ["system", "user"]
+    assert [(m["role"], m["content"]) for m in sent[1]["messages"]] == [
+        ("system", "Be brief."), ("user", "first"), ("assistant", "One."), ("user", "second"),
+    ]  # fmt: skip
+    assert (
+        sent[1]["temperature"] == 0 and sent[1]["seed"] == 7 and "top_k" not in sent[1] and "max_tokens" not in sent[1]
+    )
+    page.reload()
+    answered(page, 2)
+    assert talk_of(page) == ["first", "One.", "second", "Two."]
+    assert page.locator("#list .title").all_inner_texts() == ["first"]
+
+
+def test_what_the_model_writes_is_no_html(page, model):
+    elsewhere = []
+    page.on("request", lambda request: elsewhere.append(request.url) if ":9/" in request.url else None)
+    page.on("dialog", lambda dialog: elsewhere.append(dialog.message))
+    model.says = [HOSTILE]
+    ask(page, "<b>and</b> <script>window.hacked = 6</script>")
+    answered(page)
+    shown = page.locator(".markdown")
+    assert shown.locator("script, img, iframe, style, [onerror], [onclick]").count() == 0
+    expect(shown).to_contain_text("<script>window.hacked = 1</script>")
+    expect(page.locator(".question")).to_have_text("<b>and</b> <script>window.hacked = 6</script>")
+    links = shown.locator("a").evaluate_all("all => all.map(a => [a.textContent, a.getAttribute('href'), a.rel])")
+    safe = "noopener noreferrer nofollow"
+    assert links == [["click", None, ""], ["[seen]", "http://127.0.0.1:9/seen.png", safe], ["data", None, ""]]
+    shown.get_by_text("click", exact=True).click()
+    page.reload()
+    answered(page)
+    assert page.evaluate("window.hacked") is None and not elsewhere
+
+
+def test_thinking_is_folded(page, model):
+    model.says = [THINKING]
+    sent = sent_by(page)
+    page.click("#thinking")
+    ask(page, "hi")
+    answered(page)
+    assert sent[0]["chat_template_kwargs"]["enable_thinking"] is True
+    thoughts = page.get_by_text("The user greets.")
+    expect(thoughts).not_to_be_visible()
+    page.click(".thinking summary")
+    expect(thoughts).to_be_visible()
+    expect(page.locator(".markdown strong")).to_have_text("you")
+
+
+def test_tools_are_called_and_shown(page, model):
+    model.says = [CALL, "It is 9472."]
+    sent = sent_by(page)
+    ask(page, "What is 256 times 37?")
+    answered(page)
+    expect(page.locator(".call summary")).to_contain_text("calculate_math")
+    expect(page.locator(".call summary")).to_contain_text('{"result": "9472"}')
+    expect(page.locator(".markdown").last).to_have_text("It is 9472.")
+    *_, call, result = sent[1]["messages"]
+    assert result == {"role": "tool", "tool_call_id": call["tool_calls"][0]["id"], "content": '{"result": "9472"}'}
+    page.click("#tools")
+    ask(page, "and without?")
+    answered(page, 2)
+    assert sent[0]["tools"][0]["function"]["name"] == "calculate_math" and "tools" not in sent[2]
+
+
+def test_a_model_that_only_calls_is_ended(page, model):
+    model.says = [CALL] * 9
+    sent = sent_by(page)
+    ask(page, "again and again")
+    answered(page)
+    assert [body["tool_choice"] for body in sent] == ["auto"] * 5 + ["none"]
+
+
+def test_stop_again_and_edit_lose_nothing(page, model):
+    model.says, model.pause = ["word " * 60, "Another.", "Edited."], 0.02
+    ask(page, "count")
+    expect(page.locator(".markdown")).to_contain_text("word")
+    page.click("#stop")
+    answered(page)
+    kept = page.locator(".markdown").inner_text()
+    assert kept.count("word") < 60
+    expect(page.locator(".notes")).to_contain_text("Stopped")
+    model.pause = 0.0
+    page.get_by_role("button", name="Another answer").click()
+    expect(page.locator(".markdown")).to_have_text("Another.")
+    page.get_by_role("button", name="Earlier version").click()
+    expect(page.locator(".markdown")).to_have_text(kept)
+    page.locator("article.user").get_by_role("button", name="Edit").click()
+    page.locator(".question textarea").fill("count less")
+    page.locator(".question textarea").press("Enter")
+    expect(page.locator(".markdown")).to_have_text("Edited.")
+    answered(page)
+    page.reload()
+    assert talk_of(page) == ["count less", "Edited."]
+    page.get_by_role("button", name="Earlier version").click()
+    assert talk_of(page)[0] == "count"
+
+
+def test_list_search_rename_delete_export_import(page, model, browser, address, tmp_path):
+    model.says = ["apples", "pears"]
+    ask(page, "one")
+    answered(page)
+    page.click("#new")
+    ask(page, "two")
+    answered(page)
+    page.fill("#search", "APPLE")
+    expect(page.locator("#list .title")).to_have_text(["one"])
+    page.get_by_role("button", name="Rename").click()
+    page.fill("#question-input", "fruit")
+    page.click("#question-ok")
+    page.fill("#search", "")
+    expect(page.locator("#list .title")).to_have_text(["two", "fruit"])
+    with page.expect_download() as download:
+        page.click("#export")
+    file = tmp_path / "talks.json"
+    download.value.save_as(file)
+    page.get_by_role("button", name="Delete").first.click()
+    page.click("#question-ok")
+    expect(page.locator("#list .title")).to_have_text(["fruit"])
+    expect(page.locator("article")).to_have_count(0)
+
+    with opened(browser, address) as other:
+        other.set_input_files("#file", file)
+        expect(other.locator("#banner")).to_contain_text("4 messages in 2 conversations")
+        other.get_by_text("fruit").click()
+        assert talk_of(other) == ["one", "apples"]
+        bad = json.loads(file.read_text("utf-8"))
+        bad["conversations"][0]["messages"][0]["parent"] = bad["conversations"][0]["messages"][0]["id"]
+        (tmp_path / "bad.json").write_text(json.dumps(bad))
+        other.set_input_files("#file", tmp_path / "bad.json")
+        expect(other.locator("#banner")).to_contain_text("conversations[0].messages[0]")
+
+
+def test_phone_chinese_dark(browser, address, model):
+    with opened(browser, address, viewport={"width": 360, "height": 640}, locale="zh-CN", color_scheme="dark") as page:
+        wide = " | ".join("列" * 9)
+        model.says = [f"你好。`{'long' * 20}`\n\n```\n{'code ' * 20}\n```\n\n| {wide} |\n|{'---|' * 9}\n| {wide} |"]
+        expect(page.locator("#send")).to_have_text("发送")
+        page.fill("#text", "你好")
+        # The Enter that ends a word of an input method.
+        page.dispatch_event("#text", "keydown", {"key": "Enter", "isComposing": True})
+        page.dispatch_event("#text", "keydown", {"key": "Enter", "keyCode": 229})
+        assert page.locator("article").count() == 0
+        page.press("#text", "Shift+Enter")
+        page.keyboard.type("吗")
+        page.press("#text", "Enter")
+        answered(page)
+        assert talk_of(page)[0] == "你好\n吗"
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert page.evaluate("[...document.querySelectorAll('article')].every(a => a.scrollWidth <= innerWidth)")
+        assert brightness(page) < 60
+        expect(page.locator("#new")).not_to_be_visible()
+        page.click("#menu")
+        expect(page.locator("#new")).to_be_visible()
+        page.keyboard.press("Escape")
+        expect(page.locator("#new")).not_to_be_visible()
+        page.click("#theme")
+        assert brightness(page) > 200
+        page.click("#language")
+        expect(page.locator("#send")).to_have_text("Send")
+        page.reload()
+        expect(page.locator("#send")).to_have_text("Send")
+        assert brightness(page) > 200
+
+
+def brightness(page):
+    colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    return max(map(int, re.findall(r"\d+", colour)[:3]))
+
+
+def test_everything_has_a_name(page, model):
+    """Whatever can be reached by Tab says what it is."""
+    model.says = ["```\ncode\n```"]
+    ask(page, "hi")
+    answered(page)
+    for opens in (None, "#settings-button"):
+        if opens:
+            page.click(opens)
+        nameless = page.locator("button, input:not([type=file]), textarea, select, summary").evaluate_all(
+            "all => all.filter(e => !(e.ariaLabel || e.labels?.length || e.textContent.trim() ||"
+            " e.getAttribute('aria-labelledby') || !e.checkVisibility())).map(e => e.outerHTML)"
+        )
+        assert not nameless
+
+
+def test_growing_markdown_is_the_whole(page):
+    """Shown bit by bit, a text gives what it gives at once; nothing is lost or doubled where a block is settled."""
+    text = "# T\n\na\r\nb\n\n- x\n- y\n\n  more\n\n1. q\n\n   ```py\n   z = 1\n   ```\n> c\n\n"
+    text += "| a | b |\n|--|--|\n| 1 | 2 |\n\n<p>\n\nend 中"
+    whole, grown, nested = page.evaluate(
+        """async (text) => {
+            const { Markdown } = await import("/js/markdown.js");
+            const rest = () => new Promise((resolve) => setTimeout(resolve, 70));
+            const [whole, grown, nested] = [new Markdown(), new Markdown(), new Markdown()];
+            document.body.append(grown.element);
+            whole.finish(text);
+            for (let end = 1; end <= text.length; end += 5) { grown.grow(text.slice(0, end)); await rest(); }
+            grown.grow(text);
+            await rest(); await rest();
+            nested.finish(">".repeat(20000) + " deep");
+            return [whole.element.innerText, grown.element.innerText, nested.element.innerText];
+        }""",
+        text,
+    )
+    assert re.sub(r"\s+", "", grown) == re.sub(r"\s+", "", whole)
+    assert "deep" in nested
+
+
+def test_a_model_that_repeats_itself_does_not_freeze_the_page(page):
+    """Texts for which the libraries' expressions take 4 to 40 seconds each, and one for which their stack ends."""
+    seconds = page.evaluate(
+        """async () => {
+            const { Markdown } = await import("/js/markdown.js");
+            const code = "```c\\n" + "a_".repeat(20000);
+            return ["_a__b".repeat(20000), "~~a~".repeat(20000), code, ">".repeat(20000)].map((text) => {
+                const [shown, started] = [new Markdown(), performance.now()];
+                shown.finish(text);
+                if (shown.element.textContent.length < 19000) throw new Error("a part is lost");
+                return (performance.now() - started) / 1000;
+            });
+        }"""
+    )
+    assert max(seconds) < 2
+
+
+@pytest.mark.slow
+def test_a_long_answer_does_not_freeze_the_page(page):
+    text = (
+        "\n\n".join(f"Paragraph {n} with **words** and `code`." for n in range(4000)) + "\n\n```py\n" + "x = 1\n" * 9000
+    )
+    stream(page, text)
+    page.evaluate("""() => {
+        window.longest = 0; let last = performance.now();
+        setInterval(() => { longest = Math.max(longest, performance.now() - last); last = performance.now(); }, 10);
+    }""")
+    ask(page, "long")
+    answered(page)
+    expect(page.locator(".markdown")).to_contain_text("Paragraph 3999")
+    assert page.evaluate("window.longest") < 3000
+
+
+@pytest.mark.slow
+def test_key_and_a_server_that_is_killed(browser, talker, request):
+    def start(port):
+        server = Process(str(talker), port, key="key of mine")
+        request.addfinalizer(server.kill)
+        return server
+
+    port = free_port()
+    server = start(port)
+    with opened(browser, server.url, wait=False) as page:
+        expect(page.locator("#question-text")).to_contain_text("API key")
+        page.fill("#question-input", "wrong")
+        page.click("#question-ok")
+        expect(page.locator("#question-text")).to_contain_text("not one of this server's")
+        page.fill("#question-input", "key of mine")
+        page.click("#question-ok")
+        expect(page.locator("#model option")).to_have_count(1)
+        ask(page, "say much")
+        expect(page.locator(".answer .markdown")).not_to_be_empty()
+        server.kill()
+        answered(page)
+        expect(page.locator(".notes")).to_contain_text("What came is kept")
+        kept = talk_of(page)
+        ask(page, "still there?")
+        expect(page.locator(".fault.box")).to_contain_text("minimind serve")
+        start(port)
+        page.get_by_role("button", name="Try again").click()
+        answered(page, 2)
+        page.reload()
+        answered(page, 2)
+        assert talk_of(page)[:2] == kept
+
+
+def test_errors_of_the_server_are_shown_as_it_says_them(page):
+    page.click("#settings-button")
+    page.fill("[name=max_tokens]", "100000000")
+    page.click("#settings button[value=ok]")
+    ask(page, "x" * 5000)
+    expect(page.locator(".fault.box")).to_contain_text("maximum context length")
+    expect(page.locator(".fault.box")).to_contain_text("Shorten the message")
+    assert talk_of(page) == ["x" * 5000]
+
+
+def test_turns_that_no_longer_fit_are_left_out_and_told(page, model):
+    model.says = ["One.", "Two."]
+    sent = sent_by(page)
+    ask(page, "a" * 1200)
+    answered(page)
+    ask(page, "b" * 1200)
+    answered(page, 2)
+    expect(page.locator(".notes").last).to_contain_text("oldest turns (1)")
+    assert [len(body["messages"]) for body in sent] == [1, 3, 1]
