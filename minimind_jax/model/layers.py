@@ -26,7 +26,7 @@ class Context(NamedTuple):
     """What all layers share in one forward pass.
 
     attend: which keys a query sees, and how that is computed. is_token_BT: what is not padding; None where all is.
-    experts: the path of a mixture (see `moe`).
+    experts: the path of a mixture (see `moe`). adapter_B: each row's among several adapters; None for none.
     """
 
     cos_BTh: Array
@@ -35,6 +35,7 @@ class Context(NamedTuple):
     attend: Attend
     experts: moe.Path
     platform: Platform
+    adapter_B: Array | None = None
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
@@ -71,18 +72,29 @@ class Projection(Linear):
     def __init__(self, config: ModelConfig, adapter: Adapter | None, name: str, shape, axes, is_output=False, *, rngs):
         super().__init__(config, shape, axes, is_output, rngs=rngs)
         self.rank = adapter.rank(name) if adapter else 0
-        if self.rank:  # values come from `lora.init_adapters` or a file
-            self.dropout = adapter.dropout
+        if self.rank:  # values come from `lora.init_adapters`, `lora.stack` or a file
+            self.dropout, self.by_row = adapter.dropout, adapter.by_row
             self.lora_a = nnx.Param(jnp.zeros((shape[0], self.rank), jnp.float32), axes=(axes[0], None))
             self.lora_b = nnx.Param(jnp.zeros((self.rank, shape[1]), jnp.float32), axes=(None, axes[1]))
-            self.lora_scale = nnx.Param(jnp.ones((), jnp.float32), axes=())
+            columns = (self.rank,) if self.by_row else ()
+            self.lora_scale = nnx.Param(jnp.ones(columns, jnp.float32), axes=(None,) * len(columns))
+            if self.by_row:
+                self.lora_owner = nnx.Param(jnp.zeros(columns, jnp.int32), axes=(None,))
 
-    def __call__(self, x: Array, platform: Platform, dropout_key: Array | None = None) -> Array:
-        out = super().__call__(x, platform)
-        if not self.rank:
-            return out
-        low = multiply(dropout(x, self.dropout, dropout_key), self.lora_a[...], platform)
-        return out + multiply(low, self.lora_b[...], platform) * self.lora_scale[...].astype(out.dtype)
+    def __call__(self, x_BTI: Array, context: Context, dropout_key: Array | None = None) -> Array:
+        platform = context.platform
+        out_BTO = super().__call__(x_BTI, platform)
+        if not self.rank or (self.by_row and context.adapter_B is None):
+            return out_BTO
+        low_BTR, scale = (
+            multiply(dropout(x_BTI, self.dropout, dropout_key), self.lora_a[...], platform),
+            self.lora_scale,
+        )
+        if not self.by_row:
+            return out_BTO + multiply(low_BTR, self.lora_b[...], platform) * scale[...].astype(out_BTO.dtype)
+        is_own_BR = context.adapter_B[:, None] == self.lora_owner[...]
+        low_BTR = jnp.where(is_own_BR[:, None], low_BTR * scale[...].astype(low_BTR.dtype), 0)
+        return out_BTO + multiply(low_BTR, self.lora_b[...], platform)
 
 
 class Embedding(nnx.Module):
@@ -128,14 +140,14 @@ class Attention(nnx.Module):
     ) -> tuple[Array, LayerCache | None]:
         B, T, _ = x_BTD.shape
         H = self.config.head_dim
-        keys, platform = _split_key(dropout_key, 4), context.platform
-        q_BTNH = self.q_norm(self.q_proj(x_BTD, platform, keys[0]).reshape(B, T, -1, H))
-        k_BTKH = self.k_norm(self.k_proj(x_BTD, platform, keys[1]).reshape(B, T, -1, H))
-        v_BTKH = self.v_proj(x_BTD, platform, keys[2]).reshape(B, T, -1, H)
+        keys = _split_key(dropout_key, 4)
+        q_BTNH = self.q_norm(self.q_proj(x_BTD, context, keys[0]).reshape(B, T, -1, H))
+        k_BTKH = self.k_norm(self.k_proj(x_BTD, context, keys[1]).reshape(B, T, -1, H))
+        v_BTKH = self.v_proj(x_BTD, context, keys[2]).reshape(B, T, -1, H)
         q_BTNH = rope.apply_rope(q_BTNH, context.cos_BTh, context.sin_BTh)
         k_BTKH = rope.apply_rope(k_BTKH, context.cos_BTh, context.sin_BTh)
         out_BTNH, cache = context.attend(q_BTNH, k_BTKH, v_BTKH, cache)
-        return self.o_proj(out_BTNH.reshape(B, T, -1), platform, keys[3]), cache
+        return self.o_proj(out_BTNH.reshape(B, T, -1), context, keys[3]), cache
 
 
 class MLP(nnx.Module):
@@ -149,9 +161,9 @@ class MLP(nnx.Module):
         self.down_proj = project("down_proj", (F, D), ("mlp", "embed"), is_output=True)
 
     def __call__(self, x_BTD: Array, context: Context, dropout_key: Array | None) -> tuple[Array, Array]:
-        keys, platform = _split_key(dropout_key, 3), context.platform
-        gated_BTF = jax.nn.silu(self.gate_proj(x_BTD, platform, keys[0])) * self.up_proj(x_BTD, platform, keys[1])
-        return self.down_proj(gated_BTF, platform, keys[2]), jnp.zeros((), jnp.float32)
+        keys = _split_key(dropout_key, 3)
+        gated_BTF = jax.nn.silu(self.gate_proj(x_BTD, context, keys[0])) * self.up_proj(x_BTD, context, keys[1])
+        return self.down_proj(gated_BTF, context, keys[2]), jnp.zeros((), jnp.float32)
 
 
 class Experts(nnx.Module):

@@ -6,11 +6,15 @@ projection's `kernel`; like it they are stacked over the layers.
 
 Layers may have different ranks: a projection's stack has the largest, and what is beyond a layer's own rank is 0 in A
 and B, which both gradients keep at 0.
+
+Several adapters beside one another (`stack`) are one adapter whose rank is the sum of theirs: each row of a batch names
+its own, and the columns of the others count as 0 for it. So one program serves rows of any adapters and of none, and
+pays in every row for the ranks of all.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +32,7 @@ PROJECTIONS = {
 }
 TRAINED = ("lora_a", "lora_b")
 LEAVES = (*TRAINED, "lora_scale")
+OWNER = "lora_owner"  # beside them where adapters are stacked: the number of the adapter that each column is of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +40,12 @@ class Adapter:
     """What a network must know of its adapters: a static argument, while their scales and weights are arrays.
 
     ranks: (projection, its largest rank over the layers), for those that have an adapter. dropout: of their inputs.
+    by_row: they are several, of which each row of a batch uses its own (see `stack`).
     """
 
     ranks: tuple[tuple[str, int], ...]
     dropout: float = 0.0
+    by_row: bool = False
 
     def rank(self, projection: str) -> int:
         """0 without an adapter."""
@@ -81,10 +88,40 @@ def init_adapters(key: Array, kernels: Params, table: RankTable, alpha: float, r
     return {"layers": layers}
 
 
+def stack(adapters: Sequence[Params], dtype: Any = np.float32) -> tuple[Adapter, Params]:
+    """Several adapters beside one another, and what a model must know of them; number n is the n-th of them.
+
+    adapters: their trees alone, of any ranks and on any projections. dtype: of A and B. Returns the tree to `join` to
+    the parameters of their base model.
+    """
+    layers: Params = {}
+    for name, block in PROJECTIONS.items():
+        own = {number: tree["layers"].get(block, {}).get(name) for number, tree in enumerate(adapters)}
+        columns = [_columns(number, leaves, dtype) for number, leaves in own.items() if leaves]
+        if columns:
+            joined = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-1), *columns)
+            layers.setdefault(block, {})[name] = {**joined, "lora_b": jnp.swapaxes(joined["lora_b"], 1, 2)}
+    ranks = tuple((name, leaves[OWNER].shape[1]) for block in layers.values() for name, leaves in block.items())
+    return Adapter(ranks, by_row=True), {"layers": layers}
+
+
+def _columns(number: int, leaves: Params, dtype: Any) -> Params:
+    """One projection's adapter with its rank as the last axis of all, B's too."""
+    L, _, rank = leaves["lora_a"].shape
+    scale_L1 = jnp.asarray(leaves["lora_scale"], jnp.float32)[:, None]
+    return {
+        "lora_a": jnp.asarray(leaves["lora_a"], dtype),
+        "lora_b": jnp.swapaxes(jnp.asarray(leaves["lora_b"], dtype), 1, 2),
+        "lora_scale": jnp.broadcast_to(scale_L1, (L, rank)),
+        OWNER: jnp.full((L, rank), number, jnp.int32),
+    }
+
+
 def merge(params: Params) -> Params:
     """The parameters with every adapter added into its kernel: W + scale A B, computed in float32.
 
-    params: arrays of NumPy or JAX, stacked (ValueError if they are not). Returns a tree without adapters.
+    params: arrays of NumPy or JAX, stacked over the layers, of one adapter (ValueError if they are not). Returns a tree
+    without adapters.
     """
     _check_stacked(params)
 
@@ -92,6 +129,8 @@ def merge(params: Params) -> Params:
         if not isinstance(node, dict):
             return node
         kept = {name: merged(child) for name, child in node.items() if name not in LEAVES}
+        if OWNER in node:
+            raise ValueError("these parameters hold several adapters; merge one of them, before they are stacked")
         if "lora_a" in node:
             a, b, scale = (jnp.asarray(node[name], jnp.float32) for name in LEAVES)
             delta = jnp.einsum("lir,lro,l->lio", a, b, scale, precision=jax.lax.Precision.HIGHEST)
@@ -104,7 +143,7 @@ def merge(params: Params) -> Params:
 def without_adapters(params: Params) -> Params:
     """The model as it is with its adapters off: the same arrays, stacked (ValueError if they are not)."""
     _check_stacked(params)
-    return split(params, lambda path: path[-1] not in LEAVES)[0]
+    return split(params, lambda path: path[-1] not in (*LEAVES, OWNER))[0]
 
 
 def _check_stacked(params: Params) -> None:

@@ -202,13 +202,15 @@ class LanguageModel:
         cache: KVCache,
         lengths_B: Array | None = None,
         rows_B: Array | None = None,
+        adapter_B: Array | None = None,
     ) -> tuple[Array, KVCache]:
         """Hidden states (B, T, D) of T more tokens of each row, and the cache with them in slots starts..starts+T-1.
 
         starts_B: tokens of each row that the cache holds, which the new ones see; what is in later slots is written
         over, tokens beyond the last slot are dropped. None: none, and attention is that of whole rows. lengths_B: of
         each row with these, where padding is behind them. rows_B: the rows of the cache; beyond its last for a row
-        that is there to fill up and is not kept. As many as the cache has, or None, are in its order.
+        that is there to fill up and is not kept. As many as the cache has, or None, are in its order. adapter_B: the
+        number of each row's adapter, where the parameters hold several (see `lora.stack`); -1 for none.
         """
         B, T, _ = x_BTD.shape
         attend_row = self._attend_row(x_BTD, None) if starts_B is None else None
@@ -222,7 +224,7 @@ class LanguageModel:
                 return attend_row(q_BTNH, k_BTKH, v_BTKH), layer
             return cached_attention(q_BTNH, layer, positions_BT, self.platform, rows_B), layer
 
-        context = self._context(positions_BT, length_B[:, None], None, attend)
+        context = self._context(positions_BT, length_B[:, None], None, attend, adapter_B)
         if T == 1 and self.platform == "cpu":
             # XLA computes cosines again wherever they are read, in every layer and for every head, but not a product.
             identity = jnp.eye(context.cos_BTh.shape[-1])
@@ -274,9 +276,9 @@ class LanguageModel:
         graph, own = self._split("surroundings")
         return nnx.merge(graph, {name: params[name] for name in own})
 
-    def _context(self, positions_BT, length_BT, is_token_BT, attend: Attend) -> Context:
+    def _context(self, positions_BT, length_BT, is_token_BT, attend: Attend, adapter_B=None) -> Context:
         cos_BTh, sin_BTh = rope.rope_tables(self.config, positions_BT, length_BT)
-        return Context(cos_BTh, sin_BTh, is_token_BT, attend, self.compute.experts, self.platform)
+        return Context(cos_BTh, sin_BTh, is_token_BT, attend, self.compute.experts, self.platform, adapter_B)
 
     def _attend_row(self, x_BTD: Array, segment_ids_BT: Array | None):
         """Attention over the row itself, by the path that the model and its devices allow."""

@@ -71,7 +71,7 @@ def test_a_mixture_generates_what_its_stack_scores(experts):
     @jax.jit
     def generate(params):
         prompts = model.embed(params, tokens_BT[:, :8])
-        read, cache = model.read_prompt(params, prompts, lengths_B, model.new_cache(3, 16))
+        read, cache = model.read_next(params, prompts, None, model.new_cache(3, 16), lengths_B)
         news = jnp.take_along_axis(tokens_BT, lengths_B[:, None], axis=1)
         hidden, _ = model.read_next(params, model.embed(params, news), lengths_B, cache)
         return model.logits(params, read), model.logits(params, hidden)[:, 0]
