@@ -2,7 +2,7 @@
 transformers and datasets. Takes requests as JSON lines on its input and answers each with a JSON line.
 
     {"train": 3}     three steps of its training loop -> seconds, tokens (all positions), useful (not padding)
-    {"generate": 64} its `generate`, 64 new tokens a prompt -> seconds, tokens
+    {"greedy 16": 64} its `generate`, 64 new tokens to each of 16 prompts, cases as in bench_requests -> seconds, tokens
 
 The training step is that of trainer/train_pretrain.py without the loop around it: forward with labels, backward, clip,
 AdamW, zero_grad. Only `bench_train.py` and `bench_decode.py` start this.
@@ -19,6 +19,7 @@ os.dup2(2, 1)  # what MiniMind prints is no answer
 sys.path.insert(0, ".")
 
 import torch  # noqa: E402
+from bench_requests import requests  # noqa: E402
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM  # noqa: E402
 
 REQUEST = json.loads(sys.argv[1])
@@ -85,18 +86,26 @@ def make_train():
 def make_generate():
     model = make_model().eval()
     model = model.half() if DEVICE == "cuda" else model  # as its eval_llm.py does
-    prompts = torch.randint(3, 6400, (REQUEST["rows"], REQUEST["prompt_len"]), device=DEVICE)
 
-    def generate(count):
+    def generate(case, count):
+        """The requests of `bench_decode.requests` as one batch, padded on the left; it ends with the longest answer."""
+        asked, sampling = requests(REQUEST, case, count)
+        longest, new_tokens = (
+            max(column) for column in zip(*((len(prompt), new) for prompt, new in asked), strict=True)
+        )
+        prompts, mask = torch.zeros((2, len(asked), longest), dtype=torch.long)
+        for row, (prompt, _) in enumerate(asked):
+            prompts[row, longest - len(prompt) :], mask[row, longest - len(prompt) :] = torch.tensor(prompt), 1
+        greedy = {"do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
         started = time.perf_counter()
         out = model.generate(
-            inputs=prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=count, do_sample=False,
-            temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None,
+            inputs=prompts.to(DEVICE), attention_mask=mask.to(DEVICE), max_new_tokens=new_tokens, eos_token_id=None,
+            **(sampling if sampling["temperature"] else greedy),
         )  # fmt: skip
         if DEVICE == "cuda":
             torch.cuda.synchronize()
-        assert out.shape[1] == prompts.shape[1] + count
-        return {"seconds": time.perf_counter() - started, "tokens": prompts.shape[0] * count}
+        assert out.shape[1] == longest + new_tokens
+        return {"seconds": time.perf_counter() - started, "tokens": sum(new for _, new in asked)}
 
     return generate
 
@@ -104,6 +113,8 @@ def make_generate():
 made = {}
 for line in sys.stdin:
     ((name, count),) = json.loads(line).items()
-    if name not in made:
-        made[name] = {"train": make_train, "generate": make_generate}[name]()
-    os.write(answers, (json.dumps(made[name](count)) + "\n").encode())
+    kind = "train" if name == "train" else "generate"
+    if kind not in made:
+        made[kind] = {"train": make_train, "generate": make_generate}[kind]()
+    result = made[kind](count) if kind == "train" else made[kind](name, count)
+    os.write(answers, (json.dumps(result) + "\n").encode())

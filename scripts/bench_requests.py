@@ -1,0 +1,20 @@
+"""What the sides of `bench_decode.py` are asked; imports nothing that one of them may lack."""
+
+import numpy as np
+
+SAMPLINGS = {
+    "greedy": {"temperature": 0.0},
+    "unequal": {"temperature": 0.0},
+    "sampled": {"temperature": 0.85, "top_k": 50, "top_p": 0.85},
+    "plain": {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
+}
+CASES = ("greedy 1", "greedy 16", "sampled 1", "sampled 16", "unequal 16")
+
+
+def requests(settings: dict, case: str, count: int) -> tuple[list[tuple[list[int], int]], dict]:
+    """Prompts of a case, how many tokens the answer to each has, and how they are sampled."""
+    (kind, rows), random = case.split(), np.random.default_rng(0)
+    lengths = [(settings["prompt_len"], count)] * int(rows)
+    if kind == "unequal":
+        lengths = [(prompt, min(new, 2 * count)) for prompt, new in random.integers(16, 257, (int(rows), 2)).tolist()]
+    return [(random.integers(3, 6400, prompt).tolist(), new) for prompt, new in lengths], SAMPLINGS[kind]
