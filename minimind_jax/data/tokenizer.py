@@ -8,6 +8,7 @@ import codecs
 import functools
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -191,6 +192,12 @@ class Tokenizer:
     def special_ids(self) -> frozenset[int]:
         """Ids that decoding leaves out when it skips special tokens."""
         return frozenset(i for i, token in self._added.items() if token.special)
+
+    @functools.cached_property
+    def mark_ids(self) -> frozenset[int]:
+        """Ids of added tokens that are no words: the special ones, and tags such as <think>."""
+        tags = {i for i, token in self._added.items() if re.fullmatch(r"<\S+>", token.content)}
+        return self.special_ids | tags
 
     @functools.cached_property
     def byte_pieces(self) -> list[bytes]:

@@ -1,0 +1,266 @@
+"""Answers that cannot be anything but what was asked for: JSON, a schema, a pattern, a choice, calls of tools.
+
+llguidance says before each token which may come; `grammar.py` tells it what the answer must be.
+"""
+
+import functools
+import json
+import random
+import threading
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import numpy as np
+
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.errors import UserError, first_line
+from minimind_jax.inference.grammar import OPEN_CALL, SPECIAL, Form, limits, llguidance, whole
+from minimind_jax.tools.toolbox import Toolbox
+
+_TRY_SECONDS, _TRY_MIB = 3.0, 512
+
+
+class Grammars:
+    """Makes what binds an answer, for one tokenizer; built once, used by any thread.
+
+    vocab_size: of the model, where it has more rows than the tokenizer has words. end_ids: tokens that end an answer;
+    None for those of the tokenizer.
+
+    Raises UserError where llguidance is not installed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int | None = None, end_ids: Iterable[int] | None = None):
+        self._library, self._vocabulary = llguidance(), tokenizer.vocabulary()
+        self._words = _Words(tokenizer, vocab_size, tokenizer.end_ids if end_ids is None else tuple(end_ids))
+        self._tokens = self._library.LLTokenizer(
+            self._library.TokenizerWrapper(self._words), eos_token=list(self._words.end_ids)
+        )
+        self._words.spell = self._tokens.greedy_tokenize
+        self._steps = _Steps(self._words)
+        self._lock = threading.Lock()
+        self._trials: Toolbox | None = None
+
+    def constraint(
+        self,
+        form: Form,
+        limit: int | None = None,
+        thinking: Literal["no", "open", "may"] = "no",
+        where: str = "the grammar",
+    ) -> "GrammarConstraint":
+        """What binds one answer to `form`.
+
+        limit: tokens that the answer may have; it is brought to an end within them where that is possible. thinking:
+        whether the prompt ends in an open think block, or the answer may begin with one: the form holds behind it.
+        where: that the form comes from, for the message. Raises UserError for a grammar that is wrong, not supported,
+        or takes too much time or memory.
+        """
+        text = whole(form, self.tag, thinking)
+        if fault := self._fault(text):
+            raise UserError(f"{where}: {fault}")
+        matcher = self._library.LLMatcher(self._tokens, text, limits=limits(), log_level=0)
+        matcher.compute_bitmask()
+        if matcher.is_error():
+            raise UserError(f"{where}: {_said(matcher.get_error())}")
+        return GrammarConstraint(matcher, self._steps, form, limit, self.tag(OPEN_CALL) if form.calls else None)
+
+    def tag(self, text: str) -> int | None:
+        """The token that a tag is, or None where it is spelled."""
+        token = self._vocabulary.get(text)
+        return token if token in self._words.marks else None
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019 - lives as long as its model
+    def _fault(self, text: str) -> str:
+        """What is wrong with a grammar, tried where it can neither hang nor take the memory of this process."""
+        with self._lock:
+            self._trials = self._trials or Toolbox(
+                ("minimind_jax.inference.grammar:tried",), seconds=_TRY_SECONDS, memory_mib=_TRY_MIB, workers=2
+            )
+        pieces = self._words.pieces
+        named = ((i, pieces[i].decode("utf-8", "replace")) for i in sorted(self._words.marks))
+        marks = [mark for mark in named if str(mark[0]) in text or mark[1] in text]
+        told = self._trials.call("tried", {"grammar": text, "size": len(pieces), "marks": marks})
+        if told.is_error:
+            return f"too large, too deep or too costly to follow ({json.loads(told.text)['error']}); make it simpler"
+        return _said(told.text) if told.text else ""
+
+    def close(self) -> None:
+        """Ends the processes in which grammars are tried."""
+        if self._trials:
+            self._trials.close()
+
+
+def _said(error: str) -> str:
+    """llguidance's words without the grammar that it repeats."""
+    line = first_line(Exception(error))[:300]
+    return "no text fits" if line.startswith("NoExtension") else line
+
+
+class _Words:
+    """A tokenizer as llguidance asks for it. Tokens that are no words, such as <|im_start|>, are no text to it."""
+
+    bos_token_id, special_token_ids = None, ()
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int | None, end_ids: tuple[int, ...]):
+        self.end_ids, self.eos_token_id = end_ids, end_ids[0]
+        self.marks = tokenizer.mark_ids | {*end_ids}
+        self.pieces = tokenizer.byte_pieces + [b""] * ((vocab_size or 0) - tokenizer.vocab_size)
+        self.tokens = [SPECIAL + piece if i in self.marks else piece for i, piece in enumerate(self.pieces)]
+        self.spell = lambda text: []
+        self._encode = tokenizer.encode
+
+    def __call__(self, data: bytes) -> list[int]:
+        """The tokens of text that a grammar leaves no choice about."""
+        text = data.decode()
+        ids = self._encode(text)
+        if self.marks.isdisjoint(ids) and b"".join(self.pieces[i] for i in ids) == data:
+            return ids
+        return self.spell(text)  # a tag in plain letters, or a tokenizer that puts a blank in front
+
+
+class GrammarConstraint:
+    """Binds one answer, token by token (a `Constraint`).
+
+    Near its limit an answer is steered to its end: strings, lists and objects are closed, thinking ends, and no call
+    begins that there is no room for. Words that may end anywhere are let be.
+
+    cut: it was ended so, or the grammar could not be followed any further, for which `fault` has the reason.
+    """
+
+    def __init__(self, matcher: Any, steps: "_Steps", form: Form, limit: int | None, opener: int | None):
+        self._matcher, self._steps, self._opener = matcher, steps, opener
+        self._left = self._look_at = limit or 0  # tokens; an end is looked for when so many are left
+        self._limit, self._steers = limit, not form.is_free
+        self._plan: list[int] = []
+        self._longest = 0  # of the ways to an end so far
+        self._tail = b""
+        self._call_length: int | None = None
+        self.cut, self.fault = False, ""
+
+    def mask(self) -> np.ndarray:
+        """uint32 (ceil(V / 32),), bit i % 32 of word i // 32: the tokens that may come next."""
+        if self._limit is not None and self._steers and not self._plan and self._left <= self._look_at:
+            self._look()
+        if self._plan:
+            return self._steps.only(self._plan[0])
+        mask = self._steps.mask(self._matcher)
+        self._check()
+        if self._limit is not None and self._lacks_room_for_call(mask):
+            mask = mask & ~self._steps.only(self._opener)
+        return mask
+
+    def accept(self, token: int) -> None:
+        """The next token is this one."""
+        self._left -= 1
+        if not self._steers:
+            self._tail = (self._tail + self._steps.piece(token))[-2 * len(OPEN_CALL) :]
+            self._steers = OPEN_CALL.encode() in self._tail
+        self.cut = self.cut or bool(self._plan)
+        self._plan = self._plan[1:]
+        self._matcher.consume_token(token)
+        self._check()
+
+    @property
+    def ended(self) -> bool:
+        """Nothing but an end may follow."""
+        return self._matcher.is_stopped()
+
+    def _check(self) -> None:
+        if self._matcher.is_error() and not self.fault:
+            self.cut, self.fault = True, _said(self._matcher.get_error())
+
+    def _look(self) -> None:
+        """Takes the way to an end if there is just room for it; else says when to look again.
+
+        A token may lengthen the way, mostly by what closes again the bracket that it opens: half of the room to spare
+        may be used before the next look.
+        """
+        way = self._steps.way_out(self._matcher, self._left)
+        spare = self._left - self._reserve(way)
+        if way and spare <= 0:
+            self._plan = way
+        self._look_at = self._left - max(1, spare // 2)
+
+    def _lacks_room_for_call(self, mask: np.ndarray) -> bool:
+        """Whether a call may begin here, need not, and would not come to its end."""
+        if self._opener is None or not has(mask, self._opener) or not self._steps.may_end(mask):
+            return False
+        if self._call_length is None:
+            matcher = self._matcher.deep_copy()
+            matcher.consume_token(self._opener)
+            self._call_length = self._reserve(self._steps.way_out(matcher, self._left))
+        return self._left <= self._call_length
+
+    def _reserve(self, way: list[int]) -> int:
+        """Tokens to keep for a way out: its length, and some for a token that makes it longer by more than one, such as
+        one that begins another object with all that it must hold."""
+        self._longest = max(self._longest, len(way))
+        return len(way) + min(12 + self._longest, self._limit // 3)
+
+
+def has(mask: np.ndarray, token: int) -> bool:
+    """Whether a mask allows a token."""
+    return bool(mask[token // 32] >> token % 32 & 1)
+
+
+class _Steps:
+    """Which token brings JSON to its end soonest."""
+
+    def __init__(self, words: _Words):
+        self._pieces, self._ends, self._marks = words.pieces, frozenset(words.end_ids), words.marks
+        self._singles = {piece: i for i, piece in enumerate(words.pieces) if len(piece) == 1 and i not in words.marks}
+        self._quote = self._singles.get(b'"')
+        self._brackets = [self._singles[piece] for piece in (b"}", b"]") if piece in self._singles]
+        self._opening = {self._singles[piece] for piece in (b"{", b"[") if piece in self._singles}
+        self._signs = {token for piece, token in self._singles.items() if piece < b"0"}
+        self._width = -(-len(words.pieces) // 32)
+
+    def mask(self, matcher: Any) -> np.ndarray:
+        return np.frombuffer(matcher.compute_bitmask(), np.uint32)[: self._width]
+
+    def only(self, token: int) -> np.ndarray:
+        mask = np.zeros(self._width, np.uint32)
+        mask[token // 32] = 1 << token % 32
+        return mask
+
+    def piece(self, token: int) -> bytes:
+        return self._pieces[token]
+
+    def may_end(self, mask: np.ndarray) -> bool:
+        return any(has(mask, token) for token in self._ends)
+
+    def way_out(self, matcher: Any, most: int) -> list[int]:
+        """Tokens from here to an end, end-of-text included; none if no end was found within `most`."""
+        matcher, rng, way = matcher.deep_copy(), random.Random(0), []
+        before = tried = frozenset(self._singles.values())
+        while len(way) < most and not matcher.is_stopped():
+            mask = self.mask(matcher)
+            singles = {token for token in self._singles.values() if has(mask, token)}
+            way.append(self._next(mask, singles, before, tried, rng))
+            if way[-1] in self._ends:
+                break
+            matcher.consume_token(way[-1])
+            before, tried = singles, {*way[-16:]}
+        is_end = matcher.is_stopped() or (way and way[-1] in self._ends)
+        return way if is_end and not matcher.is_error() else []
+
+    def _next(self, mask: np.ndarray, singles: set[int], before: set[int], tried: set[int], rng: random.Random) -> int:
+        """singles: allowed tokens of one byte; before: those a step earlier. tried: on the way."""
+        for tokens in (self._ends, self._marks):
+            if found := [token for token in tokens if has(mask, token)]:
+                return found[0]
+        if closing := [token for token in self._brackets if token in singles]:
+            in_string = len(closing) == len(self._brackets)  # which brackets do not end
+            return self._quote if in_string and self._quote in singles else closing[0]
+        if self._quote in singles:
+            return self._quote
+        # Out of a repetition leads what has just become possible, or what is no letter; what opens a bracket leads in.
+        singles = singles - self._opening or singles
+        for tokens in (singles - before, singles & self._signs - tried, singles - tried, singles):
+            if tokens:
+                return rng.choice(sorted(tokens))
+        return tokens_of(mask)[0]
+
+
+def tokens_of(mask: np.ndarray) -> list[int]:
+    """The tokens that a mask allows."""
+    return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()

@@ -1,0 +1,259 @@
+"""What an answer must be, as grammars that llguidance reads: JSON, a regular expression, a choice, calls of tools.
+
+Its Lark is described in llguidance's docs/syntax.md. A tag such as <tool_call> is one token in most tokenizers, and
+then no text can hold it; where it is none, it is spelled.
+"""
+
+import importlib
+import json
+import random
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+from minimind_jax.errors import UserError
+
+OPEN_THINK, CLOSE_THINK, OPEN_CALL, CLOSE_CALL = "<think>", "</think>", "<tool_call>", "</tool_call>"
+
+# A model that draws at random never ends a run of white space, so there is at most the blank that json.dumps writes.
+_AS_JSON_DUMPS = {
+    "item_separator": ", ?",
+    "key_separator": ": ?",
+    "whitespace_flexible": False,
+    "lenient": False,
+    "coerce_one_of": False,
+}
+_BOUNDS = {"minimum": -(10**15), "maximum": 10**15}
+_ANY_OBJECT = {
+    "type": "object",
+    "additionalProperties": {"$ref": "#/$defs/any"},
+    "$defs": {
+        "any": {
+            "type": ["string", "number", "boolean", "null", "object", "array"],
+            "items": {"$ref": "#/$defs/any"},
+            "additionalProperties": {"$ref": "#/$defs/any"},
+        }
+    },
+}
+SPECIAL = b"\xff"  # llguidance's sign that a token is no text
+_WALK = 24  # tokens
+_STACK = 1 << 20  # bytes: a grammar that fits into it fits into the stack of any thread
+
+
+class Form(NamedTuple):
+    """What an answer must be.
+
+    rule: the right side of a Lark rule. rules: others. parts: grammars that these name. calls: tools may be called.
+    is_free: it is words that may end anywhere, until a call begins.
+    """
+
+    rule: str
+    rules: str = ""
+    parts: tuple[dict[str, Any], ...] = ()
+    calls: bool = False
+    is_free: bool = False
+
+
+Tag = Callable[[str], int | None]  # the token that a tag is, or None
+
+
+def llguidance() -> ModuleType:
+    """The library; no other part needs it. Raises UserError where it is not installed."""
+    try:
+        return importlib.import_module("llguidance")
+    except ImportError as error:
+        raise UserError(
+            "answers of a given form need llguidance, which is not installed: pip install 'llguidance>=1.9'"
+        ) from error
+
+
+def json_object() -> Form:
+    """Any JSON object."""
+    return json_schema(_ANY_OBJECT)
+
+
+def json_schema(schema: Mapping[str, Any], name: str = "json") -> Form:
+    """JSON that a schema accepts, on one line; numbers stay between -1e15 and 1e15, and have no exponent, where the
+    schema says nothing. What llguidance does not know of a schema is an error later."""
+    schema = {**_bounded(schema), "x-guidance": _AS_JSON_DUMPS}
+    return Form(f"@{name}", parts=({"name": name, "json_schema": schema},))
+
+
+def _bounded(schema: Any) -> Any:
+    """A schema whose numbers have bounds: 1e999 is JSON, and no number that a program can hold."""
+    if not isinstance(schema, Mapping):
+        return schema
+    schema = dict(schema)
+    for key in schema.keys() & {"items", "additionalProperties"}:
+        schema[key] = _bounded(schema[key])
+    for key in schema.keys() & {"properties", "patternProperties", "$defs", "definitions"}:
+        if isinstance(schema[key], Mapping):
+            schema[key] = {name: _bounded(inner) for name, inner in schema[key].items()}
+    for key in schema.keys() & {"prefixItems", "anyOf", "oneOf", "allOf"}:
+        if isinstance(schema[key], list):
+            schema[key] = [_bounded(inner) for inner in schema[key]]
+    if "number" in (schema.get("type") or ()) and not schema.keys() & {"enum", "const", *_BOUNDS}:
+        schema |= _BOUNDS
+    return schema
+
+
+def regex(pattern: str) -> Form:
+    r"""The whole answer matches. In the syntax of Rust's `regex`: no look-around, no references; \d is 0 to 9."""
+    return Form("REGEX", f"REGEX: /{llguidance().regex_to_lark(pattern, 'd')}/")
+
+
+def choice(texts: Sequence[str]) -> Form:
+    """One of the texts."""
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise UserError("expected a list of one or more texts to choose from")
+    return Form("CHOICE", f"CHOICE: {' | '.join(map(json.dumps, dict.fromkeys(texts)))}")
+
+
+def lark(text: str) -> Form:
+    """A grammar in llguidance's Lark, which begins at `start`."""
+    return Form("@lark", parts=({"name": "lark", "lark_grammar": text},))
+
+
+def tool_calls(
+    tools: Sequence[Mapping[str, Any]],
+    tag: Tag,
+    required: bool = False,
+    name: str = "",
+    parallel: bool = True,
+) -> Form:
+    """Words and then calls of the tools, as our template and many others write them, each with arguments that its
+    schema accepts.
+
+    required: calls without words. name: of the only tool that may be called. Without tools: words that call none.
+    Raises UserError for a name that no tool has.
+    """
+    offered = [tool.get("function") or tool for tool in tools]
+    if name and name not in [tool["name"] for tool in offered]:
+        raise UserError(f"there is no tool {name[:60]!r} to call; there are {_list(tool['name'] for tool in offered)}")
+    kept = [tool for tool in offered if name in ("", tool["name"])]
+    if not kept:
+        return Form("WORDS", _words(OPEN_CALL), is_free=True)
+    rules, parts = [], []
+    for index, tool in enumerate(kept):
+        form = json_schema(_arguments(tool), f"arguments{index}")
+        begin = json.dumps({"name": tool["name"]}, ensure_ascii=False)[:-1] + ', "arguments": '
+        rules.append(f"{json.dumps(begin)} {form.rule} {json.dumps('}')}")
+        parts += form.parts
+    line_break = json.dumps("\n")
+    lines = [
+        f"call: {_shown(OPEN_CALL, tag)} inside",
+        f"inside: {line_break} ({' | '.join(rules)}) {line_break} {_shown(CLOSE_CALL, tag)}",
+        f"more: ({line_break}? call)* {line_break}?" if parallel else "more:",
+    ]
+    if required:
+        return Form("call more", "\n".join(lines), tuple(parts), calls=True)
+    lines += [_until("words_and_tag", OPEN_CALL, tag), _words(OPEN_CALL)]
+    return Form("WORDS | words_and_tag inside more", "\n".join(lines), tuple(parts), calls=True, is_free=True)
+
+
+def _arguments(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a tool's arguments; there are no others than it names, but where it says so itself."""
+    schema = tool.get("parameters") or {"properties": {}}
+    if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
+        raise UserError(f"the tool {tool['name'][:60]!r}: parameters must be a JSON schema of an object")
+    combines = schema.keys() & {"allOf", "anyOf", "oneOf", "$ref", "patternProperties"}
+    if "properties" in schema and not combines:
+        return {"type": "object", "additionalProperties": False, **schema}
+    return _ANY_OBJECT if schema.keys() <= {"type", "description", "title"} else {"type": "object", **schema}
+
+
+def whole(form: Form, tag: Tag, thinking: Literal["no", "open", "may"] = "no") -> str:
+    """The grammar of an answer: `form` alone, behind a think block that the prompt has opened, or that may open."""
+    lines = [f"body: {form.rule}", form.rules]
+    if thinking == "no":
+        lines.append("start: body")
+    else:
+        opened = f"({_shown(OPEN_THINK, tag)} thought)?" if thinking == "may" else "thought"
+        lines += [f"start: {opened} body", "thought: until_thought /\\n{0,2}/"]
+        lines.append(_until("until_thought", CLOSE_THINK, tag, "THOUGHT"))
+    return json.dumps({"grammars": [{"lark_grammar": "\n".join(lines)}, *form.parts]}, ensure_ascii=False)
+
+
+def _words(tag: str, name: str = "WORDS") -> str:
+    """A terminal of any text without the tag."""
+    return f"{name}: /(?s:.*)/ & ~/(?s:.*){_pattern(tag)}(?s:.*)/"
+
+
+def _until(rule: str, text: str, tag: Tag, name: str = "WORDS") -> str:
+    """A rule of any text up to the tag, and the tag."""
+    if tag(text) is None:
+        return f"{rule}[lazy]: /(?s:.*){_pattern(text)}/"
+    own = "" if name == "WORDS" else "\n" + _words(text, name)
+    return f"{rule}: {name} {_shown(text, tag)}{own}"
+
+
+def _shown(text: str, tag: Tag) -> str:
+    token = tag(text)
+    return json.dumps(text) if token is None else f"<[{token}]>"
+
+
+def _pattern(tag: str) -> str:
+    return tag.replace("/", r"\/")
+
+
+def _list(names: Any) -> str:
+    return ", ".join(names) or "none"
+
+
+# Untrusted grammars ---------------------------------------------------------------------------------------------------
+
+
+def limits() -> Any:
+    """What one grammar may take of each step."""
+    return llguidance().LLParserLimits(
+        max_items_in_row=1000, step_max_items=20_000, step_lexer_fuel=150_000, max_lexer_states=50_000,
+        max_grammar_size=100_000, initial_lexer_fuel=500_000, verbose_errors=False,
+    )  # fmt: skip
+
+
+class Letters:
+    """A tokenizer of single bytes, and of marks at their own ids; llguidance asks it for the tokens of a text."""
+
+    bos_token_id, special_token_ids = None, ()
+
+    def __init__(self, size: int, marks: Mapping[int, str]):
+        free = (i for i in range(size + 257) if i not in marks)
+        self.ids = [next(free) for _ in range(257)]  # of the bytes, and of an end
+        self.eos_token_id = self.ids[256]
+        self.tokens = [b""] * (size + 257)
+        for byte, i in enumerate(self.ids[:256]):
+            self.tokens[i] = bytes([byte])
+        for i, text in marks.items():
+            self.tokens[i] = SPECIAL + text.encode()
+
+    def __call__(self, data: bytes) -> list[int]:
+        return [self.ids[byte] for byte in data]
+
+
+def tried(grammar: str, size: int, marks: list) -> str:
+    """What is wrong with a grammar; "" if nothing was found in a few steps at random.
+
+    size: of the vocabulary. marks: [id, text] of the tokens that are no words. To be called in a process that may be
+    ended: a hundred patterns in `allOf` take all memory, a thousand $ref behind one another the stack, and no limit of
+    llguidance's holds them.
+    """
+    letters, found = Letters(size, dict(marks)), []
+
+    def walk() -> None:
+        library, rng = llguidance(), random.Random(0)
+        tokens = library.LLTokenizer(library.TokenizerWrapper(letters))
+        matcher = library.LLMatcher(tokens, grammar, limits=limits(), log_level=0)
+        for _ in range(_WALK):
+            allowed = matcher.compute_logit_bias()
+            if matcher.is_stopped():
+                break
+            matcher.consume_token(rng.choice([i for i in [*letters.ids, *dict(marks)] if allowed[i]]))
+        found.append(matcher.get_error())
+
+    before = threading.stack_size(_STACK)
+    thread = threading.Thread(target=walk)
+    thread.start()
+    threading.stack_size(before)
+    thread.join()
+    return found[0]
