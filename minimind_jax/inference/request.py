@@ -16,7 +16,9 @@ class Busy(UserError):
 
 
 class Constraint(Protocol):
-    """What one answer may still become."""
+    """What one answer may still become. cut: it could not become all that it would have, for want of room."""
+
+    cut: bool
 
     def mask(self) -> np.ndarray:
         """The tokens that may come next, uint32 (ceil(V / 32),): token i is bit i % 32 of word i // 32. Those that end
@@ -122,6 +124,8 @@ class Answer:
             self.finish("length")
 
     def finish(self, reason: str, stop_reason: str | int | None = None) -> None:
+        if reason == "stop" and self.request.constraint and self.request.constraint.cut:
+            reason = "length"
         self.finish_reason, self.stop_reason = reason, stop_reason
         if self._text:
             self._text.finish()

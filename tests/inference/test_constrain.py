@@ -8,116 +8,14 @@ import sys
 import jsonschema
 import numpy as np
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from bound_answers import SCHEMAS, TOOLS, byte_level, checked, drawn, ours, sentencepiece, text_of
 
-from minimind_jax.data.tokenizer import Tokenizer, train_bpe
-from minimind_jax.data.tools import parse_calls
+from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.errors import UserError
 from minimind_jax.inference.constrain import Grammars, tokens_of
 from minimind_jax.inference.grammar import choice, json_object, json_schema, lark, regex, tool_calls
-
-TEXTS = [
-    "The cat sat on the mat, the dog on the log.",
-    '{"name": "cat", "age": 3}',
-    "你好，世界。今天天气很好 🐱",
-    "a/b",
-] * 3
-WEATHER = {
-    "type": "object",
-    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}, "unit": {"enum": ["c", "f"]}},
-    "required": ["city"],
-}
-TOOLS = [
-    {"type": "function", "function": {"name": "weather", "parameters": WEATHER}},
-    {"type": "function", "function": {"name": "现在"}},
-    {"name": "free", "parameters": {"type": "object", "additionalProperties": {"type": "number"}}},
-]
-SCHEMAS = {
-    "ticket": {
-        "type": "object",
-        "properties": {
-            "label": {"enum": ["billing", "bug", "其他"]},
-            "why": {"type": "string"},
-            "score": {"type": "number", "minimum": 0, "maximum": 1},
-        },
-        "required": ["label", "why", "score"],
-        "additionalProperties": False,
-    },
-    "nested": {
-        "type": "object",
-        "properties": {
-            "items": {"type": "array", "items": {"$ref": "#/$defs/item"}, "maxItems": 9},
-            "count": {"type": "integer", "minimum": 1, "maximum": 99},
-        },
-        "required": ["items", "count"],
-        "$defs": {
-            "item": {
-                "type": "object",
-                "properties": {"name": {"type": "string", "minLength": 1}, "size": {"type": ["number", "null"]}},
-                "required": ["name", "size"],
-                "additionalProperties": False,
-            }
-        },
-    },
-    "recursive": {
-        "$ref": "#/$defs/node",
-        "$defs": {
-            "node": {
-                "type": "object",
-                "properties": {
-                    "value": {"type": "boolean"},
-                    "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]},
-                },
-                "required": ["value", "next"],
-                "additionalProperties": False,
-            }
-        },
-    },
-    "patterns": {
-        "type": "object",
-        "properties": {
-            "mail": {"type": "string", "pattern": r"^[a-z]{2,8}@[a-z]+\.(com|cn)$"},
-            "day": {"type": "string", "format": "date"},
-        },
-        "required": ["mail", "day"],
-    },
-    "open": {"type": "object", "properties": {"a": {"type": "array", "minItems": 2}}, "required": ["a"]},
-    "list": {"type": "array", "minItems": 1, "items": {"anyOf": [{"type": "string"}, {"type": "integer"}]}},
-}
-
-
-def without_our_tags(folder, backend, special=("<s>", "</s>")):
-    backend.add_special_tokens(list(special))
-    backend.add_tokens(["  ", "    "])  # added, but words
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
-    return Tokenizer.load(folder)
-
-
-def ours(folder):
-    return train_bpe(TEXTS, folder, vocab_size=340)
-
-
-def byte_level(folder):
-    """As on the hub: another order of ids, no tags, and two spellings of a blank."""
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-    backend.train_from_iterator(TEXTS, trainer)
-    return without_our_tags(folder, backend)
-
-
-def sentencepiece(folder):
-    """Bytes as <0x41>, a blank as ▁ and one more in front of every text."""
-    words = ["▁", *(f"<0x{byte:02X}>" for byte in range(256)), *'abcdeint":{},0123', "▁the", '":', "你"]
-    backend = tokenizers.Tokenizer(
-        models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True, unk_token=None)
-    )
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Metaspace()])
-    return without_our_tags(folder, backend)
+from minimind_jax.inference.load import load_engine
+from minimind_jax.inference.request import Request
 
 
 @pytest.fixture(scope="module", params=[ours, byte_level, sentencepiece])
@@ -134,26 +32,6 @@ def own(tmp_path_factory):
     grammars = Grammars(tokenizer)
     yield tokenizer, grammars
     grammars.close()
-
-
-def text_of(tokenizer, ids):
-    return b"".join(tokenizer.byte_pieces[i] for i in ids).decode(errors="replace")
-
-
-def drawn(tokenizer, constraint, seed, limit):
-    """Ids without the end, and whether there was one."""
-    rng, ids = random.Random(seed), []
-    while len(ids) < limit:
-        allowed = tokens_of(constraint.mask())
-        assert allowed and max(allowed) < tokenizer.vocab_size, "padding, or nothing at all, is allowed"
-        token = rng.choice(allowed)
-        constraint.accept(token)
-        if token in tokenizer.end_ids:
-            return ids, True
-        ids.append(token)
-        if constraint.ended:
-            return ids, True
-    return ids, False
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -219,20 +97,6 @@ def test_a_grammar(kind):
 
 
 # Calls of tools -------------------------------------------------------------------------------------------------------
-
-
-def schema_of(name):
-    tools = {tool.get("function", tool)["name"]: tool.get("function", tool).get("parameters") for tool in TOOLS}
-    return tools[name] or {"type": "object", "maxProperties": 0}
-
-
-def checked(text):
-    """The words and the names of the calls in an answer, all of them valid."""
-    words, calls = parse_calls(text)
-    for call in calls:
-        assert not call.error, (call.error, text)
-        jsonschema.validate(call.arguments, schema_of(call.name))
-    return words, [call.name for call in calls]
 
 
 def test_calls_that_are_asked_for_are_valid(kind):
@@ -354,75 +218,6 @@ def test_a_grammar_that_cannot_be_followed_any_further_ends_the_answer(own):
     assert {*tokens_of(constraint.mask())} == {*tokenizer.end_ids}
 
 
-# What is refused ------------------------------------------------------------------------------------------------------
-
-
-def deep(levels):
-    return json.loads('{"type":"object","properties":{"a":' * levels + "{}" + "}}" * levels)
-
-
-def chain(links):
-    steps = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(links)}
-    return {"$ref": "#/$defs/d0", "$defs": {**steps, f"d{links}": {"type": "string"}}}
-
-
-REFUSED = {
-    "a type that there is not": (lambda: json_schema({"type": "strng"}), "Invalid type"),
-    "a keyword that is not supported": (lambda: json_schema({"type": "array", "contains": {}}), "contains"),
-    "a format that is unknown": (lambda: json_schema({"type": "string", "format": "odd"}), "Unknown format"),
-    "one on another machine": (lambda: json_schema({"$ref": "http://127.0.0.1:9/a.json"}), "does not fetch"),
-    "a file": (lambda: json_schema({"$ref": "file:///etc/passwd"}), "does not fetch"),
-    "itself and no more": (lambda: json_schema({"$ref": "#"}), "no text fits"),
-    "no number between": (lambda: json_schema({"type": "integer", "minimum": 5, "maximum": 1}), "minimum"),
-    "too many values": (lambda: json_schema({"enum": [f"value {i}" for i in range(10**5)]}), "longer than 50,000"),
-    "too many parts": (lambda: json_schema({"allOf": [{"pattern": f"a{i}"} for i in range(99)]}), "took "),
-    "too deep": (lambda: json_schema(deep(200)), "recursion limit"),
-    "too long a chain": (lambda: json_schema(chain(1000)), "ended its own process"),
-    "half a character": (lambda: json_schema({"const": "\ud800"}), "JSON"),
-    "an open bracket": (lambda: regex("(a"), "invalid regex"),
-    "a look ahead": (lambda: regex("a(?=b)"), "invalid regex"),
-    "nothing": (lambda: regex(r"[^\s\S]"), "no text fits"),
-    "a rule that there is not": (lambda: lark("start: foo"), "unknown name"),
-    "no start": (lambda: lark("a: b"), "start"),
-    "a rule that has no end": (lambda: lark('start: start "a"'), "no text fits"),
-    "brackets": (lambda: lark("start: " + "(" * 20000 + '"a"' + ")" * 20000), "nested"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_cannot_be_followed_is_refused_and_the_process_lives(own, what):
-    form, message = REFUSED[what]
-    with pytest.raises(UserError, match=f"(?s)^response_format: .*({message})"):
-        own[1].constraint(form(), where="response_format")
-
-
-@pytest.mark.parametrize(
-    "schema",
-    [
-        {"type": "string", "maxLength": 10**9},
-        {"type": "array", "items": {"type": "integer"}, "maxItems": 10**9},
-        {"type": "string", "pattern": "^((a{1,1000}){1,1000}){1,1000}$"},
-        {"type": "string", "pattern": "^(a|aa)+$"},
-        {"enum": [f"value number {i}" for i in range(1000)]},
-        deep(40),
-        chain(50),
-        {**json_object().parts[0]["json_schema"], "x-guidance": {"whitespace_pattern": " *", "lenient": True}},
-    ],
-)
-def test_large_numbers_cost_nothing(own, schema):
-    tokenizer, grammars = own
-    constraint = grammars.constraint(json_schema(schema), 90)
-    ids, ended = drawn(tokenizer, constraint, 0, 90)
-    assert ended
-    jsonschema.validate(json.loads(text_of(tokenizer, ids)), schema)
-    assert "  " not in re.sub('"[^"]*"', "", text_of(tokenizer, ids))
-
-
-def test_parameters_that_are_no_object_are_refused(own):
-    with pytest.raises(UserError, match="tool 'f': parameters must be"):
-        tool_calls([{"name": "f", "parameters": {"type": "string"}}], own[1].tag)
-
-
 def test_a_missing_library_is_told(own, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(UserError, match=r"pip install 'llguidance"):
@@ -435,3 +230,48 @@ def test_masks_are_packed_as_the_engine_reads_them(own):
     assert mask.dtype == np.uint32 and mask.shape == (-(-tokenizer.vocab_size // 32),)
     wanted = {tokenizer.encode("a")[0], tokenizer.encode("b")[0]}
     assert {i for i in range(tokenizer.vocab_size) if mask[i // 32] >> (i % 32) & 1} == wanted
+
+
+# In the engine --------------------------------------------------------------------------------------------------------
+
+
+def answers(model_folder, requests):
+    """(finish_reason, text) of what a random model answers to (form, thinking, limit, seed), all at once."""
+    engine = load_engine(str(model_folder), slots=16)
+    grammars = Grammars(engine.tokenizer, engine.model.config.vocab_size, engine.eos_ids)
+    asked = []
+    for form, thinking, limit, seed in requests:
+        form = form(grammars) if callable(form) else form
+        sampling = SamplingConfig(max_new_tokens=limit, temperature=1.5, seed=seed)
+        bound = grammars.constraint(form, limit, thinking) if form else None
+        asked.append(Request(tuple(engine.encode(f"question {seed}")), sampling, constraint=bound))
+    found = [(answer.finish_reason, answer.text) for answer in engine.answers(asked)]
+    grammars.close()
+    return found
+
+
+def check_engine(model_folder, schemas, calls):
+    forms = [json_schema(schema) for schema in SCHEMAS.values()]
+    requests = [(forms[n % len(forms)], "open" if n % 7 == 6 else "no", 120, n) for n in range(schemas)]
+    requests += [
+        (lambda g: tool_calls(TOOLS, g.tag, required=True), "open" if n % 7 == 6 else "no", 160, n)
+        for n in range(calls)
+    ]
+    found = answers(model_folder, [*requests, (None, "no", 20, 0)])
+    for n, (reason, text) in enumerate(found[:schemas]):
+        schema = list(SCHEMAS.values())[n % len(SCHEMAS)]
+        assert reason in ("stop", "length")
+        jsonschema.validate(json.loads(text.rpartition("</think>")[2]), schema)
+    for reason, text in found[schemas:-1]:
+        assert checked(text.rpartition("</think>")[2])[1] and reason in ("stop", "length")
+    assert {reason for reason, _ in found[:-1]} == {"stop", "length"}  # some were cut, and say so
+    assert found[-1] == answers(model_folder, [(None, "no", 20, 0)])[0]  # the free one is as it is alone
+
+
+def test_a_random_model_answers_in_form(model_folder):
+    check_engine(model_folder, 18, 8)
+
+
+@pytest.mark.slow
+def test_500_answers_validate_and_200_calls_are_valid(model_folder):
+    check_engine(model_folder, 500, 200)
