@@ -119,6 +119,9 @@ class GenerateConfig(ReadingConfig, SamplingSettings):
         message in the chat template.
     system: a system prompt for prompts that are no conversations; empty for none.
     thinking: let the model think before it answers.
+    schema: a file with a JSON schema that every answer is made to fit.
+    regex: every answer is made to match it, the whole of it.
+    choices: every answer is one of these texts.
     batch_size: prompts answered at the same time.
     dtype: of weights and activations; `auto` is bfloat16 on GPU and TPU, float32 on CPU.
     """
@@ -133,6 +136,9 @@ class GenerateConfig(ReadingConfig, SamplingSettings):
     raw: bool = False
     system: str = ""
     thinking: bool = False
+    schema: str = setting("", names="place")
+    regex: str = setting("", is_text=True)
+    choices: tuple[str, ...] = setting((), is_text=True)
     batch_size: int = setting(16, must=at_least(1))
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
@@ -142,6 +148,9 @@ class GenerateConfig(ReadingConfig, SamplingSettings):
         object.__setattr__(self, "input", (self.input,) if isinstance(self.input, str) else tuple(self.input))
         object.__setattr__(self, "system", readable(self.system))
         _set_texts(self, "prompt")
+        _set_texts(self, "choices")
+        if len(forms := [name for name in ("schema", "regex", "choices") if getattr(self, name)]) > 1:
+            raise ValueError(f"{' and '.join(forms)} are all set, and an answer can have one form; keep one of them")
         if bool(self.prompt) == bool(self.input):
             given = "both given" if self.prompt else "both empty"
             raise ValueError(f"prompt and input are {given}; give one of them: --prompt TEXT, or --input FILE.jsonl")

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from minimind_jax.data.written import json_line
 from minimind_jax.errors import UserError
 from minimind_jax.signals import telling
-from minimind_jax.texts import read_object
+from minimind_jax.texts import read_object, read_text
 
 AGAIN = "--resume never begins anew"
 
@@ -155,6 +155,8 @@ def what_makes(config, folders: list[Path]) -> dict[str, Any]:
     for name in ("model", "output", "input", "prompt", "batch_size", "resume"):
         settings.pop(name)
     files = {}
+    if config.schema:
+        settings["schema"] = read_text(Path(config.schema))
     for folder in folders:
         for file in sorted(folder.iterdir()):
             if file.suffix in (".json", ".safetensors", ".jinja"):

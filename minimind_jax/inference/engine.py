@@ -18,7 +18,7 @@ from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.inference.buckets import bucket, round_up
 from minimind_jax.inference.programs import MOST_STEPS, Programs
-from minimind_jax.inference.request import Answer, Request, Token
+from minimind_jax.inference.request import Answer, Constraint, Request, Token
 from minimind_jax.inference.sampling import MAX_BIASES, MAX_TOP, Sampled, SamplingConfig
 from minimind_jax.inference.scheduler import Scheduler, Task
 from minimind_jax.inference.text import AnswerText
@@ -231,12 +231,14 @@ class Engine:
         if isinstance(failed, UserError):
             raise failed
 
-    def stream(self, prompt: Prompt, sampling: SamplingConfig = DEFAULT) -> Iterator[Piece]:
+    def stream(
+        self, prompt: Prompt, sampling: SamplingConfig = DEFAULT, constraint: Constraint | None = None
+    ) -> Iterator[Piece]:
         """The answer to one prompt, piece by piece: the first after one token, later ones a few tokens each.
 
         Gives the same tokens as `generate`. Leaving the loop ends the answer. Raises as `generate`.
         """
-        answer = self.submit(Request(tuple(self.encode(prompt)), sampling))
+        answer = self.submit(Request(tuple(self.encode(prompt)), sampling, constraint=constraint))
         try:
             while answer.finish_reason is None:
                 if answer in self.step():

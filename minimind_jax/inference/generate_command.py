@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +18,14 @@ from minimind_jax.data.written import check_output, json_line
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
 from minimind_jax.inference.answer_file import AGAIN, AnswerFile, what_makes
+from minimind_jax.inference.constrain import Grammars
 from minimind_jax.inference.engine import Engine
+from minimind_jax.inference.grammar import choice, json_schema, regex
 from minimind_jax.inference.load import load_engine
-from minimind_jax.inference.request import Answer, Request
+from minimind_jax.inference.request import Answer, Constraint, Request
 from minimind_jax.inference.text import ThinkSplitter
 from minimind_jax.progress import first_awaited, progress
+from minimind_jax.texts import read_object
 
 NAMED = 20  # prompts that are too long, in a message
 
@@ -74,7 +77,8 @@ def _print_answers(engine: Engine, config: GenerateConfig) -> None:
     if len(requests) == 1:
         sampling = config.resolve(engine.sampling)
         count = min(sampling.max_new_tokens, engine.room(len(requests[0].ids)))
-        answer = engine.stream(requests[0].ids, dataclasses.replace(sampling, max_new_tokens=count))
+        bound = binder(engine, config)(requests[0], count)
+        answer = engine.stream(requests[0].ids, dataclasses.replace(sampling, max_new_tokens=count), bound)
         for piece in first_awaited(answer, "compiling"):
             print(piece.text, end="", flush=True)
         print()
@@ -204,17 +208,39 @@ def answer_requests(
     engine: Engine, config: GenerateConfig, prompts: Iterator[Prompt], done: int = 0
 ) -> Iterator[tuple[Prompt, Answer]]:
     """Each prompt with its answer, in order, behind `done` others. How many are answered at a time changes nothing."""
-    sampling, begun = config.resolve(engine.sampling), deque()
+    sampling, bind, begun = config.resolve(engine.sampling), binder(engine, config), deque()
 
     def requests() -> Iterator[Request]:
         for number, prompt in enumerate(prompts, done):
             begun.append(prompt)
             count = min(sampling.max_new_tokens, engine.room(len(prompt.ids)))
             own = dataclasses.replace(sampling, max_new_tokens=count, seed=config.seed + number)
-            yield Request(tuple(prompt.ids), own)
+            yield Request(tuple(prompt.ids), own, constraint=bind(prompt, count))
 
     for answer in engine.answers(requests()):
         yield begun.popleft(), answer
+
+
+def binder(engine: Engine, config: GenerateConfig) -> Callable[[Prompt, int], Constraint | None]:
+    """What binds the answer to a prompt, of so many tokens at most, to the form that is asked for.
+
+    Raises UserError for a form that cannot be followed.
+    """
+    if config.schema:
+        form, where = json_schema(read_object(Path(config.schema), "give a file with a JSON schema")), config.schema
+    elif config.regex:
+        form, where = regex(config.regex), "regex"
+    elif config.choices:
+        form, where = choice(config.choices), "choices"
+    else:
+        return lambda prompt, limit: None
+    grammars = Grammars(engine.tokenizer, engine.model.config.vocab_size, engine.eos_ids)
+
+    def bind(prompt: Prompt, limit: int) -> Constraint:
+        may_think = "open" if prompt.opens_thinking else "may" if config.thinking and not config.raw else "no"
+        return grammars.constraint(form, limit, may_think, where)
+
+    return bind
 
 
 def _request(engine: Engine, config: GenerateConfig, record: Record, cut: bool = False) -> Prompt:
