@@ -212,6 +212,43 @@ def test_stop_again_and_edit_lose_nothing(page, model):
     assert talk_of(page)[0] == "count"
 
 
+def test_answers_go_on_beside_what_is_shown(page, model):
+    model.says, model.pause = ["slow " * 30, "Quick."], 0.01
+    ask(page, "one")
+    expect(page.locator(".markdown")).to_contain_text("slow")
+    page.click("#new")
+    expect(page.locator("article")).to_have_count(0)
+    ask(page, "two")
+    answered(page)
+    page.locator("#list").get_by_text("one").click()
+    answered(page)
+    assert talk_of(page)[1].count("slow") == 30
+
+    model.says = ["never kept " * 30]
+    ask(page, "three")
+    expect(page.locator(".markdown").last).to_contain_text("never")
+    page.get_by_role("button", name="Delete").first.click()
+    page.click("#question-ok")
+    expect(page.locator("#list .title")).to_have_text(["two"])
+    page.reload()
+    expect(page.locator("#list .title")).to_have_text(["two"])
+
+
+def test_two_tabs_of_one_conversation(page, model):
+    model.says, model.pause = ["first " * 20, "Second."], 0.02
+    ask(page, "one")
+    expect(page.locator(".markdown")).to_contain_text("first")
+    tab = page.context.new_page()
+    tab.goto(page.url)
+    expect(tab.locator(".question")).to_have_text("one")
+    answered(page)
+    answered(tab)
+    assert talk_of(tab) == talk_of(page)
+    ask(tab, "two")
+    answered(page, 2)
+    assert talk_of(page)[2:] == ["two", "Second."]
+
+
 def test_list_search_rename_delete_export_import(page, model, browser, address, tmp_path):
     model.says = ["apples", "pears"]
     ask(page, "one")

@@ -113,11 +113,12 @@ const brief = (text) => (text.length > LONGEST_SUMMARY ? `${text.slice(0, LONGES
 function notesOf({ finish, stats, calls, content }, results) {
   const notes = [];
   if (stats?.skipped) notes.push(say("left", { count: stats.skipped }));
-  if (finish === "stopped" || finish === "length") notes.push(say(finish));
+  if (finish === null) notes.push(say("unfinished"));
+  else if (finish === "stopped" || finish === "length") notes.push(say(finish));
   else if (finish === "tool_calls") {
     const isDone = calls.some((call) => results.some((result) => result.call === call.id));
     if (!isDone) notes.push(say("tooManyRounds", { rounds: MOST_ROUNDS }));
-  } else if (finish !== "stop") notes.push(say("cut")); // also where the page was closed meanwhile
+  } else if (finish !== "stop") notes.push(say("cut"));
   else if (!content) notes.push(say("nothing"));
   return notes;
 }

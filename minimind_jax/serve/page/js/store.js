@@ -121,7 +121,7 @@ function fieldsOf({ id, parent, role, content, created, reasoning, calls, finish
   if (role === "user") return message;
   const numbers = Object.fromEntries(Object.entries(stats ?? {}).filter(([, value]) => Number.isFinite(value)));
   const whole = Array.isArray(calls) ? calls.filter(isCall) : [];
-  const texts = { reasoning: String(reasoning ?? ""), finish: String(finish), model: String(model ?? "") };
+  const texts = { reasoning: String(reasoning ?? ""), finish: finish ? String(finish) : null, model: String(model ?? "") };
   return { ...message, ...texts, calls: whole, stats: numbers };
 }
 

@@ -59,6 +59,7 @@ const WORDS = {
   stopped: ["Stopped by you.", "已由你停止。"],
   length: ["Cut at the limit of tokens (the setting's, or what the model's context leaves).", "达到 token 上限（设置的上限，或模型上下文的剩余空间），回答被截断。"],
   cut: ["The connection ended before the answer was complete. What came is kept.", "回答尚未完成连接就断开了，已收到的内容已保留。"],
+  unfinished: ["Not complete: the page was closed, or another tab is still answering.", "未完成：页面已关闭，或另一个标签页仍在回答。"],
   tooManyRounds: [
     "The model wants to call tools again; {rounds} rounds are the most for one answer, so this call was not carried out.",
     "模型还想调用工具；一次回答最多 {rounds} 轮，所以这次调用没有执行。",
