@@ -51,7 +51,7 @@ def talk_of(page):
 class Said:
     """A `Constraint` under which the model can only say certain tokens, and end. pause: seconds before each."""
 
-    ended = False  # the end follows as a token
+    cut = ended = False  # the end follows as a token
 
     def __init__(self, ids, vocabulary, pause):
         self.left, self.vocabulary, self.pause = list(ids), vocabulary, pause
