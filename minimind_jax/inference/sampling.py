@@ -23,6 +23,7 @@ NO_TOKEN = np.int32(2**31 - 1)
 MAX_TOP = 20  # likeliest tokens that may be reported
 CANDIDATES = (64, 1024)  # cuts are looked for among so many of the likeliest, then among more, then among all
 MUCH_LARGER = 16  # candidates are taken of vocabularies so many times as large
+COLDEST = 1e-5  # temperature; below it scores would overflow
 WIDTH = 128  # tokens in a block, where sums are made block by block
 
 
@@ -204,8 +205,7 @@ def _draw(scores_BV, positions_B, values, greedy_B):
     keys_B = jax.vmap(jax.random.fold_in)(named_keys(values.seed_B2, "sampling"), positions_B)
     uniform_B = jax.vmap(jax.random.uniform)(keys_B)
     is_drawn_B = values.temperature_B > 0
-    # a row at temperature 0 is not drawn; its value here only has to be finite
-    scores_BV = scores_BV / jnp.where(is_drawn_B, values.temperature_B, 1.0)[:, None]
+    scores_BV = scores_BV / jnp.maximum(values.temperature_B, COLDEST)[:, None]
     is_cut_B = ((values.top_k_B > 0) & (values.top_k_B < V)) | (values.top_p_B < 1) | (values.min_p_B > 0)
 
     state = greedy_B, jnp.zeros(greedy_B.shape, jnp.float32), is_drawn_B & is_cut_B
@@ -293,9 +293,8 @@ def cut(scores_BV: jax.Array, values: SamplingValues, rows_B: jax.Array) -> jax.
     """
     V = scores_BV.shape[-1]
     top_k_B = jnp.where(rows_B & (values.top_k_B > 0), values.top_k_B, V)
-    top_p_B = jnp.where(
-        rows_B & (values.top_p_B < 1), values.top_p_B, jnp.inf
-    )  # 1: all, whatever the sum is rounded to
+    is_nucleus_B = rows_B & (values.top_p_B < 1)
+    top_p_B = jnp.where(is_nucleus_B, values.top_p_B, jnp.inf)  # 1 keeps all, whatever the sum is rounded to
     min_p_B = jnp.where(rows_B, values.min_p_B, 0.0)
 
     def keep_top_k(scores_BV):
@@ -305,7 +304,7 @@ def cut(scores_BV: jax.Array, values: SamplingValues, rows_B: jax.Array) -> jax.
         return _keep_while_less_above(scores_BV, jax.nn.softmax(scores_BV), top_p_B)
 
     scores_BV = jax.lax.cond(jnp.any(top_k_B < V), keep_top_k, _same, scores_BV)
-    scores_BV = jax.lax.cond(jnp.any(top_p_B < 1), keep_top_p, _same, scores_BV)
+    scores_BV = jax.lax.cond(jnp.any(is_nucleus_B), keep_top_p, _same, scores_BV)
     lowest_B1 = jnp.max(scores_BV, axis=-1, keepdims=True) + jnp.log(min_p_B)[:, None]
     return jnp.where(scores_BV >= lowest_B1, scores_BV, -jnp.inf)
 

@@ -213,6 +213,14 @@ def test_draws_follow_the_distribution(vocab_size, config):
     assert chi_squared < freedom + 5 * np.sqrt(2 * freedom)
 
 
+def test_a_temperature_next_to_0_takes_the_likeliest():
+    logits = random_logits(15, MEDIUM, scale=30)
+    for config in (SamplingConfig(temperature=1e-45, top_p=1.0), SamplingConfig(temperature=1e-30, top_k=50)):
+        found = sample(logits, np.zeros(ROWS, np.int32), SamplingValues.of([config] * ROWS))
+        np.testing.assert_array_equal(found.token_B, logits.argmax(-1))
+        assert (np.asarray(found.sampled_logprob_B) == 0).all()
+
+
 @pytest.mark.parametrize("uniform", [0.0, 0.5, float(np.nextafter(np.float32(1), np.float32(0)))])
 def test_the_ends_of_the_unit_interval_draw_a_token_that_is_allowed(uniform):
     logits = random_logits(11, 600)
