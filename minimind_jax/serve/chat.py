@@ -13,6 +13,7 @@ from minimind_jax.serve import logprobs
 from minimind_jax.serve.answers import Answers, Choice
 from minimind_jax.serve.drawing import count_of, extras_of, requests_of, sampling_of
 from minimind_jax.serve.errors import refused
+from minimind_jax.serve.forms import form_of, with_calls
 from minimind_jax.serve.models import Served
 from minimind_jax.serve.prompts import prompt_ids, read_talk, thinks
 from minimind_jax.serve.protocol import ChatRequest, NamedTool
@@ -51,8 +52,11 @@ def ask(body: ChatRequest, served: Served, config: ServeConfig) -> Asked:
     opens = served.tokenizer.prompt_opens_thinking(talk.messages, talk.tools, talk.thinking)
     sampling = sampling_of(body, served, prompt, wanted)
     parallel = body.parallel_tool_calls is not False
+    form = with_calls(form_of(body), talk.tools, choice, parallel, served.grammars)
+    thought = "open" if opens else "may" if talk.thinking else "no"
+    bind = form and form.binder(served.grammars, sampling.max_new_tokens, thought)
     more = {**extras_of(body, served), "top_logprobs": (body.top_logprobs or 0) if body.logprobs else 0}
-    requests = requests_of(served, prompt, sampling, count, None, **more)
+    requests = requests_of(served, prompt, sampling, count, bind, **more)
     splitters = [AnswerSplitter(opens, calls=bool(talk.tools)) for _ in range(count)]
     named = isinstance(choice, NamedTool)
     choices = [Choice(n, prompt, splitter, parallel, not named) for n, splitter in enumerate(splitters)]

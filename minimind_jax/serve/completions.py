@@ -11,6 +11,7 @@ from minimind_jax.serve.answers import Answers, Choice
 from minimind_jax.serve.chat import FINGERPRINT, Asked, new_id
 from minimind_jax.serve.drawing import count_of, extras_of, requests_of, sampling_of
 from minimind_jax.serve.errors import refused
+from minimind_jax.serve.forms import form_of
 from minimind_jax.serve.models import Served
 from minimind_jax.serve.protocol import CompletionRequest
 from minimind_jax.serve.shape import Shape
@@ -28,12 +29,13 @@ def ask(body: CompletionRequest, served: Served, config: ServeConfig) -> Asked:
     if body.echo and body.logprobs is not None:
         raise refused("logprobs of a prompt that is echoed are not computed; leave out one of them", "logprobs")
     requests, choices, prompts = [], [], prompts_of(body, served)
-    count = count_of(body, len(prompts), config)
+    count, form = count_of(body, len(prompts), config), form_of(body)
     for prompt in prompts:
         sampling = sampling_of(body, served, prompt, body.max_tokens or DEFAULT_TOKENS)
+        bind = form and form.binder(served.grammars, sampling.max_new_tokens)
         more = {**extras_of(body, served), "top_logprobs": body.logprobs or 0}
         choices += [Choice(len(choices) + n, prompt) for n in range(count)]
-        requests += requests_of(served, prompt, sampling, count, None, **more)
+        requests += requests_of(served, prompt, sampling, count, bind, **more)
     return Asked(served, requests, choices)
 
 

@@ -2,12 +2,12 @@
 
 import dataclasses
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.config.serving import ServeConfig
-from minimind_jax.inference.request import Request
+from minimind_jax.inference.request import Constraint, Request
 from minimind_jax.serve import log
 from minimind_jax.serve.errors import refused
 from minimind_jax.serve.models import Served
@@ -56,14 +56,19 @@ def count_of(body: Drawing, prompts: int, config: ServeConfig) -> int:
 
 
 def requests_of(
-    served: Served, prompt: list[int], sampling: SamplingConfig, count: int, constrain: Any = None, **more: Any
+    served: Served,
+    prompt: list[int],
+    sampling: SamplingConfig,
+    count: int,
+    bind: Callable[[], Constraint] | None,
+    **more: Any,
 ) -> list[Request]:
-    """So many answers to a prompt: the n-th draws with seed + n. constrain: makes what binds one of them, or None."""
+    """So many answers to a prompt: the n-th draws with seed + n. bind: makes what binds one of them."""
     return [
         Request(
             tuple(prompt),
             dataclasses.replace(sampling, seed=sampling.seed + n),
-            constraint=constrain() if constrain else None,
+            constraint=bind() if bind else None,
             adapter=served.adapter,
             **more,
         )

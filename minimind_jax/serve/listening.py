@@ -9,7 +9,6 @@ from pathlib import Path
 
 import uvicorn
 
-from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.config.serving import ServeConfig
 from minimind_jax.errors import UserError
 from minimind_jax.paths import as_path
@@ -33,7 +32,10 @@ def listen(config: ServeConfig) -> None:
     with Toolbox(config.tools) if config.tools else contextlib.nullcontext() as tools:
         models = load_models(config)
         log.set_up()
-        Listening(config, models, keys, tools).run()
+        try:
+            Listening(config, models, keys, tools).run()
+        finally:
+            models.close()
 
 
 def api_keys(file: str) -> list[str]:
@@ -44,6 +46,11 @@ def api_keys(file: str) -> list[str]:
     if file and not keys:
         raise UserError(f"{file} holds no API key; write one a line, or leave api_key_file out")
     return keys
+
+
+def _report(done: int, total: int) -> None:
+    if done in (0, total) or done % 10 == 0:
+        log.logger.info("compiling: %d of %d programs", done, total)
 
 
 class Listening(uvicorn.Server):
@@ -84,9 +91,8 @@ class Listening(uvicorn.Server):
         self._worker.start(self._warm_up)
 
     def _warm_up(self) -> None:
-        for served in self._models:
-            if served.engine:
-                served.engine.generate([[0]], SamplingConfig(max_new_tokens=2))
+        for engine in self._models.engines:
+            engine.warm_up(_report)
         log.logger.info("ready: %s/v1", self.url)
         if self._settings.open and not open_page(self.url):
             log.logger.info("there is no browser here to open %s in", self.url)

@@ -9,21 +9,22 @@ from pathlib import Path
 from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.config.serving import ServeConfig
 from minimind_jax.convert.hf import load_labels
-from minimind_jax.convert.load import folders_of, load_tokenizer
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter, resolve_model_folder
+from minimind_jax.inference.constrain import Grammars
 from minimind_jax.inference.embed import Embedder
 from minimind_jax.inference.engine import Engine
-from minimind_jax.inference.generation_config import read_generation_config
-from minimind_jax.inference.load import load_model
+from minimind_jax.inference.load import load_engine
 from minimind_jax.inference.score import Scorer
 from minimind_jax.serve.errors import ApiError
+
+ANY = 1 << 30  # tokens: all that a model can
 
 
 @dataclasses.dataclass(eq=False)
 class Served:
-    """A model under its name: a language model, which has an engine, or one that scores.
+    """A model under its name: a language model, which has an engine and grammars for its words, or one that scores.
 
     adapter: of the engine's, that answers; "" the model itself. created: seconds since 1970.
     """
@@ -32,6 +33,7 @@ class Served:
     folder: Path
     engine: Engine | None = None
     scorer: Scorer | None = None
+    grammars: Grammars | None = None
     adapter: str = ""
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
@@ -75,6 +77,11 @@ class Models:
     def engines(self) -> list[Engine]:
         return list({id(each.engine): each.engine for each in self if each.engine}.values())
 
+    def close(self) -> None:
+        for each in self:
+            if each.grammars:
+                each.grammars.close()
+
     def get(self, name: str | None, kind: str = "") -> Served:
         """The model of that name, which must be of the kind; None: the first of the kind. Raises ApiError."""
         fitting = [each for each in self if kind in ("", each.kind)]
@@ -99,20 +106,14 @@ def load_models(config: ServeConfig) -> Models:
         if not is_adapter(folder) and load_labels(folder) is not None:
             served.append(Served(name, folder, scorer=Scorer(path)))
             continue
-        served.append(Served(name, folder, _engine(folder, config)))
+        engine = load_engine(path, config.dtype, slots=config.slots, context=config.context or ANY, queue=config.queue)
+        grammars = Grammars(engine.tokenizer, engine.model.config.vocab_size, engine.eos_ids)
+        served.append(Served(name, folder, engine, grammars=grammars))
     names = [each.name for each in served]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise UserError(f"two models are called {twice}; name one of them: --model OTHER=FOLDER")
     return Models(served)
-
-
-def _engine(folder: Path, config: ServeConfig) -> Engine:
-    model, params = load_model(folder, config.dtype)
-    tokenizer, defaults = load_tokenizer(folder), read_generation_config(*folders_of(folder))
-    eos_ids = {*defaults.eos_ids, *model.config.end_ids, *tokenizer.end_ids}
-    size = {"slots": config.slots, "context": config.context or model.config.max_position_embeddings}
-    return Engine(model, params, tokenizer, eos_ids, defaults.sampling, queue=config.queue, **size)
 
 
 def _named(entry: str) -> tuple[str, str]:

@@ -24,7 +24,7 @@ TEXTS = [
     "User: what is a cat? Assistant: a cat is a small animal. 🐱🐶",
     '{"name": "add", "arguments": {"a": 1, "b": [true, null]}}',
 ]
-CONTEXT = 512
+CONTEXT = 1536
 
 
 @pytest.fixture(scope="session")

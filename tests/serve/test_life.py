@@ -11,6 +11,7 @@ import threading
 import time
 
 import httpx
+import jax
 import openai
 import pytest
 
@@ -166,19 +167,12 @@ def test_settings_that_make_no_sense_are_refused(changes):
 class Process:
     """`minimind serve` as a user starts it."""
 
-    def __init__(self, folder, *arguments):
-        command = [
-            sys.executable,
-            "-m",
-            "minimind_jax",
-            "serve",
-            "--model",
-            f"tiny={folder}",
-            "--port",
-            "0",
-            *arguments,
-        ]
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    def __init__(self, folder):
+        words = [sys.executable, "-m", "minimind_jax", "serve", "--model", f"tiny={folder}"]
+        command = [*words, "--port", "0", "--slots", "4"]
+        kept = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+        kept |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu"}
+        environment = {**os.environ, **kept}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         self.said = []
         threading.Thread(target=self._read, daemon=True).start()

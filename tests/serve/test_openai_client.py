@@ -13,19 +13,6 @@ from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.load import load_model
 
 ASK = [{"role": "user", "content": "what is a cat?"}]
-ADD = {
-    "type": "function",
-    "function": {
-        "name": "add",
-        "description": "adds",
-        "parameters": {
-            "type": "object",
-            "properties": {"a": {"type": "integer"}, "b": {"type": "boolean"}},
-            "required": ["a", "b"],
-            "additionalProperties": False,
-        },
-    },
-}
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +88,11 @@ def test_logprobs_are_the_models_with_the_bytes_of_each_token(chat, alone, serve
     assert [token.logprob for token in content] == pytest.approx(expected.logprobs, abs=1e-4)
     pieces = server.engine.tokenizer.byte_pieces
     assert [bytes(token.bytes) for token in content] == [pieces[i] for i in expected.ids]
+    for token in content:
+        assert len(token.top_logprobs) == 3
+        assert (token.top_logprobs[0].bytes, token.top_logprobs[0].logprob) == (token.bytes, token.logprob)
+        values = [likely.logprob for likely in token.top_logprobs]
+        assert values == sorted(values, reverse=True)
 
 
 def test_logprobs_of_a_stream_join_to_those_of_the_answer(chat):
@@ -125,6 +117,8 @@ def test_stop_ids_biases_and_bans(chat, server):
     assert chat(temperature=0, logit_bias={str(first[0]): -100}).choices[0].message.content is not None
     found = chat(temperature=0, extra_body={"stop_token_ids": [first[3]], "return_token_ids": True}).choices[0]
     assert (found.token_ids, found.stop_reason) == (first[: first.index(first[3]) + 1], first[3])
+    biased = chat(temperature=0, logit_bias={"70": 100}, extra_body={"return_token_ids": True})
+    assert set(biased.choices[0].token_ids) == {70}
 
 
 def test_max_tokens_is_kept_and_bounded_by_the_context(chat, server):
@@ -229,8 +223,8 @@ def test_errors_are_the_clients_own(client, chat, server):
     with pytest.raises(openai.NotFoundError, match=r"'other'.*tiny") as found:
         client.chat.completions.create(model="other", messages=ASK)
     assert (found.value.code, found.value.param) == ("model_not_found", "model")
-    with pytest.raises(openai.BadRequestError, match="This model's maximum context length is 512 tokens") as found:
-        chat([{"role": "user", "content": "cat " * 600}])
+    with pytest.raises(openai.BadRequestError, match="This model's maximum context length is 1536 tokens") as found:
+        chat([{"role": "user", "content": "cat " * 1600}])
     assert found.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match="temperature"):
         chat(temperature=-1)
