@@ -17,7 +17,7 @@ COMMANDS = {
     "demo": Command(
         "a small model learns from real text on this machine, and answers", tools.DemoConfig, "demo.story:run"
     ),
-    **{kind.name: Command(kind.summary, kind.config, kind.function, has_processes=True) for kind in STAGES.values()},
+    **{kind.name: Command(kind.summary, kind.config, "stages:start", has_processes=True) for kind in STAGES.values()},
     "pipeline": Command(
         "stages in order from one file; skips what is done, resumes what was cut off",
         tools.PipelineConfig,

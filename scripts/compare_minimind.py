@@ -103,16 +103,15 @@ def run_theirs(args, stage: str, work: Path, records: list[str]) -> tuple[list[f
 
 def run_ours(args, stage: str, work: Path, records: list[str], order: list[int]) -> list[float]:
     """The losses of our stage, from its metrics.jsonl."""
-    from minimind_jax.stages.pretrain import pretrain
-    from minimind_jax.stages.sft import sft
+    from minimind_jax.stages import start
 
     data = work / f"{stage}_ordered.jsonl"
     data.write_text("".join(records[i] for i in order), encoding="utf-8")
     suffix = "_moe" if args.moe else ""
     init = work / f"init_{stage}"
     from_torch(work / "out" / f"init_{args.hidden_size}{suffix}.pth", init, tokenizer=work / "model")
-    cls, run_stage = {"pretrain": (PretrainConfig, pretrain), "sft": (SFTConfig, sft)}[stage]
-    run = run_stage(
+    cls = {"pretrain": PretrainConfig, "sft": SFTConfig}[stage]
+    run = start(
         cls(
             run=str(work / f"run_{stage}"),
             init_from=str(init),

@@ -20,7 +20,7 @@ from minimind_jax.config.tools import PerplexityConfig
 from minimind_jax.demo import corpus
 from minimind_jax.evaluate.perplexity import evaluate_perplexity
 from minimind_jax.model.config import RopeScaling
-from minimind_jax.stages.pretrain import pretrain
+from minimind_jax.stages import start
 from minimind_jax.stages.tokenizer import train_tokenizer
 
 TRAINED, LONG = 256, 1024
@@ -49,7 +49,7 @@ def train_model(run: Path, train: Path, epochs: float) -> Path:
     tokenizer = run / "tokenizer"
     if not tokenizer.is_dir():
         train_tokenizer(TokenizerConfig(data=(str(train),), output=str(tokenizer), vocab_size=2048, max_records=0))
-    return pretrain(
+    return start(
         PretrainConfig(
             run=str(run / "pretrain"),
             tokenizer=str(tokenizer),

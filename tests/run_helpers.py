@@ -9,7 +9,7 @@ from minimind_jax.config.tools import ToHFConfig
 from minimind_jax.runs.export import export_checkpoint
 from minimind_jax.runs.parts import assemble
 from minimind_jax.sharding import make_mesh
-from minimind_jax.stages import STAGES
+from minimind_jax.stages import STAGES, start
 from minimind_jax.training.origin import find_models
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import WALL_CLOCK, read_metrics
@@ -53,12 +53,12 @@ def cut_back(run, step):
     run.metrics_file.write_text("".join(kept) + '{"step": 99, "lo', "utf-8")
 
 
-def assert_resumes_exactly(function, config, tmp_path, step=12):
+def assert_resumes_exactly(config, tmp_path, step=12):
     """A run cut off right after the save of `step` ends with the metrics and the model of one that was not."""
-    whole = RunFolder(function(config))
+    whole = RunFolder(start(config))
     copy = RunFolder(shutil.copytree(whole.path, tmp_path / "cut"))
     cut_back(copy, step)
-    function(dataclasses.replace(config, run=str(copy.path), resume="must"))
+    start(dataclasses.replace(config, run=str(copy.path), resume="must"))
     assert rows_of(copy.path) == rows_of(whole.path)
     for file in whole.model.glob("*.safetensors"):
         assert (copy.model / file.name).read_bytes() == file.read_bytes()

@@ -124,7 +124,7 @@ def test_a_terminal_without_chinese_gets_escapes():
 
 def test_profile_is_short_for_five_steps(monkeypatch):
     trained = []
-    monkeypatch.setattr("minimind_jax.stages.pretrain.pretrain", trained.append)
+    monkeypatch.setattr("minimind_jax.runs.stage.run_stage", lambda kind, config, recipe: trained.append(config))
     assert main(["pretrain", "--profile", "--training.profile_start", "3"]) == 0
     assert (trained[0].training.profile_steps, trained[0].training.profile_start) == (5, 3)
     assert main(["pretrain", "--profile", "2"]) == 0 and trained[1].training.profile_steps == 2

@@ -25,7 +25,7 @@ from minimind_jax.model.lora import PROJECTIONS, init_adapters
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.seeds import named_key
 from minimind_jax.sharding import init_params, make_mesh
-from minimind_jax.stages.sft import sft
+from minimind_jax.stages import start
 from minimind_jax.training.run import RunFolder
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -162,7 +162,7 @@ def test_a_run_goes_on_from_the_commit_it_began_with_without_the_hub(server, fol
         training=TrainingConfig(steps=2, batch_tokens=64),
         checkpoint=CheckpointConfig(every=1),
     )
-    sft(config)
+    start(config)
     run = RunFolder(tmp_path / "run")
     assert run.read_environment()["hub"] == {"Own/Tiny": OLD}
     assert json.loads((run.model / "config.json").read_text())["vocab_size"] == 384
@@ -172,7 +172,7 @@ def test_a_run_goes_on_from_the_commit_it_began_with_without_the_hub(server, fol
     server.models["Own/Tiny"][NEW] = changed
     server.asked.clear()
     forget()
-    sft(dataclasses.replace(config, training=TrainingConfig(steps=3, batch_tokens=64)))
+    start(dataclasses.replace(config, training=TrainingConfig(steps=3, batch_tokens=64)))
     assert not server.asked and run.read_environment()["hub"] == {"Own/Tiny": OLD}
 
 

@@ -152,9 +152,9 @@ def files(world):
 @pytest.fixture(scope="session")
 def base(world, tmp_path_factory):
     """A pretrained model to start from."""
-    from minimind_jax.stages.pretrain import pretrain
+    from minimind_jax.stages import start
 
-    return str(pretrain(world.pretrain(tmp_path_factory.mktemp("base") / "base", checkpoint=CheckpointConfig(0))))
+    return str(start(world.pretrain(tmp_path_factory.mktemp("base") / "base", checkpoint=CheckpointConfig(0))))
 
 
 @pytest.fixture

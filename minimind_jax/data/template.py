@@ -184,28 +184,6 @@ def _tool_response(messages: Sequence[Message], index: int) -> str:
     return f"{head}\n<tool_response>\n{_text(messages[index])}\n</tool_response>{tail}"
 
 
-def dice_rng(seed: int, record_index: int, epoch: int = 0) -> np.random.Generator:
-    """The generator for one record's dice: a pure function of its arguments, whatever process draws."""
-    return np.random.default_rng(named_seed(seed, "dice", record_index, epoch))
-
-
-def apply_dice(
-    conversation: Conversation, rng: np.random.Generator, system_prompt_probability: float, empty_think_removal: float
-) -> tuple[Conversation, bool]:
-    """MiniMind's two random changes: (conversation, keep_empty_think).
-
-    With system_prompt_probability a conversation without tools and system message gets one of SYSTEM_PROMPTS; with
-    empty_think_removal all its empty think blocks go. The three draws are made whatever the conversation holds, so one
-    setting does not move the other's draws.
-    """
-    adds_prompt, choice, removes_think = rng.random(3)
-    is_bare = not conversation.tools and conversation.messages[0]["role"] != "system"
-    if is_bare and adds_prompt < system_prompt_probability:
-        prompt = {"role": "system", "content": SYSTEM_PROMPTS[int(choice * len(SYSTEM_PROMPTS))]}
-        conversation = dataclasses.replace(conversation, messages=[prompt, *conversation.messages])
-    return conversation, not removes_think < empty_think_removal
-
-
 # Of a conversation it makes what the template writes, and whether its empty think blocks stay.
 Roll = Callable[[Conversation], tuple[Conversation, bool]]
 
@@ -217,7 +195,11 @@ def unchanged(conversation: Conversation) -> tuple[Conversation, bool]:
 
 @dataclasses.dataclass(frozen=True)
 class Dice:
-    """The template's chances, drawn for each record from (seed, epoch, number of the record)."""
+    """MiniMind's two random changes, drawn for each record from (seed, epoch, number of the record).
+
+    With system_prompt_probability a conversation without tools and system message gets one of SYSTEM_PROMPTS; with
+    empty_think_removal all its empty think blocks go.
+    """
 
     seed: int
     epoch: int
@@ -225,9 +207,19 @@ class Dice:
     empty_think_removal: float
 
     def roll(self, record_index: int) -> Roll:
-        """What is drawn for a record; all its conversations get the same draws."""
-        chances = self.system_prompt_probability, self.empty_think_removal
-        return lambda talk: apply_dice(talk, dice_rng(self.seed, record_index, self.epoch), *chances)
+        """What is drawn for a record; all its conversations get the same draws. There are three whatever they hold, so
+        one setting does not move the other's."""
+        rng = np.random.default_rng(named_seed(self.seed, "dice", record_index, self.epoch))
+        adds_prompt, choice, removes_think = rng.random(3)
+
+        def changed(conversation: Conversation) -> tuple[Conversation, bool]:
+            is_bare = not conversation.tools and conversation.messages[0]["role"] != "system"
+            if is_bare and adds_prompt < self.system_prompt_probability:
+                prompt = {"role": "system", "content": SYSTEM_PROMPTS[int(choice * len(SYSTEM_PROMPTS))]}
+                conversation = dataclasses.replace(conversation, messages=[prompt, *conversation.messages])
+            return conversation, not removes_think < self.empty_think_removal
+
+        return changed
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -302,7 +294,7 @@ def rendering_fingerprint() -> str:
         render_segments(messages, tools, keep_empty_think=keep) for messages, tools in _PROBES for keep in (True, False)
     ]
     segments.append(prefix_segments(CHAT_TEMPLATE, _PROBE_TALK[-3:], None, {}))
-    drawn = [apply_dice(Conversation(_PROBE_TALK[1:]), dice_rng(0, record), 0.5, 0.5) for record in range(16)]
+    drawn = [Dice(0, 0, 0.5, 0.5).roll(record)(Conversation(_PROBE_TALK[1:])) for record in range(16)]
     made = [
         [[dataclasses.astuple(segment) for segment in pieces] for pieces in segments],
         [(conversation.messages[0], keeps_think) for conversation, keeps_think in drawn],

@@ -13,6 +13,7 @@ from minimind_jax.pipeline.check import check_stages, watch_records
 from minimind_jax.pipeline.read import Stage
 from minimind_jax.runs.settle import changed_data
 from minimind_jax.sharding import announce, initialize_distributed
+from minimind_jax.stages import start
 from minimind_jax.training.places import changes
 from minimind_jax.training.run import RunFolder, flat, plain, write_text
 
@@ -33,7 +34,7 @@ def run_pipeline(stages: Sequence[Stage]) -> None:
             if not renewed:
                 watch_records([later for later in stages[number:] if not later.is_finished])
             if stage.kind.is_run:
-                stage.kind.load()(stage.config)
+                start(stage.config)
             else:
                 on_first(lambda stage=stage: _make_tokenizer(stage))
             renewed = renewed or stage.name
@@ -48,7 +49,7 @@ def _write_last(stages: Sequence[Stage]) -> None:
 
 
 def _make_tokenizer(stage: Stage) -> None:
-    stage.kind.load()(stage.config)
+    start(stage.config)
     write_text(stage.record, yaml.safe_dump(plain(stage.config), sort_keys=False, allow_unicode=True))
 
 

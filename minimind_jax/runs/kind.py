@@ -13,7 +13,8 @@ from minimind_jax.shell import command
 class StageKind:
     """A stage, as the command line, the loop, pipelines, reports, exports and plans know it.
 
-    name, summary: of its command. config: its settings. function: `module:function` of this package.
+    name, summary: of its command. config: its settings. function: `module:function` of this package, that makes the
+    recipe of a run, or where it is none does all.
     records: the kind of data it trains on (see `data.kinds`); empty where it is no run. needs_start: it trains no model
     from scratch. has_head: its model has a head of scores in place of one of words, and is the end of a pipeline.
     labels: of that head; empty where they are those of the records. fixed: settings of its own that a run cannot change

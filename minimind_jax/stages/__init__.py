@@ -1,5 +1,7 @@
 """The stages, one file each, read top to bottom: data, loss, what is trained, what is written."""
 
+from typing import Any
+
 from minimind_jax.config import stages as settings
 from minimind_jax.runs.kind import StageKind
 
@@ -14,34 +16,44 @@ KINDS = (
         "tokenizer", "train a byte-level BPE tokenizer", settings.TokenizerConfig, "stages.tokenizer:train_tokenizer"
     ),
     StageKind(
-        "pretrain", "next-token training on plain text", settings.PretrainConfig, "stages.pretrain:pretrain",
+        "pretrain", "next-token training on plain text", settings.PretrainConfig, "stages.next_token:recipe",
         records="text", next=(CHAT, TUNE), planned=("pretrain",),
     ),
     StageKind(
-        "sft", "supervised fine-tuning on conversations", settings.SFTConfig, "stages.sft:sft",
+        "sft", "supervised fine-tuning on conversations", settings.SFTConfig, "stages.next_token:recipe",
         records="conversation", next=(CHAT, ASK, TUNE), planned=("sft", "lora"),
     ),
     StageKind(
-        "dpo", "learn from pairs of answers, chosen and rejected", settings.DPOConfig, "stages.dpo:dpo",
+        "dpo", "learn from pairs of answers, chosen and rejected", settings.DPOConfig, "stages.dpo:recipe",
         records="preference", needs_start=True, fixed=("preference.loss", "preference.precompute_reference"),
         figures=("chosen_nll", "rewards/margins", "rewards/accuracies"),
         curves=("rewards/margins", "rewards/accuracies"), next=(CHAT, ASK, TUNE),
     ),
     StageKind(
-        "distill", "learn from a larger model's probabilities", settings.DistillConfig, "stages.distill:distill",
+        "distill", "learn from a larger model's probabilities", settings.DistillConfig, "stages.distill:recipe",
         records="conversation", fixed=("teacher.model", "teacher.top_k"),
         figures=("divergence",), curves=("divergence",), next=(CHAT, TUNE),
     ),
     StageKind(
-        "reward", "train a model that scores answers", settings.RewardConfig, "stages.reward:reward",
+        "reward", "train a model that scores answers", settings.RewardConfig, "stages.reward:recipe",
         records="preference", has_head=True, labels=("reward",), needs_start=True,
         figures=("margin", "accuracy"), curves=("margin", "accuracy"), next=(SCORE,),
     ),
     StageKind(
-        "classify", "train a classifier of texts", settings.ClassifyConfig, "stages.classify:classify",
+        "classify", "train a classifier of texts", settings.ClassifyConfig, "stages.classify:recipe",
         records="labelled", has_head=True, needs_start=True,
         figures=("accuracy",), curves=("accuracy",), next=(PREDICT,),
     ),
 )  # fmt: skip
 
 STAGES = {kind.name: kind for kind in KINDS}
+
+
+def start(config: Any) -> Any:
+    """Carries out the stage whose settings these are. Returns the run's folder (see `runs.stage.run_stage`)."""
+    kind = next(kind for kind in KINDS if kind.config is type(config))
+    if not kind.is_run:
+        return kind.load()(config)
+    from minimind_jax.runs.stage import run_stage  # with all that trains, which --help does without
+
+    return run_stage(kind, config, kind.load())

@@ -1,12 +1,10 @@
 """Stage: a classifier of texts, of one label a text or any number of them."""
 
 import json
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
-from minimind_jax.config.stages import ClassifyConfig
 from minimind_jax.data.batches import Batches
 from minimind_jax.data.labels import Classes
 from minimind_jax.evaluate.classification import ClassificationResult, describe, draw_confusion, evaluate_logits
@@ -15,25 +13,17 @@ from minimind_jax.losses.classification import make_classification_loss
 from minimind_jax.progress import progress
 from minimind_jax.runs.labels import values_of_pieces
 from minimind_jax.runs.parts import Run, open_rows, run_parameters
-from minimind_jax.runs.stage import on_rows, run_stage
+from minimind_jax.runs.stage import on_rows
 from minimind_jax.sharding import announce
-from minimind_jax.stages import STAGES
 from minimind_jax.training.run import RunFolder, write_text
 from minimind_jax.training.source import Recipe
 
 
-def classify(config: ClassifyConfig) -> Path:
-    """Trains a classifier on the labelled texts of `config.data` and returns the run's folder (see `run_stage`).
-
-    Data: records with a text and a label, or a list of labels; a label is any text. Loss: cross entropy of the label at
-    the text's last token, or of every label's yes and no (see `losses.classification`). Trained: all parameters, or
+def recipe(run: Run) -> Recipe:
+    """Data: records with a text and a label, or a list of labels; a label is any text. Loss: cross entropy of the label
+    at the text's last token, or of every label's yes and no (see `losses.classification`). Trained: all parameters, or
     adapters, and the head. Written: as model/ a Qwen3ForSequenceClassification with the labels' names; adapters are
-    merged. results.md and confusion.png show how it does on the held-out texts.
-    """
-    return run_stage(STAGES["classify"], config, _recipe)
-
-
-def _recipe(run: Run) -> Recipe:
+    merged. results.md and confusion.png show how it does on the held-out texts."""
     wanted, classes, room = run.config.classify, run.classes, run.config.data.seq_len
     trained, held_out = open_rows(run, lambda cache, pieces: {"values": values_of_pieces(cache, pieces, room)})
     counts = texts_of_labels(trained, classes)
@@ -54,8 +44,8 @@ def _recipe(run: Run) -> Recipe:
         write_results(run.folder, found)
         print(describe(found).splitlines()[0])
 
-    recipe = on_rows(run, loss_fn, run_parameters(run), (trained, held_out))
-    return recipe if held_out is None else recipe._replace(judge=judge)
+    made = on_rows(run, loss_fn, run_parameters(run), (trained, held_out))
+    return made if held_out is None else made._replace(judge=judge)
 
 
 def texts_of_labels(batches: Batches, classes: Classes) -> np.ndarray:

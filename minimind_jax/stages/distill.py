@@ -1,11 +1,8 @@
 """Stage: distillation; a student learns from conversations and from a larger model's probabilities at once."""
 
-from pathlib import Path
-
 import jax
 import numpy as np
 
-from minimind_jax.config.stages import DistillConfig
 from minimind_jax.convert.hf import load_labels
 from minimind_jax.convert.load import load_merged, load_tokenizer, read_config
 from minimind_jax.errors import UserError
@@ -15,25 +12,16 @@ from minimind_jax.model.transformer import LanguageModel, Params, cast_matrices
 from minimind_jax.paths import is_remote
 from minimind_jax.runs.frozen import TOKENS, Answers, Asked
 from minimind_jax.runs.parts import Run, on_mesh, open_rows, run_parameters
-from minimind_jax.runs.stage import on_rows, run_stage
-from minimind_jax.stages import STAGES
+from minimind_jax.runs.stage import on_rows
 from minimind_jax.training.source import Recipe
 
 TEACHER = "teacher"  # the key of its parameters
 
 
-def distill(config: DistillConfig) -> Path:
-    """Trains a student on the conversations of `config.data` and `config.teacher`, and returns the run's folder (see
-    `run_stage`).
-
-    Data: as in fine-tuning. Loss: cross entropy of the assistant's tokens and the divergence from the teacher's
+def recipe(run: Run) -> Recipe:
+    """Data: as in fine-tuning. Loss: cross entropy of the assistant's tokens and the divergence from the teacher's
     probabilities of them (see `losses.distillation`); it is asked at every step, or once before the first one (top_k).
-    Trained: all parameters, or adapters; the teacher is cut over the mesh as the student is.
-    """
-    return run_stage(STAGES["distill"], config, _recipe)
-
-
-def _recipe(run: Run) -> Recipe:
+    Trained: all parameters, or adapters; the teacher is cut over the mesh as the student is."""
     wanted, parameters, teacher = run.config.teacher, run_parameters(run), _teacher(run)
     words = min(run.model.config.vocab_size, teacher.config.vocab_size)
     abstract = jax.eval_shape(lambda params: cast_matrices(params, teacher.dtype), teacher.abstract_params())

@@ -1,32 +1,21 @@
 """Stage: learning from pairs of answers, chosen and rejected (DPO and its relatives)."""
 
-from pathlib import Path
-
 import jax.numpy as jnp
 import numpy as np
 
-from minimind_jax.config.stages import DPOConfig
 from minimind_jax.losses.preference import answer_log_probs, make_preference_loss
 from minimind_jax.losses.sequences import pair_room
 from minimind_jax.model.transformer import full_precision
 from minimind_jax.runs.frozen import Answers, Asked, Reference, pairs
 from minimind_jax.runs.parts import Run, open_rows, run_parameters
-from minimind_jax.runs.stage import on_rows, run_stage
-from minimind_jax.stages import STAGES
+from minimind_jax.runs.stage import on_rows
 from minimind_jax.training.source import Recipe
 
 
-def dpo(config: DPOConfig) -> Path:
-    """Trains a model to prefer the chosen answers of `config.data` and returns the run's folder (see `run_stage`).
-
-    Data: records with `chosen` and `rejected` conversations, both answers of a pair in one row. Loss: that of
+def recipe(run: Run) -> Recipe:
+    """Data: records with `chosen` and `rejected` conversations, both answers of a pair in one row. Loss: that of
     `config.preference` (see `losses.preference`), relative to the model as it was at the start. Trained: all
-    parameters, or adapters; these need no second model, for the reference is the model without them.
-    """
-    return run_stage(STAGES["dpo"], config, _recipe)
-
-
-def _recipe(run: Run) -> Recipe:
+    parameters, or adapters; these need no second model, for the reference is the model without them."""
     wanted, parameters = run.config.preference, run_parameters(run)
     annotate = reference = None
     if wanted.precompute_reference:

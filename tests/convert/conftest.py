@@ -12,7 +12,7 @@ from minimind_jax.convert.hf import save_hf
 from minimind_jax.data.tokenizer import train_bpe
 from minimind_jax.model.config import ModelConfig, RopeScaling
 from minimind_jax.model.transformer import LanguageModel
-from minimind_jax.stages.sft import sft
+from minimind_jax.stages import start
 
 _SIZES = {
     "vocab_size": 400,
@@ -101,10 +101,10 @@ def chat_runs(world, tmp_path_factory):
     dense = world.sft(folder / "dense", **changes)
     mixture = dataclasses.replace(dense.model, **_MOE, num_experts_per_tok=2)
     moe = dataclasses.replace(dense, run=str(folder / "moe"), model=mixture)
-    sft(dense)
-    sft(moe)
+    start(dense)
+    start(moe)
     lora = LoRAConfig(rank=4, alpha=8, targets=("all-linear",), ranks=("layers.0=2",))
     optimizer, model = OptimizerConfig(learning_rate=5e-2), type(dense.model)()
     base = {"init_from": str(folder / "dense"), "tokenizer": "", "model": model}
-    sft(world.sft(folder / "adapter", lora=lora, optimizer=optimizer, **base, **changes))
+    start(world.sft(folder / "adapter", lora=lora, optimizer=optimizer, **base, **changes))
     return folder

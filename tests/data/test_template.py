@@ -14,8 +14,7 @@ from minimind_jax.data.template import (
     CHAT_TEMPLATE,
     EMPTY_THINK,
     SYSTEM_PROMPTS,
-    apply_dice,
-    dice_rng,
+    Dice,
     prefix_segments,
     render,
     render_jinja,
@@ -124,7 +123,7 @@ class TestDice:
     talk = Conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
 
     def draws(self, conversation, seed=7, epoch=0, count=4000, add=0.2, remove=0.8):
-        return [apply_dice(conversation, dice_rng(seed, i, epoch), add, remove) for i in range(count)]
+        return [Dice(seed, epoch, add, remove).roll(i)(conversation) for i in range(count)]
 
     def test_probabilities_and_prompts(self):
         results = self.draws(self.talk)

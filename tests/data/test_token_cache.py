@@ -156,7 +156,7 @@ def test_another_tokenizer_or_setting_makes_another_cache(tmp_path, tokenizer, d
         ("_TOOLS_TAIL", "</tools>"),
         ("SYSTEM_PROMPTS", (*template.SYSTEM_PROMPTS[:-1], "Talk.")),
         ("SYSTEM_PROMPTS", template.SYSTEM_PROMPTS[::-1]),
-        ("dice_rng", lambda seed, record, epoch=0: np.random.default_rng(record)),
+        ("named_seed", lambda seed, name, record, epoch: record),
     ],
 )
 def test_an_edit_of_what_renders_conversations_makes_another_cache(tmp_path, tokenizer, data, monkeypatch, name, value):

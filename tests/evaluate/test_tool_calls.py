@@ -38,7 +38,7 @@ from minimind_jax.inference.chat import chat
 from minimind_jax.inference.load import load_engine
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.transformer import LanguageModel
-from minimind_jax.stages.sft import sft
+from minimind_jax.stages import start
 from minimind_jax.tools.builtin import calculate_math
 from minimind_jax.tools.schema import schema_of
 from minimind_jax.tools.toolbox import Toolbox
@@ -276,7 +276,7 @@ def taught(compilation_cache, tmp_path_factory):
         data={"seq_len": 256, "val_fraction": 0.0, "system_prompt_probability": 0.0},
         training={"steps": 120, "batch_tokens": 768, "eval_every": 0, "log_every": 40},
     )  # fmt: skip
-    sft(config)
+    start(config)
     return folder
 
 

@@ -9,7 +9,7 @@ from minimind_jax import folders, sharding
 from minimind_jax.config.stages import SFTConfig
 from minimind_jax.data.batches import open_data
 from minimind_jax.runs.adapters import plan_adapters
-from minimind_jax.stages.sft import sft
+from minimind_jax.stages import start
 from minimind_jax.training.run import RunFolder
 
 ONCE = [sharding.make_mesh, folders.resolve_model_folder, RunFolder.changed_settings, open_data, plan_adapters]
@@ -30,5 +30,5 @@ def test_what_a_run_is_made_of_is_found_once(make, world, tmp_path, monkeypatch)
         for place in places:
             if getattr(place, function.__name__, None) is function:
                 monkeypatch.setattr(place, function.__name__, counted(function))
-    sft(with_chats(make(SFTConfig, tmp_path / "run", "sft", data={"train": ()}, training={"steps": 1}), world))
+    start(with_chats(make(SFTConfig, tmp_path / "run", "sft", data={"train": ()}, training={"steps": 1}), world))
     assert counts == dict.fromkeys(ONCE, 1)

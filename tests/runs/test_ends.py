@@ -21,7 +21,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.inference.adapters import load_switched
 from minimind_jax.inference.load import load_engine
 from minimind_jax.runs.parts import load_tokenizer
-from minimind_jax.stages.sft import sft
+from minimind_jax.stages import start
 
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9}
 
@@ -64,7 +64,7 @@ def test_a_turn_s_end_ends_answers_here_and_in_transformers(make, foreign, chats
         SFTConfig, tmp_path / "sft", chats, init_from=str(foreign), rate=1e-2,
         data={"val_fraction": 0.0}, training={"steps": 40, "eval_every": 0},
     )  # fmt: skip
-    run = sft(config)
+    run = start(config)
     generator = assert_ends_twice(run / "model")
     assert read(run / "model", "config.json")["eos_token_id"] == [2, 0]
     ids = encode_prompt(generator.tokenizer, [{"role": "user", "content": "birds sing"}])
@@ -91,7 +91,7 @@ def test_an_adapter_ends_its_answers_and_merges_in_the_base_s_precision(make, fo
         SFTConfig, tmp_path / "lora", chats, init_from=str(half), lora=ADAPTERS,
         data={"val_fraction": 0.0}, training={"steps": 2, "eval_every": 0},
     )  # fmt: skip
-    run = sft(config)
+    run = start(config)
     assert_ends_twice(run / "model")
     assert load_switched(str(half), [str(run)]).eos_ids == (0, 2)
     merge_lora(run / "model", tmp_path / "merged")
@@ -147,13 +147,13 @@ def test_a_run_whose_tokenizer_was_trained_anew_goes_on_nowhere(make, foreign, c
             hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
         ),
     )  # fmt: skip
-    run = sft(config)
+    run = start(config)
     longer = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=4))
     template = tokenizer / "chat_template.jinja"
     template.write_text(template.read_text() + "{# the same words #}")
     export_newest(run, tmp_path / "export")
     train_bpe(["zebras quickly xylophone"] * 3, tmp_path / "other", 304)
     shutil.copy(tmp_path / "other" / "tokenizer.json", tokenizer / "tokenizer.json")
-    for goes_on in (lambda: sft(longer), lambda: export_newest(run, tmp_path / "no")):
+    for goes_on in (lambda: start(longer), lambda: export_newest(run, tmp_path / "no")):
         with pytest.raises(UserError, match=r"tokenizer has other words than when .*run was started"):
             goes_on()

@@ -12,8 +12,7 @@ from safetensors.numpy import load_file
 from minimind_jax.cli import main
 from minimind_jax.config.sections import CheckpointConfig, OptimizerConfig
 from minimind_jax.convert.hf import load_hf
-from minimind_jax.stages.pretrain import pretrain
-from minimind_jax.stages.sft import sft
+from minimind_jax.stages import start
 from minimind_jax.training.run import RunFolder
 
 CHECKPOINTS = CheckpointConfig(every=2, keep=3)
@@ -29,7 +28,7 @@ def run(world, tmp_path_factory):
         export_dtype="bfloat16",
         optimizer=OptimizerConfig(name="muon", learning_rate=1e-2),
     )
-    return RunFolder(pretrain(config))
+    return RunFolder(start(config))
 
 
 def to_hf(run, output, *arguments):
@@ -83,7 +82,7 @@ def test_a_run_that_was_cut_off_has_checkpoints_only(world, run, tmp_path, capsy
         checkpoint=CHECKPOINTS,
         export_dtype="float16",
     )
-    chat = RunFolder(sft(dataclasses.replace(config, model=type(config.model)())))
+    chat = RunFolder(start(dataclasses.replace(config, model=type(config.model)())))
     chat.model.rename(tmp_path / "whole")
     assert to_hf(chat, tmp_path / "out") == 2
     assert f"convert to-hf {chat.path} OUTPUT --checkpoint newest" in capsys.readouterr().err

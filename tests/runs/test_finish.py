@@ -8,7 +8,7 @@ import pytest
 
 from minimind_jax.runs import finish
 from minimind_jax.signals import Stopped, answering
-from minimind_jax.stages.pretrain import pretrain
+from minimind_jax.stages import start
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import is_exported
 
@@ -25,11 +25,11 @@ def test_a_run_that_is_stopped_at_its_end_says_what_is_saved_and_goes_on(world, 
 
     with monkeypatch.context() as patched, pytest.raises(Stopped) as stop, answering():
         patched.setattr(finish, at, stopped)
-        pretrain(config)
+        start(config)
     told = capsys.readouterr()
     assert stop.value.code == 143 and "The model is" not in told.out
     assert f"the training of {run.path} is done and saved" in told.err and "the same command goes on" in told.err
     assert not is_exported(run) and run.model.exists() == (at == "write_report")
     assert not run.report_file.exists() and not list(run.path.rglob("*.tmp"))
-    pretrain(config)
+    start(config)
     assert is_exported(run) and run.report_file.exists()

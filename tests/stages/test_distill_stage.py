@@ -12,17 +12,16 @@ from minimind_jax.config.stages import DistillConfig, SFTConfig, TeacherConfig
 from minimind_jax.convert.hf import load_hf
 from minimind_jax.data.tokenizer import Tokenizer, train_bpe
 from minimind_jax.errors import UserError
-from minimind_jax.stages.distill import distill
-from minimind_jax.stages.sft import sft
+from minimind_jax.stages import start
 from minimind_jax.training.run import RunFolder
 
 
 def test_a_student_learns_from_its_teacher(make, world, base, tmp_path):
-    teacher = sft(with_chats(make(SFTConfig, tmp_path / "teacher", "sft", training={"steps": 60}), world))
+    teacher = start(with_chats(make(SFTConfig, tmp_path / "teacher", "sft", training={"steps": 60}), world))
     config = with_chats(
         make(DistillConfig, tmp_path / "student", "sft", teacher=TeacherConfig(model=str(teacher), alpha=0.0)), world
     )
-    run = distill(config)
+    run = start(config)
     rows = rows_of(run)
     assert last(run, "val_divergence") < rows[0]["val_divergence"] / 2
     assert last(run, "val_loss") < rows[0]["val_loss"]
@@ -34,33 +33,33 @@ def test_distill_resumes_exactly(make, world, base, tmp_path):
         DistillConfig, tmp_path / "student", "sft", teacher=TeacherConfig(model=base, divergence="jsd"),
         checkpoint=KEEP_ALL, lora=ADAPTERS,
     )  # fmt: skip
-    assert_resumes_exactly(distill, with_chats(config, world), tmp_path)
+    assert_resumes_exactly(with_chats(config, world), tmp_path)
 
 
 def test_a_teacher_asked_once_teaches_the_same(make, world, base, tmp_path):
     """All words stored: the losses of one that is asked at every step. Few: near them, and a run goes on exactly."""
-    teacher = sft(with_chats(make(SFTConfig, tmp_path / "teacher", "sft", training={"steps": 20}), world))
+    teacher = start(with_chats(make(SFTConfig, tmp_path / "teacher", "sft", training={"steps": 20}), world))
 
     def student(name, top_k):
         wanted = TeacherConfig(model=str(teacher), alpha=0.0, top_k=top_k)
         return with_chats(make(DistillConfig, tmp_path / name, "sft", teacher=wanted, checkpoint=KEEP_ALL), world)
 
     words = Tokenizer.load(RunFolder(base).model).vocab_size
-    asked, stored, few = (distill(student(f"top {k}", k)) for k in (0, words, 8))
+    asked, stored, few = (start(student(f"top {k}", k)) for k in (0, words, 8))
     for name in ("divergence", "val_divergence"):
         np.testing.assert_allclose(last(stored, name), last(asked, name), rtol=1e-3)
     assert 0 < last(few, "val_divergence") < rows_of(few)[0]["val_divergence"]
     sizes = {file.suffix: file.stat().st_size for file in (few / "teacher").iterdir()}
     assert sizes[".log_probs"] == 2 * sizes[".ids"] > 0
     config = student("resumed", 8)
-    assert_resumes_exactly(distill, config, tmp_path)
+    assert_resumes_exactly(config, tmp_path)
     with pytest.raises(UserError, match=r"teacher.top_k 8 -> 4.*go on with those"):
-        distill(dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, top_k=4)))
+        start(dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, top_k=4)))
     shutil.rmtree(RunFolder(teacher).model)
     shutil.copytree(RunFolder(base).model, RunFolder(teacher).model)
     shutil.rmtree(RunFolder(config.run).model)
     with pytest.raises(UserError, match=r"teacher.model .* holds other weights than when .* was started"):
-        distill(config)
+        start(config)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +72,7 @@ def test_a_teacher_asked_once_teaches_the_same(make, world, base, tmp_path):
 def test_a_stored_teacher_needs_the_same_pieces_in_every_epoch(changes, message, make, world, base, tmp_path):
     config = with_chats(make(DistillConfig, tmp_path / "run", "sft", teacher=TeacherConfig(model=base, top_k=4)), world)
     with pytest.raises(UserError, match=message):
-        distill(dataclasses.replace(config, data=dataclasses.replace(config.data, **changes)))
+        start(dataclasses.replace(config, data=dataclasses.replace(config.data, **changes)))
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(make, world, base, tmp_path):
@@ -82,6 +81,6 @@ def test_a_teacher_with_another_vocabulary_is_refused(make, world, base, tmp_pat
     shutil.copy(tmp_path / "tokenizer" / "tokenizer.json", copy / "tokenizer.json")
     config = make(DistillConfig, tmp_path / "student", "sft", teacher=TeacherConfig(model=str(copy)))
     with pytest.raises(UserError, match=r"has another vocabulary .*minimind generate"):
-        distill(with_chats(config, world))
+        start(with_chats(config, world))
     with pytest.raises(UserError, match="distill needs a teacher"):
-        distill(with_chats(dataclasses.replace(config, teacher=TeacherConfig()), world))
+        start(with_chats(dataclasses.replace(config, teacher=TeacherConfig()), world))

@@ -12,9 +12,7 @@ from worlds import ADAPTERS, write_lines
 from minimind_jax.config.sections import CheckpointConfig, LoRAConfig
 from minimind_jax.config.stages import DPOConfig, PreferenceConfig, RewardConfig
 from minimind_jax.errors import UserError
-from minimind_jax.stages.dpo import dpo
-from minimind_jax.stages.reward import reward
-from minimind_jax.stages.sft import sft
+from minimind_jax.stages import start
 from minimind_jax.training.run import RunFolder
 
 
@@ -26,7 +24,7 @@ def dpo_config(make, tmp_path):
 @pytest.mark.parametrize("adapters", [LoRAConfig(), ADAPTERS], ids=["all", "lora"])
 def test_dpo_learns_what_is_preferred(dpo_config, adapters):
     config = dataclasses.replace(dpo_config, lora=adapters)
-    rows = rows_of(dpo(config))
+    rows = rows_of(start(config))
     first = rows[0]
     assert first["val_loss"] == pytest.approx(np.log(2), abs=1e-6)  # the policy is the reference
     assert first["val_rewards/margins"] == pytest.approx(0, abs=1e-5)
@@ -41,20 +39,20 @@ def test_dpo_learns_what_is_preferred(dpo_config, adapters):
 def test_other_losses_learn_it_too(dpo_config, loss):
     beta = {"ipo": 0.1, "simpo": 2.5, "orpo": 0.5}[loss]
     config = dataclasses.replace(dpo_config, preference=PreferenceConfig(loss=loss, beta=beta))
-    dpo(config)
+    start(config)
     assert last(config.run, "val_rewards/accuracies") > 0.8
 
 
 def test_dpo_resumes_exactly(dpo_config, tmp_path):
-    assert_resumes_exactly(dpo, dataclasses.replace(dpo_config, checkpoint=KEEP_ALL), tmp_path)
+    assert_resumes_exactly(dataclasses.replace(dpo_config, checkpoint=KEEP_ALL), tmp_path)
 
 
 def test_a_reference_computed_before_changes_nothing(dpo_config, tmp_path):
-    dpo(dpo_config)
+    start(dpo_config)
     before = dataclasses.replace(
         dpo_config, run=str(tmp_path / "before"), preference=PreferenceConfig(precompute_reference=True)
     )
-    run = RunFolder(dpo(before))
+    run = RunFolder(start(before))
     assert list((run.path / "reference").glob("*.log_probs"))
     for ours, theirs in zip(rows_of(run.path), rows_of(dpo_config.run), strict=True):
         assert ours.keys() == theirs.keys()
@@ -69,37 +67,35 @@ def test_a_reference_of_other_rows_is_computed_again(damage, dpo_config, tmp_pat
         dpo_config, preference=PreferenceConfig(precompute_reference=True), checkpoint=CheckpointConfig(0)
     )
     short = dataclasses.replace(config.data, seq_len=32)
-    run = RunFolder(dpo(dataclasses.replace(config, data=short) if damage == "other rows" else config))
+    run = RunFolder(start(dataclasses.replace(config, data=short) if damage == "other rows" else config))
     if damage == "cut off":
         file = next((run.path / "reference").glob("*.log_probs"))
         file.write_bytes(file.read_bytes()[:100])
     for leftover in (run.checkpoints, run.model):
         shutil.rmtree(leftover)
     run.metrics_file.unlink()
-    rows = rows_of(dpo(config))
+    rows = rows_of(start(config))
     assert rows[0]["val_loss"] == pytest.approx(np.log(2), abs=1e-5)
 
 
 @pytest.mark.parametrize("stage", ["dpo", "reward"])
 def test_rows_of_any_length(make, stage, tmp_path):
     """Lengths that leave 2 or 3 modulo 4, too."""
-    cls, function = (DPOConfig, dpo) if stage == "dpo" else (RewardConfig, reward)
-    run = function(
-        make(cls, tmp_path / stage, "pairs", data={"seq_len": 66}, training={"steps": 2, "batch_tokens": 264})
-    )
+    cls = DPOConfig if stage == "dpo" else RewardConfig
+    run = start(make(cls, tmp_path / stage, "pairs", data={"seq_len": 66}, training={"steps": 2, "batch_tokens": 264}))
     assert np.isfinite(last(run, "loss"))
 
 
 def test_settings_that_change_the_base_are_named(dpo_config):
-    dpo(dataclasses.replace(dpo_config, lora=ADAPTERS))
+    start(dataclasses.replace(dpo_config, lora=ADAPTERS))
     with pytest.raises(UserError, match=r"other settings \(lora.alpha 8 -> 16"):
-        dpo(dataclasses.replace(dpo_config, lora=dataclasses.replace(ADAPTERS, alpha=16)))
+        start(dataclasses.replace(dpo_config, lora=dataclasses.replace(ADAPTERS, alpha=16)))
 
 
 def test_dpo_over_an_adapter_measures_from_where_it_starts(lora, world, dpo_config):
-    first = sft(with_chats(lora, world))
+    first = start(with_chats(lora, world))
     config = dataclasses.replace(dpo_config, init_from=str(first), lora=ADAPTERS)
-    rows = rows_of(dpo(config))
+    rows = rows_of(start(config))
     assert rows[0]["val_loss"] == pytest.approx(np.log(2), abs=1e-6)
 
 
@@ -117,7 +113,7 @@ def test_broken_pairs_are_told(make, world, tmp_path):
     ]):  # fmt: skip
         file = write_lines(tmp_path / f"broken{number}.jsonl", [record])
         with pytest.raises(UserError, match=rf"broken{number}.jsonl:1: .*{message}"):
-            dpo(make(DPOConfig, tmp_path / "run", file))
+            start(make(DPOConfig, tmp_path / "run", file))
 
 
 def test_long_prompts_are_cut_and_long_answers_left_out(make, tmp_path):
@@ -127,7 +123,7 @@ def test_long_prompts_are_cut_and_long_answers_left_out(make, tmp_path):
     pairs = [{"chosen": [user, answers[0]], "rejected": [user, answers[1]]} for _ in range(8)]
     file = write_lines(tmp_path / "long.jsonl", [*pairs, {"chosen": [user, answers[0]], "rejected": [user, long]}])
     config = make(DPOConfig, tmp_path / "run", file, training={"steps": 2})
-    run = RunFolder(dpo(config))
+    run = RunFolder(start(config))
     facts = json.dumps(run.read_environment()["run"])
     assert "1 pairs left out whose answers have no room in a row" in facts
     assert np.isfinite(last(run.path, "loss"))
@@ -136,4 +132,4 @@ def test_long_prompts_are_cut_and_long_answers_left_out(make, tmp_path):
         UserError,
         match=r"any of 1 pairs: their answers leave no room .* data\.seq_len 64; data\.seq_len \d",
     ):
-        dpo(make(DPOConfig, tmp_path / "none", only))
+        start(make(DPOConfig, tmp_path / "none", only))

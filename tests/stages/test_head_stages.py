@@ -37,10 +37,7 @@ from minimind_jax.inference.score import Scorer
 from minimind_jax.model.heads import SCORE
 from minimind_jax.runs.labels import keep_labels
 from minimind_jax.runs.parts import run_parameters
-from minimind_jax.stages.classify import classify
-from minimind_jax.stages.distill import distill
-from minimind_jax.stages.reward import reward
-from minimind_jax.stages.sft import sft
+from minimind_jax.stages import start
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.speed import flops_per_token
 from minimind_jax.training.tracking import is_exported, read_metrics
@@ -59,7 +56,7 @@ def score(model, files, output):
 @pytest.mark.parametrize("adapters", [LoRAConfig(), ADAPTERS], ids=["all", "lora"])
 def test_a_reward_model_scores_as_it_was_trained(make, files, adapters, tmp_path):
     config = make(RewardConfig, tmp_path / "reward", "pairs", lora=adapters, rate=3e-3)
-    run = RunFolder(reward(config))
+    run = RunFolder(start(config))
     assert last(run.path, "val_accuracy") > 0.9
     assert load_labels(run.model).names == ("reward",)
     records = [json.loads(line) for line in open(files["pairs"], encoding="utf-8")]
@@ -86,16 +83,16 @@ def test_a_reward_model_scores_as_it_was_trained(make, files, adapters, tmp_path
         score(run.path, [broken], str(again))
     assert [path.name for path in tmp_path.glob("again*")] == []
     with pytest.raises(UserError, match="is a classifier or reward model, and cannot write text"):
-        sft(make(SFTConfig, tmp_path / "sft", str(tmp_path / "chats.jsonl"), init_from=str(run.path)))
+        start(make(SFTConfig, tmp_path / "sft", str(tmp_path / "chats.jsonl"), init_from=str(run.path)))
 
 
 def test_models_with_scores_write_no_text(make, tmp_path, monkeypatch):
     monkeypatch.setattr("minimind_jax.training.speed.peak_flops", lambda compute: 1e6)
-    run = classify(make(ClassifyConfig, tmp_path / "classify", "labels", training={"steps": 2}))
+    run = start(make(ClassifyConfig, tmp_path / "classify", "labels", training={"steps": 2}))
     with pytest.raises(UserError, match="has no words to say; use minimind classify predict"):
         load_engine(str(run))
     with pytest.raises(UserError, match="a teacher must be a language model"):
-        distill(make(DistillConfig, tmp_path / "student", "labels", teacher=TeacherConfig(model=str(run))))
+        start(make(DistillConfig, tmp_path / "student", "labels", teacher=TeacherConfig(model=str(run))))
     again = make(ClassifyConfig, tmp_path / "again", "labels", init_from=str(run))  # its head, in whatever order
     model = assembled("classify", again).model
     row = next(row for row in read_metrics(RunFolder(run).metrics_file) if "mfu" in row)
@@ -131,19 +128,19 @@ def test_a_head_of_other_scores_is_left_out_with_a_word(make, base, tmp_path, ca
     config, params = load_hf(RunFolder(base).model)
     settings = make(ClassifyConfig, tmp_path / "run", "labels", init_from=str(folder))
     tokenizer = Tokenizer.load(RunFolder(base).model)
-    for start, wanted, told in HEADS:
-        head = np.arange(config.hidden_size * len(start.names), dtype=np.float32).reshape(-1, len(start.names))
-        save_hf(folder, config, {**params, SCORE: {"kernel": head}}, tokenizer, "float32", labels=start)
+    for first, wanted, told in HEADS:
+        head = np.arange(config.hidden_size * len(first.names), dtype=np.float32).reshape(-1, len(first.names))
+        save_hf(folder, config, {**params, SCORE: {"kernel": head}}, tokenizer, "float32", labels=first)
         loaded = run_parameters(assembled("classify", settings).with_labels(wanted)).load()
-        kept = head if start.names == ("LABEL_0",) else head[:, ::-1]
-        assert np.array_equal(loaded[SCORE]["kernel"], kept) == (told is None), (start, wanted)
+        kept = head if first.names == ("LABEL_0",) else head[:, ::-1]
+        assert np.array_equal(loaded[SCORE]["kernel"], kept) == (told is None), (first, wanted)
         said = capsys.readouterr().out
         assert (told or "") in said and ("left out" in said) == bool(told)
 
 
 def test_reward_resumes_exactly(make, tmp_path):
     config = make(RewardConfig, tmp_path / "reward", "pairs", checkpoint=KEEP_ALL)
-    assert_resumes_exactly(reward, config, tmp_path)
+    assert_resumes_exactly(config, tmp_path)
 
 
 def test_a_classifier_learns_names_its_labels_and_predicts(make, tmp_path, capsys, monkeypatch):
@@ -154,10 +151,10 @@ def test_a_classifier_learns_names_its_labels_and_predicts(make, tmp_path, capsy
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # it has no results yet, so is not finished
         patch.setattr("minimind_jax.stages.classify.evaluate_batches", killed)
-        classify(config)
+        start(config)
     run = RunFolder(config.run)
     assert run.model.is_dir() and not is_exported(run)
-    classify(config)
+    start(config)
     assert is_exported(run)
     results = json.loads((run.path / "results.json").read_text("utf-8"))
     assert results["accuracy"] > 0.9
@@ -175,7 +172,7 @@ def test_a_classifier_learns_names_its_labels_and_predicts(make, tmp_path, capsy
 def test_a_classifier_is_transformers_own(make, tmp_path):
     torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
     exported = {"export_dtype": ClassifyConfig.export_dtype}  # float32: transformers computes in the type it finds
-    run = RunFolder(classify(make(ClassifyConfig, tmp_path / "classify", "csv", training={"steps": 12}, **exported)))
+    run = RunFolder(start(make(ClassifyConfig, tmp_path / "classify", "csv", training={"steps": 12}, **exported)))
     model = transformers.AutoModelForSequenceClassification.from_pretrained(run.model).eval()
     assert type(model).__name__ == "Qwen3ForSequenceClassification"
     assert model.config.id2label == {0: "birds", 1: "cat", 2: "dogs"}
@@ -190,15 +187,15 @@ def test_labels_belong_to_the_run(make, files, tmp_path):
     """What the data says later changes no export, and is refused when the run goes on."""
     data = shutil.copy(files["labels"], tmp_path / "data.jsonl")
     config = make(ClassifyConfig, tmp_path / "classify", data, checkpoint=KEEP_ALL, lora=ADAPTERS)
-    run = RunFolder(classify(config))
+    run = RunFolder(start(config))
     records = [json.loads(line) for line in open(data, encoding="utf-8")]
     longer = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=28))
     write_lines(data, [{**each, "label": each["label"].replace("cat", "zebra")} for each in records])
     with pytest.raises(UserError, match=r"other labels than .* was started with .new: 'zebra'; gone: 'cat'"):
-        classify(longer)
+        start(longer)
     write_lines(data, [{**each, "label": [each["label"]]} for each in records])
     with pytest.raises(UserError, match="any number of labels a text, and the run had one label a text"):
-        classify(longer)
+        start(longer)
     data.unlink()
     assert export_newest(run.path, tmp_path / "out", "float32") == 24
     assert load_labels(tmp_path / "out") == load_labels(run.model)
@@ -216,7 +213,7 @@ def test_labels_belong_to_the_run(make, files, tmp_path):
 def test_the_trained_length_goes_with_the_model(make, files, tmp_path, capsys, monkeypatch):
     """On the run, its model/, a converted copy and transformers' pipeline a long text has the same answer."""
     config = make(ClassifyConfig, tmp_path / "classify", "labels", data={"seq_len": 16}, training={"steps": 12})
-    run = RunFolder(classify(config))
+    run = RunFolder(start(config))
     from_hf(run.model, tmp_path / "copy", "float32")
     long = "dogs " + "sat on a mat while birds " * 12
     texts = write_lines(tmp_path / "long.jsonl", [{"text": long, "tag": ["a", "b"]}, {"text": 'cat, "x"', "tag": None}])
@@ -277,7 +274,7 @@ def test_the_trained_length_goes_with_the_model(make, files, tmp_path, capsys, m
 
 def test_several_labels(make, tmp_path):
     config = make(ClassifyConfig, tmp_path / "several", "several", training={"steps": 40}, rate=1e-2)
-    run = RunFolder(classify(config))
+    run = RunFolder(start(config))
     assert load_labels(run.model).several
     assert json.loads((run.path / "results.json").read_text("utf-8"))["accuracy"] > 0.5
     texts = write_lines(tmp_path / "new.jsonl", [{"text": "dogs sat"}])
@@ -292,7 +289,7 @@ def test_patience_ends_a_run_with_its_best_model(make, tmp_path):
     training = {"steps": 400, "eval_every": 4, "patience": 2}
     file = write_lines(tmp_path / "noise.jsonl", noise)  # which can be learned by heart only
     config = make(ClassifyConfig, tmp_path / "patient", file, training=training, rate=1e-2)
-    run = RunFolder(classify(config))
+    run = RunFolder(start(config))
     losses = {row["step"]: row["val_loss"] for row in rows_of(run.path) if row["step"] and "val_loss" in row}
     assert max(losses) < 400
     ordered = [losses[step] for step in sorted(losses)]
@@ -301,12 +298,12 @@ def test_patience_ends_a_run_with_its_best_model(make, tmp_path):
     best = min(losses, key=losses.get)
     accuracy = next(row["val_accuracy"] for row in rows_of(run.path) if row["step"] == best and "val_accuracy" in row)
     assert results["accuracy"] == pytest.approx(accuracy, abs=1e-6)
-    assert classify(config) == run.path
+    assert start(config) == run.path
 
 
 def test_classify_resumes_exactly(make, tmp_path):
     config = make(ClassifyConfig, tmp_path / "classify", "labels", checkpoint=KEEP_ALL, lora=ADAPTERS)
-    assert_resumes_exactly(classify, config, tmp_path)
+    assert_resumes_exactly(config, tmp_path)
 
 
 def test_class_weights_even_out_rare_classes(make, tmp_path):
@@ -317,7 +314,7 @@ def test_class_weights_even_out_rare_classes(make, tmp_path):
             ClassifyConfig, tmp_path / weights, file, classify=LabelConfig(class_weights=weights),
             data={"val_fraction": 0.0}, training={"steps": 1}, rate=0.0,
         )  # fmt: skip
-        classify(config)
+        start(config)
     plain, balanced = (last(tmp_path / name, "loss") for name in ("none", "balanced"))
     assert plain == pytest.approx(balanced, abs=0.2) and plain != balanced
 
@@ -325,7 +322,7 @@ def test_class_weights_even_out_rare_classes(make, tmp_path):
 def test_labels_that_are_only_held_out_are_told(make, tmp_path, capsys):
     labels = [{"text": "cat", "label": "cat"}] * 30 + [{"text": name, "label": name} for name in "abcdefgh"]
     file = write_lines(tmp_path / "single.jsonl", labels)
-    run = classify(make(ClassifyConfig, tmp_path / "run", file, data={"val_fraction": 0.5}, training={"steps": 1}))
+    run = start(make(ClassifyConfig, tmp_path / "run", file, data={"val_fraction": 0.5}, training={"steps": 1}))
     rows = json.loads((run / "results.json").read_text("utf-8"))["classes"]
     alone = [row["label"] for row in rows if row["texts"] and row["label"] != "cat"]
     assert alone and f"{len(alone)} labels have no text to train on ({', '.join(alone)})" in capsys.readouterr().out
@@ -344,10 +341,10 @@ def test_labels_that_are_only_held_out_are_told(make, tmp_path, capsys):
 def test_broken_labels_are_told(records, message, make, tmp_path):
     file = write_lines(tmp_path / "broken.jsonl", records)
     with pytest.raises(UserError, match=message):
-        classify(make(ClassifyConfig, tmp_path / "run", file))
+        start(make(ClassifyConfig, tmp_path / "run", file))
 
 
 def test_a_label_that_training_does_not_know_is_told(make, tmp_path):
     val = write_lines(tmp_path / "val.jsonl", [{"text": "a", "label": "mouse"}])
     with pytest.raises(UserError, match=r"val.jsonl:1: the label 'mouse' is not in the training data"):
-        classify(make(ClassifyConfig, tmp_path / "run", "labels", data={"val": (val,)}))
+        start(make(ClassifyConfig, tmp_path / "run", "labels", data={"val": (val,)}))

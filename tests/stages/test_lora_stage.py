@@ -14,13 +14,13 @@ from minimind_jax.config.sections import LoRAConfig, OptimizerConfig
 from minimind_jax.convert.hf import load_hf
 from minimind_jax.convert.load import base_folder, load_merged
 from minimind_jax.errors import UserError
-from minimind_jax.stages.sft import sft
+from minimind_jax.stages import start
 from minimind_jax.training.run import RunFolder
 
 
 def test_lora_trains_saves_and_holds_adapters_only(lora, world, base, capsys):
     config = with_chats(lora, world)
-    run = RunFolder(sft(config))
+    run = RunFolder(start(config))
     assert "adapters" in run.read_environment()["run"]
     assert last(run.path, "val_loss") < rows_of(run.path)[0]["val_loss"] - 0.02
     tensors = load_file(run.model / "adapter_model.safetensors")
@@ -36,13 +36,13 @@ def test_lora_resumes_exactly(lora, world, tmp_path):
     config = dataclasses.replace(
         with_chats(lora, world), checkpoint=KEEP_ALL, lora=dataclasses.replace(ADAPTERS, dropout=0.2)
     )
-    assert_resumes_exactly(sft, config, tmp_path)
+    assert_resumes_exactly(config, tmp_path)
 
 
 def test_a_base_that_changed_is_told(lora, world, base, tmp_path):
     copy = shutil.copytree(RunFolder(base).model, tmp_path / "base")
     config = dataclasses.replace(with_chats(lora, world), init_from=str(copy))
-    sft(config)
+    start(config)
     shutil.rmtree(RunFolder(config.run).model)
     tensors = load_file(copy / "model.safetensors")
     from safetensors.numpy import save_file
@@ -50,25 +50,25 @@ def test_a_base_that_changed_is_told(lora, world, base, tmp_path):
     save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, copy / "model.safetensors")
     longer = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=30))
     with pytest.raises(UserError, match=r"init_from .* holds other weights than when .* was started"):
-        sft(longer)
+        start(longer)
 
 
 def test_an_adapter_is_trained_further_or_merged(lora, world, make, tmp_path):
-    first = RunFolder(sft(with_chats(lora, world)))
+    first = RunFolder(start(with_chats(lora, world)))
     config = dataclasses.replace(with_chats(lora, world), run=str(tmp_path / "more"), init_from=str(first.path))
-    more = RunFolder(sft(config))
+    more = RunFolder(start(config))
     assert rows_of(more.path)[0]["val_loss"] == pytest.approx(last(first.path, "val_loss"), abs=1e-5)
     assert base_folder(more.model) == base_folder(first.model)
     with pytest.raises(UserError, match=r"has the ranks q_proj 4, .* and lora asks for q_proj 8.*merge-lora"):
-        sft(dataclasses.replace(config, run=str(tmp_path / "other"), lora=dataclasses.replace(ADAPTERS, rank=8)))
+        start(dataclasses.replace(config, run=str(tmp_path / "other"), lora=dataclasses.replace(ADAPTERS, rank=8)))
     whole = dataclasses.replace(config, run=str(tmp_path / "whole"), lora=LoRAConfig(), optimizer=OptimizerConfig())
-    merged = RunFolder(sft(whole))
+    merged = RunFolder(start(whole))
     assert rows_of(merged.path)[0]["val_loss"] == pytest.approx(last(first.path, "val_loss"), abs=1e-5)
     assert (merged.model / "model.safetensors").is_file()
 
 
 def test_a_checkpoint_of_adapters_is_exported_whole(lora, world, tmp_path):
-    run = RunFolder(sft(dataclasses.replace(with_chats(lora, world), checkpoint=KEEP_ALL)))
+    run = RunFolder(start(dataclasses.replace(with_chats(lora, world), checkpoint=KEEP_ALL)))
     assert export_newest(run.path, tmp_path / "out", "float32") == 24
     config, params = load_hf(tmp_path / "out")
     expected_config, expected = load_merged(run.model)
@@ -79,4 +79,4 @@ def test_a_checkpoint_of_adapters_is_exported_whole(lora, world, tmp_path):
 def test_lora_needs_a_model(lora, world):
     config = dataclasses.replace(with_chats(lora, world), init_from="", tokenizer=str(world.folder / "tokenizer"))
     with pytest.raises(UserError, match="there is no model to adapt"):
-        sft(config)
+        start(config)

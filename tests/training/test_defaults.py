@@ -17,7 +17,7 @@ from minimind_jax.config.sections import (
 from minimind_jax.config.settings import load_settings
 from minimind_jax.config.stages import ClassifyConfig, DistillConfig, DPOConfig, PretrainConfig, RewardConfig, SFTConfig
 from minimind_jax.runs.samples import with_prompts
-from minimind_jax.stages.sft import sft
+from minimind_jax.stages import start
 from minimind_jax.training.defaults import Amount, filled, following, open_chances, share_held_out, with_values
 from minimind_jax.training.facts import SHORTEST
 from minimind_jax.training.run import RunFolder
@@ -135,7 +135,7 @@ def few(world, base, tmp_path_factory):
         data=dataclasses.replace(config.data, seq_len=64, cache_dir=str(world.folder / "cache"), tokenizer_workers=1),
         training=TrainingConfig(epochs=1),
     )
-    sft(config)
+    start(config)
     return RunFolder(run), config
 
 
@@ -145,7 +145,7 @@ def test_a_run_records_the_values_and_is_finished_with_the_settings_as_asked(few
     assert written["training"]["batch_tokens"] == 128 and written["data"]["val_fraction"] == 0.05
     assert run.changed_settings(config) == {}
     rows = read_metrics(run.metrics_file)
-    sft(config)
+    start(config)
     assert "is finished" in capsys.readouterr().out and read_metrics(run.metrics_file) == rows
     longer = dataclasses.replace(config, training=TrainingConfig(epochs=2))
     assert run.changed_settings(longer) == {"training.epochs": "1.0 -> 2.0"} or run.changed_settings(longer) == {
@@ -158,7 +158,7 @@ def test_a_run_records_the_values_and_is_finished_with_the_settings_as_asked(few
 def test_a_longer_run_keeps_the_values_it_was_started_with(few, capsys):
     run, config = few
     before = run.read_config()
-    sft(dataclasses.replace(config, training=TrainingConfig(steps=80)))
+    start(dataclasses.replace(config, training=TrainingConfig(steps=80)))
     after = run.read_config()
     for key in ("data", "optimizer"):
         assert after[key] == before[key]
@@ -176,7 +176,7 @@ def test_metrics_have_the_loss_of_every_step_however_seldom_they_are_logged(few)
 
 def test_short_runs_say_what_to_change(few, capsys):
     run, config = few
-    sft(dataclasses.replace(config, run=str(run.path) + "-short", training=TrainingConfig(steps=2)))
+    start(dataclasses.replace(config, run=str(run.path) + "-short", training=TrainingConfig(steps=2)))
     told = " ".join(capsys.readouterr().out.split())
     assert "2 steps in all" in told and "--training.epochs" in told and "--optimizer.learning_rate" in told
     assert "117 records to train on" in told

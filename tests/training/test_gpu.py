@@ -19,7 +19,7 @@ from minimind_jax.model import moe
 from minimind_jax.model.attention import attention, choose_path
 from minimind_jax.model.config import ComputeConfig, ModelConfig
 from minimind_jax.model.transformer import LanguageModel
-from minimind_jax.stages.pretrain import pretrain
+from minimind_jax.stages import start
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 1}
 
@@ -105,5 +105,5 @@ def test_bfloat16_learns_as_float32_does(world, tmp_path, shape):
     for dtype in ("bfloat16", "float32"):
         config = world.pretrain(tmp_path / dtype, compute=ComputeConfig(dtype=dtype), training={"steps": 40})
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, **shape))
-        losses[dtype] = last(pretrain(config), "val_loss")
+        losses[dtype] = last(start(config), "val_loss")
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.01)

@@ -20,13 +20,11 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file
 
+from minimind_jax import stages
 from minimind_jax.config.sections import OptimizerConfig
-from minimind_jax.stages.pretrain import pretrain
-from minimind_jax.stages.sft import sft
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import WALL_CLOCK, read_metrics
 
-STAGES = {"pretrain": pretrain, "sft": sft}
 STEPS_PER_KILL = 8
 
 
@@ -34,7 +32,7 @@ STEPS_PER_KILL = 8
 def start():
     """start(stage, config, devices) -> a process that trains."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["minimind_jax.stages.pretrain", "minimind_jax.stages.sft"])
+    server.set_forkserver_preload(["minimind_jax.stages.next_token"])
 
     def start(stage, config, devices=1):
         cache = jax.config.jax_compilation_cache_dir
@@ -53,7 +51,7 @@ def run_stage(stage, config, devices, cache):
     log = os.open(f"{config.run}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
-    STAGES[stage](config)
+    stages.start(config)
 
 
 def finish(process, config):

@@ -23,9 +23,7 @@ from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.runs.parts import open_rows, run_parameters
 from minimind_jax.runs.report import write_report
 from minimind_jax.runs.stage import on_rows, train_run
-from minimind_jax.stages import STAGES
-from minimind_jax.stages.pretrain import pretrain
-from minimind_jax.stages.sft import sft
+from minimind_jax.stages import STAGES, start
 from minimind_jax.training.checkpoint import Checkpoints
 from minimind_jax.training.defaults import planned_steps
 from minimind_jax.training.loop import Loop
@@ -50,7 +48,7 @@ def config(world, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(config):
-    return RunFolder(pretrain(config))
+    return RunFolder(start(config))
 
 
 @pytest.fixture
@@ -112,7 +110,7 @@ def test_the_run_folder_is_complete(whole, config):
 
 def test_a_finished_run_is_not_run_again(whole, config, capsys):
     before = whole.metrics_file.stat().st_mtime_ns
-    assert pretrain(config) == whole.path
+    assert start(config) == whole.path
     assert "is finished; its model is" in capsys.readouterr().out
     assert whole.metrics_file.stat().st_mtime_ns == before
 
@@ -130,10 +128,10 @@ def test_a_longer_run_that_is_cut_off_is_not_taken_for_the_finished_one(copy, mo
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Loop, "run", cut_off)
-        pretrain(longer(config))
+        start(longer(config))
     told = " ".join(capsys.readouterr().out.split())
     assert "planned for 24 steps and is now for 26" in told and "goes from 3.00e-04 to 3.10e-04 at step 25" in told
-    pretrain(longer(config, optimizer=OptimizerConfig(learning_rate=1e-4)))
+    start(longer(config, optimizer=OptimizerConfig(learning_rate=1e-4)))
     assert [row["step"] for row in comparable(run) if "exported" in row] == [26]
 
 
@@ -141,11 +139,11 @@ def test_a_finished_run_without_checkpoints_is_not_trained_over(copy, capsys):
     run, config = copy
     shutil.rmtree(run.checkpoints)
     before = run.metrics_file.read_bytes()
-    pretrain(config)
+    start(config)
     assert "is finished" in capsys.readouterr().out
     for resume in ("auto", "never"):
         with pytest.raises(UserError, match=r"model is there, but .*checkpoints holds no checkpoint to go on from"):
-            pretrain(longer(config, resume=resume))
+            start(longer(config, resume=resume))
     assert run.metrics_file.read_bytes() == before
 
 
@@ -153,7 +151,7 @@ def test_a_model_folder_is_not_trained_in(whole, config, tmp_path):
     folder = str(shutil.copytree(whole.model, tmp_path / "model"))
     before = sorted(os.listdir(folder))
     with pytest.raises(UserError, match=r"model is a Hugging Face model, not the folder of a run"):
-        pretrain(dataclasses.replace(config, run=folder, init_from=folder))
+        start(dataclasses.replace(config, run=folder, init_from=folder))
     assert sorted(os.listdir(folder)) == before
 
 
@@ -164,10 +162,10 @@ def test_a_run_cut_off_between_save_and_evaluation_ends_as_if_it_had_not_been(wh
         shutil.copytree(whole.path, path)
     else:
         stopped = dataclasses.replace(config, run=str(path), checkpoint=CheckpointConfig(every=15))
-        pretrain(stopped)
+        start(stopped)
     run = RunFolder(path)
     cut_back(run, step)
-    pretrain(dataclasses.replace(config, run=str(path), resume="must"))
+    start(dataclasses.replace(config, run=str(path), resume="must"))
     assert comparable(run) == comparable(whole)
     assert (run.model / "model.safetensors").read_bytes() == (whole.model / "model.safetensors").read_bytes()
 
@@ -249,11 +247,11 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_refused(copy):
     cut_back(run, 24)
     wider = dataclasses.replace(config, model=dataclasses.replace(config.model, intermediate_size=96))
     with pytest.raises(UserError, match=r"another model or optimizer: params\.layers\.mlp\.\w+\.kernel has shape"):
-        pretrain(wider)
+        start(wider)
     with pytest.raises(UserError, match="is at step 24 already, beyond the 10 steps asked for"):
-        pretrain(dataclasses.replace(config, training=dataclasses.replace(config.training, steps=10)))
+        start(dataclasses.replace(config, training=dataclasses.replace(config.training, steps=10)))
     with pytest.raises(UserError, match="of another model or optimizer: opt_state"):
-        pretrain(dataclasses.replace(config, optimizer=OptimizerConfig(name="muon")))
+        start(dataclasses.replace(config, optimizer=OptimizerConfig(name="muon")))
 
 
 def test_changed_data_is_refused_and_moved_files_are_the_same_data(copy, world, tmp_path, capsys):
@@ -261,21 +259,21 @@ def test_changed_data_is_refused_and_moved_files_are_the_same_data(copy, world, 
     moved = tmp_path / "moved.jsonl"
     moved.write_bytes((world.folder / "text.jsonl").read_bytes())
     same = dataclasses.replace(config, data=dataclasses.replace(config.data, train=(str(moved),)))
-    pretrain(same)
+    start(same)
     assert "warning: the tokenizer" not in capsys.readouterr().out
     with moved.open("a") as file:
         file.write('{"text": "one more"}\n')
     with pytest.raises(UserError, match=r"data has changed since the checkpoint \(documents 120 -> 121, tokens"):
-        pretrain(dataclasses.replace(same, seed=config.seed, training=TrainingConfig(steps=30, batch_tokens=256)))
+        start(dataclasses.replace(same, seed=config.seed, training=TrainingConfig(steps=30, batch_tokens=256)))
     with pytest.raises(UserError, match=r"seed 42 -> 7"):
-        pretrain(dataclasses.replace(config, seed=7))
+        start(dataclasses.replace(config, seed=7))
 
 
 def test_resume_never_and_must(whole, config, tmp_path):
     with pytest.raises(UserError, match=r"resume=never, but .* holds checkpoints"):
-        pretrain(dataclasses.replace(config, resume="never"))
+        start(dataclasses.replace(config, resume="never"))
     with pytest.raises(UserError, match=r"resume=must, but .* holds no checkpoint"):
-        pretrain(dataclasses.replace(config, resume="must", run=str(tmp_path / "new")))
+        start(dataclasses.replace(config, resume="must", run=str(tmp_path / "new")))
 
 
 def test_sft_starts_from_a_run_and_trains_the_answers(whole, world, tmp_path):
@@ -288,7 +286,7 @@ def test_sft_starts_from_a_run_and_trains_the_answers(whole, world, tmp_path):
         data={"system_prompt_probability": 0.2, "empty_think_removal": 0.8},
         samples=SampleConfig(prompts=("the cat",), max_new_tokens=4),
     )
-    run = RunFolder(sft(config))
+    run = RunFolder(start(config))
     rows = comparable(run)
     batches, _ = open_data("conversation", config, Tokenizer.load(whole.model))
     first = next(batches.iterate(0, 1))
@@ -323,7 +321,7 @@ def test_what_does_not_fit_together_is_named(whole, world, tmp_path, changes, me
     if changes.get("init_from") == "WHOLE":
         changes = {**changes, "init_from": str(whole.path)}
     with pytest.raises(UserError, match=message):
-        pretrain(world.pretrain(tmp_path / "run", **changes))
+        start(world.pretrain(tmp_path / "run", **changes))
 
 
 @pytest.mark.parametrize(("rope_type", "original"), [("yarn", 256), ("linear", 256), ("dynamic", 64)])

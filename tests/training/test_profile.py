@@ -4,14 +4,14 @@ import gzip
 
 import jax
 
-from minimind_jax.stages.pretrain import pretrain
+from minimind_jax.stages import start
 from minimind_jax.training.run import RunFolder
 
 
 def test_a_trace_of_some_steps_names_the_blocks(world, tmp_path, capsys):
     config = world.pretrain(tmp_path / "run", training={"steps": 6, "profile_steps": 2, "profile_start": 2})
     jax.clear_caches()  # what a cache kept from another test may lack its names
-    pretrain(config)
+    start(config)
     run = RunFolder(config.run)
     (trace,) = (run.path / "profile").rglob("*.xplane.pb")
     names = trace.read_bytes()
@@ -26,5 +26,5 @@ def test_a_trace_of_some_steps_names_the_blocks(world, tmp_path, capsys):
 
 def test_a_run_that_ends_before_its_trace_begins_says_so(world, tmp_path, capsys):
     config = world.pretrain(tmp_path / "run", training={"steps": 2, "profile_steps": 2, "profile_start": 5})
-    pretrain(config)
+    start(config)
     assert "no trace was written: the run ended before step 6" in " ".join(capsys.readouterr().out.split())
