@@ -54,12 +54,13 @@ export class AnswerPart {
     this.element.append(this.#thinking, this.#words.element, this.#calls, this.#notes);
   }
 
-  show(message, results, growing) {
+  /** later: the messages of the same turn behind it. growing: it is being written. */
+  show(message, later, growing) {
     this.#showThinking(message, growing);
     if (growing) this.#words.grow(message.content);
     else if (this.#finished !== message.content) this.#words.finish((this.#finished = message.content));
-    this.#showCalls(message.calls ?? [], results, growing);
-    const notes = growing ? this.#waiting(message) : notesOf(message, results);
+    this.#showCalls(message.calls ?? [], later, growing);
+    const notes = growing ? this.#waiting(message) : notesOf(message, later);
     this.#notes.replaceChildren(...notes.map((text) => make("p", { className: "note", textContent: text })));
     return this.element;
   }
@@ -83,10 +84,10 @@ export class AnswerPart {
     if (reasoning.length > shown) this.#thoughts.append(reasoning.slice(shown));
   }
 
-  #showCalls(calls, results, growing) {
+  #showCalls(calls, later, growing) {
     const open = new Set([...this.#calls.querySelectorAll("details[open]")].map((details) => details.dataset.call));
     const shown = calls.map((call) => {
-      const result = results.find((other) => other.call === call.id);
+      const result = later.find((other) => other.call === call.id);
       const details = make("details", { className: "call" }, make("summary", {}, ...summaryOf(call, result, growing)));
       details.dataset.call = call.id;
       details.open = open.has(call.id);
@@ -110,13 +111,13 @@ const faultClass = (result) => (result.isError ? "fault" : "");
 const brief = (text) => (text.length > LONGEST_SUMMARY ? `${text.slice(0, LONGEST_SUMMARY)}…` : text);
 
 /** What is to be said of an answer besides its words. */
-function notesOf({ finish, stats, calls, content }, results) {
+function notesOf({ finish, stats, calls, content }, later) {
   const notes = [];
   if (stats?.skipped) notes.push(say("left", { count: stats.skipped }));
   if (finish === null) notes.push(say("unfinished"));
   else if (finish === "stopped" || finish === "length") notes.push(say(finish));
   else if (finish === "tool_calls") {
-    const isDone = calls.some((call) => results.some((result) => result.call === call.id));
+    const isDone = calls.some((call) => later.some((other) => other.call === call.id));
     if (!isDone) notes.push(say("tooManyRounds", { rounds: MOST_ROUNDS }));
   } else if (finish !== "stop") notes.push(say("cut"));
   else if (!content) notes.push(say("nothing"));

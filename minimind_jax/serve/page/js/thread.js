@@ -54,11 +54,11 @@ export class Thread {
     const isUser = first.role === "user";
     const article = make("article", { className: isUser ? "user" : "assistant" });
     article.ariaLabel = isUser ? say("you") : (first.model ?? "");
-    for (const message of messages) {
-      if (message.role === "tool") continue;
-      const results = messages.filter((other) => other.role === "tool");
-      article.append(this.#part(message).show(message, results, growing && message === last));
-    }
+    messages.forEach((message, index) => {
+      if (message.role === "tool") return;
+      const later = messages.slice(index + 1); // where the results of its calls stand
+      article.append(this.#part(message).show(message, later, growing && message === last));
+    });
     if (growing && !isUser) {
       article.ariaBusy = "true";
       const footer = make("small", { className: "speed" });
