@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the page's tests need `pip install playwright`")
+sync_api.expect.set_options(timeout=20_000)  # milliseconds, on a busy machine
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 if not CHROMIUM:
     pytest.skip("the page's tests need a Chromium: apt install chromium, or CHROMIUM=its path", allow_module_level=True)
