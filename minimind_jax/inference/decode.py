@@ -105,7 +105,8 @@ def make(
         starts_B = jnp.maximum(lengths_B + made - 1, 0)
         x_B1D = model.embed(params, newest_B[:, None])
         hidden_B1D, cache = model.read_next(params, x_B1D, starts_B, cache, rows_B=settings.rows_B)
-        new = sample(model.logits(params, hidden_B1D)[:, 0], lengths_B + made, settings.values, counts)
+        logits_BV = _whole(model.logits(params, hidden_B1D)[:, 0])  # XLA cannot cut the likeliest tokens' search
+        new = sample(logits_BV, lengths_B + made, settings.values, counts)
         counts = counts.with_token(new.token_B, settings.values.counts_B)
         ended_B |= jnp.any(new.token_B[:, None] == settings.ends_BE, axis=1)
         sampled = jax.tree.map(lambda all_NB, new_B: all_NB.at[made].set(new_B), sampled, new)

@@ -281,8 +281,9 @@ def _largest(scores_BV, count):
 
 
 def _top_k(scores_BV, count):
-    """`lax.top_k`, which XLA on a CPU turns into a sort of everything when it can merge it with a slice behind it."""
-    return jax.lax.optimization_barrier(jax.lax.top_k(scores_BV, count))
+    """`lax.top_k`, which XLA on a CPU turns into a sort of everything when it can merge it with a slice behind it. One
+    barrier for both results would end XLA where there are several devices."""
+    return tuple(map(jax.lax.optimization_barrier, jax.lax.top_k(scores_BV, count)))
 
 
 def cut(scores_BV: jax.Array, values: SamplingValues, rows_B: jax.Array) -> jax.Array:

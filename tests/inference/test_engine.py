@@ -1,15 +1,21 @@
 """Answers of the engine against the plain network, one row at a time."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.errors import UserError
+from minimind_jax.inference import decode
+from minimind_jax.inference import engine as engine_module
 from minimind_jax.inference.engine import Engine
+from minimind_jax.inference.programs import Limits
 from minimind_jax.inference.request import Busy, Request
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.transformer import LanguageModel
@@ -38,6 +44,8 @@ def check_greedy(params):
 
     def check(prompt, answer):
         ids = [*prompt, *answer.ids]
+        if not answer.ids:
+            return
         logprobs = np.array(run(jnp.array(ids + [0] * (CONTEXT - len(ids)))))[len(prompt) - 1 : len(ids) - 1]
         assert answer.ids == logprobs.argmax(-1).tolist()
         np.testing.assert_allclose(answer.logprobs, logprobs.max(-1), atol=1e-4)
@@ -131,3 +139,152 @@ def test_what_cannot_be_answered_is_refused(params):
     with pytest.raises(UserError, match="stop strings"):
         engine.generate([[1]], dataclasses.replace(GREEDY, stop=("x",)))
     assert not engine.busy
+
+
+class Multiples:
+    """Only multiples of a number, and so many of them."""
+
+    def __init__(self, of, count):
+        self.of, self.left, self.asked = of, count, 0
+
+    def mask(self):
+        self.asked += 1
+        allowed = np.arange(160) % self.of == 0
+        return np.packbits(allowed, bitorder="little").view(np.uint32)
+
+    def accept(self, token):
+        assert token % self.of == 0
+        self.left -= 1
+
+    @property
+    def ended(self):
+        return self.left == 0
+
+
+def test_constrained_answers_hold_what_is_allowed_beside_free_ones(params, check_greedy):
+    engine = Engine(MODEL, params, slots=4, context=200)
+    prompts = prompts_of(3, seed=6)
+    rules = [Multiples(7, 5), None, Multiples(3, 50)]
+    answers = [
+        engine.submit(Request(tuple(prompt), GREEDY, constraint=rule))
+        for prompt, rule in zip(prompts, rules, strict=True)
+    ]
+    finish(engine, *answers)
+    for prompt, answer, rule in zip(prompts, answers, rules, strict=True):
+        if rule is None:
+            check_greedy(prompt, answer)
+            continue
+        logits = np.array(MODEL.apply(params, jnp.array([[*prompt, *answer.ids]]))[0][0])[len(prompt) - 1 : -1]
+        logits[:, np.arange(160) % rule.of != 0] = -np.inf
+        assert answer.ids == logits.argmax(-1).tolist() and rule.asked == len(answer.ids)
+    assert [len(answer.ids) for answer in answers] == [5, 12, 12]
+    assert [answer.finish_reason for answer in answers] == ["stop", "length", "length"]
+
+
+def test_the_likeliest_tokens_are_told_where_they_are_asked_for(params):
+    engine = Engine(MODEL, params)
+    first, second = (
+        engine.submit(Request((5, 6), GREEDY, logit_bias=bias, top_logprobs=count))
+        for bias, count in ((((9, 100.0),), 3), ((), 0))
+    )
+    finish(engine, first, second)
+    assert first.ids == [9] * 12 and 9 not in second.ids
+    logprobs = np.array(jax.nn.log_softmax(MODEL.apply(params, jnp.array([[5, 6, *first.ids]]))[0][0]))[1:-1]
+    for token, row in zip(first.tokens, logprobs, strict=True):
+        assert [id for id, _ in token.top] == np.argsort(-row)[:3].tolist()
+        np.testing.assert_allclose([logprob for _, logprob in token.top], np.sort(row)[:-4:-1], atol=1e-4)
+        assert token.logprob == pytest.approx(row[9], abs=1e-4)
+    assert all(token.top == () for token in second.tokens)
+
+
+def test_other_weights_forget_what_was_read(params):
+    engine, [prompt] = Engine(MODEL, params, slots=2, context=200), prompts_of(1, seed=7)
+    [before] = engine.generate([prompt], GREEDY)
+    other = jax.tree.map(lambda leaf: leaf * 1.01, params)
+    open_answer = engine.submit(Request(tuple(prompt), GREEDY))
+    with pytest.raises(ValueError, match="in work"):
+        engine.load(other)
+    engine.cancel(open_answer)
+    engine.load(other)
+    [after] = engine.generate([prompt], GREEDY)
+    [expected] = Engine(MODEL, other).generate([prompt], GREEDY)
+    assert after.cached_tokens == 0 and after.ids == expected.ids
+    assert after.logprobs == pytest.approx(expected.logprobs, abs=1e-5) and after.logprobs != before.logprobs
+
+
+def test_long_prompts_are_read_in_parts_between_the_steps_of_others(params, check_greedy, monkeypatch):
+    monkeypatch.setattr(engine_module, "LATENCY", 0)
+    engine = Engine(MODEL, params, slots=2, context=300)
+    engine._programs.limits = Limits(32, 16, (16,))
+    short = Request((5, 6, 7), dataclasses.replace(GREEDY, max_new_tokens=100))
+    long = Request(tuple(np.random.default_rng(8).integers(3, 160, 250).tolist()), GREEDY)
+    first = engine.submit(short)
+    engine.step()
+    second = engine.submit(long)
+    grew = []
+    while not second.tokens:
+        grew.append(first in engine.step())
+    assert len(grew) > 2 * 250 // 16 and not any(a is b is False for a, b in itertools.pairwise(grew))
+    finish(engine, first, second)
+    check_greedy(short.prompt, first)
+    check_greedy(long.prompt, second)
+
+
+def test_an_interrupted_call_leaves_an_engine_that_works(params, check_greedy, monkeypatch):
+    engine, [prompt] = Engine(MODEL, params, slots=2, context=200), prompts_of(1, seed=9)
+    answer = engine.submit(Request(tuple(prompt), GREEDY))
+    engine.step()
+
+    def interrupted(model, params, cache, *_, **__):
+        jax.tree.map(lambda leaf: leaf.delete(), cache)  # as a program does that is given it
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "make", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    assert answer.finish_reason == "cancelled" and not engine.busy
+    check_greedy(prompt, *engine.generate([prompt], GREEDY))
+
+
+# Any order of requests, steps and cancellations -----------------------------------------------------------------------
+
+STEMS = [np.random.default_rng(n).integers(3, 160, 40).tolist() for n in range(3)]
+PROMPTS = st.builds(lambda stem, cut, rest: [*STEMS[stem][:cut], *rest] or [1], st.integers(0, 2), st.integers(0, 40),
+                    st.lists(st.integers(3, 159), max_size=30))  # fmt: skip
+REQUESTS = st.tuples(st.just("submit"), PROMPTS, st.integers(1, 20), st.booleans())
+ACTIONS = st.one_of(
+    REQUESTS, st.tuples(st.just("step"), st.integers(1, 4)), st.tuples(st.just("cancel"), st.integers(0))
+)
+
+
+@pytest.fixture(scope="module")
+def shared(params):
+    """One for all examples: rows hold what earlier ones left."""
+    engine = Engine(MODEL, params, slots=3, context=100, held=1)
+    engine._programs.limits = Limits(32, 8, (8, 16))
+    return engine
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(actions=st.lists(ACTIONS, min_size=1, max_size=30))
+def test_answers_are_the_networks_whatever_else_happens(shared, check_greedy, actions):
+    answers, cancelled = [], []
+    for name, *values in actions:
+        if name == "submit":
+            prompt, count, is_constrained = values
+            sampling = dataclasses.replace(GREEDY, max_new_tokens=count)
+            rule = Multiples(1, 99) if is_constrained else None
+            answers.append(shared.submit(Request(tuple(prompt), sampling, constraint=rule)))
+        elif name == "step":
+            for _ in range(values[0]):
+                shared.step(patient=values[0] == 3)
+        elif answers:
+            cancelled.append(answers[values[0] % len(answers)])
+            shared.cancel(cancelled[-1])
+    finish(shared, *answers)
+    assert not shared.busy and shared.running == shared.waiting == 0 and shared.cache_usage == 0
+    for answer in answers:
+        count = answer.request.sampling.max_new_tokens
+        assert (answer.finish_reason == "length" and len(answer.ids) == count) or answer in cancelled
+        check_greedy(answer.request.prompt, answer)
