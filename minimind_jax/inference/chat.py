@@ -12,7 +12,7 @@ from minimind_jax.config.generation import ChatConfig
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.tools import Call, parse_calls
 from minimind_jax.errors import UserError
-from minimind_jax.inference.adapters import SwitchedEngine, load_switched
+from minimind_jax.inference.adapters import OFF
 from minimind_jax.inference.engine import Engine, Piece
 from minimind_jax.inference.load import load_engine
 from minimind_jax.inference.text import ThinkSplitter
@@ -33,10 +33,7 @@ HELP = """\
 def run(config: ChatConfig) -> None:
     """Loads the model and talks until the user leaves. Raises UserError if there is no such model or tool."""
     with Toolbox(config.tools) if config.tools else contextlib.nullcontext() as tools:
-        if config.adapters:
-            engine = load_switched(config.model, config.adapters, config.dtype)
-        else:
-            engine = load_engine(config.model, config.dtype, slots=1)
+        engine = load_engine(config.model, config.dtype, config.adapters, slots=1)
         chat(engine, config, Console(markup=False, emoji=False, highlight=False), tools=tools)
 
 
@@ -77,12 +74,14 @@ class Dialogue:
     """The messages so far, and the answers of the model to them.
 
     messages: of user, assistant and tools, without the system prompt. thinking: whether the next answer thinks first.
+    adapter: that gives it; "" for the base model by itself.
     """
 
     def __init__(self, engine: Engine, config: ChatConfig, tools: Toolbox | None = None):
         self._engine, self._sampling = engine, config.resolve(engine.sampling)
         self._tools = tools
         self._answers = 0
+        self.adapter = next(iter(engine.adapters), "")
         self.system, self.thinking = config.system, config.thinking
         self.messages: list[Message] = []
 
@@ -103,14 +102,14 @@ class Dialogue:
         return HELP if name == "/help" else f"unknown command {name}\n{HELP}"
 
     def _adapter(self, name: str) -> str:
-        if not isinstance(self._engine, SwitchedEngine):
+        if not self._engine.adapters:
             return "there are no adapters; --adapters NAME ... loads some"
+        there_are = f"there are {', '.join((OFF, *self._engine.adapters))}"
+        if name not in ("", OFF, *self._engine.adapters):
+            return f"there is no adapter {name}; {there_are}"
         if name:
-            try:
-                self._engine.use(name)
-            except UserError as error:
-                return str(error)
-        return f"answers with {self._engine.active}; there are {', '.join(self._engine.adapters)}"
+            self.adapter = "" if name == OFF else name
+        return f"answers with {self.adapter or OFF}; {there_are}"
 
     def ask(self, text: str) -> int:
         """Adds the user's message and drops the oldest turns until the conversation fits; the number of those.
@@ -143,7 +142,8 @@ class Dialogue:
             )
         seed = self._sampling.seed + self._answers  # asked again, a question gets another answer
         self._answers += 1
-        yield from self._engine.stream(ids, dataclasses.replace(self._sampling, max_new_tokens=count, seed=seed))
+        sampling = dataclasses.replace(self._sampling, max_new_tokens=count, seed=seed)
+        yield from self._engine.stream(ids, sampling, adapter=self.adapter)
 
     def opens_thinking(self) -> bool:
         """Whether the prompt of the next answer ends in an open think block."""

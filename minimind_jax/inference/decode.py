@@ -22,12 +22,13 @@ class Settings(NamedTuple):
     """What does not change from token to token of some rows.
 
     rows_B: of the cache; beyond its last for a row that only fills up. values: of sampling. ends_BE: tokens that end
-    the row, -1 where there are fewer.
+    the row, -1 where there are fewer. adapter_B: number of the row's adapter, -1 for none.
     """
 
     rows_B: jax.Array
     values: SamplingValues
     ends_BE: jax.Array
+    adapter_B: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=("model", "places"))
@@ -51,7 +52,7 @@ def read(
     params: Params,
     cache: KVCache,
     tokens_BP: jax.Array,
-    rows_B: jax.Array,
+    settings: Settings,
     starts_B: jax.Array,
     counts_B: jax.Array,
     lengths_B: jax.Array,
@@ -64,7 +65,8 @@ def read(
     lengths_B: tokens of the whole prompt, on which rotary positions may depend.
     """
     starts = None if from_start else starts_B
-    hidden_BPD, cache = model.read_next(params, model.embed(params, tokens_BP), starts, cache, lengths_B, rows_B)
+    of_rows = settings.rows_B, settings.adapter_B
+    hidden_BPD, cache = model.read_next(params, model.embed(params, tokens_BP), starts, cache, lengths_B, *of_rows)
     last_B1D = jnp.take_along_axis(hidden_BPD, jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)
     return _whole(model.logits(params, last_B1D)[:, 0]), _cut(cache)
 
@@ -104,7 +106,8 @@ def make(
         made, ended_B, newest_B, cache, counts, sampled = state
         starts_B = jnp.maximum(lengths_B + made - 1, 0)
         x_B1D = model.embed(params, newest_B[:, None])
-        hidden_B1D, cache = model.read_next(params, x_B1D, starts_B, cache, rows_B=settings.rows_B)
+        of_rows = settings.rows_B, settings.adapter_B
+        hidden_B1D, cache = model.read_next(params, x_B1D, starts_B, cache, None, *of_rows)
         logits_BV = _whole(model.logits(params, hidden_B1D)[:, 0])  # XLA cannot cut the likeliest tokens' search
         new = sample(logits_BV, lengths_B + made, settings.values, counts)
         counts = counts.with_token(new.token_B, settings.values.counts_B)

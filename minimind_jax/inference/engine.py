@@ -8,8 +8,8 @@ import dataclasses
 import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -18,10 +18,11 @@ from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.inference.buckets import bucket, round_up
 from minimind_jax.inference.programs import MOST_STEPS, Programs
-from minimind_jax.inference.request import Answer, Constraint, Request, Token
+from minimind_jax.inference.request import Answer, Request, Token
 from minimind_jax.inference.sampling import MAX_BIASES, MAX_TOP, Sampled, SamplingConfig
 from minimind_jax.inference.scheduler import Scheduler, Task
 from minimind_jax.inference.text import AnswerText
+from minimind_jax.model import lora
 from minimind_jax.model.transformer import LanguageModel, Params
 
 Prompt = str | Sequence[int]
@@ -52,7 +53,8 @@ class Engine:
     method.
     slots: answers in the making at once. context: most tokens of a prompt and its answer; the cache is as large from
     the start. When None it is the model's, and the cache grows to what requests need. held: rows more, for prefixes of
-    finished requests. queue: most requests that wait.
+    finished requests. queue: most requests that wait. adapters: low-rank adapters that requests may name (trees of the
+    adapters alone, see `lora.stack`).
 
     Methods are called from one thread. `counts`: requests, prompt_tokens, cached_tokens (of these, that were not
     read anew) and generated_tokens so far.
@@ -70,18 +72,24 @@ class Engine:
         context: int | None = None,
         held: int = 0,
         queue: int | None = None,
+        adapters: Mapping[str, Params] | None = None,
     ):
         if eos_ids is None:
             eos_ids = {*model.config.end_ids, *(tokenizer.end_ids if tokenizer else ())}
         if tokenizer:
             check_vocabulary(tokenizer, model.config)
+        self.adapters, self._stacked = tuple(adapters or ()), {}
+        if adapters:
+            stacked, self._stacked = lora.stack(list(adapters.values()), model.dtype)
+            model = dataclasses.replace(model, adapter=stacked)
         self.model, self.tokenizer = unfused(model, params), tokenizer
         self.eos_ids, self.sampling = tuple(sorted(eos_ids)), sampling
         self.context = min(context or model.config.max_position_embeddings, model.config.max_position_embeddings)
         self.slots, self._grows = slots, context is None
         self.counts: Counter[str] = Counter()
         size = (0, 0) if self._grows else (slots + held, self.context)
-        self._programs = Programs(self.model, params, *size, is_fixed=not self._grows)
+        params = lora.join(params, self._stacked)
+        self._programs = Programs(self.model, params, *size, is_fixed=not self._grows, adapters=self.adapters)
         scaling = model.config.rope_scaling  # with `dynamic` keys depend on the length of their prompt
         reuses = scaling is None or scaling.rope_type != "dynamic"
         self._scheduler = Scheduler(slots, size[0], queue, reuses)
@@ -116,10 +124,10 @@ class Engine:
         return self._programs.params
 
     def load(self, params: Params) -> None:
-        """Answers with other parameters of the same model from now on. Raises ValueError while some are in work."""
+        """Answers with other parameters from now on. Raises ValueError while answers are in work."""
         if self.busy:
             raise ValueError("answers are in work; finish or cancel them before other parameters are loaded")
-        self._programs.load(params)
+        self._programs.load(lora.join(params, self._stacked))
         self._scheduler.forget()
 
     def warm_up(self, report: Callable[[int, int], None] = lambda done, total: None) -> None:
@@ -231,14 +239,13 @@ class Engine:
         if isinstance(failed, UserError):
             raise failed
 
-    def stream(
-        self, prompt: Prompt, sampling: SamplingConfig = DEFAULT, constraint: Constraint | None = None
-    ) -> Iterator[Piece]:
+    def stream(self, prompt: Prompt, sampling: SamplingConfig = DEFAULT, **options: Any) -> Iterator[Piece]:
         """The answer to one prompt, piece by piece: the first after one token, later ones a few tokens each.
 
-        Gives the same tokens as `generate`. Leaving the loop ends the answer. Raises as `generate`.
+        Gives the same tokens as `generate`. Leaving the loop ends the answer. options: of the `Request`. Raises as
+        `generate`.
         """
-        answer = self.submit(Request(tuple(self.encode(prompt)), sampling, constraint=constraint))
+        answer = self.submit(Request(tuple(self.encode(prompt)), sampling, **options))
         try:
             while answer.finish_reason is None:
                 if answer in self.step():
@@ -260,6 +267,9 @@ class Engine:
             )
         if request.sampling.stop and self.tokenizer is None:
             raise UserError("stop strings need a tokenizer, and the model was loaded without one")
+        if request.adapter and request.adapter not in self.adapters:
+            there_are = ", ".join(self.adapters) or "none"
+            raise UserError(f"there is no adapter {request.adapter}; there are {there_are}")
         if outside := [token for token, _ in request.logit_bias if not 0 <= token < vocabulary]:
             raise UserError(f"logit_bias has token id {outside[0]}; the model's ids are 0 to {vocabulary - 1}")
         if len(request.logit_bias) > MAX_BIASES:

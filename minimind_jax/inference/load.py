@@ -1,6 +1,7 @@
 """Models from their folders, ready to compute with."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from minimind_jax.convert.load import folders_of, load_merged, load_tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
+from minimind_jax.inference.adapters import load_adapters
 from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.generation_config import read_generation_config
 from minimind_jax.model.config import ComputeConfig, RopeScaling
@@ -17,18 +19,19 @@ from minimind_jax.model.heads import SCORE
 from minimind_jax.model.transformer import LanguageModel, Params, cast_matrices
 
 
-def load_engine(name: str, dtype: str = "auto", **options: Any) -> Engine:
+def load_engine(name: str, dtype: str = "auto", adapters: Sequence[str] = (), **options: Any) -> Engine:
     """The model in a Hugging Face folder, or the model/ of a run (name or path), with its tokenizer.
 
-    dtype: as of `ComputeConfig`. options: of the `Engine`. Raises UserError: there is no such model, or its files do
-    not fit together.
+    dtype: as of `ComputeConfig`. adapters: see `load_adapters`. options: of the `Engine`. Raises UserError: there is no
+    such model, or its files do not fit together.
     """
     folder = resolve_model_folder(name)
     model, params = load_model(folder, dtype)
     tokenizer = load_tokenizer(folder)
     defaults = read_generation_config(*folders_of(folder))
-    eos_ids = {*defaults.eos_ids, *model.config.end_ids, *tokenizer.end_ids}
-    return Engine(model, params, tokenizer, eos_ids, defaults.sampling, **options)
+    trees, ends = load_adapters(folder, model.config, adapters)
+    eos_ids = {*defaults.eos_ids, *model.config.end_ids, *tokenizer.end_ids, *ends}
+    return Engine(model, params, tokenizer, eos_ids, defaults.sampling, adapters=trees, **options)
 
 
 def load_model(

@@ -46,10 +46,14 @@ OTHER_LIMITS = Limits(4096, 512, (64, 512))
 
 class Programs:
     """rows, length: of the cache, at first. is_fixed: it never grows, and a few programs do for everything; otherwise
-    programs are compiled as they are needed, and rather too large a one is used than another compiled."""
+    programs are compiled as they are needed, and rather too large a one is used than another compiled. adapters: names
+    of those in the parameters, in their order."""
 
-    def __init__(self, model: LanguageModel, params: Params, rows: int, length: int, is_fixed: bool):
+    def __init__(
+        self, model: LanguageModel, params: Params, rows: int, length: int, is_fixed: bool, adapters: Sequence[str] = ()
+    ):
         self.model, self.is_fixed, self._mesh = model, is_fixed, _mesh_of(params)
+        self._adapters = {"": -1, **{name: number for number, name in enumerate(adapters)}}
         self._place = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
         self.limits = LIMITS.get(model.platform, OTHER_LIMITS)
         self.rows, self.length, self._cache = 0, 0, None
@@ -66,7 +70,7 @@ class Programs:
             return
         places = None
         if self._mesh is not None:  # what fsdp cuts would be gathered for each token
-            places = tuple(map(_without_fsdp, jax.tree.leaves(params)))
+            places = tuple(_without_fsdp(leaf, self._place) for leaf in jax.tree.leaves(params))
         self.params = self._run(decode.lay_out, self.model, params, places)
 
     def reserve(self, rows: int, length: int) -> None:
@@ -134,8 +138,8 @@ class Programs:
             starts_B[place], counts_B[place], lengths_B[place] = start, count, len(task.ids)
             tokens_BP[place, :count] = task.ids[start : start + count]
         from_start = self.model.platform != "cpu" and width > 1 and not starts_B.any()
-        rows_B = self._settings_of(tasks, rows).rows_B
-        return self._read(tokens_BP, rows_B, starts_B, counts_B, lengths_B, from_start=from_start)
+        settings = self._settings_of(tasks, rows)
+        return self._read(tokens_BP, settings, starts_B, counts_B, lengths_B, from_start=from_start)
 
     def choose(self, tasks: Sequence[Task], due: Sequence[Task], logits_BV: Array) -> Sampled:
         """The next token of the tasks that are due one, from the logits that `read` gave for `tasks`; one step.
@@ -184,7 +188,7 @@ class Programs:
             report(done - 1, total)
             settings, counts = self._settings_of([], rows), self._counts_of([], rows)
             for from_start in (False,) if self.model.platform == "cpu" or width == 1 else (False, True):
-                work = none((rows, width)), settings.rows_B, none(rows), none(rows), none(rows)
+                work = none((rows, width)), settings, none(rows), none(rows), none(rows)
                 logits_BV = self._read(*work, from_start=from_start)
             if width == 1:
                 self._run(decode.choose, logits_BV, none(rows), settings, counts, self._unused(rows)[1])
@@ -218,14 +222,15 @@ class Programs:
         known, settings = self._settings.get(rows, ([], None))
         if settings is not None and known == list(tasks):
             return settings
-        configs, biases, tops = [GREEDY] * rows, [()] * rows, [0] * rows
+        configs, biases, tops, adapters = [GREEDY] * rows, [()] * rows, [0] * rows, [-1] * rows
         rows_B, ends_BE = np.full(rows, self.rows, np.int32), np.full((rows, ENDS), -1, np.int32)
         for place, task in zip(self.places(tasks, rows), tasks, strict=True):
             request, ends = task.answer.request, task.answer.ends[:ENDS]
             configs[place], biases[place], tops[place] = request.sampling, request.logit_bias, request.top_logprobs
+            adapters[place] = self._adapters[request.adapter]
             rows_B[place], ends_BE[place, : len(ends)] = task.row.number, ends
         values = SamplingValues.of(configs, biases, tops)
-        settings = self._put(decode.Settings(rows_B, values, ends_BE))
+        settings = self._put(decode.Settings(rows_B, values, ends_BE, np.array(adapters, np.int32)))
         self._settings[rows] = list(tasks), settings
         return settings
 
@@ -261,6 +266,9 @@ def _mesh_of(params: Params) -> Mesh | None:
     return sharding.mesh if isinstance(sharding, NamedSharding) and sharding.num_devices > 1 else None
 
 
-def _without_fsdp(leaf: Array) -> NamedSharding:
-    spec = (None if axis == "fsdp" else axis for axis in leaf.sharding.spec)
-    return NamedSharding(leaf.sharding.mesh, PartitionSpec(*spec))
+def _without_fsdp(leaf: Array, whole: NamedSharding) -> NamedSharding:
+    """Where an array lies in generation; `whole` if it is cut over no mesh yet, as adapters of a file are not."""
+    own = leaf.sharding
+    if not isinstance(own, NamedSharding):
+        return whole
+    return NamedSharding(own.mesh, PartitionSpec(*(None if axis == "fsdp" else axis for axis in own.spec)))

@@ -1,4 +1,4 @@
-"""Several adapters over one base: each answers as its merged model does, and switching compiles nothing."""
+"""Several adapters over one base: each answers as its merged model does, beside the others."""
 
 import jax
 import numpy as np
@@ -6,9 +6,9 @@ import pytest
 
 from minimind_jax.convert.peft import StoredAdapter, rank_table
 from minimind_jax.errors import UserError
-from minimind_jax.inference.adapters import switched
 from minimind_jax.inference.decode import make, read
 from minimind_jax.inference.engine import Engine
+from minimind_jax.inference.request import Request
 from minimind_jax.inference.sampling import SamplingConfig
 from minimind_jax.model.config import ComputeConfig, ModelConfig
 from minimind_jax.model.lora import init_adapters, join, merge
@@ -36,21 +36,21 @@ def adapter(params, rank, targets, seed):
     return StoredAdapter("base", {name: ranks for name, ranks in table.items() if any(ranks)}, tree, 0.0, False)
 
 
-def test_adapters_of_any_shape_are_switched():
+def test_adapters_of_any_shape_answer_in_one_batch():
     params = MODEL.init(jax.random.key(0))
     stored = {"all": adapter(params, 4, ("all-linear",), 1), "few": adapter(params, 2, ("q_proj", "down_proj"), 2)}
-    trees = {"off": params, **{name: merge(join(params, each.tree)) for name, each in stored.items()}}
+    trees = {"": params, **{name: merge(join(params, each.tree)) for name, each in stored.items()}}
     expected = {name: Engine(MODEL, tree).generate([[5, 6, 7]], GREEDY)[0] for name, tree in trees.items()}
-    generator = switched(Engine(MODEL, params), stored)
-    assert generator.active == "all"
-    generator.generate([[5, 6, 7]], GREEDY)
-    programs = read._cache_size(), make._cache_size()
-    for name in ("few", "off", "all"):
-        generator.use(name)
-        found = generator.generate([[5, 6, 7]], GREEDY)[0]
-        assert found.ids == expected[name].ids
-        np.testing.assert_allclose(found.logprobs, expected[name].logprobs, atol=1e-4)
+    engine = Engine(MODEL, params, adapters={name: each.tree for name, each in stored.items()})
+    names = ["all", "", "few", "all"]
+    for asked in (names, names[::-1]):
+        answers = engine.answers(Request((5, 6, 7), GREEDY, adapter=name) for name in asked)
+        for name, answer in zip(asked, answers, strict=True):
+            assert answer.ids == expected[name].ids
+            np.testing.assert_allclose(answer.logprobs, expected[name].logprobs, atol=1e-4)
+        programs = read._cache_size(), make._cache_size()
+        names = [*names, "few"][:4]
     assert (read._cache_size(), make._cache_size()) == programs
     assert len({tuple(each.ids) for each in expected.values()}) == 3
-    with pytest.raises(UserError, match="there is no adapter other; there are off, all, few"):
-        generator.use("other")
+    with pytest.raises(UserError, match="there is no adapter other; there are all, few"):
+        engine.submit(Request((5,), GREEDY, adapter="other"))

@@ -145,7 +145,7 @@ class Multiples:
     """Only multiples of a number, and so many of them."""
 
     def __init__(self, of, count):
-        self.of, self.left, self.asked = of, count, 0
+        self.of, self.left, self.asked, self.cut = of, count, 0, False
 
     def mask(self):
         self.asked += 1

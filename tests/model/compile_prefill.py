@@ -53,11 +53,11 @@ def compile_case(platform: Platform, devices: list, sizes: dict, length: int, mo
     model = unfused(model, params)
     params["layers"] = tuple(jax.tree.map(functools.partial(layer_of, mesh), params["layers"]) for _ in range(LAYERS))
     values = SamplingValues.of([SamplingConfig(temperature=0.0)] * ROWS)
-    settings = jax.tree.map(argument, Settings(jnp.arange(ROWS), values, jnp.full((ROWS, 1), 2)))
+    settings = jax.tree.map(argument, Settings(jnp.arange(ROWS), values, jnp.full((ROWS, 1), 2), jnp.full(ROWS, -1)))
     tokens, row = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole) for shape in ((ROWS, length), (ROWS,)))
     cache = jax.tree.map(argument, jax.eval_shape(lambda: model.new_cache(ROWS, length + 128)))
     with jax.set_mesh(mesh) if sizes else contextlib.nullcontext():
-        reading = read.lower(model, params, cache, tokens, row, row, row, row, from_start=True).compile()
+        reading = read.lower(model, params, cache, tokens, settings, row, row, row, from_start=True).compile()
         if sizes:
             counts = jax.tree.map(argument, Counts.none(ROWS, model.config.vocab_size))
             work = row, row, settings, counts, jnp.int32(8)

@@ -18,7 +18,6 @@ from minimind_jax.convert.load import from_hf, merge_lora
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.tokenizer import train_bpe
 from minimind_jax.errors import UserError
-from minimind_jax.inference.adapters import load_switched
 from minimind_jax.inference.load import load_engine
 from minimind_jax.runs.parts import load_tokenizer
 from minimind_jax.stages import start
@@ -93,7 +92,7 @@ def test_an_adapter_ends_its_answers_and_merges_in_the_base_s_precision(make, fo
     )  # fmt: skip
     run = start(config)
     assert_ends_twice(run / "model")
-    assert load_switched(str(half), [str(run)]).eos_ids == (0, 2)
+    assert load_engine(str(half), adapters=[str(run)]).eos_ids == (0, 2)
     merge_lora(run / "model", tmp_path / "merged")
     assert_ends_twice(tmp_path / "merged")
     assert read(tmp_path / "merged", "config.json")["eos_token_id"] == [2, 0]
@@ -105,7 +104,7 @@ def test_an_adapter_ends_its_answers_and_merges_in_the_base_s_precision(make, fo
     for meets in (
         lambda: merge_lora(run / "model", tmp_path / "no"),
         lambda: load_engine(str(run)),
-        lambda: load_switched(str(half), [str(run)]),
+        lambda: load_engine(str(half), adapters=[str(run)]),
     ):
         with pytest.raises(UserError, match=r"has other words than the model .*half was trained with"):
             meets()
