@@ -61,7 +61,7 @@ def test_commands_and_their_keys_exist(file, capsys):
 
 def test_what_the_demo_says_to_type_next_exists(capsys):
     found = commands(report_text(["fact"], [("question", "before", "after")], 60.0))
-    assert [words[0] for words in found] == ["chat", "pipeline"]
+    assert [words[0] for words in found] == ["chat", "serve", "pipeline"]
     for words in found:
         check(words, capsys)
 

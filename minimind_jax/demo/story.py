@@ -145,6 +145,10 @@ Talk with it:
 
     {command("chat", "--model", FOLDER / "model", "--temperature", 0)}
 
+or in a browser, which `make chat` does as well:
+
+    {command("serve", "--model", FOLDER / "model", "--web", "--open")}
+
 Train on your own files (the records are described in docs/data.md):
 
     {command("pipeline", "--config", "quickstart", "--name", "mine", *MINE)}
