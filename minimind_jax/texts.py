@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,11 @@ def read_object(path: Path, mend: str = "put back a whole copy of it") -> dict[s
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}; {mend}")
     return values
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """As it is read best, with "\\n" at its line ends."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="")
 
 
 def listed(names: Sequence[str], most: int = 8) -> str:

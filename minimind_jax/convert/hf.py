@@ -18,14 +18,14 @@ from minimind_jax.convert.hf_weights import (
     read_safetensors,
     write_safetensors,
 )
-from minimind_jax.convert.replace import replacing, write_json
+from minimind_jax.convert.replace import replacing
 from minimind_jax.convert.torch_file import read_torch
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import ModelConfig, union_of_ids
 from minimind_jax.model.transformer import Params
 from minimind_jax.paths import as_path, local_folder
-from minimind_jax.texts import is_there, read_object
+from minimind_jax.texts import is_there, read_object, write_json
 
 MAX_SHARD_BYTES = 5e9
 

@@ -19,12 +19,11 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from minimind_jax.convert.replace import write_json
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.heads import SCORE
 from minimind_jax.model.transformer import LanguageModel, Params
-from minimind_jax.texts import listed, read_object
+from minimind_jax.texts import listed, read_object, write_json
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

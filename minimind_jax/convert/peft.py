@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from minimind_jax.convert.hf_weights import StoredTensor, read_safetensors_file
-from minimind_jax.convert.replace import replacing, write_json
+from minimind_jax.convert.replace import replacing
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import ADAPTER_CONFIG
@@ -22,7 +22,7 @@ from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.lora import LEAVES, PROJECTIONS, Params, RankTable, scale_of
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.paths import absolute, as_path, local_folder
-from minimind_jax.texts import read_object
+from minimind_jax.texts import read_object, write_json
 
 WEIGHTS = "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"
@@ -125,7 +125,6 @@ def save_peft(
     tokenizer: Tokenizer | None = None,
     dropout: float = 0.0,
     rslora: bool = False,
-    task: str = "CAUSAL_LM",
     generation_config: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes the adapters in `params`, in float32; an older model there is replaced only when this is complete.
@@ -144,7 +143,7 @@ def save_peft(
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     config = {
         "peft_type": "LORA",
-        "task_type": task,
+        "task_type": "CAUSAL_LM",
         "base_model_name_or_path": named,
         "revision": revision,
         "r": rank,

@@ -2,12 +2,11 @@
 stays."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +226,3 @@ def _uploading(folder: Path) -> Iterator[Path]:
 def _mark_in(staged: Path) -> str:
     """The file that makes a folder a model's."""
     return next(mark for mark in reversed(MARKS) if (staged / mark).exists())
-
-
-def write_json(path: Path, values: Mapping[str, Any]):
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -234,7 +234,7 @@ def _build(folder, files, encoder, tokenizer, source, asked_workers, progress) -
     return _open_cache(folder)
 
 
-class _CacheWriter:
+class _CacheWriter(contextlib.AbstractContextManager):
     """Appends chunks to the files of a cache. info: what is in them so far."""
 
     def __init__(self, folder: Path, kind: KindName, tokenizer: Tokenizer):
@@ -252,9 +252,6 @@ class _CacheWriter:
         self._types = {name: dtype for name, (_, dtype) in _layout(self.info).items()}
         self._files = {name: open(folder / f"{name}.bin", "wb") for name in self._types}
         self._append({"offsets": np.zeros(1), "turn_offsets": np.zeros(1)})
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *exception):
         self.info["told"] = told_lines(self._told)

@@ -26,7 +26,7 @@ from minimind_jax.errors import TemplateFault, UserError
 from minimind_jax.folders import tokenizer_folder
 from minimind_jax.hub import fetch, is_hub_name
 from minimind_jax.paths import as_path, local_folder
-from minimind_jax.texts import is_there, read_object, read_text
+from minimind_jax.texts import is_there, read_object, read_text, write_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -302,7 +302,7 @@ class Tokenizer:
         config = {**config, "chat_template": self.chat_template}
         config.setdefault("model_input_names", ["input_ids", "attention_mask"])
         if config != found:
-            _write_json(config_file, config)
+            write_json(config_file, config)
         (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8", newline="")
 
 
@@ -349,10 +349,10 @@ def train_bpe(
     content = json.loads(backend.to_str())
     for token in content["added_tokens"]:  # the trainer marks every reserved token as special
         token["special"] = token["content"] in SPECIAL_TOKENS
-    _write_json(folder / "tokenizer.json", content)
+    write_json(folder / "tokenizer.json", content)
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    _write_json(folder / "tokenizer_config.json", tokenizer_config(backend, names))
+    write_json(folder / "tokenizer_config.json", tokenizer_config(backend, names))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8", newline="")
     return Tokenizer.load(folder)
 
@@ -407,7 +407,3 @@ def _read_template(folder: Path, config: dict[str, Any]) -> str | None:
 
 def _read_json(file: Path) -> dict[str, Any]:
     return read_object(file) if is_there(file) else {}
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8", newline="")

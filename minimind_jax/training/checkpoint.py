@@ -46,7 +46,7 @@ def superseded(steps: Sequence[int], newest: int, best: Best | None) -> list[int
     return [step for step in steps if step not in preserved]
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of one run. All processes of a run call the same methods in the same order.
 
     folder: created if needed; what a killed save left behind there is removed. keep: newest checkpoints kept. best: of
@@ -65,9 +65,6 @@ class Checkpoints:
         self._background = ThreadPoolExecutor(1)
         self._pending: Future | None = None
         self._failed = False
-
-    def __enter__(self) -> "Checkpoints":
-        return self
 
     def __exit__(self, kind, error, traceback) -> None:
         try:

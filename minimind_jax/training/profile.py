@@ -1,5 +1,6 @@
 """A trace of some steps, for Perfetto (perfetto_trace.json.gz) and XProf or TensorBoard (the folder)."""
 
+import contextlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from minimind_jax.paths import is_remote
 from minimind_jax.training.run import RunFolder
 
 
-class Profiler:
+class Profiler(contextlib.AbstractContextManager):
     """Traces `training.profile_steps` steps, the first being `training.profile_start` steps after `start_step`.
 
     The trace goes to run.path/profile, or a temporary folder when the run is in an object store.
@@ -28,9 +29,6 @@ class Profiler:
         self._run, self._say = run, say
         self._folder: Path | None = None
         self._was_reached = self._last < self._first
-
-    def __enter__(self) -> "Profiler":
-        return self
 
     def __exit__(self, *_) -> None:
         if self._folder is not None:

@@ -79,7 +79,7 @@ def is_exported(run: RunFolder) -> bool:
     return bool(rows) and "exported" in rows[-1] and holds_model(run.model)
 
 
-class MetricsWriter:
+class MetricsWriter(contextlib.AbstractContextManager):
     """Appends rows to the run's metrics.jsonl and to the chosen loggers.
 
     start_step: the checkpoint's step the run goes on from, 0 at its start; rows of later steps are removed first, and
@@ -109,9 +109,6 @@ class MetricsWriter:
         # Line by line onto a disk; into an object store now and then, and at `sync`.
         is_object = is_remote(self.path)
         self._file = GrowingObject(self.path, text) if is_object else self.path.open("a", encoding="utf-8", buffering=1)
-
-    def __enter__(self) -> "MetricsWriter":
-        return self
 
     def __exit__(self, *_) -> None:
         if self._file is not None:
