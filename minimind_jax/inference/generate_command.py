@@ -78,7 +78,7 @@ def _print_answers(engine: Engine, config: GenerateConfig) -> None:
         sampling = config.resolve(engine.sampling)
         count = min(sampling.max_new_tokens, engine.room(len(requests[0].ids)))
         bound = binder(engine, config)(requests[0], count)
-        answer = engine.stream(requests[0].ids, dataclasses.replace(sampling, max_new_tokens=count), bound)
+        answer = engine.stream(requests[0].ids, dataclasses.replace(sampling, max_new_tokens=count), constraint=bound)
         for piece in first_awaited(answer, "compiling"):
             print(piece.text, end="", flush=True)
         print()
