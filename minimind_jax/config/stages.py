@@ -5,25 +5,8 @@
 import dataclasses
 from typing import Any, ClassVar, Literal, NamedTuple
 
+from minimind_jax.config import sections
 from minimind_jax.config.fields import ABOVE_0, BELOW_1, INT64, SHARE, Rule, Settings, at_least, setting
-from minimind_jax.config.sections import (
-    CheckpointConfig,
-    DataConfig,
-    DType,
-    FilesConfig,
-    LoopConfig,
-    LoRAConfig,
-    MeshConfig,
-    ModelSettings,
-    OptimizerConfig,
-    PairsConfig,
-    ReadingConfig,
-    SampleConfig,
-    TextConfig,
-    TrackingConfig,
-    TrainingConfig,
-    WritingLoopConfig,
-)
 from minimind_jax.model.config import ComputeConfig
 
 REFERENCE_FREE = ("simpo", "orpo")
@@ -88,16 +71,16 @@ class RunConfig(Settings):
     tokenizer: str = setting("", names="tokenizer")
     seed: int = setting(42, must=INT64)
     resume: Literal["auto", "must", "never"] = "auto"
-    export_dtype: DType = "bfloat16"
-    model: ModelSettings = ModelSettings()
-    data: FilesConfig = FilesConfig()
-    training: LoopConfig = LoopConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    lora: LoRAConfig = LoRAConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    mesh: MeshConfig = MeshConfig()
+    export_dtype: sections.DType = "bfloat16"
+    model: sections.ModelSettings = sections.ModelSettings()
+    data: sections.FilesConfig = sections.FilesConfig()
+    training: sections.LoopConfig = sections.LoopConfig()
+    optimizer: sections.OptimizerConfig = sections.OptimizerConfig()
+    lora: sections.LoRAConfig = sections.LoRAConfig()
+    checkpoint: sections.CheckpointConfig = sections.CheckpointConfig()
+    mesh: sections.MeshConfig = sections.MeshConfig()
     compute: ComputeConfig = ComputeConfig()
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: sections.TrackingConfig = sections.TrackingConfig()
 
     def __post_init__(self):
         super().__post_init__()
@@ -134,8 +117,8 @@ class RunConfig(Settings):
 class WriterConfig(RunConfig):
     """What the stages have whose models write text."""
 
-    training: WritingLoopConfig = WritingLoopConfig()
-    samples: SampleConfig = SampleConfig()
+    training: sections.WritingLoopConfig = sections.WritingLoopConfig()
+    samples: sections.SampleConfig = sections.SampleConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +128,8 @@ class PretrainConfig(WriterConfig):
     FIGURES = Figures(81920, 2, 5e-4, few_rate=2e-4, lora_rate=5e-4, val_fraction=0.001, most_epochs=10)
 
     run: str = "pretrain"
-    data: TextConfig = TextConfig()
-    training: TrainingConfig = TrainingConfig()
+    data: sections.TextConfig = sections.TextConfig()
+    training: sections.TrainingConfig = sections.TrainingConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,8 +143,8 @@ class SFTConfig(WriterConfig):
 
     run: str = "sft"
     init_from: str = "pretrain"
-    data: DataConfig = DataConfig(packing="best_fit", seq_len=768)
-    training: TrainingConfig = TrainingConfig()
+    data: sections.DataConfig = sections.DataConfig(packing="best_fit", seq_len=768)
+    training: sections.TrainingConfig = sections.TrainingConfig()
 
     @property
     def figures(self) -> Figures:
@@ -169,7 +152,7 @@ class SFTConfig(WriterConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerConfig(ReadingConfig):
+class TokenizerConfig(sections.ReadingConfig):
     """Training of a byte-level BPE tokenizer with MiniMind's 36 reserved tokens.
 
     data: files, folders or globs of texts, conversations or pairs.
@@ -235,7 +218,7 @@ class DPOConfig(WriterConfig):
     run: str = "dpo"
     init_from: str = "sft"
     preference: PreferenceConfig = PreferenceConfig()
-    data: PairsConfig = PairsConfig(seq_len=2048, system_prompt_probability=0.0)
+    data: sections.PairsConfig = sections.PairsConfig(seq_len=2048, system_prompt_probability=0.0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -259,9 +242,9 @@ class RewardConfig(RunConfig):
 
     run: str = "reward"
     init_from: str = "sft"
-    export_dtype: DType = "float32"
+    export_dtype: sections.DType = "float32"
     centring: float = setting(0.01, must=at_least(0))
-    data: PairsConfig = PairsConfig(seq_len=2048, system_prompt_probability=0.0)
+    data: sections.PairsConfig = sections.PairsConfig(seq_len=2048, system_prompt_probability=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,10 +275,10 @@ class ClassifyConfig(RunConfig):
 
     run: str = "classifier"
     init_from: str = "pretrain"
-    export_dtype: DType = "float32"
+    export_dtype: sections.DType = "float32"
     classify: LabelConfig = LabelConfig()
-    data: FilesConfig = FilesConfig(seq_len=256)
-    optimizer: OptimizerConfig = OptimizerConfig(schedule="linear", final_fraction=0.0)
+    data: sections.FilesConfig = sections.FilesConfig(seq_len=256)
+    optimizer: sections.OptimizerConfig = sections.OptimizerConfig(schedule="linear", final_fraction=0.0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -346,4 +329,4 @@ class DistillConfig(WriterConfig):
     run: str = "distill"
     init_from: str = "sft"
     teacher: TeacherConfig = TeacherConfig()
-    data: DataConfig = DataConfig(packing="best_fit", seq_len=768)
+    data: sections.DataConfig = sections.DataConfig(packing="best_fit", seq_len=768)

@@ -9,15 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minimind_jax.convert import hf_weights
 from minimind_jax.convert.hf_config import from_hf_config, head_config, read_labels, to_generation_config, to_hf_config
-from minimind_jax.convert.hf_weights import (
-    StoredTensor,
-    hf_tensors,
-    matching_tensors,
-    read_params,
-    read_safetensors,
-    write_safetensors,
-)
 from minimind_jax.convert.replace import replacing
 from minimind_jax.convert.torch_file import read_torch
 from minimind_jax.data.tokenizer import Tokenizer
@@ -73,7 +66,7 @@ def save_hf(
         if tokenizer is not None:
             tokenizer.save(partial)
             _fit_tokenizer_config(partial / "tokenizer_config.json", config.max_position_embeddings, labels)
-        write_safetensors(partial, hf_tensors(config, params), dtype, max_shard_bytes)
+        hf_weights.write_safetensors(partial, hf_weights.hf_tensors(config, params), dtype, max_shard_bytes)
     return folder
 
 
@@ -86,22 +79,22 @@ def load_hf(folder: str | Path) -> tuple[ModelConfig, Params]:
     not those of its configuration.
     """
     config, tensors = open_hf(folder)
-    return config, read_params(config, tensors)
+    return config, hf_weights.read_params(config, tensors)
 
 
-def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:
+def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, hf_weights.StoredTensor]]:
     """`load_hf` for what takes one tensor after another: under the names of `hf_tensors`, read when it is needed."""
     place = local_folder(as_path(folder))
     config = read_hf_config(place)
     if any((place / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
-        stored = read_safetensors(place)
+        stored = hf_weights.read_safetensors(place)
     elif (place / "pytorch_model.bin").exists():  # how MiniMind writes its own architecture
         stored = read_torch(place / "pytorch_model.bin")
     else:
         raise UserError(
             f"{place}: neither model.safetensors, model.safetensors.index.json nor pytorch_model.bin is there"
         )
-    return config, matching_tensors(config, stored, str(folder))
+    return config, hf_weights.matching_tensors(config, stored, str(folder))
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:

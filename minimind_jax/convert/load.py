@@ -8,15 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from minimind_jax.convert.hf import (
-    MAX_SHARD_BYTES,
-    load_hf,
-    load_labels,
-    open_hf,
-    read_hf_config,
-    save_hf,
-    stored_dtype,
-)
+from minimind_jax.convert import hf
 from minimind_jax.convert.hf_weights import StoredTensor, read_params
 from minimind_jax.convert.peft import load_peft, low_rank_pairs, read_adapter_config
 from minimind_jax.data.tokenizer import Tokenizer
@@ -31,7 +23,7 @@ from minimind_jax.texts import is_there, read_object
 
 def read_config(folder: str | Path, base: str = "") -> ModelConfig:
     """The configuration of the model in a folder, or of the base model of the adapter in it (see `base_folder`)."""
-    return read_hf_config(folders_of(as_path(folder), base)[-1])
+    return hf.read_hf_config(folders_of(as_path(folder), base)[-1])
 
 
 def load_merged(folder: str | Path, base: str = "") -> tuple[ModelConfig, Params]:
@@ -44,8 +36,8 @@ def open_merged(folder: str | Path, base: str = "") -> tuple[ModelConfig, dict[s
     """`load_merged` for what takes one tensor after another (see `open_hf`): each is merged when it is read."""
     folder = as_path(folder)
     if not is_adapter(folder):
-        return open_hf(folder)
-    config, stored = open_hf(base_folder(folder, base))
+        return hf.open_hf(folder)
+    config, stored = hf.open_hf(base_folder(folder, base))
     adapter = load_peft(folder, config)
     for module, a, b, scale in low_rank_pairs(adapter.tree, adapter.table):
         kernel = stored[f"{module}.weight"]
@@ -131,7 +123,7 @@ def from_hf(
     output: str | Path,
     dtype: str | None = None,
     tokenizer: str | Path | None = None,
-    max_shard_bytes: float = MAX_SHARD_BYTES,
+    max_shard_bytes: float = hf.MAX_SHARD_BYTES,
 ) -> ModelConfig:
     """Checks a Hugging Face folder and writes it anew in the form that every reader takes.
 
@@ -144,12 +136,12 @@ def from_hf(
     source = local_folder(source)
     if is_adapter(source):
         raise UserError(f"{source} is an adapter; minimind convert merge-lora makes a whole model of it")
-    config, params = load_hf(source)
+    config, params = hf.load_hf(source)
     words = load_tokenizer(source, tokenizer)
     config = dataclasses.replace(config, eos_token_id=union_of_ids(config.eos_token_id, words.eos_id))
-    save_hf(
-        output, config, params, words, dtype or stored_dtype(source), max_shard_bytes,
-        generation_config=load_generation_settings(source), labels=load_labels(source),
+    hf.save_hf(
+        output, config, params, words, dtype or hf.stored_dtype(source), max_shard_bytes,
+        generation_config=load_generation_settings(source), labels=hf.load_labels(source),
     )  # fmt: skip
     return config
 
@@ -159,7 +151,7 @@ def merge_lora(
     output: str | Path,
     base: str = "",
     dtype: str | None = None,
-    max_shard_bytes: float = MAX_SHARD_BYTES,
+    max_shard_bytes: float = hf.MAX_SHARD_BYTES,
 ) -> ModelConfig:
     """Writes an adapter and its base model as one Hugging Face folder.
 
@@ -176,8 +168,8 @@ def merge_lora(
     config, params = load_merged(folder, base)
     tokenizer = load_tokenizer(folder, base=base)
     config = dataclasses.replace(config, eos_token_id=union_of_ids(tokenizer.end_ids, config.eos_token_id))
-    save_hf(
-        output, config, params, tokenizer, dtype or stored_dtype(whole), max_shard_bytes,
+    hf.save_hf(
+        output, config, params, tokenizer, dtype or hf.stored_dtype(whole), max_shard_bytes,
         generation_config=load_generation_settings(folder, base),
     )  # fmt: skip
     return config

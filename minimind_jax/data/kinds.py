@@ -8,15 +8,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
-from minimind_jax.data.documents import (
-    Document,
-    begun,
-    checked_conversation,
-    checked_preference,
-    encode_labelled,
-    encode_prompt,
-    encode_text,
-)
+from minimind_jax.data import documents
 from minimind_jax.data.formats import read_record, read_text
 from minimind_jax.data.jsonl import READING, Reading, Record
 from minimind_jax.data.labels import Classes, parse_labelled
@@ -113,7 +105,7 @@ class Kind:
     noun: str
     parse: Callable[[Record, Wanted], Any]
     as_record: Callable[[Any], dict[str, Any]]
-    encode: Callable[[Tokenizer, Any, Roll, Callable[[str], None]], Document]
+    encode: Callable[[Tokenizer, Any, Roll, Callable[[str], None]], documents.Document]
     packings: tuple[str, ...]
     why_no_row: str
     rendered: bool = False
@@ -126,7 +118,7 @@ class Kind:
 
 
 def _asked(tokenizer: Tokenizer, question: str) -> list[int]:
-    return encode_prompt(tokenizer, [{"role": "user", "content": question}])
+    return documents.encode_prompt(tokenizer, [{"role": "user", "content": question}])
 
 
 KINDS: dict[KindName, Kind] = {
@@ -134,19 +126,19 @@ KINDS: dict[KindName, Kind] = {
         noun="documents",
         parse=lambda record, wanted: parse_text(record, wanted.flag, wanted.reading),
         as_record=lambda text: {"text": text},
-        encode=lambda tokenizer, text, roll, tell: encode_text(tokenizer, text),
+        encode=lambda tokenizer, text, roll, tell: documents.encode_text(tokenizer, text),
         packings=("concat", "best_fit", "pad"),
         why_no_row="no document has two tokens",
         cut_freely=True,
         words=str,
         question=beginning,
-        prompt=lambda tokenizer, text: begun(tokenizer, tokenizer.encode(text)),
+        prompt=lambda tokenizer, text: documents.begun(tokenizer, tokenizer.encode(text)),
     ),
     "conversation": Kind(
         noun="conversations",
         parse=lambda record, wanted: parse_conversation(record, reading=wanted.reading),
         as_record=lambda talk: talk.as_record(),
-        encode=checked_conversation,
+        encode=documents.checked_conversation,
         packings=("concat", "best_fit", "pad"),
         why_no_row="no answer lies within a row",
         rendered=True,
@@ -159,7 +151,7 @@ KINDS: dict[KindName, Kind] = {
         noun="pairs",
         parse=lambda record, wanted: parse_preference(record, wanted.reading),
         as_record=lambda pair: pair.as_record(),
-        encode=checked_preference,
+        encode=documents.checked_preference,
         packings=("pairs",),
         why_no_row="their answers leave no room for a prompt in a row",
         rendered=True,
@@ -172,7 +164,7 @@ KINDS: dict[KindName, Kind] = {
         noun="texts",
         parse=lambda record, wanted: parse_labelled(record, wanted.classes),
         as_record=lambda text: text.as_record(),
-        encode=lambda tokenizer, text, roll, tell: encode_labelled(tokenizer, text),
+        encode=lambda tokenizer, text, roll, tell: documents.encode_labelled(tokenizer, text),
         packings=("heads",),
         why_no_row="no answer lies within a row",
         has_values=True,

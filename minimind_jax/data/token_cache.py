@@ -25,15 +25,7 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from minimind_jax.config.sections import FilesConfig
-from minimind_jax.data.cache_folder import (
-    FORMAT_VERSION,
-    cache_root,
-    file_identities,
-    lock_file,
-    open_in_use,
-    rendering,
-    stored_caches,
-)
+from minimind_jax.data import cache_folder
 from minimind_jax.data.formats import VERSION as FORMATS_VERSION
 from minimind_jax.data.jsonl import expand_paths, reading_of, tell_left_out, told_lines
 from minimind_jax.data.kinds import KINDS, KindName
@@ -136,13 +128,13 @@ def build_cache(
     encoder = Encoder(
         kind, str(tokenizer.folder), _dice(kind, data, seed, epoch), data.on_error == "skip", classes, reading_of(data)
     )
-    source = _source(files, encoder, tokenizer, cache_root(data))
+    source = _source(files, encoder, tokenizer, cache_folder.cache_root(data))
     key = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:32]
-    folder = cache_root(data) / key
+    folder = cache_folder.cache_root(data) / key
     with _explained_disk_errors(folder):
         if (cache := _open_cache(folder)) is None:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(lock_file(folder)):
+            with filelock.FileLock(cache_folder.lock_file(folder)):
                 if (cache := _open_cache(folder)) is None:  # another process may have made it meanwhile
                     cache = _build(folder, files, encoder, tokenizer, source, data.tokenizer_workers, progress)
                     if progress:
@@ -169,11 +161,11 @@ def _dice(kind: KindName, data: FilesConfig, seed: int, epoch: int) -> Dice | No
 
 def _source(files: list[Path], encoder: "Encoder", tokenizer: Tokenizer, root: Path) -> dict[str, Any]:
     return {
-        "format": FORMAT_VERSION,
+        "format": cache_folder.FORMAT_VERSION,
         "kind": encoder.kind,
-        "files": file_identities(files, root),
+        "files": cache_folder.file_identities(files, root),
         "tokenizer": tokenizer.fingerprint,
-        "rendering": rendering(encoder.kind),
+        "rendering": cache_folder.rendering(encoder.kind),
         "formats": FORMATS_VERSION,
         "reading": dataclasses.asdict(encoder.reading),
         "dice": encoder.dice and dataclasses.asdict(encoder.dice),
@@ -212,7 +204,7 @@ def _build(folder, files, encoder, tokenizer, source, asked_workers, progress) -
             workers = process_count(asked_workers, total)
             for chunk in encode_all(encoder, read_chunks(files, advance, encoder.reading), workers):
                 writer.add(chunk)
-        if file_identities(files, folder.parent) != source["files"]:
+        if cache_folder.file_identities(files, folder.parent) != source["files"]:
             raise UserError("a data file changed while it was being tokenised; run again when it is complete")
         info = writer.info
         if not info["documents"]:
@@ -281,7 +273,7 @@ class _CacheWriter(contextlib.AbstractContextManager):
 def _open_cache(folder: Path) -> TokenCache | None:
     """The cache in a folder, or None if there is no whole one."""
     try:
-        in_use = open_in_use(folder / "info.json")
+        in_use = cache_folder.open_in_use(folder / "info.json")
         info = json.loads(in_use.read())
         arrays = {name: _map(folder / f"{name}.bin", *numbers) for name, numbers in _layout(info).items()}
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, KeyError):
@@ -333,7 +325,7 @@ def _report_told(folder: Path, lines: tuple[str, ...]) -> None:
 def _report_stale(cache: TokenCache, data: FilesConfig) -> None:
     """Says how much space earlier states of these files take, which nothing removes by itself."""
     files = {path for path, *_ in cache.info["source"]["files"]}
-    earlier = [c for c in stored_caches(cache.folder.parent) if c.stale and files & set(c.files)]
+    earlier = [c for c in cache_folder.stored_caches(cache.folder.parent) if c.stale and files & set(c.files)]
     if earlier:
         noun = "cache" if len(earlier) == 1 else "caches"
         option = f" --cache_dir {data.cache_dir}" if data.cache_dir else ""

@@ -16,11 +16,12 @@ import pytest
 
 from minimind_jax.config.sections import DataConfig
 from minimind_jax.data import cache_folder, template
+from minimind_jax.data.cache_folder import cache_root
 from minimind_jax.data.documents import encode_conversation, encode_text
 from minimind_jax.data.jsonl import iter_records
 from minimind_jax.data.kinds import parse_conversation
 from minimind_jax.data.template import Dice
-from minimind_jax.data.token_cache import build_cache, cache_root
+from minimind_jax.data.token_cache import build_cache
 from minimind_jax.data.tokenizer import Tokenizer, train_bpe
 from minimind_jax.errors import UserError
 
