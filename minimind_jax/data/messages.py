@@ -14,24 +14,13 @@ from minimind_jax.data.values import Place, checked_text, decode_json, field_nam
 from minimind_jax.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
+CALLING_ROLES = ("function_call", "tool_call")  # whose text is the JSON of the call
 OTHER_ROLES = {
     "developer": "system",
-    "human": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "observation": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-    "ipython": "tool",
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", *CALLING_ROLES), "assistant"),
+    **dict.fromkeys(("observation", "function", "function_response", "tool_response", "ipython"), "tool"),
 }
-CALLING_ROLES = ("function_call", "tool_call")  # whose text is the JSON of the call
 CONTENT = ("content", "value", "text")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 SWITCHES = ("train", "training", "loss")  # whether a message is trained; weight says it with a number

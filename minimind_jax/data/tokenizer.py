@@ -29,13 +29,8 @@ from minimind_jax.paths import as_path, local_folder
 from minimind_jax.texts import is_there, read_object, read_text, write_json
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt"),
 )
 
 # MiniMind's 36 reserved tokens in the order of their ids; the first 21 are special, the rest survive decoding.
