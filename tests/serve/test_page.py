@@ -19,7 +19,7 @@ from tests.serve.conftest import TEXTS, running
 from tests.serve.page_helpers import Process, Prompter, chromium, free_port, opened, sync_api, talk_of
 
 expect = sync_api.expect
-CONTEXT = 2048
+CONTEXT, LONG_CONTEXT = 2048, 16384
 
 THINKING = "The user greets.\n</think>\n\nHello **you**."
 CALL = '<tool_call>\n{"name": "calculate_math", "arguments": {"expression": "256*37"}}\n</tool_call>'
@@ -44,7 +44,7 @@ def talker(compilation_cache, tmp_path_factory):
     words = train_bpe(TEXTS * 3, tmp_path_factory.mktemp("words"), vocab_size=360)
     config = ModelConfig(
         vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=CONTEXT,
+        num_key_value_heads=1, max_position_embeddings=LONG_CONTEXT,
     )  # fmt: skip
     params = LanguageModel(config).init(jax.random.key(3))
     return save_hf(tmp_path_factory.mktemp("models") / "talker", config, params, words, "float32")
@@ -52,7 +52,7 @@ def talker(compilation_cache, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def serving(talker):
-    settings = {"model": (str(talker),), "web": True, "tools": ("calculator",), "slots": 2}
+    settings = {"model": (str(talker),), "web": True, "tools": ("calculator",), "slots": 2, "context": CONTEXT}
     with Toolbox(settings["tools"]) as tools, running((), tools, **settings) as server:
         yield server, Prompter(server)
 
@@ -92,6 +92,15 @@ def sent_by(page):
     sent = []
     page.on("request", lambda request: sent.append(request.post_data_json) if "completions" in request.url else None)
     return sent
+
+
+def unending(page):
+    """The model's answers go on until the context is full."""
+
+    def pass_on(route):
+        route.continue_(post_data=json.dumps({**json.loads(route.request.post_data), "ignore_eos": True}))
+
+    page.route("**/v1/chat/completions", pass_on)
 
 
 def stream(page, text, size=2000):
@@ -409,6 +418,7 @@ def test_key_and_a_server_that_is_killed(browser, talker, request):
         page.fill("#question-input", "key of mine")
         page.click("#question-ok")
         expect(page.locator("#model option")).to_have_count(1)
+        unending(page)
         ask(page, "say much")
         expect(page.locator(".answer .markdown")).not_to_be_empty()
         server.kill()
@@ -417,6 +427,7 @@ def test_key_and_a_server_that_is_killed(browser, talker, request):
         kept = talk_of(page)
         ask(page, "still there?")
         expect(page.locator(".fault.box")).to_contain_text("minimind serve")
+        page.unroute_all()
         start(port)
         page.get_by_role("button", name="Try again").click()
         answered(page, 2)
