@@ -119,7 +119,13 @@ class Call(NamedTuple):
     error: str = ""
 
 
-_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|(?=<tool_call>)|\Z)", re.DOTALL)
+_STRING = r'"(?:[^"\\\n]|\\.)*"'  # of JSON: what it holds is no tag
+_CALL = re.compile(rf"<tool_call>((?:{_STRING}|.)*?)(?:</tool_call>|(?=<tool_call>)|\Z)", re.DOTALL)
+
+
+def ends_in_string(text: str) -> bool:
+    """Whether the JSON that `text` begins is inside a string where it ends."""
+    return '"' in re.sub(_STRING, "", text.rpartition("\n")[2])
 
 
 def parse_calls(answer: str) -> tuple[str, list[Call]]:

@@ -123,7 +123,8 @@ class GrammarConstraint:
     Near its limit an answer is steered to its end: strings, lists and objects are closed, thinking ends, and no call
     begins that there is no room for. Words that may end anywhere are let be.
 
-    cut: it was ended so, or the grammar could not be followed any further, for which `fault` has the reason.
+    cut: it was ended so, or the grammar could not be followed any further, for which `fault` has the reason. notes:
+    what the grammar leaves out of its form.
     """
 
     def __init__(self, matcher: Any, steps: "_Steps", form: Form, limit: int | None, opener: int | None):
@@ -135,6 +136,7 @@ class GrammarConstraint:
         self._tail = b""
         self._call_length: int | None = None
         self.cut, self.fault = False, ""
+        self.notes: list[str] = matcher.get_grammar_warnings()
 
     def mask(self) -> np.ndarray:
         """uint32 (ceil(V / 32),), bit i % 32 of word i // 32: the tokens that may come next."""

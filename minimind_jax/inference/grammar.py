@@ -21,10 +21,9 @@ _AS_JSON_DUMPS = {
     "item_separator": ", ?",
     "key_separator": ": ?",
     "whitespace_flexible": False,
-    "lenient": False,
-    "coerce_one_of": False,
 }
-_BOUNDS = {"minimum": -(10**15), "maximum": 10**15}
+_FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
+_SAYS_MORE = {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref", "if", "not"}
 _ANY_OBJECT = {
     "type": "object",
     "additionalProperties": {"$ref": "#/$defs/any"},
@@ -73,28 +72,63 @@ def json_object() -> Form:
     return json_schema(_ANY_OBJECT)
 
 
-def json_schema(schema: Mapping[str, Any], name: str = "json") -> Form:
-    """JSON that a schema accepts, on one line; numbers stay between -1e15 and 1e15, and have no exponent, where the
-    schema says nothing. What llguidance does not know of a schema is an error later."""
-    schema = {**_bounded(schema), "x-guidance": _AS_JSON_DUMPS}
-    return Form(f"@{name}", parts=({"name": name, "json_schema": schema},))
+def json_schema(schema: Mapping[str, Any], name: str = "json", lenient: bool = False) -> Form:
+    """JSON that a schema accepts, on one line.
+
+    Where the schema says nothing of it, objects with properties have no others, and numbers stay between -1e15 and
+    1e15, without an exponent. lenient: keywords that llguidance does not know are left out, with a note; else they
+    are an error of the constraint.
+    """
+    options = {**_AS_JSON_DUMPS, "lenient": lenient, "coerce_one_of": lenient}
+    try:
+        text = json.dumps(schema, ensure_ascii=False)
+        tame = _tame(schema, closes=not any(f'"{key}"' in text for key in ("allOf", "unevaluatedProperties")))
+    except RecursionError:
+        raise UserError("the schema is nested too deeply") from None
+    if "json-schema.org" not in str(tame.get("$schema")):
+        tame.pop("$schema", None)  # the name of a vocabulary elsewhere, which nobody fetches
+    return Form(f"@{name}", parts=({"name": name, "json_schema": {**tame, "x-guidance": options}},))
 
 
-def _bounded(schema: Any) -> Any:
-    """A schema whose numbers have bounds: 1e999 is JSON, and no number that a program can hold."""
+def _tame(schema: Any, closes: bool) -> Any:
+    """The schema as a model needs it that is not sure of itself; whatever the result accepts, the schema accepts.
+
+    A number such as 1e999 is JSON, and none that a program can hold. Objects are open by JSON Schema's default, which
+    few mean. A format that is not known to llguidance says nothing of the text (JSON Schema: an annotation).
+    closes: objects may be closed; parts of one that is put together may not.
+    """
     if not isinstance(schema, Mapping):
         return schema
-    schema = dict(schema)
+    schema, known = dict(schema), schema.get("properties")
     for key in schema.keys() & {"items", "additionalProperties"}:
-        schema[key] = _bounded(schema[key])
+        schema[key] = _tame(schema[key], closes)
     for key in schema.keys() & {"properties", "patternProperties", "$defs", "definitions"}:
         if isinstance(schema[key], Mapping):
-            schema[key] = {name: _bounded(inner) for name, inner in schema[key].items()}
+            schema[key] = {name: _tame(inner, closes) for name, inner in schema[key].items()}
     for key in schema.keys() & {"prefixItems", "anyOf", "oneOf", "allOf"}:
         if isinstance(schema[key], list):
-            schema[key] = [_bounded(inner) for inner in schema[key]]
-    if "number" in (schema.get("type") or ()) and not schema.keys() & {"enum", "const", *_BOUNDS}:
-        schema |= _BOUNDS
+            schema[key] = [_tame(inner, closes and not known) for inner in schema[key]]
+    if schema.get("uniqueItems") is False:
+        del schema["uniqueItems"]
+    if schema.get("format") not in _FORMATS:
+        schema.pop("format", None)
+    kinds = schema.get("type")
+    if "number" in (kinds if isinstance(kinds, list) else [kinds]) and not schema.keys() & {"enum", "const"}:
+        schema = _between(schema)
+    if closes and isinstance(known, Mapping) and not schema.keys() & _SAYS_MORE:
+        required = schema.get("required") or []
+        if isinstance(required, list) and all(name in known for name in required):
+            schema["additionalProperties"] = False
+    return schema
+
+
+def _between(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema of numbers with bounds on both sides, where those it has leave room for that."""
+    for side, bound in (("minimum", -(10**15)), ("maximum", 10**15)):
+        own = [value for key, value in schema.items() if key.lower().endswith("imum")]
+        if side not in schema and f"exclusive{side.title()}" not in schema:
+            if all(isinstance(value, int | float) and abs(value) < 10**15 for value in own):
+                schema = {**schema, side: bound}
     return schema
 
 
@@ -126,6 +160,7 @@ def tool_calls(
     schema accepts.
 
     required: calls without words. name: of the only tool that may be called. Without tools: words that call none.
+    What cannot be enforced of a schema is left out, since a tool says itself what is wrong with a call.
     Raises UserError for a name that no tool has.
     """
     offered = [tool.get("function") or tool for tool in tools]
@@ -136,7 +171,7 @@ def tool_calls(
         return Form("WORDS", _words(OPEN_CALL), is_free=True)
     rules, parts = [], []
     for index, tool in enumerate(kept):
-        form = json_schema(_arguments(tool), f"arguments{index}")
+        form = json_schema(_arguments(tool), f"arguments{index}", lenient=True)
         begin = json.dumps({"name": tool["name"]}, ensure_ascii=False)[:-1] + ', "arguments": '
         rules.append(f"{json.dumps(begin)} {form.rule} {json.dumps('}')}")
         parts += form.parts
@@ -152,14 +187,11 @@ def tool_calls(
     return Form("WORDS | words_and_tag inside more", "\n".join(lines), tuple(parts), calls=True, is_free=True)
 
 
-def _arguments(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of a tool's arguments; there are no others than it names, but where it says so itself."""
+def _arguments(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema of a tool's arguments."""
     schema = tool.get("parameters") or {"properties": {}}
     if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
         raise UserError(f"the tool {tool['name'][:60]!r}: parameters must be a JSON schema of an object")
-    combines = schema.keys() & {"allOf", "anyOf", "oneOf", "$ref", "patternProperties"}
-    if "properties" in schema and not combines:
-        return {"type": "object", "additionalProperties": False, **schema}
     return _ANY_OBJECT if schema.keys() <= {"type", "description", "title"} else {"type": "object", **schema}
 
 
