@@ -56,15 +56,21 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, RequestValidationError):
         error = _of_validation(error)
     elif isinstance(error, HTTPException) and not isinstance(error, ApiError):
-        told = {404: f"there is no {request.url.path}", 405: f"{request.url.path} does not take {request.method}"}
+        path = request.url.path[:200]
+        told = {404: f"there is no {path}", 405: f"{path} does not take {request.method}"}
         error = ApiError(error.status_code, told.get(error.status_code, str(error.detail)), **(error.headers or {}))
     return JSONResponse(error_object(error), status_of(error), getattr(error, "headers", None))
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:
-    first = error.errors()[0]
-    place = [part for part in first["loc"] if part != "body"]
-    # Of a field with several types each is named; the user knows the field.
+    first, inside, place = error.errors()[0], error.body, []
+    for part in first["loc"][1:]:  # behind the body's own name
+        is_there = part in inside if isinstance(inside, dict) else isinstance(inside, list) and isinstance(part, int)
+        if is_there or first["type"] == "missing":
+            place.append(part)
+            inside = inside[part] if is_there else None
+        elif not place:
+            place.append(part)
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".") or None
     return refused(f"{param}: {first['msg']}" if param else first["msg"], param)
 

@@ -8,6 +8,7 @@ from minimind_jax.inference import grammar
 from minimind_jax.inference.constrain import Grammars
 from minimind_jax.inference.grammar import Form
 from minimind_jax.inference.request import Constraint
+from minimind_jax.serve import log
 from minimind_jax.serve.errors import refused
 from minimind_jax.serve.protocol import Drawing, Json, NamedTool, ToolChoice
 
@@ -22,7 +23,14 @@ class Asked(NamedTuple):
         self, grammars: Grammars, limit: int, thinking: Literal["no", "open", "may"] = "no"
     ) -> Callable[[], Constraint]:
         """Makes what binds one answer of at most so many tokens; raises UserError for a form that is wrong."""
-        return lambda: grammars.constraint(self.form, limit, thinking, self.where)
+
+        def bind() -> Constraint:
+            constraint = grammars.constraint(self.form, limit, thinking, self.where)
+            for note in constraint.notes:
+                log.once(f"{self.where}: not followed, and left to the tool: {note[:200]}")
+            return constraint
+
+        return bind
 
 
 def form_of(body: Drawing) -> Asked | None:

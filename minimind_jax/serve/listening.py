@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import os
 import sys
+import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,6 +61,9 @@ class Listening(uvicorn.Server):
     def __init__(self, config: ServeConfig, models: Models, keys: Sequence[str], tools: Toolbox | None = None):
         self._settings, self._models, self._keys = config, models, keys
         self._worker = Worker(models.engines)
+        self._silent: weakref.WeakKeyDictionary = (
+            weakref.WeakKeyDictionary()
+        )  # connection -> (last request, since when)
         server = Server(config, models, self._worker)
         app = make_app(server, list(keys), PAGE if config.web else None, tools)
         super().__init__(
@@ -109,6 +114,24 @@ class Listening(uvicorn.Server):
 
     def _is_local(self) -> bool:
         return self._settings.host in ("127.0.0.1", "localhost", "::1")
+
+    async def on_tick(self, counter: int) -> bool:
+        """uvicorn's, ten times a second."""
+        if counter % 10 == 0:
+            self._close_silent()
+        return await super().on_tick(counter)
+
+    def _close_silent(self) -> None:
+        """Ends connections whose next request is not there in time; uvicorn waits for one that is begun for ever."""
+        now = time.monotonic()
+        for connection in list(self.server_state.connections):
+            request = getattr(connection, "cycle", None)
+            last, since = self._silent.get(connection, (None, now))
+            if request is not last or (request is not None and not request.response_complete):
+                since = now
+            self._silent[connection] = request, since
+            if now - since > IDLE_SECONDS:
+                connection.transport.close()
 
     async def shutdown(self, sockets=None) -> None:
         """Open answers are finished for a while; those that are not are told that no more comes."""

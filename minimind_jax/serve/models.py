@@ -83,14 +83,14 @@ class Models:
                 each.grammars.close()
 
     def get(self, name: str | None, kind: str = "") -> Served:
-        """The model of that name, which must be of the kind; None: the first of the kind. Raises ApiError."""
+        """The model of that name, which must be of the kind; without a name the first of it. Raises ApiError."""
         fitting = [each for each in self if kind in ("", each.kind)]
-        if name is None and fitting:
+        if not name and fitting:
             return fitting[0]
         found = self._by_name.get(name)
         names = ", ".join(each.name for each in fitting) or "none"
         if found is None:
-            what = "a model" if name is None else f"the model {name[:80]!r}"
+            what = "a model" if not name else f"the model {name[:80]!r}"
             raise ApiError(404, f"{what} that can do this is not here; there are: {names}", "model", "model_not_found")
         if found not in fitting:
             raise ApiError(400, f"the model {found.name} is for {found.kind}; for this there are: {names}", "model")

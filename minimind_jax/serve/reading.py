@@ -32,6 +32,8 @@ class _Strict(Request):
         found = await super().body()
         if self.method == "POST" and "json" not in self.headers.get("content-type", ""):
             raise ApiError(415, "send JSON, and the header Content-Type: application/json")
+        if (coding := self.headers.get("content-encoding", "identity")) != "identity":
+            raise ApiError(415, f"the body is encoded as {coding[:20]}; send it as it is")
         if not found and self.method == "POST":
             raise refused("the request has no body; expected a JSON object")
         return found
@@ -43,7 +45,7 @@ class _Strict(Request):
 def read_json(body: bytes) -> dict[str, Any]:
     """Raises ApiError."""
     try:
-        value = decode_json(body.decode())
+        value = decode_json(body.decode("utf-8-sig"))
         if _HALVES.search(body):
             check_json(value, "the request")
     except (ValueError, RecursionError, UserError) as error:

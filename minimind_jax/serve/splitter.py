@@ -1,9 +1,10 @@
 """The text of an answer as it streams -> thinking, words, and calls of tools."""
 
 import json
+import re
 from typing import NamedTuple
 
-from minimind_jax.data.tools import parse_calls
+from minimind_jax.data.tools import ends_in_string, parse_calls
 
 OPEN_THINK, CLOSE_THINK = "<think>", "</think>"
 OPEN_CALL, CLOSE_CALL = "<tool_call>", "</tool_call>"
@@ -75,8 +76,9 @@ class AnswerSplitter:
         return (OPEN_THINK, OPEN_CALL) if self._calls else (OPEN_THINK,)
 
     def _first_tag(self) -> tuple[int, str] | None:
-        found = [(start, tag) for tag in self._tags() if (start := self._held.find(tag)) >= 0]
-        return min(found, default=None)
+        """Where the next tag stands; what a string of a call's JSON holds is none."""
+        places = ((found.start(), found[0]) for found in re.finditer("|".join(self._tags()), self._held))
+        return next((p for p in places if self.state != "call" or not ends_in_string(self._held[: p[0]])), None)
 
     def _close(self, before: str, tag: str, parts: list[Part]) -> None:
         """Ends the block that `before` is the rest of, and begins the one that the tag opens."""

@@ -25,6 +25,7 @@ ONE = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
         ('<tool_call>[{"name": "f"}, {"name": "g", "arguments": null}]</tool_call>', "", [("f", {}), ("g", {})]),
         ('a<tool_call>{"name": "f"}', "a", [("f", {})]),
         ('<tool_call>{"name": "f"}<tool_call>{"name": "g"}', "", [("f", {}), ("g", {})]),
+        ('<tool_call>{"name": "</tool_call>\\""}</tool_call>.', ".", [('</tool_call>"', {})]),
     ],
 )
 def test_calls_that_can_be_carried_out(answer, words, calls):

@@ -7,8 +7,9 @@ import jsonschema
 import pytest
 from bound_answers import drawn, ours, text_of
 
+from minimind_jax.data.tools import parse_calls
 from minimind_jax.errors import UserError
-from minimind_jax.inference.constrain import Grammars
+from minimind_jax.inference.constrain import Grammars, tokens_of
 from minimind_jax.inference.grammar import json_object, json_schema, lark, regex, tool_calls
 
 
@@ -32,7 +33,6 @@ def chain(links):
 REFUSED = {
     "a type that there is not": (lambda: json_schema({"type": "strng"}), "Invalid type"),
     "a keyword that is not supported": (lambda: json_schema({"type": "array", "contains": {}}), "contains"),
-    "a format that is unknown": (lambda: json_schema({"type": "string", "format": "odd"}), "Unknown format"),
     "one on another machine": (lambda: json_schema({"$ref": "http://127.0.0.1:9/a.json"}), "does not fetch"),
     "a file": (lambda: json_schema({"$ref": "file:///etc/passwd"}), "does not fetch"),
     "itself and no more": (lambda: json_schema({"$ref": "#"}), "no text fits"),
@@ -79,6 +79,58 @@ def test_large_numbers_cost_nothing(own, schema):
     assert ended
     jsonschema.validate(json.loads(text_of(tokenizer, ids)), schema)
     assert "  " not in re.sub('"[^"]*"', "", text_of(tokenizer, ids))
+
+
+TAMED = [
+    ({"type": "string", "format": "password"}, '"x"', "1"),
+    ({"type": "array", "items": {"type": "integer"}, "uniqueItems": False}, "[1, 1]", '["a"]'),
+    ({"$schema": "https://example.com/own", "type": "boolean"}, "true", "1"),
+    ({"type": "number"}, "-12.5", "1e5"),
+    ({"type": "number", "minimum": 3}, "4.5", "2"),
+    ({"type": "number", "maximum": 10**18}, "1000000000000000", '"a"'),
+    ({"type": "object", "properties": {"a": {}}}, '{"a": [1]}', '{"b": 1}'),
+    ({"type": "object", "properties": {"a": {}}, "additionalProperties": True}, '{"b": 1}', "[]"),
+    ({"type": "object", "properties": {"a": {}}, "required": ["b"]}, '{"a":1,"b": 1}', '{"a": 1}'),
+    ({"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}], "type": "object"}, '{"a": 1, "b": 2}', "1"),
+    (
+        {"type": "object", "properties": {"k": {}}, "anyOf": [{"properties": {"x": {}}, "required": ["x"]}]},
+        '{"k": 1, "x": 2}',
+        '{"k": 1}',
+    ),
+    ({"const": {"format": "password", "properties": {"a": 1}}}, '{"format":"password","properties":{"a":1}}', "{}"),
+]
+
+
+@pytest.mark.parametrize(("schema", "fits", "does_not"), TAMED)
+def test_what_a_schema_leaves_open_is_narrowed_and_nothing_else(own, schema, fits, does_not):
+    tokenizer, grammars = own
+    jsonschema.validate(json.loads(fits), {key: value for key, value in schema.items() if key != "$schema"})
+    assert follows(grammars.constraint(json_schema(schema)), tokenizer, fits)
+    assert not follows(grammars.constraint(json_schema(schema)), tokenizer, does_not)
+
+
+def follows(constraint, tokenizer, text):
+    """Whether the text may be made, and end."""
+    for token in tokenizer.encode(text):
+        if token not in tokens_of(constraint.mask()):
+            return False
+        constraint.accept(token)
+    return bool({*tokens_of(constraint.mask())} & {*tokenizer.end_ids})
+
+
+def test_what_a_tool_wants_beyond_that_is_left_out_and_noted(own):
+    tokenizer, grammars = own
+    parameters = {
+        "type": "object",
+        "properties": {"ids": {"type": "array", "uniqueItems": True, "items": {"type": "integer"}}},
+        "required": ["ids"],
+    }
+    form = tool_calls([{"name": "f", "parameters": parameters}], grammars.tag, required=True, parallel=False)
+    constraint = grammars.constraint(form, 80)
+    assert ["uniqueItems" in note for note in constraint.notes] == [True]
+    _, [call] = parse_calls(text_of(tokenizer, drawn(tokenizer, constraint, 1, 80)[0]))
+    assert all(isinstance(number, int) for number in call.arguments["ids"])
+    assert grammars.constraint(json_schema({"type": "string"})).notes == []
 
 
 def test_parameters_that_are_no_object_are_refused(own):

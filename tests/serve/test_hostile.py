@@ -1,9 +1,13 @@
 """Requests that nobody should send: each is refused with OpenAI's error object, and the server answers the next."""
 
+import gzip
 import json
+import socket
 
 import httpx
 import pytest
+
+from minimind_jax.serve import listening
 
 CHAT = "/v1/chat/completions"
 ASK = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
@@ -45,8 +49,9 @@ def _still_answers(http, server):
         ({"logit_bias": {"٣": 1}}, "logit_bias"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5"),
         ({"logit_bias": [5]}, "logit_bias"),
-        ({"stop": [""]}, None),
-        ({"stop": [5]}, None),
+        ({"stop": ""}, "stop"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": [5]}, "stop"),
         ({"stop_token_ids": [2**40]}, "stop_token_ids[0]"),
         ({"top_logprobs": 21}, "top_logprobs"),
         ({"stream": "yes"}, "stream"),
@@ -65,7 +70,9 @@ def _still_answers(http, server):
         ({"tool_choice": "required"}, "tool_choice"),
         ({"model": 5}, "model"),
         ({"reasoning_effort": 5}, "reasoning_effort"),
-        ({"thinking": "yes"}, None),
+        ({"thinking": "yes"}, "thinking"),
+        ({"tools": [{"name": "f"}], "tool_choice": "any"}, "tool_choice"),
+        ({"logit_bias": {"5": None}}, "logit_bias.5"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
     ],
@@ -96,6 +103,34 @@ def test_a_setting_that_makes_no_sense_is_refused_by_name(http, changes, param):
 )
 def test_what_is_no_json_object_of_whole_characters_is_refused(http, body):
     refusal(http.post(CHAT, content=body, headers={"content-type": "application/json"}))
+
+
+def test_a_body_that_is_compressed_says_so_and_a_mark_of_byte_order_is_no_harm(http):
+    body, kind = json.dumps(ASK).encode(), {"content-type": "application/json"}
+    answer = http.post(CHAT, content=gzip.compress(body), headers={**kind, "content-encoding": "gzip"})
+    assert answer.status_code == 415 and "gzip" in answer.json()["error"]["message"]
+    assert http.post(CHAT, content=b"\xef\xbb\xbf" + body, headers=kind).status_code == 200
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /hea", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /h"])
+def test_a_connection_without_requests_is_closed(server, monkeypatch, sent):
+    monkeypatch.setattr(listening, "IDLE_SECONDS", 0.5)
+    address = httpx.URL(server.root)
+    with socket.create_connection((address.host, address.port), timeout=10) as client:
+        client.sendall(sent)
+        answered = b""
+        while piece := client.recv(4096):  # until it is closed
+            answered += piece
+    assert answered.count(b"HTTP/1.1 200") == sent.count(b"\r\n\r\n")
+
+
+def test_an_endless_path_is_not_told_back(http):
+    answer = http.get("/" + "a" * 5000)
+    assert answer.status_code == 404 and len(answer.json()["error"]["message"]) < 300
+
+
+def test_no_name_of_a_model_is_the_first(http):
+    assert http.post(CHAT, json={**ASK, "model": ""}).json()["model"] == "tiny"
 
 
 def test_a_form_is_refused_so_that_no_page_of_another_origin_can_send_one(http):

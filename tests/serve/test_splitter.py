@@ -61,10 +61,17 @@ def test_what_is_thinking_words_and_calls(text, settings, parts):
     assert split(text, **settings) == parts
 
 
-def test_a_tag_inside_an_argument_is_no_tag_of_thinking():
-    arguments = {"text": "<think> </think>"}
-    call = json.dumps({"name": "f", "arguments": arguments})
-    assert json.loads(split(f"<tool_call>{call}</tool_call>", calls=True)[0].call.arguments) == arguments
+@pytest.mark.parametrize("text", ["<think> </think>", "</tool_call>", '"</tool_call>\\" <tool_call>{}\n'])
+def test_a_tag_inside_an_argument_is_no_tag(text):
+    call = f"<tool_call>{json.dumps({'name': 'f', 'arguments': {'text': text}})}</tool_call>"
+    for pieces in ([call * 2], call * 2):
+        parts = split(pieces, calls=True)
+        assert [json.loads(part.call.arguments) for part in parts] == [{"text": text}] * 2
+
+
+def test_a_string_that_is_never_closed_ends_with_its_line():
+    broken = '<tool_call>{"name": "f\n</tool_call>'
+    assert split(f"{broken}{CALL}", calls=True) == [Part(content=broken), ADD]
 
 
 def test_what_cannot_become_a_tag_is_shown_at_once():
