@@ -2,7 +2,6 @@
 
 import time
 
-from rich.console import Console
 from rich.filesize import decimal
 
 from minimind_jax.config.sections import FilesConfig
@@ -14,29 +13,28 @@ SHOWN_FILES = 3
 DAY = 24 * 60 * 60
 
 
-def run(config: CacheConfig, console: Console | None = None) -> list[StoredCache]:
+def run(config: CacheConfig) -> list[StoredCache]:
     """Lists or removes the caches that `config` means; none is removed that a process has open.
 
     Returns what is left, or was listed. Raises UserError for a cache that cannot be removed.
     """
-    console = console or Console()
     root = cache_root(FilesConfig(cache_dir=config.cache_dir))
     asked = [cache for cache in stored_caches(root) if time.time() - cache.last_used >= config.days * DAY]
     if config.clear:
-        _clear(console, [cache for cache in asked if cache.stale or config.clear == "all"])
+        _clear([cache for cache in asked if cache.stale or config.clear == "all"])
         return stored_caches(root)
-    _print(console, f"{root}: {_amount(asked)}")
+    print(f"{root}: {_amount(asked)}")
     for cache in asked:
-        _print(console, _line(cache))
+        print(_line(cache))
         if cache.files:
-            _print(console, f"          {listed(cache.files, SHOWN_FILES)}")
+            print(f"          {listed(cache.files, SHOWN_FILES)}")
     return asked
 
 
-def _clear(console: Console, caches: list[StoredCache]) -> None:
+def _clear(caches: list[StoredCache]) -> None:
     removed = [cache for cache in caches if remove_cache(cache)]
     kept = [cache for cache in caches if cache not in removed]
-    _print(console, f"removed {_amount(removed)}" + (f"; kept {_amount(kept)}, in use" if kept else ""))
+    print(f"removed {_amount(removed)}" + (f"; kept {_amount(kept)}, in use" if kept else ""))
 
 
 def _line(cache: StoredCache) -> str:
@@ -49,7 +47,3 @@ def _line(cache: StoredCache) -> str:
 def _amount(caches: list[StoredCache]) -> str:
     noun = "cache" if len(caches) == 1 else "caches"
     return f"{len(caches):,} {noun}, {decimal(sum(cache.size for cache in caches))}"
-
-
-def _print(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -21,7 +22,6 @@ from typing import Any, BinaryIO
 
 import filelock
 import numpy as np
-from rich.console import Console
 from rich.filesize import decimal
 
 from minimind_jax.config.sections import FilesConfig
@@ -309,7 +309,7 @@ def _explained_disk_errors(folder: Path):
 
 
 def _say(text: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
+    print(text, file=sys.stderr)
 
 
 _report_left_out = functools.cache(tell_left_out)

@@ -1,5 +1,6 @@
 """`minimind data cache`: what it lists, what it removes, and what it must not."""
 
+import contextlib
 import gc
 import io
 import json
@@ -8,7 +9,6 @@ import time
 
 import filelock
 import pytest
-from rich.console import Console
 
 from minimind_jax.config.sections import DataConfig
 from minimind_jax.config.tools import CacheConfig
@@ -43,9 +43,9 @@ def build(file, tokenizer, data):
 
 
 def shown(data, **options):
-    console = Console(file=io.StringIO(), width=80)
-    left = run(CacheConfig(cache_dir=data.cache_dir, **options), console)
-    return {cache.folder for cache in left}, console.file.getvalue()
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        left = run(CacheConfig(cache_dir=data.cache_dir, **options))
+    return {cache.folder for cache in left}, out.getvalue()
 
 
 def used_days_ago(folder, days):
