@@ -172,16 +172,23 @@ def quantiles(values: list[float]) -> dict[str, float]:
     return {"p50": round(cuts[49], 3), "p99": round(cuts[98], 3)}
 
 
+def say(words: str) -> None:
+    print(f"{datetime.datetime.now():%H:%M:%S} {words}", file=sys.stderr, flush=True)
+
+
 def measure(server: Server, options: argparse.Namespace) -> dict[str, Any]:
     asked = requests(options.clients, options.longest)
     warm = Run(server.url, asked)
     asyncio.run(one_by_one(warm, min(8, len(asked))))
+    say("each request alone")
     alone = Run(server.url, asked)
     seconds = asyncio.run(one_by_one(alone, len(asked)))
     single = alone.tokens / seconds
+    say(f"{single:.1f} tokens/s; {options.clients} clients at once")
     crowd = Run(server.url, asked, alone.alone)
     seconds, memory = asyncio.run(together(crowd, options.clients, options.seconds, 0, server))
     many = crowd.tokens / seconds
+    say(f"{many:.1f} tokens/s; half of them leave")
     leaving = Run(server.url, asked, alone.alone)
     asyncio.run(together(leaving, options.clients, options.seconds / 4, options.clients // 2, server))
     time.sleep(1.0)

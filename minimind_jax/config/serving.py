@@ -11,11 +11,12 @@ class ServeConfig(Settings):
     """Models of this machine behind OpenAI's protocol, and with --web a chat page (docs/serve.md).
 
       minimind serve --model runs/assistant --web
-      MINIMIND_API_KEY=... minimind serve --model runs/assistant runs/tickets --host 0.0.0.0
+      MINIMIND_API_KEY=... minimind serve --model runs/assistant --adapters runs/lawyer --host 0.0.0.0
 
     model: language models, classifiers and reward models: Hugging Face folders, runs, or names on the hub. Requests
         name them as their folder or run is called, or as NAME=FOLDER says; the first language model also answers what
         names none.
+    adapters: low-rank adapters of the first language model, folders or runs; each is chosen as a model by its name.
     host: the address to listen at; 0.0.0.0 is every network of this machine.
     port: to listen at; 0 takes a free one, and says which.
     api_key_file: a file with API keys, one a line; MINIMIND_API_KEY in the environment holds one as well. With neither,
@@ -25,7 +26,8 @@ class ServeConfig(Settings):
     tools: what the page may have carried out here, as for `minimind chat` (docs/tools.md).
     cors_origins: origins, such as https://chat.example.org, whose pages may call the server from a browser.
     slots: answers made at the same time.
-    context: tokens of a prompt and its answer. null: the model's context.
+    context: tokens of a prompt and its answer. null: the model's context, or as much of it as a third of the free
+        memory holds for all slots, which is said.
     queue: requests that wait for a slot; more are refused (429).
     max_tokens: of an answer, where a request does not say. null: what its prompt leaves of the context.
     max_n: answers and prompts of one request.
@@ -37,6 +39,7 @@ class ServeConfig(Settings):
     """
 
     model: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: int = setting(8000, must=Rule(lambda port: 0 <= port < 65536, "between 0 (any) and 65535"))
     api_key_file: str = ""

@@ -112,7 +112,8 @@ class Answers:
             if wait <= 0:
                 raise too_slow(self._seconds)
             try:
-                news = await asyncio.wait_for(self._ticket.news.get(), wait)
+                async with asyncio.timeout(wait):
+                    news = await self._ticket.news.get()
             except TimeoutError:
                 yield None
                 continue

@@ -32,8 +32,8 @@ def listen(config: ServeConfig) -> None:
     """Serves until a signal ends it; open answers are finished first. Raises UserError."""
     keys = api_keys(config.api_key_file)
     with Toolbox(config.tools) if config.tools else contextlib.nullcontext() as tools:
-        models = load_models(config)
         log.set_up()
+        models = load_models(config)
         try:
             Listening(config, models, keys, tools).run()
         finally:
@@ -135,7 +135,7 @@ class Listening(uvicorn.Server):
 
     async def shutdown(self, sockets=None) -> None:
         """Open answers are finished for a while; those that are not are told that no more comes."""
-        open_answers = self._worker.open_answers
+        self._worker.is_stopping, open_answers = True, self._worker.open_answers
         log.logger.info("stopping; %d open answers are finished first", open_answers)
         gone = ApiError(503, "the server is stopping")
         late = asyncio.get_running_loop().call_later(self._settings.drain_seconds, self._worker.abandon, gone)

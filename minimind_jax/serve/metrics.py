@@ -79,6 +79,7 @@ class Watch:
 
     def __init__(self, metrics: Metrics, model: str):
         self._metrics, self._model = metrics, model
+        self._next, self._made = metrics.next.labels(model), metrics.made.labels(model)
         self._begin = time.monotonic()
         self._last: dict[int, float] = {}
         self._is_over = False
@@ -89,10 +90,10 @@ class Watch:
         if tokens and index not in self._last:
             self._metrics.first.labels(self._model).observe(now - self._begin)
         elif tokens:
-            self._metrics.next.labels(self._model).observe((now - self._last[index]) / tokens)
+            self._next.observe((now - self._last[index]) / tokens)
         if tokens:
             self._last[index] = now
-            self._metrics.made.labels(self._model).inc(tokens)
+            self._made.inc(tokens)
         if finish_reason:
             self._metrics.ended.labels(self._model, finish_reason).inc()
             self._metrics.whole.labels(self._model).observe(now - self._begin)

@@ -3,12 +3,16 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import jax
+import psutil
 
 from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.config.serving import ServeConfig
 from minimind_jax.convert.hf import load_labels
+from minimind_jax.convert.load import read_config
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter, resolve_model_folder
@@ -17,9 +21,12 @@ from minimind_jax.inference.embed import Embedder
 from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.load import load_engine
 from minimind_jax.inference.score import Scorer
+from minimind_jax.model.config import ComputeConfig
+from minimind_jax.model.transformer import LanguageModel
+from minimind_jax.serve import log
 from minimind_jax.serve.errors import ApiError
 
-ANY = 1 << 30  # tokens: all that a model can
+PIECE, LEAST = 128, 256  # tokens: by which a context is made to fit, and that it has at least
 
 
 @dataclasses.dataclass(eq=False)
@@ -106,14 +113,50 @@ def load_models(config: ServeConfig) -> Models:
         if not is_adapter(folder) and load_labels(folder) is not None:
             served.append(Served(name, folder, scorer=Scorer(path)))
             continue
-        engine = load_engine(path, config.dtype, slots=config.slots, context=config.context or ANY, queue=config.queue)
-        grammars = Grammars(engine.tokenizer, engine.model.config.vocab_size, engine.eos_ids)
-        served.append(Served(name, folder, engine, grammars=grammars))
+        adapters = () if any(each.engine for each in served) else config.adapters
+        served += _language_models(name, folder, path, adapters, config)
+    if config.adapters and not any(each.engine for each in served):
+        raise UserError("adapters are given, and no language model that they belong to")
     names = [each.name for each in served]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise UserError(f"two models are called {twice}; name one of them: --model OTHER=FOLDER")
     return Models(served)
+
+
+def _language_models(
+    name: str, folder: Path, path: str, adapters: Sequence[str], config: ServeConfig
+) -> Iterator[Served]:
+    """A model, and its adapters under their names, which share its engine."""
+    context = context_of(folder, config)
+    engine = load_engine(path, config.dtype, adapters, slots=config.slots, context=context, queue=config.queue)
+    grammars = Grammars(engine.tokenizer, engine.model.config.vocab_size, engine.eos_ids)
+    yield Served(name, folder, engine, grammars=grammars)
+    for adapter in engine.adapters:
+        yield Served(adapter, folder, engine, grammars=grammars, adapter=adapter)
+
+
+def context_of(folder: Path, config: ServeConfig) -> int:
+    """The model's context, or as much of it as a third of the free memory holds for all slots. Raises UserError."""
+    own = read_config(folder).max_position_embeddings
+    if config.context:
+        return min(config.context, own)
+    model = LanguageModel(read_config(folder), ComputeConfig(dtype=config.dtype))
+    cache = jax.eval_shape(lambda: model.new_cache(config.slots, PIECE))
+    piece = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    fits = int(free_memory() / 3 / piece) * PIECE
+    if fits < min(own, LEAST):
+        raise UserError(f"memory for {config.slots} slots of {LEAST} tokens is not there; set fewer --slots")
+    if fits < own:
+        log.logger.info("context: %d tokens of the model's %d fit into the memory (--context, --slots)", fits, own)
+    return min(fits, own)
+
+
+def free_memory() -> int:
+    """Bytes that the first device has left."""
+    told = jax.devices()[0].memory_stats() or {}
+    limit = told.get("bytes_limit")
+    return limit - told.get("bytes_in_use", 0) if limit else psutil.virtual_memory().available
 
 
 def _named(entry: str) -> tuple[str, str]:

@@ -51,11 +51,12 @@ class Ticket:
 
 
 class Worker:
-    """engines: that step in turns. is_ready: requests are taken. fault: what has ended it."""
+    """engines: that step in turns. is_ready: the programs are there. is_stopping: no more requests are taken. fault:
+    what has ended it."""
 
     def __init__(self, engines: Sequence[Engine]):
         self.engines = list(engines)
-        self.is_ready, self.fault = False, ""
+        self.is_ready, self.is_stopping, self.fault = False, False, ""
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._open: dict[int, tuple[Ticket, int, Answer]] = {}  # by the id of the answer
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -81,14 +82,19 @@ class Worker:
 
     def check(self) -> None:
         """Raises ApiError unless requests are taken."""
-        if self.fault:
-            raise ApiError(503, f"the server has failed and must be started again: {self.fault}")
+        self._check_fault()
+        if self.is_stopping:
+            raise ApiError(503, "the server is stopping")
         if not self.is_ready:
             raise ApiError(503, "the model is loading; try again soon", retry_after=str(RETRY_SECONDS))
 
+    def _check_fault(self) -> None:
+        if self.fault:
+            raise ApiError(503, f"the server has failed and must be started again: {self.fault}")
+
     async def run(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """What a function that computes returns, between two steps of the engines."""
-        self.check()
+        self._check_fault()
         loop = asyncio.get_running_loop()
         future = loop.create_future()
 
@@ -100,7 +106,7 @@ class Worker:
             if future.cancelled():
                 return
             try:
-                self.check()
+                self._check_fault()
                 told = future.set_result, work(*arguments)
             except Exception as error:  # the caller's; the next job is another's
                 told = future.set_exception, error
