@@ -15,9 +15,11 @@ import numpy as np
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError, first_line
 from minimind_jax.inference.grammar import OPEN_CALL, SPECIAL, Form, limits, llguidance, whole
+from minimind_jax.inference.request import Busy
 from minimind_jax.tools.toolbox import Toolbox
 
 _TRY_SECONDS, _TRY_MIB = 3.0, 512
+_AT_ONCE, _WAIT_SECONDS = 4, 1.0  # so that hostile grammars leave threads to those who ask for none
 
 
 class Grammars:
@@ -37,7 +39,7 @@ class Grammars:
         )
         self._words.spell = self._tokens.greedy_tokenize
         self._steps = _Steps(self._words)
-        self._lock = threading.Lock()
+        self._lock, self._turns = threading.Lock(), threading.Semaphore(_AT_ONCE)
         self._trials: Toolbox | None = None
 
     def constraint(
@@ -52,29 +54,44 @@ class Grammars:
         limit: tokens that the answer may have; it is brought to an end within them where that is possible. thinking:
         whether the prompt ends in an open think block, or the answer may begin with one: the form holds behind it.
         where: that the form comes from, for the message. Raises UserError for a grammar that is wrong, not supported,
-        or takes too much time or memory.
+        or takes too much time or memory; Busy where too many others are tried at the moment.
         """
         text = whole(form, self.tag, thinking)
         if fault := self._fault(text):
             raise UserError(f"{where}: {fault}")
-        matcher = self._library.LLMatcher(self._tokens, text, limits=limits(), log_level=0)
-        matcher.compute_bitmask()
+        matcher = self._matcher(text)
         if matcher.is_error():
             raise UserError(f"{where}: {_said(matcher.get_error())}")
-        return GrammarConstraint(matcher, self._steps, form, limit, self.tag(OPEN_CALL) if form.calls else None)
+        opener = self.tag(OPEN_CALL) if form.calls else None
+        return GrammarConstraint(matcher.deep_copy(), self._steps, form, limit, opener)
 
     def tag(self, text: str) -> int | None:
         """The token that a tag is, or None where it is spelled."""
         token = self._vocabulary.get(text)
         return token if token in self._words.marks else None
 
-    @functools.lru_cache(maxsize=256)  # noqa: B019 - lives as long as its model
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - lives as long as its model
+    def _matcher(self, text: str) -> Any:
+        """A grammar's own matcher, to be copied for each answer: a large one takes a while."""
+        matcher = self._library.LLMatcher(self._tokens, text, limits=limits(), log_level=0)
+        matcher.compute_bitmask()
+        return matcher
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019
     def _fault(self, text: str) -> str:
         """What is wrong with a grammar, tried where it can neither hang nor take the memory of this process."""
         with self._lock:
             self._trials = self._trials or Toolbox(
                 ("minimind_jax.inference.grammar:tried",), seconds=_TRY_SECONDS, memory_mib=_TRY_MIB, workers=2
             )
+        if not self._turns.acquire(timeout=_WAIT_SECONDS):
+            raise Busy("too many forms of answers are being tried; ask again soon")
+        try:
+            return self._tried(text)
+        finally:
+            self._turns.release()
+
+    def _tried(self, text: str) -> str:
         pieces = self._words.pieces
         named = ((i, pieces[i].decode("utf-8", "replace")) for i in sorted(self._words.marks))
         marks = [mark for mark in named if str(mark[0]) in text or mark[1] in text]

@@ -8,6 +8,9 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from minimind_jax.errors import UserError
+from minimind_jax.inference.request import Busy
+
+RETRY_SECONDS = 1
 
 _TYPES = {
     401: "authentication_error",
@@ -29,6 +32,10 @@ class ApiError(HTTPException):
 
 def refused(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     return ApiError(400, message, param, code)
+
+
+def too_many(error: Busy) -> ApiError:
+    return ApiError(429, str(error), code="rate_limit_exceeded", retry_after=str(RETRY_SECONDS))
 
 
 def too_slow(seconds: float) -> ApiError:
@@ -55,6 +62,8 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
     """The response to a request that has failed."""
     if isinstance(error, RequestValidationError):
         error = _of_validation(error)
+    elif isinstance(error, Busy):
+        error = too_many(error)
     elif isinstance(error, HTTPException) and not isinstance(error, ApiError):
         path = request.url.path[:200]
         told = {404: f"there is no {path}", 405: f"{path} does not take {request.method}"}

@@ -10,10 +10,8 @@ from typing import Any, NamedTuple
 from minimind_jax.errors import UserError
 from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.request import Answer, Busy, Request, Token
-from minimind_jax.serve.errors import ApiError
+from minimind_jax.serve.errors import RETRY_SECONDS, ApiError, too_many
 from minimind_jax.serve.log import logger
-
-RETRY_SECONDS = 1
 
 
 class News(NamedTuple):
@@ -122,7 +120,7 @@ class Worker:
         try:
             await self.run(self._submit, ticket, engine, requests)
         except Busy as error:
-            raise ApiError(429, str(error), code="rate_limit_exceeded", retry_after=str(RETRY_SECONDS)) from error
+            raise too_many(error) from error
         except BaseException:
             self.cancel(ticket)
             raise

@@ -197,8 +197,16 @@ def test_an_answer_that_was_steered_to_its_end_says_so(own):
         assert token in tokens_of(free.mask())
         free.accept(token)
     assert free.ended and not free.cut and not free.fault
-    ids, ended = drawn(tokenizer, short, 3, 30)
-    assert ended and short.cut and len(ids) <= 30 and json.loads(text_of(tokenizer, ids))
+    ids, [letter] = tokenizer.encode('{"a": "'), tokenizer.encode("x")
+    for token in ids:
+        short.mask()
+        short.accept(token)
+    while letter in tokens_of(short.mask()):  # a string that goes on and on
+        short.accept(letter)
+        ids.append(letter)
+    rest, ended = drawn(tokenizer, short, 0, 30)
+    assert ended and short.cut and 15 < len(ids + rest) <= 30
+    assert json.loads(text_of(tokenizer, ids + rest)).keys() == {"a"}
 
 
 def test_without_a_limit_nothing_is_steered(own):

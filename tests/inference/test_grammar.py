@@ -2,6 +2,8 @@
 
 import json
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
 import pytest
@@ -9,8 +11,10 @@ from bound_answers import drawn, ours, text_of
 
 from minimind_jax.data.tools import parse_calls
 from minimind_jax.errors import UserError
+from minimind_jax.inference import constrain
 from minimind_jax.inference.constrain import Grammars, tokens_of
 from minimind_jax.inference.grammar import json_object, json_schema, lark, regex, tool_calls
+from minimind_jax.inference.request import Busy
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,21 @@ def test_what_cannot_be_followed_is_refused_and_the_process_lives(own, what):
     form, message = REFUSED[what]
     with pytest.raises(UserError, match=f"(?s)^response_format: .*({message})"):
         own[1].constraint(form(), where="response_format")
+
+
+def test_who_asks_while_hostile_grammars_are_tried_does_not_wait_for_ever(own, monkeypatch):
+    monkeypatch.setattr(constrain, "_AT_ONCE", 1)
+    monkeypatch.setattr(constrain, "_WAIT_SECONDS", 0.1)
+    grammars, hostile = Grammars(own[0]), REFUSED["too many parts"][0]()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(grammars.constraint, hostile)
+        while not grammars._trials:
+            time.sleep(0.01)
+        with pytest.raises(Busy, match="ask again"):
+            grammars.constraint(regex("new"))
+        assert isinstance(first.exception(), UserError)
+    assert grammars.constraint(regex("new"))
+    grammars.close()
 
 
 @pytest.mark.parametrize(
