@@ -49,7 +49,7 @@ class ServeConfig(Settings):
     cors_origins: tuple[str, ...] = ()
     slots: int = setting(16, must=at_least(1))
     context: int | None = setting(None, must=at_least(2))
-    queue: int = setting(256, must=at_least(0))
+    queue: int = setting(256, must=at_least(1))
     max_tokens: int | None = setting(None, must=at_least(1))
     max_n: int = setting(64, must=at_least(1))
     max_body_mib: float = setting(8.0, must=ABOVE_0)
@@ -57,6 +57,11 @@ class ServeConfig(Settings):
     drain_seconds: float = setting(30.0, must=at_least(0))
     thinking: bool = setting(False, alone=True)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @property
+    def is_local(self) -> bool:
+        """Only this machine reaches it."""
+        return self.host in ("127.0.0.1", "localhost", "::1")
 
     def __post_init__(self):
         super().__post_init__()

@@ -104,10 +104,12 @@ def make_app(server: Server, keys: list[str], page: Path | None = None, tools: T
         _add_tools(app, tools)
     if page:
         free |= _add_page(app, page)
-    app.add_middleware(Guard, keys=keys, free=free, most_bytes=int(server.config.max_body_mib * 2**20))
-    if server.config.cors_origins:
+    config = server.config
+    most_bytes = int(config.max_body_mib * 2**20)
+    app.add_middleware(Guard, keys=keys, free=free, most_bytes=most_bytes, is_local=config.is_local)
+    if config.cors_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=server.config.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+            CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
         )
     return app
 

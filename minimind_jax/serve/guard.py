@@ -20,10 +20,14 @@ READ_SECONDS = 60.0  # for the whole of a request's body to arrive
 
 
 class Guard:
-    """ASGI middleware. keys: API keys; none lets everybody in. free: paths that need none. most_bytes: of a body."""
+    """ASGI middleware.
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str], free: Collection[str], most_bytes: int):
-        self._app, self._free, self._most = app, free, most_bytes
+    keys: API keys; none lets everybody in. free: paths that need none. most_bytes: of a body. is_local: without keys,
+    only requests to this machine by its own names are answered: a page that has its domain point here has another.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Iterable[str], free: Collection[str], most_bytes: int, is_local: bool):
+        self._app, self._free, self._most, self._is_local = app, free, most_bytes, is_local
         self._digests = [_digest(key) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -56,6 +60,8 @@ class Guard:
         headers = Headers(scope=scope)
         if self._digests and scope["path"] not in self._free and scope["method"] != "OPTIONS":
             self._check_key(headers)
+        if self._is_local and not self._digests and scope["path"] != "/health":
+            _check_host(headers.get("host", ""))
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self._most:
             raise self._too_large()
@@ -90,6 +96,12 @@ class Guard:
             return message
 
         return bounded
+
+
+def _check_host(host: str) -> None:
+    if not re.fullmatch(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", host.lower()):
+        words = "without an API key this server answers to the names localhost and 127.0.0.1 alone"
+        raise ApiError(403, f"{words}, and was asked for as {host[:60]!r}; start it with a key", code="unknown_host")
 
 
 def _digest(key: str) -> bytes:

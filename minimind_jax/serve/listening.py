@@ -106,14 +106,10 @@ class Listening(uvicorn.Server):
         names = ", ".join(served.name for served in self._models)
         log.logger.info("serving %s at %s%s", names, self.url, ", with a page" if self._settings.web else "")
         if not self._keys:
-            log.logger.warning(
-                "no API key is set: %s may use the models (%s=KEY or --api_key_file sets one)",
-                "every program on this machine" if self._is_local() else "WHOEVER REACHES THIS MACHINE'S NETWORK",
-                KEY_VARIABLE,
-            )
-
-    def _is_local(self) -> bool:
-        return self._settings.host in ("127.0.0.1", "localhost", "::1")
+            local, open_to_all = "every program on this machine", "WHOEVER REACHES THIS MACHINE'S NETWORK"
+            who = local if self._settings.is_local else open_to_all
+            words = "no API key is set: %s may use the models (%s=KEY or --api_key_file sets one)"
+            log.logger.warning(words, who, KEY_VARIABLE)
 
     async def on_tick(self, counter: int) -> bool:
         """uvicorn's, ten times a second."""

@@ -29,7 +29,8 @@ def stream_begun(url, body=LONG):
     host, port = url.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)))
     sent = json.dumps({**body, "stream": True}).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(sent)}\r\n\r\n"
+    lines = [f"POST {CHAT} HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+    head = "\r\n".join([*lines, f"Content-Length: {len(sent)}", "", ""])
     connection.sendall(head.encode() + sent)
     assert b"200 OK" in connection.recv(1 << 16)
     return connection
@@ -67,6 +68,14 @@ def test_neighbours_of_those_who_leave_are_not_disturbed(server, client):
         thread.join()
     assert [together[n] for n in range(3)] == alone
     assert server.idle()
+
+
+def test_a_page_whose_domain_points_here_gets_no_answer(server):
+    for host in ("evil.example.org", "evil.example.org:80", "127.0.0.1.example.org", "[::1", ""):
+        found = httpx.get(server.root + "/v1/models", headers={"host": host})
+        assert found.status_code in (400, 403), host  # an address that is none is refused by uvicorn
+    for host in ("localhost", "localhost:5", "127.0.0.1:8000", "[::1]:8000"):
+        assert httpx.get(server.root + "/v1/models", headers={"host": host}).status_code == 200
 
 
 @pytest.fixture(scope="module")

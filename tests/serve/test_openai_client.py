@@ -112,6 +112,12 @@ def test_a_stop_string_ends_the_answer_and_is_not_shown(chat):
     assert text_of(chat(max_tokens=40, stop=stop, stream=True)) == whole[: whole.index(stop)]
 
 
+def test_a_stop_string_may_be_a_special_token(chat):
+    for stop in ("<|im_start|>", "<|im_start|><|im_start|>"):
+        found = chat(stop=stop, logit_bias={"1": 100}).choices[0]
+        assert (found.message.content, found.finish_reason, found.stop_reason) == ("", "stop", stop)
+
+
 def test_stop_ids_biases_and_bans(chat, server):
     first = chat(temperature=0, extra_body={"return_token_ids": True}).choices[0].token_ids
     assert chat(temperature=0, logit_bias={str(first[0]): -100}).choices[0].message.content is not None

@@ -106,7 +106,7 @@ def test_there_is_no_language_model_here(heads):
 def test_calls_of_the_page_are_carried_out(folder):
     config = ServeConfig(model=(str(folder),), web=True, tools=("calculator",))
     with Toolbox(config.tools) as tools:
-        http = TestClient(make_app(Server(config, Models([]), Worker([])), [], None, tools))
+        http = TestClient(make_app(Server(config, Models([]), Worker([])), [], None, tools), "http://localhost")
         assert [tool["function"]["name"] for tool in http.get("/tools").json()["tools"]] == ["calculate_math"]
         for arguments in ({"expression": "256*37"}, '{"expression": "256*37"}'):
             found = http.post("/tools/call", json={"name": "calculate_math", "arguments": arguments}).json()
