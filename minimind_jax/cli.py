@@ -64,7 +64,9 @@ COMMANDS = {
     "convert from-hf": Command(
         "a Hugging Face model as a starting point", tools.FromHFConfig, "convert.command:run_from_hf"
     ),
-    "convert to-hf": Command("a run's model or checkpoint, in any dtype", tools.ToHFConfig, "pipeline.tools:to_hf"),
+    "convert to-hf": Command(
+        "a run's model or checkpoint, in any dtype or shard size", tools.ToHFConfig, "pipeline.tools:to_hf"
+    ),
     "convert from-torch": Command(
         "a MiniMind .pth as a Hugging Face folder", tools.FromTorchConfig, "convert.command:run_from_torch"
     ),

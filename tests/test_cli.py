@@ -81,14 +81,16 @@ def test_a_mistake_is_one_message_and_status_2(argv, text, capsys, tmp_path, mon
     assert text in printed.err and printed.err.startswith("minimind: ") and "Traceback" not in printed.err
 
 
+@pytest.mark.parametrize("command", ["from-hf", "to-hf", "from-torch"])
 @pytest.mark.parametrize(
-    "base, told",
-    [("0", "0.0; it must be above 0"), ("-5", "-5.0; it must be above 0"), ("5GB", "'5GB'; expected number or null"),
-     ("nan", "'nan'; expected number or null")],
+    "size, told",
+    [("0", "0.0; it must be above 0"), ("-5", "-5.0; it must be above 0"), ("5GB", "'5GB'; expected number"),
+     ("nan", "'nan'; expected number")],
 )  # fmt: skip
-def test_a_base_of_the_rotation_that_is_no_number_is_refused(base, told, capsys):
-    assert main(["convert", "from-torch", "in", "out", f"--rope_theta={base}", "--tokenizer", "tok"]) == 2
-    assert f"command line: rope_theta is {told}" in capsys.readouterr().err
+def test_a_size_of_shards_that_is_no_number_is_refused(command, size, told, capsys):
+    needed = ["--tokenizer", "tok"] if command == "from-torch" else []
+    assert main(["convert", command, "in", "out", f"--max_shard_bytes={size}", *needed]) == 2
+    assert f"command line: max_shard_bytes is {told}" in capsys.readouterr().err
 
 
 def test_a_mistake_in_the_data_ends_a_real_process_without_traceback(tmp_path):

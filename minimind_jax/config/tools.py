@@ -282,11 +282,13 @@ class WrittenConfig(Settings):
     source: a run's folder or a Hugging Face folder.
     output: the folder to write.
     dtype: of the tensors; null takes the source's.
+    max_shard_bytes: a larger model is split.
     """
 
     source: str = setting(positional="SOURCE")
     output: str = setting(positional="OUTPUT")
     dtype: DType | None = None
+    max_shard_bytes: float = setting(5e9, must=ABOVE_0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

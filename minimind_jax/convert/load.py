@@ -119,7 +119,11 @@ def load_generation_settings(folder: Path, base: str = "") -> dict | None:
 
 
 def from_hf(
-    source: str | Path, output: str | Path, dtype: str | None = None, tokenizer: str | Path | None = None
+    source: str | Path,
+    output: str | Path,
+    dtype: str | None = None,
+    tokenizer: str | Path | None = None,
+    max_shard_bytes: float = hf.MAX_SHARD_BYTES,
 ) -> ModelConfig:
     """Checks a Hugging Face folder and writes it anew in the form that every reader takes.
 
@@ -136,13 +140,19 @@ def from_hf(
     words = load_tokenizer(source, tokenizer)
     config = dataclasses.replace(config, eos_token_id=union_of_ids(config.eos_token_id, words.eos_id))
     hf.save_hf(
-        output, config, params, words, dtype or hf.stored_dtype(source),
+        output, config, params, words, dtype or hf.stored_dtype(source), max_shard_bytes,
         generation_config=load_generation_settings(source), labels=hf.load_labels(source),
     )  # fmt: skip
     return config
 
 
-def merge_lora(adapter: str | Path, output: str | Path, base: str = "", dtype: str | None = None) -> ModelConfig:
+def merge_lora(
+    adapter: str | Path,
+    output: str | Path,
+    base: str = "",
+    dtype: str | None = None,
+    max_shard_bytes: float = hf.MAX_SHARD_BYTES,
+) -> ModelConfig:
     """Writes an adapter and its base model as one Hugging Face folder.
 
     dtype: of the tensors; None keeps the base's. The sum is rounded once, so float32 keeps the merged model within
@@ -159,7 +169,7 @@ def merge_lora(adapter: str | Path, output: str | Path, base: str = "", dtype: s
     tokenizer = load_tokenizer(folder, base=base)
     config = dataclasses.replace(config, eos_token_id=union_of_ids(tokenizer.end_ids, config.eos_token_id))
     hf.save_hf(
-        output, config, params, tokenizer, dtype or hf.stored_dtype(whole),
+        output, config, params, tokenizer, dtype or hf.stored_dtype(whole), max_shard_bytes,
         generation_config=load_generation_settings(folder, base),
     )  # fmt: skip
     return config

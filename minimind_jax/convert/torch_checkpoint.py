@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minimind_jax.convert.hf import save_hf
+from minimind_jax.convert.hf import MAX_SHARD_BYTES, save_hf
 from minimind_jax.convert.hf_weights import StoredTensor, hf_tensors, matching_tensors, read_params
 from minimind_jax.convert.load import load_merged
 from minimind_jax.convert.torch_file import read_torch, write_torch
@@ -20,7 +20,12 @@ from minimind_jax.model.heads import SCORE
 
 
 def from_torch(
-    pth: str | Path, output: str | Path, tokenizer: str | Path | None, dtype: str = "float16", **overrides: Any
+    pth: str | Path,
+    output: str | Path,
+    tokenizer: str | Path | None,
+    dtype: str = "float16",
+    max_shard_bytes: float = MAX_SHARD_BYTES,
+    overrides: Mapping[str, Any] | None = None,
 ) -> ModelConfig:
     """Writes the Hugging Face folder of a MiniMind `.pth` (weights or a file for resuming), loaded safely.
 
@@ -30,10 +35,10 @@ def from_torch(
     Raises UserError: the file is no state dict of such a model, or torch is missing.
     """
     stored = read_torch(pth)
-    config = infer_config(stored, str(pth), overrides)
+    config = infer_config(stored, str(pth), overrides or {})
     params = read_params(config, matching_tensors(config, stored, str(pth)))
     words = None if tokenizer is None else Tokenizer.load(tokenizer)
-    save_hf(output, config, params, words, dtype)
+    save_hf(output, config, params, words, dtype, max_shard_bytes)
     return config
 
 

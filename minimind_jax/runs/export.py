@@ -37,7 +37,7 @@ def export(stages: Stages, config: ToHFConfig) -> None:
         return
     source, dtype = resolve_model_folder(config.source, "source"), config.dtype or "bfloat16"
     convert = merge_lora if is_adapter(source) else from_hf
-    convert(source, config.output, dtype=dtype)
+    convert(source, config.output, dtype=dtype, max_shard_bytes=config.max_shard_bytes)
     found = stored_dtype(folders_of(source)[-1])
     is_rounded = not config.dtype and found == "float32"
     note = " in bfloat16 (--dtype float32 keeps the precision of the source)" * is_rounded
@@ -85,7 +85,7 @@ def export_checkpoint(stages: Stages, asked: ToHFConfig) -> int:
     found = load_checkpoint(stages, asked)
     save_hf(
         asked.output, found.config, found.params, found.tokenizer,
-        dtype=asked.dtype or found.dtype, labels=found.labels,
+        dtype=asked.dtype or found.dtype, max_shard_bytes=asked.max_shard_bytes, labels=found.labels,
         generation_config=found.generation,
     )  # fmt: skip
     return found.step

@@ -43,7 +43,7 @@ def test_there_and_back_is_bit_identical(name, make_model, tokenizer, tmp_path):
     state = state_dict(config, params)
     torch.save(state, tmp_path / "in.pth")
     overrides = {field: getattr(config, field) for field in ("rope_theta", "rms_norm_eps", "max_position_embeddings")}
-    from_torch(tmp_path / "in.pth", tmp_path / "model", tokenizer.folder, **overrides)
+    from_torch(tmp_path / "in.pth", tmp_path / "model", tokenizer.folder, overrides=overrides)
     loaded = load_hf(tmp_path / "model")[0]
     for field in ("head_dim", "num_attention_heads", "num_key_value_heads", "num_experts", "tie_word_embeddings"):
         assert getattr(loaded, field) == getattr(config, field), field
@@ -55,13 +55,14 @@ def test_there_and_back_is_bit_identical(name, make_model, tokenizer, tmp_path):
 
 def test_what_shapes_do_not_tell_is_given_on_the_command_line(make_model, tokenizer, tmp_path):
     torch.save(state_dict(*make_model("moe_k2")), tmp_path / "in.pth")
-    flags = "--rms_norm_eps 1e-5 --rope_theta 5e4 --num_experts_per_tok 2 --norm_topk_prob false"
+    flags = "--rms_norm_eps 1e-5 --rope_theta 5e4 --num_experts_per_tok 2 --norm_topk_prob false --max_shard_bytes 2e4"
     command = ["convert", "from-torch", str(tmp_path / "in.pth"), str(tmp_path / "model"), *flags.split()]
     assert main([*command, "--tokenizer", str(tokenizer.folder), "--inference_rope_scaling"]) == 0
     config, _ = load_hf(tmp_path / "model")
     assert (config.rms_norm_eps, config.rope_theta) == (1e-5, 5e4)
     assert (config.num_experts_per_tok, config.norm_topk_prob) == (2, False)
     assert config.rope_scaling == RopeScaling("yarn", 16, 2048, attention_factor=1.0)
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
 
 
 def test_tied_head_is_stored_once(make_model, tmp_path):
@@ -78,7 +79,7 @@ def test_files_for_resuming_and_wrapped_names_are_read(prefix, make_model, tmp_p
     resume = {"model": state_dict(config, params, prefix), "optimizer": optimizer, "epoch": 1, "wandb_id": None}
     torch.save(resume, tmp_path / "resume.pth")
     overrides = {"num_experts_per_tok": 2, "rope_scaling": RopeScaling("yarn", 16, 2048)}
-    from_torch(tmp_path / "resume.pth", tmp_path / "model", None, **overrides)
+    from_torch(tmp_path / "resume.pth", tmp_path / "model", None, overrides=overrides)
     loaded, tensors = load_hf(tmp_path / "model")
     assert (loaded.num_experts_per_tok, loaded.rope_scaling) == (2, overrides["rope_scaling"])
     for name, array in hf_tensors(loaded, tensors).items():
@@ -136,9 +137,9 @@ def test_other_contents_are_refused(change, message, make_model, tmp_path):
 def test_override_that_shapes_contradict(make_model, tmp_path):
     torch.save(state_dict(*make_model("dense")), tmp_path / "in.pth")
     with pytest.raises(UserError, match=r"has shape \(48, 32\), the configuration says \(64, 32\)"):
-        from_torch(tmp_path / "in.pth", tmp_path / "model", None, **{"intermediate_size": 64})
+        from_torch(tmp_path / "in.pth", tmp_path / "model", None, overrides={"intermediate_size": 64})
     with pytest.raises(UserError, match="num_layers"):
-        from_torch(tmp_path / "in.pth", tmp_path / "model", None, **{"num_layers": 2})
+        from_torch(tmp_path / "in.pth", tmp_path / "model", None, overrides={"num_layers": 2})
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_override_that_shapes_contradict(make_model, tmp_path):
 def test_overrides_that_make_no_sense(overrides, message, make_model, tmp_path):
     torch.save(state_dict(*make_model("dense")), tmp_path / "in.pth")
     with pytest.raises(UserError, match=message):
-        from_torch(tmp_path / "in.pth", tmp_path / "model", None, **overrides)
+        from_torch(tmp_path / "in.pth", tmp_path / "model", None, overrides=overrides)
 
 
 def test_a_place_that_cannot_be_written_is_told(make_model, tmp_path):
