@@ -15,6 +15,11 @@ def test_every_row_stands_once_in_an_epoch(count, seed):
     assert seed is not None or order == list(range(count))
 
 
+@pytest.mark.parametrize("count", [65_536, 65_537, 65_538])
+def test_every_row_stands_once_where_the_shuffle_of_grain_leaves_one_out(count):
+    assert sorted(order_of(count, 3)) == list(range(count))
+
+
 def test_the_order_of_a_seed_is_that_of_earlier_versions():
     assert order_of(7, 12345) == [0, 4, 5, 1, 3, 6, 2]
     assert order_of(100_003, 7, places=5) == [69573, 40007, 9544, 58333, 3612]
