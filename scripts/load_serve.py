@@ -77,13 +77,13 @@ def random_model(folder: Path, tokenizer: str) -> str:
 
 
 def requests(count: int, longest: int) -> list[dict[str, Any]]:
-    """Prompts of 5 to 400 words and answers of 8 to `longest` tokens, every one with a seed of its own."""
+    """Prompts of 5 to 100 words and answers of 16 to `longest` tokens, every one with a seed of its own."""
     rng = random.Random(1)
     words = "the cat sat on a mat while dogs run over green hills and birds sing 你好 世界 很 高兴".split()
     return [
         {
-            "messages": [{"role": "user", "content": " ".join(rng.choices(words, k=int(5 * 80 ** rng.random())))}],
-            "max_tokens": int(8 * (longest / 8) ** rng.random()),
+            "messages": [{"role": "user", "content": " ".join(rng.choices(words, k=int(5 * 20 ** rng.random())))}],
+            "max_tokens": int(16 * (longest / 16) ** rng.random()),
             "ignore_eos": True,
             "seed": seed,
             "temperature": 0.85,
@@ -220,7 +220,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=120)
-    parser.add_argument("--longest", type=int, default=128)
+    parser.add_argument("--longest", type=int, default=192)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         server = Server(

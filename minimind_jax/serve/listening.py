@@ -61,9 +61,7 @@ class Listening(uvicorn.Server):
     def __init__(self, config: ServeConfig, models: Models, keys: Sequence[str], tools: Toolbox | None = None):
         self._settings, self._models, self._keys = config, models, keys
         self._worker = Worker(models.engines)
-        self._silent: weakref.WeakKeyDictionary = (
-            weakref.WeakKeyDictionary()
-        )  # connection -> (last request, since when)
+        self._silent = weakref.WeakKeyDictionary()  # connection -> (its last request, since when there is no other)
         server = Server(config, models, self._worker)
         app = make_app(server, list(keys), PAGE if config.web else None, tools)
         super().__init__(

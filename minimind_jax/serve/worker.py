@@ -26,10 +26,7 @@ class News(NamedTuple):
 
 
 class Ticket:
-    """Answers that were asked for together; their news, which the event loop takes.
-
-    open: those that still grow. busy: counts them where the server looks for answers that nobody waits for.
-    """
+    """Answers that were asked for together, and their news, which the event loop takes."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop

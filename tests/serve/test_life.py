@@ -17,7 +17,8 @@ import pytest
 
 from minimind_jax.config.serving import ServeConfig
 from minimind_jax.errors import UserError
-from minimind_jax.serve.listening import api_keys
+from minimind_jax.serve.listening import Listening, api_keys
+from minimind_jax.serve.models import Models
 from tests.serve.conftest import running, wait_until
 
 CHAT = "/v1/chat/completions"
@@ -251,3 +252,9 @@ def test_who_is_not_done_when_the_time_is_up_is_told(folder):
             text += piece
         assert b"the server is stopping" in text
         assert b"[DONE]" in text
+
+
+def test_an_address_that_is_taken_is_named(server, folder):
+    port = int(server.root.rpartition(":")[2])
+    with pytest.raises(UserError, match=f"cannot listen at 127.0.0.1:{port}"):
+        Listening(ServeConfig(model=(f"tiny={folder}",), port=port), Models([]), []).run()
