@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from minimind_jax.inference.sampling import Counts, Sampled, SamplingValues, sample
+from minimind_jax.inference.sampling import NO_TOKEN, Counts, Sampled, SamplingValues, sample
 from minimind_jax.model.kv_cache import KVCache
 from minimind_jax.model.transformer import LanguageModel, Params, cast_matrices
 from minimind_jax.sharding import ROW_AXES, current_mesh, row_shards
@@ -103,23 +103,23 @@ def make(
         return (made < count) & ~jnp.all(ended_B)
 
     def step(state):
-        made, ended_B, newest_B, cache, counts, sampled = state
+        made, ended_B, newest_B, cache, sampled = state
         starts_B = jnp.maximum(lengths_B + made - 1, 0)
         x_B1D = model.embed(params, newest_B[:, None])
         of_rows = settings.rows_B, settings.adapter_B
         hidden_B1D, cache = model.read_next(params, x_B1D, starts_B, cache, None, *of_rows)
         logits_BV = _whole(model.logits(params, hidden_B1D)[:, 0])  # XLA cannot cut the likeliest tokens' search
-        new = sample(logits_BV, lengths_B + made, settings.values, counts)
-        counts = counts.with_token(new.token_B, settings.values.counts_B)
+        new = sample(logits_BV, lengths_B + made, settings.values, counts, since_NB=sampled.token_B)
         ended_B |= jnp.any(new.token_B[:, None] == settings.ends_BE, axis=1)
         sampled = jax.tree.map(lambda all_NB, new_B: all_NB.at[made].set(new_B), sampled, new)
-        return made + 1, ended_B, new.token_B, cache, counts, sampled
+        return made + 1, ended_B, new.token_B, cache, sampled
 
     logits_BV = jax.ShapeDtypeStruct((len(newest_B), model.config.vocab_size), jnp.float32)
     shapes = jax.eval_shape(sample, logits_BV, lengths_B, settings.values, counts)
     sampled = jax.tree.map(lambda shape: jnp.zeros((most, *shape.shape), shape.dtype), shapes)
-    start = (jnp.int32(0), lengths_B == 0, newest_B, cache, counts, sampled)
-    made, _, _, cache, _, sampled = jax.lax.while_loop(is_wanted, step, start)
+    sampled = sampled._replace(token_B=jnp.full_like(sampled.token_B, NO_TOKEN))
+    start = (jnp.int32(0), lengths_B == 0, newest_B, cache, sampled)
+    made, _, _, cache, sampled = jax.lax.while_loop(is_wanted, step, start)
     return *_whole((sampled, made)), _cut(cache)
 
 

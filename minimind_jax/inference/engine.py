@@ -230,7 +230,7 @@ class Engine:
                 if not begun:
                     break
                 while begun and begun[0].finish_reason:
-                    yield begun.popleft()
+                    yield _checked(begun.popleft())
                 if begun:
                     self.step(patient=True)
         finally:
@@ -249,7 +249,7 @@ class Engine:
         try:
             while answer.finish_reason is None:
                 if answer in self.step():
-                    tokens, text = answer.news()
+                    tokens, text = _checked(answer).news()
                     yield Piece(text, tokens, answer)
         finally:
             self.cancel(answer)
@@ -308,7 +308,17 @@ class Engine:
         if not due:
             jax.block_until_ready(logits_BV)  # or calls pile up on the device
             return []
-        return self._take(due, self._programs.choose(tasks, due, logits_BV))
+        masks, failed = {}, []
+        for task in due:  # while the device reads
+            if constraint := task.answer.request.constraint:
+                try:
+                    masks[task] = constraint.mask()
+                except Exception as error:
+                    failed.append((task, error))
+        sampled = self._programs.choose(tasks, due, logits_BV, masks)
+        for task, error in failed:
+            self._end(task, error)
+        return self._take(due, sampled)
 
     def _make(self, tasks: list[Task], patient: bool) -> list[Answer]:
         """Makes more tokens in all rows that run."""
@@ -325,6 +335,8 @@ class Engine:
         columns = [column.swapaxes(0, 1).tolist() for column in sampled[:3]]
         for n, (task, *values) in enumerate(zip(tasks, *columns, strict=True)):
             answer, tops = task.answer, task.answer.request.top_logprobs
+            if answer.finish_reason:  # its constraint had no mask
+                continue
             if not answer.tokens:
                 self.counts += Counter(prompt_tokens=answer.prompt_tokens, cached_tokens=answer.cached_tokens)
             for step, token in enumerate(map(Token, *values)):
@@ -333,16 +345,28 @@ class Engine:
                         sampled.top_ids_BT[step, n].tolist(), sampled.top_logprobs_BT[step, n].tolist(), strict=True
                     )
                     token = token._replace(top=tuple(itertools.islice(best, tops)))
-                answer.add(token)
+                try:
+                    answer.add(token)
+                except Exception as error:
+                    self._end(task, error)
+                    break
                 task.ids.append(token.id)
                 self.counts["generated_tokens"] += 1
                 if answer.finish_reason:
                     break
-            task.row.held += task.ids[len(task.row.held) : -1]  # the newest is not in the cache
-            if answer.finish_reason:
-                self._scheduler.drop(task)
-                del self._tasks[answer]
+            if answer.error is None:
+                task.row.held += task.ids[len(task.row.held) : -1]  # the newest is not in the cache
+                if answer.finish_reason:
+                    self._end(task)
         return [task.answer for task in tasks]
+
+    def _end(self, task: Task, error: Exception | None = None) -> None:
+        """Frees the row of a task that is finished, or whose constraint failed: that ends its own answer alone."""
+        if error is not None:
+            task.answer.error = error
+            task.answer.finish("error")
+        self._scheduler.drop(task)
+        del self._tasks[task.answer]
 
     def _count(self, tasks: list[Task], patient: bool) -> int:
         """How many tokens the next call makes in each row: until a row may be free for one that waits; so few that who
@@ -353,6 +377,13 @@ class Engine:
         if patient:
             return count
         return max(1, min(count, int(LATENCY / self._seconds) if self._seconds else 1))
+
+
+def _checked(answer: Answer) -> Answer:
+    """The answer; raises what made its constraint fail."""
+    if answer.error is not None:
+        raise answer.error
+    return answer
 
 
 def unfused(model: LanguageModel, params: Params) -> LanguageModel:

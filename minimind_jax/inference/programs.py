@@ -8,7 +8,7 @@ stands where its row stands.
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -46,8 +46,8 @@ OTHER_LIMITS = Limits(4096, 512, (64, 512))
 
 class Programs:
     """rows, length: of the cache, at first. is_fixed: it never grows, and a few programs do for everything; otherwise
-    programs are compiled as they are needed, and rather too large a one is used than another compiled. adapters: names
-    of those in the parameters, in their order."""
+    programs are compiled as they are needed, and one that is a little too large is used before another is compiled.
+    adapters: names of those in the parameters, in their order."""
 
     def __init__(
         self, model: LanguageModel, params: Params, rows: int, length: int, is_fixed: bool, adapters: Sequence[str] = ()
@@ -114,7 +114,7 @@ class Programs:
         """Rows of the program that takes so many tasks."""
         if self.is_fixed or self._mesh is not None:
             return next(rows for rows in self.steps if rows >= tasks)
-        compiled = [] if reading else [rows for rows in self._made if rows >= tasks]
+        compiled = [] if reading else [rows for rows in self._made if tasks <= rows <= STEP * tasks]
         return min(compiled, default=min(bucket(tasks, smallest=1, multiple=self.rows), self.rows))
 
     def places(self, tasks: Sequence[Task], rows: int) -> list[int]:
@@ -141,21 +141,23 @@ class Programs:
         settings = self._settings_of(tasks, rows)
         return self._read(tokens_BP, settings, starts_B, counts_B, lengths_B, from_start=from_start)
 
-    def choose(self, tasks: Sequence[Task], due: Sequence[Task], logits_BV: Array) -> Sampled:
+    def choose(
+        self, tasks: Sequence[Task], due: Sequence[Task], logits_BV: Array, masks: Mapping[Task, np.ndarray]
+    ) -> Sampled:
         """The next token of the tasks that are due one, from the logits that `read` gave for `tasks`; one step.
 
-        Masks of constrained answers are computed here, while the device still reads.
+        masks: of tokens that some of them may take (see `Constraint`).
         """
         rows = len(logits_BV)
-        positions_B, allowed_BW = np.zeros(rows, np.int32), None
+        positions_B, allowed_BW = np.zeros(rows, np.int32), self._unused(rows)[1]
+        if masks:
+            allowed_BW = np.array(allowed_BW)
         for place, task in zip(self.places(tasks, rows), tasks, strict=True):
             positions_B[place] = len(task.ids)
-            constraint = task.answer.request.constraint
-            if constraint and task in due:
-                allowed_BW = np.array(self._unused(rows)[1]) if allowed_BW is None else allowed_BW
-                allowed_BW[place] = constraint.mask()
-        allowed_BW = self._unused(rows)[1] if allowed_BW is None else self._put(allowed_BW)
+            if task in masks:
+                allowed_BW[place] = masks[task]
         settings, counts = self._settings_of(tasks, rows), self._counts_of(tasks, rows)
+        allowed_BW = self._put(allowed_BW) if masks else allowed_BW
         sampled = jax.device_get(self._run(decode.choose, logits_BV, positions_B, settings, counts, allowed_BW))
         places = [place for place, task in zip(self.places(tasks, rows), tasks, strict=True) if task in due]
         return jax.tree.map(lambda all_B: all_B[None, places], sampled)

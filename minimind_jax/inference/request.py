@@ -67,14 +67,16 @@ class Answer:
     """The answer to a request. It grows while the engine steps.
 
     tokens: made so far, with the end-of-text token or those of the stop string. finish_reason: None while it grows;
-    `stop` (end-of-text, stop id or stop string), `length` or `cancelled`. stop_reason: the stop string or stop id that
-    ended it. cached_tokens: of the prompt, that were not read anew. ends: tokens that end it.
+    `stop` (end-of-text, stop id or stop string), `length`, `cancelled` or `error`. error: that of its constraint.
+    stop_reason: the stop string or stop id that ended it. cached_tokens: of the prompt, that were not read anew. ends:
+    tokens that end it.
     """
 
     def __init__(self, request: Request, end_ids: Sequence[int], text: AnswerText | None):
         self.request = request
         self.tokens: list[Token] = []
         self.finish_reason: str | None = None
+        self.error: Exception | None = None
         self.stop_reason: str | int | None = None
         self.cached_tokens = 0
         self.ends = (*request.stop_ids, *(() if request.sampling.ignore_eos else end_ids))

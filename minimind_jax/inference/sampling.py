@@ -8,7 +8,9 @@ Cuts keep tokens from the likeliest down, so they are looked for among the few l
 cut lies further down is cut in the whole vocabulary. What a row gets depends on its own logits and numbers alone.
 """
 
-from collections.abc import Sequence
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -94,10 +96,10 @@ class Counts(NamedTuple):
     def none(cls, rows: int, vocab_size: int) -> "Counts":
         return cls(jnp.zeros((rows, vocab_size), bool), jnp.zeros((rows, vocab_size), jnp.int32))
 
-    def with_token(self, token_B: jax.Array, counted_B: jax.Array) -> "Counts":
-        """One more token of the answer, in the rows for which `counted_B` is true."""
-        rows = jnp.arange(len(token_B))
-        return self._replace(answer_BV=self.answer_BV.at[rows, token_B].add(counted_B.astype(jnp.int32)))
+    def with_tokens(self, tokens_NB: jax.Array) -> "Counts":
+        """N more tokens of each answer; an id beyond the vocabulary is none."""
+        rows_B = jnp.arange(tokens_NB.shape[1])
+        return self._replace(answer_BV=self.answer_BV.at[rows_B, tokens_NB].add(1, mode="drop"))
 
 
 class Sampled(NamedTuple):
@@ -121,21 +123,31 @@ def sample(
     values: SamplingValues,
     counts: Counts | None = None,
     allowed_BW: jax.Array | None = None,
+    since_NB: jax.Array | None = None,
 ) -> Sampled:
     """The next token of each row. Rows with temperature 0 take the likeliest; a draw of the others depends on their
     logits, their seed and `positions_B`, the place of the new token, alone.
 
-    counts: needed where a row has a penalty. allowed_BW: packed bits of the tokens that each row may take, uint32: bit
-    v % 32 of word v // 32 is token v. All ones for a free row; at least one token is allowed.
+    counts: needed where a row has a penalty. since_NB: tokens that these lack (see `Counts.with_tokens`). allowed_BW:
+    packed bits of the tokens that each row may take, uint32: bit v % 32 of word v // 32 is token v. All ones for a free
+    row; at least one token is allowed.
     """
     logits_BV = logits_BV.astype(jnp.float32)
-    scores_BV = adjust(logits_BV, values, counts, allowed_BW)
-    greedy_B = _likeliest(scores_BV)
-    token_B, sampled_logprob_B = jax.lax.cond(
-        jnp.any(values.temperature_B > 0),
-        lambda: _draw(scores_BV, positions_B, values, greedy_B),
-        lambda: (greedy_B, jnp.zeros(greedy_B.shape, jnp.float32)),
-    )
+    steps = _adjustments(values, counts, allowed_BW, since_NB)
+    draws, nothing_B = jnp.any(values.temperature_B > 0), jnp.zeros(len(logits_BV), jnp.float32)
+
+    def choose():
+        scores_BV = logits_BV
+        for is_needed, step in steps:
+            scores_BV = jax.lax.cond(is_needed, step, _same, scores_BV)
+        greedy_B = _likeliest(scores_BV)
+        return jax.lax.cond(
+            draws, lambda: _draw(scores_BV, positions_B, values, greedy_B), lambda: (greedy_B, nothing_B)
+        )
+
+    # each `cond` on the way copies the logits; where no row needs any there is one for all
+    is_needed = functools.reduce(operator.or_, (needed for needed, _ in steps), draws)
+    token_B, sampled_logprob_B = jax.lax.cond(is_needed, choose, lambda: (_likeliest(logits_BV), nothing_B))
     total_B = jax.nn.logsumexp(logits_BV, axis=-1)
     top_ids_BT, top_logits_BT = _top(logits_BV, values)
     return Sampled(
@@ -147,18 +159,18 @@ def sample(
     )
 
 
-def adjust(
-    logits_BV: jax.Array, values: SamplingValues, counts: Counts | None, allowed_BW: jax.Array | None
-) -> jax.Array:
-    """Logits with bias, penalties and only the allowed tokens, in that order; without any, the logits themselves."""
+def _adjustments(values, counts, allowed_BW, since_NB) -> list[tuple[jax.Array, Callable[[jax.Array], jax.Array]]]:
+    """Bias, penalties and the allowed tokens, in that order: whether a row needs it, and what it makes of logits."""
     steps = [(jnp.any(values.bias_values_BN != 0), lambda scores_BV: _bias(scores_BV, values))]
     if counts is not None:
-        steps.append((jnp.any(values.counts_B), lambda scores_BV: penalize(scores_BV, values, counts)))
+
+        def penalized(scores_BV):
+            return penalize(scores_BV, values, counts if since_NB is None else counts.with_tokens(since_NB))
+
+        steps.append((jnp.any(values.counts_B), penalized))
     if allowed_BW is not None:
         steps.append((jnp.any(~allowed_BW != 0), lambda scores_BV: allow(scores_BV, allowed_BW)))
-    for is_needed, step in steps:
-        logits_BV = jax.lax.cond(is_needed, step, _same, logits_BV)
-    return logits_BV
+    return steps
 
 
 def _same(scores_BV):

@@ -181,6 +181,39 @@ def test_constrained_answers_hold_what_is_allowed_beside_free_ones(params, check
     assert [answer.finish_reason for answer in answers] == ["stop", "length", "length"]
 
 
+class Faulty(Multiples):
+    """Fails at its third question."""
+
+    def __init__(self, of, count, at):
+        super().__init__(of, count)
+        self.at = at
+
+    def mask(self):
+        if self.at == "mask" and self.asked == 2:
+            raise UserError("no mask")
+        return super().mask()
+
+    def accept(self, token):
+        super().accept(token)
+        if self.at == "accept" and self.asked == 3:
+            raise UserError("not accepted")
+
+
+@pytest.mark.parametrize("at", ["mask", "accept"])
+def test_a_constraint_that_fails_ends_its_own_answer_alone(params, check_greedy, at):
+    engine = Engine(MODEL, params, slots=3, context=200)
+    free, bad = (engine.submit(Request((5, 6, 7), GREEDY, constraint=rule)) for rule in (None, Faulty(1, 50, at)))
+    finish(engine, free, bad)
+    assert bad.finish_reason == "error" and "no" in str(bad.error) and free.finish_reason == "length"
+    check_greedy([5, 6, 7], free)
+    assert not engine.busy and engine.running == 0
+    with pytest.raises(UserError, match="no"):
+        list(engine.stream([5, 6], GREEDY, constraint=Faulty(1, 50, at)))
+    with pytest.raises(UserError, match="no"):
+        list(engine.answers([Request((5, 6), GREEDY, constraint=Faulty(1, 50, at))]))
+    check_greedy([5, 6], *engine.generate([[5, 6]], GREEDY))
+
+
 def test_the_likeliest_tokens_are_told_where_they_are_asked_for(params):
     engine = Engine(MODEL, params)
     first, second = (

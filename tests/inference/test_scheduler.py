@@ -97,6 +97,14 @@ def test_a_prefix_of_another_adapter_is_not_used():
     assert second.answer.cached_tokens == 0 and second.unread == 40
 
 
+def test_without_reuse_every_prompt_is_read_whole():
+    scheduler = Scheduler(slots=2, rows=2, reuses=False)
+    for _ in range(2):
+        (task,) = added(scheduler, task_of(range(40)))
+        assert scheduler.admit() == [] and task.unread == 40
+        finish(scheduler, task)
+
+
 def test_the_row_used_least_recently_is_taken():
     scheduler = Scheduler(slots=1, rows=3)
     rows = []
