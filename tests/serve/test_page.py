@@ -7,29 +7,31 @@ model can only say them (`Prompter`); all else is what the page, the server and 
 import json
 import re
 
-import jax
 import pytest
 
-from minimind_jax.convert.hf import save_hf
-from minimind_jax.data.tokenizer import train_bpe
-from minimind_jax.model.config import ModelConfig
-from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.tools.toolbox import Toolbox
-from tests.serve.conftest import TEXTS, running
-from tests.serve.page_helpers import Process, Prompter, chromium, free_port, opened, sync_api, talk_of
+from tests.serve.conftest import running
+from tests.serve.page_helpers import (
+    CALL,
+    HOSTILE,
+    THINKING,
+    Process,
+    Prompter,
+    answered,
+    ask,
+    chromium,
+    free_port,
+    opened,
+    save_talker,
+    sent_by,
+    stream,
+    sync_api,
+    talk_of,
+    unending,
+)
 
 expect = sync_api.expect
 CONTEXT, LONG_CONTEXT = 2048, 16384
-
-THINKING = "The user greets.\n</think>\n\nHello **you**."
-CALL = '<tool_call>\n{"name": "calculate_math", "arguments": {"expression": "256*37"}}\n</tool_call>'
-HOSTILE = """<script>window.hacked = 1</script>
-
-a <img src=x onerror="window.hacked = 2"> b [click](javascript:window.hacked=3) ![seen](http://127.0.0.1:9/seen.png)
-
-<iframe src="http://127.0.0.1:9/frame"></iframe><style>body { display: none }</style>
-
-[data](data:text/html,<script>window.hacked=4</script>) <a href="http://127.0.0.1:9/" onclick="window.hacked=5">x</a>"""
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +42,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def talker(compilation_cache, tmp_path_factory):
-    """A random model with room for tools and several turns."""
-    words = train_bpe(TEXTS * 3, tmp_path_factory.mktemp("words"), vocab_size=360)
-    config = ModelConfig(
-        vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=LONG_CONTEXT,
-    )  # fmt: skip
-    params = LanguageModel(config).init(jax.random.key(3))
-    return save_hf(tmp_path_factory.mktemp("models") / "talker", config, params, words, "float32")
+    return save_talker(tmp_path_factory.mktemp("talker"), LONG_CONTEXT)
 
 
 @pytest.fixture(scope="module")
@@ -74,42 +69,6 @@ def model(serving):
 def page(browser, address):
     with opened(browser, address) as page:
         yield page
-
-
-def ask(page, text):
-    page.fill("#text", text)
-    page.press("#text", "Enter")
-
-
-def answered(page, turns=1):
-    """Waits until so many questions have their answers."""
-    expect(page.locator("article.assistant footer")).to_have_count(turns)
-    expect(page.locator("#send")).to_be_visible()
-
-
-def sent_by(page):
-    """The bodies that the page sends from now on."""
-    sent = []
-    page.on("request", lambda request: sent.append(request.post_data_json) if "completions" in request.url else None)
-    return sent
-
-
-def unending(page):
-    """The model's answers go on until the context is full."""
-
-    def pass_on(route):
-        route.continue_(post_data=json.dumps({**json.loads(route.request.post_data), "ignore_eos": True}))
-
-    page.route("**/v1/chat/completions", pass_on)
-
-
-def stream(page, text, size=2000):
-    """The next answer is `text` as a recorded stream, for what no model of ours can be made to write."""
-    chunks = [{"content": text[at : at + size]} for at in range(0, len(text), size)]
-    events = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in chunks]
-    events.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
-    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
-    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
 
 
 def test_talk_is_streamed_and_kept(page, model):
