@@ -1,6 +1,7 @@
 """The routes."""
 
 import asyncio
+import inspect
 import mimetypes
 from collections.abc import Callable
 from pathlib import Path
@@ -81,7 +82,7 @@ class Server:
         self.worker.check()
         tell_ignored(body)
         served = self.models.get(body.model, kind)
-        if not asyncio.iscoroutinefunction(work):
+        if not inspect.iscoroutinefunction(work):
             return JSONResponse(await asyncio.to_thread(work, body, served, *more))
         try:
             found = await while_there(http, asyncio.wait_for(work(body, served, *more), self.config.max_seconds))

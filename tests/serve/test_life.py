@@ -81,7 +81,7 @@ def test_a_page_whose_domain_points_here_gets_no_answer(server):
 
 @pytest.fixture(scope="module")
 def guarded(folder):
-    changes = {"slots": 1, "queue": 1, "cors_origins": ("https://chat.example.org",), "drain_seconds": 0.5}
+    changes = {"queue": 1, "cors_origins": ("https://chat.example.org",), "drain_seconds": 0.5}
     with running(("first-key", "second-key"), model=(f"tiny={folder}",), web=True, **changes) as server:
         yield server
 
@@ -242,7 +242,7 @@ def test_a_kill_loses_only_the_open_answers(folder):
 
 
 def test_who_is_not_done_when_the_time_is_up_is_told(folder):
-    with running(model=(f"tiny={folder}",), drain_seconds=0.3, slots=1) as server:
+    with running(model=(f"tiny={folder}",), drain_seconds=0.3) as server:
         slow = server.engine.step
         server.engine.step = lambda: (time.sleep(0.05), slow())[1]
         connection = stream_begun(server.root)
