@@ -140,8 +140,8 @@ class GrammarConstraint:
     Near its limit an answer is steered to its end: strings, lists and objects are closed, thinking ends, and no call
     begins that there is no room for. Words that may end anywhere are let be.
 
-    cut: it was ended so, or the grammar could not be followed any further, for which `fault` has the reason. notes:
-    what the grammar leaves out of its form.
+    cut: it was ended so. notes: what the grammar leaves out of its form. Its methods raise UserError where a grammar
+    takes too much to be followed any further.
     """
 
     def __init__(self, matcher: Any, steps: "_Steps", form: Form, limit: int | None, opener: int | None):
@@ -152,7 +152,7 @@ class GrammarConstraint:
         self._longest = 0  # of the ways to an end so far
         self._tail = b""
         self._call_length: int | None = None
-        self.cut, self.fault = False, ""
+        self.cut = False
         self.notes: list[str] = matcher.get_grammar_warnings()
 
     def mask(self) -> np.ndarray:
@@ -184,8 +184,8 @@ class GrammarConstraint:
         return self._matcher.is_stopped()
 
     def _check(self) -> None:
-        if self._matcher.is_error() and not self.fault:
-            self.cut, self.fault = True, _said(self._matcher.get_error())
+        if self._matcher.is_error():
+            raise UserError(f"the form cannot be followed any further: {_said(self._matcher.get_error())}")
 
     def _look(self) -> None:
         """Takes the way to an end if there is just room for it; else says when to look again.

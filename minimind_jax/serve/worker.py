@@ -184,6 +184,9 @@ class Worker:
             tokens, text = answer.news()
             if answer.finish_reason:
                 del self._open[id(answer)]
+            if answer.error:
+                ticket.tell([answer.error])
+                continue
             told = News(index, tokens, text, answer.finish_reason, answer.stop_reason, answer.cached_tokens)
             news.setdefault(ticket, []).append(told)
         for ticket, each in news.items():

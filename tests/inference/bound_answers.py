@@ -146,3 +146,8 @@ def checked(text):
         assert not call.error, (call.error, text)
         jsonschema.validate(call.arguments, schema_of(call.name))
     return words, [call.name for call in calls]
+
+
+def late_fault(harmless, harmful):
+    """A grammar of which one of two letters leads to more than can be followed."""
+    return f'start: "{harmless}" | "{harmful}" many\nmany: {" ".join(["part?"] * 1500)}\npart: "b" | "c"'

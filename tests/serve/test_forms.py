@@ -99,6 +99,21 @@ def test_a_form_that_makes_no_sense_is_refused(chat, body, words):
         chat(extra_body=body)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_form_that_cannot_be_followed_to_its_end_fails_its_own_answer_alone(chat, client, server, stream):
+    many = " ".join(["part?"] * 1500)
+    told = []
+    for harmless, harmful in ("xy", "yx"):  # which of the two letters the trial takes is not known
+        grammar = f'start: "{harmless}" | "{harmful}" many\nmany: {many}\npart: "b" | "c"'
+        bias = {str(server.models.get("tiny").tokenizer.encode(harmful)[0]): 100}
+        with pytest.raises(openai.APIError) as caught:
+            answer = chat(extra_body={"guided_grammar": grammar}, logit_bias=bias, stream=stream, n=2)
+            list(answer)
+        told.append("cannot be followed any further" in str(caught.value))
+    assert sorted(told) == [False, True]
+    assert server.idle() and chat(max_tokens=3).choices[0].finish_reason == "length"
+
+
 def test_a_call_that_must_be_made_is_made(chat):
     for seed in range(4):
         found = chat(tools=[ADD, TELL], tool_choice="required", seed=seed).choices[0]
