@@ -12,6 +12,7 @@ first request, in which it compiles. float32 on a CPU; on a GPU bfloat16, and Mi
 """
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -34,10 +35,10 @@ from minimind_jax.model.transformer import LanguageModel, cast_matrices
 
 def serve_ours(settings: dict) -> None:
     model, params = make_model(settings)
-    params, engines = model.unstack(cast_matrices(params, model.dtype)), {}
+    params, engines, calls = model.unstack(cast_matrices(params, model.dtype)), {}, itertools.count()
 
     def answer(case: str, count: int) -> dict:
-        asked, sampling = requests(settings, case, count)
+        asked, sampling = requests(settings, case, count, next(calls))
         if len(asked) not in engines:
             engines[len(asked)] = Engine(model, params, slots=len(asked))
         engine = engines[len(asked)]
@@ -59,7 +60,7 @@ def serve_llama_cpp(settings: dict) -> None:
     """llama.cpp's own server in this process, with a slot for each request, asked over its API."""
     import xllamacpp
 
-    servers = {}
+    servers, calls = {}, itertools.count()
 
     def server(rows: int) -> str:
         if rows not in servers:
@@ -77,7 +78,7 @@ def serve_llama_cpp(settings: dict) -> None:
             return json.load(answer)["tokens_predicted"]
 
     def answer(case: str, count: int) -> dict:
-        asked, sampling = requests(settings, case, count)
+        asked, sampling = requests(settings, case, count, next(calls))
         sampling = {**sampling, "samplers": ["top_k", "top_p", "temperature"]} if sampling["temperature"] else sampling
         address = server(len(asked))
         with ThreadPoolExecutor(len(asked)) as pool:

@@ -8,6 +8,7 @@ The training step is that of trainer/train_pretrain.py without the loop around i
 AdamW, zero_grad. Only `bench_train.py` and `bench_decode.py` start this.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -86,10 +87,11 @@ def make_train():
 def make_generate():
     model = make_model().eval()
     model = model.half() if DEVICE == "cuda" else model  # as its eval_llm.py does
+    calls = itertools.count()
 
     def generate(case, count):
         """The requests of `bench_decode.requests` as one batch, padded on the left; it ends with the longest answer."""
-        asked, sampling = requests(REQUEST, case, count)
+        asked, sampling = requests(REQUEST, case, count, next(calls))
         longest, new_tokens = (
             max(column) for column in zip(*((len(prompt), new) for prompt, new in asked), strict=True)
         )

@@ -11,10 +11,13 @@ SAMPLINGS = {
 CASES = ("greedy 1", "greedy 16", "sampled 1", "sampled 16", "unequal 16")
 
 
-def requests(settings: dict, case: str, count: int) -> tuple[list[tuple[list[int], int]], dict]:
-    """Prompts of a case, how many tokens the answer to each has, and how they are sampled."""
-    (kind, rows), random = case.split(), np.random.default_rng(0)
+def requests(settings: dict, case: str, count: int, call: int) -> tuple[list[tuple[list[int], int]], dict]:
+    """Prompts of a case, how many tokens the answer to each has, and how they are sampled. Of two calls the lengths are
+    the same and the words are not, so that nobody can have kept them."""
+    kind, rows = case.split()
     lengths = [(settings["prompt_len"], count)] * int(rows)
     if kind == "unequal":
-        lengths = [(prompt, min(new, 2 * count)) for prompt, new in random.integers(16, 257, (int(rows), 2)).tolist()]
+        lengths = np.random.default_rng(0).integers(16, 257, (int(rows), 2)).tolist()
+        lengths = [(prompt, min(new, 2 * count)) for prompt, new in lengths]
+    random = np.random.default_rng(call)
     return [(random.integers(3, 6400, prompt).tolist(), new) for prompt, new in lengths], SAMPLINGS[kind]
