@@ -14,6 +14,7 @@ first request, in which it compiles. float32 on a CPU; on a GPU bfloat16, and Mi
 import argparse
 import itertools
 import json
+import os
 import sys
 import tempfile
 import time
@@ -67,7 +68,7 @@ def serve_llama_cpp(settings: dict) -> None:
             params = xllamacpp.CommonParams()
             params.model.path, params.verbosity = settings["file"], -1
             params.n_parallel, params.n_ctx, params.cache_ram_mib = rows, 512 * rows, 0
-            params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings["threads"]
+            params.cpuparams.n_threads = params.cpuparams_batch.n_threads = len(os.sched_getaffinity(0))
             servers[rows] = xllamacpp.Server(params)
         return servers[rows].listening_address
 
@@ -106,7 +107,7 @@ def make_model(settings: dict):
     return model, jax.jit(model.init)(jax.random.key(0))
 
 
-def llama_cpp_sides(settings: dict, tokenizer: Path, folder: str, threads: int) -> dict[str, bench.Side]:
+def llama_cpp_sides(settings: dict, tokenizer: Path, folder: str) -> dict[str, bench.Side]:
     """A process for each format. The file's weights are ours."""
     from minimind_jax.convert.gguf import params_to_gguf
 
@@ -115,7 +116,7 @@ def llama_cpp_sides(settings: dict, tokenizer: Path, folder: str, threads: int) 
     for dtype in ("float32", "q8_0"):
         file = str(Path(folder) / f"{dtype}.gguf")
         params_to_gguf(file, "bench", model.config, jax.device_get(params), Tokenizer.load(tokenizer), dtype, None)
-        own = json.dumps({**settings, "file": file, "threads": threads})
+        own = json.dumps({**settings, "file": file})
         sides[f"llama.cpp {dtype}"] = bench.Side([sys.executable, str(Path(__file__)), "--serve_llama_cpp", own])
     return sides
 
@@ -127,7 +128,9 @@ def main() -> None:
     parser.add_argument(
         "--llama_cpp", action="store_true", help="beside llama.cpp too; needs --minimind for a tokenizer"
     )
-    parser.add_argument("--threads", type=int, default=2, help="of llama.cpp")
+    parser.add_argument(
+        "--one_core", action="store_true", help="count processor seconds on one core: for a busy machine"
+    )
     parser.add_argument("--hidden_size", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--moe", action="store_true")
@@ -145,13 +148,15 @@ def main() -> None:
     if args.serve_llama_cpp:
         return serve_llama_cpp(json.loads(args.serve_llama_cpp))
 
-    settings = {name: getattr(args, name) for name in ("hidden_size", "layers", "moe", "prompt_len")}
+    if args.one_core:
+        bench.use_one_core()
+    settings = {name: getattr(args, name) for name in ("hidden_size", "layers", "moe", "prompt_len", "one_core")}
     with tempfile.TemporaryDirectory() as folder:
         sides = {"ours": bench.ours("bench_decode.py", settings)}
         if args.minimind:
             sides["minimind"] = bench.minimind(args.minimind, args.minimind_python, settings)
         if args.llama_cpp:
-            sides |= llama_cpp_sides(settings, args.minimind / "model", folder, args.threads)
+            sides |= llama_cpp_sides(settings, args.minimind / "model", folder)
         for case in args.cases:
             first, answers = bench.interleave(sides, args.pairs, **{case: args.new_tokens})
             shown = {**settings, "case": case, "new_tokens": args.new_tokens}
