@@ -6,6 +6,7 @@ needed and come back as lists: the tokens live on the host, the keys and values 
 
 import dataclasses
 import itertools
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -128,7 +129,7 @@ class Engine:
         if self.busy:
             raise ValueError("answers are in work; finish or cancel them before other parameters are loaded")
         self._programs.load(lora.join(params, self._stacked))
-        self._scheduler.forget()
+        self._scheduler.clear()
 
     def warm_up(self, report: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Compiles all that a request may need, if the context was given; report: gets (done, of how many)."""
@@ -247,10 +248,14 @@ class Engine:
         """
         answer = self.submit(Request(tuple(self.encode(prompt)), sampling, **options))
         try:
-            while answer.finish_reason is None:
-                if answer in self.step():
-                    tokens, text = _checked(answer).news()
+            while True:  # steps for other answers, between two pieces, make this one grow too
+                tokens, text = _checked(answer).news()
+                if tokens:
                     yield Piece(text, tokens, answer)
+                elif answer.finish_reason:
+                    break
+                else:
+                    self.step()
         finally:
             self.cancel(answer)
 
@@ -270,8 +275,11 @@ class Engine:
         if request.adapter and request.adapter not in self.adapters:
             there_are = ", ".join(self.adapters) or "none"
             raise UserError(f"there is no adapter {request.adapter}; there are {there_are}")
-        if outside := [token for token, _ in request.logit_bias if not 0 <= token < vocabulary]:
-            raise UserError(f"logit_bias has token id {outside[0]}; the model's ids are 0 to {vocabulary - 1}")
+        for name, ids in (("logit_bias", (id for id, _ in request.logit_bias)), ("stop_ids", request.stop_ids)):
+            if outside := [token for token in ids if not 0 <= token < vocabulary]:
+                raise UserError(f"{name} has token id {outside[0]}; the model's ids are 0 to {vocabulary - 1}")
+        if wrong := [(token, value) for token, value in request.logit_bias if not value < math.inf]:
+            raise UserError(f"logit_bias of token {wrong[0][0]} is {wrong[0][1]}; it is a number, or -inf")
         if len(request.logit_bias) > MAX_BIASES:
             raise UserError(f"logit_bias has {len(request.logit_bias)} tokens; {MAX_BIASES} is the most")
         if not 0 <= request.top_logprobs <= MAX_TOP:
@@ -279,20 +287,19 @@ class Engine:
 
     def _recover(self) -> None:
         """Cancels all that is in work, and forgets what the cache held."""
-        for answer in list(self._tasks):
-            self.cancel(answer)
-        self._scheduler.forget()
+        for answer in self._tasks:
+            answer.finish("cancelled")
+        self._tasks.clear()
+        self._scheduler.clear()
         self._programs.clear()
 
     def _admit(self) -> None:
-        waiting = self._scheduler.waiting
-        if self._grows and waiting:
-            wanted = min(self.slots, len(self._scheduler.at_work) + len(waiting))
-            first = [
-                len(task.ids) + min(task.answer.request.sampling.max_new_tokens, FIRST_ROOM)
-                for task in itertools.islice(waiting, wanted)
-            ]
-            rows, length = bucket(wanted, 1, 16), bucket(max(first), SHORTEST_CACHE, 4096)
+        if self._grows and (tasks := self._scheduler.next):
+            wanted = min(self.slots, len(self._scheduler.at_work) + len(tasks))
+            longest = max(
+                len(task.ids) + min(task.answer.request.sampling.max_new_tokens, FIRST_ROOM) for task in tasks
+            )
+            rows, length = bucket(wanted, 1, 16), bucket(longest, SHORTEST_CACHE, 4096)
             self._programs.reserve(min(rows, self.slots), min(length, round_up(self.context, SLOT_MULTIPLE)))
             self._scheduler.grow(self._programs.rows)
         for copy in self._scheduler.admit():

@@ -88,6 +88,7 @@ class Programs:
 
     def clear(self) -> None:
         """An empty cache of the same size; the old one may be lost in a call that was given it."""
+        self._cache = None  # there may be no room for two
         self._cache = self._run(decode.empty, self.model, self.rows, self.length)
 
     # Sizes of programs ------------------------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ class Programs:
             return width, max(1, most // width)
         widths = [width for width in self.limits.widths if width <= most]
         width = next((width for width in widths if width >= unread), widths[-1])
-        return width, max(1, *(rows for rows in self.steps if rows * width <= most))
+        return width, max((rows for rows in self.steps if rows * width <= most), default=1)
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -182,7 +183,7 @@ class Programs:
             (rows, width)
             for width in self.limits.widths
             for rows in self.steps
-            if rows == 1 or rows * width <= self.limits.alone
+            if rows == self.steps[0] or rows * width <= self.limits.alone
         ]
         total = len(reads) + len(self.steps) + 1
         self.copy(Copy(0, 0, 0))

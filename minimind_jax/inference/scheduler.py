@@ -6,6 +6,7 @@ tokens need not read them again; rows that were used least recently are taken fi
 """
 
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from typing import NamedTuple
 from minimind_jax.inference.request import Answer, Busy
 
 SHORTEST_PREFIX = 16  # tokens of another row that are worth a copy
+LOOK_AHEAD = 2  # times as many waiting tasks as slots are looked at for the next row
 
 
 @dataclasses.dataclass(eq=False)
@@ -50,7 +52,7 @@ class Copy(NamedTuple):
 
 class Scheduler:
     """slots: most tasks that have a row. rows: of the cache, of which those without a task keep what was in them.
-    queue: most tasks that wait; None for any number. reuses: prompts may take what rows hold."""
+    queue: most tasks that wait for a slot; None for any number. reuses: prompts may take what rows hold."""
 
     def __init__(self, slots: int, rows: int, queue: int | None = None, reuses: bool = True):
         self.slots, self.queue, self.reuses = slots, queue, reuses
@@ -72,8 +74,9 @@ class Scheduler:
 
     def add(self, task: Task) -> None:
         """Raises Busy when as many wait as may."""
-        if self.queue is not None and len(self.waiting) >= self.queue:
-            raise Busy(f"{len(self.waiting)} requests wait already; try again later")
+        ahead = len(self.waiting) + len(self.at_work) - self.slots  # of those that wait, free slots are some's already
+        if self.queue is not None and ahead >= self.queue:
+            raise Busy(f"all slots are taken, and {ahead} requests wait already; try again later")
         self.waiting.append(task)
 
     def drop(self, task: Task) -> None:
@@ -84,24 +87,29 @@ class Scheduler:
             task.row.task, task.row.used = None, self._tick()
             task.row = None
 
-    def forget(self) -> None:
-        """What rows without a task hold is of no use any more."""
-        for row in self.rows:
-            if row.task is None:
-                row.held, row.used = [], -1
+    def clear(self) -> None:
+        """Takes all tasks away; what rows hold is of no use any more."""
+        self.waiting.clear()
+        self.rows = [Row(row.number) for row in self.rows]
+
+    @property
+    def next(self) -> list[Task]:
+        """The tasks among which the next to get a row are: those that wait longest."""
+        return list(itertools.islice(self.waiting, LOOK_AHEAD * self.slots))
 
     def admit(self) -> list[Copy]:
         """Gives rows to tasks that wait, and the copies that must be made before anything is read, in this order.
 
         A task whose prompt begins as one that is being read just now waits for that, and others go first.
         """
-        copies, later = [], []
-        while self.waiting and len(self.at_work) < min(self.slots, len(self.rows)):
-            task = self.waiting.popleft()
+        copies: list[Copy] = []
+        for task in self.next:
+            if len(self.at_work) >= min(self.slots, len(self.rows)):
+                break
             source, count, wait = self._best(task)
             if wait:
-                later.append(task)
                 continue
+            self.waiting.remove(task)
             row, is_worth_it = source, count >= SHORTEST_PREFIX
             if not is_worth_it or source.task is not None or 2 * count < len(source.held):
                 row = self._oldest(but=source if is_worth_it else None)
@@ -112,7 +120,6 @@ class Scheduler:
             del row.held[count:]
             row.task, row.adapter, row.used, task.row = task, task.answer.request.adapter, self._tick(), row
             task.answer.cached_tokens = count
-        self.waiting.extendleft(reversed(later))
         return copies
 
     def _best(self, task: Task) -> tuple[Row, int, bool]:

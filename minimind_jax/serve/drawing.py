@@ -14,7 +14,6 @@ from minimind_jax.serve.models import Served
 from minimind_jax.serve.protocol import WITHOUT_A_WORD, Body, Drawing, Sampling
 
 _SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-_MOST_BIASED = 1024
 
 
 def tell_ignored(body: Body) -> None:
@@ -80,8 +79,6 @@ def extras_of(body: Drawing, served: Served) -> dict[str, Any]:
     """Stop ids and biases, as the engine takes them. Raises ApiError."""
     stop_ids = tuple(dict.fromkeys(body.stop_token_ids or ()))
     bias = body.logit_bias or {}
-    if len(bias) > _MOST_BIASED:
-        raise refused(f"logit_bias has {len(bias)} tokens; at most {_MOST_BIASED} are taken", "logit_bias")
     for name, tokens in (("logit_bias", bias), ("stop_token_ids", map(str, stop_ids))):
         for token in tokens:
             if not (token.isascii() and token.isdecimal() and len(token) < 10 and int(token) < served.vocabulary):

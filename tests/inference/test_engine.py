@@ -23,7 +23,8 @@ from minimind_jax.model.transformer import LanguageModel
 CONTEXT = 384
 CONFIG = ModelConfig(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=160,
-    max_position_embeddings=CONTEXT,
+    max_position_embeddings=CONTEXT, eos_token_id=None,
+    initializer_range=0.3,  # else answers repeat the last token, whatever was before
 )  # fmt: skip
 MODEL = LanguageModel(CONFIG)
 GREEDY = SamplingConfig(max_new_tokens=12, temperature=0.0)
@@ -32,9 +33,7 @@ DRAWN = SamplingConfig(max_new_tokens=12, temperature=0.9, top_k=20, seed=5)
 
 @pytest.fixture(scope="module")
 def params():
-    params = jax.jit(MODEL.init)(jax.random.key(3))
-    params["embed"]["embedding"] = params["embed"]["embedding"] * 20  # likelier tokens differ from prompt to prompt
-    return params
+    return jax.jit(MODEL.init)(jax.random.key(3))
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +118,24 @@ def test_the_cache_grows_with_an_answer(params, check_greedy):
     check_greedy([5, 6, 7], answer)
 
 
+def test_the_cache_has_room_for_a_long_prompt_that_passes_others(params, check_greedy):
+    engine = Engine(MODEL, params, slots=3)
+    random = np.random.default_rng(1)
+    same, long = random.integers(3, 160, 40).tolist(), random.integers(3, 160, 340).tolist()
+    prompts = [same, same, same, long]  # the second and third wait for the first
+    for prompt, answer in zip(prompts, engine.generate(prompts, GREEDY), strict=True):
+        check_greedy(prompt, answer)
+
+
+def test_streams_beside_each_other_lose_nothing(params):
+    long, short = (SamplingConfig(max_new_tokens=n, temperature=0.0, ignore_eos=True) for n in (40, 5))
+    engine = Engine(MODEL, params, slots=2)
+    first, second = engine.stream([5, 6, 7], long), engine.stream([8, 9], short)
+    ids = [token.id for token in next(second).tokens]
+    assert sum(len(piece.tokens) for piece in first) == 40  # the second has ended meanwhile
+    assert [*ids, *(token.id for piece in second for token in piece.tokens)] == engine.generate([[8, 9]], short)[0].ids
+
+
 def test_an_end_in_a_step_of_many_tokens_ends_there(params, check_greedy):
     [prompt] = prompts_of(1, seed=4)
     [whole] = Engine(MODEL, params).generate([prompt], GREEDY)
@@ -136,6 +153,10 @@ def test_what_cannot_be_answered_is_refused(params):
     for prompt, message in (([], "empty"), ([160], "160"), ([1] * 380, "exceed"), ("text", "without a tokenizer")):
         with pytest.raises(UserError, match=message):
             engine.generate([prompt], GREEDY)
+    for more in ({"stop_ids": (2**40,)}, {"stop_ids": (-1,)}, {"logit_bias": ((160, 1.0),)},
+                 {"logit_bias": ((5, float("nan")),)}, {"logit_bias": ((5, float("inf")),)}):  # fmt: skip
+        with pytest.raises(UserError, match=next(iter(more))):
+            engine.submit(Request((1,), GREEDY, **more))
     with pytest.raises(UserError, match="stop strings"):
         engine.generate([[1]], dataclasses.replace(GREEDY, stop=("x",)))
     assert not engine.busy
@@ -278,6 +299,22 @@ def test_an_interrupted_call_leaves_an_engine_that_works(params, check_greedy, m
             engine.step()
     assert answer.finish_reason == "cancelled" and not engine.busy
     check_greedy(prompt, *engine.generate([prompt], GREEDY))
+
+
+def test_an_interrupt_while_rows_are_given_leaves_an_engine_that_works(params, check_greedy, monkeypatch):
+    engine, prompts = Engine(MODEL, params, slots=2, context=200), prompts_of(3, seed=9)
+    answers = [engine.submit(Request(tuple(prompt), GREEDY)) for prompt in prompts]
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._scheduler, "_tick", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    assert {answer.finish_reason for answer in answers} == {"cancelled"} and not engine.busy and engine.waiting == 0
+    for prompt, answer in zip(prompts, engine.generate(prompts, GREEDY), strict=True):
+        check_greedy(prompt, answer)
 
 
 # Any order of requests, steps and cancellations -----------------------------------------------------------------------

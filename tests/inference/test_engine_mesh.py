@@ -10,15 +10,28 @@ import numpy as np
 
 from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.config.sections import MeshConfig
+from minimind_jax.inference import decode
 from minimind_jax.inference.engine import Engine
+from minimind_jax.inference.request import Request
 from minimind_jax.model.config import ComputeConfig, ModelConfig
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.sharding import init_params, make_mesh
 
 CONFIG = ModelConfig(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=160,
-    max_position_embeddings=128,
+    max_position_embeddings=128, initializer_range=0.3,
 )  # fmt: skip
+
+
+def beside(engine, prompts, sampling):
+    """Each is asked while the others run."""
+    answers = []
+    for prompt in prompts:
+        answers.append(engine.submit(Request(tuple(prompt), sampling)))
+        engine.step()
+    while engine.busy:
+        engine.step()
+    return answers
 
 
 def main() -> None:
@@ -34,6 +47,12 @@ def main() -> None:
         alone.load(jax.tree.map(np.asarray, params))
         cut += engine.generate(prompts, sampling)
         one += alone.generate(prompts, sampling)
+    fixed = Engine(model, second, slots=8, context=128)
+    fixed.warm_up()
+    compiled = decode.read._cache_size()
+    cut += beside(fixed, prompts, sampling)
+    assert decode.read._cache_size() == compiled
+    one += beside(alone, prompts, sampling)
     keys = engine._programs._cache.layers[0].k_CBKHs
     kernel = engine.params["layers"][0]["attention"]["q_proj"]["kernel"].kernel_OI
     report = {

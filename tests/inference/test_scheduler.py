@@ -41,6 +41,8 @@ def test_rows_go_to_those_that_wait_longest_and_no_more_than_slots():
 
 def test_a_full_queue_refuses_and_a_cancelled_task_makes_room():
     scheduler = Scheduler(slots=1, rows=1, queue=2)
+    added(scheduler, task_of([0]))
+    scheduler.admit()
     first, second = added(scheduler, task_of([1]), task_of([2]))
     with pytest.raises(Busy, match="2 requests wait"):
         scheduler.add(task_of([3]))
@@ -48,6 +50,14 @@ def test_a_full_queue_refuses_and_a_cancelled_task_makes_room():
     third = task_of([3])
     scheduler.add(third)
     assert list(scheduler.waiting) == [second, third]
+
+
+@pytest.mark.parametrize("queue", [0, 1, 3])
+def test_slots_that_are_free_are_no_part_of_the_queue(queue):
+    scheduler = Scheduler(slots=2, rows=0, queue=queue)
+    added(scheduler, *(task_of([n]) for n in range(2 + queue)))
+    with pytest.raises(Busy, match=f"{queue} requests wait"):
+        scheduler.add(task_of([9]))
 
 
 def test_the_next_turn_takes_the_row_of_the_last_in_place():
@@ -127,6 +137,30 @@ def test_equal_prompts_wait_for_the_first_of_them_and_others_pass():
     read(first)
     copies = scheduler.admit()
     assert [copy.count for copy in copies] == [39, 39] and {second.unread, third.unread} == {1}
+
+
+def test_few_of_many_that_wait_are_looked_at_for_a_row():
+    scheduler = Scheduler(slots=2, rows=2)
+    same = added(scheduler, *(task_of(range(40)) for _ in range(100)))
+    (other,) = added(scheduler, task_of(range(500, 540)))
+    scheduler.admit()
+    assert scheduler.at_work == [same[0]] and other in scheduler.waiting and len(scheduler.next) < 10
+    for task in same[:99]:
+        finish(scheduler, task)
+        scheduler.admit()
+    assert other in scheduler.at_work
+
+
+def test_what_is_cleared_begins_anew():
+    scheduler = Scheduler(slots=1, rows=1)
+    added(scheduler, task_of(range(40)), task_of(range(40)))
+    scheduler.admit()
+    read(scheduler.at_work[0])
+    scheduler.clear()
+    assert not scheduler.at_work and not scheduler.waiting
+    (task,) = added(scheduler, task_of(range(40)))
+    scheduler.admit()
+    assert task.unread == 40
 
 
 def test_prompts_are_read_in_the_order_they_came():
