@@ -26,14 +26,16 @@ class Grammars:
     """Makes what binds an answer, for one tokenizer; built once, used by any thread.
 
     vocab_size: of the model, where it has more rows than the tokenizer has words. end_ids: tokens that end an answer;
-    None for those of the tokenizer.
+    None for those of the tokenizer. Those that the vocabulary does not have are left out.
 
     Raises UserError where llguidance is not installed.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int | None = None, end_ids: Iterable[int] | None = None):
         self._library, self._vocabulary = llguidance(), tokenizer.vocabulary()
-        self._words = _Words(tokenizer, vocab_size, tokenizer.end_ids if end_ids is None else tuple(end_ids))
+        size = max(vocab_size or 0, tokenizer.vocab_size)
+        ends = tuple(i for i in (tokenizer.end_ids if end_ids is None else end_ids) if i < size)
+        self._words = _Words(tokenizer, size, ends or (tokenizer.eos_id,))
         self._tokens = self._library.LLTokenizer(
             self._library.TokenizerWrapper(self._words), eos_token=list(self._words.end_ids)
         )
@@ -117,10 +119,10 @@ class _Words:
 
     bos_token_id, special_token_ids = None, ()
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int | None, end_ids: tuple[int, ...]):
+    def __init__(self, tokenizer: Tokenizer, size: int, end_ids: tuple[int, ...]):
         self.end_ids, self.eos_token_id = end_ids, end_ids[0]
         self.marks = tokenizer.mark_ids | {*end_ids}
-        self.pieces = tokenizer.byte_pieces + [b""] * ((vocab_size or 0) - tokenizer.vocab_size)
+        self.pieces = tokenizer.byte_pieces + [b""] * (size - tokenizer.vocab_size)
         self.tokens = [SPECIAL + piece if i in self.marks else piece for i, piece in enumerate(self.pieces)]
         self.spell = lambda text: []
         self._encode = tokenizer.encode

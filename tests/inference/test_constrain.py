@@ -232,6 +232,16 @@ def test_a_grammar_that_cannot_be_followed_any_further_says_so(own):
             constraint.accept(token)
 
 
+def test_ends_that_the_vocabulary_does_not_have_are_left_out(own):
+    tokenizer, _ = own
+    for ends in ([], [10**6], [10**6, tokenizer.eos_id]):
+        grammars = Grammars(tokenizer, end_ids=ends)
+        constraint = grammars.constraint(choice(["a"]))
+        constraint.accept(tokenizer.encode("a")[0])
+        assert constraint.ended and tokens_of(constraint.mask()) == [tokenizer.eos_id]
+        grammars.close()
+
+
 def test_a_missing_library_is_told(own, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(UserError, match=r"pip install 'llguidance"):
