@@ -19,6 +19,7 @@ from minimind_jax.inference.request import Busy
 from minimind_jax.tools.toolbox import Toolbox
 
 _TRY_SECONDS, _TRY_MIB = 3.0, 512
+_FARTHEST = 1024  # tokens to an end that is looked for; other answers wait meanwhile
 _AT_ONCE, _WAIT_SECONDS = 4, 1.0  # so that hostile grammars leave threads to those who ask for none
 
 
@@ -250,10 +251,10 @@ class _Steps:
         return any(has(mask, token) for token in self._ends)
 
     def way_out(self, matcher: Any, most: int) -> list[int]:
-        """Tokens from here to an end, end-of-text included; none if no end was found within `most`."""
+        """Tokens from here to an end, end-of-text included; none if no end was found within `most`, or far."""
         matcher, rng, way = matcher.deep_copy(), random.Random(0), []
         before = tried = frozenset(self._singles.values())
-        while len(way) < most and not matcher.is_stopped():
+        while len(way) < min(most, _FARTHEST) and not matcher.is_stopped():
             mask = self.mask(matcher)
             singles = {token for token in self._singles.values() if has(mask, token)}
             way.append(self._next(mask, singles, before, tried, rng))

@@ -5,6 +5,7 @@ import json
 import random
 import re
 import sys
+import time
 
 import jsonschema
 import numpy as np
@@ -208,6 +209,17 @@ def test_an_answer_that_was_steered_to_its_end_says_so(own):
     rest, ended = drawn(tokenizer, short, 0, 30)
     assert ended and short.cut and 15 < len(ids + rest) <= 30
     assert json.loads(text_of(tokenizer, ids + rest)).keys() == {"a"}
+
+
+def test_an_end_that_there_is_not_is_not_looked_for_long(own):
+    tokenizer, grammars = own
+    endless = {"$ref": "#/$defs/a", "$defs": {"a": {"properties": {"x": {"$ref": "#/$defs/a"}}, "required": ["x"]}}}
+    endless["$defs"]["a"]["type"] = "object"
+    constraint, begin = grammars.constraint(json_schema(endless), 10**6), time.thread_time()
+    for token in tokenizer.encode('{"x":{"x":'):
+        assert token in tokens_of(constraint.mask())
+        constraint.accept(token)
+    assert time.thread_time() - begin < 5  # a million masks take a minute
 
 
 def test_without_a_limit_nothing_is_steered(own):
