@@ -75,6 +75,8 @@ class Engine:
         queue: int | None = None,
         adapters: Mapping[str, Params] | None = None,
     ):
+        if held and context is None:
+            raise ValueError("a cache that grows holds no rows for later; give a context")
         if eos_ids is None:
             eos_ids = {*model.config.end_ids, *(tokenizer.end_ids if tokenizer else ())}
         if tokenizer:

@@ -20,7 +20,7 @@ from minimind_jax.serve.chat import Asked
 from minimind_jax.serve.drawing import tell_ignored
 from minimind_jax.serve.errors import HANDLED, answer_error, too_slow
 from minimind_jax.serve.guard import Guard
-from minimind_jax.serve.metrics import Metrics, figures_of
+from minimind_jax.serve.metrics import Metrics, Watch
 from minimind_jax.serve.models import Models, Served
 from minimind_jax.serve.protocol import (
     Body,
@@ -47,12 +47,8 @@ class Server:
 
     def __init__(self, config: ServeConfig, models: Models, worker: Worker):
         self.config, self.models, self.worker = config, models, worker
-        self.metrics = Metrics(self._figures)
-
-    def _figures(self) -> dict[str, dict[str, float]]:
-        """Of every engine, under the name of its model: adapters share it."""
-        engines = {each.name: each.engine for each in self.models if each.engine and not each.adapter}
-        return {name: figures_of(engine) for name, engine in engines.items()}
+        # adapters share the engine of their model
+        self.metrics = Metrics({each.name: each.engine for each in models if each.engine and not each.adapter})
 
     async def respond(
         self, http: Request, body: Body, ask: Callable[[Any, Served, ServeConfig], Asked], shape: type[Shape]
@@ -65,7 +61,7 @@ class Server:
         tell_ignored(body)
         served = self.models.get(body.model, "generate")
         asked = await asyncio.to_thread(ask, body, served, self.config)
-        watch = self.metrics.watch(served.name)
+        watch = Watch(self.metrics, served.name)
         ticket = await self.worker.ask(served.engine, asked.requests)
         answers = Answers(self.worker, ticket, asked.choices, self.config.max_seconds, watch, http.state.told)
         made = shape(body, served)

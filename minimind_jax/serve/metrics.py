@@ -1,7 +1,7 @@
 """What Prometheus reads at /metrics, under vLLM's names, so that its dashboards show this server as well."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -14,35 +14,24 @@ _FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2
 _NEXT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5)
 _WHOLE = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 
-# Of an engine, as it is now: the name, what it is, and the field of its figures.
+# Of an engine, as it is now: the name, what it is, and how much.
 _GAUGES = (
-    ("num_requests_running", "Requests that are being answered", "running"),
-    ("num_requests_waiting", "Requests that wait for a slot", "waiting"),
-    ("kv_cache_usage_perc", "Share of the cache that holds tokens, 1 is all", "kv_usage"),
+    ("num_requests_running", "Requests that are being answered", lambda engine: engine.running),
+    ("num_requests_waiting", "Requests that wait for a slot", lambda engine: engine.waiting),
+    ("kv_cache_usage_perc", "Share of the cache that holds tokens, 1 is all", lambda engine: engine.cache_usage),
 )
 _COUNTS = (
-    ("prefix_cache_queries", "Tokens of prompts that were looked for in the cache", "prefix_queries"),
-    ("prefix_cache_hits", "Tokens of prompts that were found in the cache", "prefix_hits"),
+    ("prefix_cache_queries", "Tokens of prompts", lambda engine: engine.counts["prompt_tokens"]),
+    ("prefix_cache_hits", "Tokens of prompts found in the cache", lambda engine: engine.counts["cached_tokens"]),
 )
-
-Figures = Callable[[], Mapping[str, Mapping[str, float]]]  # of every model: running, waiting, kv_usage, prefix_...
-
-
-def figures_of(engine: Engine) -> dict[str, float]:
-    counts = engine.counts
-    return {
-        "running": engine.running,
-        "waiting": engine.waiting,
-        "kv_usage": engine.cache_usage,
-        "prefix_queries": counts["prompt_tokens"] + counts["cached_tokens"],
-        "prefix_hits": counts["cached_tokens"],
-    }
 
 
 class Metrics:
-    def __init__(self, figures: Figures):
+    """engines: under the names of their models."""
+
+    def __init__(self, engines: Mapping[str, Engine]):
         self._registry = CollectorRegistry()
-        self._registry.register(_Engines(figures))
+        self._registry.register(_Engines(engines))
         kept = {"registry": self._registry}
         model = ["model_name"]
         self.prompt = Counter("vllm:prompt_tokens", "Tokens of prompts", model, **kept)
@@ -56,21 +45,17 @@ class Metrics:
     def text(self) -> bytes:
         return generate_latest(self._registry)
 
-    def watch(self, model: str) -> "Watch":
-        return Watch(self, model)
-
 
 class _Engines(Collector):
-    def __init__(self, figures: Figures):
-        self._figures = figures
+    def __init__(self, engines: Mapping[str, Engine]):
+        self._engines = engines
 
     def collect(self) -> Iterator[Any]:
-        figures = self._figures()
         for kind, table in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTS)):
-            for name, words, field in table:
+            for name, words, figure in table:
                 family = kind(f"vllm:{name}", words, labels=["model_name"])
-                for model, values in figures.items():
-                    family.add_metric([model], values[field])
+                for model, engine in self._engines.items():
+                    family.add_metric([model], figure(engine))
                 yield family
 
 

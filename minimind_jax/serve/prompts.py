@@ -32,9 +32,9 @@ def read_talk(tokenizer: Tokenizer, messages: list[Json], tools: list[Json] | No
 
     Special tokens that are spelled in it are put apart: text of a user must not end his turn and begin another.
     """
-    place = Place("messages", "messages", Counter())
-    read, _ = read_messages([_known(message, index) for index, message in enumerate(messages)], place)
-    schemas = read_tools([_function(tool, index) for index, tool in enumerate(tools)], _at("tools")) if tools else None
+    of_messages, of_tools = (Place(name, name, Counter()) for name in ("messages", "tools"))
+    read, _ = read_messages([_known(message, index) for index, message in enumerate(messages)], of_messages)
+    schemas = read_tools([_function(tool, index) for index, tool in enumerate(tools)], of_tools) if tools else None
     apart = functools.partial(_apart, pattern=_special(tokenizer))
     return Talk(apart(without_marks(read)), apart(schemas), thinking)
 
@@ -63,10 +63,6 @@ def thinks(request: Thinking, default: bool) -> bool:
                 return value
     effort = request.reasoning_effort or inside.get("reasoning_effort")
     return default if effort is None else effort not in _NO_EFFORT
-
-
-def _at(name: str) -> Place:
-    return Place(name, name, Counter())
 
 
 def _known(message: Json, index: int) -> Json:
