@@ -28,7 +28,7 @@ class ServeConfig(Settings):
     slots: answers made at the same time.
     context: tokens of a prompt and its answer. null: the model's context, or as much of it as a third of the free
         memory holds for all slots, which is said.
-    queue: requests that wait for a slot; more are refused (429).
+    queue: requests that wait for a slot; more are refused (429). 0: whoever finds no free slot is.
     max_tokens: of an answer, where a request does not say. null: what its prompt leaves of the context.
     max_n: answers and prompts of one request.
     max_body_mib: size of a request.
@@ -49,7 +49,7 @@ class ServeConfig(Settings):
     cors_origins: tuple[str, ...] = ()
     slots: int = setting(16, must=at_least(1))
     context: int | None = setting(None, must=at_least(2))
-    queue: int = setting(256, must=at_least(1))
+    queue: int = setting(256, must=at_least(0))
     max_tokens: int | None = setting(None, must=at_least(1))
     max_n: int = setting(64, must=at_least(1))
     max_body_mib: float = setting(8.0, must=ABOVE_0)

@@ -128,12 +128,12 @@ def test_more_than_may_wait_are_told_to_come_again(guarded):
     with httpx.Client(base_url=guarded.root, headers=headers) as http:
         with http.stream("POST", CHAT, json={**LONG, "stream": True}):
             wait_until(lambda: guarded.engine.running == 1, 10)
-            found = http.post(CHAT, json={**LONG, "n": 3, "stream": True})
+            found = http.post(CHAT, json={**LONG, "n": 5, "stream": True})
             assert (found.status_code, found.headers["retry-after"]) == (429, "1")
             assert found.json()["error"]["type"] == "rate_limit_error"
             client = openai.OpenAI(base_url=guarded.url, api_key="first-key", max_retries=0)
             with pytest.raises(openai.RateLimitError):
-                client.chat.completions.create(model="tiny", n=3, **{"messages": LONG["messages"]})
+                client.chat.completions.create(model="tiny", n=5, **{"messages": LONG["messages"]})
     assert guarded.idle()
 
 
