@@ -322,6 +322,8 @@ class Engine:
             if constraint := task.answer.request.constraint:
                 try:
                     masks[task] = constraint.mask()
+                    if not masks[task].any():
+                        raise UserError("the form allows no token after what was answered")
                 except Exception as error:
                     failed.append((task, error))
         sampled = self._programs.choose(tasks, due, logits_BV, masks)

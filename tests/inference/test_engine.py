@@ -203,7 +203,7 @@ def test_constrained_answers_hold_what_is_allowed_beside_free_ones(params, check
 
 
 class Faulty(Multiples):
-    """Fails at its third question."""
+    """Fails at its third question, or allows nothing then."""
 
     def __init__(self, of, count, at):
         super().__init__(of, count)
@@ -212,7 +212,7 @@ class Faulty(Multiples):
     def mask(self):
         if self.at == "mask" and self.asked == 2:
             raise UserError("no mask")
-        return super().mask()
+        return super().mask() * (self.at != "nothing" or self.asked < 3)
 
     def accept(self, token):
         super().accept(token)
@@ -220,12 +220,14 @@ class Faulty(Multiples):
             raise UserError("not accepted")
 
 
-@pytest.mark.parametrize("at", ["mask", "accept"])
+@pytest.mark.parametrize("at", ["mask", "accept", "nothing"])
 def test_a_constraint_that_fails_ends_its_own_answer_alone(params, check_greedy, at):
     engine = Engine(MODEL, params, slots=3, context=200)
     free, bad = (engine.submit(Request((5, 6, 7), GREEDY, constraint=rule)) for rule in (None, Faulty(1, 50, at)))
     finish(engine, free, bad)
-    assert bad.finish_reason == "error" and "no" in str(bad.error) and free.finish_reason == "length"
+    assert (
+        bad.finish_reason == "error" and "no" in str(bad.error) and len(bad.ids) <= 3 and free.finish_reason == "length"
+    )
     check_greedy([5, 6, 7], free)
     assert not engine.busy and engine.running == 0
     with pytest.raises(UserError, match="no"):
