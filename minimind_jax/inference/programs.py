@@ -28,12 +28,12 @@ GREEDY = SamplingConfig(temperature=0.0)
 
 MOST_STEPS = 32  # tokens of a row that one call makes
 ENDS = 8  # tokens that end a row, known to the device; of others the host knows
+MOST_READ = 1.75  # times the tokens of a prompt, with padding: rather several parts than one that is mostly that
 STEP = 4  # from one number of rows of a program to the next, where all are compiled before the first request
 
 
 class Limits(NamedTuple):
-    """Of tokens that are read at once. alone: padding counted. beside: while other rows run. widths: of programs, where
-    all are compiled before the first request."""
+    """Of tokens that are read at once. alone: padding counted. beside: while other rows run. widths: of programs."""
 
     alone: int
     beside: int
@@ -96,11 +96,10 @@ class Programs:
     def chunk(self, unread: int, is_alone: bool) -> tuple[int, int]:
         """(tokens that are read of a prompt, of how many prompts), where the first has so many left."""
         most = self.limits.alone if is_alone else self.limits.beside
-        if not self.is_fixed:
-            width = min(bucket(unread, smallest=16, multiple=most), most)
-            return width, max(1, most // width)
         widths = [width for width in self.limits.widths if width <= most]
-        width = next((width for width in widths if width >= unread), widths[-1])
+        width = max((width for width in widths if round_up(unread, width) <= MOST_READ * unread), default=widths[0])
+        if not self.is_fixed:
+            return width, max(1, most // width)
         return width, max((rows for rows in self.steps if rows * width <= most), default=1)
 
     @property
