@@ -16,6 +16,7 @@ compiler.prepare_process()
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from minimind_jax.config.generation import SamplingConfig  # noqa: E402
@@ -59,8 +60,9 @@ def compile_case(platform: Platform, devices: list, sizes: dict, length: int, mo
     with jax.set_mesh(mesh) if sizes else contextlib.nullcontext():
         reading = read.lower(model, params, cache, tokens, settings, row, row, row, from_start=True).compile()
         if sizes:
-            counts = jax.tree.map(argument, Counts.none(ROWS, model.config.vocab_size))
-            work = row, row, settings, counts, jnp.int32(8)
+            counts = jax.eval_shape(lambda: Counts.none(ROWS, model.config.vocab_size))
+            counts = jax.tree.map(argument, counts)
+            work = row, row, settings, counts, np.int32(8)
             making = make.lower(model, params, cache, *work, most=8).compile()
             for program in (reading, making):  # what the host reads must be whole on each process's devices
                 *outputs, _ = program.output_shardings

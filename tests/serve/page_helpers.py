@@ -67,6 +67,11 @@ def talk_of(page):
     return [text.strip() for text in page.locator(".question, .markdown").all_text_contents()]
 
 
+def shows(page, *talk):
+    """Waits until the conversation that is shown is this."""
+    sync_api.expect(page.locator(".question, .markdown")).to_have_text(list(talk))
+
+
 class Said:
     """A `Constraint` under which the model can only say certain tokens, and end. pause: seconds before each."""
 
