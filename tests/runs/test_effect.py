@@ -1,7 +1,6 @@
 """Settings that change nothing are refused, or told."""
 
 import dataclasses
-import importlib
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from minimind_jax.config.stages import (
 )
 from minimind_jax.errors import UserError
 from minimind_jax.runs.effect import check_effect
-from minimind_jax.stages import STAGES
+from minimind_jax.stages import STAGES, start
 from minimind_jax.training.run import RunFolder, flat, plain
 
 
@@ -134,7 +133,7 @@ def test_every_setting_of_a_stage_is_read_or_refused(stage, make, base, tmp_path
 
     for cls, section in sections.items():
         monkeypatch.setattr(cls, "__getattribute__", watched(section, object.__getattribute__))
-    importlib.import_module(f"minimind_jax.stages.{stage}").__dict__[stage](config)
+    start(config)
     fields = flat(plain(type(config)()))
     unread = {key for key in fields if key not in read and key not in NAMES}
     assert sorted(key for key in unread if not key.startswith(ASKED_FOR)) == []
