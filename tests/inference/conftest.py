@@ -70,3 +70,16 @@ def model_folder(tokenizer, tmp_path_factory):
     )
     params = LanguageModel(config).init(jax.random.key(3))
     return save_hf(tmp_path_factory.mktemp("model"), config, params, tokenizer, "float32")
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A tokenizer with the tags of ours, and grammars for its words."""
+    from bound_answers import ours  # with packages that the other tests do without
+
+    from minimind_jax.inference.constrain import Grammars
+
+    tokenizer = ours(tmp_path_factory.mktemp("tokenizer"))
+    grammars = Grammars(tokenizer)
+    yield tokenizer, grammars
+    grammars.close()

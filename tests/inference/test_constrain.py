@@ -28,14 +28,6 @@ def kind(request, tmp_path_factory):
     grammars.close()
 
 
-@pytest.fixture(scope="module")
-def own(tmp_path_factory):
-    tokenizer = ours(tmp_path_factory.mktemp("tokenizer"))
-    grammars = Grammars(tokenizer)
-    yield tokenizer, grammars
-    grammars.close()
-
-
 @pytest.mark.parametrize("name", SCHEMAS)
 @pytest.mark.parametrize("limit", [70, 200])
 def test_every_answer_of_a_schema_parses_and_validates(kind, name, limit):

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
 import pytest
-from bound_answers import drawn, ours, text_of
+from bound_answers import drawn, text_of
 
 from minimind_jax.data.tools import parse_calls
 from minimind_jax.errors import UserError
@@ -15,14 +15,6 @@ from minimind_jax.inference import constrain
 from minimind_jax.inference.constrain import Grammars, tokens_of
 from minimind_jax.inference.grammar import json_object, json_schema, lark, regex, tool_calls
 from minimind_jax.inference.request import Busy
-
-
-@pytest.fixture(scope="module")
-def own(tmp_path_factory):
-    tokenizer = ours(tmp_path_factory.mktemp("tokenizer"))
-    grammars = Grammars(tokenizer)
-    yield tokenizer, grammars
-    grammars.close()
 
 
 def deep(levels):

@@ -1,9 +1,12 @@
 """Which models are served, under which names, with how long a context."""
 
+import shutil
+
 import jax
 import numpy as np
 import openai
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from minimind_jax.config.serving import ServeConfig
 from minimind_jax.convert.hf import load_hf
@@ -53,6 +56,16 @@ def test_adapters_answer_under_their_names_as_their_merged_models_do(folder, ada
         np.testing.assert_allclose(plain, mean / np.linalg.norm(mean), atol=1e-5)
         with pytest.raises(openai.BadRequestError, match="base model"):
             client.embeddings.create(model="poet", input="cat")
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_an_adapter_that_would_spoil_the_answers_of_others_is_refused(folder, adapters, tmp_path, number):
+    place = shutil.copytree(adapters["poet"], tmp_path / "poet")
+    tensors = load_file(place / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = number
+    save_file(tensors, place / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="poet holds numbers that are infinite"):
+        load_engine(str(folder), adapters=[str(place)])
 
 
 @pytest.mark.parametrize(
