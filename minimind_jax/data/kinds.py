@@ -8,17 +8,20 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from minimind_jax.data import documents
 from minimind_jax.data.formats import read_record, read_text
 from minimind_jax.data.jsonl import READING, Reading, Record
 from minimind_jax.data.labels import Classes, parse_labelled
 from minimind_jax.data.messages import Conversation, Message, check_closed, is_trained
 from minimind_jax.data.preferences import Preference
+from minimind_jax.data.prompts import Prompt, read_prompt
 from minimind_jax.data.template import Roll
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 
-KindName = Literal["text", "conversation", "preference", "labelled"]
+KindName = Literal["text", "conversation", "preference", "labelled", "prompt"]
 
 BEGINNING = 40  # characters of a text, of which the last word is left out
 
@@ -91,7 +94,8 @@ class Kind:
     as_record: the record of our own format that says the same.
     encode: of what is parsed the document, given the record's draws of the template's chances and a listener for what
         is told of it. Raises UserError without file and line.
-    packings: how its documents are packed (`epoch.PACKINGS`); of several, as `data.packing` says.
+    packings: how its documents are packed (`epoch.PACKINGS`); of several, as `data.packing` says; none where they are
+        read one by one.
     why_no_row: what is wrong where none of its documents has a row in which something is trained.
     rendered: written by the chat template: its chances are drawn, only some tokens are trained, and places between the
         turns are known.
@@ -119,6 +123,12 @@ class Kind:
 
 def _asked(tokenizer: Tokenizer, question: str) -> list[int]:
     return documents.encode_prompt(tokenizer, [{"role": "user", "content": question}])
+
+
+def _encode_prompt(tokenizer: Tokenizer, prompt: Prompt, roll: Roll, tell: Callable[[str], None]) -> documents.Document:
+    conversation, _ = roll(prompt.as_conversation())
+    ids = np.array(documents.encode_prompt(tokenizer, conversation.messages, conversation.tools), np.int32)
+    return documents.Document(ids, np.zeros(len(ids), bool), [0])
 
 
 KINDS: dict[KindName, Kind] = {
@@ -168,5 +178,15 @@ KINDS: dict[KindName, Kind] = {
         packings=("heads",),
         why_no_row="no answer lies within a row",
         has_values=True,
+    ),
+    "prompt": Kind(
+        noun="prompts",
+        parse=lambda record, wanted: read_prompt(record, wanted.reading),
+        as_record=lambda prompt: prompt.as_conversation().as_record(),
+        encode=_encode_prompt,
+        packings=(),
+        why_no_row="no prompt leaves room for an answer",
+        question=lambda prompt: first_question(prompt.as_conversation().messages),
+        prompt=_asked,
     ),
 }

@@ -22,6 +22,10 @@ class Prompt(NamedTuple):
     conversation: Conversation | None
     others: dict[str, Any]
 
+    def as_conversation(self) -> Conversation:
+        """With the text, if it is one, as a user's message."""
+        return self.conversation or Conversation([{"role": "user", "content": self.text}])
+
 
 def read_prompt(record: Record, reading: Reading, raw: bool = False) -> Prompt:
     """The question of a record: messages (a last answer is left out), an instruction, a prompt or a text.

@@ -33,7 +33,7 @@ def settle(run: Run) -> RunConfig:
     size = sum(file.stat().st_size for file in expand_paths(config.data.train))
     chances = open_chances(config, KINDS[run.kind.records].rendered, size)
     config = with_values(config, chances)
-    if leaves_open(config):
+    if KINDS[run.kind.records].packings and leaves_open(config):
         found, told = _from_data(dataclasses.replace(run, config=config))
         config = with_values(config, found)
         follow = ", ".join(f"{key} {value:g}" for key, value in (chances | found).items())

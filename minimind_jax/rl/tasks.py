@@ -1,0 +1,127 @@
+"""The tasks of a run: its records' prompts, those that are held out, and which of them a rollout asks."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from minimind_jax.config.rl import RLConfig
+from minimind_jax.data.documents import encode_prompt
+from minimind_jax.data.jsonl import iter_records, reading_of, tell
+from minimind_jax.data.prompts import read_prompt, shortened
+from minimind_jax.data.template import Dice
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.errors import UserError
+from minimind_jax.rl.episode import Task
+from minimind_jax.seeds import named_seed
+from minimind_jax.training.defaults import FEWEST_TO_SPLIT
+
+THINKING = (False, True)
+
+
+class Tasks(NamedTuple):
+    """train, held_out: tasks in the order of their records. notes: what is told of them, with counts."""
+
+    train: list[Task]
+    held_out: list[Task]
+    notes: list[str]
+
+
+def read_tasks(config: RLConfig, tokenizer: Tokenizer) -> Tasks:
+    """All prompts of data.train, and those of data.val or a share of the others.
+
+    Raises UserError for a broken record, unless data.on_error skips them, and for a prompt that leaves no room for its
+    answer, unless rollout.long_prompts says what to do.
+    """
+    train, notes = _read(config, tokenizer, config.data.train, "data.train")
+    if config.data.val:
+        held_out, more = _read(config, tokenizer, config.data.val, "data.val")
+        return Tasks(train, held_out, notes + more)
+    count = round(len(train) * (config.data.val_fraction or 0)) if len(train) >= FEWEST_TO_SPLIT else 0
+    if config.data.val_fraction and not count and len(train) > 1:
+        notes.append(
+            f"{len(train)} prompts are too few to hold some out; give data.val to see how well the policy does"
+        )
+    drawn = np.random.default_rng(named_seed(config.seed, "validation")).permutation(len(train))
+    aside = set(drawn[:count].tolist())
+    kept = [task for n, task in enumerate(train) if n not in aside]
+    return Tasks(kept, [train[n] for n in sorted(aside)], notes)
+
+
+def _read(config: RLConfig, tokenizer: Tokenizer, files: Sequence[str], name: str) -> tuple[list[Task], list[str]]:
+    if not files:
+        raise UserError(f"{name} is empty; give files of prompts: --{name} FILE.jsonl")
+    reading, told, counts = reading_of(config.data), Counter(), Counter()
+    dice = Dice(config.seed, 0, config.data.system_prompt_probability, 0.0)
+    tasks: list[Task] = []
+
+    def skip(error: UserError) -> None:
+        if config.data.on_error != "skip":
+            raise error
+        counts["broken records are skipped"] += 1
+
+    for number, record in enumerate(iter_records(files, skip, reading, told)):
+        try:
+            asked, _ = dice.roll(number)(read_prompt(record, reading).as_conversation())
+            task = Task(record.where, asked.messages, asked.tools, dict(record.value), asked.variables)
+            encode_task(tokenizer, task, thinking=False)
+        except UserError as error:
+            skip(error)
+            continue
+        fitting = _fitting(config, tokenizer, task)
+        counts["prompts are too long and left out (rollout.long_prompts)"] += fitting is None
+        counts["prompts lost their beginning (rollout.long_prompts)"] += fitting not in (None, task)
+        tasks += [fitting] if fitting else []
+    tell(told)
+    if not tasks:
+        raise UserError(f"{', '.join(map(str, files))}: no prompt is left to learn from")
+    return tasks, [f"{name}: {count:,} {note}" for note, count in counts.items() if count]
+
+
+def _fitting(config: RLConfig, tokenizer: Tokenizer, task: Task) -> Task | None:
+    """The task, cut if need be; None where it is left out. Raises UserError where nothing says what to do."""
+    room, wanted = config.data.seq_len - config.rollout.max_new_tokens, config.rollout.long_prompts
+    length = prompt_length(tokenizer)
+    if length(task) <= room:
+        return task
+    if wanted == "stop":
+        raise UserError(
+            f"{task.where}: the prompt has {length(task):,} tokens, and data.seq_len {config.data.seq_len} less "
+            f"rollout.max_new_tokens {config.rollout.max_new_tokens} leaves {room:,}; raise data.seq_len, or set "
+            "rollout.long_prompts to skip or cut"
+        )
+    if wanted == "skip":
+        return None
+
+    def keep_end(text: str, over: int) -> str:
+        return tokenizer.decode(tokenizer.encode(text)[over:])
+
+    messages = shortened(task.messages, lambda messages: length(task._replace(messages=messages)), room, keep_end)
+    return None if messages is None else task._replace(messages=messages)
+
+
+def prompt_length(tokenizer: Tokenizer) -> Callable[[Task], int]:
+    """Tokens of a task's prompt, with or without thinking, whichever is longer."""
+    return lambda task: max(len(encode_task(tokenizer, task, thinking)) for thinking in THINKING)
+
+
+def encode_task(tokenizer: Tokenizer, task: Task, thinking: bool) -> list[int]:
+    """The prompt's ids, up to where the policy goes on."""
+    return encode_prompt(tokenizer, task.messages, task.tools, thinking)
+
+
+def drawn_tasks(tasks: int, count: int, seed: int, rollout: int) -> list[int]:
+    """Numbers of the tasks that a rollout asks: all of them, in an order drawn anew, before one comes again."""
+    places = range(rollout * count, (rollout + 1) * count)
+    orders = {epoch: _order(tasks, seed, epoch) for epoch in {place // tasks for place in places}}
+    return [int(orders[place // tasks][place % tasks]) for place in places]
+
+
+def refilling_tasks(tasks: int, count: int, seed: int, rollout: int, attempt: int) -> list[int]:
+    """Numbers of the tasks that take the place of such that taught nothing."""
+    return np.random.default_rng(named_seed(seed, "refill", rollout, attempt)).integers(0, tasks, count).tolist()
+
+
+def _order(tasks: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng(named_seed(seed, "tasks", epoch)).permutation(tasks)
