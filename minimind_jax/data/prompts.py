@@ -8,6 +8,7 @@ from minimind_jax.data.formats import INSTRUCTION, MESSAGES, question, text_fiel
 from minimind_jax.data.jsonl import Reading, Record
 from minimind_jax.data.messages import Conversation, messages_in, read_messages
 from minimind_jax.data.preferences import turns_of
+from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.data.values import checked_text
 from minimind_jax.errors import UserError
 
@@ -74,12 +75,11 @@ def shortened(
     messages: list[dict[str, Any]],
     count: Callable[[list[dict[str, Any]]], int],
     room: int,
-    keep_end: Callable[[str, int], str],
+    tokenizer: Tokenizer,
 ) -> list[dict[str, Any]] | None:
     """Messages cut to `room` tokens: the oldest turns go first, then the beginning of the last question.
 
-    count: tokens of messages. keep_end: of a text without so many tokens at its beginning. The system message stays.
-    None where even an empty question does not fit.
+    count: tokens of messages. The system message stays. None where even an empty question does not fit.
     """
     head = messages[:1] if messages[0]["role"] == "system" else []
     turns = messages[len(head) :]
@@ -91,5 +91,7 @@ def shortened(
     while turns and (over := count([*head, *turns]) - room) > 0:
         if not turns[0]["content"]:
             return None
-        turns = [{**turns[0], "content": keep_end(turns[0]["content"], over)}, *turns[1:]]
+        kept = tokenizer.decode(tokenizer.encode(turns[0]["content"])[over:])
+        kept = kept.lstrip("\N{REPLACEMENT CHARACTER}")  # half a character, which may be as many tokens again
+        turns = [{**turns[0], "content": kept}, *turns[1:]]
     return [*head, *turns]

@@ -276,13 +276,10 @@ def _cut(engine: Engine, config: GenerateConfig, request: Prompt) -> Prompt:
         return request._replace(ids=[*begin, *request.ids[len(begin) :][len(begin) - room :]])
     asked = request.conversation
 
-    def keep_end(text: str, over: int) -> str:
-        return tokenizer.decode(tokenizer.encode(text)[over:]).lstrip("\N{REPLACEMENT CHARACTER}")
-
     def encode(messages: list[dict[str, Any]]) -> list[int]:
         return encode_prompt(tokenizer, messages, asked.tools, _thinking(config, asked, request))
 
-    messages = shortened(asked.messages, lambda messages: len(encode(messages)), room, keep_end)
+    messages = shortened(asked.messages, lambda messages: len(encode(messages)), room, tokenizer)
     if messages is None:  # its system prompt and tools alone are too long
         return request
     return request._replace(conversation=dataclasses.replace(asked, messages=messages), ids=encode(messages))

@@ -93,11 +93,7 @@ def _fitting(config: RLConfig, tokenizer: Tokenizer, task: Task) -> Task | None:
         )
     if wanted == "skip":
         return None
-
-    def keep_end(text: str, over: int) -> str:
-        return tokenizer.decode(tokenizer.encode(text)[over:])
-
-    messages = shortened(task.messages, lambda messages: length(task._replace(messages=messages)), room, keep_end)
+    messages = shortened(task.messages, lambda messages: length(task._replace(messages=messages)), room, tokenizer)
     return None if messages is None else task._replace(messages=messages)
 
 
