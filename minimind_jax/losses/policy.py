@@ -1,0 +1,258 @@
+"""Losses of a policy that learns from reward: one weighted sum over the tokens it wrote.
+
+With log p of a token under the policy, log q under the policy that the rollout was made with ("old"), the ratio
+r = exp(log p - log q) and the advantage A, a token's loss is
+
+    clip    -A r', where r' is r, at most 1 + epsilon_high where A >= 0, at least 1 - epsilon_low where A < 0: this is
+            PPO's max(-A r, -A clip(r))                                                            arXiv 1707.06347
+            r' is at most `cap` (two-sided clip, INTELLECT-2), and at most `dual_clip` where A < 0 (arXiv 1912.09729)
+    cispo   -A sg(min(r, cap)) log p, sg being without gradient                                    arXiv 2506.13585
+    sapo    -A (4 / tau) sigmoid(tau (r - 1)), tau 1 where A > 0, else 1.05                        arXiv 2511.20347
+
+The level of r: each `token`; the `sequence`, of which log r is the mean over its tokens (GSPO, arXiv 2507.18071); or
+`sequence_token`, which has the value of the latter and the gradient of the token (GSPO-token).
+MiniMind and TRL cap cispo's ratio as here; the paper, and verl, bound it from below, too.
+
+The divergence from a reference, with d = log p_ref - log p (Schulman, http://joschu.net/blog/kl-approx.html):
+
+    k1  -d        k2  d^2 / 2        k3  exp(d) - d - 1
+
+How tokens add up (GRPO, DAPO, Dr. GRPO, ...) lies in the weights of the batch: see `rl.advantages`.
+"""
+
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.lax import stop_gradient
+
+from minimind_jax.losses import Batch, LossFn, Metric, Metrics
+from minimind_jax.losses.value import read_values, value_losses
+from minimind_jax.losses.vocabulary import token_scores
+from minimind_jax.model.transformer import LanguageModel, ModelOutput, Params
+
+Loss = Literal["clip", "cispo", "sapo"]
+Level = Literal["token", "sequence", "sequence_token"]
+Estimator = Literal["k1", "k2", "k3"]
+Correction = Literal["none", "token", "sequence"]
+
+FARTHEST = 20.0  # a log ratio counts as this at most: the exponential of a larger one has no gradient in float32 (verl)
+SAPO_TAU = 1.0, 1.05  # of advantages above 0, and of others
+
+
+def token_log_probs(
+    model: LanguageModel,
+    params: Params,
+    batch: Batch,
+    temperature: float = 1.0,
+    with_entropies: bool = False,
+    key: Array | None = None,
+) -> tuple[Array, Array | None, ModelOutput]:
+    """log p of the batch's `targets` (B, T) under logits / temperature, the entropies of these distributions (B, T) or
+    None, float32, and the model's output. key: of dropout, None for none."""
+    output = model.read_batch(params, batch, key)
+    with jax.named_scope("head"):
+        found = token_scores(
+            output.hidden_BTD, model.head_kernel(params), batch["targets"], model.platform, temperature, with_entropies
+        )
+    return found.log_probs_BT, found.entropies_BT, output
+
+
+def ratios(log_probs_BT: Array, old_BT: Array, mask_BT: Array, level: Level) -> Array:
+    """r of each token (B, T), of one episode a row; 1 where the mask is 0."""
+    log_ratios_BT = jnp.where(mask_BT > 0, log_probs_BT - old_BT, 0)
+    if level != "token":
+        means_B1 = jnp.sum(log_ratios_BT, axis=1, keepdims=True) / _tokens(mask_BT)
+        if level == "sequence_token":
+            means_B1 = stop_gradient(means_B1) + log_ratios_BT - stop_gradient(log_ratios_BT)
+        log_ratios_BT = jnp.where(mask_BT > 0, means_B1, 0)
+    return jnp.exp(jnp.clip(log_ratios_BT, -FARTHEST, FARTHEST))
+
+
+def policy_losses(
+    log_probs: Array,
+    ratios: Array,
+    advantages: Array,
+    *,
+    loss: Loss = "clip",
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+    cap: float = 0.0,
+    dual_clip: float = 0.0,
+) -> Array:
+    """The loss of each token by the formulas above; any shape. cap, dual_clip: 0 for none."""
+    if loss == "sapo":
+        tau = jnp.where(advantages > 0, *SAPO_TAU)
+        return -advantages * 4 / tau * jax.nn.sigmoid(tau * (ratios - 1))
+    if loss == "cispo":
+        return -advantages * stop_gradient(jnp.minimum(ratios, cap)) * log_probs
+    cap, dual_clip = cap or jnp.inf, dual_clip or jnp.inf
+    least = jnp.where(advantages < 0, 1 - epsilon_low, 0)
+    most = jnp.where(advantages < 0, min(cap, dual_clip), min(cap, 1 + epsilon_high))
+    # Not jnp.clip, which halves the gradient of a ratio that is exactly at a limit, as all are with epsilon 0.
+    return -advantages * jnp.where(ratios > most, most, jnp.where(ratios < least, least, ratios))
+
+
+def divergences(log_probs: Array, reference: Array, estimator: Estimator) -> Array:
+    """The divergence from the reference that each token stands for; any shape."""
+    d = reference - log_probs
+    if estimator == "k1":
+        return -d
+    if estimator == "k2":
+        return jnp.square(d) / 2
+    d = jnp.clip(d, -FARTHEST, FARTHEST)
+    return jnp.expm1(d) - d
+
+
+def correction_weights(old_BT: Array, sampler_BT: Array, mask_BT: Array, correction: Correction, cap: float) -> Array:
+    """The importance weights (B, T) of tokens that a sampler drew with other log-probabilities than the trainer's.
+
+    exp(log q - log sampler) of each token or, of a sequence, of the sum over its tokens; at most `cap` (truncated
+    importance sampling, arXiv 2511.16955 and https://fengyao.notion.site/off-policy-rl). With `none`, each token's as
+    it is, which is only to be looked at.
+    """
+    differences_BT = jnp.where(mask_BT > 0, old_BT - sampler_BT, 0)
+    if correction == "sequence":
+        sums_B1 = jnp.sum(differences_BT, axis=1, keepdims=True)
+        differences_BT = jnp.broadcast_to(sums_B1, differences_BT.shape)
+    weights_BT = jnp.exp(jnp.clip(differences_BT, -FARTHEST, FARTHEST))
+    return weights_BT if correction == "none" else jnp.minimum(weights_BT, cap)
+
+
+def make_policy_loss(
+    model: LanguageModel,
+    *,
+    loss: Loss = "clip",
+    level: Level = "token",
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+    cap: float = 0.0,
+    dual_clip: float = 0.0,
+    kl_estimator: Estimator = "k2",
+    entropy: float = 0.0,
+    temperature: float = 1.0,
+    correction: Correction = "none",
+    correction_cap: float = 2.0,
+    critic: LanguageModel | None = None,
+    value_clip: float = 0.2,
+) -> LossFn:
+    """The loss of `model` on one episode a row; the denominator is the number of rows, and the numerator
+
+        sum over tokens of  weight (policy loss - entropy x H) + kl_weight x divergence + value_weight x value loss
+
+    and the router losses times the rows. critic: the value model, whose parameters are params["critic"].
+
+    Batch, columns aligned to targets[t] = tokens[t + 1]: tokens, targets, lengths (B,) or positions and segment_ids,
+    int32; the others are float32 (B, T). mask: 1 where the policy chose the target and is trained on it. weights, 0
+    elsewhere; advantages; sampler_log_probs of when it was written. Optional: old_log_probs, without which the policy
+    is that of the rollout; reference_log_probs, kl_weights; with a critic value_weights, returns, old_values.
+
+    Metrics, most under TRL's names, means over trained tokens where not said otherwise: kl (k3) where there is a
+    reference, entropy, approx_kl (k2 from old), val/ratio, loss/policy_avg; clip_ratio/low_mean, high_mean,
+    region_mean, and low_min, high_max of an episode; cispo_clip_ratio; sampling/sampling_logp_difference/mean and max,
+    of the trainer's from the sampler's; sampling/importance_sampling_ratio/mean, min, max, of `correction_weights`;
+    loss/value_avg, val/clipfrac_avg; router_loss; tokens, the number trained.
+    """
+    token_losses = functools.partial(
+        policy_losses, loss=loss, epsilon_low=epsilon_low, epsilon_high=epsilon_high, cap=cap, dual_clip=dual_clip
+    )
+
+    def loss_fn(params: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
+        mask_BT, weights_BT, advantages_BT = batch["mask"], batch["weights"], batch["advantages"]
+        log_probs_BT, entropies_BT, output = token_log_probs(model, params, batch, temperature, True, key)
+        log_probs_BT = jnp.where(mask_BT > 0, log_probs_BT, 0)
+        old_BT = _masked(batch.get("old_log_probs", stop_gradient(log_probs_BT)), mask_BT)
+        sampler_BT = _masked(batch["sampler_log_probs"], mask_BT)
+        ratios_BT = ratios(log_probs_BT, old_BT, mask_BT, level)
+        losses_BT = token_losses(log_probs_BT, ratios_BT, advantages_BT)
+        corrections_BT = correction_weights(old_BT, sampler_BT, mask_BT, correction, correction_cap)
+        if correction != "none":
+            losses_BT *= corrections_BT
+        numerator = jnp.sum(weights_BT * (losses_BT - entropy * entropies_BT))
+        tokens = _Tokens(mask_BT)
+        metrics = {
+            "loss/policy_avg": tokens.mean(losses_BT),
+            "entropy": tokens.mean(entropies_BT),
+            "approx_kl": tokens.mean(divergences(log_probs_BT, old_BT, "k2")),
+            "val/ratio": tokens.mean(ratios_BT),
+            **_clip_metrics(tokens, ratios_BT, advantages_BT, loss, epsilon_low, epsilon_high, cap),
+            **_sampling_metrics(tokens, jnp.abs(old_BT - sampler_BT), corrections_BT),
+            "tokens": Metric(jnp.sum(mask_BT), held_out=False),
+        }
+        if "reference_log_probs" in batch:
+            reference_BT = _masked(batch["reference_log_probs"], mask_BT)
+            metrics["kl"] = tokens.mean(divergences(log_probs_BT, reference_BT, "k3"))
+            if "kl_weights" in batch:
+                numerator += jnp.sum(batch["kl_weights"] * divergences(log_probs_BT, reference_BT, kl_estimator))
+        router_loss = output.router_loss
+        if critic is not None:
+            values_BT, output = read_values(critic, params["critic"], batch, key)
+            errors_BT, clipped_BT = value_losses(values_BT, batch["old_values"], batch["returns"], value_clip)
+            errors_BT = _masked(errors_BT, mask_BT)
+            numerator += jnp.sum(batch["value_weights"] * errors_BT)
+            metrics |= {"loss/value_avg": tokens.mean(errors_BT), "val/clipfrac_avg": tokens.mean(clipped_BT)}
+            router_loss += output.router_loss
+        rows = jnp.float32(len(mask_BT))
+        metrics["router_loss"] = Metric(router_loss * rows, rows, held_out=False)
+        return numerator + router_loss * rows, rows, metrics
+
+    return loss_fn
+
+
+class _Tokens(NamedTuple):
+    """What is known of the tokens of a mask, as metrics."""
+
+    mask_BT: Array
+
+    def mean(self, x_BT: Array) -> Metric:
+        return Metric(jnp.sum(_masked(x_BT, self.mask_BT)), jnp.sum(self.mask_BT))
+
+    def least(self, x_BT: Array) -> Metric:
+        return Metric(jnp.min(x_BT, where=self.mask_BT > 0, initial=jnp.inf), by="min")
+
+    def most(self, x_BT: Array) -> Metric:
+        return Metric(jnp.max(x_BT, where=self.mask_BT > 0, initial=-jnp.inf), by="max")
+
+    def of_rows(self, x_BT: Array) -> Array:
+        """Each row's mean, at all of its tokens."""
+        sums_B1 = jnp.sum(_masked(x_BT, self.mask_BT), axis=1, keepdims=True)
+        return jnp.broadcast_to(sums_B1 / _tokens(self.mask_BT), x_BT.shape)
+
+
+def _clip_metrics(tokens: _Tokens, ratios_BT, advantages_BT, loss, epsilon_low, epsilon_high, cap) -> Metrics:
+    """How many tokens have no gradient, or a weight that is cut."""
+    if loss == "sapo":
+        return {}
+    if loss == "cispo":
+        return {"cispo_clip_ratio": tokens.mean((ratios_BT > cap) & (advantages_BT > 0))}
+    low_BT = (ratios_BT < 1 - epsilon_low) & (advantages_BT < 0)
+    high_BT = (ratios_BT > 1 + epsilon_high) & (advantages_BT > 0)
+    return {
+        "clip_ratio/low_mean": tokens.mean(low_BT),
+        "clip_ratio/low_min": tokens.least(tokens.of_rows(low_BT)),
+        "clip_ratio/high_mean": tokens.mean(high_BT),
+        "clip_ratio/high_max": tokens.most(tokens.of_rows(high_BT)),
+        "clip_ratio/region_mean": tokens.mean(low_BT | high_BT),
+    }
+
+
+def _sampling_metrics(tokens: _Tokens, differences_BT, corrections_BT) -> Metrics:
+    difference, ratio = "sampling/sampling_logp_difference", "sampling/importance_sampling_ratio"
+    return {
+        f"{difference}/mean": tokens.mean(differences_BT),
+        f"{difference}/max": tokens.most(differences_BT),
+        f"{ratio}/mean": tokens.mean(corrections_BT),
+        f"{ratio}/min": tokens.least(corrections_BT),
+        f"{ratio}/max": tokens.most(corrections_BT),
+    }
+
+
+def _masked(x_BT: Array, mask_BT: Array) -> Array:
+    return jnp.where(mask_BT > 0, x_BT, 0)
+
+
+def _tokens(mask_BT: Array) -> Array:
+    """Tokens of each row, (B, 1); at least 1."""
+    return jnp.maximum(jnp.sum(mask_BT, axis=1, keepdims=True), 1)
