@@ -5,7 +5,7 @@ r = exp(log p - log q) and the advantage A, a token's loss is
 
     clip    -A r', where r' is r, at most 1 + epsilon_high where A >= 0, at least 1 - epsilon_low where A < 0: this is
             PPO's max(-A r, -A clip(r))                                                            arXiv 1707.06347
-            r' is at most `cap` (two-sided clip, INTELLECT-2), and at most `dual_clip` where A < 0 (arXiv 1912.09729)
+            r' is at most `cap` (INTELLECT-2, arXiv 2505.07291), and at most `dual_clip` where A < 0 (arXiv 1912.09729)
     cispo   -A sg(min(r, cap)) log p, sg being without gradient                                    arXiv 2506.13585
     sapo    -A (4 / tau) sigmoid(tau (r - 1)), tau 1 where A > 0, else 1.05                        arXiv 2511.20347
 
@@ -110,7 +110,7 @@ def correction_weights(old_BT: Array, sampler_BT: Array, mask_BT: Array, correct
     """The importance weights (B, T) of tokens that a sampler drew with other log-probabilities than the trainer's.
 
     exp(log q - log sampler) of each token or, of a sequence, of the sum over its tokens; at most `cap` (truncated
-    importance sampling, arXiv 2511.16955 and https://fengyao.notion.site/off-policy-rl). With `none`, each token's as
+    importance sampling, https://fengyao.notion.site/off-policy-rl). With `none`, each token's as
     it is, which is only to be looked at.
     """
     differences_BT = jnp.where(mask_BT > 0, old_BT - sampler_BT, 0)

@@ -94,7 +94,7 @@ def reduction_weights(
 
 
 def next_beta(beta: float, kl: float, target: float, horizon: float, sequences: int) -> float:
-    """The weight of the divergence after so many more sequences of which it was `kl` (arXiv 1909.08593, section 2.2).
+    """The weight of the divergence after so many more sequences of which it was `kl` (arXiv 1909.08593).
 
     beta (1 + e sequences / horizon), where e = kl / target - 1 within +-0.2.
     """
