@@ -20,8 +20,7 @@ The divergence from a reference, with d = log p_ref - log p (Schulman, http://jo
 How tokens add up (GRPO, DAPO, Dr. GRPO, ...) lies in the weights of the batch: see `rl.advantages`.
 """
 
-import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -121,8 +120,10 @@ def correction_weights(old_BT: Array, sampler_BT: Array, mask_BT: Array, correct
     return weights_BT if correction == "none" else jnp.minimum(weights_BT, cap)
 
 
-def make_policy_loss(
-    model: LanguageModel,
+def policy_sum(
+    log_probs_BT: Array,
+    entropies_BT: Array,
+    batch: Batch,
     *,
     loss: Loss = "clip",
     level: Level = "token",
@@ -132,17 +133,52 @@ def make_policy_loss(
     dual_clip: float = 0.0,
     kl_estimator: Estimator = "k2",
     entropy: float = 0.0,
-    temperature: float = 1.0,
     correction: Correction = "none",
     correction_cap: float = 2.0,
+) -> tuple[Array, Metrics]:
+    """The sum over tokens of  weight (policy loss - entropy x H) + kl_weight x divergence,  and its metrics.
+
+    Batch: as of `make_policy_loss`; what the arrays hold where the mask is 0 does not matter.
+    """
+    mask_BT, advantages_BT, tokens = batch["mask"], batch["advantages"], _Tokens(batch["mask"])
+    log_probs_BT, entropies_BT, sampler_BT = map(tokens.only, (log_probs_BT, entropies_BT, batch["sampler_log_probs"]))
+    old_BT = tokens.only(batch.get("old_log_probs", stop_gradient(log_probs_BT)))
+    ratios_BT = ratios(log_probs_BT, old_BT, mask_BT, level)
+    limits = {"epsilon_low": epsilon_low, "epsilon_high": epsilon_high, "cap": cap}
+    losses_BT = policy_losses(log_probs_BT, ratios_BT, advantages_BT, loss=loss, dual_clip=dual_clip, **limits)
+    corrections_BT = correction_weights(old_BT, sampler_BT, mask_BT, correction, correction_cap)
+    if correction != "none":
+        losses_BT *= corrections_BT
+    total = jnp.sum(batch["weights"] * (tokens.only(losses_BT) - entropy * entropies_BT))
+    metrics = {
+        "loss/policy_avg": tokens.mean(losses_BT),
+        "entropy": tokens.mean(entropies_BT),
+        "approx_kl": tokens.mean(divergences(log_probs_BT, old_BT, "k2")),
+        "val/ratio": tokens.mean(ratios_BT),
+        **_clip_metrics(tokens, ratios_BT, advantages_BT, loss, **limits),
+        **_sampling_metrics(tokens, jnp.abs(old_BT - sampler_BT), corrections_BT),
+        "tokens": Metric(jnp.sum(mask_BT), held_out=False),
+    }
+    if "reference_log_probs" in batch:
+        reference_BT = tokens.only(batch["reference_log_probs"])
+        metrics["kl"] = tokens.mean(divergences(log_probs_BT, reference_BT, "k3"))
+        if "kl_weights" in batch:
+            total += jnp.sum(batch["kl_weights"] * divergences(log_probs_BT, reference_BT, kl_estimator))
+    return total, metrics
+
+
+def make_policy_loss(
+    model: LanguageModel,
+    *,
+    temperature: float = 1.0,
     critic: LanguageModel | None = None,
     value_clip: float = 0.2,
+    **options: Any,
 ) -> LossFn:
-    """The loss of `model` on one episode a row; the denominator is the number of rows, and the numerator
+    """The loss of `model` on one episode a row: `policy_sum`, whose options it takes, and with a critic the sum over
+    tokens of  value_weight x value loss;  over the number of rows. Router losses enter times the rows.
 
-        sum over tokens of  weight (policy loss - entropy x H) + kl_weight x divergence + value_weight x value loss
-
-    and the router losses times the rows. critic: the value model, whose parameters are params["critic"].
+    critic: the value model (see `value`), whose parameters are params["critic"].
 
     Batch, columns aligned to targets[t] = tokens[t + 1]: tokens, targets, lengths (B,) or positions and segment_ids,
     int32; the others are float32 (B, T). mask: 1 where the policy chose the target and is trained on it. weights, 0
@@ -155,46 +191,17 @@ def make_policy_loss(
     of the trainer's from the sampler's; sampling/importance_sampling_ratio/mean, min, max, of `correction_weights`;
     loss/value_avg, val/clipfrac_avg; router_loss; tokens, the number trained.
     """
-    token_losses = functools.partial(
-        policy_losses, loss=loss, epsilon_low=epsilon_low, epsilon_high=epsilon_high, cap=cap, dual_clip=dual_clip
-    )
 
     def loss_fn(params: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
-        mask_BT, weights_BT, advantages_BT = batch["mask"], batch["weights"], batch["advantages"]
         log_probs_BT, entropies_BT, output = token_log_probs(model, params, batch, temperature, True, key)
-        log_probs_BT = jnp.where(mask_BT > 0, log_probs_BT, 0)
-        old_BT = _masked(batch.get("old_log_probs", stop_gradient(log_probs_BT)), mask_BT)
-        sampler_BT = _masked(batch["sampler_log_probs"], mask_BT)
-        ratios_BT = ratios(log_probs_BT, old_BT, mask_BT, level)
-        losses_BT = token_losses(log_probs_BT, ratios_BT, advantages_BT)
-        corrections_BT = correction_weights(old_BT, sampler_BT, mask_BT, correction, correction_cap)
-        if correction != "none":
-            losses_BT *= corrections_BT
-        numerator = jnp.sum(weights_BT * (losses_BT - entropy * entropies_BT))
-        tokens = _Tokens(mask_BT)
-        metrics = {
-            "loss/policy_avg": tokens.mean(losses_BT),
-            "entropy": tokens.mean(entropies_BT),
-            "approx_kl": tokens.mean(divergences(log_probs_BT, old_BT, "k2")),
-            "val/ratio": tokens.mean(ratios_BT),
-            **_clip_metrics(tokens, ratios_BT, advantages_BT, loss, epsilon_low, epsilon_high, cap),
-            **_sampling_metrics(tokens, jnp.abs(old_BT - sampler_BT), corrections_BT),
-            "tokens": Metric(jnp.sum(mask_BT), held_out=False),
-        }
-        if "reference_log_probs" in batch:
-            reference_BT = _masked(batch["reference_log_probs"], mask_BT)
-            metrics["kl"] = tokens.mean(divergences(log_probs_BT, reference_BT, "k3"))
-            if "kl_weights" in batch:
-                numerator += jnp.sum(batch["kl_weights"] * divergences(log_probs_BT, reference_BT, kl_estimator))
-        router_loss = output.router_loss
+        numerator, metrics = policy_sum(log_probs_BT, entropies_BT, batch, **options)
+        router_loss, rows = output.router_loss, jnp.float32(len(batch["mask"]))
         if critic is not None:
             values_BT, output = read_values(critic, params["critic"], batch, key)
-            errors_BT, clipped_BT = value_losses(values_BT, batch["old_values"], batch["returns"], value_clip)
-            errors_BT = _masked(errors_BT, mask_BT)
-            numerator += jnp.sum(batch["value_weights"] * errors_BT)
-            metrics |= {"loss/value_avg": tokens.mean(errors_BT), "val/clipfrac_avg": tokens.mean(clipped_BT)}
-            router_loss += output.router_loss
-        rows = jnp.float32(len(mask_BT))
+            tokens, router_loss = _Tokens(batch["mask"]), router_loss + output.router_loss
+            losses_BT, clipped_BT = value_losses(values_BT, batch["old_values"], batch["returns"], value_clip)
+            numerator += jnp.sum(batch["value_weights"] * tokens.only(losses_BT))
+            metrics |= {"loss/value_avg": tokens.mean(losses_BT), "val/clipfrac_avg": tokens.mean(clipped_BT)}
         metrics["router_loss"] = Metric(router_loss * rows, rows, held_out=False)
         return numerator + router_loss * rows, rows, metrics
 
@@ -206,8 +213,11 @@ class _Tokens(NamedTuple):
 
     mask_BT: Array
 
+    def only(self, x_BT: Array) -> Array:
+        return jnp.where(self.mask_BT > 0, x_BT, 0)
+
     def mean(self, x_BT: Array) -> Metric:
-        return Metric(jnp.sum(_masked(x_BT, self.mask_BT)), jnp.sum(self.mask_BT))
+        return Metric(jnp.sum(self.only(x_BT)), jnp.sum(self.mask_BT))
 
     def least(self, x_BT: Array) -> Metric:
         return Metric(jnp.min(x_BT, where=self.mask_BT > 0, initial=jnp.inf), by="min")
@@ -217,7 +227,7 @@ class _Tokens(NamedTuple):
 
     def of_rows(self, x_BT: Array) -> Array:
         """Each row's mean, at all of its tokens."""
-        sums_B1 = jnp.sum(_masked(x_BT, self.mask_BT), axis=1, keepdims=True)
+        sums_B1 = jnp.sum(self.only(x_BT), axis=1, keepdims=True)
         return jnp.broadcast_to(sums_B1 / _tokens(self.mask_BT), x_BT.shape)
 
 
@@ -247,10 +257,6 @@ def _sampling_metrics(tokens: _Tokens, differences_BT, corrections_BT) -> Metric
         f"{ratio}/min": tokens.least(corrections_BT),
         f"{ratio}/max": tokens.most(corrections_BT),
     }
-
-
-def _masked(x_BT: Array, mask_BT: Array) -> Array:
-    return jnp.where(mask_BT > 0, x_BT, 0)
 
 
 def _tokens(mask_BT: Array) -> Array:
