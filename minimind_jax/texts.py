@@ -53,6 +53,14 @@ def listed(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
+def fenced(text: str, language: str = "") -> str:
+    """A fenced block of Markdown, with a fence longer than any in the text."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
 def _reason(path: Path, error: OSError) -> str:
     if isinstance(error, FileNotFoundError) and is_there(path):
         return "it is a link to a file that is not there"

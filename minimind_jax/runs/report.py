@@ -16,7 +16,7 @@ from minimind_jax.folders import holds_model
 from minimind_jax.runs.kind import StageKind, Stages
 from minimind_jax.shell import command
 from minimind_jax.signals import uninterrupted
-from minimind_jax.texts import is_there, read_text
+from minimind_jax.texts import fenced, is_there, read_text
 from minimind_jax.training.facts import SHORTEST
 from minimind_jax.training.run import RunFolder, plain, write_text
 from minimind_jax.training.tracking import read_metrics
@@ -122,7 +122,7 @@ def report_text(
         _next_steps(run, kind),
         "## Settings",
         f"Those that are not the defaults; all are in {run.config_file.name}.",
-        _code(yaml.safe_dump(own, sort_keys=False, allow_unicode=True), "yaml"),
+        fenced(yaml.safe_dump(own, sort_keys=False, allow_unicode=True), "yaml"),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -244,26 +244,18 @@ def _samples(rows: list[dict]) -> list[str]:
     shown = rows if len(rows) == 1 else [rows[0], rows[-1]]
     return [
         f"At step {row['step']:,}:\n\n"
-        + "\n\n".join(_code(f"> {sample['prompt']}\n{sample['text']}") for sample in row["samples"])
+        + "\n\n".join(fenced(f"> {sample['prompt']}\n{sample['text']}") for sample in row["samples"])
         for row in shown
     ]
 
 
 def _next_steps(run: RunFolder, kind: StageKind | None) -> str:
     if kind and holds_model(run.model):
-        return _code("\n".join(kind.next_commands(run)), "sh")
+        return fenced("\n".join(kind.next_commands(run)), "sh")
     stage = kind.name if kind else "STAGE"
-    return _code(command(stage, "--config", run.config_file, note="resume it"), "sh")
+    return fenced(command(stage, "--config", run.config_file, note="resume it"), "sh")
 
 
 def _table(values: dict) -> str:
     lines = [f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in values.items()]
     return "\n".join(["| | |", "|---|---|", *lines])
-
-
-def _code(text: str, language: str = "") -> str:
-    """A fenced block, with a fence longer than any in the text."""
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
