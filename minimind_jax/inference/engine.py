@@ -127,11 +127,13 @@ class Engine:
         return self._programs.params
 
     def load(self, params: Params) -> None:
-        """Answers with other parameters from now on. Raises ValueError while answers are in work."""
+        """Answers with other parameters from now on, and as a new engine would where its context was given: to the last
+        bit. Raises ValueError while answers are in work."""
         if self.busy:
             raise ValueError("answers are in work; finish or cancel them before other parameters are loaded")
         self._programs.load(lora.join(params, self._stacked))
         self._scheduler.clear()
+        self._has_read, self._seconds = False, 0.0
 
     def warm_up(self, report: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Compiles all that a request may need, if the context was given; report: gets (done, of how many)."""

@@ -1,0 +1,126 @@
+"""The live policy as a writer: its tokens, its log-probabilities, and what it forgets between two loads."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minimind_jax.config.generation import SamplingConfig
+from minimind_jax.config.sections import MeshConfig
+from minimind_jax.inference.request import Request
+from minimind_jax.losses.vocabulary import token_scores
+from minimind_jax.model.config import ComputeConfig, ModelConfig
+from minimind_jax.model.lora import init_adapters, join, make_adapter
+from minimind_jax.model.transformer import LanguageModel
+from minimind_jax.rl.policy import LocalPolicy
+from minimind_jax.sharding import init_params, make_mesh, param_shardings
+
+DENSE = ModelConfig(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=160,
+    max_position_embeddings=256, initializer_range=0.3,
+)  # fmt: skip
+RANKS = {"q_proj": (4, 4), "down_proj": (2, 4)}
+MODELS = {
+    "dense": LanguageModel(DENSE, ComputeConfig(dtype="float32")),
+    "mixture": LanguageModel(
+        dataclasses.replace(DENSE, num_experts=4, num_experts_per_tok=2, tie_word_embeddings=False),
+        ComputeConfig(dtype="float32"),
+    ),
+    "adapters": LanguageModel(DENSE, ComputeConfig(dtype="float32"), make_adapter(RANKS)),
+}
+CONTEXT = 128
+
+
+def policy_of(model, mesh=None, slots=4):
+    return LocalPolicy(model, None, mesh or make_mesh(MeshConfig(), jax.devices()[:1]), slots=slots, context=CONTEXT)
+
+
+def params_of(model, seed=0, mesh=None):
+    """As a run holds them: float32, cut over the mesh, adapters that change something, and other models beside them."""
+    mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
+    params = init_params(model, jax.random.key(seed), mesh)
+    if model.adapter:
+        base = dataclasses.replace(model, adapter=None)
+        adapters = init_adapters(jax.random.key(1), base.abstract_params(), RANKS, 8.0, False)
+        adapters = jax.tree.map(lambda x: x + 0.05 if x.ndim == 3 else x, adapters)
+        tree = join(init_params(base, jax.random.key(seed), mesh), adapters)
+        params = jax.device_put(tree, param_shardings(mesh, model.logical_axes(), model.abstract_params()))
+    return {**params, "critic": {"weight": jnp.zeros(3)}, "reference": {"embed": jnp.ones(2)}}
+
+
+def groups(prompts=4, completions=3, temperature=1.0, new=12, seed=0, longest=60):
+    """Requests of a rollout: completions of the same prompts, each with a seed of its own."""
+    random, seeds = np.random.default_rng(seed), itertools.count(100 * seed)
+    asked = []
+    for length in random.integers(1, longest, prompts):
+        prompt = tuple(random.integers(3, 160, length).tolist())
+        asked += [
+            Request(prompt, SamplingConfig(new, temperature, top_k=0, top_p=1.0, seed=next(seeds)))
+            for _ in range(completions)
+        ]
+    return asked
+
+
+def write(engine, requests, turns=2):
+    """The answers, and a second turn behind those that ended first; (prompt, tokens, log-probabilities) of each."""
+    answers, further = [engine.submit(request) for request in requests], {}
+    while engine.busy:
+        for answer in engine.step(patient=True):
+            if answer.finish_reason and len(answer.request.prompt) < 70 and turns > 1 and answer not in further:
+                prompt = (*answer.request.prompt, *answer.ids, 5, 6, 7)
+                further[answer] = engine.submit(dataclasses.replace(answer.request, prompt=prompt))
+    every = [*answers, *(further[answer] for answer in answers if answer in further)]
+    return [(answer.request.prompt, answer.ids, [t.sampled_logprob for t in answer.tokens]) for answer in every]
+
+
+def gaps(model, params, written, temperature):
+    """The sampler's log-probabilities less those of the trainer, which reads all of each row at once."""
+    tokens, starts = np.zeros((len(written), CONTEXT + 1), np.int32), [len(prompt) for prompt, _, _ in written]
+    for row, (prompt, ids, _) in zip(tokens, written, strict=True):
+        row[: len(prompt) + len(ids)] = *prompt, *ids
+    lengths = [start + len(ids) for start, (_, ids, _) in zip(starts, written, strict=True)]
+
+    @jax.jit
+    def score(params, batch, targets_BT):
+        hidden_BTD = model.read_batch(params, batch).hidden_BTD
+        kernel_VD = model.head_kernel(params)
+        return token_scores(hidden_BTD, kernel_VD, targets_BT, model.platform, temperature).log_probs_BT
+
+    found_BT = np.asarray(score(params, {"tokens": tokens[:, :-1], "lengths": np.array(lengths)}, tokens[:, 1:]))
+    own = [row[start - 1 : length - 1] for row, start, length in zip(found_BT, starts, lengths, strict=True)]
+    return np.concatenate(own) - np.concatenate([log_probs for _, _, log_probs in written])
+
+
+@pytest.mark.parametrize("name, temperature", [("dense", 0.7), ("mixture", 1.3), ("adapters", 1.0)])
+def test_log_probabilities_are_those_that_the_trainer_finds(name, temperature):
+    """Over shared prompts, prompts read in parts, and second turns that follow what the cache holds."""
+    model = MODELS[name]
+    params = params_of(model)
+    written = write(policy_of(model).load(params), groups(temperature=temperature, longest=90))
+    assert len(written) > 12
+    assert np.abs(gaps(model, params, written, temperature)).max() < 1e-4
+    assert np.abs(gaps(model, params, written, 1.1 * temperature)).max() > 1e-2
+
+
+def test_answers_do_not_depend_on_what_was_written_before():
+    """To the last bit: a run that was killed and goes on must end as one that was not."""
+    model, requests = MODELS["dense"], groups()
+    params, earlier = params_of(model), params_of(model, seed=1)
+    fresh = write(policy_of(model).load(params), requests)
+    policy = policy_of(model)
+    write(policy.load(earlier), groups(prompts=9, seed=1), turns=1)
+    engine = policy.load(earlier)
+    write(engine, groups(prompts=1, completions=1, seed=2))
+    write(engine, requests)
+    for request in requests[:5]:
+        engine.submit(request)
+    engine.step()
+    for _ in range(2):
+        for answer in list(engine._tasks):
+            engine.cancel(answer)
+        assert policy.load(params) is engine
+        assert write(engine, requests) == fresh
+        write(engine, groups(seed=3))
