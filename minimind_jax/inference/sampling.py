@@ -133,7 +133,31 @@ def sample(
     row; at least one token is allowed.
     """
     logits_BV = logits_BV.astype(jnp.float32)
-    steps = _adjustments(values, counts, allowed_BW, since_NB)
+    steps, is_cut_B = _adjustments(values, counts, allowed_BW, since_NB), _is_cut(values, logits_BV.shape[1])
+    is_adjusted = functools.reduce(operator.or_, (needed for needed, _ in steps))
+    is_plain = jnp.all((values.temperature_B > 0) & ~is_cut_B) & ~is_adjusted
+    token_B, logprob_B, sampled_logprob_B = jax.lax.cond(
+        is_plain,
+        lambda: _draw_plainly(logits_BV, positions_B, values),
+        lambda: _choose(logits_BV, positions_B, values, steps, is_adjusted),
+    )
+    return Sampled(token_B, logprob_B, sampled_logprob_B, *_top(logits_BV, values))
+
+
+def _draw_plainly(logits_BV, positions_B, values):
+    """Tokens, and log-probabilities at temperature 1 and at the row's own, where all rows draw from all tokens as the
+    model has them: nothing is made that is as large as the logits. It is how a policy writes what it is trained on."""
+    scores_BV = logits_BV / jnp.maximum(values.temperature_B, COLDEST)[:, None]
+    token_B, total_B = draw(scores_BV, _uniform(values, positions_B))
+    sampled_logprob_B = _at(scores_BV, token_B) - total_B
+    logprob_B = jax.lax.cond(
+        jnp.all(values.temperature_B == 1), lambda: sampled_logprob_B, lambda: _logprob(logits_BV, token_B)
+    )
+    return token_B, logprob_B, sampled_logprob_B
+
+
+def _choose(logits_BV, positions_B, values, steps, is_adjusted):
+    """The same of any rows."""
     draws, nothing_B = jnp.any(values.temperature_B > 0), jnp.zeros(len(logits_BV), jnp.float32)
 
     def choose():
@@ -146,17 +170,12 @@ def sample(
         )
 
     # each `cond` on the way copies the logits; where no row needs any there is one for all
-    is_needed = functools.reduce(operator.or_, (needed for needed, _ in steps), draws)
-    token_B, sampled_logprob_B = jax.lax.cond(is_needed, choose, lambda: (_likeliest(logits_BV), nothing_B))
-    total_B = jax.nn.logsumexp(logits_BV, axis=-1)
-    top_ids_BT, top_logits_BT = _top(logits_BV, values)
-    return Sampled(
-        token_B=token_B,
-        logprob_B=_at(logits_BV, token_B) - total_B,
-        sampled_logprob_B=sampled_logprob_B,
-        top_ids_BT=top_ids_BT,
-        top_logprobs_BT=jnp.where(values.top_logprobs_B[:, None] > 0, top_logits_BT - total_B[:, None], 0),
-    )
+    token_B, sampled_logprob_B = jax.lax.cond(is_adjusted | draws, choose, lambda: (_likeliest(logits_BV), nothing_B))
+    return token_B, _logprob(logits_BV, token_B), sampled_logprob_B
+
+
+def _logprob(logits_BV, token_B):
+    return _at(logits_BV, token_B) - jax.nn.logsumexp(logits_BV, axis=-1)
 
 
 def _adjustments(values, counts, allowed_BW, since_NB) -> list[tuple[jax.Array, Callable[[jax.Array], jax.Array]]]:
@@ -200,25 +219,34 @@ def allow(logits_BV: jax.Array, allowed_BW: jax.Array) -> jax.Array:
 
 
 def _top(logits_BV, values):
-    """Ids and logits of the likeliest tokens; zeros if no row asked."""
+    """Ids and log-probabilities of the likeliest tokens; zeros where a row did not ask."""
     shape = len(logits_BV), min(MAX_TOP, logits_BV.shape[1])
 
     def largest():
         logits_BT, ids_BT = _top_k(logits_BV, shape[1])
-        return ids_BT, logits_BT
+        logprobs_BT = logits_BT - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
+        return ids_BT, jnp.where(values.top_logprobs_B[:, None] > 0, logprobs_BT, 0)
 
     nothing = (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
     return jax.lax.cond(jnp.any(values.top_logprobs_B > 0), largest, lambda: nothing)
 
 
+def _is_cut(values, vocab_size):
+    return ((values.top_k_B > 0) & (values.top_k_B < vocab_size)) | (values.top_p_B < 1) | (values.min_p_B > 0)
+
+
+def _uniform(values, positions_B):
+    """A number in [0, 1) for each row, of its seed and the place of the new token."""
+    keys_B = jax.vmap(jax.random.fold_in)(named_keys(values.seed_B2, "sampling"), positions_B)
+    return jax.vmap(jax.random.uniform)(keys_B)
+
+
 def _draw(scores_BV, positions_B, values, greedy_B):
     """Tokens and the logarithm of their probability; `greedy_B` and 0 in rows at temperature 0."""
     V = scores_BV.shape[-1]
-    keys_B = jax.vmap(jax.random.fold_in)(named_keys(values.seed_B2, "sampling"), positions_B)
-    uniform_B = jax.vmap(jax.random.uniform)(keys_B)
-    is_drawn_B = values.temperature_B > 0
+    uniform_B = _uniform(values, positions_B)
+    is_drawn_B, is_cut_B = values.temperature_B > 0, _is_cut(values, V)
     scores_BV = scores_BV / jnp.maximum(values.temperature_B, COLDEST)[:, None]
-    is_cut_B = ((values.top_k_B > 0) & (values.top_k_B < V)) | (values.top_p_B < 1) | (values.min_p_B > 0)
 
     state = greedy_B, jnp.zeros(greedy_B.shape, jnp.float32), is_drawn_B & is_cut_B
     for count in CANDIDATES:
@@ -336,13 +364,14 @@ def draw(logits_BV: jax.Array, uniform_B: jax.Array) -> tuple[jax.Array, jax.Arr
 
     One random number a row instead of the Gumbel trick's V. Sums of blocks first, then the block that is hit.
     """
-    highest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
-    blocks_BGW = _blocks(jnp.exp(logits_BV - highest_B1), WIDTH, 0)
-    sums_BG = jnp.sum(blocks_BGW, axis=-1)
+    blocks_BGW = _blocks(logits_BV, WIDTH, -jnp.inf)
+    highest_B11 = jnp.max(blocks_BGW, axis=(1, 2), keepdims=True)
+    sums_BG = jnp.sum(jnp.exp(blocks_BGW - highest_B11), axis=-1)
     total_B = jnp.sum(sums_BG, axis=-1)
     block_B, rest_B = _pick(sums_BG, uniform_B * total_B)
-    place_B, _ = _pick(jnp.take_along_axis(blocks_BGW, block_B[:, None, None], axis=1)[:, 0], rest_B)
-    return block_B * WIDTH + place_B, jnp.log(total_B) + highest_B1[:, 0]
+    hit_BW = jnp.take_along_axis(blocks_BGW, block_B[:, None, None], axis=1)[:, 0]
+    place_B, _ = _pick(jnp.exp(hit_BW - highest_B11[:, 0]), rest_B)
+    return block_B * WIDTH + place_B, jnp.log(total_B) + highest_B11[:, 0, 0]
 
 
 def _pick(weights_BN, target_B):
