@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from minimind_jax.data.labels import LabelledText
-from minimind_jax.data.messages import Conversation
+from minimind_jax.data.messages import Conversation, Message
 from minimind_jax.data.preferences import SAME, Preference
 from minimind_jax.data.template import Roll, Segment, unchanged
 from minimind_jax.data.template_check import check_spoken
-from minimind_jax.data.tokenizer import Tokenizer
-from minimind_jax.errors import UserError
+from minimind_jax.data.tokenizer import PROBE_WORD, Tokenizer
+from minimind_jax.errors import TemplateFault, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +148,36 @@ def encode_prompt(
     """Ids of messages with a generation prompt, cut where training cuts: the very tokens a trained model has seen."""
     segments = tokenizer.prompt_segments(messages, tools, True, open_thinking, enable_thinking)
     return _encode(tokenizer, segments).ids.tolist()
+
+
+def encode_replies(
+    tokenizer: Tokenizer,
+    replies: Sequence[Message],
+    tools: Sequence[Any] | None = None,
+    open_thinking: bool | None = None,
+) -> list[int]:
+    """Ids of what the template writes behind the token that ends an answer, where replies to it follow: the rest of its
+    turn, the replies (results of tools, or a user's message) and the next generation prompt.
+
+    The answer itself is not written: whoever has its tokens appends these. Raises UserError where the template cannot
+    write the replies.
+    """
+    function = {"name": PROBE_WORD, "arguments": {}}
+    calls = [{"id": f"call{n:05}", "type": "function", "function": function} for n in range(len(replies))]
+    told = [
+        {"tool_call_id": call["id"], "name": PROBE_WORD, **reply} if reply["role"] == "tool" else reply
+        for reply, call in zip(replies, calls, strict=True)
+    ]
+    calls = [call for call, reply in zip(calls, replies, strict=True) if reply["role"] == "tool"]
+    answer = {"role": "assistant", "content": PROBE_WORD, **({"tool_calls": calls} if calls else {})}
+    talk = [{"role": "user", "content": "q"}, answer, *told]
+    segments = tokenizer.prompt_segments(talk, tools, True, open_thinking)
+    _, found, after = "".join(segment.text for segment in segments).partition(PROBE_WORD)
+    if not found:
+        raise TemplateFault("the chat template leaves out an answer that replies follow")
+    ends = [tokenizer.decode([token], skip_special_tokens=False) for token in tokenizer.end_ids]
+    cuts = [after.index(end) + len(end) for end in ends if end in after]
+    return tokenizer.encode(after[min(cuts, default=0) :])
 
 
 def _encode(tokenizer: Tokenizer, segments: list[Segment]) -> Document:

@@ -54,7 +54,7 @@ _USUAL_NAMES = {
     "pad_token": ("<|endoftext|>", "<pad>"),
 }
 
-_PROBE_WORD = "zyxprobe"  # what no template writes by itself
+PROBE_WORD = "zyxprobe"  # what no template writes by itself
 
 
 class Tokenizer:
@@ -135,7 +135,7 @@ class Tokenizer:
     @functools.cached_property
     def turn_end_id(self) -> int | None:
         """The token that the template writes behind an answer; None if it writes none, or text that is no token."""
-        after = self._written_after({"role": "assistant", "content": _PROBE_WORD})
+        after = self._written_after({"role": "assistant", "content": PROBE_WORD})
         return next((i for i in after if i in self._added), None)
 
     @functools.cached_property
@@ -147,19 +147,19 @@ class Tokenizer:
     def end_ids(self) -> tuple[int, ...]:
         """The tokens that end an answer: those that the template writes behind one and behind a tool call (only a
         special one: `</tool_call>` is none), and the end-of-text token."""
-        call = {"type": "function", "function": {"name": _PROBE_WORD, "arguments": {"a": "b"}}}
+        call = {"type": "function", "function": {"name": PROBE_WORD, "arguments": {"a": "b"}}}
         after = self._written_after({"role": "assistant", "content": "", "tool_calls": [call]})
         called = [i for i in after if i in self.special_ids][-1:]
         found = [i for i in (self.turn_end_id, *called) if i is not None]
         return tuple(dict.fromkeys([*found, self.eos_id]))
 
     def _written_after(self, answer: dict[str, Any]) -> list[int]:
-        """The tokens that the template writes behind _PROBE_WORD in an answer; none if it cannot write it."""
+        """The tokens that the template writes behind PROBE_WORD in an answer; none if it cannot write it."""
         try:
             segments = self.prompt_segments([{"role": "user", "content": "q"}, answer], add_generation_prompt=False)
         except UserError:
             return []
-        _, found, after = "".join(segment.text for segment in segments).rpartition(_PROBE_WORD)
+        _, found, after = "".join(segment.text for segment in segments).rpartition(PROBE_WORD)
         return self.encode(after) if found else []
 
     @property

@@ -38,7 +38,8 @@ class Request:
 
     prompt: token ids. stop_ids: tokens that end the answer besides the engine's end-of-text ids, whatever ignore_eos
     says. logit_bias: (token, what is added to its logit). top_logprobs: so many of the likeliest tokens are told at
-    each position. adapter: a name among the engine's adapters; "" for the base model.
+    each position. adapter: a name among the engine's adapters; "" for the base model. priority: of those that wait, one
+    with a higher one is begun first.
     """
 
     prompt: tuple[int, ...]
@@ -48,6 +49,7 @@ class Request:
     top_logprobs: int = 0
     constraint: Constraint | None = None
     adapter: str = ""
+    priority: int = 0
 
 
 class Token(NamedTuple):

@@ -1,8 +1,8 @@
 """Who is answered when, and in which row of the cache: decided on the host, without arrays.
 
-A task waits, first come, first served, until a row is free; then its prompt is read, in chunks, and then it runs: it
-gets a token at each step. What a finished task leaves in its row stays there, and a prompt that begins with the same
-tokens need not read them again; rows that were used least recently are taken first.
+A task waits, first come, first served among those of its priority, until a row is free; then its prompt is read, in
+chunks, and then it runs: it gets a token at each step. What a finished task leaves in its row stays there, and a prompt
+that begins with the same tokens need not read them again; rows that were used least recently are taken first.
 """
 
 import dataclasses
@@ -77,7 +77,9 @@ class Scheduler:
         ahead = len(self.waiting) + len(self.at_work) - self.slots  # of those that wait, free slots are some's already
         if self.queue is not None and ahead >= self.queue:
             raise Busy(f"all slots are taken, and {ahead} requests wait already; try again later")
-        self.waiting.append(task)
+        priority = task.answer.request.priority
+        behind = (n for n, other in enumerate(self.waiting) if other.answer.request.priority < priority)
+        self.waiting.insert(next(behind, len(self.waiting)), task)
 
     def drop(self, task: Task) -> None:
         """Takes away a task that is finished or cancelled; its row is free at once."""

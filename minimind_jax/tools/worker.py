@@ -96,7 +96,7 @@ def _functions(name: str) -> list[Function]:
     if not attribute and not place.endswith(".py"):
         raise UserError(f"there is no tool {name}; there are {', '.join(BUILTIN)}, all, module:function and FILE.py")
     try:
-        module = _imported(place)
+        module = imported(place)
     except Exception as error:
         raise UserError(f"tools of {place} cannot be imported: {type(error).__name__}: {error}") from error
     own = {
@@ -111,7 +111,8 @@ def _functions(name: str) -> list[Function]:
     return [getattr(module, attribute)]
 
 
-def _imported(place: str) -> Any:
+def imported(place: str) -> Any:
+    """A module that Python finds, or a file.py."""
     if not place.endswith(".py"):
         return importlib.import_module(place)
     path = Path(place).resolve()

@@ -1,5 +1,7 @@
 """Who is answered when, and in which row: without a model."""
 
+import dataclasses
+
 import pytest
 
 from minimind_jax.config.generation import SamplingConfig
@@ -179,3 +181,13 @@ def test_common_beginning(length):
     a = list(range(250))
     assert common(a, [*range(length), -1, *range(300)]) == common([*range(length), -1], a) == length
     assert common(a, a[:length]) == length
+
+
+def test_of_those_that_wait_one_of_a_higher_priority_goes_first():
+    scheduler = Scheduler(slots=1, rows=1)
+    at_work, low, high, higher, high_too = tasks = [task_of([n]) for n in range(5)]
+    for task, priority in zip(tasks, (0, 0, 1, 2, 1), strict=True):
+        task.answer.request = dataclasses.replace(task.answer.request, priority=priority)
+        scheduler.add(task)
+        scheduler.admit()
+    assert scheduler.at_work == [at_work] and list(scheduler.waiting) == [higher, high, high_too, low]
