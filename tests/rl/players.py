@@ -15,7 +15,7 @@ from minimind_jax.rl.play import Start
 CALCULATOR = {"type": "function", "function": {"name": "calculate_math", "description": "calculates"}}
 
 
-def tiny(tokenizer, **options):
+def tiny(tokenizer, max_position_embeddings=4096, **options):
     """An engine with a random model."""
     config = ModelConfig(
         vocab_size=-(-tokenizer.vocab_size // 128) * 128,
@@ -24,7 +24,7 @@ def tiny(tokenizer, **options):
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=4096,
+        max_position_embeddings=max_position_embeddings,
         initializer_range=0.3,
     )
     model = LanguageModel(config)
