@@ -35,6 +35,8 @@ class ServeConfig(Settings):
     max_seconds: that a request may take; an answer that takes longer ends with an error.
     drain_seconds: after SIGTERM or Ctrl-C open answers are finished for at most so long.
     thinking: let the model think first, where a request does not say.
+    update_weights: whoever may ask may have a model take other weights, those of its folder or of a folder below it, as
+        a training run does whose answers are written here (docs/rl_servers.md).
     dtype: of weights and activations; `auto` is bfloat16 on GPU and TPU, float32 on CPU.
     """
 
@@ -56,6 +58,7 @@ class ServeConfig(Settings):
     max_seconds: float = setting(600.0, must=ABOVE_0)
     drain_seconds: float = setting(30.0, must=at_least(0))
     thinking: bool = setting(False, alone=True)
+    update_weights: bool = setting(False, alone=True)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     @property

@@ -14,7 +14,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from minimind_jax import __version__
 from minimind_jax.config.serving import ServeConfig
 from minimind_jax.data.values import loads
-from minimind_jax.serve import chat, completions, responses, scoring, tokens
+from minimind_jax.serve import chat, completions, responses, scoring, tokens, weights
 from minimind_jax.serve.answers import Answers, while_there
 from minimind_jax.serve.chat import Asked
 from minimind_jax.serve.drawing import tell_ignored
@@ -34,6 +34,7 @@ from minimind_jax.serve.protocol import (
     TemplateRequest,
     TokenizeRequest,
     ToolCallRequest,
+    WeightsRequest,
 )
 from minimind_jax.serve.reading import Route
 from minimind_jax.serve.shape import Shape
@@ -97,6 +98,8 @@ def make_app(server: Server, keys: list[str], page: Path | None = None, tools: T
     _add_models(app, server)
     _add_answers(app, server)
     _add_figures(app, server)
+    if server.config.update_weights:
+        _add_weights(app, server)
     if tools:
         _add_tools(app, tools)
     if page:
@@ -183,6 +186,14 @@ def _add_figures(app: FastAPI, server: Server) -> None:
     @app.post("/apply-template")
     async def apply_template(body: TemplateRequest, http: Request) -> Response:
         return await server.compute(http, body, tokens.apply_template, "", server.config.thinking)
+
+
+def _add_weights(app: FastAPI, server: Server) -> None:
+    @app.post("/update_weights_from_disk")
+    async def update_weights(body: WeightsRequest) -> Response:
+        server.worker.check()
+        tell_ignored(body)
+        return JSONResponse(await weights.update(body, server.models, server.worker, server.config.max_seconds))
 
 
 def _add_tools(app: FastAPI, tools: Toolbox) -> None:

@@ -84,6 +84,7 @@ class ChatShape(Shape):
     def whole(self, answers: Answers) -> dict[str, Any]:
         choices = [self._choice(choice) for choice in answers.choices]
         more = {"prompt_token_ids": answers.choices[0].prompt} if self._body.return_token_ids else {}
+        more |= self._served.metadata
         return {**self._base, "object": "chat.completion", "choices": choices, "usage": answers.usage(), **more}
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
@@ -105,7 +106,7 @@ class ChatShape(Shape):
         found: dict[str, Any] = {"logprobs": None}
         if body.logprobs:
             found["logprobs"] = logprobs.of_chat(self._served.tokenizer, tokens, body.top_logprobs or 0)
-        return {**found, "token_ids": [token.id for token in tokens]} if body.return_token_ids else found
+        return {**found, **logprobs.of_ids(tokens)} if body.return_token_ids else found
 
     async def events(self, answers: Answers) -> AsyncIterator[str]:
         for choice in answers.choices:

@@ -75,7 +75,7 @@ class CompletionShape(Shape):
 
     def whole(self, answers: Answers) -> dict[str, Any]:
         choices = [self._choice(choice, self._echo(choice) + choice.text) for choice in answers.choices]
-        return {**self._base, "choices": choices, "usage": answers.usage()}
+        return {**self._base, "choices": choices, "usage": answers.usage(), **self._served.metadata}
 
     async def events(self, answers: Answers) -> AsyncIterator[str]:
         if self._body.echo:
@@ -104,5 +104,5 @@ class CompletionShape(Shape):
             shown["logprobs"] = told = logprobs.of_completion(self._served.tokenizer, tokens, body.logprobs, offset)
             self._offsets[choice.index] = offset + sum(map(len, told["tokens"]))
         if body.return_token_ids:
-            shown |= {"token_ids": [token.id for token in tokens], "prompt_token_ids": choice.prompt}
+            shown |= {**logprobs.of_ids(tokens), "prompt_token_ids": choice.prompt}
         return shown

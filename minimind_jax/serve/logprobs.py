@@ -36,6 +36,15 @@ def of_completion(tokenizer: Tokenizer, tokens: Sequence[Token], top: int, offse
     }
 
 
+def of_ids(tokens: Sequence[Token]) -> dict[str, Any]:
+    """What `return_token_ids` adds: vLLM's `token_ids`, and log-probabilities of the distribution that they were drawn
+    from, where `logprobs` are of the model's own."""
+    return {
+        "token_ids": [token.id for token in tokens],
+        "sampled_logprobs": [max(token.sampled_logprob, LEAST) for token in tokens],
+    }
+
+
 def _text(tokenizer: Tokenizer, token: int) -> str:
     return _bytes(tokenizer, token).decode("utf-8", "replace")
 

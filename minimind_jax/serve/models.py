@@ -5,6 +5,7 @@ import functools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import psutil
@@ -33,7 +34,8 @@ PIECE, LEAST = 128, 256  # tokens: by which a context is made to fit, and that i
 class Served:
     """A model under its name: a language model, which has an engine and grammars for its words, or one that scores.
 
-    adapter: of the engine's, that answers; "" the model itself. created: seconds since 1970.
+    adapter: of the engine's, that answers; "" the model itself. created: seconds since 1970. weights: the version that
+    who replaced the weights has named; None before.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Served:
     grammars: Grammars | None = None
     adapter: str = ""
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    weights: str | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -69,6 +72,11 @@ class Served:
         if self.engine:
             return "generate"
         return "score" if len(self.scorer.labels.names) == 1 else "classify"
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What a whole answer tells of its model, as SGLang's do."""
+        return {"metadata": {"weight_version": self.weights}} if self.weights is not None else {}
 
 
 class Models:

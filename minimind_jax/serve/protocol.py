@@ -233,6 +233,14 @@ class TemplateRequest(Body, Messages):
     add_generation_prompt: bool = True
 
 
+class WeightsRequest(Body):
+    """SGLang's: a folder of this machine, and what its weights are called in the answers that they make."""
+
+    model_path: Text
+    weight_version: str | None = None
+    abort_all_requests: Literal[False] | None = None
+
+
 class ToolCallRequest(BaseModel):
     name: str
     arguments: Json | str = Field(default_factory=dict)

@@ -4,14 +4,19 @@ import asyncio
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from minimind_jax.errors import UserError
 from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.request import Answer, Busy, Request, Token
-from minimind_jax.serve.errors import RETRY_SECONDS, ApiError, too_many
+from minimind_jax.model.transformer import Params
+from minimind_jax.serve.errors import RETRY_SECONDS, ApiError, too_many, too_slow
 from minimind_jax.serve.log import logger
+
+IDLE_SECONDS = 0.02  # between two looks whether the answers are finished
+_REPLACED = "the model's weights are being replaced; try again soon"
 
 
 class News(NamedTuple):
@@ -54,6 +59,7 @@ class Worker:
         self.is_ready, self.is_stopping, self.fault = False, False, ""
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._open: dict[int, tuple[Ticket, int, Answer]] = {}  # by the id of the answer
+        self._loading: set[Engine] = set()  # that are about to get other parameters
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self, warm_up: Callable[[], None]) -> None:
@@ -113,6 +119,8 @@ class Worker:
 
     async def ask(self, engine: Engine, requests: Sequence[Request]) -> Ticket:
         """Begins all of the answers, or none. Raises UserError for a bad request, ApiError 429 where too many wait."""
+        if engine in self._loading:
+            raise ApiError(503, _REPLACED, retry_after=str(RETRY_SECONDS))
         ticket = Ticket(asyncio.get_running_loop())
         try:
             await self.run(self._submit, ticket, engine, requests)
@@ -122,6 +130,21 @@ class Worker:
             self.cancel(ticket)
             raise
         return ticket
+
+    async def load(self, engine: Engine, params: Params, seconds: float) -> None:
+        """Gives an engine other parameters as soon as its open answers are finished; requests that come meanwhile are
+        refused. Raises ApiError, also where the answers are not finished in so many seconds."""
+        if engine in self._loading:
+            raise ApiError(503, _REPLACED, retry_after=str(RETRY_SECONDS))
+        self._loading.add(engine)
+        deadline = time.monotonic() + seconds
+        try:
+            while not await self.run(_load_if_idle, engine, params):
+                if time.monotonic() > deadline:
+                    raise too_slow(seconds)
+                await asyncio.sleep(IDLE_SECONDS)
+        finally:
+            self._loading.discard(engine)
 
     def cancel(self, ticket: Ticket) -> None:
         """Ends what still grows; nobody waits for it."""
@@ -211,3 +234,10 @@ class Worker:
                 return
             with contextlib.suppress(Exception):
                 job()
+
+
+def _load_if_idle(engine: Engine, params: Params) -> bool:
+    if not engine.busy:
+        engine.load(params)
+        return True
+    return False

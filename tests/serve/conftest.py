@@ -1,6 +1,10 @@
 """A server in a thread of this process, with a tiny random model, and clients of it."""
 
 import contextlib
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 
@@ -72,6 +76,35 @@ def wait_until(holds, seconds):
     deadline = time.monotonic() + seconds
     while not holds() and time.monotonic() < deadline:
         time.sleep(0.01)
+
+
+class Process:
+    """`minimind serve` as a user starts it."""
+
+    def __init__(self, folder, *options):
+        words = [sys.executable, "-m", "minimind_jax", "serve", "--model", f"tiny={folder}"]
+        command = [*words, "--port", "0", "--slots", "4", *options]
+        kept = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+        kept |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu"}
+        environment = {**os.environ, **kept}
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self.said = []
+        threading.Thread(target=self._read, daemon=True).start()
+        wait_until(lambda: self.url or self.process.poll() is not None, 60)
+        assert self.url, "".join(self.said)
+
+    def _read(self):
+        for line in self.process.stderr:
+            self.said.append(line)
+
+    @property
+    def url(self):
+        found = re.search(r"serving tiny at (http\S+)", "".join(self.said))
+        return found and found[1]
+
+    def ready(self):
+        wait_until(lambda: httpx.get(self.url + "/health").status_code == 200, 60)
+        return self
 
 
 @contextlib.contextmanager

@@ -1,17 +1,13 @@
 """A server's life: who may ask, what happens to those who leave, and how it ends."""
 
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 
 import httpx
-import jax
 import openai
 import pytest
 
@@ -19,7 +15,7 @@ from minimind_jax.config.serving import ServeConfig
 from minimind_jax.errors import UserError
 from minimind_jax.serve.listening import Listening, api_keys
 from minimind_jax.serve.models import Models
-from tests.serve.conftest import running, wait_until
+from tests.serve.conftest import Process, running, wait_until
 
 CHAT = "/v1/chat/completions"
 LONG = {"messages": [{"role": "user", "content": "hi"}], "ignore_eos": True, "max_tokens": 480}
@@ -172,35 +168,6 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path, monkeypatch):
 def test_settings_that_make_no_sense_are_refused(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         ServeConfig(**{"model": ("a",), **changes})
-
-
-class Process:
-    """`minimind serve` as a user starts it."""
-
-    def __init__(self, folder):
-        words = [sys.executable, "-m", "minimind_jax", "serve", "--model", f"tiny={folder}"]
-        command = [*words, "--port", "0", "--slots", "4"]
-        kept = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
-        kept |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu"}
-        environment = {**os.environ, **kept}
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-        self.said = []
-        threading.Thread(target=self._read, daemon=True).start()
-        wait_until(lambda: self.url or self.process.poll() is not None, 60)
-        assert self.url, "".join(self.said)
-
-    def _read(self):
-        for line in self.process.stderr:
-            self.said.append(line)
-
-    @property
-    def url(self):
-        found = re.search(r"serving tiny at (http\S+)", "".join(self.said))
-        return found and found[1]
-
-    def ready(self):
-        wait_until(lambda: httpx.get(self.url + "/health").status_code == 200, 60)
-        return self
 
 
 BODY = {**LONG, "seed": 1, "max_tokens": 300}

@@ -1,0 +1,79 @@
+"""JSON over HTTP, from a server that may be busy, or gone for a while."""
+
+import http.client
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+from minimind_jax.errors import UserError
+from minimind_jax.signals import say
+
+KEY_VARIABLE = "MINIMIND_API_KEY"  # in the environment; sent as `Authorization: Bearer`, and never told
+BUSY = (429, 502, 503)  # come again
+FIRST_WAIT, LONGEST_WAIT = 0.1, 5.0  # seconds between two tries
+
+
+class NotThere(UserError):
+    """The server has no such path."""
+
+
+class Server:
+    """url: with or without /v1; UserError for one that is none. seconds: that an answer may take. patience: so long, in
+    seconds, a server is asked again that is busy or does not listen. Threads may share it."""
+
+    def __init__(self, url: str, seconds: float = 600.0, patience: float = 60.0):
+        if not url.startswith(("http://", "https://")):
+            raise UserError(f"the server {url!r} has no address of HTTP, such as http://127.0.0.1:8000")
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self._seconds, self._patience, self._has_told = seconds, patience, False
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """What the server answers. Raises NotThere, or UserError with what it says or why there is no answer."""
+        asked = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        if key := os.environ.get(KEY_VARIABLE, "").strip():
+            asked.add_header("Authorization", f"Bearer {key}")
+        deadline, wait = time.monotonic() + self._patience, FIRST_WAIT
+        while True:
+            try:
+                with urllib.request.urlopen(asked, timeout=self._seconds) as answer:
+                    return json.loads(answer.read())
+            except urllib.error.HTTPError as error:
+                reason = f"HTTP {error.code}: {_said(error)}"
+                if error.code in (404, 405):
+                    raise NotThere(f"{self.url}{path}: {reason}") from error
+                if error.code not in BUSY:
+                    raise UserError(f"{self.url}{path}: {reason}") from error
+            except TimeoutError as error:
+                raise UserError(f"{self.url}{path}: no answer within {self._seconds:g} seconds") from error
+            except (OSError, http.client.HTTPException) as error:
+                reason = str(getattr(error, "reason", error)) or type(error).__name__
+            except ValueError as error:
+                raise UserError(f"{self.url}{path}: the answer is not JSON: {error}") from error
+            if time.monotonic() + wait > deadline:
+                raise UserError(f"{self.url} has not answered for {self._patience:g} seconds: {reason}")
+            self._tell(reason)
+            time.sleep(wait)
+            wait = min(2 * wait, LONGEST_WAIT)
+
+    def _tell(self, reason: str) -> None:
+        if not self._has_told:
+            self._has_told = True
+            say(f"{self.url} is asked again for up to {self._patience:g} seconds, as always (said once): {reason}")
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """What the server has to say about an error, in the words of OpenAI's, vLLM's or SGLang's protocol."""
+    try:
+        text = error.read(1 << 16).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        return str(error.reason)
+    try:
+        found = json.loads(text)
+        found = found.get("error", found)
+        text = found if isinstance(found, str) else found.get("message") or found.get("detail") or text
+    except (ValueError, AttributeError):
+        pass
+    return str(text)[:500] or str(error.reason)
