@@ -22,14 +22,13 @@ from minimind_jax.errors import UserError
 from minimind_jax.tools.schema import Schema
 from minimind_jax.tools.worker import error_text
 
-_START_SECONDS = 60.0  # for a worker to import the user's modules
 _LOOK_EVERY = 0.05  # seconds between two looks at the memory of a worker that computes
 _MAX_ARGUMENTS = 50_000  # bytes of a call: it must fit into a pipe that nobody reads
 
 _BOOT = """import json, sys
-sys.path[:], names, characters = json.loads(sys.argv[1])
+sys.path[:], *settings = json.loads(sys.argv[1])
 from minimind_jax.tools.worker import serve
-serve(names, characters)"""
+serve(*settings)"""
 
 
 class Observation(NamedTuple):
@@ -47,6 +46,8 @@ class Toolbox:
     seconds, memory_mib: what a call may take, beside the memory that importing took; more ends it.
     characters: of a result; the rest is cut off, and said.
     workers: calls that run at the same time; a process is started when it is first needed.
+    loader: makes tools of the names, in each process, as `tools/worker.py:load` does; `module:function`.
+    start_seconds: that a process may take for it.
     schemas: of all tools, as a chat template takes them.
 
     Raises UserError for a tool that cannot be found or has no schema.
@@ -60,8 +61,11 @@ class Toolbox:
         memory_mib: int = 1024,
         characters: int = 2048,
         workers: int = 4,
+        loader: str = "minimind_jax.tools.worker:load",
+        start_seconds: float = 60.0,
     ):
-        self._names, self._seconds, self._memory, self._characters = list(names), seconds, memory_mib << 20, characters
+        self._seconds, self._memory, self._start_seconds = seconds, memory_mib << 20, start_seconds
+        self._settings = [list(names), characters, loader]
         self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()  # None: a worker that is not started
         for _ in range(workers):
             self._idle.put(None)
@@ -115,7 +119,7 @@ class Toolbox:
         return list(self._threads.map(lambda call, seed: self.call(*call, seed), calls, seeds or [None] * len(calls)))
 
     def _start(self) -> "_Worker":
-        return _Worker([["", *sys.path], self._names, self._characters])
+        return _Worker([["", *sys.path], *self._settings], self._start_seconds)
 
 
 class _EndedError(Exception):
@@ -125,7 +129,7 @@ class _EndedError(Exception):
 class _Worker:
     """A process that answers calls. schemas: of its tools."""
 
-    def __init__(self, settings: list[Any]):
+    def __init__(self, settings: list[Any], seconds: float):
         # A group of its own: Ctrl-C is for the program, which ends the group when it likes.
         apart: dict[str, Any] = {"start_new_session": True}
         if os.name == "nt":
@@ -138,9 +142,9 @@ class _Worker:
         self._answers: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
         try:
-            told = self._wait(_START_SECONDS, sys.maxsize)
+            told = self._wait(seconds, sys.maxsize)
         except _EndedError as ended:
-            raise UserError(f"tools {', '.join(settings[1])}: importing them {ended}") from None
+            raise UserError(f"{', '.join(settings[1])}: importing {ended}") from None
         if "fault" in told:
             self.end()
             raise UserError(told["fault"])

@@ -23,7 +23,7 @@ _ERROR_CHARACTERS = 300
 Function = Callable[..., Any]
 
 
-def serve(names: list[str], characters: int) -> None:
+def serve(names: list[str], characters: int, loader: str) -> None:
     """Says the schemas of the tools, or what is wrong with them; then answers each line with [is_error, text].
 
     What tools print goes to the standard error. A call that does not end ends the process, also where the program that
@@ -34,8 +34,9 @@ def serve(names: list[str], characters: int) -> None:
     os.dup2(2, 1)
     sys.stdout.reconfigure(line_buffering=True)
     warnings.simplefilter("ignore", SyntaxWarning)  # of expressions that a model wrote
+    module, _, function = loader.partition(":")
     try:
-        tools = load(names)
+        tools = getattr(importlib.import_module(module), function)(names)
     except UserError as error:
         print(json.dumps({"fault": str(error)}), file=answers, flush=True)
         return

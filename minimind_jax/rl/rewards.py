@@ -1,0 +1,246 @@
+"""What a completion is rewarded for: the functions that rewards.use names, and the weighted sum of what they say."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import inspect
+import json
+import math
+import pickle
+import re
+import reprlib
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minimind_jax.config.rl import RewardsConfig
+from minimind_jax.errors import UserError
+from minimind_jax.rl import reward_functions
+from minimind_jax.rl.episode import Episode, Task
+from minimind_jax.seeds import named_seed
+from minimind_jax.tools.toolbox import Toolbox
+from minimind_jax.values import convert
+
+# A number, None where the function has nothing to say, or in words why there is none.
+Value = float | None | str
+Function = Callable[[Sequence[Episode]], Sequence[Any]]
+
+# Of one episode each, with what stands in their brackets behind it.
+EACH: dict[str, Callable[..., float | None]] = {
+    "answer": reward_functions.answer,
+    "length": reward_functions.length,
+    "regex": reward_functions.regex,
+    "repetition": reward_functions.repetition,
+}
+# These may take their time, as the user's own may: in a process that can be ended.
+APART = {"regex"}
+
+_ENTRY = re.compile(r"(?:([^*(:]*)\*)?\s*(\S.*?)\s*", re.DOTALL)
+_NAMED = re.compile(r"(\w+)\s*(?:\((.*)\))?", re.DOTALL)
+_OWN = re.compile(r".+:[^\W\d]\w*")
+_UNLIMITED = 1 << 30
+_NOTHING = Episode(-1, Task("no record", [], None, {}), False, [], 0, [], [])
+
+
+class Entry(NamedTuple):
+    """Of rewards.use. text: without its weight. name: what it is logged as. own: a function of the user's."""
+
+    weight: float
+    text: str
+    name: str
+    own: bool
+
+    @property
+    def is_apart(self) -> bool:
+        return self.own or _NAMED.fullmatch(self.text)[1] in APART
+
+
+class Rewards:
+    """The reward functions of a run, and the processes of those that may take their time.
+
+    max_new_tokens: of a completion. names: of the functions, in their order.
+    Raises UserError for an entry that names no function, or gives it wrong arguments.
+    """
+
+    def __init__(self, config: RewardsConfig, max_new_tokens: int, seed: int):
+        self._config, self._seed = config, seed
+        self._entries = entries(config.use)
+        self.names = [entry.name for entry in self._entries]
+        self._success = _success_of(config.success, self._entries)
+        self._left = contextlib.ExitStack()
+        self._file = Path(self._left.enter_context(tempfile.TemporaryDirectory())) / "episodes"
+        self._threads = self._left.enter_context(concurrent.futures.ThreadPoolExecutor(len(self._entries)))
+        with contextlib.ExitStack() as failed:
+            failed.callback(self._left.close)
+            self._functions = [self._started(entry, max_new_tokens) for entry in self._entries]
+            failed.pop_all()
+
+    def __enter__(self) -> "Rewards":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._left.close()
+
+    def _started(self, entry: Entry, max_new_tokens: int) -> Function | Toolbox:
+        if not entry.is_apart:
+            return bound(entry.text, max_new_tokens)
+        tools = Toolbox(
+            [entry.text], seconds=self._config.seconds, memory_mib=_UNLIMITED, characters=_UNLIMITED, workers=1,
+            loader="minimind_jax.rl.reward_worker:load", start_seconds=max(60.0, self._config.seconds),
+        )  # fmt: skip
+        return self._left.enter_context(tools)
+
+    def __call__(self, episodes: Sequence[Episode]) -> dict[str, float]:
+        """Fills `rewards` and `reward` of the episodes; returns how many values each function failed to give.
+
+        Raises UserError at the first that failed, where rewards.on_error is `stop`.
+        """
+        functions = list(zip(self._entries, self._functions, strict=True))
+        if any(entry.is_apart for entry in self._entries):
+            self._file.write_bytes(pickle.dumps([dataclasses.replace(episode, state=None) for episode in episodes]))
+        begun = [
+            self._threads.submit(self._told, entry, tools, episodes) if entry.is_apart else None
+            for entry, tools in functions
+        ]
+        columns = [
+            apart.result() if apart else [checked(value) for value in function(episodes)]
+            for apart, (_, function) in zip(begun, functions, strict=True)
+        ]
+        failures = {
+            f"rewards/{entry.name}/failures": float(self._failures(entry, column, episodes))
+            for entry, column in zip(self._entries, columns, strict=True)
+        }
+        for episode, row in zip(episodes, zip(*columns, strict=True), strict=True):
+            numbers = [None if isinstance(value, str) else value for value in row]
+            episode.rewards = dict(zip(self.names, numbers, strict=True))
+            pairs = zip(self._entries, numbers, strict=True)
+            episode.reward = math.fsum(entry.weight * number for entry, number in pairs if number is not None)
+        return failures
+
+    def _told(self, entry: Entry, tools: Toolbox, episodes: Sequence[Episode]) -> list[Value]:
+        """What a process says of the episodes in the file; of each the same words where it failed as a whole."""
+        seed = named_seed(self._seed, entry.text, str([episode.tokens for episode in episodes]))
+        found = tools.call(entry.text, {"file": str(self._file)}, seed)
+        told = json.loads(found.text)
+        return [told["error"]] * len(episodes) if found.is_error else told
+
+    def _failures(self, entry: Entry, values: Sequence[Value], episodes: Sequence[Episode]) -> int:
+        failed = [n for n, value in enumerate(values) if isinstance(value, str)]
+        if failed and self._config.on_error == "stop":
+            where, words = episodes[failed[0]].task.where, values[failed[0]]
+            raise UserError(
+                f"rewards.use {entry.text}: {where}: {words} ({len(failed)} of {len(episodes)} completions); mend it, "
+                "give it more rewards.seconds, or set rewards.on_error count to train without what fails"
+            )
+        return len(failed)
+
+    def success(self, episode: Episode) -> bool:
+        """Whether a rewarded episode counts as a success."""
+        return (episode.rewards[self._success] or 0.0) >= 1
+
+
+def entries(use: Sequence[str]) -> list[Entry]:
+    """What each text of rewards.use says. Raises UserError, which tells what functions there are."""
+    if not use:
+        raise UserError(f"rewards.use is empty: nothing says what is good; there are {_there_are()}")
+    found = [_entry(text) for text in use]
+    plain = [entry.name for entry in found]
+    found = [entry if plain.count(entry.name) == 1 else entry._replace(name=entry.text) for entry in found]
+    for entry in found:
+        if [other.name for other in found].count(entry.name) > 1:
+            raise UserError(f"rewards.use has {entry.text} twice; give it once, with the sum of the weights")
+    return found
+
+
+def _entry(text: str) -> Entry:
+    found = _ENTRY.fullmatch(text)
+    weight, what = found.groups() if found else (None, "")
+    try:
+        factor = 1.0 if weight is None else convert(float, weight.strip())
+    except (ValueError, TypeError):
+        raise UserError(f"rewards.use {text}: the weight {weight.strip()!r} is no number") from None
+    named = _NAMED.fullmatch(what)
+    if named and named[1] in EACH:
+        return Entry(factor, what, named[1], own=False)
+    if not named and _OWN.fullmatch(what):
+        return Entry(factor, what, what.rpartition(":")[2], own=True)
+    raise UserError(f"rewards.use {text!r}: there is no such function; there are {_there_are()}")
+
+
+def _there_are() -> str:
+    return f"{', '.join(map(_shown, EACH))}, and your own as module:function or FILE.py:function"
+
+
+def _shown(name: str) -> str:
+    """A function as it is called: length(low, high)."""
+    parameters = ", ".join(_parameters(EACH[name]))
+    return f"{name}({parameters})" if parameters else name
+
+
+def _parameters(function: Callable) -> dict[str, inspect.Parameter]:
+    """Of what stands in the brackets."""
+    found = list(inspect.signature(function).parameters.values())
+    return {each.name: each for each in found[1:] if each.kind is not each.KEYWORD_ONLY}
+
+
+def _success_of(success: str, found: Sequence[Entry]) -> str:
+    if not success:
+        return found[0].name
+    for entry in found:
+        if success.strip() in (entry.name, entry.text):
+            return entry.name
+    raise UserError(f"rewards.success {success} is none of rewards.use: {', '.join(entry.name for entry in found)}")
+
+
+def bound(text: str, max_new_tokens: int = 0) -> Function:
+    """One of our functions with its arguments, `NAME` or `NAME(ARGUMENTS)`. Raises UserError for wrong ones."""
+    name, arguments = _NAMED.fullmatch(text).groups()
+    function = EACH[name]
+    given = _arguments(name, (arguments or "").strip())
+    if "max_new_tokens" in inspect.signature(function).parameters:
+        given["max_new_tokens"] = max_new_tokens
+
+    def one(episode: Episode) -> Any:
+        try:
+            return function(episode, **given)
+        except ValueError as error:
+            return str(error)
+
+    try:
+        function(_NOTHING, **given)
+    except UserError:  # of the arguments: before the first step
+        raise
+    except ValueError:
+        pass  # it is no record that could be judged
+    return lambda episodes: [one(episode) for episode in episodes]
+
+
+def _arguments(name: str, text: str) -> dict[str, Any]:
+    """What stands in the brackets, by position or by name; the last argument may hold commas."""
+    parameters, given = _parameters(EACH[name]), {}
+    for position, piece in enumerate(text.split(",", max(0, len(parameters) - 1)) if text else ()):
+        key, equals, value = piece.partition("=")
+        if not equals or key.strip() not in parameters:
+            key, value = list(parameters)[position] if parameters else "", piece
+        value, kind = value.strip(), parameters[key.strip()].annotation if key else None
+        if len(value) > 1 and value[0] == value[-1] in ("'", '"'):
+            value = value[1:-1]
+        try:
+            given[key.strip()] = convert(kind, value)
+        except (ValueError, TypeError, ArithmeticError):
+            raise UserError(f"rewards.use {name}({text}): expected {_shown(name)}; {value!r} is wrong there") from None
+    missing = [key for key, each in parameters.items() if each.default is each.empty and key not in given]
+    if missing:
+        raise UserError(f"rewards.use {name}({text}): expected {_shown(name)}; there is no {missing[0]}")
+    return given
+
+
+def checked(value: Any) -> Value:
+    """A reward as a number, as None, or what is wrong with it."""
+    if value is None or isinstance(value, str):
+        return value
+    if type(value) in (int, float) and abs(value) < math.inf:
+        with contextlib.suppress(OverflowError):
+            return float(value)
+    return f"gave {reprlib.repr(value)}; expected a finite number or None"
