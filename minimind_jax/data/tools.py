@@ -3,8 +3,10 @@
 Also the calls that a model has written into its answer.
 """
 
+import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from minimind_jax.data.values import Place, check_json, decode_json, is_absent, json_list, kind_of, loads, without_nulls
@@ -152,3 +154,27 @@ def called(call: dict[str, Any]) -> Call:
     function = call.get("function") or call
     arguments = function["arguments"]
     return Call(function["name"], decode_json(arguments) if isinstance(arguments, str) else arguments)
+
+
+def comparable(call: Call, tools: Sequence[dict[str, Any]]) -> str:
+    """What is compared of a call: JSON without arguments at their defaults, and whatever the white space. 5 is 5.0."""
+    schemas = [tool.get("function") or tool for tool in tools]
+    own = next((schema for schema in schemas if schema["name"] == call.name), {})
+    for name in ("parameters", "properties"):
+        own = found if isinstance(found := own.get(name), dict) else {}
+    defaults = {name: told["default"] for name, told in own.items() if isinstance(told, dict) and "default" in told}
+    kept = {name: value for name, value in call.arguments.items() if name not in defaults or value != defaults[name]}
+    try:
+        return json.dumps([call.name, _plain_value(kept)], sort_keys=True)
+    except RecursionError:
+        return "nested too deeply to be compared"
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain_value(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_plain_value(item) for item in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return " ".join(value.split()) if isinstance(value, str) else value

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 from collections import Counter
 from collections.abc import Sequence
 from decimal import Decimal
@@ -16,7 +15,7 @@ from minimind_jax.data.formats import read_record
 from minimind_jax.data.jsonl import Reading, Record, expand_paths, iter_records, reading_of, tell
 from minimind_jax.data.messages import Message, is_trained
 from minimind_jax.data.prompts import read_prompt
-from minimind_jax.data.tools import Call, called, calls_in_text, parse_calls
+from minimind_jax.data.tools import Call, called, calls_in_text, comparable, parse_calls
 from minimind_jax.data.values import Place, kind_of
 from minimind_jax.data.written import check_output
 from minimind_jax.errors import UserError
@@ -221,7 +220,7 @@ def marks_of(question: Question, answer: Answer) -> dict[str, bool]:
     is_call, valid = bool(answer.calls), bool(answer.calls) and not any(call.error for call in answer.calls)
     marks = {CALL: is_call, JSON: valid}
     if question.calls:
-        due, found = ([_plain(call, question.tools) for call in calls] for calls in (question.calls, answer.calls))
+        due, found = ([comparable(call, question.tools) for call in calls] for calls in (question.calls, answer.calls))
         names, due_names = (Counter(call.name for call in calls) for calls in (answer.calls, question.calls))
         marks |= {TOOL: valid and names == due_names, ARGUMENTS: valid and Counter(found) == Counter(due)}
     elif question.calls is not None:
@@ -230,27 +229,3 @@ def marks_of(question: Question, answer: Answer) -> dict[str, bool]:
         words, calls = parse_calls(answer.text)
         marks[CARRIED_OUT if question.acts else GIVEN] = not calls and says(words, question.numbers)
     return marks
-
-
-def _plain(call: Call, tools: Sequence[dict[str, Any]]) -> str:
-    """What is compared of a call: JSON without arguments at their defaults, and whatever the white space. 5 is 5.0."""
-    schemas = [tool.get("function") or tool for tool in tools]
-    own = next((schema for schema in schemas if schema["name"] == call.name), {})
-    for name in ("parameters", "properties"):
-        own = found if isinstance(found := own.get(name), dict) else {}
-    defaults = {name: told["default"] for name, told in own.items() if isinstance(told, dict) and "default" in told}
-    kept = {name: value for name, value in call.arguments.items() if name not in defaults or value != defaults[name]}
-    try:
-        return json.dumps([call.name, _plain_value(kept)], sort_keys=True)
-    except RecursionError:
-        return "nested too deeply to be compared"
-
-
-def _plain_value(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain_value(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_plain_value(item) for item in value]
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return " ".join(value.split()) if isinstance(value, str) else value

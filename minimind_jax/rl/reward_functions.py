@@ -3,12 +3,23 @@
 A record that a function cannot judge raises ValueError; an argument that makes no sense, UserError.
 """
 
+import functools
+import itertools
 import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
-from minimind_jax.data.values import is_absent, kind_of
-from minimind_jax.errors import UserError
+from minimind_jax.data.tools import Call, called, calls_in_text, comparable
+from minimind_jax.data.values import Place, decode_json, is_absent, kind_of
+from minimind_jax.errors import UserError, first_line
+from minimind_jax.paths import as_path
 from minimind_jax.rl.episode import Episode, Task
+from minimind_jax.shell import install_command
+from minimind_jax.texts import read_object
 from minimind_jax.tools.answers import is_right
+
+_OPEN, _CLOSE = "<think>", "</think>"
 
 
 def answer(episode: Episode) -> float:
@@ -44,6 +55,74 @@ def regex(episode: Episode, pattern: str) -> float:
         raise UserError(f"regex({pattern}): not a regular expression: {error}") from None
 
 
+def overlong(episode: Episode, cache: int, *, max_new_tokens: int) -> float:
+    """DAPO's soft punishment of the longest turn, of n tokens: 0 up to max_new_tokens - cache, from there to
+    max_new_tokens a line down to -1: (max_new_tokens - cache - n) / cache. arXiv 2503.14476, equation 13."""
+    if not 0 < cache <= max_new_tokens:
+        raise UserError(f"overlong({cache}): expected above 0 and at most rollout.max_new_tokens, {max_new_tokens}")
+    longest = max((turn.end - turn.start for turn in episode.turns), default=0)
+    return min(0.0, max(-1.0, (max_new_tokens - cache - longest) / cache))
+
+
+def thinking(episode: Episode) -> float:
+    """1 where each turn keeps to the form, else 0: a think block that the prompt opened is closed once, with words in
+    it and words or a call behind it; where it opened none, none is opened or closed."""
+    return float(bool(episode.turns) and all(_is_formed(turn.text, episode.thinking) for turn in episode.turns))
+
+
+def _is_formed(text: str, is_open: bool) -> bool:
+    thoughts, _, rest = text.partition(_CLOSE) if is_open else ("-", "", text)
+    return bool(thoughts.strip() and rest.strip()) and not any(tag in thoughts + rest for tag in (_OPEN, _CLOSE))
+
+
+def json_form(episode: Episode, schema: str = "") -> float:
+    """1 where the last answer is a JSON object or list and nothing else, or what the schema in the file allows; else 0.
+
+    Raises UserError for a file that holds no schema, and where the package jsonschema is missing.
+    """
+    allows = _allows(schema) if schema else lambda value: isinstance(value, dict | list)
+    try:
+        return float(allows(decode_json(episode.answer)))
+    except (ValueError, RecursionError):
+        return 0.0
+
+
+@functools.cache
+def _allows(schema: str) -> Callable[[Any], bool]:
+    try:
+        import jsonschema
+        import referencing
+    except ImportError:
+        raise UserError(f"json({schema}) needs the package jsonschema: {install_command('rewards')}") from None
+    found = read_object(as_path(schema), "put the JSON schema there")
+    kind = jsonschema.validators.validator_for(found, jsonschema.Draft202012Validator)
+    try:
+        kind.check_schema(found)
+        validator = kind(found, registry=referencing.Registry())  # which fetches nothing
+        validator.is_valid({})
+    except Exception as error:
+        raise UserError(f"json({schema}): not a JSON schema: {first_line(error)}") from error
+    return validator.is_valid
+
+
+def minimind(episode: Episode) -> float:
+    """MiniMind's rules, of characters: +-0.5 for an answer of 20 to 800; where a think block is closed, +-1 (-0.5)
+    for thoughts of 20 to 300, and +-0.25 for closing it once; less min(0.5, repeated / all) of the 3-grams of words.
+
+    They are kept as they are, for comparison: a run of Chinese characters is one word, and a block that is never closed
+    costs nothing (`repetition` and `thinking` mend that). Source: MiniMind's train_grpo.py.
+    """
+    text = episode.text
+    thoughts, closed, rest = text.partition(_CLOSE)
+    reward = 0.5 if 20 <= len(text.strip()) <= 800 else -0.5
+    if closed:
+        reward += 1.0 if 20 <= len(thoughts.strip()) <= 300 else -0.5
+        reward += 0.25 if text.count(_CLOSE) == 1 else -0.25
+    words = re.findall(r"\w+|[^\w\s]", (rest.strip() if closed else text).lower())
+    grams = list(zip(words, words[1:], words[2:], strict=False))
+    return reward - (min(0.5, (len(grams) - len(set(grams))) / len(grams)) if grams else 0.0)
+
+
 # What is right --------------------------------------------------------------------------------------------------------
 
 
@@ -71,3 +150,37 @@ def truths(task: Task) -> list[str]:
 def _is_right(episode: Episode) -> bool:
     asked = "\n".join(message["content"] for message in episode.task.messages)
     return is_right(episode.answer, truths(episode.task), asked)
+
+
+def tools(episode: Episode) -> float:
+    """1.5 r + 0.5 s - 0.5: 1 to 1.5 for what is right, by its calls, and -0.5 to 0 for what is not.
+
+    r: 1 where the answer is the record's (see `truths`) and came, with a call that was carried out where tools are
+    offered, before the episode was cut off; of a record whose truth is calls (JSON), where those were made and no
+    others. s: the share of its calls that are sound: they can be read, their tool is offered, and it did not fail. Of
+    no calls s is 0 where one is due, so that skipping the tool is the worst, whatever is answered; else it is 1.
+    """
+    offered = {(tool.get("function") or tool)["name"] for tool in episode.task.tools or ()}
+    due = _due(episode.task)
+    made = [each for turn in episode.turns for each in itertools.zip_longest(turn.calls, turn.observations)]
+    carried_out = [bool(due) or (told is not None and not told.is_error) for _, told in made]
+    sound = [
+        call is not None and not call.error and call.name in offered and is_done
+        for (call, _), is_done in zip(made, carried_out, strict=True)
+    ]
+    if due:
+        calls = {comparable(call, episode.task.tools or ()) for call, _ in made if call}
+        right = calls == {comparable(call, episode.task.tools or ()) for call in due}
+    else:
+        right = not episode.was_cut and (any(sound) or not offered) and _is_right(episode)
+    share = sum(sound) / len(sound) if sound else float(not (due or offered))
+    return 1.5 * right + 0.5 * share - 0.5
+
+
+def _due(task: Task) -> list[Call]:
+    """The calls that the truth of a record is made of, as JSON; none where it is an answer."""
+    texts = truths(task)
+    if not texts[0].lstrip().startswith("{"):
+        return []
+    place = Place(f"{task.where}: what is due", "", Counter())
+    return [called(call) for text in texts for call in calls_in_text(text, place)]

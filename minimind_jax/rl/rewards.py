@@ -29,12 +29,17 @@ Function = Callable[[Sequence[Episode]], Sequence[Any]]
 # Of one episode each, with what stands in their brackets behind it.
 EACH: dict[str, Callable[..., float | None]] = {
     "answer": reward_functions.answer,
+    "tools": reward_functions.tools,
     "length": reward_functions.length,
-    "regex": reward_functions.regex,
+    "overlong": reward_functions.overlong,
+    "thinking": reward_functions.thinking,
     "repetition": reward_functions.repetition,
+    "json": reward_functions.json_form,
+    "regex": reward_functions.regex,
+    "minimind": reward_functions.minimind,
 }
 # These may take their time, as the user's own may: in a process that can be ended.
-APART = {"regex"}
+APART = {"json", "regex"}
 
 _ENTRY = re.compile(r"(?:([^*(:]*)\*)?\s*(\S.*?)\s*", re.DOTALL)
 _NAMED = re.compile(r"(\w+)\s*(?:\((.*)\))?", re.DOTALL)

@@ -7,27 +7,10 @@ import pytest
 
 from minimind_jax.config.rl import RewardsConfig
 from minimind_jax.errors import UserError
-from minimind_jax.rl.episode import Episode, Task, Turn
 from minimind_jax.rl.rewards import Entry, Rewards, entries
+from tests.rl.episodes import episode
 
 USER = Path(__file__).with_name("user_rewards.py")
-
-
-def episode(*texts, where="f.jsonl:1", tokens=None, thinking=False, calls=(), observations=(), tools=None, **fields):
-    """An episode of these turns, a token a character but for `tokens` of the last."""
-    ids = [[ord(char) for char in text] for text in texts]
-    ids = [*ids[:-1], tokens] if tokens is not None else ids
-    turns, start = [], 2
-    for n, (text, own) in enumerate(zip(texts, ids, strict=True)):
-        told = observations[n : n + 1]
-        turns.append(Turn(text, text, tuple(calls[n : n + 1]), tuple(told), start, start + len(own), "stop"))
-        start += len(own)
-    question = [{"role": "user", "content": fields.pop("question", "How many of 3?")}]
-    count = start - 2
-    return Episode(
-        0, Task(where, question, tools, fields), thinking, [1, 1, *(i for own in ids for i in own)], 2,
-        [False] * 2 + [True] * count, [0.0] * (2 + count), turns, "stop",
-    )  # fmt: skip
 
 
 def rewards(*use, on_error="stop", success="", seconds=60.0, seed=0, max_new_tokens=16):
