@@ -25,7 +25,7 @@ from minimind_jax.rl.episode import Episode, Task, Turn
 from minimind_jax.seeds import named_seed
 from minimind_jax.tools.toolbox import Observation
 
-PATIENCE = 1.0  # seconds that others wait for an environment, so that who writes beside whom is not left to the clock
+PATIENCE = 2.0  # seconds that others wait for an environment, so that who writes beside whom is not left to the clock
 _SEEDS = 2**62  # of a SamplingConfig
 _TAIL = 8  # tokens of a prompt among which its open think block is
 
