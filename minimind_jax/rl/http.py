@@ -1,5 +1,6 @@
 """JSON over HTTP, from a server that may be busy, or gone for a while."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -54,26 +55,19 @@ class Server:
                 raise UserError(f"{self.url}{path}: the answer is not JSON: {error}") from error
             if time.monotonic() + wait > deadline:
                 raise UserError(f"{self.url} has not answered for {self._patience:g} seconds: {reason}")
-            self._tell(reason)
+            if not self._has_told:
+                self._has_told = True
+                say(f"{self.url} is asked again for up to {self._patience:g} seconds, as always (said once): {reason}")
             time.sleep(wait)
             wait = min(2 * wait, LONGEST_WAIT)
 
-    def _tell(self, reason: str) -> None:
-        if not self._has_told:
-            self._has_told = True
-            say(f"{self.url} is asked again for up to {self._patience:g} seconds, as always (said once): {reason}")
-
 
 def _said(error: urllib.error.HTTPError) -> str:
-    """What the server has to say about an error, in the words of OpenAI's, vLLM's or SGLang's protocol."""
-    try:
-        text = error.read(1 << 16).decode("utf-8", "replace")
-    except (OSError, http.client.HTTPException):
-        return str(error.reason)
-    try:
+    """What the server has to say about an error, in OpenAI's, vLLM's or SGLang's shape."""
+    text = str(error.reason)
+    with contextlib.suppress(OSError, http.client.HTTPException, ValueError, AttributeError):
+        text = error.read(1 << 16).decode("utf-8", "replace") or text
         found = json.loads(text)
         found = found.get("error", found)
         text = found if isinstance(found, str) else found.get("message") or found.get("detail") or text
-    except (ValueError, AttributeError):
-        pass
-    return str(text)[:500] or str(error.reason)
+    return str(text)[:500]

@@ -4,6 +4,7 @@ The protocol is vLLM's of /v1/completions, which SGLang and `minimind serve` hav
 their log-probabilities out. docs/rl_servers.md says how each of them is started.
 """
 
+import contextlib
 import hashlib
 import queue
 import secrets
@@ -28,7 +29,7 @@ from minimind_jax.paths import absolute, as_path
 from minimind_jax.rl.http import NotThere, Server
 
 MOST_AT_ONCE = 256  # requests; a server holds more back anyhow
-WAIT = 1.0  # seconds that a step waits for an answer
+WAIT = 0.05  # seconds that a step waits for an answer, while environments may have something to say
 PROBE = "1, 2, 3, 4,"
 DRAWN = SamplingConfig(max_new_tokens=16, temperature=1.0, top_p=1.0, ignore_eos=True)
 SAME = 1e-3  # nats: the log-probabilities of a few tokens at two temperatures differ by more
@@ -85,19 +86,16 @@ class RemoteWriter:
             raise
 
     def _step(self) -> list[Answer]:
-        grown, wait = [], WAIT
-        while self._open:
-            try:
-                answer, found = self._come.get(timeout=wait)
-            except queue.Empty:
-                break
-            if answer in self._open:
-                if isinstance(found, Exception):
-                    raise found
-                self._take(answer, found)
-                self._open.discard(answer)
-                grown.append(answer)
-                wait = 0.0  # what else is there
+        grown: list[Answer] = []
+        with contextlib.suppress(queue.Empty):
+            while self._open:
+                answer, found = self._come.get(timeout=0.0 if grown else WAIT)
+                if answer in self._open:
+                    if isinstance(found, Exception):
+                        raise found
+                    self._take(answer, found)
+                    self._open.discard(answer)
+                    grown.append(answer)
         return grown
 
     def cancel(self, answer: Answer) -> None:
@@ -144,8 +142,7 @@ class RemoteWriter:
                 f"answers with other weights than it was given ({version!r}, not {self.version!r}): it was started "
                 "anew, another run uses it, or there are several servers at this address"
             )
-        asked = choice.get("prompt_token_ids")
-        if asked is not None and asked != list(answer.request.prompt):
+        if choice.get("prompt_token_ids") not in (None, list(answer.request.prompt)):
             raise self._fault("has put other tokens before the prompt, or in it")
         for token, logprob in zip(ids, logprobs, strict=True):
             if answer.finish_reason:

@@ -13,6 +13,7 @@ from minimind_jax.serve.errors import refused
 from minimind_jax.serve.models import Served
 from minimind_jax.serve.protocol import WITHOUT_A_WORD, Body, Drawing, Sampling
 
+MOST_SEED = 2**62  # of a SamplingConfig
 _SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -62,7 +63,9 @@ def requests_of(
     bind: Callable[[], Constraint] | None,
     **more: Any,
 ) -> list[Request]:
-    """So many answers to a prompt: the n-th draws with seed + n. bind: makes what binds one of them."""
+    """So many answers to a prompt: the n-th draws with seed + n, or ApiError. bind: makes what binds one of them."""
+    if sampling.seed + count - 1 > MOST_SEED:
+        raise refused(f"seed: the last of {count} answers would draw with more than {MOST_SEED}", "seed")
     return [
         Request(
             tuple(prompt),

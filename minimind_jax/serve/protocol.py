@@ -84,7 +84,7 @@ class Sampling(Body):
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    seed: Annotated[int, Field(ge=-(2**61), le=2**61)] | None = None
+    seed: Annotated[int, Field(ge=-(2**62), le=2**62)] | None = None
     stream: bool | None = None
 
 

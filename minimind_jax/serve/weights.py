@@ -1,6 +1,7 @@
 """/update_weights_from_disk: a model takes other weights while it is served, as SGLang's do."""
 
 import asyncio
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -34,10 +35,11 @@ async def update(body: WeightsRequest, models: Models, worker: Worker, seconds: 
 
 def _below(path: str, top: Path) -> Path:
     """The folder, links followed. Raises ApiError where it is neither `top` nor below it."""
-    folder, top = Path(path).expanduser().resolve(), top.resolve()
-    if not folder.is_relative_to(top):
-        raise ApiError(403, f"model_path: {path[:200]!r} is neither {top} nor a folder below it", "model_path")
-    return folder
+    top = top.resolve()
+    with contextlib.suppress(OSError, ValueError):  # of what is no path
+        if (folder := Path(path).resolve()).is_relative_to(top):
+            return folder
+    raise ApiError(403, f"model_path: {path[:200]!r} is neither {top} nor a folder below it", "model_path")
 
 
 def _without_ids(config: ModelConfig) -> ModelConfig:

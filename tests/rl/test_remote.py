@@ -23,6 +23,9 @@ from minimind_jax.inference.request import Request
 from minimind_jax.model.config import ComputeConfig, ModelConfig
 from minimind_jax.model.lora import init_adapters, join, make_adapter, merge
 from minimind_jax.model.transformer import LanguageModel
+from minimind_jax.rl.environment import SingleTurn
+from minimind_jax.rl.episode import Task
+from minimind_jax.rl.play import Start, play
 from minimind_jax.rl.remote import RemotePolicy
 from tests.serve.conftest import Process, wait_until
 
@@ -76,7 +79,7 @@ def policy_at(model, tokenizer, folder):
 
 def requests():
     """Both ways of drawing, ends of several kinds, and a stop string."""
-    drawn = [dataclasses.replace(way, seed=7 * n + 2**60) for n, way in enumerate([PLAIN, WARM, PLAIN, WARM])]
+    drawn = [dataclasses.replace(way, seed=2**62 - n) for n, way in enumerate([PLAIN, WARM, PLAIN, WARM])]
     asked = [Request(prompt, sampling) for prompt, sampling in zip(PROMPTS, drawn, strict=True)]
     stops = dataclasses.replace(PLAIN, stop=("e", "a"), seed=4)
     return [*asked, Request((9, 9), stops), Request((5,), dataclasses.replace(PLAIN, ignore_eos=True), stop_ids=(71,))]
@@ -117,6 +120,24 @@ def test_a_server_writes_what_an_engine_here_writes_with_each_new_policy(url, po
     assert {answer.finish_reason for answer in found} == {"stop", "length"}
 
 
+def test_episodes_are_those_that_an_engine_plays(url, policy_at, model, tokenizer, params):
+    def played(writer):
+        task, prompts = Task("a record", [], None, {}), ([5, 60, 70], [80, 81])
+        starts = [Start(n, task, prompt, False, seed=n) for n, prompt in enumerate(prompts * 3)]
+        return play(writer, starts, SingleTurn(), tokenizer, sampling=PLAIN, seq_len=64)
+
+    engine = engine_of(model, tokenizer)
+    engine.load(params[1])
+    for one, other in zip(played(policy_at(url).load(params[1])), played(engine), strict=True):
+        assert (one.tokens, one.sampled, one.finish, one.text) == (
+            other.tokens,
+            other.sampled,
+            other.finish,
+            other.text,
+        )
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+
+
 def test_adapters_are_merged_into_what_the_server_gets(url, model, tokenizer, params, folder):
     table = rank_table(model.config, 2, ("q_proj",), {})
     tree, own = init_adapters(jax.random.key(1), params[0], table, 8.0, False), np.random.default_rng(0)
@@ -154,6 +175,7 @@ def standing_before(url, change):
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            server.keys.add(self.headers["authorization"])
             status, reply = change(self.path, body, lambda: posted(url + self.path, body))
             self.send_response(status)
             self.end_headers()
@@ -163,10 +185,12 @@ def standing_before(url, change):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.keys = set()
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.url = f"http://127.0.0.1:{server.server_port}/v1"
+        yield server
     finally:
         server.shutdown()
         thread.join()
@@ -210,7 +234,7 @@ FAULTS = {
 @pytest.mark.parametrize("words", FAULTS)
 def test_a_server_that_nothing_can_be_learned_from_is_refused_before_the_first_answer(url, policy_at, params, words):
     with standing_before(url, FAULTS[words]) as other, pytest.raises(UserError, match=words):
-        policy_at(other).load(params[0])
+        policy_at(other.url).load(params[0])
 
 
 def test_answers_of_other_weights_are_noticed(url, policy_at, params):
@@ -221,13 +245,13 @@ def test_answers_of_other_weights_are_noticed(url, policy_at, params):
         return status, {**reply, **({"metadata": version} if version and "choices" in reply else {})}
 
     with standing_before(url, change) as other:
-        writer = policy_at(other).load(params[0])
+        writer = policy_at(other.url).load(params[0])
         version["weight_version"] = "older"
         with pytest.raises(UserError, match="other weights than it was given"):
             written(writer)
         assert not writer.busy
         with pytest.raises(UserError, match="answers with the weights 'older'"):
-            policy_at(other).load(params[0])
+            policy_at(other.url).load(params[0])
 
 
 def test_a_server_that_tells_no_version_answers_otherwise_with_other_weights(url, policy_at, params):
@@ -249,7 +273,7 @@ def test_a_server_that_tells_no_version_answers_otherwise_with_other_weights(url
         return 200, {}
 
     with standing_before(url, change) as other:
-        policy = policy_at(other)
+        policy = policy_at(other.url)
         for each in (params[1], params[2]):
             writer = policy.load(each)
         assert asked == ["/collective_rpc", "/reset_prefix_cache"] * 2
@@ -264,14 +288,16 @@ def test_a_server_that_tells_no_version_answers_otherwise_with_other_weights(url
             policy.load(params[1])
 
 
-def test_a_server_that_is_busy_for_a_while_is_asked_again(url, policy_at, model, tokenizer, params):
+def test_a_server_that_is_busy_for_a_while_is_asked_again(url, policy_at, model, tokenizer, params, monkeypatch):
+    monkeypatch.setenv("MINIMIND_API_KEY", "of the server\n")
     left = {"/v1/completions": [429, 503, 429], "/update_weights_from_disk": [503]}
 
     def busy(path, body, ask):
         return (left[path].pop(), {"error": "busy"}) if left[path] else ask()
 
     with standing_before(url, busy) as other:
-        found = written(policy_at(other, patience=10).load(params[1]))
+        found = written(policy_at(other.url, patience=10).load(params[1]))
+        assert other.keys == {"Bearer of the server"}
     assert_same(found, here(model, tokenizer, params[1]))
 
 

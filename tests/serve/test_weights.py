@@ -54,6 +54,8 @@ def test_token_ids_come_with_log_probabilities_of_what_they_were_drawn_from(serv
     np.testing.assert_allclose(found["sampled_logprobs"], [t.sampled_logprob for t in answer.tokens], atol=1e-5)
     np.testing.assert_allclose(found["logprobs"]["token_logprobs"], answer.logprobs, atol=1e-5)
     assert not np.allclose(found["sampled_logprobs"], answer.logprobs, atol=0.1)
+    asked = {**ASKED, "seed": 2**62, "n": 2}
+    assert httpx.post(server.root + "/v1/completions", json=asked).json()["error"]["param"] == "seed"
     messages = {"messages": [{"role": "user", "content": "hi"}], "seed": 1, "max_tokens": 9, "return_token_ids": True}
     (chat,) = httpx.post(server.root + "/v1/chat/completions", json=messages).json()["choices"]
     assert len(chat["sampled_logprobs"]) == len(chat["token_ids"]) > 0
@@ -86,7 +88,7 @@ def test_open_answers_are_finished_with_the_old_weights_and_later_ones_have_the_
 
 
 def test_what_is_not_below_the_folder_is_not_read(served, place, folder):
-    for path in (folder, place.parent, place / "new" / ".." / "..", "/etc"):
+    for path in (folder, place.parent, place / "new" / ".." / "..", "/etc", "~", "a\0b", "a" * 5000):
         found = httpx.post(served.root + UPDATE, json={"model_path": str(path)})
         assert (found.status_code, found.json()["error"]["param"]) == (403, "model_path"), path
     (place / "link").symlink_to(folder)
