@@ -75,6 +75,14 @@ def _is_formed(text: str, is_open: bool) -> bool:
     return bool(thoughts.strip() and rest.strip()) and not any(tag in thoughts + rest for tag in (_OPEN, _CLOSE))
 
 
+def state(episode: Episode, name: str) -> float | None:
+    """What the environment keeps under the name in its state, a dict or an object: a reward of its own."""
+    kept = episode.state if isinstance(episode.state, dict) else getattr(episode.state, "__dict__", {})
+    if name not in kept:
+        raise ValueError(f"the environment's state ({type(episode.state).__name__}) has no {name!r}")
+    return kept[name]
+
+
 def json_form(episode: Episode, schema: str = "") -> float:
     """1 where the last answer is a JSON object or list and nothing else, or what the schema in the file allows; else 0.
 

@@ -1,16 +1,16 @@
 """What runs in the process of a reward function that may hang: one of ours, or the user's own in the form it has."""
 
-import asyncio
 import inspect
 import pickle
-import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from minimind_jax.errors import UserError
 from minimind_jax.rl.episode import Episode
-from minimind_jax.rl.rewards import Function, Value, bound, checked, entries
+from minimind_jax.rl.judges import written
+from minimind_jax.rl.reward_values import Function, Value, checked, foreign
+from minimind_jax.rl.rewards import bound, entries
 from minimind_jax.tools.schema import Schema
 from minimind_jax.tools.worker import imported
 
@@ -19,15 +19,29 @@ _TRL = ("prompts", "completions", "completion_ids")
 
 def load(names: list[str]) -> dict[str, tuple[Schema, Any]]:
     """Of entries without weights: what `tools/worker.py:serve` calls with the file of the episodes."""
-    functions = {entry.text: own(entry.text) if entry.own else bound(entry.text) for entry in entries(names)}
+    try:
+        functions = {entry.text: own(entry.text) if entry.own else bound(entry.text) for entry in entries(names)}
+    except (OSError, ValueError, RuntimeError, AttributeError, ImportError) as error:  # of torch and transformers
+        raise error if isinstance(error, UserError) else UserError(f"rewards.use {names[0]}: {error}") from error
     return {name: _served(name, function) for name, function in functions.items()}
 
 
 def _served(name: str, function: Function) -> tuple[Schema, Any]:
     def of_file(file: str) -> list[Value]:
-        return [checked(value) for value in function(pickle.loads(Path(file).read_bytes()))]
+        episodes = pickle.loads(Path(file).read_bytes())
+        for episode in episodes:
+            episode.state = _state(episode.state)
+        return [checked(value) for value in function(episodes)]
 
     return {"function": {"name": name, "parameters": {}}}, of_file
+
+
+def _state(kept: bytes) -> Any:
+    """An environment's state; None where it cannot be had in another process."""
+    try:
+        return pickle.loads(kept)
+    except Exception:
+        return None
 
 
 def own(name: str) -> Function:
@@ -56,11 +70,14 @@ def own(name: str) -> Function:
             found = function(**{key: each for key, each in columns.items() if takes_all or key in parameters})
         else:
             found = function(episodes)
-        found = asyncio.run(found) if inspect.iscoroutine(found) else found
+        if inspect.iscoroutine(found):
+            import asyncio  # here: a fifth of the time that the process takes to start
+
+            found = asyncio.run(found)
         values = found.tolist() if hasattr(found, "tolist") else list(found)
         if len(values) != len(episodes):
             raise ValueError(f"gave {len(values)} values for {len(episodes)} completions")
-        return [_plain(value) for value in values]
+        return [foreign(value) for value in values]
 
     def ask_all(episodes: Sequence[Episode]) -> list[Any]:
         try:
@@ -83,12 +100,6 @@ def _tried(ask: Function, episode: Episode) -> Any:
         return f"{type(error).__name__}: {error}"
 
 
-def _plain(value: Any) -> Any:
-    """A number of NumPy's or torch's as Python's; a text is no reward."""
-    value = value.item() if hasattr(value, "item") else value
-    return f"gave the text {reprlib.repr(value)}; expected a number or None" if isinstance(value, str) else value
-
-
 def trl_columns(episodes: Sequence[Episode]) -> dict[str, list[Any]]:
     """What TRL gives a reward function: messages, token ids and the record's fields, None where one has it not."""
     fields = dict.fromkeys(name for episode in episodes for name in episode.task.fields)
@@ -98,12 +109,3 @@ def trl_columns(episodes: Sequence[Episode]) -> dict[str, list[Any]]:
         "completions": [written(episode) for episode in episodes],
         "completion_ids": [episode.completion for episode in episodes],
     }
-
-
-def written(episode: Episode) -> list[dict[str, str]]:
-    """The messages behind the prompt: what the policy wrote, thoughts and calls included, and what it was told."""
-    messages = []
-    for turn in episode.turns:
-        messages.append({"role": "assistant", "content": turn.text})
-        messages += [{"role": "tool", "content": told.text} for told in turn.observations]
-    return messages

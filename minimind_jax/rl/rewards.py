@@ -8,7 +8,6 @@ import json
 import math
 import pickle
 import re
-import reprlib
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,18 +15,15 @@ from typing import Any, NamedTuple
 
 from minimind_jax.config.rl import RewardsConfig
 from minimind_jax.errors import UserError
-from minimind_jax.rl import reward_functions
+from minimind_jax.rl import judges, reward_functions
 from minimind_jax.rl.episode import Episode, Task
+from minimind_jax.rl.reward_values import Function, Value, checked
 from minimind_jax.seeds import named_seed
 from minimind_jax.tools.toolbox import Toolbox
 from minimind_jax.values import convert
 
-# A number, None where the function has nothing to say, or in words why there is none.
-Value = float | None | str
-Function = Callable[[Sequence[Episode]], Sequence[Any]]
-
-# Of one episode each, with what stands in their brackets behind it.
-EACH: dict[str, Callable[..., float | None]] = {
+# Of one episode each; what stands in their brackets comes behind it.
+EACH: dict[str, Callable[..., float]] = {
     "answer": reward_functions.answer,
     "tools": reward_functions.tools,
     "length": reward_functions.length,
@@ -36,10 +32,18 @@ EACH: dict[str, Callable[..., float | None]] = {
     "repetition": reward_functions.repetition,
     "json": reward_functions.json_form,
     "regex": reward_functions.regex,
+    "state": reward_functions.state,
     "minimind": reward_functions.minimind,
 }
+# Of all episodes; made once of what stands in their brackets.
+MADE: dict[str, Callable[..., Function]] = {
+    "model": judges.model,
+    "hf": judges.hf,
+    "internlm2": judges.internlm2,
+    "judge": judges.judge,
+}
 # These may take their time, as the user's own may: in a process that can be ended.
-APART = {"json", "regex"}
+APART = {"json", "regex", "hf", "internlm2", "judge"}
 
 _ENTRY = re.compile(r"(?:([^*(:]*)\*)?\s*(\S.*?)\s*", re.DOTALL)
 _NAMED = re.compile(r"(\w+)\s*(?:\((.*)\))?", re.DOTALL)
@@ -103,7 +107,7 @@ class Rewards:
         """
         functions = list(zip(self._entries, self._functions, strict=True))
         if any(entry.is_apart for entry in self._entries):
-            self._file.write_bytes(pickle.dumps([dataclasses.replace(episode, state=None) for episode in episodes]))
+            self._file.write_bytes(pickle.dumps([_portable(episode) for episode in episodes]))
         begun = [
             self._threads.submit(self._told, entry, tools, episodes) if entry.is_apart else None
             for entry, tools in functions
@@ -145,6 +149,15 @@ class Rewards:
         return (episode.rewards[self._success] or 0.0) >= 1
 
 
+def _portable(episode: Episode) -> Episode:
+    """With its state as bytes, by themselves: an object that is made for its own process is not to stop the rest."""
+    try:
+        state = pickle.dumps(episode.state)
+    except Exception:  # whatever its class raises
+        state = b""
+    return dataclasses.replace(episode, state=state)
+
+
 def entries(use: Sequence[str]) -> list[Entry]:
     """What each text of rewards.use says. Raises UserError, which tells what functions there are."""
     if not use:
@@ -166,7 +179,7 @@ def _entry(text: str) -> Entry:
     except (ValueError, TypeError):
         raise UserError(f"rewards.use {text}: the weight {weight.strip()!r} is no number") from None
     named = _NAMED.fullmatch(what)
-    if named and named[1] in EACH:
+    if named and named[1] in {**EACH, **MADE}:
         return Entry(factor, what, named[1], own=False)
     if not named and _OWN.fullmatch(what):
         return Entry(factor, what, what.rpartition(":")[2], own=True)
@@ -174,19 +187,19 @@ def _entry(text: str) -> Entry:
 
 
 def _there_are() -> str:
-    return f"{', '.join(map(_shown, EACH))}, and your own as module:function or FILE.py:function"
+    return f"{', '.join(map(_shown, [*EACH, *MADE]))}, and your own as module:function or FILE.py:function"
 
 
 def _shown(name: str) -> str:
     """A function as it is called: length(low, high)."""
-    parameters = ", ".join(_parameters(EACH[name]))
+    parameters = ", ".join(_parameters(name))
     return f"{name}({parameters})" if parameters else name
 
 
-def _parameters(function: Callable) -> dict[str, inspect.Parameter]:
-    """Of what stands in the brackets."""
-    found = list(inspect.signature(function).parameters.values())
-    return {each.name: each for each in found[1:] if each.kind is not each.KEYWORD_ONLY}
+def _parameters(name: str) -> dict[str, inspect.Parameter]:
+    """What may stand in the brackets of a function."""
+    found = inspect.signature({**EACH, **MADE}[name]).parameters
+    return {key: each for key, each in found.items() if key != "episode" and each.kind is not each.KEYWORD_ONLY}
 
 
 def _success_of(success: str, found: Sequence[Entry]) -> str:
@@ -201,8 +214,10 @@ def _success_of(success: str, found: Sequence[Entry]) -> str:
 def bound(text: str, max_new_tokens: int = 0) -> Function:
     """One of our functions with its arguments, `NAME` or `NAME(ARGUMENTS)`. Raises UserError for wrong ones."""
     name, arguments = _NAMED.fullmatch(text).groups()
-    function = EACH[name]
     given = _arguments(name, (arguments or "").strip())
+    if name in MADE:
+        return MADE[name](**given)
+    function = EACH[name]
     if "max_new_tokens" in inspect.signature(function).parameters:
         given["max_new_tokens"] = max_new_tokens
 
@@ -223,7 +238,7 @@ def bound(text: str, max_new_tokens: int = 0) -> Function:
 
 def _arguments(name: str, text: str) -> dict[str, Any]:
     """What stands in the brackets, by position or by name; the last argument may hold commas."""
-    parameters, given = _parameters(EACH[name]), {}
+    parameters, given = _parameters(name), {}
     for position, piece in enumerate(text.split(",", max(0, len(parameters) - 1)) if text else ()):
         key, equals, value = piece.partition("=")
         if not equals or key.strip() not in parameters:
@@ -239,13 +254,3 @@ def _arguments(name: str, text: str) -> dict[str, Any]:
     if missing:
         raise UserError(f"rewards.use {name}({text}): expected {_shown(name)}; there is no {missing[0]}")
     return given
-
-
-def checked(value: Any) -> Value:
-    """A reward as a number, as None, or what is wrong with it."""
-    if value is None or isinstance(value, str):
-        return value
-    if type(value) in (int, float) and abs(value) < math.inf:
-        with contextlib.suppress(OverflowError):
-            return float(value)
-    return f"gave {reprlib.repr(value)}; expected a finite number or None"

@@ -1,5 +1,6 @@
 """Rewards: entries of rewards.use, their weighted sum, and functions of a user's that are at fault."""
 
+import threading
 import time
 from pathlib import Path
 
@@ -7,7 +8,10 @@ import pytest
 
 from minimind_jax.config.rl import RewardsConfig
 from minimind_jax.errors import UserError
-from minimind_jax.rl.rewards import Entry, Rewards, entries
+from minimind_jax.rl.reward_values import checked
+from minimind_jax.rl.reward_worker import own, trl_columns
+from minimind_jax.rl.rewards import Entry, Rewards, bound, entries
+from minimind_jax.tools.toolbox import Observation
 from tests.rl.episodes import episode
 
 USER = Path(__file__).with_name("user_rewards.py")
@@ -64,18 +68,28 @@ def test_two_of_one_name_are_named_by_what_they_are():
         ("length(high=3)", "there is no low"),
         ("length(30, 20)", "expected 0 <= low <= high"),
         ("repetition(0)", "expected at least 1"),
-        ("regex", "there is no pattern"),
+        ("overlong(17)", "at most rollout.max_new_tokens, 16"),
         ("regex((a)", "not a regular expression: .*position 0"),
-        ("no_such.py:f", "no_such.py:f: it is no function that can be called: FileNotFoundError"),
-        ("no.such.module:f", "ModuleNotFoundError"),
-        (f"{USER}:absent", "AttributeError"),
-        (f"{USER}:number", "TypeError: 5 is not a callable"),
-        (f"{USER}:no_episodes", "too many positional arguments"),
+        (f"{USER}:absent", "absent: it is no function that can be called: AttributeError"),
     ],
 )
 def test_what_is_wrong_is_refused_before_the_first_step(entry, words):
     with pytest.raises(UserError, match=words):
-        rewards(entry)
+        rewards("answer", entry)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no_such.py:f", "FileNotFoundError"),
+        ("no.such.module:f", "ModuleNotFoundError"),
+        (f"{USER}:number", "TypeError: 5 is not a callable"),
+        (f"{USER}:no_episodes", "too many positional arguments"),
+    ],
+)
+def test_functions_of_a_user_that_cannot_be_called(name, words):
+    with pytest.raises(UserError, match=rf"it is no function that can be called: .*{words}"):
+        own(name)
 
 
 def test_nothing_to_reward_is_refused():
@@ -98,89 +112,96 @@ def test_the_reward_is_the_weighted_sum_and_success_is_of_one_function():
 
 def test_named_and_quoted_arguments():
     texts = [episode("a,b"), episode("ab")]
-    assert values("length(high=2, low=1)", texts) == [0, 1]
-    assert values("regex(a,b)", texts) == values('regex("a,b")', texts) == values("regex(pattern=a,b)", texts) == [1, 0]
+    assert bound("length(high=2, low=1)")(texts) == [0, 1]
+    for pattern in ("a,b", '"a,b"', "pattern=a,b", "pattern='a,b'", "^a=*,b"):
+        assert bound(f"regex({pattern})")(texts) == [1, 0]
 
 
 # The user's own -------------------------------------------------------------------------------------------------------
 
 
-def test_both_forms_of_a_users_function(capfd):
+def test_both_forms_of_a_users_function():
     texts = [episode("5", answer="5", rare=1), episode("abcd", answer="5")]
-    assert values(f"{USER}:trl", texts) == [1, 0]
-    assert values(f"{USER}:trl_ids", texts) == [1, 4]
-    assert values(f"{USER}:trl_later", texts) == [1, None] and texts[1].reward == 0
-    assert values(f"{USER}:ours", texts) == [1, 4]
-    assert values(f"{USER}:scalars", texts) == [3, 3]
-    assert values(f"{USER}:says", texts) == [1, 1] and "aloud" in capfd.readouterr().err
-
-
-def test_what_a_function_draws_is_of_the_seed_and_the_episodes():
-    texts, others = [episode("a"), episode("b")], [episode("a"), episode("c")]
-    entry = f"{USER}:draws"
-    first = values(entry, texts)
-    assert first == values(entry, [episode("a"), episode("b")]) and first[0] != first[1]
-    assert first != values(entry, texts, seed=1) and first != values(entry, others)
-
-
-def test_a_function_that_hangs_is_ended_and_named():
-    for name in ("hangs", "sleeps"):
-        with rewards("answer", f"{USER}:{name}", seconds=1.0) as give:
-            started = time.monotonic()
-            with pytest.raises(UserError, match=rf"{name}: f.jsonl:1: .*took longer than 1 seconds \(2 of 2") as error:
-                give([episode("5", answer="5"), episode("6", answer="5")])
-            assert time.monotonic() - started < 15 and "rewards.seconds" in str(error.value)
-
-
-def test_a_function_that_hangs_is_counted_and_asked_again():
-    with rewards("answer", f"{USER}:sleeps", on_error="count", seconds=0.5) as give:
-        for _ in range(2):
-            one = episode("5", answer="5")
-            assert give([one])["rewards/sleeps/failures"] == 1
-            assert one.rewards == {"answer": 1, "sleeps": None} and one.reward == 1
-
-
-def test_a_pattern_that_explodes_is_ended():
-    with rewards(r"regex(^(a+)+$)", seconds=1.0) as give, pytest.raises(UserError, match="took longer than 1 seconds"):
-        give([episode("a" * 60 + "b")])
+    found = {"trl": [1, 0], "trl_ids": [1, 4], "trl_later": [1, None], "ours": [1, 4], "scalars": [3, 3]}
+    assert {name: own(f"{USER}:{name}")(texts) for name in found} == found
+    talk = episode("call", "5", observations=[(Observation("told"),)])
+    assert trl_columns([talk])["completions"] == [
+        [
+            {"role": "assistant", "content": "call"},
+            {"role": "tool", "content": "told"},
+            {"role": "assistant", "content": "5"},
+        ]
+    ]
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("leaves", "SystemExit: 3"),
-        ("crashes", "ended its own process"),
-        ("jealous", "RuntimeError: one at a time"),
+        ("leaves", "3"),
+        ("jealous", "one at a time"),
         ("short", "gave 1 values for 2 completions"),
-        ("nothing", "TypeError"),
     ],
 )
-def test_a_function_that_fails_on_all_stops_or_is_counted(name, words):
-    texts = [episode("5", where="f.jsonl:7"), episode("6", where="f.jsonl:8")]
-    with rewards(f"{USER}:{name}") as give, pytest.raises(UserError, match=rf"{name}: f.jsonl:7: .*{words}.*2 of 2"):
+def test_a_function_that_fails_on_all(name, words):
+    with pytest.raises(BaseException, match=words):
+        own(f"{USER}:{name}")([episode("5"), episode("6")])
+    assert own(f"{USER}:nothing")([episode("5")] * 2) == ["TypeError: 'NoneType' object is not iterable"] * 2
+
+
+def test_values_that_are_no_rewards():
+    texts = [episode(str(n)) for n in range(9)]
+    *wrong, right = [checked(value) for value in own(f"{USER}:odd")(texts)]
+    words = ["nan", "inf", "True", "the text '1'", "[1]", "1000", "True", "{}"]
+    assert right == 0.5 and all(value.startswith(f"gave {kind}") for value, kind in zip(wrong, words, strict=True))
+
+
+def test_functions_run_in_processes_of_their_own(capfd):
+    texts = [episode("5"), episode("abcd")]
+    texts[1].state = {"kept": 3, "lock": threading.Lock()}
+    texts[0].state = {"kept": 2}
+    uses = [f"{USER}:{name}" for name in ("says", "draws", "trl_ids", "keeps")]
+    with rewards(*uses) as give:
         give(texts)
-    with rewards(f"{USER}:{name}", "length(0, 9)", on_error="count") as give:
-        assert give(texts)[f"rewards/{name}/failures"] == 2
-        assert [each.rewards for each in texts] == [{name: None, "length": 1}] * 2
+        first = [dict(each.rewards) for each in texts]
+        give(texts)
+        assert [each.rewards for each in texts] == first
+        assert [(each["says"], each["trl_ids"], each["keeps"]) for each in first] == [(1, 1, 2), (1, 4, None)]
+        assert first[0]["draws"] != first[1]["draws"] and "aloud" in capfd.readouterr().err
+        give([episode("5"), episode("abce")])
+        give(others := [episode("5"), episode("abce")])
+        assert others[0].rewards["draws"] != first[0]["draws"]
+    with rewards(uses[1], seed=1) as give:
+        give(texts)
+        assert texts[0].rewards["draws"] != first[0]["draws"]
 
 
-def test_a_function_that_fails_on_one_costs_only_that_one():
-    texts = [episode("a"), episode("abc", where="f.jsonl:5"), episode("abcde")]
-    with rewards(f"{USER}:picky") as give:
-        with pytest.raises(UserError, match=r"picky: f.jsonl:5: ZeroDivisionError: division by zero \(1 of 3"):
-            give(texts)
-    with rewards(f"{USER}:picky", on_error="count") as give:
-        assert give(texts) == {"rewards/picky/failures": 1}
-        assert [each.reward for each in texts] == [-0.5, 0, 0.5]
+def test_a_function_that_hangs_or_fails_stops_the_run_and_is_named():
+    texts = [episode("abc", where="f.jsonl:7", answer="5"), episode("6", answer="5")]
+    started = time.monotonic()
+    for name, words in {
+        "hangs": r"f.jsonl:7: .*took longer than 1 seconds \(2 of 2 completions\).*rewards.seconds",
+        "leaves": r"f.jsonl:7: SystemExit: 3 \(2 of 2",
+        "picky": r"f.jsonl:7: ZeroDivisionError: division by zero \(1 of 2",
+    }.items():
+        with rewards("answer", f"{USER}:{name}", seconds=1.0) as give:
+            with pytest.raises(UserError, match=rf"{USER}:{name}: {words}"):
+                give(texts)
+    assert time.monotonic() - started < 20
 
 
-def test_values_that_are_no_rewards_are_refused_or_counted():
-    texts = [episode(str(n), where=f"f.jsonl:{n}") for n in range(9)]
-    with rewards(f"{USER}:odd", on_error="count") as give:
-        assert give(texts) == {"rewards/odd/failures": 8}
-        assert [each.rewards["odd"] for each in texts] == [None] * 8 + [0.5]
-    with rewards(f"{USER}:odd") as give:
-        words = ["nan", "inf", "True", "the text '1'", r"\[1\]", "1000.*", "True", r"\{\}"]
-        for one, value in zip(texts, words, strict=False):
-            with pytest.raises(UserError, match=rf"{one.task.where}: gave {value}; expected a .*\(1 of 1"):
-                give([one])
+def test_failures_are_counted_and_the_next_call_works():
+    names = ["sleeps", "crashes", "jealous", "picky"]
+    with rewards("length(1, 1)", *(f"{USER}:{name}" for name in names), on_error="count", seconds=1.0) as give:
+        for _ in range(2):
+            texts = [episode("a"), episode("abc"), episode("abcde")]
+            failures = give(texts)
+            assert list(failures.values()) == [0, 3, 3, 3, 1]
+            assert [each.rewards["picky"] for each in texts] == [-0.5, None, 0.5]
+            assert [each.reward for each in texts] == [1 - 0.5, 0, 0.5]
+        give([one := episode("a")])
+        assert one.rewards == {"length": 1, "sleeps": None, "crashes": None, "jealous": 1, "picky": -0.5}
+
+
+def test_a_pattern_that_explodes_is_ended():
+    with rewards(r"regex(^(a+)+$)", seconds=1.0) as give, pytest.raises(UserError, match="took longer than 1 seconds"):
+        give([episode("a" * 60 + "b")])

@@ -35,6 +35,11 @@ def draws(episodes):
     return [random.random() for _ in episodes]
 
 
+def keeps(episodes):
+    """Of a state that came along."""
+    return [episode.state and episode.state["kept"] for episode in episodes]
+
+
 def picky(episodes):
     return [1 / (len(episode.text) - 3) for episode in episodes]
 
