@@ -18,6 +18,7 @@ from minimind_jax.seeds import named_seed
 from minimind_jax.training.defaults import FEWEST_TO_SPLIT
 
 THINKING = (False, True)
+SWITCHES = ("open_thinking", "enable_thinking")  # of the chat template
 
 
 class Tasks(NamedTuple):
@@ -100,6 +101,13 @@ def _fitting(config: RLConfig, tokenizer: Tokenizer, task: Task) -> Task | None:
 def prompt_length(tokenizer: Tokenizer) -> Callable[[Task], int]:
     """Tokens of a task's prompt, with or without thinking, whichever is longer."""
     return lambda task: max(len(encode_task(tokenizer, task, thinking)) for thinking in THINKING)
+
+
+def thinks(config: RLConfig, task: Task, name: str) -> bool:
+    """Whether a prompt opens a think block: as its record says, or as is drawn under that name."""
+    own = [task.variables[key] for key in SWITCHES if key in task.variables]
+    draw = np.random.default_rng(named_seed(config.seed, "thinking", name)).random()
+    return bool(own[0]) if own else draw < config.rollout.thinking
 
 
 def encode_task(tokenizer: Tokenizer, task: Task, thinking: bool) -> list[int]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from minimind_jax.config import rl
 from minimind_jax.config import stages as settings
 from minimind_jax.runs.kind import StageKind
 
@@ -10,6 +11,15 @@ ASK = ("generate --model {model} --prompt Hello", "one answer")
 TUNE = ("sft --init_from {run} --data.train YOUR_CONVERSATIONS.jsonl --run NAME", "train it further")
 SCORE = ("score --model {model} --input YOUR_CONVERSATIONS.jsonl", "scores")
 PREDICT = ("classify predict --model {run} --input YOUR_TEXTS.jsonl", "labels")
+
+# What stages that learn from reward have in common.
+REWARDED = {
+    "records": "prompt",
+    "needs_start": True,
+    "fixed": ("policy.advantage", "rollout.", "rewards."),
+    "figures": ("reward", "success", "length"),
+    "curves": ("reward", "success"),
+}
 
 KINDS = (
     StageKind(
@@ -43,6 +53,18 @@ KINDS = (
         "classify", "train a classifier of texts", settings.ClassifyConfig, "stages.classify:recipe",
         records="labelled", has_head=True, needs_start=True,
         figures=("accuracy",), curves=("accuracy",), next=(PREDICT,),
+    ),
+    StageKind(
+        "grpo", "learn from reward by groups of answers: GRPO, CISPO, DAPO, ...", rl.GRPOConfig,
+        "stages.reinforce:recipe", next=(CHAT, ASK), **REWARDED,
+    ),
+    StageKind(
+        "ppo", "learn from reward with a value model", rl.PPOConfig, "stages.reinforce:recipe", next=(CHAT, ASK),
+        **REWARDED,
+    ),
+    StageKind(
+        "agent", "learn from reward in episodes with tools", rl.AgentConfig, "stages.reinforce:recipe",
+        next=(CHAT, ASK), **REWARDED,
     ),
 )  # fmt: skip
 

@@ -1,0 +1,176 @@
+"""Episodes of a run's tasks, written by its policy, rewarded, and told."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from minimind_jax.config.generation import SamplingConfig
+from minimind_jax.config.rl import RLConfig
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.model.transformer import Params
+from minimind_jax.rl.environment import Environment
+from minimind_jax.rl.episode import Episode, Task
+from minimind_jax.rl.play import Start, Writer, play
+from minimind_jax.rl.rewards import Rewards
+from minimind_jax.rl.rollout import Rollout, Row, describe, groups_of, shared, teaches_nothing
+from minimind_jax.rl.tasks import Tasks, drawn_tasks, encode_task, refilling_tasks, thinks
+from minimind_jax.seeds import named_seed
+from minimind_jax.sharding import announce
+
+
+class Policy(Protocol):
+    """What writes with parameters in training: `policy.LocalPolicy`, or `remote.RemotePolicy`."""
+
+    def load(self, params: Params) -> Writer:
+        """Who writes with these parameters from now on."""
+
+
+class Asked(NamedTuple):
+    """A task that is asked for so many completions. name: of the draws of it."""
+
+    group: int
+    task: Task
+    thinking: bool
+    name: str
+
+
+class Played(NamedTuple):
+    """A rollout, and this process's episodes of it."""
+
+    rollout: Rollout
+    episodes: list[Episode]
+
+
+class Player:
+    """Plays a run's tasks.
+
+    process: (index, count) of this process among those with rows of their own (see `sharding.data_process`).
+    """
+
+    def __init__(
+        self,
+        config: RLConfig,
+        tokenizer: Tokenizer,
+        tasks: Tasks,
+        policy: Policy,
+        environment: Environment,
+        rewards: Rewards,
+        process: tuple[int, int] = (0, 1),
+    ):
+        self.config, self.tokenizer, self.tasks, self.rewards = config, tokenizer, tasks, rewards
+        self._policy, self._environment, self._process = policy, environment, process
+        rollout = config.rollout
+        self._sampling = SamplingConfig(
+            max_new_tokens=rollout.max_new_tokens, temperature=rollout.temperature, top_k=rollout.top_k,
+            top_p=rollout.top_p,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        self._environment.close()
+        self.rewards.__exit__()
+
+    def rollout(self, params: Params, number: int) -> Played:
+        """The rollout of that number, which follows from it, the parameters and the run's seed."""
+        wanted, config, seconds = self.config.rollout, self.config, {}
+        started = time.perf_counter()
+        writer = self._policy.load(params)
+        numbers = drawn_tasks(len(self.tasks.train), wanted.prompts, config.seed, number)
+        rows, episodes = self._ask(writer, numbers, f"rollout/{number}", 0, seconds)
+        asked = wanted.prompts
+        for attempt in range(config.policy.refill):
+            good = [group for group in groups_of(rows).values() if not teaches_nothing(group)]
+            missing = wanted.prompts - len(good)
+            if not missing:
+                break
+            share = -(-missing // self._process[1]) * self._process[1]
+            numbers = refilling_tasks(len(self.tasks.train), share, config.seed, number, attempt)
+            more, played = self._ask(writer, numbers, f"rollout/{number}/{attempt}", asked, seconds)
+            rows, episodes, asked = rows + more, episodes + played, asked + share
+        if config.policy.refill:
+            groups = groups_of(rows).values()
+            good = [group for group in groups if not teaches_nothing(group)]
+            poor = [group for group in groups if teaches_nothing(group)]
+            rows = [row for group in [*good, *poor][: wanted.prompts] for row in group]
+            seconds |= {"refill/prompts": asked, "refill/kept": min(len(good), wanted.prompts)}
+        told = describe(rows, wanted.max_new_tokens) | {name: float(value) for name, value in seconds.items()}
+        told["time/rollout"] = time.perf_counter() - started - told.get("time/rewards", 0.0)
+        return Played(Rollout(rows, told), episodes)
+
+    def _ask(
+        self, writer: Writer, numbers: Sequence[int], name: str, first: int, told: dict[str, float]
+    ) -> tuple[list[Row], list[Episode]]:
+        """The rows of all processes and the episodes of this one, of tasks by their numbers. first: group. told: gets
+        what is counted."""
+        config, (index, count) = self.config, self._process
+        share = len(numbers) // count
+        asked = [
+            Asked(first + place, task, thinks(config, task, f"{name}/{place}"), f"{name}/{place}")
+            for place, task in enumerate(self.tasks.train[number] for number in numbers)
+        ][index * share : (index + 1) * share]
+        episodes = self.play(writer, asked, config.rollout.completions, self._sampling)
+        started = time.perf_counter()
+        failures = self.rewards(episodes)
+        told["time/rewards"] = told.get("time/rewards", 0.0) + time.perf_counter() - started
+        for key, value in failures.items():
+            if value:
+                told[key] = told.get(key, 0.0) + value
+        return shared([Row.of(episode) for episode in episodes]), episodes
+
+    def play(
+        self, writer: Writer, asked: Sequence[Asked], completions: int, sampling: SamplingConfig
+    ) -> list[Episode]:
+        config, starts = self.config, []
+        for group, task, thinking, name in asked:
+            prompt = encode_task(self.tokenizer, task, thinking)
+            for completion in range(completions):
+                seed = named_seed(config.seed, name, completion)
+                starts.append(Start(group, task, prompt, thinking, seed))
+        agent = getattr(config, "agent", None)
+        limits = {"turns": agent.turns, "seconds": agent.seconds} if agent else {}
+        return play(
+            writer, starts, self._environment, self.tokenizer, sampling=sampling, seq_len=config.data.seq_len,
+            tell=announce, **limits,
+        )  # fmt: skip
+
+    # Held-out tasks ---------------------------------------------------------------------------------------------------
+
+    def describe(self) -> str:
+        rows = self.config.training.eval_rows
+        count = min(rows or len(self.tasks.held_out), len(self.tasks.held_out))
+        return f"{count:,} of {len(self.tasks.held_out):,} held-out prompts"
+
+    def __call__(self, params: Params, is_stopping: Callable[[], bool]) -> dict[str, float] | None:
+        """Judges the policy, as a `training.source.Evaluation`: `reward`, `success` and `length` of greedy completions,
+        and pass@k of drawn ones, each of which is the share of the tasks that one of k solves."""
+        config, (index, processes) = self.config, self._process
+        tasks = self.tasks.held_out[: config.training.eval_rows or None]
+        asked = [
+            Asked(n, task, thinks(config, task, f"held out/{n}"), f"held out/{n}") for n, task in enumerate(tasks)
+        ][index::processes]
+        writer = self._policy.load(params)
+        greedy = dataclasses.replace(self._sampling, temperature=0.0, top_k=0, top_p=1.0)
+        rows = self._judged(writer, asked, 1, greedy)
+        if is_stopping():
+            return None
+        found = {
+            "reward": statistics.fmean(row.reward for row in rows),
+            "success": statistics.fmean(row.rewards["success"] for row in rows),
+            "length": statistics.fmean(row.written for row in rows),
+        }
+        if count := config.held_out.completions:
+            drawn = groups_of(self._judged(writer, asked, count, self._sampling)).values()
+            found[f"pass@{count}"] = statistics.fmean(any(row.rewards["success"] for row in group) for group in drawn)
+            found["drawn_success"] = statistics.fmean(row.rewards["success"] for group in drawn for row in group)
+        return found
+
+    def _judged(self, writer: Writer, asked: Sequence[Asked], completions: int, sampling: SamplingConfig) -> list[Row]:
+        """Rows of all processes, whose rewards say whether each is a success, too."""
+        episodes = self.play(writer, asked, completions, sampling)
+        self.rewards(episodes)
+        for episode in episodes:
+            episode.rewards = episode.rewards | {"success": float(self.rewards.success(episode))}
+        return shared([Row.of(episode) for episode in episodes])

@@ -1,0 +1,105 @@
+"""A rollout: what the policy wrote, as its training needs it, and what is told of it.
+
+All processes hold all of it, so that what is trained does not depend on how many there are.
+"""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from minimind_jax.agreement import exchange
+from minimind_jax.rl.episode import Episode
+
+
+class Row(NamedTuple):
+    """An episode. See `Episode` for the first of its fields; calls, failures: of tools."""
+
+    group: int
+    tokens: list[int]
+    prompt: int
+    sampled: list[bool]
+    logprobs: list[float]
+    finish: str
+    reward: float
+    rewards: dict[str, float | None]
+    turns: int
+    calls: int
+    failures: int
+
+    @classmethod
+    def of(cls, episode: Episode) -> "Row":
+        own = {name: getattr(episode, name) for name in cls._fields[:8]}
+        told = [result.is_error for turn in episode.turns for result in turn.observations]
+        calls = sum(len(turn.calls) for turn in episode.turns)
+        return cls(**own, turns=len(episode.turns), calls=calls, failures=sum(told))
+
+    @property
+    def written(self) -> int:
+        """Tokens of the policy."""
+        return sum(self.sampled)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """rows: of one group side by side. told: numbers by the names of metrics."""
+
+    rows: list[Row]
+    told: dict[str, float]
+
+    def as_json(self) -> list[Any]:
+        return [self.rows, self.told]
+
+    @classmethod
+    def from_json(cls, value: list[Any]) -> "Rollout":
+        return cls([Row(*row) for row in value[0]], value[1])
+
+
+def shared(rows: Sequence[Row]) -> list[Row]:
+    """The rows of all processes, in the order of their groups."""
+    found = [Row(*row) for text in exchange(json.dumps(rows)) for row in json.loads(text)]
+    return sorted(found, key=lambda row: row.group)
+
+
+def groups_of(rows: Sequence[Row]) -> dict[int, list[Row]]:
+    groups: dict[int, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.group, []).append(row)
+    return groups
+
+
+def teaches_nothing(group: Sequence[Row]) -> bool:
+    """Whether all completions of a prompt have the same reward, and so no advantage over each other."""
+    return len({row.reward for row in group}) == 1
+
+
+def describe(rows: Sequence[Row], max_new_tokens: int) -> dict[str, float]:
+    """What is told of completions, under TRL's names."""
+    rewards, groups = [row.reward for row in rows], groups_of(rows).values()
+    lengths = [row.written for row in rows]
+    ended = [row.written for row in rows if row.finish == "stop"] or [0]
+    spreads = [statistics.stdev([row.reward for row in group]) if len(group) > 1 else 0.0 for group in groups]
+    told = {
+        "reward": statistics.fmean(rewards),
+        "reward_std": statistics.fmean(spreads) if max(map(len, groups)) > 1 else statistics.pstdev(rewards),
+        "frac_reward_zero_std": statistics.fmean(map(teaches_nothing, groups)),
+        "completions/mean_length": statistics.fmean(lengths),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": statistics.fmean(row.finish != "stop" for row in rows),
+        "completions/mean_terminated_length": statistics.fmean(ended),
+        "completions/min_terminated_length": min(ended),
+        "completions/max_terminated_length": max(ended),
+    }
+    for name in rows[0].rewards:
+        values = [row.rewards[name] for row in rows if row.rewards[name] is not None] or [0.0]
+        told |= {f"rewards/{name}/mean": statistics.fmean(values), f"rewards/{name}/std": statistics.pstdev(values)}
+    if any(row.turns > 1 or row.calls for row in rows):
+        calls = sum(row.calls for row in rows)
+        told |= {
+            "tools/call_frequency": calls / len(rows),
+            "tools/failure_frequency": sum(row.failures for row in rows) / max(calls, 1),
+            "turns/mean": statistics.fmean(row.turns for row in rows),
+        }
+    return {name: float(value) for name, value in told.items()}

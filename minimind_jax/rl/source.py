@@ -1,0 +1,163 @@
+"""Rollouts as the source of the one training loop: at the first step of each stride the policy writes, what it wrote is
+rewarded and scored, and becomes the batches of all its steps."""
+
+import concurrent.futures
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from minimind_jax.config.rl import RLConfig
+from minimind_jax.config.sections import LoopConfig
+from minimind_jax.data.rows import Batch
+from minimind_jax.errors import UserError
+from minimind_jax.losses.policy import divergences
+from minimind_jax.model.transformer import Params
+from minimind_jax.rl.advantages import next_beta
+from minimind_jax.rl.batches import arrays_of, minibatches, with_advantages
+from minimind_jax.rl.pages import show, write_page
+from minimind_jax.rl.player import Played, Player
+from minimind_jax.rl.rollout import Rollout
+from minimind_jax.rl.scoring import Scorer
+from minimind_jax.sharding import data_process
+
+PAGES = "rollouts"  # a folder of the run
+
+
+class Rollouts:
+    """A `training.source.Source`. folder: of the run.
+
+    Between strides a checkpoint has to know the weight of the divergence, and a rollout that was written ahead.
+    """
+
+    def __init__(self, config: RLConfig, player: Player, scorer: Scorer, mesh: jax.sharding.Mesh, folder: Path):
+        self.config, self.player, self.scorer = config, player, scorer
+        self.stride = config.stride
+        self._process, self._folder = data_process(mesh), folder
+        self._beta = config.policy.beta
+        self._batches: list[Batch] = []
+        self._ahead: tuple[int, Callable[[], Rollout]] | None = None  # a rollout that is written already, or soon
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._steps, self._shown = 0, False
+
+    def planned_steps(self, training: LoopConfig) -> int:
+        rollouts = math.ceil((training.epochs or 1) * len(self.player.tasks.train) / self.config.rollout.prompts - 1e-6)
+        if training.steps is not None:
+            rollouts = -(-training.steps // self.stride)
+        return max(1, rollouts) * self.stride
+
+    def record(self) -> dict[str, Any]:
+        """Tasks, and what else decides the rollouts to come."""
+        config, ahead = self.config, {}
+        if self._ahead is not None:
+            number, rollout = self._ahead
+            ahead = {"ahead": [number, rollout().as_json()]}
+        return {
+            "tasks": [task.where for task in self.player.tasks.train][:1] + [len(self.player.tasks.train)],
+            "prompts": config.rollout.prompts,
+            "completions": config.rollout.completions,
+            "updates": config.policy.updates,
+            "minibatches": config.policy.minibatches,
+            "beta": self._beta,
+            **ahead,
+        }
+
+    def check_record(self, earlier: dict[str, Any]) -> str | None:
+        now = self.record()
+        compared = [key for key in now if key not in ("beta", "ahead", "tasks")]
+        if changed := [key for key in compared if earlier.get(key) != now[key]]:
+            told = ", ".join(f"{key} {earlier.get(key)} -> {now[key]}" for key in changed)
+            raise UserError(
+                f"the rollouts are not those of the checkpoint ({told}), so the run cannot go on; put the settings back, "
+                "or start another run (another run name, with init_from for the weights)"
+            )
+        if self.config.policy.kl_target:
+            self._beta = earlier["beta"]
+        if "ahead" in earlier and self.config.rollout.ahead:
+            number, value = earlier["ahead"]
+            rollout = Rollout.from_json(value)
+            self._ahead = number, lambda: rollout
+        if earlier["tasks"][-1] != now["tasks"][-1]:
+            raise UserError(
+                f"there were {earlier['tasks'][-1]:,} prompts to learn from and are {now['tasks'][-1]:,} now, so the "
+                "run cannot go on; put the data back, or start another run"
+            )
+        return None
+
+    def facts(self, steps: int) -> dict[str, str]:
+        rollout, tasks = self.config.rollout, len(self.player.tasks.train)
+        each = f", {self.stride} steps each" if self.stride > 1 else ""
+        return {
+            "training data": f"{tasks:,} prompts; a rollout is {rollout.prompts} of them, {rollout.completions} "
+            "completions each",
+            "rewards": ", ".join(self.config.rewards.use),
+            "steps": f"{steps:,} ({steps // self.stride:,} rollouts{each})",
+        }
+
+    def begin(self, step: int, steps: int) -> None:
+        self._steps = steps
+
+    def next(self, step: int, params: Params) -> tuple[Batch, Mapping[str, float]]:
+        told = {}
+        if step % self.stride == 0:
+            told = self._learn(step // self.stride, params)
+        batch, (index, processes) = self._batches[step % self.stride], self._process
+        share = len(batch["tokens"]) // processes
+        return {name: array[index * share : (index + 1) * share] for name, array in batch.items()}, told
+
+    def close(self) -> None:
+        self._thread.shutdown()
+        self.player.close()
+
+    def _learn(self, number: int, params: Params) -> dict[str, float]:
+        """Makes the batches of a rollout. Returns what is told of it."""
+        rollout = self._rollout(number, params)
+        started = time.perf_counter()
+        arrays = self.scorer(params, arrays_of(rollout.rows, self.config.data.seq_len))
+        arrays = with_advantages(arrays, rollout.rows, self.config, self._beta)
+        self._batches = minibatches(arrays, rollout.rows, self.config, number, self._beta)
+        told = {**rollout.told, "time/score": time.perf_counter() - started}
+        if self.config.policy.beta:
+            told["beta"] = self._beta
+        if target := self.config.policy.kl_target:
+            kl_NT = divergences(arrays["old_log_probs"], arrays["reference_log_probs"], "k1")
+            kl = float((kl_NT * arrays["mask"]).sum() / max(len(rollout.rows), 1))
+            told["objective/kl"] = kl
+            self._beta = next_beta(self._beta, kl, target, self.config.policy.kl_horizon, len(rollout.rows))
+        return told
+
+    def _rollout(self, number: int, params: Params) -> Rollout:
+        """That of this number; the one behind it begins to be written, if it is to be ahead."""
+        ahead, self._ahead = self._ahead, None
+        found = ahead[1]() if ahead and ahead[0] == number else self._play(number, params)
+        if self.config.rollout.ahead and (number + 1) * self.stride < self._steps:
+            if self.config.rollout.server:
+                writing = self._thread.submit(self._play, number + 1, params)
+                self._ahead = number + 1, writing.result
+            else:
+                written = self._play(number + 1, params)
+                self._ahead = number + 1, lambda: written
+        return found
+
+    def _play(self, number: int, params: Params) -> Rollout:
+        played = self.player.rollout(params, number)
+        self._tell(played, number)
+        return played.rollout
+
+    def _tell(self, played: Played, number: int) -> None:
+        """Pages of some episodes at each evaluation, and the first one in the terminal if asked for."""
+        config, step = self.config, number * self.stride
+        if jax.process_index() or not played.episodes:
+            return
+        if config.debug and not self._shown:
+            show(played.episodes[0], self.player.tokenizer, Console())
+        self._shown = True
+        every = config.training.eval_every
+        if config.samples and (number == 0 or (every and step // every > (step - self.stride) // every)):
+            page = self._folder / PAGES / f"step_{step:06}.md"
+            page.parent.mkdir(exist_ok=True)
+            write_page(page, played.episodes[: config.samples], self.player.tokenizer)
