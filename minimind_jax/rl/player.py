@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-import numpy as np
-
 from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.config.rl import RLConfig
 from minimind_jax.data.tokenizer import Tokenizer
@@ -120,9 +118,7 @@ class Player:
                 told[key] = told.get(key, 0.0) + value
         return shared([Row.of(episode) for episode in episodes]), episodes
 
-    def play(
-        self, writer: Writer, asked: Sequence[Asked], completions: int, sampling: SamplingConfig
-    ) -> list[Episode]:
+    def play(self, writer: Writer, asked: Sequence[Asked], completions: int, sampling: SamplingConfig) -> list[Episode]:
         config, starts = self.config, []
         for group, task, thinking, name in asked:
             prompt = encode_task(self.tokenizer, task, thinking)

@@ -57,7 +57,8 @@ class Rollouts:
             number, rollout = self._ahead
             ahead = {"ahead": [number, rollout().as_json()]}
         return {
-            "tasks": [task.where for task in self.player.tasks.train][:1] + [len(self.player.tasks.train)],
+            "prompts to learn from": len(self.player.tasks.train),
+            "content of the prompts (hash)": self.player.tasks.content,
             "prompts": config.rollout.prompts,
             "completions": config.rollout.completions,
             "updates": config.policy.updates,
@@ -68,12 +69,12 @@ class Rollouts:
 
     def check_record(self, earlier: dict[str, Any]) -> str | None:
         now = self.record()
-        compared = [key for key in now if key not in ("beta", "ahead", "tasks")]
+        compared = [key for key in now if key not in ("beta", "ahead")]
         if changed := [key for key in compared if earlier.get(key) != now[key]]:
             told = ", ".join(f"{key} {earlier.get(key)} -> {now[key]}" for key in changed)
             raise UserError(
-                f"the rollouts are not those of the checkpoint ({told}), so the run cannot go on; put the settings back, "
-                "or start another run (another run name, with init_from for the weights)"
+                f"the rollouts are not those of the checkpoint ({told}), so the run cannot go on; put settings and data "
+                "back, or start another run (another run name, with init_from for the weights)"
             )
         if self.config.policy.kl_target:
             self._beta = earlier["beta"]
@@ -81,11 +82,6 @@ class Rollouts:
             number, value = earlier["ahead"]
             rollout = Rollout.from_json(value)
             self._ahead = number, lambda: rollout
-        if earlier["tasks"][-1] != now["tasks"][-1]:
-            raise UserError(
-                f"there were {earlier['tasks'][-1]:,} prompts to learn from and are {now['tasks'][-1]:,} now, so the "
-                "run cannot go on; put the data back, or start another run"
-            )
         return None
 
     def facts(self, steps: int) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """The tasks of a run: its records' prompts, those that are held out, and which of them a rollout asks."""
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -27,6 +29,14 @@ class Tasks(NamedTuple):
     train: list[Task]
     held_out: list[Task]
     notes: list[str]
+
+    @property
+    def content(self) -> str:
+        """A hash of those that are trained on, wherever their files lie."""
+        found = hashlib.blake2b(digest_size=8)
+        for _, *own in self.train:
+            found.update(json.dumps(own, sort_keys=True, default=str).encode())
+        return found.hexdigest()
 
 
 def read_tasks(config: RLConfig, tokenizer: Tokenizer) -> Tasks:

@@ -106,7 +106,10 @@ def with_critic(run: Run, parameters: Parameters, critic: LanguageModel) -> Para
 
     def load(_: Params) -> Params:
         config, params = load_merged(start)
-        if config.hidden_size != critic.config.hidden_size or config.num_hidden_layers != critic.config.num_hidden_layers:
+        if (
+            config.hidden_size != critic.config.hidden_size
+            or config.num_hidden_layers != critic.config.num_hidden_layers
+        ):
             raise UserError(f"critic.init_from {start} has another shape than the policy")
         head = params.get(SCORE) or _no_scores(critic)
         if head["kernel"].shape[1] != 1:
