@@ -225,7 +225,7 @@ class RLConfig(RunConfig):
     critic: CriticConfig = CriticConfig()
     held_out: HeldOutConfig = HeldOutConfig()
     training: sections.LoopConfig = sections.LoopConfig(eval_every=20, eval_rows=64, watch="max reward")
-    optimizer: sections.OptimizerConfig = sections.OptimizerConfig(learning_rate=1e-5)
+    optimizer: sections.OptimizerConfig = sections.OptimizerConfig(weight_decay=0.0)
     checkpoint: sections.CheckpointConfig = sections.CheckpointConfig(every=20)
     samples: int = setting(4, must=at_least(0))
     debug: bool = False

@@ -73,8 +73,8 @@ class Rollouts:
         if changed := [key for key in compared if earlier.get(key) != now[key]]:
             told = ", ".join(f"{key} {earlier.get(key)} -> {now[key]}" for key in changed)
             raise UserError(
-                f"the rollouts are not those of the checkpoint ({told}), so the run cannot go on; put settings and data "
-                "back, or start another run (another run name, with init_from for the weights)"
+                f"the rollouts are not those of the checkpoint ({told}), so the run cannot go on; put settings and "
+                "data back, or start another run (another run name, with init_from for the weights)"
             )
         if self.config.policy.kl_target:
             self._beta = earlier["beta"]
