@@ -210,8 +210,8 @@ class HeldOutConfig(Settings):
 class RLConfig(RunConfig):
     """Learning from reward: the policy writes, what it wrote is rewarded, and that trains it.
 
-    debug: show one whole episode and its rewards before anything is trained, and stop.
-    samples: episodes of a rollout that are written to the run's rollouts/ at each evaluation.
+    debug: show one whole episode and its rewards in the terminal before anything is trained.
+    pages: episodes of a rollout that are written to the run's rollouts/ at each evaluation.
     """
 
     FIGURES: ClassVar[Figures] = Figures(8192, 1, 1e-5, few_rate=1e-5, lora_rate=1e-4, val_fraction=0.05, eval_every=20)
@@ -227,7 +227,7 @@ class RLConfig(RunConfig):
     training: sections.LoopConfig = sections.LoopConfig(eval_every=20, eval_rows=64, watch="max reward")
     optimizer: sections.OptimizerConfig = sections.OptimizerConfig(weight_decay=0.0)
     checkpoint: sections.CheckpointConfig = sections.CheckpointConfig(every=20)
-    samples: int = setting(4, must=at_least(0))
+    pages: int = setting(4, must=at_least(0))
     debug: bool = False
 
     def __post_init__(self):

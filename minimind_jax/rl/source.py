@@ -153,7 +153,7 @@ class Rollouts:
             show(played.episodes[0], self.player.tokenizer, Console())
         self._shown = True
         every = config.training.eval_every
-        if config.samples and (number == 0 or (every and step // every > (step - self.stride) // every)):
+        if config.pages and (number == 0 or (every and step // every > (step - self.stride) // every)):
             page = self._folder / PAGES / f"step_{step:06}.md"
             page.parent.mkdir(exist_ok=True)
-            write_page(page, played.episodes[: config.samples], self.player.tokenizer)
+            write_page(page, played.episodes[: config.pages], self.player.tokenizer)

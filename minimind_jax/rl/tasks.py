@@ -1,5 +1,6 @@
 """The tasks of a run: its records' prompts, those that are held out, and which of them a rollout asks."""
 
+import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -74,7 +75,8 @@ def _read(config: RLConfig, tokenizer: Tokenizer, files: Sequence[str], name: st
 
     for number, record in enumerate(iter_records(files, skip, reading, told)):
         try:
-            asked, _ = dice.roll(number)(read_prompt(record, reading).as_conversation())
+            silent = dataclasses.replace(record, told=Counter())  # of the answer that is left out
+            asked, _ = dice.roll(number)(read_prompt(silent, reading).as_conversation())
             task = Task(record.where, asked.messages, asked.tools, dict(record.value), asked.variables)
             encode_task(tokenizer, task, thinking=False)
         except UserError as error:
