@@ -24,7 +24,7 @@ def few_steps(steps: int, config: RunConfig) -> str | None:
     """What so short a run means, and the settings that make it longer; None for one that is long enough."""
     if steps >= SHORTEST:
         return None
-    rows = f", or steps of fewer tokens (--training.batch_tokens {config.data.seq_len} is the least)"
+    rows = f", or {config.SMALLER_STEPS.format(config.data.seq_len)}"
     return (
         f"{steps} step{'s' * (steps != 1)} in all: a model learns little in fewer than {SHORTEST}. For more steps: "
         f"--training.epochs N, --training.steps N{rows * (config.rows_per_step > 1)}, or more data; to learn more in "
