@@ -24,7 +24,7 @@ from minimind_jax.shell import install_command
 from minimind_jax.texts import is_there
 from minimind_jax.training.run import RunFolder, write_text
 
-WALL_CLOCK = ("seconds", "tokens_per_second", "mfu")
+WALL_CLOCK = ("seconds", "tokens_per_second", "mfu", "time/rollout", "time/rewards", "time/score")
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
