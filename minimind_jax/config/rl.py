@@ -240,7 +240,10 @@ class RLConfig(RunConfig):
             )
         tokens = self.rollout.sequences // steps * self.data.seq_len
         if self.training.batch_tokens not in (None, tokens):
-            raise ValueError("training.batch_tokens follows from rollout.prompts, completions and policy.minibatches")
+            raise ValueError(
+                f"training.batch_tokens {self.training.batch_tokens}: it follows from rollout.prompts x completions / "
+                f"policy.minibatches x data.seq_len and is {tokens}; leave it out"
+            )
         object.__setattr__(self, "training", dataclasses.replace(self.training, batch_tokens=tokens))
         super().__post_init__()
         if self.rollout.max_new_tokens >= self.data.seq_len:

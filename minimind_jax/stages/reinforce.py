@@ -101,7 +101,7 @@ def with_critic(run: Run, parameters: Parameters, critic: LanguageModel) -> Para
     wanted, start = run.config.critic, run.models.get("critic.init_from") or run.start
     optimizer = filled(run.config).optimizer
     rate = 2 * optimizer.learning_rate if wanted.learning_rate is None else wanted.learning_rate
-    abstract = {**critic.abstract_params(), SCORE: jax.eval_shape(_no_scores, critic)}
+    abstract = {**critic.abstract_params(), SCORE: jax.eval_shape(lambda: _no_scores(critic))}
     axes = {**critic.logical_axes(), **head_axes()}
 
     def load(_: Params) -> Params:

@@ -6,7 +6,7 @@ import pytest
 from run_helpers import KEEP_ALL, assert_resumes_exactly, rows_of
 from worlds import ADAPTERS, write_lines
 
-from minimind_jax.config.rl import GRPOConfig, PolicyConfig, PPOConfig, RewardsConfig, RolloutConfig
+from minimind_jax.config.rl import CriticConfig, GRPOConfig, PolicyConfig, PPOConfig, RewardsConfig, RolloutConfig
 from minimind_jax.errors import UserError
 from minimind_jax.stages import start
 from minimind_jax.training.run import RunFolder
@@ -55,15 +55,21 @@ VARIANTS = {
 }
 
 
+def changed(config, **changes):
+    loop = dataclasses.replace(config.training, batch_tokens=None)  # it follows from the others
+    return dataclasses.replace(config, training=loop, checkpoint=KEEP_ALL, **changes)
+
+
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_a_run_resumes_exactly(grpo, changes, tmp_path):
-    assert_resumes_exactly(dataclasses.replace(grpo, checkpoint=KEEP_ALL, **changes), tmp_path)
+    assert_resumes_exactly(changed(grpo, **changes), tmp_path)
 
 
 def test_ppo_resumes_exactly(grpo, tmp_path):
+    policy = dataclasses.replace(PPOConfig().policy, minibatches=2, max_kl=0.5)
     own = {field.name: getattr(grpo, field.name) for field in dataclasses.fields(grpo)}
-    config = PPOConfig(**{**own, "policy": PPOConfig().policy, "checkpoint": KEEP_ALL})
-    assert_resumes_exactly(config, tmp_path)
+    ppo = PPOConfig(**{**own, "critic": CriticConfig(learning_rate=1e-2, warmup=2)})
+    assert_resumes_exactly(changed(ppo, policy=policy), tmp_path)
 
 
 def test_settings_that_do_not_fit_are_refused(grpo):
