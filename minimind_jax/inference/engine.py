@@ -53,9 +53,8 @@ class Engine:
     its end-of-text token. sampling: what the model's makers mean it to be sampled with; kept for the caller, used by no
     method.
     slots: answers in the making at once. context: most tokens of a prompt and its answer; the cache is as large from
-    the start. When None it is the model's, and the cache grows to what requests need. held: rows more, for prefixes of
-    finished requests. queue: most requests that wait. adapters: low-rank adapters that requests may name (trees of the
-    adapters alone, see `lora.stack`).
+    the start. When None it is the model's, and the cache grows to what requests need. queue: most requests that wait.
+    adapters: low-rank adapters that requests may name (trees of the adapters alone, see `lora.stack`).
 
     Methods are called from one thread. `counts`: requests, prompt_tokens, cached_tokens (of these, that were not
     read anew) and generated_tokens so far.
@@ -71,12 +70,9 @@ class Engine:
         *,
         slots: int = MOST_SLOTS,
         context: int | None = None,
-        held: int = 0,
         queue: int | None = None,
         adapters: Mapping[str, Params] | None = None,
     ):
-        if held and context is None:
-            raise ValueError("a cache that grows holds no rows for later; give a context")
         if eos_ids is None:
             eos_ids = {*model.config.end_ids, *(tokenizer.end_ids if tokenizer else ())}
         if tokenizer:
@@ -90,7 +86,7 @@ class Engine:
         self.context = min(context or model.config.max_position_embeddings, model.config.max_position_embeddings)
         self.slots, self._grows = slots, context is None
         self.counts: Counter[str] = Counter()
-        size = (0, 0) if self._grows else (slots + held, self.context)
+        size = (0, 0) if self._grows else (slots, self.context)
         params = lora.join(params, self._stacked)
         self._programs = Programs(self.model, params, *size, is_fixed=not self._grows, adapters=self.adapters)
         scaling = model.config.rope_scaling  # with `dynamic` keys depend on the length of their prompt

@@ -65,7 +65,7 @@ def finish(engine, *answers):
 
 def test_greedy_answers_to_prompts_of_unequal_length_are_the_networks(params, check_greedy):
     prompts = prompts_of(32)
-    for engine in (Engine(MODEL, params), Engine(MODEL, params, slots=5, context=200, held=2)):
+    for engine in (Engine(MODEL, params), Engine(MODEL, params, slots=5, context=200)):
         for prompt, answer in zip(prompts, engine.generate(prompts, GREEDY), strict=True):
             check_greedy(prompt, answer)
             assert len(answer.ids) == 12 and answer.finish_reason == "length"
@@ -333,7 +333,7 @@ ACTIONS = st.one_of(
 @pytest.fixture(scope="module")
 def shared(params):
     """One for all examples: rows hold what earlier ones left."""
-    engine = Engine(MODEL, params, slots=3, context=100, held=1)
+    engine = Engine(MODEL, params, slots=3, context=100)
     engine._programs.limits = Limits(32, 8, (8, 16))
     return engine
 

@@ -271,6 +271,18 @@ def test_an_episode_is_the_same_whenever_its_environment_is_done(brief, tokenize
     assert sum(len(episode.turns) == 3 for episode in found[0]) > 10
 
 
+def test_later_turns_read_only_what_is_new(brief, tokenizer):
+    """Also where more episodes are played than have room at once: who has begun goes on before others begin."""
+    brief.load(brief.params)
+    writer = Told(brief, lambda prompt: None)
+    play(writer, starts_of(tokenizer, 20), Talk(), tokenizer, sampling=DRAWN, turns=3, seq_len=256)
+    said = {tuple(answer.request.prompt) + tuple(answer.ids[:-1]) for answer in writer.answers}
+    later = [answer for answer in writer.answers if answer.request.priority]
+    assert len(later) > 10
+    for answer in later:
+        assert answer.request.prompt[: answer.cached_tokens] in said
+
+
 def test_nobody_waits_for_the_slowest(brief, tokenizer, monkeypatch):
     """Once one was too slow; the numbers are then the same but for their last bits."""
     monkeypatch.setattr(playing, "PATIENCE", 0.05)
