@@ -17,6 +17,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import policy_rows
 import pytest
 
 from minimind_jax.config.sections import MeshConfig, OptimizerConfig
@@ -137,6 +138,8 @@ def main(pairs):
     if pairs == FAST:
         report["collectives"] = collectives_of_experts()
         report["pieces"] = {name: difference_of_pieces(MESHES[name]) for name in PIECES_ON}
+    else:
+        report["policy"] = difference_of_policies(MESHES["data 2 fsdp 2 tensor 2"])
     print(json.dumps(report))
 
 
@@ -188,6 +191,13 @@ def difference_of_pieces(mesh_config):
         pieces = run()
     vocabulary.WHOLE_BYTES, vocabulary.PIECE_BYTES = limits
     return largest_difference(pieces, whole)
+
+
+def difference_of_policies(mesh_config):
+    """Of two steps of a policy and its critic on a mesh, in micro-batches, to those on one device."""
+    batches = [policy_rows.episodes(seed, rows=16) for seed in range(2)]
+    many = policy_rows.train(batches, make_mesh(mesh_config), parts=2, **policy_rows.OPTIONS)
+    return largest_difference(many, policy_rows.train(batches, **policy_rows.OPTIONS))
 
 
 def main_of_one_process_of_two():
@@ -272,6 +282,11 @@ def test_no_device_gathers_the_tokens_of_others_for_its_experts(report):
 @pytest.mark.parametrize("mesh", PIECES_ON)
 def test_pieces_of_the_vocabulary_on_a_mesh(report, mesh):
     assert report["pieces"][mesh] < 2e-6
+
+
+@pytest.mark.slow
+def test_policies_and_critics_on_a_mesh(slow_report):
+    assert slow_report["policy"] < 1e-5
 
 
 @pytest.mark.slow

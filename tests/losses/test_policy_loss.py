@@ -6,25 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from policy_rows import MODEL, OPTIONS, episodes, init_policy_and_critic, train, with_more_columns
 
 from minimind_jax.losses.policy import (
     correction_weights,
     divergences,
     make_policy_loss,
     policy_losses,
+    policy_sum,
     ratios,
     token_log_probs,
 )
 from minimind_jax.losses.value import value_losses, values
-from minimind_jax.model.config import ComputeConfig, ModelConfig
-from minimind_jax.model.heads import init_head
-from minimind_jax.model.transformer import LanguageModel
 
-CONFIG = ModelConfig(
-    vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, initializer_range=0.2,
-)  # fmt: skip
-MODEL = LanguageModel(CONFIG, ComputeConfig(dtype="float32", scan_unroll=1))
 LOSSES = {
     "clip": {},
     "asymmetric": {"epsilon_low": 0.1, "epsilon_high": 0.28},
@@ -134,36 +128,9 @@ def test_a_value_loss_is_the_larger_of_two():
     assert not clipped.any()
 
 
-def batch_of(tokens, mask, lengths, **more):
-    """Rows of episodes; columns of `mask` are those of the targets."""
-    tokens = np.asarray(tokens, np.int32)
-    following = np.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-    segments = (np.arange(tokens.shape[1]) < np.asarray(lengths)[:, None]).astype(np.int32)
-    return {
-        "tokens": tokens, "targets": following, "segment_ids": segments, "lengths": np.asarray(lengths, np.int32),
-        "mask": np.asarray(mask, np.float32), **{name: np.asarray(x, np.float32) for name, x in more.items()},
-    }  # fmt: skip
-
-
-def episodes(seed=0, rows=8, columns=12, **more):
-    """A batch in which all optional parts are present, with rows of no and of one trained token."""
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(6, columns + 1, rows)
-    mask = (rng.random((rows, columns)) < 0.6) & (np.arange(columns) < lengths[:, None] - 1)
-    mask[1], mask[2] = False, np.arange(columns) == 3
-    logs = {
-        name: -rng.gamma(2.0, 1.0, mask.shape) * mask
-        for name in ("old_log_probs", "sampler_log_probs", "reference_log_probs")
-    }
-    drawn = {name: rng.standard_normal(mask.shape) * mask for name in ("advantages", "returns", "old_values")}
-    weights = {name: rng.random(mask.shape) * mask for name in ("weights", "kl_weights", "value_weights")}
-    return batch_of(rng.integers(0, 50, mask.shape), mask, lengths, **logs | drawn | weights | more)
-
-
 @functools.cache
 def parameters():
-    policy, critic = (jax.jit(MODEL.init)(jax.random.key(seed)) for seed in (0, 1))
-    return {**policy, "critic": {**critic, **init_head(jax.random.key(2), 32, 1)}}
+    return init_policy_and_critic()
 
 
 def test_the_loss_is_the_sum_of_its_weighted_parts():
@@ -207,9 +174,52 @@ def test_the_loss_is_the_sum_of_its_weighted_parts():
 
 def test_log_probs_and_values_do_not_see_what_follows_or_pads():
     batch, params = episodes(), parameters()
-    longer = {name: np.pad(x, ((0, 0), (0, 7)), constant_values=0) if x.ndim == 2 else x for name, x in batch.items()}
-    longer["tokens"][longer["segment_ids"] == 0] = 9
-    for function in (lambda b: token_log_probs(MODEL, params, b)[0], lambda b: values(MODEL, params["critic"], b)):
-        short, long = function(batch), function(longer)[:, : batch["mask"].shape[1]]
-        held = batch["mask"] > 0
-        np.testing.assert_allclose(short[held], long[held], atol=1e-5)
+    found = jax.jit(lambda b: (token_log_probs(MODEL, params, b)[0], values(MODEL, params["critic"], b)))
+    held = batch["mask"] > 0
+    for short, long in zip(found(batch), found(with_more_columns(batch, 7)), strict=True):
+        np.testing.assert_allclose(short[held], long[:, : held.shape[1]][held], atol=1e-5)
+
+
+def test_padding_and_micro_batches_change_nothing():
+    batches = [episodes(seed) for seed in range(2)]
+    history, params = train(batches, **OPTIONS)
+    other_history, other_params = train([with_more_columns(batch, 5) for batch in batches], parts=4, **OPTIONS)
+    for one, other in zip(history, other_history, strict=True):
+        assert one == pytest.approx(other, rel=1e-5, abs=1e-6)
+    for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(other_params), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * float(jnp.abs(one).max()))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_token"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_are_finite_wherever_the_policy_has_gone(name, level):
+    """Rows without a token, ratios of e^+-200, infinities where nothing is trained."""
+    log_probs, old, advantages, mask = drawn()
+    old[0, :3] += [200, -200, 0]
+    old[3:, 4] += 300
+    reference, sampler = old - 500 * (mask > 0), old + 500 * (mask > 0)
+    nowhere = np.where(mask > 0, 0, -np.inf)
+    batch = {
+        "mask": mask, "weights": mask, "kl_weights": mask, "advantages": advantages, "old_log_probs": old + nowhere,
+        "reference_log_probs": reference + nowhere, "sampler_log_probs": sampler + nowhere,
+    }  # fmt: skip
+    batch = {key: jnp.float32(value) for key, value in batch.items()}
+    options = {"kl_estimator": "k3", "correction": "token", "entropy": 0.1, "level": level, **LOSSES[name]}
+
+    def total(log_probs, entropies):
+        return policy_sum(log_probs, entropies, batch, **options)
+
+    given = jnp.float32(log_probs), jnp.float32(-log_probs)
+    (value, metrics), gradients = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(*given)
+    assert np.isfinite(value)
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+    assert not any(np.asarray(gradient)[mask == 0].any() for gradient in gradients)
+    assert all(np.isfinite(metric.value()) for metric in metrics.values())
+
+
+def test_a_batch_without_a_trained_token_has_no_gradient():
+    batch = episodes()
+    for name in ("mask", "weights", "kl_weights", "value_weights"):
+        batch[name] = 0 * batch[name]
+    history, _ = train([batch], **OPTIONS)
+    assert history[0]["loss"] == history[0]["grad_norm"] == history[0]["tokens"] == history[0]["skipped"] == 0

@@ -1,0 +1,133 @@
+"""What the engine drew tokens from is what the trainer thinks of them; where the two differ, the metrics say so."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from policy_rows import MODEL, batch_of
+
+from minimind_jax.convert.peft import rank_table
+from minimind_jax.inference.engine import Engine
+from minimind_jax.inference.request import Request
+from minimind_jax.inference.sampling import SamplingConfig
+from minimind_jax.losses.policy import make_policy_loss, token_log_probs
+from minimind_jax.model.lora import init_adapters, join, make_adapter, without_adapters
+from minimind_jax.rl.advantages import reduction_weights
+
+TEMPERATURE, NEW, END = 0.7, 12, 2
+PROMPTS = [tuple(range(5, 5 + length)) for length in (1, 3, 9, 4, 6, 3)]
+TABLE = rank_table(MODEL.config, 4, ("all-linear",), {})
+TRAINER = dataclasses.replace(MODEL, adapter=make_adapter(TABLE))
+DIFFERENCE, RATIO = "sampling/sampling_logp_difference", "sampling/importance_sampling_ratio"
+
+
+@functools.cache
+def parameters():
+    """(the base, an adapter that has learned something)."""
+    base, rng = jax.jit(MODEL.init)(jax.random.key(0)), np.random.default_rng(0)
+    fresh = init_adapters(jax.random.key(1), base, TABLE, 8.0, False)
+
+    def draw(path, leaf):
+        return np.asarray(leaf) + 0.1 * rng.standard_normal(leaf.shape, np.float32) * (path[-1].key == "lora_b")
+
+    return base, jax.tree_util.tree_map_with_path(draw, fresh)
+
+
+@functools.cache
+def rollout(temperature=TEMPERATURE, adapter="learned"):
+    """Answers of the engine to prompts of several lengths, fewer at once than there are, as rows of a batch."""
+    base, learned = parameters()
+    engine = Engine(MODEL, base, eos_ids=(END,), adapters={"learned": learned}, slots=4, context=64)
+    answers = engine.answers(
+        Request(prompt, SamplingConfig(NEW, temperature, top_p=1.0, seed=seed), adapter=adapter)
+        for seed, prompt in enumerate(PROMPTS)
+    )
+    tokens, mask, sampled = np.zeros((3, len(PROMPTS), 9 + NEW))
+    lengths = []
+    for row, (prompt, answer) in enumerate(zip(PROMPTS, answers, strict=True)):
+        lengths.append(len(prompt) + len(answer.tokens))
+        written = np.s_[len(prompt) - 1 : lengths[-1] - 1]
+        tokens[row, : lengths[-1]] = [*prompt, *answer.ids]
+        mask[row, written] = 1
+        sampled[row, written] = [token.sampled_logprob for token in answer.tokens]
+    weights = reduction_weights(mask, np.ones(len(mask)), "token", NEW)
+    advantages = mask * np.linspace(-1, 1, len(mask))[:, None]
+    return batch_of(tokens, mask, lengths, sampler_log_probs=sampled, weights=weights, advantages=advantages)
+
+
+@functools.cache
+def programs():
+    """Scoring, and the loss with its gradient, as two programs, which a run has."""
+    loss_fn = make_policy_loss(TRAINER, temperature=TEMPERATURE, kl_estimator="k2")
+
+    def loss(params, batch):
+        numerator, denominator, metrics = loss_fn(params, batch, None)
+        return numerator / denominator, {name: metric.value() for name, metric in metrics.items()}
+
+    return jax.jit(lambda params, batch: token_log_probs(TRAINER, params, batch, TEMPERATURE)[0]), jax.jit(
+        jax.grad(loss, has_aux=True)
+    )
+
+
+def metrics_of(batch):
+    _, metrics = programs()[1](join(*parameters()), batch)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def test_the_trainer_thinks_of_tokens_what_the_engine_drew_them_from():
+    batch, params = rollout(), join(*parameters())
+    score, gradient = programs()
+    scored = np.asarray(score(params, batch))
+    trained = batch["mask"] > 0
+    np.testing.assert_allclose(scored[trained], batch["sampler_log_probs"][trained], atol=1e-5)
+    assert any(END in row[row > 0] for row in batch["tokens"] * (batch["tokens"] == END)), "none has ended"
+    _, metrics = gradient(params, {**batch, "old_log_probs": scored})
+    for name in ("val/ratio", f"{RATIO}/mean", f"{RATIO}/min", f"{RATIO}/max"):
+        assert float(metrics[name]) == pytest.approx(1, abs=1e-5), name
+    assert float(metrics["approx_kl"]) < 1e-10
+    assert float(metrics[f"{DIFFERENCE}/max"]) < 1e-5
+
+
+def test_without_old_log_probabilities_the_policy_is_that_of_the_rollout():
+    batch, params = rollout(), join(*parameters())
+    score, gradient = programs()
+    scored = np.asarray(score(params, batch))
+    one, metrics = gradient(params, batch)
+    other, _ = gradient(params, {**batch, "old_log_probs": scored})
+    assert float(metrics["val/ratio"]) == 1
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(np.abs(b).max()))
+
+
+def test_a_reference_with_the_adapter_off_is_the_policy_at_step_0():
+    base, _ = parameters()
+    fresh = join(base, init_adapters(jax.random.key(1), base, TABLE, 8.0, False))
+    batch, gradient = rollout(adapter=""), programs()[1]
+    off = jax.jit(lambda params, batch: token_log_probs(MODEL, params, batch, TEMPERATURE)[0])
+    weights = batch["weights"]
+    reference = np.asarray(off(without_adapters(fresh), batch))
+    batch = {**batch, "reference_log_probs": reference, "kl_weights": weights, "weights": 0 * weights}
+    gradients, metrics = gradient(fresh, batch)
+    assert abs(float(metrics["kl"])) < 1e-7
+    assert max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(gradients)) < 1e-5
+    _, metrics = gradient(join(*parameters()), batch)
+    assert float(metrics["kl"]) > 0.01
+
+
+FAULTS = {
+    "temperature": lambda: rollout(temperature=1.0),
+    "adapter": lambda: rollout(adapter=""),
+    "mask": lambda: {**rollout(), "mask": np.roll(rollout()["mask"], -1, axis=1)},
+    "position": lambda: {**rollout(), "sampler_log_probs": np.roll(rollout()["sampler_log_probs"], 1, axis=1)},
+    "prompt": lambda: {**rollout(), "tokens": np.where(rollout()["tokens"] == 5, 6, rollout()["tokens"])},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_difference_between_sampling_and_scoring_shows(fault):
+    metrics = metrics_of(FAULTS[fault]())
+    assert metrics[f"{DIFFERENCE}/max"] > 0.1
+    assert metrics[f"{DIFFERENCE}/mean"] > 0.01
+    assert metrics[f"{RATIO}/min"] < 0.99 or metrics[f"{RATIO}/max"] > 1.01
