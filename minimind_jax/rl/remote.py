@@ -6,6 +6,7 @@ their log-probabilities out. docs/rl_servers.md says how each of them is started
 
 import contextlib
 import hashlib
+import math
 import queue
 import secrets
 import threading
@@ -38,12 +39,13 @@ SAME = 1e-3  # nats: the log-probabilities of a few tokens at two temperatures d
 class RemoteWriter:
     """Answers from a server, each whole when it comes. There is one thread for each of the requests under way.
 
-    version: of the weights, as the server tells it with its answers; None where it does not. knows_temperature: its
-    log-probabilities are of the distribution that was drawn from.
+    folder: of the policy that it serves. version: of the weights, as the server tells it with its answers;
+    None where it does not. knows_temperature: its log-probabilities are of the distribution that was drawn from.
     """
 
-    def __init__(self, server: Server, model: LanguageModel, tokenizer: Tokenizer, slots: int):
-        self._server, self._tokenizer, self._vocabulary = server, tokenizer, model.config.vocab_size
+    def __init__(self, server: Server, folder: Path, model: LanguageModel, tokenizer: Tokenizer, slots: int):
+        self._server, self._folder = server, folder
+        self._tokenizer, self._vocabulary = tokenizer, model.config.vocab_size
         self._ends = tuple(sorted({*model.config.end_ids, *tokenizer.end_ids}))
         self.version: str | None = None
         self.knows_temperature = True
@@ -63,10 +65,7 @@ class RemoteWriter:
         if request.constraint or request.logit_bias or request.top_logprobs or request.adapter:
             raise ValueError("a server is asked for plain answers: no form, biases, other tokens or adapters")
         if request.sampling.temperature not in (0, 1) and not self.knows_temperature:
-            raise UserError(
-                f"{self._server.url} returns log-probabilities from before the temperature, which is not 1: start vLLM "
-                "with --logprobs-mode processed_logprobs, SGLang without SGLANG_RETURN_ORIGINAL_LOGPROB"
-            )
+            raise self.fault("returns log-probabilities from before the temperature, which is not 1")
         answer = self._begin(request)
         self._open.add(answer)
         if self._threads < min(len(self._open), self._slots):
@@ -133,35 +132,40 @@ class RemoteWriter:
             logprobs = drawn or (choice.get("logprobs") or {}).get("token_logprobs")
             version = (reply.get("metadata") or {}).get("weight_version")
         except (TypeError, KeyError, IndexError, AttributeError) as error:
-            raise self._fault(f"has answered {str(reply)[:200]!r}, which is no completion") from error
+            raise self.fault(f"has answered {str(reply)[:200]!r}, which is no completion") from error
         if not ids or not logprobs or len(ids) != len(logprobs):
             lacks = "token ids" if not ids else "log-probabilities of its tokens"
-            raise self._fault(f"returns text without {lacks}, on which nothing can be trained")
+            raise self.fault(f"returns text without {lacks}, on which nothing can be trained")
         if self.version not in (None, version):
-            raise self._fault(
+            raise self.fault(
                 f"answers with other weights than it was given ({version!r}, not {self.version!r}): it was started "
-                "anew, another run uses it, or there are several servers at this address"
+                "anew, another run uses it, or there are several at this address"
             )
         if choice.get("prompt_token_ids") not in (None, list(answer.request.prompt)):
-            raise self._fault("has put other tokens before the prompt, or in it")
+            raise self.fault("has put other tokens before the prompt, or in it")
         for token, logprob in zip(ids, logprobs, strict=True):
             if answer.finish_reason:
-                raise self._fault(f"has written on behind the token {answer.tokens[-1].id}, which ends an answer")
-            if not isinstance(token, int) or not 0 <= token < self._vocabulary or not isinstance(logprob, float | int):
-                raise self._fault(
-                    f"returns the token {token!r} with log-probability {logprob!r}; the model's ids are 0 to "
-                    f"{self._vocabulary - 1}"
-                )
+                raise self.fault(f"has written on behind the token {answer.tokens[-1].id}, which ends an answer")
+            is_token = isinstance(token, int) and 0 <= token < self._vocabulary
+            if not is_token or not isinstance(logprob, float | int) or not math.isfinite(logprob):
+                words = f"the model's ids are 0 to {self._vocabulary - 1}"
+                raise self.fault(f"returns the token {token!r} with log-probability {logprob!r}; {words}")
             answer.add(Token(token, logprob, logprob))
         if not answer.finish_reason:
-            raise self._fault(
+            raise self.fault(
                 f"has ended an answer at {len(ids)} of {answer.request.sampling.max_new_tokens} tokens "
-                f"({choice.get('finish_reason')!r}), and not by a token that ends one: its context may be too short, "
-                "or the last token is not returned"
+                f"({choice.get('finish_reason')!r}), and not by a token that ends one: its context is too short, or it "
+                "leaves the last token out"
             )
 
-    def _fault(self, what: str) -> UserError:
-        return UserError(f"the server {self._server.url} {what}")
+    def fault(self, what: str) -> UserError:
+        """What is wrong with the server, and how a right one is started."""
+        return UserError(
+            f"the server {self._server.url} {what}. Start one that serves {self._folder} (docs/rl_servers.md):\n"
+            f"  minimind serve --model {self._folder} --update_weights\n"
+            f"  VLLM_SERVER_DEV_MODE=1 vllm serve {self._folder} --logprobs-mode processed_logprobs\n"
+            f"  python -m sglang.launch_server --model-path {self._folder}"
+        )
 
 
 def _body(answer: Answer) -> dict[str, Any]:
@@ -207,7 +211,8 @@ class RemotePolicy:
     ):
         self._server, self._folder = Server(server, seconds, patience), absolute(as_path(folder))
         self._model, self._tokenizer = model, tokenizer
-        self._writer = RemoteWriter(self._server, model, tokenizer, min(slots or MOST_AT_ONCE, MOST_AT_ONCE))
+        slots = min(slots or MOST_AT_ONCE, MOST_AT_ONCE)
+        self._writer = RemoteWriter(self._server, self._folder, model, tokenizer, slots)
         self._name, self._loads = exchange(secrets.token_hex(4))[0], 0
         self._before: tuple[str, list[float]] | None = None  # what was written, and what the server made of it
 
@@ -239,7 +244,7 @@ class RemotePolicy:
                 self._server.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
                 self._server.post("/reset_prefix_cache", {})
             except NotThere as error:
-                raise self._unfit(f"the server {self._server.url} does not take new weights") from error
+                raise self._writer.fault("does not take new weights") from error
 
     def _check(self, version: str) -> None:
         """Draws a few tokens: the server returns what is needed, has the same words, and these weights."""
@@ -247,13 +252,13 @@ class RemotePolicy:
         answer, reply = self._probe(DRAWN)
         shown = str(reply["choices"][0].get("text"))
         if _plain(shown) != _plain(answer.text):
-            words = f"calls tokens {shown!r} that are {answer.text!r} by the run's tokenizer; it has another one"
-            raise self._unfit(f"the server {self._server.url} {words}")
+            words = f"calls tokens {shown!r} that are {answer.text!r} by the run's tokenizer"
+            raise self._writer.fault(f"has another tokenizer: it {words}")
         told = (reply.get("metadata") or {}).get("weight_version")
         if told is None:
             self._check_change([token.sampled_logprob for token in answer.tokens])
         elif told != version:
-            raise self._unfit(f"the server {self._server.url} answers with the weights {told!r}, not with {version!r}")
+            raise self._writer.fault(f"answers with the weights {told!r}, and was given {version!r}")
         self._writer.version = told
         if self._loads == 1:
             is_ours = "sampled_logprobs" in reply["choices"][0]
@@ -267,9 +272,7 @@ class RemotePolicy:
             written.update(file.read_bytes())
         before, self._before = self._before, (written.hexdigest(), logprobs)
         if before and before[0] != self._before[0] and before[1] == logprobs:
-            raise self._unfit(
-                f"the server {self._server.url} answers as before, though {self._folder} has other weights"
-            )
+            raise self._writer.fault("answers as before, though it was given other weights")
 
     def _tells_temperature(self) -> bool:
         """Whether log-probabilities are of what is drawn from: those of the likeliest tokens are others where it is
@@ -282,18 +285,7 @@ class RemotePolicy:
 
     def _probe(self, sampling: SamplingConfig) -> tuple[Answer, dict[str, Any]]:
         prompt = begun(self._tokenizer, self._tokenizer.encode(PROBE))
-        try:
-            return self._writer.ask(Request(tuple(prompt), sampling))
-        except UserError as error:
-            raise self._unfit(str(error)) from error
-
-    def _unfit(self, what: str) -> UserError:
-        return UserError(
-            f"{what}. Start one that serves {self._folder} (docs/rl_servers.md), such as\n"
-            f"  minimind serve --model {self._folder} --update_weights\n"
-            f"  VLLM_SERVER_DEV_MODE=1 vllm serve {self._folder} --logprobs-mode processed_logprobs\n"
-            f"  python -m sglang.launch_server --model-path {self._folder}"
-        )
+        return self._writer.ask(Request(tuple(prompt), sampling))
 
 
 def _plain(text: str) -> str:

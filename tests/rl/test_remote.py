@@ -219,11 +219,12 @@ FAULTS = {
     "without token ids": changing(token_ids=None),
     "without log-probabilities": changing(sampled_logprobs=None, logprobs=None),
     "model's ids are 0 to 383": changing(token_ids=lambda ids: [ids[0] + 400, *ids[1:]]),
-    "it has another one": changing(token_ids=lambda ids: [(i + 7) % 300 + 40 for i in ids]),
+    "has another tokenizer": changing(token_ids=lambda ids: [(i + 7) % 300 + 40 for i in ids]),
     "other tokens before the prompt": changing(prompt_token_ids=lambda ids: [1, *ids]),
     "not by a token that ends one": changing(
         token_ids=lambda ids: ids[:-1], sampled_logprobs=lambda values: values[:-1], finish_reason=lambda _: "stop"
     ),
+    "log-probability nan": changing(sampled_logprobs=lambda values: [float("nan"), *values[1:]]),
     "which is no completion": lambda path, body, ask: (ask()[0], ["text"]),
     "does not take new weights": lambda path, body, ask: (404, {"detail": "Not Found"}),
     "HTTP 401: no key": lambda path, body, ask: (401, {"error": {"message": "no key"}}),
