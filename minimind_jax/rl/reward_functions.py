@@ -168,17 +168,13 @@ def tools(episode: Episode) -> float:
     others. s: the share of its calls that are sound: they can be read, their tool is offered, and it did not fail. Of
     no calls s is 0 where one is due, so that skipping the tool is the worst, whatever is answered; else it is 1.
     """
-    offered = {(tool.get("function") or tool)["name"] for tool in episode.task.tools or ()}
-    due = _due(episode.task)
-    made = [each for turn in episode.turns for each in itertools.zip_longest(turn.calls, turn.observations)]
-    carried_out = [bool(due) or (told is not None and not told.is_error) for _, told in made]
-    sound = [
-        call is not None and not call.error and call.name in offered and is_done
-        for (call, _), is_done in zip(made, carried_out, strict=True)
-    ]
+    schemas, due = episode.task.tools or (), _due(episode.task)
+    offered = {(schema.get("function") or schema)["name"] for schema in schemas}
+    pairs = [pair for turn in episode.turns for pair in itertools.zip_longest(turn.calls, turn.observations)]
+    made = [(call, bool(due) or bool(told and not told.is_error)) for call, told in pairs if call]
+    sound = [is_done and not call.error and call.name in offered for call, is_done in made]
     if due:
-        calls = {comparable(call, episode.task.tools or ()) for call, _ in made if call}
-        right = calls == {comparable(call, episode.task.tools or ()) for call in due}
+        right = {comparable(call, schemas) for call, _ in made} == {comparable(call, schemas) for call in due}
     else:
         right = not episode.was_cut and (any(sound) or not offered) and _is_right(episode)
     share = sum(sound) / len(sound) if sound else float(not (due or offered))

@@ -1,7 +1,5 @@
 """What a reward function may say of an episode."""
 
-import contextlib
-import math
 import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,15 +10,16 @@ from minimind_jax.rl.episode import Episode
 Value = float | None | str
 Function = Callable[[Sequence[Episode]], Sequence[Any]]
 
+_LARGEST = 1e9  # its square is still a number of float32
+
 
 def checked(value: Any) -> Value:
-    """A finite number, None, or words: those of the function, or of what is wrong with its value."""
+    """A number that can be trained on, None, or words: those of the function, or of what is wrong with its value."""
     if value is None or isinstance(value, str):
         return value
-    if type(value) in (int, float) and abs(value) < math.inf:
-        with contextlib.suppress(OverflowError):
-            return float(value)
-    return f"gave {reprlib.repr(value)}; expected a finite number or None"
+    if type(value) in (int, float) and abs(value) <= _LARGEST:
+        return float(value)
+    return f"gave {reprlib.repr(value)}; expected a number up to {_LARGEST:.0e} or None"
 
 
 def foreign(value: Any) -> Any:

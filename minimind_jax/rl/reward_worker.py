@@ -59,9 +59,8 @@ def own(name: str) -> Function:
         if not has_trl_form:
             signature.bind("episodes")
     except Exception as error:
-        raise UserError(
-            f"rewards.use {name}: it is no function that can be called: {type(error).__name__}: {error}"
-        ) from error
+        words = f"{type(error).__name__}: {error}"
+        raise UserError(f"rewards.use {name}: it is no function that can be called: {words}") from error
     takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
     def ask(episodes: Sequence[Episode]) -> list[Any]:

@@ -22,6 +22,7 @@ from minimind_jax.rl import judges
 from minimind_jax.tools.toolbox import Observation
 from tests.rl.episodes import episode
 from tests.rl.test_rewards import rewards, values
+from tests.serve.conftest import running
 
 CALL = '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
 
@@ -119,6 +120,7 @@ def test_judges_that_are_none_are_refused(entry, words, folders):
 # Models of others -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # imports torch and transformers
 def test_transformers_says_of_our_models_what_we_say(folders):
     pytest.importorskip("transformers")
     for name, label in (("reward", ""), ("topics", "dogs, big"), ("marks", "new")):
@@ -130,6 +132,7 @@ def test_transformers_says_of_our_models_what_we_say(folders):
         judges.hf(folders["language"])
 
 
+@pytest.mark.slow  # imports torch and transformers
 def test_a_pair_of_question_and_answer(tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "what", "cat", "dog"]
@@ -170,6 +173,7 @@ ONE = 'get_score(self, tokenizer, messages):\n        return self.scale.item() *
 MANY = "get_scores(self, tokenizer, talks):\n        return [1.0 + len(t) for t in talks]\n    get_score = None"
 
 
+@pytest.mark.slow  # imports torch and transformers
 @pytest.mark.parametrize(
     ("code", "found"),
     [(ONE, [2.5, 2.0, 0.0, 2.5]), (MANY, [2.5, 2.5, 2.5, 2.5]), ("other(self):\n        pass", None)],
@@ -241,6 +245,12 @@ def test_a_server_is_asked_in_parts_at_the_same_time_and_in_order(monkeypatch):
         assert sorted(server.asked) == [(2, "Bearer secret")] + [(16, "Bearer secret")] * 3
         assert judges.judge(f"{server.url}/fields")([episode("a", score=0.25, date=time)]) == [0.25]
         assert judges.judge(server.url)([]) == []
+
+
+def test_our_own_server_is_a_judge(folders):
+    expected = Scorer(folders["reward"]).conversations([(each, None) for each in CONVERSATIONS])[:, 0]
+    with running(model=(f"reward={folders['reward']}",)) as server:
+        assert judges.judge(f"{server.root}/score")(talks()) == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,20 @@ def test_json(text, value):
     assert functions.json_form(episode(text)) == value
 
 
+def test_what_an_environment_keeps():
+    class Kept:
+        def __init__(self):
+            self.score = 0.5
+
+    one = episode("x")
+    for one.state in (Kept(), {"score": 0.5}):
+        assert functions.state(one, "score") == 0.5
+        with pytest.raises(ValueError, match="has no 'points'"):
+            functions.state(one, "points")
+    with pytest.raises(ValueError, match="NoneType"):
+        functions.state(episode("x"), "score")
+
+
 def test_json_of_a_schema(tmp_path):
     pytest.importorskip("jsonschema")
     file = tmp_path / "form.json"
@@ -199,6 +213,7 @@ def agent(*texts, told=(), finish="stop", tools=OFFERED, gt=("6",)):
         ([CALL + BROKEN, "6"], [GOT + FAILED], 1.25),
         ([CALL, "7"], [FAILED], -0.5),
         ([CALL, CALL], [GOT], -0.25),
+        ([CALL, "6"], [GOT * 3, GOT], 1.5),
     ],
 )
 def test_tools(texts, told, value):

@@ -1,5 +1,6 @@
 """Rewards: entries of rewards.use, their weighted sum, and functions of a user's that are at fault."""
 
+import re
 import threading
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from minimind_jax.config.rl import RewardsConfig
 from minimind_jax.errors import UserError
 from minimind_jax.rl.reward_values import checked
 from minimind_jax.rl.reward_worker import own, trl_columns
-from minimind_jax.rl.rewards import Entry, Rewards, bound, entries
+from minimind_jax.rl.rewards import EACH, MADE, Entry, Rewards, bound, entries
 from minimind_jax.tools.toolbox import Observation
 from tests.rl.episodes import episode
 
@@ -115,6 +116,11 @@ def test_named_and_quoted_arguments():
     assert bound("length(high=2, low=1)")(texts) == [0, 1]
     for pattern in ("a,b", '"a,b"', "pattern=a,b", "pattern='a,b'", "^a=*,b"):
         assert bound(f"regex({pattern})")(texts) == [1, 0]
+
+
+def test_the_guide_tells_of_each_function():
+    guide = "".join(file.read_text("utf-8") for file in sorted(USER.parents[2].glob("docs/*.md")))
+    assert not [name for name in [*EACH, *MADE] if not re.search(rf"^\| `{name}[`(]", guide, re.M)]
 
 
 # The user's own -------------------------------------------------------------------------------------------------------
