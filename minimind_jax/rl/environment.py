@@ -22,11 +22,12 @@ _WIDEST = 32  # characters of a token: what is longer than so many of each is cu
 class Environment(Protocol):
     """Four functions. They run in threads: those of one episode one after the other, those of others meanwhile.
 
-    One that raises ends its episode, never the run (unless all episodes end so).
+    One that raises ends its episode, and not the run, unless all of a rollout end so.
     """
 
     def start(self, task: Task, seed: int) -> Any:
-        """The state of a new episode, which becomes `Episode.state`. What it draws comes of the seed."""
+        """The state of a new episode, which becomes `Episode.state`. What it draws comes of the seed, which is that of
+        all episodes of the prompt in a rollout: they are compared with each other."""
 
     def step(self, state: Any, turn: Turn) -> Sequence[Message] | None:
         """What follows the policy's turn: messages with a role (`tool`, `user` or `system`) and content, behind which

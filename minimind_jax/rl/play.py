@@ -9,6 +9,7 @@ import math
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -64,10 +65,12 @@ class Reply(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class _Seat:
-    """An episode in the making. deadline: of the clock, once it writes. given_up: nobody waits for its environment."""
+    """An episode in the making. seed: of what it writes. task_seed: of its environment. deadline: of the clock, once it
+    writes. given_up: nobody waits for its environment."""
 
     number: int
     seed: int
+    task_seed: int
     episode: Episode
     has_started: bool = False
     deadline: float = math.inf
@@ -96,7 +99,7 @@ def play(
     While environments answer within PATIENCE, an episode is the same to the last bit whenever it is played; once one
     took longer, nobody waits any more, and numbers may differ in their last bits (who shares a step with whom decides
     the order of sums).
-    Raises UserError for a prompt that fills seq_len, and where every episode ended by an error of its environment.
+    Raises UserError for a prompt that fills seq_len, and where all episodes of several prompts ended by errors.
     """
     for start in starts:
         if (count := len(start.prompt)) >= seq_len:
@@ -105,20 +108,22 @@ def play(
             )
     limits = sampling, turns, seq_len, seconds or math.inf
     table = _Table(writer, environment, tokenizer, *limits, report)
-    episodes = table.play([_seat(number, start) for number, start in enumerate(starts)])
-    if errors := table.errors:
-        first = errors[min(errors)]
-        what = f"{type(first).__name__}: {first_line(first)}"
-        if len(errors) == len(starts):
-            raise UserError(f"all {len(starts):,} episodes ended by an error of their environment: {what}") from first
-        tell(f"{len(errors):,} of {len(starts):,} episodes ended by an error of their environment, the first: {what}")
+    first = {start.group: start.seed for start in reversed(starts)}
+    episodes = table.play([_seat(number, start, first[start.group]) for number, start in enumerate(starts)])
+    if table.errors:
+        error = table.errors[min(table.errors)]
+        what = f"of {len(starts):,} episodes ended by an error of their environment, the first: {_described(error)}"
+        if len(table.errors) == len(starts) and len(first) > 1:
+            raise UserError(f"all {what}") from error
+        tell(f"{len(table.errors):,} {what}")
     return episodes
 
 
-def _seat(number: int, start: Start) -> _Seat:
+def _seat(number: int, start: Start, group_seed: int) -> _Seat:
     count = len(start.prompt)
     tokens = list(start.prompt), count, [False] * count, [0.0] * count
-    return _Seat(number, start.seed, Episode(start.group, start.task, start.thinking, *tokens))
+    episode = Episode(start.group, start.task, start.thinking, *tokens)
+    return _Seat(number, start.seed, named_seed(group_seed, "environment"), episode)
 
 
 @dataclasses.dataclass(eq=False)
@@ -233,7 +238,7 @@ class _Table:
 
     def _reply(self, seat: _Seat, episode: Episode) -> Reply:
         if not seat.has_started:
-            episode.state = self.environment.start(episode.task, named_seed(seat.seed, "environment"))
+            episode.state = self.environment.start(episode.task, seat.task_seed)
             seat.has_started = True
         reply = Reply(finish=episode.finish)
         try:
@@ -286,6 +291,12 @@ class _Table:
                 seat.deadline = now + self.seconds  # for its environment to end
                 self.writer.cancel(answer)
                 self._hear(answer, "seconds")
+
+
+def _described(error: BaseException) -> str:
+    """What an error says, and where it was raised."""
+    where = [f" ({frame.filename}:{frame.lineno})" for frame in traceback.extract_tb(error.__traceback__)[-1:]]
+    return "".join([f"{type(error).__name__}: {first_line(error)}", *where])
 
 
 def _checked(said: Any) -> list[Message]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import re
 import threading
 import time
 
@@ -75,11 +76,11 @@ class Talk(SingleTurn):
 
 
 def starts_of(tokenizer, count, **others):
-    return [start_of(tokenizer, asks(f"q{n // 2}"), group=n // 2, seed=n, **others) for n in range(count)]
+    return [start_of(tokenizer, asks(f"q{n}"), group=n, seed=n, **others) for n in range(count)]
 
 
 def test_a_single_turn_is_what_the_engine_answers(engine, tokenizer, played):
-    starts = [start._replace(thinking=n == 2) for n, start in enumerate(starts_of(tokenizer, 6))]
+    starts = [start_of(tokenizer, asks("ab"[n % 2]), group=n // 2, seed=n, thinking=n == 2) for n in range(6)]
     done = []
     episodes = played(starts, SingleTurn(), report=done.append)
     assert sum(done) == len(starts)
@@ -198,7 +199,7 @@ def test_seconds_are_limited_for_who_writes_and_for_environments(tokenizer, told
 
 
 class Faulty(Talk):
-    """Fails in one of its functions in every other episode."""
+    """Fails in one of its functions, in every other episode."""
 
     def __init__(self, where, error):
         super().__init__()
@@ -214,7 +215,6 @@ class Faulty(Talk):
 
     def step(self, state, turn):
         self._fail("step", state["seed"])
-        return ["no message"] if self.where == "messages" and state["seed"] == named_seed(0, "environment") else None
 
     def end(self, state):
         super().end(state)
@@ -233,12 +233,24 @@ def test_an_environment_that_fails_costs_the_episode(tokenizer, told, where, err
     assert all(episode.text == "a" for episode in episodes) and environment.started == environment.ended
     [note] = notes
     assert note.startswith("2 of 4 episodes ended by an error of their environment, the first: " + type(error).__name__)
+    assert re.search(r"test_play.py:\d+\)$", note)
 
 
-def test_what_is_no_message_is_named(tokenizer, told):
-    writer = told("a")
-    with pytest.raises(UserError, match=r"all 1 episodes .* step gave 'no message'; expected None or a list"):
-        play(writer, starts_of(tokenizer, 1), Faulty("messages", None), tokenizer, sampling=DRAWN, turns=2, seq_len=256)
+def test_what_is_no_message_is_named_and_ends_the_run_where_all_fail(tokenizer, told):
+    environment = Talk()
+    environment.step = lambda state, turn: ["no message"]
+    starts, options, notes = starts_of(tokenizer, 2), {"sampling": DRAWN, "turns": 2, "seq_len": 256}, []
+    words = r"of \d episodes .* TypeError: step gave 'no message'; expected None or a list of messages such as"
+    with pytest.raises(UserError, match="^all " + words):
+        play(told("a"), starts, environment, tokenizer, **options)
+    [episode] = play(told("a"), starts[:1], environment, tokenizer, **options, tell=notes.append)
+    assert episode.finish == "error" and re.search("^1 " + words, notes[0])  # it may be that one task's fault
+
+
+def test_the_episodes_of_a_prompt_are_of_one_task(tokenizer, told):
+    starts = [start_of(tokenizer, asks("q"), group=n // 3, seed=n) for n in range(6)]
+    episodes = play(told("a"), starts, Talk(), tokenizer, sampling=DRAWN, seq_len=256)
+    assert [episode.state["seed"] for episode in episodes] == [named_seed(n, "environment") for n in (0, 0, 0, 3, 3, 3)]
 
 
 def test_nothing_is_left_in_work_where_playing_is_stopped(engine, tokenizer, played):
