@@ -3,9 +3,10 @@ transformers and datasets. Takes requests as JSON lines on its input and answers
 
     {"train": 3}     three steps of its training loop -> seconds, tokens (all positions), useful (not padding)
     {"greedy 16": 64} its `generate`, 64 new tokens to each of 16 prompts, cases as in bench_requests -> seconds, tokens
+    {"full": 64}     its rollout engine, 64 new tokens in each completion of a rollout -> seconds, tokens
 
 The training step is that of trainer/train_pretrain.py without the loop around it: forward with labels, backward, clip,
-AdamW, zero_grad. Only `bench_train.py` and `bench_decode.py` start this.
+AdamW, zero_grad. Only `bench_train.py`, `bench_decode.py` and `bench_rollout.py` start this.
 """
 
 import itertools
@@ -20,7 +21,7 @@ os.dup2(2, 1)  # what MiniMind prints is no answer
 sys.path.insert(0, ".")
 
 import torch  # noqa: E402
-from bench_requests import requests  # noqa: E402
+from bench_requests import requests, rollout  # noqa: E402
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM  # noqa: E402
 
 REQUEST = json.loads(sys.argv[1])
@@ -112,11 +113,32 @@ def make_generate():
     return generate
 
 
-made = {}
+def make_rollout():
+    """Its rollout engine, on the requests of `bench_requests.rollout` as one batch."""
+    from trainer.rollout_engine import TorchRolloutEngine
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained("model")
+    tokenizer.eos_token_id = None  # to the full length
+    autocast = torch.autocast("cuda", torch.bfloat16) if DEVICE == "cuda" else None
+    engine, calls = TorchRolloutEngine(make_model().eval(), tokenizer, DEVICE, autocast), itertools.count()
+
+    def write(case, count):
+        prompts, lengths = rollout(REQUEST, case, count, next(calls))
+        prompts = torch.tensor(prompts, device=DEVICE)
+        started = time.perf_counter()
+        result = engine.rollout(prompts, torch.ones_like(prompts), REQUEST["completions"], max(lengths))
+        assert result.per_token_logps.cpu().shape == (len(lengths), max(lengths))
+        return {"seconds": time.perf_counter() - started, "tokens": sum(lengths)}
+
+    return write
+
+
+MAKERS, made = {"train": make_train, "rollout": make_rollout, "generate": make_generate}, {}
 for line in sys.stdin:
     ((name, count),) = json.loads(line).items()
-    kind = "train" if name == "train" else "generate"
+    kind = "train" if name == "train" else "rollout" if name in ("full", "unequal") else "generate"
     if kind not in made:
-        made[kind] = {"train": make_train, "generate": make_generate}[kind]()
+        made[kind] = MAKERS[kind]()
     result = made[kind](count) if kind == "train" else made[kind](name, count)
     os.write(answers, (json.dumps(result) + "\n").encode())

@@ -21,3 +21,13 @@ def requests(settings: dict, case: str, count: int, call: int) -> tuple[list[tup
         lengths = [(prompt, min(new, 2 * count)) for prompt, new in lengths]
     random = np.random.default_rng(call)
     return [(random.integers(3, 6400, prompt).tolist(), new) for prompt, new in lengths], SAMPLINGS[kind]
+
+
+def rollout(settings: dict, case: str, count: int, call: int) -> tuple[list[list[int]], list[int]]:
+    """Prompts of a rollout, and how many tokens each completion has, prompt by prompt: `full` is all of `count`,
+    `unequal` from 16 to that. Of two calls the lengths are the same and the words are not."""
+    random, sequences = np.random.default_rng(call), settings["prompts"] * settings["completions"]
+    prompts = random.integers(3, 6400, (settings["prompts"], settings["prompt_len"])).tolist()
+    if case == "full":
+        return prompts, [count] * sequences
+    return prompts, np.random.default_rng(0).integers(min(16, count), count + 1, sequences).tolist()

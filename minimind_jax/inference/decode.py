@@ -88,19 +88,22 @@ def make(
     lengths_B: jax.Array,
     settings: Settings,
     counts: Counts,
+    left_B: jax.Array,
     count: jax.Array,
+    enough: jax.Array,
     *,
     most: int,
 ) -> tuple[Sampled, jax.Array, KVCache]:
-    """Makes `count` tokens in each row, or fewer if all have ended: the arrays of `Sampled` behind an axis of `most`
-    steps, how many of these were made, and the cache, which is donated, with all but the last token.
+    """Makes `count` tokens in each row, or fewer if `enough` rows have ended: the arrays of `Sampled` behind an axis of
+    `most` steps, how many of these were made, and the cache, which is donated, with all but the last token.
 
-    newest_B: of each row, which is not in the cache yet. lengths_B: tokens of each row, with it; 0 fills up.
+    newest_B: of each row, which is not in the cache yet. lengths_B: tokens of each row, with it; 0 fills up. left_B:
+    tokens that end a row.
     """
 
     def is_wanted(state):
         made, ended_B, *_ = state
-        return (made < count) & ~jnp.all(ended_B)
+        return (made < count) & (jnp.sum(ended_B & (lengths_B > 0)) < enough)
 
     def step(state):
         made, ended_B, newest_B, cache, sampled = state
@@ -110,7 +113,7 @@ def make(
         hidden_B1D, cache = model.read_next(params, x_B1D, starts_B, cache, None, *of_rows)
         logits_BV = _whole(model.logits(params, hidden_B1D)[:, 0])  # XLA cannot cut the likeliest tokens' search
         new = sample(logits_BV, lengths_B + made, settings.values, counts, since_NB=sampled.token_B)
-        ended_B |= jnp.any(new.token_B[:, None] == settings.ends_BE, axis=1)
+        ended_B |= jnp.any(new.token_B[:, None] == settings.ends_BE, axis=1) | (made + 1 >= left_B)
         sampled = jax.tree.map(lambda all_NB, new_B: all_NB.at[made].set(new_B), sampled, new)
         return made + 1, ended_B, new.token_B, cache, sampled
 

@@ -54,7 +54,9 @@ class Engine:
     method.
     slots: answers in the making at once. context: most tokens of a prompt and its answer; the cache is as large from
     the start. When None it is the model's, and the cache grows to what requests need. queue: most requests that wait.
-    adapters: low-rank adapters that requests may name (trees of the adapters alone, see `lora.stack`).
+    adapters: low-rank adapters that requests may name (trees of the adapters alone, see `lora.stack`). sizes: numbers
+    of rows below `slots` for which there is a program that makes tokens, where a context is given and nothing is warmed
+    up; when empty, a few.
 
     Methods are called from one thread. `counts`: requests, prompt_tokens, cached_tokens (of these, that were not
     read anew) and generated_tokens so far.
@@ -72,6 +74,7 @@ class Engine:
         context: int | None = None,
         queue: int | None = None,
         adapters: Mapping[str, Params] | None = None,
+        sizes: Sequence[int] = (),
     ):
         if eos_ids is None:
             eos_ids = {*model.config.end_ids, *(tokenizer.end_ids if tokenizer else ())}
@@ -88,7 +91,7 @@ class Engine:
         self.counts: Counter[str] = Counter()
         size = (0, 0) if self._grows else (slots, self.context)
         params = lora.join(params, self._stacked)
-        self._programs = Programs(self.model, params, *size, is_fixed=not self._grows, adapters=self.adapters)
+        self._programs = Programs(self.model, params, *size, not self._grows, self.adapters, sizes)
         scaling = model.config.rope_scaling  # with `dynamic` keys depend on the length of their prompt
         reuses = scaling is None or scaling.rope_type != "dynamic"
         self._scheduler = Scheduler(slots, size[0], queue, reuses)
@@ -378,11 +381,8 @@ class Engine:
         del self._tasks[task.answer]
 
     def _count(self, tasks: list[Task], patient: bool) -> int:
-        """How many tokens the next call makes in each row: until a row may be free for one that waits; so few that who
-        reads along sees them come."""
-        left = [task.answer.room for task in tasks]
-        others_wait = bool(self._scheduler.waiting) or len(tasks) < len(self._scheduler.at_work)
-        count = min(MOST_STEPS, min(left) if others_wait else max(left))
+        """How many tokens the next call makes in each row; so few that who reads along sees them come."""
+        count = min(MOST_STEPS, max(task.answer.room for task in tasks))
         if patient:
             return count
         return max(1, min(count, int(LATENCY / self._seconds) if self._seconds else 1))

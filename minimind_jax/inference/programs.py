@@ -8,7 +8,7 @@ stands where its row stands.
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,9 +24,10 @@ from minimind_jax.inference.scheduler import Copy, Task
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.sharding import row_shards
 
-GREEDY = SamplingConfig(temperature=0.0)
+GREEDY, PLAIN = SamplingConfig(temperature=0.0), SamplingConfig(temperature=1.0, top_k=0, top_p=1.0)  # of no task
 
 MOST_STEPS = 32  # tokens of a row that one call makes
+ENDED = 16  # a call ends early when one in so many rows has ended
 ENDS = 8  # tokens that end a row, known to the device; of others the host knows
 MOST_READ = 1.75  # times the tokens of a prompt, with padding: rather several parts than one that is mostly that
 STEP = 4  # from one number of rows of a program to the next, where all are compiled before the first request
@@ -47,12 +48,19 @@ OTHER_LIMITS = Limits(4096, 512, (64, 512))
 class Programs:
     """rows, length: of the cache, at first. is_fixed: it never grows, and a few programs do for everything; otherwise
     programs are compiled as they are needed, and one that is a little too large is used before another is compiled.
-    adapters: names of those in the parameters, in their order."""
+    adapters: names of those in the parameters, in their order. sizes: see `Engine`."""
 
     def __init__(
-        self, model: LanguageModel, params: Params, rows: int, length: int, is_fixed: bool, adapters: Sequence[str] = ()
+        self,
+        model: LanguageModel,
+        params: Params,
+        rows: int,
+        length: int,
+        is_fixed: bool,
+        adapters: Sequence[str] = (),
+        sizes: Sequence[int] = (),
     ):
-        self.model, self.is_fixed, self._mesh = model, is_fixed, _mesh_of(params)
+        self.model, self.is_fixed, self._sizes, self._mesh = model, is_fixed, sizes, _mesh_of(params)
         self._adapters = {"": -1, **{name: number for number, name in enumerate(adapters)}}
         self._place = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
         self.limits = LIMITS.get(model.platform, OTHER_LIMITS)
@@ -104,16 +112,20 @@ class Programs:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """Rows of programs, where all are compiled before the first request."""
+        """Rows of programs that read, and of those that make tokens if nothing else was asked for, where all are
+        compiled before the first request."""
+        return self._up_to_all(STEP**n for n in range(20))
+
+    def _up_to_all(self, sizes: Iterable[int]) -> tuple[int, ...]:
         if self._mesh is not None:  # rows that are cut over it cannot be picked out
             return (self.rows,)
-        powers = (STEP**n for n in range(20))
-        return (*(rows for rows in powers if rows < self.rows), self.rows)
+        return (*sorted(size for size in sizes if 0 < size < self.rows), self.rows)
 
     def rows_for(self, tasks: int, reading: bool = False) -> int:
         """Rows of the program that takes so many tasks."""
         if self.is_fixed or self._mesh is not None:
-            return next(rows for rows in self.steps if rows >= tasks)
+            steps = self._up_to_all(self._sizes) if self._sizes and not reading else self.steps
+            return next(rows for rows in steps if rows >= tasks)
         compiled = [] if reading else [rows for rows in self._made if tasks <= rows <= STEP * tasks]
         return min(compiled, default=min(bucket(tasks, smallest=1, multiple=self.rows), self.rows))
 
@@ -163,14 +175,16 @@ class Programs:
         return jax.tree.map(lambda all_B: all_B[None, places], sampled)
 
     def make(self, tasks: Sequence[Task], count: int) -> Sampled:
-        """The next `count` tokens of each task, or fewer if all end; (steps, tasks) first in each array."""
+        """The next `count` tokens of each task, or fewer if some end, whose places may be others'; (steps, tasks) first
+        in each array."""
         rows = self.rows_for(len(tasks))
         places = self.places(tasks, rows)
-        newest_B, lengths_B = np.zeros((2, rows), np.int32)
+        newest_B, lengths_B, left_B = np.zeros((3, rows), np.int32)
         for place, task in zip(places, tasks, strict=True):
-            newest_B[place], lengths_B[place] = task.ids[-1], len(task.ids)
+            newest_B[place], lengths_B[place], left_B[place] = task.ids[-1], len(task.ids), task.answer.room
         settings, counts = self._settings_of(tasks, rows), self._counts_of(tasks, rows)
-        sampled, made = self._make(newest_B, lengths_B, settings, counts, count)
+        enough = max(1, len(tasks) // ENDED)
+        sampled, made = self._make(newest_B, lengths_B, settings, counts, left_B, count, enough)
         self._made.add(rows)
         return jax.tree.map(lambda all_NB: all_NB[:made, places], sampled)
 
@@ -194,7 +208,7 @@ class Programs:
                 logits_BV = self._read(*work, from_start=from_start)
             if width == 1:
                 self._run(decode.choose, logits_BV, none(rows), settings, counts, self._unused(rows)[1])
-                self._make(none(rows), none(rows), settings, counts, 0)
+                self._make(none(rows), none(rows), settings, counts, none(rows), 0, 1)
         report(total, total)
 
     # Arrays -----------------------------------------------------------------------------------------------------------
@@ -213,8 +227,8 @@ class Programs:
         logits_BV, self._cache = self._run(decode.read, *own, *work, from_start=from_start)
         return logits_BV
 
-    def _make(self, newest_B, lengths_B, settings, counts, count) -> tuple[Sampled, int]:
-        work = newest_B, lengths_B, settings, counts, np.int32(count)
+    def _make(self, newest_B, lengths_B, settings, counts, left_B, count, enough) -> tuple[Sampled, int]:
+        work = newest_B, lengths_B, settings, counts, left_B, np.int32(count), np.int32(enough)
         own = self.model, self.params, self._cache
         sampled, made, self._cache = self._run(decode.make, *own, *work, most=MOST_STEPS)
         return jax.device_get((sampled, made))
@@ -224,7 +238,9 @@ class Programs:
         known, settings = self._settings.get(rows, ([], None))
         if settings is not None and known == list(tasks):
             return settings
-        configs, biases, tops, adapters = [GREEDY] * rows, [()] * rows, [0] * rows, [-1] * rows
+        # rows without a task must not keep the others from what is quickest for them
+        idle = PLAIN if tasks and all(_draws_from_all(task) for task in tasks) else GREEDY
+        configs, biases, tops, adapters = [idle] * rows, [()] * rows, [0] * rows, [-1] * rows
         rows_B, ends_BE = np.full(rows, self.rows, np.int32), np.full((rows, ENDS), -1, np.int32)
         for place, task in zip(self.places(tasks, rows), tasks, strict=True):
             request, ends = task.answer.request, task.answer.ends[:ENDS]
@@ -260,6 +276,11 @@ class Programs:
 def _is_penalized(task: Task) -> bool:
     own = task.answer.request.sampling
     return own.repetition_penalty != 1 or own.presence_penalty != 0 or own.frequency_penalty != 0
+
+
+def _draws_from_all(task: Task) -> bool:
+    own = task.answer.request.sampling
+    return own.temperature > 0 and not own.top_k and own.top_p == 1 and not own.min_p
 
 
 def _mesh_of(params: Params) -> Mesh | None:

@@ -38,8 +38,10 @@ class Task:
 
     @property
     def unread(self) -> int:
-        """Tokens of the prompt that are not in the cache; 0 when it runs, for its newest token is made, not read."""
-        return 0 if self.answer.tokens else len(self.ids) - len(self.row.held)
+        """Tokens of the prompt that are to be read into the cache; 0 when it runs. The newest token of one that runs is
+        not in the cache, and so is the last of a prompt of which another row held all the others."""
+        left = len(self.ids) - len(self.row.held)
+        return 0 if self.answer.tokens or (left == 1 and self.answer.cached_tokens) else left
 
 
 class Copy(NamedTuple):

@@ -73,14 +73,14 @@ def test_the_next_turn_takes_the_row_of_the_last_in_place():
     assert second.row is row and second.answer.cached_tokens == 40 and second.unread == 2
 
 
-def test_a_prompt_that_is_held_whole_is_read_from_its_last_token():
+def test_a_prompt_that_is_held_whole_but_for_its_last_token_is_not_read():
     scheduler = Scheduler(slots=1, rows=1)
     for _ in range(2):
         (task,) = added(scheduler, task_of(range(40)))
         scheduler.admit()
         unread = task.unread
         finish(scheduler, task)
-    assert unread == 1
+    assert unread == 0 and task.answer.cached_tokens == 39
 
 
 def test_the_beginning_of_a_row_at_work_or_of_a_longer_one_is_copied():
@@ -138,7 +138,7 @@ def test_equal_prompts_wait_for_the_first_of_them_and_others_pass():
     assert set(map(id, scheduler.at_work)) == {id(first), id(other)}
     read(first)
     copies = scheduler.admit()
-    assert [copy.count for copy in copies] == [39, 39] and {second.unread, third.unread} == {1}
+    assert [copy.count for copy in copies] == [39, 39] and {second.unread, third.unread} == {0}
 
 
 def test_few_of_many_that_wait_are_looked_at_for_a_row():
