@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from minimind_jax.errors import UserError
-from minimind_jax.rl.episode import Episode, Turn
+from minimind_jax.rl.episode import Episode
 from minimind_jax.rl.reward_values import Function, foreign
 from minimind_jax.shell import install_command
 
 _TOGETHER = 16  # of a batch, and of a request
 _REQUESTS = 8  # at the same time
-_TRIES = 3  # of a request: a server may be restarting
+_WAITS = (0.5, 1.0, 0)  # seconds behind each try of a request: a server may be busy
 _MOST_BYTES = 1 << 24  # of its answer
 
 
@@ -32,14 +32,11 @@ def written(episode: Episode, thoughts: bool = True) -> list[dict[str, Any]]:
     """
     messages: list[dict[str, Any]] = []
     for turn in episode.turns:
-        messages.append({"role": "assistant", "content": turn.text} if thoughts else _answered(turn))
+        calls = [{"name": call.name, "arguments": call.arguments} for call in turn.calls if not call.error]
+        plain = {"content": turn.answer, **({"tool_calls": calls} if calls else {})}
+        messages.append({"role": "assistant", **({"content": turn.text} if thoughts else plain)})
         messages += [{"role": "tool", "content": told.text} for told in turn.observations]
     return messages
-
-
-def _answered(turn: Turn) -> dict[str, Any]:
-    calls = [{"name": call.name, "arguments": call.arguments} for call in turn.calls if not call.error]
-    return {"role": "assistant", "content": turn.answer, **({"tool_calls": calls} if calls else {})}
 
 
 def talk(episode: Episode) -> list[dict[str, Any]]:
@@ -53,20 +50,18 @@ def model(folder: str, label: str = "") -> Function:
 
     Raises UserError for another model, and for a label that it has not.
     """
-    from minimind_jax.evaluate.classification import classify_logits
     from minimind_jax.inference.score import Scorer
 
     scorer = Scorer(folder)
     names = scorer.labels.names
-    column = _column(f"model({folder}", label, names)
+    column = _column(f"model({folder}, {label})", label, names)
     said: list[int] = []
 
     def score(episodes: Sequence[Episode]) -> list[float]:
         if len(names) == 1:
             found = scorer.conversations([(talk(episode), episode.task.tools) for episode in episodes])[:, 0].tolist()
         else:
-            likely = lambda texts: classify_logits(scorer.texts(texts), scorer.labels.several)[1][:, column]  # noqa: E731
-            found = _of_answers(episodes, likely)
+            found = _likely(episodes, scorer.texts, scorer.labels.several, column)
         if scorer.cut and not said:
             said.append(scorer.cut)
             print(
@@ -84,18 +79,22 @@ def _column(what: str, label: str, names: Sequence[str]) -> int:
     if len(names) == 1 and not label:
         return 0
     if len(names) == 1 or label not in names:
-        there_are = (
-            f"it has the labels {', '.join(names)}" if len(names) > 1 else "it is a reward model, without labels"
+        raise UserError(
+            f"rewards.use {what}: its scores are of {', '.join(names)}; expected one of several, none of one"
         )
-        raise UserError(f"rewards.use {what}, {label}): {there_are}")
     return list(names).index(label)
 
 
-def _of_answers(episodes: Sequence[Episode], likely: Callable[[list[str]], np.ndarray]) -> list[float]:
-    """A number for each last answer, 0 where it is empty."""
+def _likely(
+    episodes: Sequence[Episode], logits: Callable[[list[str]], np.ndarray], several: bool, column: int
+) -> list[float]:
+    """The probability of a label for each last answer, 0 where that is empty. several: one may have several."""
+    from minimind_jax.evaluate.classification import classify_logits
+
     texts = {n: episode.answer for n, episode in enumerate(episodes) if episode.answer.strip()}
-    found = dict(zip(texts, likely(list(texts.values())).tolist(), strict=True)) if texts else {}
-    return [found.get(n, 0.0) for n in range(len(episodes))]
+    found = classify_logits(logits(list(texts.values())), several)[1][:, column].tolist() if texts else []
+    known = dict(zip(texts, found, strict=True))
+    return [known.get(n, 0.0) for n in range(len(episodes))]
 
 
 # Models of others -----------------------------------------------------------------------------------------------------
@@ -113,7 +112,7 @@ def hf(folder: str, label: str = "", device: str = "cpu") -> Function:
     template, or as the pair of the last question and answer); else the probability of the label for the last answer, 0
     for an empty one. Raises UserError for a model that is none, and for a label that it has not."""
     torch, transformers = _package("torch"), _package("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, truncation_side="left")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     kind = transformers.AutoModelForSequenceClassification
     network, told = kind.from_pretrained(folder, output_loading_info=True)
     if told["missing_keys"]:
@@ -121,7 +120,8 @@ def hf(folder: str, label: str = "", device: str = "cpu") -> Function:
         raise UserError(f"rewards.use hf({folder}): no sequence classifier: its weights lack {missing}")
     settings = network.eval().to(device).config
     names = [settings.id2label[n] for n in range(settings.num_labels)]
-    column = _column(f"hf({folder}", label, names)
+    column = _column(f"hf({folder}, {label})", label, names)
+    tokenizer.truncation_side = "left" if len(names) == 1 else "right"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     settings.pad_token_id = tokenizer.pad_token_id
     longest = min(tokenizer.model_max_length, getattr(settings, "max_position_embeddings", None) or sys.maxsize)
@@ -132,13 +132,6 @@ def hf(folder: str, label: str = "", device: str = "cpu") -> Function:
         with torch.no_grad():
             return network(**inputs).logits.double().cpu().numpy()
 
-    def likely(texts: list[str]) -> np.ndarray:
-        found = np.concatenate([logits(part) for part in _parts(texts)])
-        if settings.problem_type == "multi_label_classification":
-            return 1 / (1 + np.exp(-found[:, column]))
-        shares = np.exp(found - found.max(axis=1, keepdims=True))
-        return shares[:, column] / shares.sum(axis=1)
-
     def scores(episodes: Sequence[Episode]) -> np.ndarray:
         if tokenizer.chat_template:
             talks = [tokenizer.apply_chat_template(talk(episode), tokenize=False) for episode in episodes]
@@ -147,7 +140,9 @@ def hf(folder: str, label: str = "", device: str = "cpu") -> Function:
         return logits(asked, [episode.answer for episode in episodes])[:, 0]
 
     if len(names) > 1:
-        return lambda episodes: _of_answers(episodes, likely)
+        several = settings.problem_type == "multi_label_classification"
+        of_texts = lambda texts: np.concatenate([logits(part) for part in _parts(texts)])  # noqa: E731
+        return lambda episodes: _likely(episodes, of_texts, several, column)
     return lambda episodes: [value for part in _parts(episodes) for value in scores(part).tolist()]
 
 
@@ -216,13 +211,12 @@ def _posted(url: str, body: bytes, timeout: float) -> Any:
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get("JUDGE_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
-    for left in reversed(range(_TRIES)):
+    for wait in _WAITS:
         try:
             with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=timeout) as answer:
                 return json.loads(answer.read(_MOST_BYTES))
         except (OSError, http.client.HTTPException) as error:
             is_refusal = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
-            if is_refusal or not left:
+            if is_refusal or not wait:
                 raise
-            time.sleep(0.5 * (_TRIES - left))
-    raise AssertionError("unreachable")
+            time.sleep(wait)

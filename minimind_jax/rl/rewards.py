@@ -47,6 +47,7 @@ APART = {"json", "regex", "hf", "internlm2", "judge"}
 
 _ENTRY = re.compile(r"(?:([^*(:]*)\*)?\s*(\S.*?)\s*", re.DOTALL)
 _NAMED = re.compile(r"(\w+)\s*(?:\((.*)\))?", re.DOTALL)
+_COMMAS = re.compile(r',(?=(?:[^"]*"[^"]*")*[^"]*$)')
 _OWN = re.compile(r".+:[^\W\d]\w*")
 _UNLIMITED = 1 << 30
 _NOTHING = Episode(-1, Task("no record", [], None, {}), False, [], 0, [], [])
@@ -76,14 +77,15 @@ class Rewards:
         self._config, self._seed = config, seed
         self._entries = entries(config.use)
         self.names = [entry.name for entry in self._entries]
-        self._success = _success_of(config.success, self._entries)
-        self._left = contextlib.ExitStack()
-        self._file = Path(self._left.enter_context(tempfile.TemporaryDirectory())) / "episodes"
-        self._threads = self._left.enter_context(concurrent.futures.ThreadPoolExecutor(len(self._entries)))
-        with contextlib.ExitStack() as failed:
-            failed.callback(self._left.close)
-            self._functions = [self._started(entry, max_new_tokens) for entry in self._entries]
-            failed.pop_all()
+        known = {text: entry.name for entry in self._entries for text in (entry.name, entry.text)}
+        if (success := config.success.strip() or self.names[0]) not in known:
+            raise UserError(f"rewards.success {success} is none of rewards.use: {', '.join(self.names)}")
+        self._success = known[success]
+        with contextlib.ExitStack() as left:
+            self._file = Path(left.enter_context(tempfile.TemporaryDirectory())) / "episodes"
+            self._functions = [self._started(entry, max_new_tokens, left) for entry in self._entries]
+            self._threads = left.enter_context(concurrent.futures.ThreadPoolExecutor(len(self._entries)))
+            self._left = left.pop_all()
 
     def __enter__(self) -> "Rewards":
         return self
@@ -91,14 +93,14 @@ class Rewards:
     def __exit__(self, *error: object) -> None:
         self._left.close()
 
-    def _started(self, entry: Entry, max_new_tokens: int) -> Function | Toolbox:
+    def _started(self, entry: Entry, max_new_tokens: int, left: contextlib.ExitStack) -> Function | Toolbox:
         if not entry.is_apart:
             return bound(entry.text, max_new_tokens)
         tools = Toolbox(
             [entry.text], seconds=self._config.seconds, memory_mib=_UNLIMITED, characters=_UNLIMITED, workers=1,
             loader="minimind_jax.rl.reward_worker:load", start_seconds=max(60.0, self._config.seconds),
         )  # fmt: skip
-        return self._left.enter_context(tools)
+        return left.enter_context(tools)
 
     def __call__(self, episodes: Sequence[Episode]) -> dict[str, float]:
         """Fills `rewards` and `reward` of the episodes; returns how many values each function failed to give.
@@ -202,15 +204,6 @@ def _parameters(name: str) -> dict[str, inspect.Parameter]:
     return {key: each for key, each in found.items() if key != "episode" and each.kind is not each.KEYWORD_ONLY}
 
 
-def _success_of(success: str, found: Sequence[Entry]) -> str:
-    if not success:
-        return found[0].name
-    for entry in found:
-        if success.strip() in (entry.name, entry.text):
-            return entry.name
-    raise UserError(f"rewards.success {success} is none of rewards.use: {', '.join(entry.name for entry in found)}")
-
-
 def bound(text: str, max_new_tokens: int = 0) -> Function:
     """One of our functions with its arguments, `NAME` or `NAME(ARGUMENTS)`. Raises UserError for wrong ones."""
     name, arguments = _NAMED.fullmatch(text).groups()
@@ -237,18 +230,18 @@ def bound(text: str, max_new_tokens: int = 0) -> Function:
 
 
 def _arguments(name: str, text: str) -> dict[str, Any]:
-    """What stands in the brackets, by position or by name; the last argument may hold commas."""
+    """What stands in the brackets, by position or by name; "quotes" hold commas, and one argument alone may, too."""
     parameters, given = _parameters(name), {}
-    for position, piece in enumerate(text.split(",", max(0, len(parameters) - 1)) if text else ()):
-        key, equals, value = piece.partition("=")
-        if not equals or key.strip() not in parameters:
-            key, value = list(parameters)[position] if parameters else "", piece
-        value, kind = value.strip(), parameters[key.strip()].annotation if key else None
-        if len(value) > 1 and value[0] == value[-1] in ("'", '"'):
+    pieces = _COMMAS.split(text) if len(parameters) > 1 else [text]
+    for position, piece in enumerate(pieces if text else ()):
+        key, equals, value = (part.strip() for part in piece.partition("="))
+        if not equals or key not in parameters:
+            key, value = dict(enumerate(parameters)).get(position, ""), piece.strip()
+        if len(value) > 1 and value[0] == value[-1] == '"':
             value = value[1:-1]
         try:
-            given[key.strip()] = convert(kind, value)
-        except (ValueError, TypeError, ArithmeticError):
+            given[key] = convert(parameters[key].annotation, value)
+        except (KeyError, ValueError, TypeError, ArithmeticError):
             raise UserError(f"rewards.use {name}({text}): expected {_shown(name)}; {value!r} is wrong there") from None
     missing = [key for key, each in parameters.items() if each.default is each.empty and key not in given]
     if missing:

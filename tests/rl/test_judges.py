@@ -86,7 +86,7 @@ def test_our_reward_model_and_classifiers(folders, capsys):
     texts = ["The cat sat", "你好", "done"]
     logits = Scorer(folders["topics"]).texts(texts).astype(np.float64)
     shares = (np.exp(logits) / np.exp(logits).sum(1, keepdims=True))[:, 1]
-    found = values(f"model({folders['topics']}, dogs, big)", talks())
+    found = values(f'model({folders["topics"]}, label="dogs, big")', talks())
     assert [found[0], found[1], found[3]] == pytest.approx(shares.tolist(), abs=1e-6) and found[2] == 0
     likely = 1 / (1 + np.exp(-Scorer(folders["marks"]).texts(texts).astype(np.float64)[:, 0]))
     found = values(f"model({folders['marks']}, label=new)", talks())
@@ -105,9 +105,9 @@ def test_our_reward_model_and_classifiers(folders, capsys):
         ("model", "there is no folder"),
         ("model(no/such/run)", "no/such/run"),
         ("model({language})", "is a language model"),
-        ("model({topics})", "it has the labels cats, dogs, big"),
-        ("model({topics}, birds)", "it has the labels cats"),
-        ("model({reward}, good)", "it is a reward model, without labels"),
+        ("model({topics})", "its scores are of cats, dogs, big; expected one of several"),
+        ("model({topics}, birds)", "its scores are of cats"),
+        ("model({reward}, good)", "its scores are of score; .*none of one"),
         ("judge(localhost:8000)", "expected http:// or https://"),
         ("judge(http://localhost/a,b)", "'b' is wrong there"),
     ],
@@ -128,6 +128,9 @@ def test_transformers_says_of_our_models_what_we_say(folders):
         assert theirs(talks()) == pytest.approx(ours(talks()), abs=1e-5)
     assert theirs([]) == [] and theirs([episode("  ")]) == [0]
     assert judges.hf(folders["reward"])([]) == []
+    assert values(f'hf({folders["topics"]}, "dogs, big")', talks()) == pytest.approx(
+        judges.model(folders["topics"], "dogs, big")(talks()), abs=1e-5
+    )
     with pytest.raises(UserError, match=r"no sequence classifier: its weights lack score\.weight"):
         judges.hf(folders["language"])
 
