@@ -17,7 +17,10 @@ from minimind_jax.training.state import create_state, state_shardings
 from minimind_jax.training.step import make_train_step
 
 WORDS = 64
-OPTIONS = {"level": "sequence", "correction": "sequence", "entropy": 0.01, "temperature": 0.8}  # of real steps
+OPTIONS = {  # of real steps
+    "level": "sequence", "epsilon_high": 0.3, "kl_estimator": "k3", "entropy": 0.02, "temperature": 0.8,
+    "correction": "sequence",
+}  # fmt: skip
 # The platform is said: to ask for it would start JAX before the processes of a test have joined.
 MODEL = LanguageModel(
     ModelConfig(

@@ -1,6 +1,6 @@
 """Losses of policies as TRL computes them, on drawn log-probabilities: its own method with a small stand-in for `self`.
 
-    python tests/losses/policy_oracle.py        writes tests/fixtures/policy.npz (trl 1.9)
+    python tests/losses/policy_oracle.py        writes tests/fixtures/policy.npz (trl 1.9; 1.16 gives the same)
 
 Nothing here is a formula: test_policy_trl.py compares ours with the file, and with TRL itself where it is installed.
 """
@@ -77,7 +77,7 @@ def trl_loss(name: str, drawn: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         accelerator=accelerator,
         args=types.SimpleNamespace(
             delta=options.get("delta"), use_bias_correction_kl=False, sapo_temperature_pos=1.0,
-            sapo_temperature_neg=1.05, entropy_target=0.0,
+            sapo_temperature_neg=1.05, entropy_target=0.0, steps_per_generation=1,
         ),
         loss_type=kind, beta=beta, epsilon_low=options.get("epsilon_low", 0.2),
         epsilon_high=options.get("epsilon_high", 0.2),

@@ -11,7 +11,6 @@ from policy_rows import MODEL, OPTIONS, episodes, init_policy_and_critic, train,
 from minimind_jax.losses.policy import (
     correction_weights,
     divergences,
-    make_policy_loss,
     policy_losses,
     policy_sum,
     ratios,
@@ -135,40 +134,40 @@ def parameters():
 
 def test_the_loss_is_the_sum_of_its_weighted_parts():
     batch, params = episodes(), parameters()
-    options = {"epsilon_high": 0.3, "kl_estimator": "k3", "entropy": 0.02, "temperature": 1.3, "correction": "token"}
-    loss_fn = jax.jit(make_policy_loss(MODEL, **options, critic=MODEL))
-    numerator, denominator, metrics = loss_fn(params, batch, None)
-    hidden = MODEL.read_batch(params, batch).hidden_BTD
-    logits = np.asarray(MODEL.logits(params, hidden), np.float64) / 1.3
+    found = train([batch], **OPTIONS)[0][0]
+    logits, hidden = jax.jit(lambda b: (MODEL.apply(params, b)[0], MODEL.apply(params["critic"], b)[1].hidden_BTD))(
+        batch["tokens"]
+    )
+    logits = np.asarray(logits, np.float64) / OPTIONS["temperature"]
     log_softmax = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     log_probs = np.take_along_axis(log_softmax, batch["targets"][..., None], -1)[..., 0]
     entropies = -(np.exp(log_softmax) * log_softmax).sum(-1)
-    critic = params["critic"]
-    foreseen = np.asarray(MODEL.read_batch(critic, batch).hidden_BTD) @ np.asarray(critic["score"]["kernel"])[..., 0]
+    foreseen = np.asarray(hidden, np.float64) @ np.asarray(params["critic"]["score"]["kernel"])[..., 0]
     b = {name: x.astype(np.float64) for name, x in batch.items()}
+    ratios = expected_ratios(log_probs, b["old_log_probs"], b["mask"], "sequence", log_probs)
     losses = expected_losses(
-        log_probs, b["old_log_probs"], b["advantages"], b["mask"], "token", log_probs, epsilon_high=0.3
+        log_probs, b["old_log_probs"], b["advantages"], b["mask"], "sequence", log_probs, epsilon_high=0.3
     )
-    losses *= np.minimum(np.exp(b["old_log_probs"] - b["sampler_log_probs"]), 2)
+    apart = (b["old_log_probs"] - b["sampler_log_probs"]) * b["mask"]
+    losses *= np.minimum(np.exp(apart.sum(1, keepdims=True)), 2)
     d = b["reference_log_probs"] - log_probs
+    k3 = np.exp(d) - d - 1
     near = np.clip(foreseen, b["old_values"] - 0.2, b["old_values"] + 0.2)
     errors = np.maximum((foreseen - b["returns"]) ** 2, (near - b["returns"]) ** 2) / 2
-    expected = (b["weights"] * (losses - 0.02 * entropies)).sum()
-    expected += (b["kl_weights"] * (np.exp(d) - d - 1)).sum() + (b["value_weights"] * errors).sum()
-    assert float(numerator) == pytest.approx(expected, rel=1e-5)
-    assert float(denominator) == len(b["mask"])
+    expected = (b["weights"] * (losses - 0.02 * entropies) + b["kl_weights"] * k3 + b["value_weights"] * errors).sum()
+    assert found["loss"] == pytest.approx(expected / len(b["mask"]), rel=1e-5)
 
     def mean(x):
         return pytest.approx((x * b["mask"]).sum() / b["mask"].sum(), rel=1e-5)
 
-    found = {name: float(metric.value()) for name, metric in metrics.items()}
     assert found["loss/policy_avg"] == mean(losses)
     assert found["loss/value_avg"] == mean(errors)
-    assert found["kl"] == mean(np.exp(d) - d - 1)
+    assert found["kl"] == mean(k3)
     assert found["entropy"] == mean(entropies)
     assert found["approx_kl"] == mean((log_probs - b["old_log_probs"]) ** 2 / 2)
-    assert found["val/ratio"] == mean(np.exp(log_probs - b["old_log_probs"]))
-    assert found["sampling/sampling_logp_difference/mean"] == mean(abs(b["old_log_probs"] - b["sampler_log_probs"]))
+    assert found["val/ratio"] == mean(ratios)
+    assert found["sampling/sampling_logp_difference/mean"] == mean(abs(apart))
+    assert found["sampling/sampling_logp_difference/max"] == pytest.approx(abs(apart).max(), rel=1e-5)
     assert found["tokens"] == b["mask"].sum()
 
 
@@ -190,8 +189,9 @@ def test_padding_and_micro_batches_change_nothing():
         np.testing.assert_allclose(one, other, atol=1e-5 * float(jnp.abs(one).max()))
 
 
-@pytest.mark.parametrize("level", ["token", "sequence", "sequence_token"])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    ("name", "level"), [*((name, "token") for name in LOSSES), ("clip", "sequence"), ("cispo", "sequence_token")]
+)
 def test_gradients_are_finite_wherever_the_policy_has_gone(name, level):
     """Rows without a token, ratios of e^+-200, infinities where nothing is trained."""
     log_probs, old, advantages, mask = drawn()
