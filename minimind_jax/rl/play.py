@@ -44,6 +44,10 @@ class Writer(Protocol):
         """Ends an answer as it is."""
 
 
+class GaveUp(Exception):
+    """The run is to stop: what was begun is not played to its end."""
+
+
 class Start(NamedTuple):
     """An episode that is to be played. prompt: its tokens. thinking: whether it was asked to think."""
 
@@ -89,17 +93,20 @@ def play(
     seconds: float = 0.0,
     report: Callable[[int], None] = lambda count: None,
     tell: Callable[[str], None] = lambda note: None,
+    is_stopping: Callable[[], bool] = lambda: False,
 ) -> list[Episode]:
     """Plays all episodes, in the order of `starts`.
 
     sampling: of each turn, whose seed comes of the start's and the number of the turn. turns: of an episode at most.
     seq_len: tokens of an episode at most. seconds: that an episode may take from when it begins to write; 0 for no
-    limit. report: told how many more are done. tell: hears what went wrong.
+    limit. report: told how many more are done. tell: hears what went wrong. is_stopping: asked between two steps of the
+    writer.
 
     While environments answer within PATIENCE, an episode is the same to the last bit whenever it is played; once one
     took longer, nobody waits any more, and numbers may differ in their last bits (who shares a step with whom decides
     the order of sums).
-    Raises UserError for a prompt that fills seq_len, and where all episodes of several prompts ended by errors.
+    Raises UserError for a prompt that fills seq_len, and where all episodes of several prompts ended by errors; GaveUp
+    where the run is to stop.
     """
     for start in starts:
         if (count := len(start.prompt)) >= seq_len:
@@ -107,7 +114,7 @@ def play(
                 f"{start.task.where}: a prompt of {count} tokens leaves no room for an answer in data.seq_len {seq_len}"
             )
     limits = sampling, turns, seq_len, seconds or math.inf
-    table = _Table(writer, environment, tokenizer, *limits, report)
+    table = _Table(writer, environment, tokenizer, *limits, report, is_stopping)
     first = {start.group: start.seed for start in reversed(starts)}
     episodes = table.play([_seat(number, start, first[start.group]) for number, start in enumerate(starts)])
     if table.errors:
@@ -139,6 +146,7 @@ class _Table:
     seq_len: int
     seconds: float
     report: Callable[[int], None]
+    is_stopping: Callable[[], bool]
     writing: dict[Answer, _Seat] = dataclasses.field(default_factory=dict)
     waiting: set[_Seat] = dataclasses.field(default_factory=set)
     replies: "queue.SimpleQueue[tuple[_Seat, Reply]]" = dataclasses.field(default_factory=queue.SimpleQueue)
@@ -150,6 +158,8 @@ class _Table:
             for seat in seats:
                 self._ask(seat)
             while self.writing or self.waiting:
+                if self.is_stopping():
+                    raise GaveUp
                 for answer in self.writer.step(patient=True) if self.writing else ():
                     if seat := self.writing.get(answer):
                         seat.deadline = min(seat.deadline, time.monotonic() + self.seconds)

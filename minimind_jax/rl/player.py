@@ -1,6 +1,7 @@
 """Episodes of a run's tasks, written by its policy, rewarded, and told."""
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.model.transformer import Params
 from minimind_jax.rl.environment import Environment
 from minimind_jax.rl.episode import Episode, Task
-from minimind_jax.rl.play import Start, Writer, play
+from minimind_jax.rl.play import GaveUp, Start, Writer, play
 from minimind_jax.rl.rewards import Rewards
 from minimind_jax.rl.rollout import Rollout, Row, describe, groups_of, shared, teaches_nothing
 from minimind_jax.rl.tasks import Tasks, drawn_tasks, encode_task, refilling_tasks, thinks
@@ -71,13 +72,14 @@ class Player:
         self._environment.close()
         self.rewards.__exit__()
 
-    def rollout(self, params: Params, number: int) -> Played:
-        """The rollout of that number, which follows from it, the parameters and the run's seed."""
+    def rollout(self, params: Params, number: int, is_stopping: Callable[[], bool]) -> Played:
+        """The rollout of that number, which follows from it, the parameters and the run's seed. Raises `play.GaveUp`
+        where the run is to stop."""
         wanted, config, seconds = self.config.rollout, self.config, {}
         started = time.perf_counter()
-        writer = self._policy.load(params)
+        ask = functools.partial(self._ask, self._policy.load(params), is_stopping)
         numbers = drawn_tasks(len(self.tasks.train), wanted.prompts, config.seed, number)
-        rows, episodes = self._ask(writer, numbers, f"rollout/{number}", 0, seconds)
+        rows, episodes = ask(numbers, f"rollout/{number}", 0, seconds)
         asked = wanted.prompts
         for attempt in range(config.policy.refill):
             good = [group for group in groups_of(rows).values() if not teaches_nothing(group)]
@@ -86,7 +88,7 @@ class Player:
                 break
             share = -(-missing // self._process[1]) * self._process[1]
             numbers = refilling_tasks(len(self.tasks.train), share, config.seed, number, attempt)
-            more, played = self._ask(writer, numbers, f"rollout/{number}/{attempt}", asked, seconds)
+            more, played = ask(numbers, f"rollout/{number}/{attempt}", asked, seconds)
             rows, episodes, asked = rows + more, episodes + played, asked + share
         if config.policy.refill:
             groups = groups_of(rows).values()
@@ -99,7 +101,13 @@ class Player:
         return Played(Rollout(rows, told), episodes)
 
     def _ask(
-        self, writer: Writer, numbers: Sequence[int], name: str, first: int, told: dict[str, float]
+        self,
+        writer: Writer,
+        is_stopping: Callable[[], bool],
+        numbers: Sequence[int],
+        name: str,
+        first: int,
+        told: dict[str, float],
     ) -> tuple[list[Row], list[Episode]]:
         """The rows of all processes and the episodes of this one, of tasks by their numbers. first: group. told: gets
         what is counted."""
@@ -109,7 +117,7 @@ class Player:
             Asked(first + place, task, thinks(config, task, f"{name}/{place}"), f"{name}/{place}")
             for place, task in enumerate(self.tasks.train[number] for number in numbers)
         ][index * share : (index + 1) * share]
-        episodes = self.play(writer, asked, config.rollout.completions, self._sampling)
+        episodes = self.play(writer, is_stopping, asked, config.rollout.completions, self._sampling)
         started = time.perf_counter()
         failures = self.rewards(episodes)
         told["time/rewards"] = told.get("time/rewards", 0.0) + time.perf_counter() - started
@@ -118,7 +126,14 @@ class Player:
                 told[key] = told.get(key, 0.0) + value
         return shared([Row.of(episode) for episode in episodes]), episodes
 
-    def play(self, writer: Writer, asked: Sequence[Asked], completions: int, sampling: SamplingConfig) -> list[Episode]:
+    def play(
+        self,
+        writer: Writer,
+        is_stopping: Callable[[], bool],
+        asked: Sequence[Asked],
+        completions: int,
+        sampling: SamplingConfig,
+    ) -> list[Episode]:
         config, starts = self.config, []
         for group, task, thinking, name in asked:
             prompt = encode_task(self.tokenizer, task, thinking)
@@ -129,7 +144,7 @@ class Player:
         limits = {"turns": agent.turns, "seconds": agent.seconds} if agent else {}
         return play(
             writer, starts, self._environment, self.tokenizer, sampling=sampling, seq_len=config.data.seq_len,
-            tell=announce, **limits,
+            tell=announce, is_stopping=is_stopping, **limits,
         )  # fmt: skip
 
     # Held-out tasks ---------------------------------------------------------------------------------------------------
@@ -147,25 +162,35 @@ class Player:
         asked = [
             Asked(n, task, thinks(config, task, f"held out/{n}"), f"held out/{n}") for n, task in enumerate(tasks)
         ][index::processes]
-        writer = self._policy.load(params)
+        judge = functools.partial(self._judged, self._policy.load(params), is_stopping, asked)
         greedy = dataclasses.replace(self._sampling, temperature=0.0, top_k=0, top_p=1.0)
-        rows = self._judged(writer, asked, 1, greedy)
-        if is_stopping():
+        count, drawn = config.held_out.completions, []
+        try:
+            rows = judge(1, greedy)
+            if count:
+                drawn = groups_of(judge(count, self._sampling)).values()
+        except GaveUp:
             return None
         found = {
             "reward": statistics.fmean(row.reward for row in rows),
             "success": statistics.fmean(row.rewards["success"] for row in rows),
             "length": statistics.fmean(row.written for row in rows),
         }
-        if count := config.held_out.completions:
-            drawn = groups_of(self._judged(writer, asked, count, self._sampling)).values()
+        if drawn:
             found[f"pass@{count}"] = statistics.fmean(any(row.rewards["success"] for row in group) for group in drawn)
             found["drawn_success"] = statistics.fmean(row.rewards["success"] for group in drawn for row in group)
         return found
 
-    def _judged(self, writer: Writer, asked: Sequence[Asked], completions: int, sampling: SamplingConfig) -> list[Row]:
+    def _judged(
+        self,
+        writer: Writer,
+        is_stopping: Callable[[], bool],
+        asked: Sequence[Asked],
+        completions: int,
+        sampling: SamplingConfig,
+    ) -> list[Row]:
         """Rows of all processes, whose rewards say whether each is a success, too."""
-        episodes = self.play(writer, asked, completions, sampling)
+        episodes = self.play(writer, is_stopping, asked, completions, sampling)
         self.rewards(episodes)
         for episode in episodes:
             episode.rewards = episode.rewards | {"success": float(self.rewards.success(episode))}

@@ -20,6 +20,7 @@ from minimind_jax.model.transformer import Params
 from minimind_jax.rl.advantages import next_beta
 from minimind_jax.rl.batches import arrays_of, minibatches, with_advantages
 from minimind_jax.rl.pages import show, write_page
+from minimind_jax.rl.play import GaveUp
 from minimind_jax.rl.player import Played, Player
 from minimind_jax.rl.rollout import Rollout
 from minimind_jax.rl.scoring import Scorer
@@ -42,7 +43,7 @@ class Rollouts:
         self._batches: list[Batch] = []
         self._ahead: tuple[int, Callable[[], Rollout]] | None = None  # a rollout that is written already, or soon
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
-        self._steps, self._shown = 0, False
+        self._steps, self._shown, self._is_closed = 0, False, False
 
     def planned_steps(self, training: LoopConfig) -> int:
         rollouts = math.ceil((training.epochs or 1) * len(self.player.tasks.train) / self.config.rollout.prompts - 1e-6)
@@ -94,18 +95,22 @@ class Rollouts:
             "steps": f"{steps:,} ({steps // self.stride:,} rollouts{each})",
         }
 
-    def begin(self, step: int, steps: int) -> None:
-        self._steps = steps
+    def begin(self, step: int, steps: int, is_stopping: Callable[[], bool]) -> None:
+        self._steps, self._is_stopping = steps, is_stopping
 
-    def next(self, step: int, params: Params) -> tuple[Batch, Mapping[str, float]]:
+    def next(self, step: int, params: Params) -> tuple[Batch, Mapping[str, float]] | None:
         told = {}
         if step % self.stride == 0:
-            told = self._learn(step // self.stride, params)
+            try:
+                told = self._learn(step // self.stride, params)
+            except GaveUp:
+                return None
         batch, (index, processes) = self._batches[step % self.stride], self._process
         share = len(batch["tokens"]) // processes
         return {name: array[index * share : (index + 1) * share] for name, array in batch.items()}, told
 
     def close(self) -> None:
+        self._is_closed = True
         self._thread.shutdown()
         self.player.close()
 
@@ -129,18 +134,20 @@ class Rollouts:
     def _rollout(self, number: int, params: Params) -> Rollout:
         """That of this number; the one behind it begins to be written, if it is to be ahead."""
         ahead, self._ahead = self._ahead, None
-        found = ahead[1]() if ahead and ahead[0] == number else self._play(number, params)
+        found = ahead[1]() if ahead and ahead[0] == number else self._play(number, params, self._is_stopping)
         if self.config.rollout.ahead and (number + 1) * self.stride < self._steps:
             if self.config.rollout.server:
-                writing = self._thread.submit(self._play, number + 1, params)
+                # The update, which comes before a checkpoint, takes its parameters away: only an error ends it early.
+                writing = self._thread.submit(self._play, number + 1, params, lambda: self._is_closed)
                 self._ahead = number + 1, writing.result
             else:
-                written = self._play(number + 1, params)
+                self._ahead = number, lambda: found  # for the checkpoint, if the run is to stop meanwhile
+                written = self._play(number + 1, params, self._is_stopping)
                 self._ahead = number + 1, lambda: written
         return found
 
-    def _play(self, number: int, params: Params) -> Rollout:
-        played = self.player.rollout(params, number)
+    def _play(self, number: int, params: Params, is_stopping: Callable[[], bool]) -> Rollout:
+        played = self.player.rollout(params, number, is_stopping)
         self._tell(played, number)
         return played.rollout
 

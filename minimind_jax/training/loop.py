@@ -66,17 +66,19 @@ def train(
         UserError: the checkpoint is of another model or other data, the loss is not finite, the disk is full, ...
         Interrupted: SIGTERM, SIGHUP or Ctrl-C; the state is saved.
     """
-    config, stride = filled(config), recipe.source.stride
-    check_patience(config.training, recipe.evaluation is not None)
-    total_steps = recipe.source.planned_steps(config.training)
-    check_agreement({"the number of steps": total_steps})
-    watch = Watch(config.training.watch)
-    skip = Skip(recipe.skip_above, stride) if recipe.skip_above else None
-    program = make_program(config, recipe.parameters, recipe.loss_fn, mesh, total_steps, skip)
-    facts = run_facts(config, recipe, stage, model, mesh, program.parts, total_steps, has_words)
-    timetable = Timetable(config, total_steps, stride)
-    is_first = jax.process_index() == 0
-    with ending_alone(), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(recipe.source))
+        config, stride = filled(config), recipe.source.stride
+        check_patience(config.training, recipe.evaluation is not None)
+        total_steps = recipe.source.planned_steps(config.training)
+        check_agreement({"the number of steps": total_steps})
+        watch = Watch(config.training.watch)
+        skip = Skip(recipe.skip_above, stride) if recipe.skip_above else None
+        program = make_program(config, recipe.parameters, recipe.loss_fn, mesh, total_steps, skip)
+        facts = run_facts(config, recipe, stage, model, mesh, program.parts, total_steps, has_words)
+        timetable = Timetable(config, total_steps, stride)
+        is_first = jax.process_index() == 0
+        stack.enter_context(ending_alone())
         stop = stack.enter_context(StopRequest())  # the last to go: a second signal must not disturb a save
         best = watch.best if config.checkpoint.keep_best or config.training.patience else None
         checkpoints = stack.enter_context(Checkpoints(run.checkpoints, keep=config.checkpoint.keep, best=best))
@@ -180,18 +182,20 @@ class Loop:
         """From `step`, whose state this is, to the end, or until patience is lost. Returns where it has come to."""
         self.observe(state, step)
         source, total_steps = self.recipe.source, self.timetable.total_steps
-        with contextlib.closing(source):
-            source.begin(step, total_steps)
-            while step < total_steps and not self.has_lost_patience():
-                if step % source.stride == 0:
-                    self.stop_if_asked(state, step)
-                state, step = self.train_step(state, step), step + 1
-                self.checkpoints.poll()
-                if self.timetable.saves(step):
-                    self.save(state, step)
-                self.observe(state, step)
+        source.begin(step, total_steps, self.is_stopping)
+        while step < total_steps and not self.has_lost_patience():
+            if step % source.stride == 0:
+                self.stop_if_asked(state, step)
+            state, step = self.train_step(state, step), step + 1
+            self.checkpoints.poll()
+            if self.timetable.saves(step):
+                self.save(state, step)
+            self.observe(state, step)
         self.stop_if_asked(state, step)
         return state, step
+
+    def is_stopping(self) -> bool:
+        return self.stop.signal is not None
 
     def has_lost_patience(self) -> bool:
         """Whether `training.patience` evaluations in a row were no better than the best before them."""
@@ -199,7 +203,10 @@ class Loop:
 
     def train_step(self, state: TrainState, step: int) -> TrainState:
         """The state after one more step, which the device may still be doing."""
-        batch, told = self.recipe.source.next(step, state.all_params())
+        made = self.recipe.source.next(step, state.all_params())
+        if made is None:
+            self.stop_if_asked(state, step)
+        batch, told = made
         # Rows of other processes are as full as ours, nearly: asking them would cost a message a step.
         tokens = int(np.count_nonzero(batch["segment_ids"])) * self.row_processes
         state, metrics = self.profiler.step(step + 1, self.program.step, state, shard_batch(batch, self.mesh))
@@ -246,7 +253,7 @@ class Loop:
 
     def evaluate(self, params: Params, step: int) -> None:
         """Writes the evaluation's numbers as val_NAME; left out when the run is asked to stop meanwhile."""
-        found = self.recipe.evaluation(params, lambda: self.stop.signal is not None)
+        found = self.recipe.evaluation(params, self.is_stopping)
         if found is None:
             return
         self.watch.add(step, found)

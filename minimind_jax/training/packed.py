@@ -47,7 +47,7 @@ class PackedRows:
             "steps": f"{steps:,} ({epochs:.3g} epochs of {self.batches.steps_per_epoch:,})",
         }
 
-    def begin(self, step: int, steps: int) -> None:
+    def begin(self, step: int, steps: int, is_stopping: Callable[[], bool]) -> None:
         self._reader = self._open.enter_context(contextlib.closing(self.batches.iterate(step, steps - step)))
 
     def next(self, step: int, params: Params) -> tuple[Batch, Mapping[str, float]]:

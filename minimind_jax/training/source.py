@@ -40,11 +40,15 @@ class Source(Protocol):
     def facts(self, steps: int) -> dict[str, str]:
         """What is printed at the start of a run of so many steps: `training data` and `steps`, at least."""
 
-    def begin(self, step: int, steps: int) -> None:
-        """The calls of `next` are about to come, for the steps [step, steps). Here begins what reads ahead."""
+    def begin(self, step: int, steps: int, is_stopping: Callable[[], bool]) -> None:
+        """The calls of `next` are about to come, for the steps [step, steps). Here begins what reads ahead.
 
-    def next(self, step: int, params: Params) -> tuple[Batch, Mapping[str, float]]:
-        """The batch of a step, this process's rows of it; and numbers to be logged with the step's metrics.
+        is_stopping: says at any time whether the run is to stop.
+        """
+
+    def next(self, step: int, params: Params) -> tuple[Batch, Mapping[str, float]] | None:
+        """The batch of a step, this process's rows of it; and numbers to be logged with the step's metrics. None for
+        the first step of a stride, where it gave up since the run is to stop.
 
         params: all of the model's, on the mesh, as the steps before left them. They are given to the step afterwards,
             which overwrites them: a source that needs them later copies them.
@@ -54,7 +58,7 @@ class Source(Protocol):
         """
 
     def close(self) -> None:
-        """Ends what `begin` began. There may be no more calls than this."""
+        """Ends what was begun here or when the source was made. There may be no more calls than this."""
 
 
 class Evaluation(Protocol):

@@ -49,7 +49,7 @@ class Rollouts:
     def facts(self, steps):
         return {"training data": "rollouts", "steps": str(steps)}
 
-    def begin(self, step, steps):
+    def begin(self, step, steps, is_stopping):
         self.is_open = True
 
     def next(self, step, params):
