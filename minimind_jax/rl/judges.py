@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from minimind_jax.errors import UserError
+from minimind_jax.paths import as_path
 from minimind_jax.rl.episode import Episode
 from minimind_jax.rl.reward_values import Function, foreign
 from minimind_jax.shell import install_command
@@ -100,18 +101,21 @@ def _likely(
 # Models of others -----------------------------------------------------------------------------------------------------
 
 
-def _package(name: str) -> Any:
+def _libraries(what: str, folder: str) -> tuple[Any, Any]:
+    """torch and transformers, for a model that is in a folder. Raises UserError where one of them is not there."""
+    if not as_path(folder).is_dir():
+        raise UserError(f"rewards.use {what}({folder}): there is no such folder; download the model into one first")
     try:
-        return importlib.import_module(name)
+        return importlib.import_module("torch"), importlib.import_module("transformers")
     except ImportError as error:
-        raise UserError(f"rewards.use: {name} cannot be imported ({error}): {install_command('rewards')}") from error
+        raise UserError(f"rewards.use {what}: {error}; install it: {install_command('rewards')}") from error
 
 
 def hf(folder: str, label: str = "", device: str = "cpu") -> Function:
     """A transformers sequence classifier: with one score, that of the conversation without thoughts (in its chat
     template, or as the pair of the last question and answer); else the probability of the label for the last answer, 0
     for an empty one. Raises UserError for a model that is none, and for a label that it has not."""
-    torch, transformers = _package("torch"), _package("transformers")
+    torch, transformers = _libraries("hf", folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     kind = transformers.AutoModelForSequenceClassification
     network, told = kind.from_pretrained(folder, output_loading_info=True)
@@ -149,7 +153,7 @@ def hf(folder: str, label: str = "", device: str = "cpu") -> Function:
 def internlm2(folder: str, device: str = "cpu", clip: float = 3.0) -> Function:
     """A reward model with get_score(tokenizer, messages), as InternLM2's have: its score of the conversation without
     thoughts, cut to -clip .. clip as MiniMind does. The folder's own code is run."""
-    torch, transformers = _package("torch"), _package("transformers")
+    torch, transformers = _libraries("internlm2", folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     network = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto").to(device).eval()
     if not hasattr(network, "get_score"):

@@ -193,8 +193,8 @@ def _there_are() -> str:
 
 
 def _shown(name: str) -> str:
-    """A function as it is called: length(low, high)."""
-    parameters = ", ".join(_parameters(name))
+    """A function as it is called: length(low, high), repetition(n=3)."""
+    parameters = ", ".join(str(each.replace(annotation=each.empty)) for each in _parameters(name).values())
     return f"{name}({parameters})" if parameters else name
 
 

@@ -108,6 +108,8 @@ def test_our_reward_model_and_classifiers(folders, capsys):
         ("model({topics})", "its scores are of cats, dogs, big; expected one of several"),
         ("model({topics}, birds)", "its scores are of cats"),
         ("model({reward}, good)", "its scores are of score; .*none of one"),
+        ("hf(no/such)", r"hf\(no/such\): there is no such folder; download"),
+        ("internlm2(no/such, clip=x)", "'x' is wrong there"),
         ("judge(localhost:8000)", "expected http:// or https://"),
         ("judge(http://localhost/a,b)", "'b' is wrong there"),
     ],
