@@ -40,20 +40,8 @@ class Environment(Protocol):
         """There are no more episodes."""
 
 
-class SingleTurn:
+class SingleTurn(Environment):
     """Answers nothing: an episode is one turn. A base for environments that need only some of the functions."""
-
-    def start(self, task: Task, seed: int) -> Any:
-        return None
-
-    def step(self, state: Any, turn: Turn) -> Sequence[Message] | None:
-        return None
-
-    def end(self, state: Any) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 class Offered(NamedTuple):
@@ -123,7 +111,7 @@ def load_environment(settings: AgentSettings, tokenizer: Tokenizer) -> Environme
         made = getattr(imported(place), attribute)()
     except Exception as error:
         raise UserError(f"the environment {name} cannot be made: {type(error).__name__}: {error}") from error
-    functions = [name for name in vars(SingleTurn) if not name.startswith("_")]
+    functions = [name for name in vars(Environment) if not name.startswith("_")]
     if missing := [function for function in functions if not callable(getattr(made, function, None))]:
         raise UserError(
             f"the environment {name} has no function {missing[0]}; it needs {', '.join(functions)} (a class that "

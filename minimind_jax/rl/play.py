@@ -188,22 +188,21 @@ class _Table:
         answer = self.writer.submit(Request(tuple(episode.tokens), sampling, stop_ids=ends, priority=number))
         self.writing[answer] = seat
 
-    def _hear(self, answer: Answer, finish: str = "") -> None:
-        """Takes what was written, and has the environment answer it. finish: why it was ended from here."""
+    def _hear(self, answer: Answer) -> None:
+        """Takes what was written, and has the environment answer it."""
         seat = self.writing.pop(answer)
         episode, ids = seat.episode, answer.ids
         has_ended = answer.finish_reason == "stop" and ids[-1] in answer.ends
-        if not has_ended:
+        if answer.finish_reason == "cancelled":
+            episode.finish = "seconds"
+        elif not has_ended:
             is_full = answer.request.sampling.max_new_tokens < self.sampling.max_new_tokens
-            cut = "tokens" if is_full else "length"
-            episode.finish = finish or (cut if answer.finish_reason in ("length", "stop") else "error")
+            episode.finish = "tokens" if is_full else "length"
         if ids:
             episode.turns.append(self._turn(episode.tokens, ids, has_ended))
         episode.tokens += ids
         episode.sampled += [True] * len(ids)
         episode.logprobs += [token.sampled_logprob for token in answer.tokens]
-        if episode.finish == "error":
-            self.errors[seat.number] = answer.error or RuntimeError(f"its answer was {answer.finish_reason}")
         self.waiting.add(seat)
         threading.Thread(target=self._answer, args=(seat,), daemon=True).start()
 
@@ -223,7 +222,7 @@ class _Table:
         """Takes what the environment said; the next turn, or the end."""
         episode = seat.episode
         if reply.error is not None:
-            self.errors.setdefault(seat.number, reply.error)
+            self.errors[seat.number] = reply.error
         if reply.observations:
             episode.turns[-1] = episode.turns[-1]._replace(observations=reply.observations)
         episode.finish = reply.finish
@@ -300,7 +299,7 @@ class _Table:
             if now > seat.deadline:
                 seat.deadline = now + self.seconds  # for its environment to end
                 self.writer.cancel(answer)
-                self._hear(answer, "seconds")
+                self._hear(answer)
 
 
 def _described(error: BaseException) -> str:
