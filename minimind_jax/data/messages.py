@@ -24,6 +24,7 @@ OTHER_ROLES = {
 CONTENT = ("content", "value", "text")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 SWITCHES = ("train", "training", "loss")  # whether a message is trained; weight says it with a number
+EMPTY_ANSWERS = "empty answers of the assistant are not trained"
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 Message = dict[str, Any]
@@ -169,7 +170,7 @@ def _without_loss_if_empty(message: Message, place: Place) -> Message:
     """An answer of no words is context: whoever learns it learns to say nothing."""
     if message["role"] != "assistant" or says_something(message) or not message.get("train", True):
         return message
-    place.tell("empty answers of the assistant are not trained")
+    place.tell(EMPTY_ANSWERS)
     return {**message, "train": False}
 
 

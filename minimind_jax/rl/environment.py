@@ -63,7 +63,7 @@ class ToolUse(SingleTurn):
         self._tokenizer, self._most = tokenizer, settings.observation_tokens
         limits = {"seconds": settings.tool_seconds, "memory_mib": settings.tool_memory}
         self._tools = Toolbox(settings.tools, **limits, characters=_WIDEST * self._most, workers=WORKERS)
-        self.names = self._tools.names
+        self.schemas = self._tools.schemas
 
     def start(self, task: Task, seed: int) -> Offered:
         schemas = [tool.get("function") or tool for tool in task.tools or ()]

@@ -1,6 +1,5 @@
 """The tasks of a run: its records' prompts, those that are held out, and which of them a rollout asks."""
 
-import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -12,12 +11,14 @@ import numpy as np
 from minimind_jax.config.rl import RLConfig
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.jsonl import iter_records, reading_of, tell
+from minimind_jax.data.messages import EMPTY_ANSWERS
 from minimind_jax.data.prompts import read_prompt, shortened
 from minimind_jax.data.template import Dice
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.rl.episode import Task
 from minimind_jax.seeds import named_seed
+from minimind_jax.tools.schema import Schema
 from minimind_jax.training.defaults import FEWEST_TO_SPLIT
 
 THINKING = (False, True)
@@ -40,15 +41,16 @@ class Tasks(NamedTuple):
         return found.hexdigest()
 
 
-def read_tasks(config: RLConfig, tokenizer: Tokenizer) -> Tasks:
+def read_tasks(config: RLConfig, tokenizer: Tokenizer, tools: Sequence[Schema] = ()) -> Tasks:
     """All prompts of data.train, and those of data.val or a share of the others.
 
+    tools: of an agent, which are offered where a prompt offers none itself.
     Raises UserError for a broken record, unless data.on_error skips them, and for a prompt that leaves no room for its
     answer, unless rollout.long_prompts says what to do.
     """
-    train, notes = _read(config, tokenizer, config.data.train, "data.train")
+    train, notes = _read(config, tokenizer, config.data.train, "data.train", tools)
     if config.data.val:
-        held_out, more = _read(config, tokenizer, config.data.val, "data.val")
+        held_out, more = _read(config, tokenizer, config.data.val, "data.val", tools)
         return Tasks(train, held_out, notes + more)
     count = round(len(train) * (config.data.val_fraction or 0)) if len(train) >= FEWEST_TO_SPLIT else 0
     if config.data.val_fraction and not count and len(train) > 1:
@@ -61,7 +63,9 @@ def read_tasks(config: RLConfig, tokenizer: Tokenizer) -> Tasks:
     return Tasks(kept, [train[n] for n in sorted(aside)], notes)
 
 
-def _read(config: RLConfig, tokenizer: Tokenizer, files: Sequence[str], name: str) -> tuple[list[Task], list[str]]:
+def _read(
+    config: RLConfig, tokenizer: Tokenizer, files: Sequence[str], name: str, tools: Sequence[Schema]
+) -> tuple[list[Task], list[str]]:
     if not files:
         raise UserError(f"{name} is empty; give files of prompts: --{name} FILE.jsonl")
     reading, told, counts = reading_of(config.data), Counter(), Counter()
@@ -75,9 +79,9 @@ def _read(config: RLConfig, tokenizer: Tokenizer, files: Sequence[str], name: st
 
     for number, record in enumerate(iter_records(files, skip, reading, told)):
         try:
-            silent = dataclasses.replace(record, told=Counter())  # of the answer that is left out
-            asked, _ = dice.roll(number)(read_prompt(silent, reading).as_conversation())
-            task = Task(record.where, asked.messages, asked.tools, dict(record.value), asked.variables)
+            asked, _ = dice.roll(number)(read_prompt(record, reading).as_conversation())
+            offered = asked.tools or list(tools) or None
+            task = Task(record.where, asked.messages, offered, dict(record.value), asked.variables)
             encode_task(tokenizer, task, thinking=False)
         except UserError as error:
             skip(error)
@@ -86,7 +90,12 @@ def _read(config: RLConfig, tokenizer: Tokenizer, files: Sequence[str], name: st
         counts["prompts are too long and left out (rollout.long_prompts)"] += fitting is None
         counts["prompts lost their beginning (rollout.long_prompts)"] += fitting not in (None, task)
         tasks += [fitting] if fitting else []
-    tell(told)
+        if tools:
+            there_are = {schema["function"]["name"] for schema in tools}
+            counts["prompts offer no tools, and get those of agent.tools"] += not asked.tools
+            for missing in {(tool.get("function") or tool)["name"] for tool in asked.tools or ()} - there_are:
+                counts[f"prompts offer {missing}, which agent.tools does not have: a call of it fails"] += 1
+    tell(Counter({key: count for key, count in told.items() if key[1] != EMPTY_ANSWERS}))  # they are left out
     if not tasks:
         raise UserError(f"{', '.join(map(str, files))}: no prompt is left to learn from")
     return tasks, [f"{name}: {count:,} {note}" for note, count in counts.items() if count]

@@ -38,7 +38,8 @@ def recipe(run: Run) -> Recipe:
     say_if_endless(run.tokenizer)
     process = data_process(run.mesh)
     check(config, process[1])
-    tasks = read_tasks(config, run.tokenizer)
+    environment = load_environment(config.agent, run.tokenizer) if isinstance(config, AgentConfig) else SingleTurn()
+    tasks = read_tasks(config, run.tokenizer, getattr(environment, "schemas", ()))
     for note in tasks.notes:
         announce(note)
     reference = critic = None
@@ -48,7 +49,6 @@ def recipe(run: Run) -> Recipe:
     if config.has_critic:
         critic = LanguageModel(run.model.config, run.model.compute)
         parameters = with_critic(run, parameters, critic)
-    environment = load_environment(config.agent, run.tokenizer) if isinstance(config, AgentConfig) else SingleTurn()
     rewards = Rewards(config.rewards, config.rollout.max_new_tokens, config.seed)
     player = Player(config, run.tokenizer, tasks, policy_of(run, process[1]), environment, rewards, process)
     scorer = Scorer(config, run.mesh, run.model, reference, critic)

@@ -200,7 +200,9 @@ def offering(names, **fields):
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_call_is_told_what_is_wrong_with_it(small, hostile, name):
     text, words = HOSTILE[name]
-    state = hostile.start(offering(set(hostile.names) - {"random_number"}), seed=0)
+    state = hostile.start(
+        offering({schema["function"]["name"] for schema in hostile.schemas} - {"random_number"}), seed=0
+    )
     turn = turn_of(text)
     told = hostile.step(state, turn)
     assert len(told) == len(turn.calls) >= 1 and {message["role"] for message in told} == {"tool"}
@@ -247,7 +249,7 @@ def test_an_environment_of_ones_own_is_loaded_by_its_name(small, monkeypatch):
     made = load_environment(AgentSettings(environment="user_environments:Guess"), small)
     assert made.step({"number": 5, "tries": 0}, Turn("5", "5", (), (), 0, 2, "stop")) is None
     with contextlib.closing(load_environment(AgentSettings(tools=("calculator",)), small)) as tools:
-        assert tools.names == ["calculate_math"]
+        assert [schema["function"]["name"] for schema in tools.schemas] == ["calculate_math"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,93 @@
+"""Tasks: what is read of a record, which are held out and asked, and prompts that are too long."""
+
+import dataclasses
+import json
+
+import pytest
+
+from minimind_jax.config.rl import GRPOConfig, PromptsConfig, RolloutConfig
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.errors import UserError
+from minimind_jax.rl.tasks import drawn_tasks, encode_task, read_tasks, refilling_tasks, thinks
+from minimind_jax.tools.toolbox import Toolbox
+
+
+@pytest.fixture
+def config(tmp_path):
+    def make(records, **changes):
+        file = tmp_path / "prompts.jsonl"
+        file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
+        rollout = RolloutConfig(max_new_tokens=16, **changes)
+        data = PromptsConfig(train=(str(file),), seq_len=64, val_fraction=0.25)
+        return GRPOConfig(data=data, rollout=rollout)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def tokenizer(world):
+    return Tokenizer.load(world.folder / "tokenizer")
+
+
+FORMATS = {
+    "text": {"prompt": "the cat", "answer": "2"},
+    "messages": {"prompt": [{"role": "user", "content": "the cat"}], "answer": "2"},
+    "ours": {
+        "conversations": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": ""}],
+        "answer": "2",
+    },
+    "GSM8K": {"question": "the cat", "answer": "2"},
+    "verl": {"prompt": [{"role": "user", "content": "the cat"}], "answer": "2", "extra_info": {"split": "train"}},
+}
+
+
+@pytest.mark.parametrize("record", FORMATS.values(), ids=FORMATS)
+def test_prompts_of_all_formats_are_the_same_task(config, tokenizer, record, capsys):
+    (task,) = read_tasks(config([record]), tokenizer).train
+    assert [(message["role"], message["content"]) for message in task.messages] == [("user", "the cat")]
+    assert task.fields["answer"] == "2" and task.tools is None
+    assert "not trained" not in capsys.readouterr().err
+
+
+def test_some_are_held_out_and_all_are_asked_before_one_comes_again(config, tokenizer):
+    records = [{"prompt": f"cat {n}", "answer": n} for n in range(40)]
+    tasks = read_tasks(config(records), tokenizer)
+    assert (len(tasks.train), len(tasks.held_out)) == (30, 10)
+    asked = [n for rollout in range(5) for n in drawn_tasks(30, 8, 1, rollout)]
+    assert sorted(asked[:30]) == list(range(30)) and len(set(asked[30:])) == 10
+    assert drawn_tasks(3, 8, 1, 0) == drawn_tasks(3, 8, 1, 0)
+    assert refilling_tasks(30, 4, 1, 0, 0) != refilling_tasks(30, 4, 1, 0, 1)
+    few = read_tasks(config(records[:5]), tokenizer)
+    assert not few.held_out and "too few" in few.notes[0]
+
+
+@pytest.mark.parametrize(("wanted", "left"), [("skip", 1), ("cut", 2)])
+def test_prompts_that_are_too_long(config, tokenizer, wanted, left):
+    records = [{"prompt": "the cat"}, {"prompt": "▄██░ 你好 " * 40}]
+    with pytest.raises(UserError, match=r"prompts.jsonl:2: the prompt has .*long_prompts"):
+        read_tasks(config(records), tokenizer)
+    tasks = read_tasks(config(records, long_prompts=wanted), tokenizer)
+    assert len(tasks.train) == left and tasks.notes[0].startswith("data.train: 1 prompts")
+    assert all(len(encode_task(tokenizer, task, True)) <= 48 for task in tasks.train)
+
+
+def test_thinking_is_drawn_for_a_group_or_said_by_its_record(config, tokenizer):
+    records = [{"prompt": "the cat"}, {"prompt": "the cat", "chat_template_kwargs": {"enable_thinking": False}}]
+    made = config(records, thinking=0.5)
+    drawn, said = read_tasks(made, tokenizer).train
+    assert {thinks(made, drawn, str(n)) for n in range(20)} == {True, False}
+    assert not any(thinks(made, said, str(n)) for n in range(20))
+
+
+def test_an_agents_tools_are_offered_where_a_prompt_has_none(config, tokenizer):
+    own = {"type": "function", "function": {"name": "rates", "parameters": {"type": "object", "properties": {}}}}
+    records = [{"prompt": "the cat"}, {"prompt": "the cat", "tools": [own]}]
+    wide = dataclasses.replace(config(records), data=PromptsConfig(train=config(records).data.train, seq_len=2000))
+    with Toolbox(["random"]) as tools:
+        tasks = read_tasks(wide, tokenizer, tools.schemas)
+        assert tasks.train[0].tools == tools.schemas
+    assert tasks.train[1].tools[0]["function"]["name"] == "rates"
+    assert [note.split(": ", 1)[1] for note in tasks.notes][:2] == [
+        "1 prompts offer no tools, and get those of agent.tools",
+        "1 prompts offer rates, which agent.tools does not have: a call of it fails",
+    ]
