@@ -8,6 +8,7 @@ import json
 import math
 import pickle
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -75,6 +76,7 @@ class Rewards:
 
     def __init__(self, config: RewardsConfig, max_new_tokens: int, seed: int):
         self._config, self._seed = config, seed
+        self._said: set[Entry] = set()  # whose first failure was told
         self._entries = entries(config.use)
         self.names = [entry.name for entry in self._entries]
         known = {text: entry.name for entry in self._entries for text in (entry.name, entry.text)}
@@ -138,12 +140,16 @@ class Rewards:
 
     def _failures(self, entry: Entry, values: Sequence[Value], episodes: Sequence[Episode]) -> int:
         failed = [n for n, value in enumerate(values) if isinstance(value, str)]
-        if failed and self._config.on_error == "stop":
+        if failed and entry not in self._said:
             where, words = episodes[failed[0]].task.where, values[failed[0]]
-            raise UserError(
-                f"rewards.use {entry.text}: {where}: {words} ({len(failed)} of {len(episodes)} completions); mend it, "
-                "give it more rewards.seconds, or set rewards.on_error count to train without what fails"
-            )
+            told = f"rewards.use {entry.text}: {where}: {words} ({len(failed)} of {len(episodes)} completions)"
+            if self._config.on_error == "stop":
+                raise UserError(
+                    f"{told}; mend it, give it more rewards.seconds, or set rewards.on_error count to train without "
+                    "what fails"
+                )
+            print(f"{told}; they go without it, and rewards/{entry.name}/failures counts them", file=sys.stderr)
+            self._said.add(entry)
         return len(failed)
 
     def success(self, episode: Episode) -> bool:

@@ -140,6 +140,13 @@ def test_both_forms_of_a_users_function():
     ]
 
 
+def test_trls_own_functions_are_called():
+    trl = pytest.importorskip("trl.rewards")
+    texts = ["<think>a</think>b", "a</think>b", "<think>a"]
+    expected = trl.think_format_reward([[{"role": "assistant", "content": text}] for text in texts])
+    assert own("trl.rewards:think_format_reward")([episode(text) for text in texts]) == expected == [1, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -195,7 +202,7 @@ def test_a_function_that_hangs_or_fails_stops_the_run_and_is_named():
     assert time.monotonic() - started < 20
 
 
-def test_failures_are_counted_and_the_next_call_works():
+def test_failures_are_counted_and_the_next_call_works(capfd):
     names = ["sleeps", "crashes", "jealous", "picky"]
     with rewards("length(1, 1)", *(f"{USER}:{name}" for name in names), on_error="count", seconds=1.0) as give:
         for _ in range(2):
@@ -206,6 +213,8 @@ def test_failures_are_counted_and_the_next_call_works():
             assert [each.reward for each in texts] == [1 - 0.5, 0, 0.5]
         give([one := episode("a")])
         assert one.rewards == {"length": 1, "sleeps": None, "crashes": None, "jealous": 1, "picky": -0.5}
+    told = capfd.readouterr().err
+    assert all(told.count(f"{name}: f.jsonl:1: ") == 1 for name in names) and "rewards/picky/failures counts" in told
 
 
 def test_a_pattern_that_explodes_is_ended():
