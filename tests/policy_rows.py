@@ -5,14 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from steps import keep_gradient, no_rates
 
-from minimind_jax.config.sections import OptimizerConfig
 from minimind_jax.losses.policy import make_policy_loss
 from minimind_jax.model.config import ComputeConfig, ModelConfig
 from minimind_jax.model.heads import head_axes, init_head
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.sharding import param_shardings, shard_batch
-from minimind_jax.training.optimizer import make_clip, make_optimizer, make_rates
+from minimind_jax.training.optimizer import make_clip
 from minimind_jax.training.state import create_state, state_shardings
 from minimind_jax.training.step import make_train_step
 
@@ -72,27 +72,22 @@ def init_policy_and_critic():
 @functools.cache
 def make_step(mesh=None, parts=1, **options):
     """The real step of a policy and its critic, and the state before the first."""
-    # eps is raised so that Adam's division does not blow up the rounding of gradients near zero.
-    config = OptimizerConfig(learning_rate=1e-3, eps=1e-4)
-    params, shardings = init_policy_and_critic(), None
-    optimizer, rates = make_optimizer(config, 10), make_rates(config, 10)
+    params, shardings, optimizer = init_policy_and_critic(), None, keep_gradient()
     if mesh is not None:
         axes = {**MODEL.logical_axes(), "critic": {**MODEL.logical_axes(), **head_axes()}}
         abstract = jax.eval_shape(lambda: params)
         lies = param_shardings(mesh, axes, abstract)
         params, shardings = jax.device_put(params, lies), state_shardings(optimizer, lies, abstract)
     step = make_train_step(
-        make_policy_loss(MODEL, critic=MODEL, **options), optimizer, rates, make_clip(1.0),
+        make_policy_loss(MODEL, critic=MODEL, **options), optimizer, no_rates, make_clip(0.0),
         accumulation_steps=parts, shardings=shardings,
     )  # fmt: skip
     return step, create_state(params, optimizer, shardings)
 
 
-def train(batches, mesh=None, **settings):
-    """The metrics of each step, and the parameters behind them."""
+def step_on(batch, mesh=None, **settings):
+    """The metrics of a real step, and its gradient."""
     step, state = make_step(mesh, **settings)
-    state, history = jax.tree.map(jnp.copy, state), []
-    for batch in batches:
-        state, metrics = step(state, batch if mesh is None else shard_batch(batch, mesh))
-        history.append({name: float(value) for name, value in metrics.items()})
-    return history, state.params
+    batch = batch if mesh is None else shard_batch(batch, mesh)
+    state, metrics = step(jax.tree.map(jnp.copy, state), batch)
+    return {name: float(value) for name, value in metrics.items()}, state.opt_state

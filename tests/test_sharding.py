@@ -194,10 +194,10 @@ def difference_of_pieces(mesh_config):
 
 
 def difference_of_policies(mesh_config):
-    """Of two steps of a policy and its critic on a mesh, in micro-batches, to those on one device."""
-    batches = [policy_rows.episodes(seed, rows=16) for seed in range(2)]
-    many = policy_rows.train(batches, make_mesh(mesh_config), parts=2, **policy_rows.OPTIONS)
-    return largest_difference(many, policy_rows.train(batches, **policy_rows.OPTIONS))
+    """Of a step of a policy and its critic on a mesh, in micro-batches, to that on one device."""
+    batch = policy_rows.episodes(rows=16)
+    many = policy_rows.step_on(batch, make_mesh(mesh_config), parts=2, **policy_rows.OPTIONS)
+    return largest_difference(many, policy_rows.step_on(batch, **policy_rows.OPTIONS))
 
 
 def main_of_one_process_of_two():

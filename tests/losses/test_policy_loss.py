@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from policy_rows import MODEL, OPTIONS, episodes, init_policy_and_critic, train, with_more_columns
+from policy_rows import MODEL, OPTIONS, episodes, init_policy_and_critic, step_on, with_more_columns
 
 from minimind_jax.losses.policy import (
     correction_weights,
@@ -92,6 +92,26 @@ def test_each_loss_and_its_gradient_are_the_formula(name, level):
         assert float(gradient[row, column]) == pytest.approx(slope / (2 * step), rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_token"])
+def test_without_old_log_probabilities_the_policy_is_that_of_the_rollout(level):
+    log_probs, sampler, advantages, mask = (jnp.float32(array) for array in drawn())
+    batch = {"mask": mask, "weights": mask, "advantages": advantages, "sampler_log_probs": sampler}
+    given = {"epsilon_low": 0.0, "epsilon_high": 0.0, "level": level}
+
+    @functools.partial(jax.grad, has_aux=True)
+    def gradient(log_probs, batch):
+        total, metrics = policy_sum(log_probs, log_probs, batch, **given)
+        return total, metrics["val/ratio"].value()
+
+    without, ratio = jax.jit(gradient)(log_probs, batch)
+    known, _ = jax.jit(gradient)(log_probs, {**batch, "old_log_probs": log_probs})
+    assert ratio == 1
+    np.testing.assert_allclose(without, known, rtol=1e-6)
+    counts = mask.sum(1, keepdims=True)
+    expected = (advantages * mask).sum(1, keepdims=True) / jnp.maximum(counts, 1) if level == "sequence" else advantages
+    np.testing.assert_allclose(without, -expected * mask, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_divergences_are_their_formulas(estimator):
     log_probs, reference, *_ = drawn(2)
@@ -134,7 +154,7 @@ def parameters():
 
 def test_the_loss_is_the_sum_of_its_weighted_parts():
     batch, params = episodes(), parameters()
-    found = train([batch], **OPTIONS)[0][0]
+    found, _ = step_on(batch, **OPTIONS)
     logits, hidden = jax.jit(lambda b: (MODEL.apply(params, b)[0], MODEL.apply(params["critic"], b)[1].hidden_BTD))(
         batch["tokens"]
     )
@@ -180,12 +200,11 @@ def test_log_probs_and_values_do_not_see_what_follows_or_pads():
 
 
 def test_padding_and_micro_batches_change_nothing():
-    batches = [episodes(seed) for seed in range(2)]
-    history, params = train(batches, **OPTIONS)
-    other_history, other_params = train([with_more_columns(batch, 5) for batch in batches], parts=4, **OPTIONS)
-    for one, other in zip(history, other_history, strict=True):
-        assert one == pytest.approx(other, rel=1e-5, abs=1e-6)
-    for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(other_params), strict=True):
+    batch = episodes()
+    metrics, gradients = step_on(batch, **OPTIONS)
+    other_metrics, other_gradients = step_on(with_more_columns(batch, 5), parts=4, **OPTIONS)
+    assert metrics == pytest.approx(other_metrics, rel=1e-5, abs=1e-6)
+    for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(other_gradients), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5 * float(jnp.abs(one).max()))
 
 
@@ -221,5 +240,6 @@ def test_a_batch_without_a_trained_token_has_no_gradient():
     batch = episodes()
     for name in ("mask", "weights", "kl_weights", "value_weights"):
         batch[name] = 0 * batch[name]
-    history, _ = train([batch], **OPTIONS)
-    assert history[0]["loss"] == history[0]["grad_norm"] == history[0]["tokens"] == history[0]["skipped"] == 0
+    metrics, gradients = step_on(batch, **OPTIONS)
+    assert metrics["loss"] == metrics["grad_norm"] == metrics["tokens"] == metrics["skipped"] == 0
+    assert not any(gradient.any() for gradient in jax.tree.leaves(gradients))

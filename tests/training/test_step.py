@@ -6,9 +6,9 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from safetensors.numpy import load_file
+from steps import keep_gradient, no_rates
 
 from minimind_jax.config.sections import OptimizerConfig
 from minimind_jax.errors import UserError
@@ -23,11 +23,6 @@ from minimind_jax.training.step import MADE, NOT_FINITE, make_eval_step, make_tr
 
 TINY = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "intermediate_size": 48}  # fmt: skip
-
-
-def no_rates(step):
-    return {}
-
 
 HF_NAMES = {
     "embed": "embed_tokens",
@@ -73,15 +68,6 @@ def assert_almost_all_close(got, expected):
     errors = np.concatenate([error.ravel() for error in errors])
     assert np.mean(errors > 1e-5) < 0.01
     assert errors.max() < 5e-3
-
-
-def keep_gradient():
-    """An optimizer that moves nothing and whose state is the last gradient it was given."""
-
-    def update(grads, state, params=None, **_):
-        return jax.tree.map(jnp.zeros_like, grads), grads
-
-    return optax.GradientTransformationExtraArgs(lambda params: jax.tree.map(jnp.zeros_like, params), update)
 
 
 def loss_and_gradient(model, params, batch, accumulation_steps=1, max_grad_norm=0.0):
