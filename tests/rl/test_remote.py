@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import http.server
 import json
+import shutil
 import threading
 import time
 
@@ -12,51 +13,53 @@ import httpx
 import jax
 import numpy as np
 import pytest
+from run_helpers import rows_of
+from worlds import write_lines
 
 from minimind_jax.config.generation import SamplingConfig
-from minimind_jax.convert.hf import load_hf, save_hf
+from minimind_jax.config.rl import GRPOConfig, RewardsConfig, RolloutConfig
+from minimind_jax.convert.hf import load_hf, read_hf_config
 from minimind_jax.convert.peft import rank_table
-from minimind_jax.data.tokenizer import train_bpe
+from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.request import Request
-from minimind_jax.model.config import ComputeConfig, ModelConfig
+from minimind_jax.model.config import ComputeConfig
 from minimind_jax.model.lora import init_adapters, join, make_adapter, merge
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.rl.environment import SingleTurn
 from minimind_jax.rl.episode import Task
 from minimind_jax.rl.play import Start, play
 from minimind_jax.rl.remote import RemotePolicy
+from minimind_jax.stages import start
+from minimind_jax.training.run import RunFolder
 from tests.serve.conftest import Process, wait_until
 
-TEXTS = ["one two three, 1, 2, 3, 4, 5: the cat sat on the mat", "你好，世界。今天天气很好", '{"a": [1, 2, null]} 🐱']
 PROMPTS = [(5, 60, 70), (80,), tuple(range(20, 60)), (5, 60, 70)]
 PLAIN = SamplingConfig(max_new_tokens=24, temperature=1.0, top_p=1.0)
 WARM = dataclasses.replace(PLAIN, temperature=0.7, top_p=0.9, top_k=40)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return train_bpe(TEXTS * 3, tmp_path_factory.mktemp("words"), vocab_size=360)
+def folder(base, tmp_path_factory):
+    return shutil.copytree(RunFolder(base).model, tmp_path_factory.mktemp("served") / "policy")
 
 
 @pytest.fixture(scope="module")
-def model():
-    config = ModelConfig(
-        vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.3, eos_token_id=(2, 70),
-    )  # fmt: skip
-    return LanguageModel(config, ComputeConfig(dtype="float32"))
+def tokenizer(base):
+    return Tokenizer.load(RunFolder(base).model)
+
+
+@pytest.fixture(scope="module")
+def model(base):
+    return LanguageModel(read_hf_config(RunFolder(base).model), ComputeConfig(dtype="float32"))
 
 
 @pytest.fixture(scope="module")
 def params(model):
-    return [model.init(jax.random.key(seed)) for seed in range(3)]
-
-
-@pytest.fixture(scope="module")
-def folder(model, params, tokenizer, tmp_path_factory, compilation_cache):
-    return save_hf(tmp_path_factory.mktemp("served") / "policy", model.config, params[0], tokenizer, "float32")
+    """Of policies whose answers are varied."""
+    config = dataclasses.replace(model.config, initializer_range=0.3)
+    return [LanguageModel(config).init(jax.random.key(seed)) for seed in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +139,22 @@ def test_episodes_are_those_that_an_engine_plays(url, policy_at, model, tokenize
             other.text,
         )
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_run_learns_from_a_server_what_it_learns_by_itself(url, folder, make, tmp_path, ahead):
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": f"the {n} cat"} for n in range(12)])
+    loop = {"steps": 4, "eval_every": 2, "eval_rows": 2, "batch_tokens": None}
+    rollout = RolloutConfig(prompts=2, completions=4, max_new_tokens=8, ahead=ahead, correction="token")
+    own = {"rollout": rollout, "rewards": RewardsConfig(use=("length(1, 6)",)), "rate": 3e-2}
+    alone = make(GRPOConfig, tmp_path / "alone", prompts, training=loop, **own)
+    served = dataclasses.replace(rollout, server=url, server_model=str(folder))
+    remote = make(GRPOConfig, tmp_path / "remote", prompts, training=loop, **{**own, "rollout": served})
+    expected, found = (rows_of(start(config)) for config in (alone, remote))
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for one, other in zip(found, expected, strict=True):
+        for name in ("reward", "loss", "val_reward"):
+            assert one.get(name) == pytest.approx(other.get(name), abs=1e-4), (one["step"], name)
 
 
 def test_adapters_are_merged_into_what_the_server_gets(url, model, tokenizer, params, folder):
@@ -218,8 +237,8 @@ def changing(**changes):
 FAULTS = {
     "without token ids": changing(token_ids=None),
     "without log-probabilities": changing(sampled_logprobs=None, logprobs=None),
-    "model's ids are 0 to 383": changing(token_ids=lambda ids: [ids[0] + 400, *ids[1:]]),
-    "has another tokenizer": changing(token_ids=lambda ids: [(i + 7) % 300 + 40 for i in ids]),
+    "model's ids are 0 to 303": changing(token_ids=lambda ids: [ids[0] + 400, *ids[1:]]),
+    "has another tokenizer": changing(token_ids=lambda ids: [(i + 7) % 200 + 80 for i in ids]),
     "other tokens before the prompt": changing(prompt_token_ids=lambda ids: [1, *ids]),
     "not by a token that ends one": changing(
         token_ids=lambda ids: ids[:-1], sampled_logprobs=lambda values: values[:-1], finish_reason=lambda _: "stop"
