@@ -48,6 +48,7 @@ class Player:
     """Plays a run's tasks.
 
     process: (index, count) of this process among those with rows of their own (see `sharding.data_process`).
+    settle: waits for a rollout that another thread has written at present.
     """
 
     def __init__(
@@ -62,6 +63,8 @@ class Player:
     ):
         self.config, self.tokenizer, self.tasks, self.rewards = config, tokenizer, tasks, rewards
         self._policy, self._environment, self._process = policy, environment, process
+        self.settle: Callable[[], object] = lambda: None
+        self._began = 0.0
         rollout = config.rollout
         self._sampling = SamplingConfig(
             max_new_tokens=rollout.max_new_tokens, temperature=rollout.temperature, top_k=rollout.top_k,
@@ -72,12 +75,16 @@ class Player:
         self._environment.close()
         self.rewards.__exit__()
 
-    def rollout(self, params: Params, number: int, is_stopping: Callable[[], bool]) -> Played:
-        """The rollout of that number, which follows from it, the parameters and the run's seed. Raises `play.GaveUp`
-        where the run is to stop."""
+    def load(self, params: Params) -> Writer:
+        """Who writes a rollout with these parameters, which may go away then."""
+        self._began = time.perf_counter()
+        return self._policy.load(params)
+
+    def rollout(self, writer: Writer, number: int, is_stopping: Callable[[], bool]) -> Played:
+        """The rollout of that number, which follows from it, the writer's parameters and the run's seed. Raises
+        `play.GaveUp` where the run is to stop."""
         wanted, config, seconds = self.config.rollout, self.config, {}
-        started = time.perf_counter()
-        ask = functools.partial(self._ask, self._policy.load(params), is_stopping)
+        ask = functools.partial(self._ask, writer, is_stopping)
         numbers = drawn_tasks(len(self.tasks.train), wanted.prompts, config.seed, number)
         rows, episodes = ask(numbers, f"rollout/{number}", 0, seconds)
         asked = wanted.prompts
@@ -97,7 +104,7 @@ class Player:
             rows = [row for group in [*good, *poor][: wanted.prompts] for row in group]
             seconds |= {"refill/prompts": asked, "refill/kept": min(len(good), wanted.prompts)}
         told = describe(rows, wanted.max_new_tokens) | {name: float(value) for name, value in seconds.items()}
-        told["time/rollout"] = time.perf_counter() - started - told.get("time/rewards", 0.0)
+        told["time/rollout"] = time.perf_counter() - self._began - told.get("time/rewards", 0.0)
         return Played(Rollout(rows, told), episodes)
 
     def _ask(
@@ -162,6 +169,7 @@ class Player:
         asked = [
             Asked(n, task, thinks(config, task, f"held out/{n}"), f"held out/{n}") for n, task in enumerate(tasks)
         ][index::processes]
+        self.settle()
         judge = functools.partial(self._judged, self._policy.load(params), is_stopping, asked)
         greedy = dataclasses.replace(self._sampling, temperature=0.0, top_k=0, top_p=1.0)
         count, drawn = config.held_out.completions, []

@@ -20,7 +20,7 @@ from minimind_jax.model.transformer import Params
 from minimind_jax.rl.advantages import next_beta
 from minimind_jax.rl.batches import arrays_of, minibatches, with_advantages
 from minimind_jax.rl.pages import show, write_page
-from minimind_jax.rl.play import GaveUp
+from minimind_jax.rl.play import GaveUp, Writer
 from minimind_jax.rl.player import Played, Player
 from minimind_jax.rl.rollout import Rollout
 from minimind_jax.rl.scoring import Scorer
@@ -134,20 +134,24 @@ class Rollouts:
     def _rollout(self, number: int, params: Params) -> Rollout:
         """That of this number; the one behind it begins to be written, if it is to be ahead."""
         ahead, self._ahead = self._ahead, None
-        found = ahead[1]() if ahead and ahead[0] == number else self._play(number, params, self._is_stopping)
+        if ahead and ahead[0] == number:
+            found = ahead[1]()
+        else:
+            found = self._play(number, self.player.load(params), self._is_stopping)
         if self.config.rollout.ahead and (number + 1) * self.stride < self._steps:
+            writer = self.player.load(params)  # now, for the next step takes the parameters away
             if self.config.rollout.server:
                 # The update, which comes before a checkpoint, takes its parameters away: only an error ends it early.
-                writing = self._thread.submit(self._play, number + 1, params, lambda: self._is_closed)
-                self._ahead = number + 1, writing.result
+                writing = self._thread.submit(self._play, number + 1, writer, lambda: self._is_closed)
+                self._ahead, self.player.settle = (number + 1, writing.result), writing.result
             else:
                 self._ahead = number, lambda: found  # for the checkpoint, if the run is to stop meanwhile
-                written = self._play(number + 1, params, self._is_stopping)
+                written = self._play(number + 1, writer, self._is_stopping)
                 self._ahead = number + 1, lambda: written
         return found
 
-    def _play(self, number: int, params: Params, is_stopping: Callable[[], bool]) -> Rollout:
-        played = self.player.rollout(params, number, is_stopping)
+    def _play(self, number: int, writer: Writer, is_stopping: Callable[[], bool]) -> Rollout:
+        played = self.player.rollout(writer, number, is_stopping)
         self._tell(played, number)
         return played.rollout
 

@@ -80,6 +80,10 @@ def check(config: RLConfig, processes: int) -> None:
             "warning: rollout.top_k and top_p leave out tokens in the rollout, and the loss does not know of it: its "
             "log-probabilities are of another distribution (sampling/sampling_logp_difference tells by how much)"
         )
+    if rollout.ahead and rollout.server and processes > 1:
+        raise UserError(
+            f"rollout.ahead with rollout.server is of one process, and there are {processes}; set rollout.ahead 0"
+        )
     if rollout.ahead and rollout.correction == "none":
         raise UserError(
             "rollout.ahead writes with older parameters than those it trains; set rollout.correction token or sequence"

@@ -143,15 +143,21 @@ def test_episodes_are_those_that_an_engine_plays(url, policy_at, model, tokenize
 
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_a_run_learns_from_a_server_what_it_learns_by_itself(url, folder, make, tmp_path, ahead):
-    prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": f"the {n} cat"} for n in range(12)])
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": f"the {n} cat"} for n in range(24)])
     loop = {"steps": 4, "eval_every": 2, "eval_rows": 2, "batch_tokens": None}
     rollout = RolloutConfig(prompts=2, completions=4, max_new_tokens=8, ahead=ahead, correction="token")
-    own = {"rollout": rollout, "rewards": RewardsConfig(use=("length(1, 6)",)), "rate": 3e-2}
+    own = {
+        "rollout": rollout,
+        "rewards": RewardsConfig(use=("repetition(1)",)),
+        "rate": 3e-2,
+        "data": {"val_fraction": 0.25},
+    }
     alone = make(GRPOConfig, tmp_path / "alone", prompts, training=loop, **own)
     served = dataclasses.replace(rollout, server=url, server_model=str(folder))
     remote = make(GRPOConfig, tmp_path / "remote", prompts, training=loop, **{**own, "rollout": served})
     expected, found = (rows_of(start(config)) for config in (alone, remote))
     assert [row["step"] for row in found] == [row["step"] for row in expected]
+    assert max(abs(row.get("loss", 0)) for row in found) > 1e-3
     for one, other in zip(found, expected, strict=True):
         for name in ("reward", "loss", "val_reward"):
             assert one.get(name) == pytest.approx(other.get(name), abs=1e-4), (one["step"], name)
