@@ -34,10 +34,10 @@ class Environment(Protocol):
         it writes again; None where the episode is over. A tool's message may say `is_error`."""
 
     def end(self, state: Any) -> None:
-        """Once for every start, whatever ended the episode: the last word on its state, which rewards read."""
+        """Once for every start, whatever ended the episode but the end of the run: the last word on its state."""
 
     def close(self) -> None:
-        """There are no more episodes."""
+        """There are no more episodes, also where some were given up in the middle."""
 
 
 class SingleTurn(Environment):

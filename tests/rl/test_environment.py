@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from players import CALCULATOR, Told, asks, start_of, tiny
 from templates import CHATML, DEEPSEEK, LLAMA3, QWEN3_WHOLE, with_template
 
@@ -23,6 +25,7 @@ from minimind_jax.rl.environment import ToolUse, load_environment
 from minimind_jax.rl.episode import Task, Turn
 from minimind_jax.rl.play import Start, play
 from minimind_jax.tools.toolbox import Observation
+from tests.data.talk import TEXT
 
 # As Mistral's: a result names the call that it is of, which must have been there.
 PICKY = (
@@ -134,6 +137,22 @@ def test_replies_are_what_any_template_writes_behind_an_answer(small, tmp_path, 
         whole = render_jinja(template, [*asks("How many?"), answer, reply], None, eos_token=end, **asked)
         after = tokenizer.decode(ids, skip_special_tokens=False)
         assert whole.endswith(end + after) and "five zyxprobe" in after and "It is." not in after
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    replies=st.lists(st.tuples(st.sampled_from(["tool", "user", "system"]), TEXT), min_size=1, max_size=3),
+    thinking=st.booleans(),
+)
+def test_replies_are_those_of_the_conversation_whatever_they_say(small, replies, thinking):
+    """The tokens that our template gives them between two answers, cut where those of training are."""
+    messages = [{"role": role, "content": text} for role, text in replies]
+    thought = {"reasoning_content": "hm"} if thinking else {}
+    talk = Conversation([*asks("q"), says("one", **thought), *messages, says("two", **thought)])
+    whole = encode_conversation(small, talk).ids.tolist()
+    begin = whole.index(small.turn_end_id, whole.index(small.turn_end_id) + 1) + 1  # behind the first answer
+    end = len(small.encode(("hm\n</think>\n\n" if thinking else "") + "two<|im_end|>\n"))
+    assert encode_replies(small, messages, None, thinking) == whole[begin : len(whole) - end]
 
 
 def test_a_template_that_cannot_write_replies_is_refused(small, tmp_path):
