@@ -238,13 +238,17 @@ class RLConfig(RunConfig):
                 f"rollout.prompts x rollout.completions = {self.rollout.sequences} completions do not divide by "
                 f"policy.minibatches {steps}"
             )
-        tokens = self.rollout.sequences // steps * self.data.seq_len
-        if self.training.batch_tokens not in (None, tokens):
+        rows = self.rollout.sequences // steps
+        if self.training.batch_tokens not in (None, rows * self.data.seq_len):
             raise ValueError(
                 f"training.batch_tokens {self.training.batch_tokens}: it follows from rollout.prompts x completions / "
-                f"policy.minibatches x data.seq_len and is {tokens}; leave it out"
+                f"policy.minibatches x data.seq_len and is {rows * self.data.seq_len}; leave it out"
             )
-        object.__setattr__(self, "training", dataclasses.replace(self.training, batch_tokens=tokens))
+        if rows % self.training.accumulation_steps:
+            raise ValueError(
+                f"the {rows} completions of a step do not divide by training.accumulation_steps "
+                f"{self.training.accumulation_steps}"
+            )
         super().__post_init__()
         if self.rollout.max_new_tokens >= self.data.seq_len:
             raise ValueError(
@@ -259,6 +263,11 @@ class RLConfig(RunConfig):
             )
         if self.policy.refill and self.policy.advantage not in ("group", "leave_one_out"):
             raise ValueError("policy.refill is of groups, which policy.advantage does not compare")
+
+    @property
+    def figures(self) -> Figures:
+        tokens = self.rollout.sequences // self.policy.minibatches * self.data.seq_len
+        return super().figures._replace(batch_tokens=tokens)
 
     @property
     def has_critic(self) -> bool:

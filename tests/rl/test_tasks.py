@@ -82,12 +82,13 @@ def test_thinking_is_drawn_for_a_group_or_said_by_its_record(config, tokenizer):
 def test_an_agents_tools_are_offered_where_a_prompt_has_none(config, tokenizer):
     own = {"type": "function", "function": {"name": "rates", "parameters": {"type": "object", "properties": {}}}}
     records = [{"prompt": "the cat"}, {"prompt": "the cat", "tools": [own]}]
-    wide = dataclasses.replace(config(records), data=PromptsConfig(train=config(records).data.train, seq_len=2000))
+    wide = dataclasses.replace(config(records).data, seq_len=2000, val_fraction=0.0)
+    wide = dataclasses.replace(config(records), data=wide)
     with Toolbox(["random"]) as tools:
         tasks = read_tasks(wide, tokenizer, tools.schemas)
         assert tasks.train[0].tools == tools.schemas
     assert tasks.train[1].tools[0]["function"]["name"] == "rates"
-    assert [note.split(": ", 1)[1] for note in tasks.notes][:2] == [
-        "1 prompts offer no tools, and get those of agent.tools",
-        "1 prompts offer rates, which agent.tools does not have: a call of it fails",
+    assert tasks.notes == [
+        "data.train: 1 prompts offer no tools, and get those of agent.tools",
+        "data.train: 1 prompts offer rates, which agent.tools does not have: a call of it fails",
     ]
