@@ -143,6 +143,11 @@ class PolicyConfig(Settings):
             raise ValueError("policy.cap and policy.level are set, and the loss sapo has none; leave them out")
         if self.dual_clip and self.dual_clip <= 1:
             raise ValueError(f"policy.dual_clip is {self.dual_clip}; it is above 1, such as 3")
+        if self.loss == "clip" and 0 < self.cap <= 1 + self.epsilon_high:
+            raise ValueError(
+                f"policy.cap is {self.cap}, and ratios are clipped at 1 + policy.epsilon_high {self.epsilon_high} "
+                "already; it is above that, such as 4"
+            )
         if self.kl_placement == "reward" and self.kl_estimator != "k1":
             raise ValueError(
                 f"policy.kl_placement is reward with the estimator {self.kl_estimator}; taken off the reward, k1 is "
