@@ -21,8 +21,10 @@ def load(names: list[str]) -> dict[str, tuple[Schema, Any]]:
     """Of entries without weights: what `tools/worker.py:serve` calls with the file of the episodes."""
     try:
         functions = {entry.text: own(entry.text) if entry.own else bound(entry.text) for entry in entries(names)}
-    except (OSError, ValueError, RuntimeError, AttributeError, ImportError) as error:  # of torch and transformers
-        raise error if isinstance(error, UserError) else UserError(f"rewards.use {names[0]}: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # of torch and transformers
+        raise UserError(f"rewards.use {names[0]}: {type(error).__name__}: {error}") from error
     return {name: _served(name, function) for name, function in functions.items()}
 
 

@@ -1,5 +1,6 @@
 """What each reward function says of an episode, and of what a policy may write to deceive it."""
 
+import itertools
 import json
 
 import pytest
@@ -191,9 +192,9 @@ def test_minimind(text, value):
 # Tools ----------------------------------------------------------------------------------------------------------------
 
 
-def agent(*texts, told=(), finish="stop", tools=OFFERED, gt=("6",)):
+def agent(*texts, told=(), finish="stop", tools=OFFERED, gt=("6",), **fields):
     calls = [parse_calls(text)[1] for text in texts]
-    found = episode(*texts, calls=calls, observations=told, tools=tools, gt=list(gt))
+    found = episode(*texts, calls=calls, observations=told, tools=tools, gt=list(gt), **fields)
     found.finish = finish
     return functions.tools(found)
 
@@ -237,6 +238,25 @@ def test_tools_where_the_truth_is_calls():
     assert agent("6", gt=due) == agent(BROKEN, gt=due) == -0.5
     with pytest.raises(ValueError, match="what is due"):
         agent(CALL, gt=["{nonsense"])
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "cmath_zh", "math_minimind_sample", "math_synthetic", "bfcl"])
+def test_the_truths_of_real_records_are_right_and_others_are_not(name, shared_dir):
+    with (shared_dir / "data" / f"agent_rl_{name}.jsonl").open(encoding="utf-8") as file:
+        records = [json.loads(line) for line in itertools.islice(file, 100)]
+    for record in records:
+        system, user, *_ = record["conversations"]
+        schemas, gt = json.loads(system["tools"]), record["gt"]
+        first = {"name": (schemas[0].get("function") or schemas[0])["name"], "arguments": {"x": 2}}
+        due = gt if gt[0].startswith("{") else [json.dumps(first)]
+        calls = "".join(f"<tool_call>{call}</tool_call>" for call in due)
+        settings = {"told": [GOT * len(due)], "tools": schemas, "gt": gt, "question": user["content"]}
+        assert agent(calls, f"It is {', '.join(gt)}.", **settings) == 1.5
+        worse = [
+            calls.replace('"arguments": {', '"arguments": {"more": 1, ', 1),
+            "It is " + ", ".join("7" + t for t in gt),
+        ]
+        assert agent(*worse, **settings) == 0
 
 
 ANY_TEXT = st.one_of(
