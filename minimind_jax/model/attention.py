@@ -95,6 +95,12 @@ def attention(
     return fused.on_mesh(attend, jax.sharding.get_abstract_mesh())(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
 
+def full_attention(q_BTNH: Array, k_BTNH: Array, v_BTNH: Array, platform: Platform) -> Array:
+    """softmax(q k^T / sqrt(H)) v over all keys, (B, T, N, H): of the patches of an image, among which is no order."""
+    everything_111 = jnp.ones((1, 1, 1), bool)
+    return _reference(q_BTNH, k_BTNH.transpose(0, 2, 3, 1), v_BTNH.transpose(0, 2, 1, 3), everything_111, platform)
+
+
 def cached_attention(
     q_BTNH: Array, cache: LayerCache, positions_BT: Array, platform: Platform, rows_B: Array | None = None
 ) -> Array:

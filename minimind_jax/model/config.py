@@ -1,7 +1,9 @@
-"""What a model is: its architecture (`ModelConfig`), named presets, and how it is computed (`ComputeConfig`)."""
+"""What a model is: its architecture (`ModelConfig`, with `Vision` where it sees), named presets, and how it is computed
+(`ComputeConfig`)."""
 
 import dataclasses
 import math
+import typing
 from collections.abc import Sequence
 from typing import Literal
 
@@ -47,6 +49,91 @@ def yarn_attention_factor(factor: float, multiplier: float = 1.0) -> float:
     return 0.1 * multiplier * math.log(factor) + 1
 
 
+Activation = Literal["gelu", "gelu_pytorch_tanh"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TowerConfig:
+    """A SigLIP or SigLIP2 vision tower of fixed resolution, under its Hugging Face names, and the pixels that it reads:
+    a picture resized to image_size x image_size, then (value * rescale_factor - image_mean) / image_std.
+
+    image_size: pixels a side; what is left of it beside whole patches is not seen, as in SigLIP-so400m (384 and 14).
+    resample: the filter of the resizing, by Pillow's number: 2 is bilinear, 3 bicubic.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    layer_norm_eps: float = 1e-6
+    hidden_act: Activation = "gelu_pytorch_tanh"
+    resample: int = 3
+    rescale_factor: float = 1 / 255
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self):
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"the tower's {name} is {getattr(self, name)}; it must be at least 1")
+        if self.image_size < self.patch_size:
+            raise ValueError(f"the tower's image_size {self.image_size} is below its patch_size {self.patch_size}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"the tower's hidden_size {self.hidden_size} does not divide by its num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+        if self.hidden_act not in typing.get_args(Activation):
+            raise ValueError(f"the tower's hidden_act is {self.hidden_act!r}; it must be gelu_pytorch_tanh or gelu")
+        if not all(std > 0 for std in self.image_std):
+            raise ValueError(f"the tower's image_std is {self.image_std}; every channel's must be above 0")
+
+    @property
+    def grid(self) -> int:
+        """Patches a side."""
+        return self.image_size // self.patch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Vision:
+    """How a language model sees: a tower, and the projector that makes tokens of what it says of an image.
+
+    marker_id: the token in whose place, `image_tokens` times, an image stands among the words.
+    projector: `llava` (linear, GELU, linear, on hidden states before the tower's last norm) or `minimind_v` (a norm
+        before these, on what comes out of the tower's last norm).
+    pixel_shuffle: patches a side that become one token, side by side; 1 for a token a patch.
+    projector_act: of the projector. feature_layer: of `llava`, the hidden states that it reads: -1 what the last layer
+        makes, -2 what the one before makes.
+    """
+
+    tower: TowerConfig
+    marker_id: int
+    projector: Literal["llava", "minimind_v"] = "llava"
+    pixel_shuffle: int = 1
+    projector_act: Activation = "gelu"
+    feature_layer: int = -1
+
+    def __post_init__(self):
+        if self.projector not in ("llava", "minimind_v"):
+            raise ValueError(f"projector is {self.projector!r}; it must be llava or minimind_v")
+        if self.pixel_shuffle < 1 or self.tower.grid % self.pixel_shuffle:
+            raise ValueError(
+                f"pixel_shuffle {self.pixel_shuffle} does not divide the {self.tower.grid} patches of an image's side"
+            )
+        if self.projector_act not in typing.get_args(Activation):
+            raise ValueError(f"projector_act is {self.projector_act!r}; it must be gelu or gelu_pytorch_tanh")
+        deepest = self.tower.num_hidden_layers if self.projector == "llava" else 1
+        if not -deepest <= self.feature_layer <= -1:
+            raise ValueError(f"feature_layer is {self.feature_layer}; it must be between -{deepest} and -1")
+
+    @property
+    def image_tokens(self) -> int:
+        """Of an image."""
+        return (self.tower.grid // self.pixel_shuffle) ** 2
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Architecture of a Qwen3 (dense) or Qwen3-MoE (`num_experts` > 0) model; the defaults are MiniMind-3.
@@ -59,6 +146,7 @@ class ModelConfig:
         `straight_through`: the weight is p / stop_gradient(p), 1 in value with p's gradient. `none`: MiniMind's, no
         gradient. Only used when norm_topk_prob is true and num_experts_per_tok is 1.
     eos_token_id: the token that ends an answer, or several: a number for one, so that equal models are equal.
+    vision: of a model that reads images among its words.
     """
 
     vocab_size: int = 6400
@@ -85,6 +173,7 @@ class ModelConfig:
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
     pad_token_id: int | None = 0
+    vision: Vision | None = None
 
     def __post_init__(self):
         def derive(name, value):
@@ -127,6 +216,8 @@ class ModelConfig:
             raise ValueError(f"router_gradient is {self.router_gradient!r}; it must be straight_through or none")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        if self.vision is not None and not 0 <= self.vision.marker_id < self.vocab_size:
+            raise ValueError(f"the image's marker {self.vision.marker_id} is no token: vocab_size is {self.vocab_size}")
 
     @property
     def is_moe(self) -> bool:

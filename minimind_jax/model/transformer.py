@@ -22,6 +22,7 @@ from minimind_jax.model.layers import Attend, Block, Context, Surroundings, drop
 from minimind_jax.model.linear import TransposedKernel, multiply
 from minimind_jax.model.loose_experts import LooseKernels
 from minimind_jax.model.lora import Adapter
+from minimind_jax.model.vision import VISION, features, init_vision, project, row_features, splice, vision_axes
 
 Params = dict[str, Any]
 
@@ -92,8 +93,9 @@ class LanguageModel:
     `read_rows` whole rows, to train and to score; `read_next` what follows in each row of a cache: a whole prompt, a
     part of a long one, or the next token.
 
-    Parameters of the layers have a leading L axis; linear kernels are (in, out). See docs of the project for the tree.
-    Others that stand beside them (a head of scores, a teacher) are ignored.
+    Parameters of the layers have a leading L axis; linear kernels are (in, out); those of a tower and a projector are a
+    branch of their own (see `vision`), and a model that sees reads batches of texts as any other does. See docs of the
+    project for the tree. Others that stand beside them (a head of scores, a teacher) are ignored.
     adapter: the low-rank adapters that are in the parameters, too (see `lora`); None for none.
     platform: of the devices it runs on, by default JAX's own; dtypes and paths that are `auto` follow from it.
     """
@@ -120,7 +122,11 @@ class LanguageModel:
         outer_key, layers_key = jax.random.split(key)
         layer_keys = jax.random.split(layers_key, self.config.num_hidden_layers)
         layers = jax.vmap(functools.partial(initial, "layers"))(layer_keys)
-        return {**initial("surroundings", outer_key), "layers": layers}
+        params = {**initial("surroundings", outer_key), "layers": layers}
+        if (vision := self.config.vision) is not None:
+            sizes = self.config.hidden_size, self.config.initializer_range
+            params[VISION] = init_vision(vision, *sizes, jax.random.fold_in(key, 1))
+        return params
 
     def abstract_params(self) -> Params:
         """Shapes and dtypes of the parameters, without making them."""
@@ -136,17 +142,33 @@ class LanguageModel:
             tree = jax.tree.map(lambda param: prefix + param.get_metadata("axes"), state, is_leaf=is_param)
             return nnx.to_pure_dict(tree)
 
-        return {**names("surroundings", ()), "layers": names("layers", ("layers",))}
+        axes = {**names("surroundings", ()), "layers": names("layers", ("layers",))}
+        return axes if self.config.vision is None else {**axes, VISION: vision_axes(self.config.vision)}
 
-    def embed(self, params: Params, tokens_BT: Array) -> Array:
-        """What the network reads, (B, T, D) in the compute dtype."""
+    def embed(self, params: Params, tokens_BT: Array, images_BMD: Array | None = None) -> Array:
+        """What the network reads, (B, T, D) in the compute dtype.
+
+        images_BMD: image tokens, of `project`, that stand in the places of each row's markers (see `vision.splice`).
+        """
         with jax.named_scope("embed"):
-            return self._surroundings(params).embed(tokens_BT, self.dtype)
+            x_BTD = self._surroundings(params).embed(tokens_BT, self.dtype)
+            return x_BTD if images_BMD is None else splice(x_BTD, self._is_marker(tokens_BT), images_BMD)
+
+    @_in_full_precision
+    def features(self, params: Params, pixels_NHWC: Array) -> Array:
+        """What the tower says of images, (N, P, W); see `vision.features`."""
+        return features(self.config.vision, params[VISION]["tower"], pixels_NHWC, self.dtype, self.platform)
+
+    @_in_full_precision
+    def project(self, params: Params, features_NPW: Array) -> Array:
+        """Tokens of images, (..., image_tokens, D), from their `features`."""
+        return project(self.config.vision, params[VISION]["projector"], features_NPW, self.dtype, self.platform)
 
     def read_batch(self, params: Params, batch: dict[str, Array], dropout_key: Array | None = None) -> ModelOutput:
         """`read_rows` of a batch, and the one place where batches are read: its tokens with positions and segment_ids
-        (B, T), or with lengths (B,) if each row is one document. Other arrays are ignored."""
-        x_BTD = self.embed(params, batch["tokens"])
+        (B, T), or with lengths (B,) if each row is one document; with pixels or features if there are images to see
+        (see `vision`). Other arrays are ignored."""
+        x_BTD = self.embed(params, batch["tokens"], self._images(params, batch))
         if "lengths" in batch:
             return self.read_rows(params, x_BTD, lengths_B=batch["lengths"], dropout_key=dropout_key)
         return self.read_rows(params, x_BTD, batch["positions"], batch["segment_ids"], dropout_key=dropout_key)
@@ -267,6 +289,22 @@ class LanguageModel:
             return params
         arranged = {name: params[name] for name in ("layers", "lm_head") if name in params}
         return {**params, **_lay_out(self, arranged)}
+
+    @_in_full_precision
+    def _images(self, params: Params, batch: dict[str, Array]) -> Array | None:
+        """The image tokens of a batch's rows, (B, M, D); None for a batch of texts."""
+        if self.config.vision is None or not {"pixels", "features"} & batch.keys():
+            return None
+        found_BIPW = batch.get("features")
+        if found_BIPW is None:
+            found_BIPW = row_features(
+                self.config.vision, params[VISION]["tower"], batch["pixels"], self._is_marker(batch["tokens"]),
+                self.dtype, self.platform,
+            )  # fmt: skip
+        return self.project(params, found_BIPW).reshape(len(found_BIPW), -1, self.config.hidden_size)
+
+    def _is_marker(self, tokens_BT: Array) -> Array:
+        return tokens_BT == self.config.vision.marker_id
 
     def _split(self, kind: str) -> tuple[nnx.GraphDef, nnx.State]:
         return _split_abstract(kind, self.config, self.adapter)
