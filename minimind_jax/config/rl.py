@@ -67,7 +67,7 @@ class RewardsConfig(Settings):
     """What a completion is rewarded for.
 
     use: reward functions and their weights, such as `answer`, `0.5 * length(20, 800)`, `model(runs/reward)`, or
-        `my_rewards.py:score` of your own (docs/rl.md lists them). The reward is their weighted sum.
+        `my_rewards.py:score` of your own (docs/rl_rewards.md lists them). The reward is their weighted sum.
     success: the function whose value of at least 1 counts as success in evaluations; empty takes the first of use.
     on_error: a function that fails or hangs stops the run, or its completions count as without its reward, and are
         counted.

@@ -180,7 +180,7 @@ def _parts(items: Sequence[Any]) -> list[Any]:
 
 
 def judge(url: str, timeout: float = 30.0) -> Function:
-    """What a server answers to POST (docs/rl.md has the JSON), in requests of 16 completions, 8 at a time.
+    """What a server answers to POST (docs/rl_rewards.md has the JSON), in requests of 16 completions, 8 at a time.
 
     timeout: seconds that an answer may take to begin or to go on. JUDGE_API_KEY of the environment is sent as a bearer.
     A request that fails is tried three times, unless the server refuses it.
