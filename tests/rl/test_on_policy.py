@@ -107,11 +107,18 @@ def test_a_reference_with_the_adapter_off_is_the_policy_at_step_0():
     assert learn(join(base, learned), batch, reference)[2]["kl"] > 0.01
 
 
+def with_positions(batch, apart):
+    """Rows whose tokens are so far apart."""
+    positions = np.broadcast_to(apart * np.arange(batch["tokens"].shape[1], dtype=np.int32), batch["tokens"].shape)
+    return {**{name: x for name, x in batch.items() if name != "lengths"}, "positions": positions}
+
+
 FAULTS = {
     "temperature": lambda: rollout(temperature=1.0),
     "adapter": lambda: rollout(adapter=""),
     "mask": lambda: {**rollout(), "mask": np.roll(rollout()["mask"], -1, axis=1)},
-    "position": lambda: {**rollout(), "sampler_log_probs": np.roll(rollout()["sampler_log_probs"], 1, axis=1)},
+    "position": lambda: with_positions(rollout(), 2),
+    "column": lambda: {**rollout(), "sampler_log_probs": np.roll(rollout()["sampler_log_probs"], 1, axis=1)},
     "prompt": lambda: {**rollout(), "tokens": np.where(rollout()["tokens"] == 5, 6, rollout()["tokens"])},
 }
 
