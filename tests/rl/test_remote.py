@@ -32,6 +32,7 @@ from minimind_jax.rl.episode import Task
 from minimind_jax.rl.play import Start, play
 from minimind_jax.rl.remote import RemotePolicy
 from minimind_jax.stages import start
+from minimind_jax.stages.reinforce import check
 from minimind_jax.training.run import RunFolder
 from tests.serve.conftest import Process, wait_until
 
@@ -141,7 +142,7 @@ def test_episodes_are_those_that_an_engine_plays(url, policy_at, model, tokenize
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("ahead", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_run_learns_from_a_server_what_it_learns_by_itself(url, folder, make, tmp_path, ahead):
     prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": f"the {n} cat"} for n in range(24)])
     loop = {"steps": 4, "eval_every": 2, "eval_rows": 2, "batch_tokens": None}
@@ -161,6 +162,9 @@ def test_a_run_learns_from_a_server_what_it_learns_by_itself(url, folder, make, 
     for one, other in zip(found, expected, strict=True):
         for name in ("reward", "loss", "val_reward"):
             assert one.get(name) == pytest.approx(other.get(name), abs=1e-4), (one["step"], name)
+    if ahead:
+        with pytest.raises(UserError, match="is of one process"):
+            check(remote, 2)
 
 
 def test_adapters_are_merged_into_what_the_server_gets(url, model, tokenizer, params, folder):
