@@ -145,15 +145,11 @@ def sample(
 
 
 def _draw_plainly(logits_BV, positions_B, values):
-    """Tokens, and log-probabilities at temperature 1 and at the row's own, where all rows draw from all tokens as the
-    model has them: nothing is made that is as large as the logits. It is how a policy writes what it is trained on."""
+    """Tokens, and log-probabilities of the model and of the draw, where all rows draw from all tokens as the model has
+    them: nothing is made that is as large as the logits. It is how a policy writes what it is trained on."""
     scores_BV = logits_BV / jnp.maximum(values.temperature_B, COLDEST)[:, None]
     token_B, total_B = draw(scores_BV, _uniform(values, positions_B))
-    sampled_logprob_B = _at(scores_BV, token_B) - total_B
-    logprob_B = jax.lax.cond(
-        jnp.all(values.temperature_B == 1), lambda: sampled_logprob_B, lambda: _logprob(logits_BV, token_B)
-    )
-    return token_B, logprob_B, sampled_logprob_B
+    return token_B, _logprob(logits_BV, token_B), _at(scores_BV, token_B) - total_B
 
 
 def _choose(logits_BV, positions_B, values, steps, is_adjusted):

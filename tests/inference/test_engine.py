@@ -136,6 +136,23 @@ def test_streams_beside_each_other_lose_nothing(params):
     assert [*ids, *(token.id for piece in second for token in piece.tokens)] == engine.generate([[8, 9]], short)[0].ids
 
 
+def test_a_row_that_ends_hands_on_its_place_at_once(params, check_greedy):
+    """Not at the end of a call that makes many tokens of the others."""
+    engine = Engine(MODEL, params, slots=2, context=100)
+    short, long = (SamplingConfig(count, temperature=0.0, ignore_eos=True) for count in (4, 30))
+    first, other, waiting = (
+        engine.submit(Request((n, n + 1, n + 2), s)) for n, s in ((5, short), (9, long), (3, short))
+    )
+    while not first.finish_reason:
+        engine.step(patient=True)
+    assert len(other.tokens) == 4 and engine.waiting == 1
+    engine.step(patient=True)
+    assert engine.waiting == 0 and engine.running == 2
+    finish(engine, other, waiting)
+    for answer in (first, other, waiting):
+        check_greedy(list(answer.request.prompt), answer)
+
+
 def test_an_end_in_a_step_of_many_tokens_ends_there(params, check_greedy):
     [prompt] = prompts_of(1, seed=4)
     [whole] = Engine(MODEL, params).generate([prompt], GREEDY)

@@ -162,8 +162,10 @@ def test_tokens_as_likely_as_the_one_that_crosses_top_p_stay():
 
 @pytest.mark.parametrize("vocab_size", [SMALL, MEDIUM, LARGE])
 def test_what_a_row_gets_depends_on_no_other_row(vocab_size):
-    """Whatever the others make run: greedy ones, cuts among few candidates, among more and in the whole vocabulary."""
+    """Whatever the others make run: greedy ones, cuts among few candidates, among more and in the whole vocabulary; and
+    where both draw from all tokens, which goes a way of its own."""
     others = [
+        SamplingConfig(temperature=1, top_p=1.0, seed=4),
         SamplingConfig(temperature=0),
         SamplingConfig(temperature=1, top_k=50, top_p=0.9),
         SamplingConfig(temperature=2, top_p=0.999),
@@ -171,7 +173,7 @@ def test_what_a_row_gets_depends_on_no_other_row(vocab_size):
     ]
     logits = random_logits(3, vocab_size, 1.5, rows=2)
     positions = np.array([7, 8], np.int32)
-    for config in (*others, SamplingConfig(temperature=0.7, top_k=900, top_p=1.0, seed=5)):
+    for config in (*others, *(SamplingConfig(temperature=0.7, top_k=k, top_p=1.0, seed=5) for k in (0, 900))):
         results = []
         for other in others:
             values = SamplingValues.of([config, other])

@@ -1,7 +1,13 @@
 """The live policy as a writer: its tokens, its log-probabilities, and what it forgets between two loads."""
 
 import dataclasses
+import functools
 import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,31 +22,32 @@ from minimind_jax.model.config import ComputeConfig, ModelConfig
 from minimind_jax.model.lora import init_adapters, join, make_adapter
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.rl.policy import LocalPolicy
-from minimind_jax.sharding import init_params, make_mesh, param_shardings
+from minimind_jax.sharding import init_params, initialize_distributed, make_mesh, param_shardings
 
 DENSE = ModelConfig(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=160,
     max_position_embeddings=256, initializer_range=0.3,
 )  # fmt: skip
 RANKS = {"q_proj": (4, 4), "down_proj": (2, 4)}
-MODELS = {
-    "dense": LanguageModel(DENSE, ComputeConfig(dtype="float32")),
-    "mixture": LanguageModel(
-        dataclasses.replace(DENSE, num_experts=4, num_experts_per_tok=2, tie_word_embeddings=False),
-        ComputeConfig(dtype="float32"),
-    ),
-    "adapters": LanguageModel(DENSE, ComputeConfig(dtype="float32"), make_adapter(RANKS)),
-}
+MIXTURE = dataclasses.replace(DENSE, num_experts=4, num_experts_per_tok=2, tie_word_embeddings=False)
 CONTEXT = 128
 
 
+@functools.cache  # called once the processes know each other
+def model_of(name):
+    adapter = make_adapter(RANKS) if name == "adapters" else None
+    return LanguageModel(MIXTURE if name == "mixture" else DENSE, ComputeConfig(dtype="float32"), adapter)
+
+
 def policy_of(model, mesh=None, slots=4):
-    return LocalPolicy(model, None, mesh or make_mesh(MeshConfig(), jax.devices()[:1]), slots=slots, context=CONTEXT)
+    return LocalPolicy(
+        model, None, mesh or make_mesh(MeshConfig(), jax.local_devices()[:1]), slots=slots, context=CONTEXT
+    )
 
 
 def params_of(model, seed=0, mesh=None):
     """As a run holds them: float32, cut over the mesh, adapters that change something, and other models beside them."""
-    mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = mesh or make_mesh(MeshConfig(), jax.local_devices()[:1])
     params = init_params(model, jax.random.key(seed), mesh)
     if model.adapter:
         base = dataclasses.replace(model, adapter=None)
@@ -97,7 +104,7 @@ def gaps(model, params, written, temperature):
 @pytest.mark.parametrize("name, temperature", [("dense", 0.7), ("mixture", 1.3), ("adapters", 1.0)])
 def test_log_probabilities_are_those_that_the_trainer_finds(name, temperature):
     """Over shared prompts, prompts read in parts, and second turns that follow what the cache holds."""
-    model = MODELS[name]
+    model = model_of(name)
     params = params_of(model)
     written = write(policy_of(model).load(params), groups(temperature=temperature, longest=90))
     assert len(written) > 12
@@ -107,7 +114,7 @@ def test_log_probabilities_are_those_that_the_trainer_finds(name, temperature):
 
 def test_answers_do_not_depend_on_what_was_written_before():
     """To the last bit: a run that was killed and goes on must end as one that was not."""
-    model, requests = MODELS["dense"], groups()
+    model, requests = model_of("dense"), groups()
     params, earlier = params_of(model), params_of(model, seed=1)
     fresh = write(policy_of(model).load(params), requests)
     policy = policy_of(model)
@@ -124,3 +131,71 @@ def test_answers_do_not_depend_on_what_was_written_before():
         assert policy.load(params) is engine
         assert write(engine, requests) == fresh
         write(engine, groups(seed=3))
+
+
+# Over a mesh, and in two processes: this file is run with what it is to do --------------------------------------------
+
+
+def started(*arguments, **environ):
+    return subprocess.Popen(
+        [sys.executable, __file__, *arguments], env={**os.environ, "JAX_PLATFORMS": "cpu", **environ},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def reported(process):
+    told, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    return json.loads(told.splitlines()[-1])
+
+
+def main(name: str, **axes: int) -> None:
+    """Writes the groups of this process, and prints them with the largest gap to the trainer."""
+    initialize_distributed()
+    model, mesh = model_of(name), make_mesh(MeshConfig(**axes))
+    params, asked = params_of(model, mesh=mesh), groups()
+    share = len(asked) // jax.process_count()
+    written = write(policy_of(model, mesh, slots=8).load(params), asked[jax.process_index() * share :][:share], turns=1)
+    whole = params_of(model)
+    print(json.dumps([written, float(np.abs(gaps(model, whole, written, 1.0)).max())]))
+
+
+def same_as_alone(name, parts):
+    alone = write(policy_of(model_of(name)).load(params_of(model_of(name))), groups(), turns=1)
+    written = [row for rows, gap in parts for row in rows if gap < 1e-4]
+    assert [ids for _, ids, _ in written] == [ids for _, ids, _ in alone]
+    for (_, _, own), (_, _, expected) in zip(written, alone, strict=True):
+        np.testing.assert_allclose(own, expected, atol=1e-4)
+
+
+MESHES = [
+    ("adapters", {"data": 2, "fsdp": 2, "tensor": 2}),
+    pytest.param("dense", {"data": 1, "fsdp": 8}, marks=pytest.mark.slow),
+    pytest.param("mixture", {"data": 2, "tensor": 2, "expert": 2}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("name, axes", MESHES)
+def test_eight_devices_write_what_one_does(name, axes):
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    same_as_alone(name, [reported(started(name, json.dumps(axes), XLA_FLAGS=flags))])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_two_processes_write_what_one_does(devices):
+    """Each writes half of the groups, with parameters that are cut over both."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environ = {
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2",
+    }  # fmt: skip
+    axes = json.dumps({"data": 1, "fsdp": 2 * devices})
+    both = [started("adapters", axes, JAX_PROCESS_ID=str(number), **environ) for number in range(2)]
+    same_as_alone("adapters", [reported(process) for process in both])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], **json.loads(sys.argv[2]))
