@@ -109,8 +109,8 @@ def correction_weights(old_BT: Array, sampler_BT: Array, mask_BT: Array, correct
     """The importance weights (B, T) of tokens that a sampler drew with other log-probabilities than the trainer's.
 
     exp(log q - log sampler) of each token or, of a sequence, of the sum over its tokens; at most `cap` (truncated
-    importance sampling, https://fengyao.notion.site/off-policy-rl). With `none`, each token's as
-    it is, which is only to be looked at.
+    importance sampling, https://fengyao.notion.site/off-policy-rl). With `none`, each token's as it is, which is only
+    to be looked at.
     """
     differences_BT = jnp.where(mask_BT > 0, old_BT - sampler_BT, 0)
     if correction == "sequence":
