@@ -12,6 +12,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.losses.policy import make_policy_loss
 from minimind_jax.model.heads import SCORE, head_axes
 from minimind_jax.model.transformer import LanguageModel, Params
+from minimind_jax.paths import as_path
 from minimind_jax.rl.environment import SingleTurn, load_environment
 from minimind_jax.rl.player import Player, Policy
 from minimind_jax.rl.policy import LocalPolicy
@@ -91,10 +92,15 @@ def check(config: RLConfig, processes: int) -> None:
 
 
 def policy_of(run: Run, processes: int) -> Policy:
-    """Who writes: an engine on this machine, or a server."""
+    """Who writes: an engine on this machine, or a server. Raises UserError."""
     rollout, context = run.config.rollout, run.config.data.seq_len
     if rollout.server:
         folder = rollout.server_model
+        if run.start and as_path(folder).resolve() == as_path(run.start).resolve():
+            raise UserError(
+                f"rollout.server_model {folder} is the model that the run starts from, and would be written over; give "
+                "the server a copy of it, and that copy's folder here"
+            )
         return RemotePolicy(rollout.server, folder, run.model, run.tokenizer, slots=rollout.slots)
     slots = rollout.slots or rollout.sequences // processes
     return LocalPolicy(run.model, run.tokenizer, run.mesh, slots=slots, context=context)

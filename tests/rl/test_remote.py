@@ -165,6 +165,8 @@ def test_a_run_learns_from_a_server_what_it_learns_by_itself(url, folder, make, 
     if ahead:
         with pytest.raises(UserError, match="is of one process"):
             check(remote, 2)
+        with pytest.raises(UserError, match="would be written over"):
+            start(dataclasses.replace(remote, run=str(tmp_path / "over"), init_from=str(folder)))
 
 
 def test_adapters_are_merged_into_what_the_server_gets(url, model, tokenizer, params, folder):
