@@ -2,7 +2,6 @@
 
 import re
 
-from conftest import ROOT
 from players import Told, asks, start_of, tiny
 
 from minimind_jax.config.generation import SamplingConfig
@@ -10,6 +9,7 @@ from minimind_jax.config.rl import AgentSettings
 from minimind_jax.data.tokenizer import train_bpe
 from minimind_jax.rl.environment import load_environment
 from minimind_jax.rl.play import play
+from tests.conftest import ROOT
 
 
 def test_the_environment_of_the_documentation_is_played(tmp_path):
