@@ -72,6 +72,11 @@ def recipe(run: Run) -> Recipe:
 def check(config: RLConfig, processes: int) -> None:
     """Raises UserError for settings that cannot be together; says what does not hold of the figures then."""
     rollout = config.rollout
+    if config.model.dropout or config.lora.dropout:
+        raise UserError(
+            "model.dropout or lora.dropout is set: the policy that is trained would be another than the one that wrote; "
+            "leave it out"
+        )
     if rollout.prompts % processes:
         raise UserError(
             f"rollout.prompts {rollout.prompts} do not divide over {processes} processes; choose a multiple of that"
