@@ -220,6 +220,7 @@ class RLConfig(RunConfig):
     """
 
     FIGURES: ClassVar[Figures] = Figures(8192, 1, 1e-5, few_rate=1e-5, lora_rate=1e-4, val_fraction=0.05, eval_every=20)
+    SHORTEST = 10
     SMALLER_STEPS = "rollouts of fewer prompts (--rollout.prompts)"
 
     run: str = "grpo"

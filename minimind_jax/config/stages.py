@@ -49,6 +49,7 @@ class RunConfig(Settings):
     """
 
     FIGURES: ClassVar[Figures]
+    SHORTEST: ClassVar[int] = 100  # steps; shorter runs are warned about
     SMALLER_STEPS: ClassVar[str] = "steps of fewer tokens (--training.batch_tokens {} is the least)"  # how to have them
 
     # Settings that every stage had once: the value of a stage that ignored them, which is in config.yaml of its runs,

@@ -11,13 +11,13 @@ from statistics import median_high
 
 import yaml
 
+from minimind_jax.config.stages import RunConfig
 from minimind_jax.errors import UserError
 from minimind_jax.folders import holds_model
 from minimind_jax.runs.kind import StageKind, Stages
 from minimind_jax.shell import command
 from minimind_jax.signals import uninterrupted
 from minimind_jax.texts import fenced, is_there, read_text
-from minimind_jax.training.facts import SHORTEST
 from minimind_jax.training.run import RunFolder, plain, write_text
 from minimind_jax.training.tracking import read_metrics
 from minimind_jax.training.watch import Watch
@@ -103,7 +103,7 @@ def report_text(
     facts = {key.replace("_", " "): value for key, value in recorded.get("run", {}).items()}
     sections = [
         f"# Run {run.path.name}",
-        verdict(train, val, watch, _model_step(rows, watch)),
+        verdict(train, val, watch, _model_step(rows, watch), (kind.config if kind else RunConfig).SHORTEST),
         "![loss](loss.png)",
         "## Result",
         _table(results(train, val, watch) | _model_step(rows, watch)),
@@ -127,11 +127,12 @@ def report_text(
     return "\n\n".join(sections) + "\n"
 
 
-def verdict(train: list[dict], val: list[dict], watch: Watch, chosen: dict) -> str:
-    """What came of the run, in a sentence or two. chosen: whose model was written, where it is not the last step's."""
+def verdict(train: list[dict], val: list[dict], watch: Watch, chosen: dict, shortest: int = RunConfig.SHORTEST) -> str:
+    """What came of the run, in a sentence or two. chosen: whose model was written, where it is not the last step's.
+    shortest: steps of a run that learns."""
     steps, said = train[-1]["step"], []
-    if steps < SHORTEST:
-        little = "nothing" if steps < SHORTEST / 5 else "little"
+    if steps < shortest:
+        little = "nothing" if steps < shortest / 5 else "little"
         said.append(f"{steps} step{'s' * (steps != 1)}: {little} can be learned in so few.")
     at, values = _series(val, watch.key)
     if not values:

@@ -74,8 +74,8 @@ def check(config: RLConfig, processes: int) -> None:
     rollout = config.rollout
     if config.model.dropout or config.lora.dropout:
         raise UserError(
-            "model.dropout or lora.dropout is set: the policy that is trained would be another than the one that wrote; "
-            "leave it out"
+            "model.dropout or lora.dropout is set, and the policy that is trained would be another than the one that "
+            "wrote; leave it out"
         )
     if rollout.prompts % processes:
         raise UserError(

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from minimind_jax.config.sections import MINIMIND_CHANCES, TrainingConfig
 from minimind_jax.config.stages import Figures, RunConfig
-from minimind_jax.training.facts import SHORTEST
 
 STEPS_PER_EPOCH = 32  # the batch is made smaller until an epoch has as many
 STEPS = 400  # then there are more epochs, until the run has as many
@@ -93,7 +92,7 @@ def following(config: RunConfig, amount: Amount, parameters: int, shards: int) -
     rows = found.get("training.batch_tokens", training.batch_tokens) // seq_len
     size = EpochSize(-(-amount.rows // rows), amount.trained)
     if not _has_length(training):
-        most = max(config.figures.most_epochs, math.ceil(SHORTEST / size.steps_per_epoch))
+        most = max(config.figures.most_epochs, math.ceil(config.SHORTEST / size.steps_per_epoch))
         epochs = float(max(config.figures.epochs, min(most, math.ceil(STEPS / size.steps_per_epoch))))
         found["training.epochs"] = epochs
         training = dataclasses.replace(training, epochs=epochs)

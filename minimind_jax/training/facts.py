@@ -17,18 +17,16 @@ from minimind_jax.training.optimizer import make_schedule
 from minimind_jax.training.source import Recipe
 from minimind_jax.training.state import Parameters, is_adapter
 
-SHORTEST = 100  # steps; shorter runs are warned about
-
 
 def few_steps(steps: int, config: RunConfig) -> str | None:
     """What so short a run means, and the settings that make it longer; None for one that is long enough."""
-    if steps >= SHORTEST:
+    if steps >= config.SHORTEST:
         return None
     rows = f", or {config.SMALLER_STEPS.format(config.data.seq_len)}"
     return (
-        f"{steps} step{'s' * (steps != 1)} in all: a model learns little in fewer than {SHORTEST}. For more steps: "
-        f"--training.epochs N, --training.steps N{rows * (config.rows_per_step > 1)}, or more data; to learn more in "
-        f"each: a higher --optimizer.learning_rate than {config.optimizer.learning_rate:g}"
+        f"{steps} step{'s' * (steps != 1)} in all: a model learns little in fewer than {config.SHORTEST}. For more "
+        f"steps: --training.epochs N, --training.steps N{rows * (config.rows_per_step > 1)}, or more data; to learn "
+        f"more in each: a higher --optimizer.learning_rate than {config.optimizer.learning_rate:g}"
     )
 
 

@@ -19,7 +19,6 @@ from minimind_jax.config.stages import ClassifyConfig, DistillConfig, DPOConfig,
 from minimind_jax.runs.samples import with_prompts
 from minimind_jax.stages import start
 from minimind_jax.training.defaults import Amount, filled, following, open_chances, share_held_out, with_values
-from minimind_jax.training.facts import SHORTEST
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import read_metrics
 
@@ -63,7 +62,7 @@ def test_a_few_hundred_records_make_enough_steps(stage, records):
     data = amount(records, 120, config.data.seq_len)
     config = settled(config, data)
     steps = config.training.epochs * -(-data.rows // config.rows_per_step)
-    assert steps >= SHORTEST and config.training.epochs <= 100
+    assert steps >= config.SHORTEST and config.training.epochs <= 100
     assert 1 <= config.training.eval_every <= steps / 5
     assert config.optimizer.learning_rate >= STAGES[stage].FIGURES.learning_rate
 
