@@ -74,8 +74,10 @@ def test_the_first_is_awaited(terminal):
 def test_a_training_without_a_terminal_says_that_it_compiles(often, capsys):
     with TrainingProgress("sft", 10, 0) as shown:
         time.sleep(0.06)
-        shown.update(1, {"loss": 1.0, "learning_rate": 0.1}, log=True)
-        assert "sft: compiling, 0:00:00 so far" in capsys.readouterr().err
+        shown.update(1, {"loss": 1.0, "learning_rate": 0.1}, {"reward": 0.5}, log=True)
+        told = capsys.readouterr()
+        assert "sft: compiling, 0:00:00 so far" in told.err
+        assert "sft 1/10  loss 1.0000  reward 0.500  lr 1.00e-01" in told.out
         time.sleep(0.05)
     with TrainingProgress("sft", 10, 0, active=False):
         time.sleep(0.05)

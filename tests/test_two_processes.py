@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import yaml
+from pairs import kill_after, outputs, start_one, start_pair
 from safetensors.numpy import load_file
 
 from minimind_jax.data.tokenizer import Tokenizer
@@ -51,32 +51,6 @@ def folder(tmp_path):
     (tmp_path / "text.jsonl").write_text("".join(lines))
     (tmp_path / "pipe.yaml").write_text(yaml.safe_dump(PIPELINE, sort_keys=False))
     return tmp_path
-
-
-def start_pair(folder, *arguments):
-    """`minimind ARGUMENTS` in each of two processes with one device each. folder: theirs, or one for each."""
-    folders = folder if isinstance(folder, list) else [folder] * 2
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    cluster = ["--coordinator_address", f"127.0.0.1:{port}", "--num_processes", "2"]
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "minimind_jax", *arguments, *cluster, "--process_id", str(index)],
-            env={**os.environ, "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "JAX_PLATFORMS": "cpu"},
-            cwd=folders[index],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for index in range(2)
-    ]
-
-
-def outputs(processes, *codes):
-    texts = [process.communicate(timeout=300)[0] for process in processes]
-    assert all(process.returncode in codes for process in processes), "\n----\n".join(texts)
-    return texts
 
 
 def test_a_pipeline_in_two_processes_does_what_one_does(folder):
@@ -167,29 +141,6 @@ def test_two_processes_killed_go_on_as_one_and_back(folder, experts, mesh):
     got, expected = (load_file(run.model / "model.safetensors") for run in (elastic, alone))
     for name in expected:
         np.testing.assert_allclose(got[name], expected[name], rtol=0, atol=1e-5, err_msg=name)
-
-
-def start_one(folder, *arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "minimind_jax", *arguments],
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def kill_after(run, step, processes):
-    """SIGKILLs the processes once the metrics hold `step`."""
-    deadline = time.monotonic() + 120
-    while not any(row["step"] >= step for row in read_metrics(run.metrics_file)):
-        if time.monotonic() > deadline or any(process.poll() is not None for process in processes):
-            outputs(processes, "still running")
-        time.sleep(0.01)
-    for process in processes:
-        process.kill()
-    outputs(processes, -signal.SIGKILL)
 
 
 def test_what_the_processes_must_agree_on_is_told_by_name_before_the_first_step(folder):

@@ -37,6 +37,7 @@ Level = Literal["token", "sequence", "sequence_token"]
 Estimator = Literal["k1", "k2", "k3"]
 Correction = Literal["none", "token", "sequence"]
 
+WEIGHTS = "weights", "value_weights"  # of a batch, above 0 where something is trained
 FARTHEST = 20.0  # a log ratio counts as this at most: the exponential of a larger one has no gradient in float32 (verl)
 SAPO_TAU = 1.0, 1.05  # of advantages above 0, and of others
 
@@ -150,6 +151,7 @@ def policy_sum(
     if correction != "none":
         losses_BT *= corrections_BT
     total = jnp.sum(batch["weights"] * (tokens.only(losses_BT) - entropy * entropies_BT))
+    trained_BT = sum(batch[name] for name in WEIGHTS if name in batch)
     metrics = {
         "loss/policy_avg": tokens.mean(losses_BT),
         "entropy": tokens.mean(entropies_BT),
@@ -157,7 +159,7 @@ def policy_sum(
         "val/ratio": tokens.mean(ratios_BT),
         **_clip_metrics(tokens, ratios_BT, advantages_BT, loss, **limits),
         **_sampling_metrics(tokens, jnp.abs(old_BT - sampler_BT), corrections_BT),
-        "tokens": Metric(jnp.sum(mask_BT), held_out=False),
+        "tokens": Metric(jnp.sum(trained_BT > 0, dtype=jnp.float32), held_out=False),
     }
     if "reference_log_probs" in batch:
         reference_BT = tokens.only(batch["reference_log_probs"])

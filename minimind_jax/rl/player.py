@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -128,10 +129,9 @@ class Player:
         started = time.perf_counter()
         failures = self.rewards(episodes)
         told["time/rewards"] = told.get("time/rewards", 0.0) + time.perf_counter() - started
-        for key, value in failures.items():
-            if value:
-                told[key] = told.get(key, 0.0) + value
-        return shared([Row.of(episode) for episode in episodes]), episodes
+        rows, counts = shared(index, [Row.of(episode) for episode in episodes], failures)
+        told.update(Counter(told) + counts)
+        return rows, episodes
 
     def play(
         self,
@@ -202,4 +202,4 @@ class Player:
         self.rewards(episodes)
         for episode in episodes:
             episode.rewards = episode.rewards | {"success": float(self.rewards.success(episode))}
-        return shared([Row.of(episode) for episode in episodes])
+        return shared(self._process[0], [Row.of(episode) for episode in episodes], {})[0]

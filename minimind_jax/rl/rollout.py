@@ -6,7 +6,8 @@ All processes hold all of it, so that what is trained does not depend on how man
 import dataclasses
 import json
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from minimind_jax.agreement import exchange
@@ -56,10 +57,13 @@ class Rollout:
         return cls([Row(*row) for row in value[0]], value[1])
 
 
-def shared(rows: Sequence[Row]) -> list[Row]:
-    """The rows of all processes, in the order of their groups."""
-    found = [Row(*row) for text in exchange(json.dumps(rows)) for row in json.loads(text)]
-    return sorted(found, key=lambda row: row.group)
+def shared(process: int, rows: Sequence[Row], counts: Mapping[str, float]) -> tuple[list[Row], Counter[str]]:
+    """The rows of all processes, in the order of their groups, and the sums of what they counted. process: its index,
+    the same on those that have the same rows (see `sharding.data_process`)."""
+    told = [json.loads(text) for text in exchange(json.dumps([process, rows, counts]))]
+    parts = {index: (theirs, counted) for index, theirs, counted in reversed(told)}
+    found = [Row(*row) for theirs, _ in parts.values() for row in theirs]
+    return sorted(found, key=lambda row: row.group), sum((Counter(own) for _, own in parts.values()), Counter())
 
 
 def groups_of(rows: Sequence[Row]) -> dict[int, list[Row]]:
@@ -83,7 +87,6 @@ def describe(rows: Sequence[Row], max_new_tokens: int) -> dict[str, float]:
     told = {
         "reward": statistics.fmean(rewards),
         "reward_std": statistics.fmean(spreads) if max(map(len, groups)) > 1 else statistics.pstdev(rewards),
-        "frac_reward_zero_std": statistics.fmean(map(teaches_nothing, groups)),
         "completions/mean_length": statistics.fmean(lengths),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
@@ -92,6 +95,8 @@ def describe(rows: Sequence[Row], max_new_tokens: int) -> dict[str, float]:
         "completions/min_terminated_length": min(ended),
         "completions/max_terminated_length": max(ended),
     }
+    if max(map(len, groups)) > 1:
+        told["frac_reward_zero_std"] = statistics.fmean(map(teaches_nothing, groups))
     for name in rows[0].rewards:
         values = [row.rewards[name] for row in rows if row.rewards[name] is not None] or [0.0]
         told |= {f"rewards/{name}/mean": statistics.fmean(values), f"rewards/{name}/std": statistics.pstdev(values)}

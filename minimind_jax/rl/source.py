@@ -24,7 +24,7 @@ from minimind_jax.rl.play import GaveUp, Writer
 from minimind_jax.rl.player import Played, Player
 from minimind_jax.rl.rollout import Rollout
 from minimind_jax.rl.scoring import Scorer
-from minimind_jax.sharding import data_process
+from minimind_jax.sharding import announce, data_process
 
 PAGES = "rollouts"  # a folder of the run
 
@@ -43,7 +43,7 @@ class Rollouts:
         self._batches: list[Batch] = []
         self._ahead: tuple[int, Callable[[], Rollout]] | None = None  # a rollout that is written already, or soon
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
-        self._steps, self._shown, self._is_closed = 0, False, False
+        self._steps, self._shown, self._is_closed, self._has_warned = 0, False, False, False
 
     def planned_steps(self, training: LoopConfig) -> int:
         rollouts = math.ceil((training.epochs or 1) * len(self.player.tasks.train) / self.config.rollout.prompts - 1e-6)
@@ -152,8 +152,20 @@ class Rollouts:
 
     def _play(self, number: int, writer: Writer, is_stopping: Callable[[], bool]) -> Rollout:
         played = self.player.rollout(writer, number, is_stopping)
+        self._warn(played.rollout, number)
         self._tell(played, number)
         return played.rollout
+
+    def _warn(self, rollout: Rollout, number: int) -> None:
+        """Of the first rollout that teaches nothing, even where others were asked for."""
+        is_compared = self.config.policy.advantage in ("group", "leave_one_out")
+        if is_compared and rollout.told["frac_reward_zero_std"] == 1 and not self._has_warned:
+            announce(
+                f"warning: rollout {number} taught nothing, for all completions of each prompt got the same reward; "
+                "frac_reward_zero_std tells how often that is so (easier or harder prompts, finer rewards, "
+                "policy.refill)"
+            )
+            self._has_warned = True
 
     def _tell(self, played: Played, number: int) -> None:
         """Pages of some episodes at each evaluation, and the first one in the terminal if asked for."""

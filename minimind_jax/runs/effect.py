@@ -1,5 +1,6 @@
 """Settings that change nothing since another one turns them off: told, or refused."""
 
+from minimind_jax.config.rl import RLConfig
 from minimind_jax.config.stages import RunConfig, WriterConfig
 from minimind_jax.errors import UserError
 from minimind_jax.sharding import announce
@@ -25,6 +26,28 @@ TURNED_OFF = (
     ),
     (("teacher.jsd_beta",), lambda c: c.teacher.divergence != "jsd", "teacher.divergence is not jsd"),
     (("preference.gamma",), lambda c: c.preference.loss != "simpo", "preference.loss is not simpo"),
+    (("rollout.server_model",), lambda c: not c.rollout.server, "rollout.server is empty"),
+    (("rollout.correction_cap",), lambda c: c.rollout.correction == "none", "rollout.correction is none"),
+    (("critic.",), lambda c: not c.has_critic, "policy.advantage is not gae"),
+    (("policy.epsilon_",), lambda c: c.policy.loss != "clip", "they are of policy.loss clip"),
+    (("policy.ddof",), lambda c: c.policy.scale == "none", "policy.scale is none"),
+    (("policy.kl_",), lambda c: not c.policy.beta, "policy.beta is 0"),
+    (("policy.kl_horizon",), lambda c: not c.policy.kl_target, "policy.kl_target is 0"),
+    (
+        ("policy.epsilon_", "policy.dual_clip", "policy.level", "policy.max_kl"),
+        lambda c: c.stride == 1 and not c.rollout.ahead,
+        "each rollout is trained on in one step: policy.updates x policy.minibatches is 1",
+    ),
+    (
+        ("agent.tools", "agent.tool_", "agent.observation_tokens"),
+        lambda c: c.agent.environment != "tools",
+        "agent.environment is not tools",
+    ),
+    (
+        ("data.shuffle", "data.tokenizer_workers", "data.loader_workers"),
+        lambda c: isinstance(c, RLConfig),
+        "prompts are few, and always drawn anew",
+    ),
 )
 
 

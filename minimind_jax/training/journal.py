@@ -13,7 +13,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.training.checkpoint import Checkpoints
 from minimind_jax.training.progress import TrainingProgress
 from minimind_jax.training.speed import Speed
-from minimind_jax.training.step import MADE, NOT_FINITE, Skip
+from minimind_jax.training.step import MADE, NOT_FINITE, NOTHING, Skip
 from minimind_jax.training.tracking import MetricsWriter
 from minimind_jax.training.watch import Timetable
 
@@ -52,6 +52,7 @@ class Journal:
         # Updates that were not made, by the names of their metrics: `skipped`, `skipped/METRIC`.
         self.skipped: dict[str, int] = {name: record[name] for name in record if name.startswith("skipped")}
         self._limits = [] if skip is None else list(skip.above.items())
+        self._watched = config.training.watch.split()[-1]
         self._unread: Step | None = None
 
     def record(self) -> dict[str, Any]:
@@ -89,7 +90,8 @@ class Journal:
         written = row if is_logged else {"loss": row["loss"], **step.told}
         self.writer.write(step.number, is_logged or bool(step.told), **written)
         left = self.timetable.total_steps - step.number
-        self.progress.update(step.number, row | self.speed.forecast(left), log=is_logged)
+        beside = {name: value for name, value in step.told.items() if name == self._watched}
+        self.progress.update(step.number, row | self.speed.forecast(left), beside, log=is_logged)
 
     def _skip(self, step: int, why: int, metrics: Mapping[str, float]) -> None:
         """Counts an update that was not made, and says so the first time and then ever more rarely."""
@@ -97,8 +99,10 @@ class Journal:
             name, reason = "skipped", "the loss or the gradient was not finite"
             if self.config.training.stop_on_nan:
                 raise self._not_finite(step, metrics)
+        elif why == NOTHING:
+            name, reason = "skipped/nothing", "no token of the batch is trained"
         else:
-            metric, limit = self._limits[why - NOT_FINITE - 1]
+            metric, limit = self._limits[why - NOTHING - 1]
             name, reason = f"skipped/{metric}", f"{metric} was above {limit:g}, then or before in the stride"
         count = self.skipped[name] = self.skipped.get(name, 0) + 1
         told = f"{count:,} of {step:,} updates were skipped so far: {reason}"

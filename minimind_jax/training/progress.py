@@ -3,6 +3,7 @@
 import contextlib
 import math
 import sys
+from collections.abc import Mapping
 from datetime import timedelta
 
 from rich.console import Console
@@ -58,10 +59,11 @@ class TrainingProgress:
         """A line above the bar; `plain` text is shown without rich's markup."""
         self.console.print(escape(message) if plain else message)
 
-    def update(self, step: int, row: dict, *, log: bool) -> None:
+    def update(self, step: int, row: dict, beside: Mapping[str, float], *, log: bool) -> None:
         """The numbers of `step`; `log` asks for a line where there is no bar.
 
-        row: loss, learning_rate and, where known, tokens_per_second, mfu and seconds_left.
+        row: loss, learning_rate and, where known, tokens_per_second, mfu and seconds_left. beside: what is shown
+        beside the loss.
         """
         self._first_step.close()
         if math.isfinite(row["loss"]):
@@ -69,16 +71,17 @@ class TrainingProgress:
             self._loss = LOSS_SMOOTHING * smooth + (1 - LOSS_SMOOTHING) * row["loss"]
         if self._bar.disable:
             if log:
-                self.say(f"{self.stage} {step}/{self.total_steps}  {describe(row, row['loss'])}")
+                self.say(f"{self.stage} {step}/{self.total_steps}  {describe(row, row['loss'], beside)}")
         else:
-            self._bar.update(self._task, completed=step, numbers=describe(row, self._loss or row["loss"]))
+            self._bar.update(self._task, completed=step, numbers=describe(row, self._loss or row["loss"], beside))
 
 
-def describe(row: dict, loss: float) -> str:
-    """`loss 2.345  12,345 tokens/s  MFU 41.0%  lr 5.00e-04  0:12:00 left`."""
+def describe(row: dict, loss: float, beside: Mapping[str, float]) -> str:
+    """`loss 2.345  reward 0.500  12,345 tokens/s  MFU 41.0%  lr 5.00e-04  0:12:00 left`."""
     rate, mfu, seconds = (row.get(name) for name in ("tokens_per_second", "mfu", "seconds_left"))
     parts = [
         f"loss {loss:.4f}",
+        *(f"{name} {value:.3f}" for name, value in beside.items()),
         rate and f"{rate:,.0f} tokens/s",
         mfu and f"MFU {mfu:.1%}",
         f"lr {row['learning_rate']:.2e}",

@@ -24,7 +24,7 @@ from minimind_jax.training.state import Parameters, TrainState, create_state, st
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
-MADE, NOT_FINITE = 0, 1  # values of the metric `skipped`; 2 and more are the limits of a `Skip`, in their order
+MADE, NOT_FINITE, NOTHING = 0, 1, 2  # values of the metric `skipped`; above are the limits of a `Skip`, in their order
 
 
 class Skip(NamedTuple):
@@ -121,8 +121,8 @@ def make_train_step(
     masks: `Parameters.layer_masks`. shardings: of the state, when it lies on a mesh. compute: of the model, for the
         precision of float32.
 
-    A loss or gradient that is not finite leaves params and opt_state as they were, and so does `skip`; the step still
-    counts, so that the run gets past the batch if it goes on.
+    A loss or gradient that is not finite leaves params and opt_state as they were, and so do a batch of which no token
+    is trained and `skip`; the step still counts, so that the run gets past the batch if it goes on.
 
     Metrics, scalars on the device: loss, grad_norm (before clipping), learning_rate, tokens (the denominator, if the
     loss function does not say), skipped (0 for an update that was made, else why not), and the values of the loss
@@ -143,7 +143,8 @@ def make_train_step(
             params = _where(masks, optax.apply_updates(state.params, updates), state.params)
             finite = jnp.all(jnp.isfinite(jnp.stack([values["loss"], *norms.values()])))
             held = _held(skip, state, values)
-            skipped = jnp.where(finite, MADE if held is None else held, NOT_FINITE)
+            wanted = jnp.where(values["tokens"] > 0, MADE if held is None else held, NOTHING)
+            skipped = jnp.where(finite, wanted, NOT_FINITE)
             params, opt_state = jax.tree.map(
                 lambda new, old: jnp.where(skipped == MADE, new, old),
                 (params, opt_state),
@@ -175,7 +176,7 @@ def _held(skip: Skip | None, state: TrainState, values: dict[str, jax.Array]) ->
     if skip is None:
         return None
     held = jnp.where(state.step % skip.stride == 0, MADE, state.held)
-    for number, (name, limit) in enumerate(skip.above.items(), NOT_FINITE + 1):
+    for number, (name, limit) in enumerate(skip.above.items(), NOTHING + 1):
         held = jnp.where((held == MADE) & (values[name] > limit), number, held)
     return held
 

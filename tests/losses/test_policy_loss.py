@@ -17,6 +17,7 @@ from minimind_jax.losses.policy import (
     token_log_probs,
 )
 from minimind_jax.losses.value import value_losses, values
+from minimind_jax.training.step import NOTHING
 
 LOSSES = {
     "clip": {},
@@ -236,10 +237,11 @@ def test_gradients_are_finite_wherever_the_policy_has_gone(name, level):
     assert all(np.isfinite(metric.value()) for metric in metrics.values())
 
 
-def test_a_batch_without_a_trained_token_has_no_gradient():
+@pytest.mark.parametrize("masks", [(), ("mask",)])
+def test_a_batch_without_a_trained_token_has_no_gradient(masks):
     batch = episodes()
-    for name in ("mask", "weights", "kl_weights", "value_weights"):
+    for name in ("weights", "kl_weights", "value_weights", *masks):
         batch[name] = 0 * batch[name]
     metrics, gradients = step_on(batch, **OPTIONS)
-    assert metrics["loss"] == metrics["grad_norm"] == metrics["tokens"] == metrics["skipped"] == 0
+    assert (metrics["loss"], metrics["grad_norm"], metrics["tokens"], metrics["skipped"]) == (0, 0, 0, NOTHING)
     assert not any(gradient.any() for gradient in jax.tree.leaves(gradients))

@@ -1,6 +1,7 @@
 """Every test of training compiles, with runs or without."""
 
 import pytest
+from kills import start  # noqa: F401
 
 
 @pytest.fixture(scope="session", autouse=True)

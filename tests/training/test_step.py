@@ -19,7 +19,7 @@ from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.seeds import named_key
 from minimind_jax.training.optimizer import make_clip, make_optimizer, make_rates, make_schedule
 from minimind_jax.training.state import create_state
-from minimind_jax.training.step import MADE, NOT_FINITE, make_eval_step, make_train_step
+from minimind_jax.training.step import MADE, NOT_FINITE, NOTHING, make_eval_step, make_train_step
 
 TINY = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "intermediate_size": 48}  # fmt: skip
@@ -214,14 +214,19 @@ def test_clipping_scales_the_gradient_to_the_norm():
     assert_close_to_largest(clipped, jax.tree.map(lambda g: np.asarray(g) * (0.25 / norm), grads), 1e-5)
 
 
-def test_a_batch_without_trained_tokens():
+def test_a_batch_without_trained_tokens_moves_nothing():
+    """Nor does what the optimizer remembers of the batch before."""
     batch = pack(documents(np.random.default_rng(6)), PACKED)
-    batch["loss_weights"][:] = 0
+    empty = {**batch, "loss_weights": 0 * batch["loss_weights"]}
     step, state = train_setup()
-    state, metrics = step(state, batch)
+    state, _ = step(state, batch)
+    before = jax.tree.map(np.array, state)
+    state, metrics = step(state, empty)
     values = {name: float(value) for name, value in metrics.items()}
-    assert (values["loss"], values["grad_norm"], values["tokens"], values["skipped"]) == (0, 0, 0, MADE)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    assert (values["loss"], values["grad_norm"], values["tokens"], values["skipped"]) == (0, 0, 0, NOTHING)
+    assert state.step == 2
+    for got, expected in zip(jax.tree.leaves(state[1:]), jax.tree.leaves(before[1:]), strict=True):
+        np.testing.assert_array_equal(got, expected)
 
 
 def test_a_loss_that_is_not_finite_leaves_everything_but_the_step():

@@ -1,0 +1,90 @@
+"""Runs in processes of their own, which tests kill: forked from a server that has imported the library."""
+
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
+from safetensors.numpy import load_file
+
+from minimind_jax import stages
+from minimind_jax.training.run import RunFolder
+from minimind_jax.training.tracking import WALL_CLOCK, read_metrics
+
+
+@pytest.fixture(scope="module")
+def start():
+    """start(stage, config, devices) -> a process that trains."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["minimind_jax.stages.next_token", "minimind_jax.stages.reinforce"])
+
+    def start(stage, config, devices=1):
+        cache = jax.config.jax_compilation_cache_dir
+        process = server.Process(target=run_stage, args=(stage, config, devices, cache))
+        process.start()
+        return process
+
+    return start
+
+
+def run_stage(stage, config, devices, cache):
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    log = os.open(f"{config.run}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    stages.start(config)
+
+
+def finish(process, config):
+    process.join(120)
+    assert process.exitcode == 0, Path(f"{config.run}.log").read_text("utf-8")[-3000:]
+
+
+def wait_for_step(run, step, process):
+    """Until the metrics hold `step`; looks at the end of the file only, to be quick."""
+    needle = f'{{"step": {step},'.encode()
+    while process.is_alive():
+        if run.metrics_file.exists() and needle in run.metrics_file.read_bytes():
+            return
+        time.sleep(0.001)
+
+
+def comparable(run: RunFolder) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in WALL_CLOCK} for row in read_metrics(run.metrics_file)]
+
+
+def final_state(run: RunFolder) -> dict[str, np.ndarray]:
+    """The newest checkpoint by name of the array, read onto one device."""
+    here = SingleDeviceSharding(jax.devices()[0])
+    with ocp.training.Checkpointer(run.checkpoints) as checkpointer:
+        stored = checkpointer.metadata().metadata
+        abstract = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for k, x in stored.items()}
+        return {name: np.asarray(array) for name, array in checkpointer.load(abstract_state=abstract).items()}
+
+
+def check_same(left: RunFolder, right: RunFolder, tolerance: float = 0):
+    """Metrics, the exported model, and the last checkpoint with the optimizer's state. tolerance: relative to the
+    largest value of an array."""
+    rows = comparable(left), comparable(right)
+    assert [(row["step"], list(row)) for row in rows[0]] == [(row["step"], list(row)) for row in rows[1]]
+    if not tolerance:
+        assert rows[0] == rows[1]
+        assert (left.model / "model.safetensors").read_bytes() == (right.model / "model.safetensors").read_bytes()
+    for mine, other in zip(*rows, strict=True):
+        for key in mine.keys() - {"samples", "exported"}:
+            assert mine[key] == pytest.approx(other[key], rel=tolerance, abs=tolerance), (mine["step"], key)
+    for read in (final_state, lambda run: load_file(run.model / "model.safetensors")):
+        mine, other = read(left), read(right)
+        assert mine.keys() == other.keys()
+        for name in mine:
+            scale = np.abs(mine[name]).max(initial=0)
+            np.testing.assert_allclose(mine[name], other[name], rtol=0, atol=tolerance * scale, err_msg=name)

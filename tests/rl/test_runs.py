@@ -1,0 +1,217 @@
+"""Runs of the real stages in which something is degenerate: defined, said, and never a number that is none."""
+
+import dataclasses
+import json
+import math
+import shutil
+
+import pytest
+from kills import finish
+from run_helpers import rows_of
+from safetensors.numpy import load_file, save_file
+from templates import CHATML
+from worlds import ADAPTERS, write_lines
+
+from minimind_jax import stages
+from minimind_jax.config.rl import (
+    GRPOConfig,
+    HeldOutConfig,
+    PolicyConfig,
+    PPOConfig,
+    RewardsConfig,
+    RolloutConfig,
+)
+from minimind_jax.config.sections import CheckpointConfig, MeshConfig
+from minimind_jax.data.documents import encode_prompt
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.errors import UserError
+from minimind_jax.model.config import ComputeConfig
+from minimind_jax.training.run import RunFolder
+
+SOME = {"training": {"steps": 4}}
+OWN = """
+import random, time
+
+def same(episodes): return [0.5 for _ in episodes]
+def nothing(episodes): return [None for _ in episodes]
+def raises(episodes): raise RuntimeError("no judge today")
+def hangs(episodes): time.sleep(600)
+def length(episodes): return [len(episode.completion) / 10 + len(episode.text) / 100 for episode in episodes]
+"""
+
+
+@pytest.fixture
+def grpo(make, tmp_path):
+    """grpo(kind, **changes) -> settings of a short run; reward: of OWN. answers: of so many prompts."""
+    own = tmp_path / "own.py"
+    own.write_text(OWN)
+
+    def grpo(kind=GRPOConfig, *, reward="length", prompts=24, data=(), training=(), rewards=(), rollout=(), **changes):
+        records = [{"prompt": f"the {n} cat", "answer": n} for n in range(prompts)]
+        wanted = {"prompts": 2, "completions": 4, "max_new_tokens": 8} | dict(rollout)
+        changes = {"run": tmp_path / "run", "checkpoint": CheckpointConfig(every=0), **changes}
+        return make(
+            kind, changes.pop("run"), write_lines(tmp_path / "prompts.jsonl", records), rate=1e-2,
+            data={"seq_len": 64, "val_fraction": 0.0, **dict(data)},
+            training={"steps": 2, "eval_every": 2, "eval_rows": 2, "batch_tokens": None, **dict(training)},
+            rollout=RolloutConfig(**wanted),
+            rewards=RewardsConfig(use=(f"{own}:{reward}",), **dict(rewards)),
+            held_out=HeldOutConfig(completions=2), **changes,
+        )  # fmt: skip
+
+    return grpo
+
+
+def steps_of(config):
+    """The rows of the steps of a run, which is made."""
+    found = [row for row in rows_of(stages.start(config)) if "loss" in row]
+    assert all(math.isfinite(value) for row in found for value in row.values())
+    return found
+
+
+def weights_of(folder):
+    return (RunFolder(folder).model / "model.safetensors").read_bytes()
+
+
+def test_equal_rewards_teach_nothing_and_refilling_finds_nothing(grpo, capsys):
+    """Their advantages are 0, and with no divergence in the loss so is the gradient."""
+    steps = steps_of(grpo(reward="same", policy=PolicyConfig(refill=2)))
+    assert [row["frac_reward_zero_std"] for row in steps] == [1, 1]
+    assert [row["refill/kept"] for row in steps] == [0, 0]
+    assert [row["refill/prompts"] for row in steps] == [6, 6]
+    assert all(row["grad_norm"] == 0 and row["reward_std"] == 0 for row in steps)
+    assert capsys.readouterr().out.count("taught nothing") == 1
+
+
+def test_completions_that_are_all_cut_and_masked_move_nothing(grpo, base, capsys):
+    """No update, and it is said, though the optimizer has weight decay."""
+    config = grpo(
+        rollout={"max_new_tokens": 2, "temperature": 0.05}, policy=PolicyConfig(overlong="mask", beta=0.1, updates=2)
+    )
+    optimizer = dataclasses.replace(config.optimizer, weight_decay=0.1)
+    config = dataclasses.replace(config, optimizer=optimizer, training=dataclasses.replace(config.training, steps=4))
+    steps = steps_of(config)
+    cut = [row["completions/clipped_ratio"] for row in steps if "reward" in row]
+    assert cut == [1, 1]  # what is likeliest is never the end
+    assert steps[-1]["skipped/nothing"] == 4 and steps[-1]["tokens"] == 0
+    assert weights_of(config.run) == weights_of(base)
+    assert "1 of 1 updates were skipped so far: no token of the batch is trained" in capsys.readouterr().out
+
+
+def test_a_reward_that_has_nothing_to_say_counts_as_nothing(grpo):
+    steps = steps_of(grpo(reward="nothing", kind=PPOConfig, policy=PPOConfig().policy))
+    assert {row["reward"] for row in steps if "reward" in row} == {0}
+
+
+@pytest.mark.parametrize("reward", ["raises", "hangs"])
+def test_a_reward_that_fails_stops_the_run_or_is_counted(grpo, reward):
+    with pytest.raises(UserError, match=r"own.py:\w+: .*prompts.jsonl:\d+: .*rewards.on_error count"):
+        stages.start(grpo(reward=reward, rewards={"seconds": 2.0}))
+    steps = steps_of(grpo(reward=reward, rewards={"seconds": 2.0, "on_error": "count"}, training={"steps": 1}))
+    assert steps[0][f"rewards/{reward}/failures"] == 8 and steps[0]["reward"] == 0
+
+
+def test_completions_that_end_at_once(grpo, base, tmp_path):
+    """The end token comes first: a text of nothing, which is trained on as any other."""
+    folder = shutil.copytree(RunFolder(base).model, tmp_path / "ends")
+    tokenizer, weights = Tokenizer.load(folder), load_file(folder / "model.safetensors")
+    for name in weights:  # the state is the embedding of the last token, which the end's is made to resemble most
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weights[name] *= 0
+    words = weights["model.embed_tokens.weight"]
+    last = encode_prompt(tokenizer, [{"role": "user", "content": "the cat"}], None, False)[-1]
+    words[tokenizer.end_ids[0]] = 1e3 * words[last] * weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    steps = steps_of(grpo(init_from=str(folder), policy=PolicyConfig(beta=0.1, updates=2, minibatches=2), **SOME))
+    told = [row for row in steps if "reward" in row]
+    assert {row["completions/max_length"] for row in told} == {1} and {
+        row["completions/clipped_ratio"] for row in told
+    } == {0}
+    assert {row["reward"] for row in told} == {0.1}
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_fewer_prompts_than_a_rollout_asks(grpo, prompts):
+    steps = steps_of(grpo(prompts=prompts, rollout={"prompts": 4}, training={"steps": None, "epochs": 2}))
+    assert len(steps) == max(1, math.ceil(2 * prompts / 4))
+    assert all("reward" in row for row in steps)
+
+
+def test_one_held_out_prompt(grpo, tmp_path):
+    val = write_lines(tmp_path / "val.jsonl", [{"prompt": "the cat", "answer": 1}])
+    rows = rows_of(stages.start(grpo(data={"val": (val,)})))
+    judged = [row for row in rows if "val_reward" in row]
+    assert [row["step"] for row in judged] == [0, 2]
+    assert judged[0].keys() >= {"val_success", "val_pass@2", "val_drawn_success", "val_length"}
+
+
+def test_no_held_out_prompt(grpo, capsys):
+    rows = rows_of(stages.start(grpo(data={"val_fraction": 0.2}, prompts=2)))
+    assert not any("val_reward" in row for row in rows)
+    told = capsys.readouterr().out
+    assert "2 prompts are too few to hold some out" in told and "watch max reward is without effect" in told
+
+
+def test_adapters_over_a_run_that_is_an_adapter_itself(grpo, tmp_path):
+    """The reference of each is what it started from."""
+    first = grpo(lora=ADAPTERS, policy=PolicyConfig(beta=0.1, minibatches=2), run=tmp_path / "first", **SOME)
+    steps_of(first)
+    for name, own in (("adapters", {"lora": ADAPTERS}), ("whole", {})):
+        policy = PolicyConfig(beta=0.1, minibatches=2)
+        steps = steps_of(grpo(init_from=first.run, run=tmp_path / name, policy=policy, **own, **SOME))
+        assert abs(steps[0]["kl"]) < 1e-9 and steps[-1]["kl"] > 0
+        assert steps[0]["sampling/sampling_logp_difference/max"] < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"])
+def test_computing_in_bfloat16(grpo, dtype):
+    """Sampler and trainer are still close, and the first update's ratio still 1."""
+    steps = steps_of(grpo(compute=ComputeConfig(dtype=dtype, scan_unroll=1), policy=PolicyConfig(updates=2)))
+    assert steps[0]["sampling/sampling_logp_difference/mean"] < 0.02
+    assert steps[0]["val/ratio"] == pytest.approx(1, abs=1e-5)
+
+
+def test_a_model_with_another_template(grpo, base, tmp_path):
+    folder = shutil.copytree(RunFolder(base).model, tmp_path / "other")
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": CHATML}))
+    steps = steps_of(grpo(init_from=str(folder)))
+    assert steps[0]["sampling/sampling_logp_difference/max"] < 1e-4
+    assert "<think>" not in (RunFolder(tmp_path / "run").path / "rollouts/step_000000.md").read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def experts(world, tmp_path_factory):
+    """A model with experts to start from."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    config = world.pretrain(tmp_path_factory.mktemp("experts") / "experts", checkpoint=CheckpointConfig(0))
+    return stages.start(dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes)))
+
+
+@pytest.mark.slow
+def test_a_model_with_experts(grpo, experts):
+    steps = steps_of(grpo(init_from=str(experts), kind=PPOConfig, policy=PPOConfig().policy, **SOME))
+    assert steps[0]["router_loss"] > 0
+    assert steps[0]["sampling/sampling_logp_difference/max"] < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experts_too", [False, True], ids=["dense", "experts"])
+def test_eight_devices_do_what_one_does(grpo, start, experts, experts_too, tmp_path):
+    """Whole runs, rollouts included, with a value model and a reference."""
+    policy = dataclasses.replace(PPOConfig().policy, beta=0.1, minibatches=2)
+    meshes = {"one": MeshConfig(), "fsdp": MeshConfig(data=1, fsdp=8), "tensor": MeshConfig(data=2, fsdp=2, tensor=2)}
+    rows = {}
+    for name, mesh in meshes.items():
+        config = grpo(
+            PPOConfig, run=tmp_path / name, mesh=mesh, policy=policy, rollout={"prompts": 16, "completions": 1},
+            training={"steps": 8, "eval_every": 4}, **({"init_from": str(experts)} if experts_too else {}),
+        )  # fmt: skip
+        finish(start("ppo", config, 1 if name == "one" else 8), config)
+        rows[name] = rows_of(config.run)
+    for name in ("fsdp", "tensor"):
+        for got, wanted in zip(rows[name], rows["one"], strict=True):
+            assert got.keys() == wanted.keys()
+            for key in got.keys() & {"loss", "reward", "kl", "val_reward", "completions/mean_length", "loss/value_avg"}:
+                assert got[key] == pytest.approx(wanted[key], rel=1e-5, abs=1e-5), (name, got["step"], key)
