@@ -30,6 +30,7 @@ from minimind_jax.convert.load import (
 from minimind_jax.convert.ollama import is_as_written, modelfile
 from minimind_jax.convert.peft import load_peft, low_rank_pairs
 from minimind_jax.convert.replace import replacing_files
+from minimind_jax.convert.vision_weights import PROJECTOR, TOWER
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import ADAPTER_CONFIG, is_adapter
@@ -114,6 +115,10 @@ def write_gguf(
     config = with_token_ids(config, tokenizer)
     config = dataclasses.replace(config, eos_token_id=union_of_ids(tokenizer.end_ids, config.eos_token_id))
     notes = _check_computable(config, name)
+    if config.vision is not None:
+        notes.append(
+            "the file has the half of the model that reads and writes words; its tower and projector are left out"
+        )
     words = gguf_words(tokenizer, config.vocab_size)
     planned = list(_model_tensors(config, tensors, dtype))
     notes += [*words.notes, *_notes_of_dtype(planned, dtype)]
@@ -258,6 +263,8 @@ def _model_tensors(config: ModelConfig, tensors: Mapping[str, StoredTensor], dty
     """Every tensor under llama.cpp's name, the experts of a layer stacked."""
     name_of = _names(config)
     for name, tensor in tensors.items():
+        if name.startswith((TOWER, PROJECTOR)):
+            continue
         module = name.removesuffix(".weight")
         expert = re.fullmatch(r"(.+\.experts)\.(\d+)\.(\w+)", module)
         if expert is None:

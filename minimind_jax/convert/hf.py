@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 from minimind_jax.convert import hf_weights
 from minimind_jax.convert.hf_config import from_hf_config, head_config, read_labels, to_generation_config, to_hf_config
+from minimind_jax.convert.hf_vision import read_seeing_config, sees, to_seeing_config, write_processors
 from minimind_jax.convert.replace import replacing
-from minimind_jax.convert.torch_file import read_torch
+from minimind_jax.convert.vision_weights import names_in_files, names_of_files
+from minimind_jax.convert.weight_files import read_weights
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import ModelConfig, union_of_ids
@@ -58,20 +60,29 @@ def save_hf(
     """
     folder = as_path(folder)
     config = with_token_ids(config, tokenizer)
+    if labels and config.vision is not None:
+        raise UserError(f"{folder}: a classifier or reward model that sees cannot be written; train one of texts alone")
     with replacing(folder) as partial:
         headed = head_config(config, labels.names, labels.several) if labels else {}
-        write_json(partial / "config.json", {**to_hf_config(config, dtype), **headed})
+        described = to_hf_config(config, dtype) if config.vision is None else to_seeing_config(config, dtype)
+        write_json(partial / "config.json", {**described, **headed})
         if not labels:
             write_json(partial / "generation_config.json", to_generation_config(config, generation_config))
         if tokenizer is not None:
-            tokenizer.save(partial)
+            marker = None if config.vision is None else config.vision.marker_id
+            tokenizer.save(partial, marker)
             _fit_tokenizer_config(partial / "tokenizer_config.json", config.max_position_embeddings, labels)
-        hf_weights.write_safetensors(partial, hf_weights.hf_tensors(config, params), dtype, max_shard_bytes)
+        tensors = hf_weights.hf_tensors(config, params)
+        if config.vision is not None:
+            write_processors(partial, config.vision, tokenizer)
+            tensors = names_in_files(tensors)
+        hf_weights.write_safetensors(partial, tensors, dtype, max_shard_bytes)
     return folder
 
 
 def load_hf(folder: str | Path) -> tuple[ModelConfig, Params]:
-    """A Qwen3, Qwen3-MoE or MiniMind-3 folder as configuration and float32 parameters.
+    """A Qwen3, Qwen3-MoE or MiniMind-3 folder, or one of a model that sees over such a one (see `hf_vision`), as
+    configuration and float32 parameters.
 
     The parameters are NumPy arrays on the host: put them where they are needed (`jax.device_put`) once.
 
@@ -85,15 +96,9 @@ def load_hf(folder: str | Path) -> tuple[ModelConfig, Params]:
 def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, hf_weights.StoredTensor]]:
     """`load_hf` for what takes one tensor after another: under the names of `hf_tensors`, read when it is needed."""
     place = local_folder(as_path(folder))
-    config = read_hf_config(place)
-    if any((place / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
-        stored = hf_weights.read_safetensors(place)
-    elif (place / "pytorch_model.bin").exists():  # how MiniMind writes its own architecture
-        stored = read_torch(place / "pytorch_model.bin")
-    else:
-        raise UserError(
-            f"{place}: neither model.safetensors, model.safetensors.index.json nor pytorch_model.bin is there"
-        )
+    config, stored = read_hf_config(place), read_weights(place)
+    if config.vision is not None:
+        stored = names_of_files(stored)
     return config, hf_weights.matching_tensors(config, stored, str(folder))
 
 
@@ -142,7 +147,8 @@ def read_hf_config(folder: str | Path) -> ModelConfig:
     file = local_folder(as_path(folder)) / "config.json"
     if not is_there(file):
         raise UserError(f"{file}: no such file; expected a Hugging Face model folder")
-    return from_hf_config(read_object(file), str(file))
+    values = read_object(file)
+    return read_seeing_config(values, file.parent) if sees(values) else from_hf_config(values, str(file))
 
 
 def stored_dtype(folder: str | Path) -> str:

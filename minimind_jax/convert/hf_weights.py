@@ -19,10 +19,12 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from minimind_jax.convert.vision_weights import vision_tensors
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.heads import SCORE
 from minimind_jax.model.transformer import LanguageModel, Params
+from minimind_jax.model.vision import VISION
 from minimind_jax.texts import listed, read_object, write_json
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -82,7 +84,7 @@ def hf_tensors(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
         tensors["score.weight"] = host[SCORE]["kernel"].T
     elif not config.tie_word_embeddings:
         tensors["lm_head.weight"] = host["lm_head"]["kernel"].T
-    return tensors
+    return tensors if config.vision is None else tensors | vision_tensors(host[VISION])
 
 
 def read_params(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> Params:
@@ -110,7 +112,7 @@ def matching_tensors(config: ModelConfig, stored: Mapping[str, StoredTensor], wh
                 f"{where}: tie_word_embeddings is true but lm_head.weight differs from model.embed_tokens.weight; "
                 "set tie_word_embeddings to false"
             )
-    _check_names_and_shapes(expected, stored, where)
+    check_names_and_shapes(expected, stored, where)
     return {name: stored[name] for name in expected}
 
 
@@ -122,7 +124,8 @@ def _empty_params(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> Pa
     return params
 
 
-def _check_names_and_shapes(expected: Mapping[str, tuple], stored: Mapping[str, StoredTensor], where: str):
+def check_names_and_shapes(expected: Mapping[str, tuple], stored: Mapping[str, StoredTensor], where: str) -> None:
+    """Raises UserError, with a few of them, for tensors that are missing, left over, or of another shape."""
     missing, unexpected = expected.keys() - stored.keys(), stored.keys() - expected.keys()
     problems = [f"missing tensors: {listed(sorted(missing), 4)}"] if missing else []
     problems += [f"unexpected tensors: {listed(sorted(unexpected), 4)}"] if unexpected else []

@@ -25,7 +25,8 @@ _PART = r"(-\d+-of-\d+)?"
 # What a model's folder holds, of those written here and those of transformers and peft.
 _OURS = re.compile(
     rf"model{_PART}\.safetensors|pytorch_model{_PART}\.bin|(model\.safetensors|pytorch_model\.bin)\.index\.json"
-    r"|adapter_model\.(safetensors|bin)|tokenizer\.model|chat_template\.json|generation_config\.json"
+    r"|adapter_model\.(safetensors|bin)|tokenizer\.model|chat_template\.json"
+    r"|(generation_|processor_|preprocessor_)config\.json"
 )
 # Keys of which every model's configuration has one.
 _MODEL_KEYS = {"model_type", "architectures", "transformers_version", "hidden_size", "peft_type"}

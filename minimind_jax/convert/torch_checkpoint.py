@@ -50,6 +50,8 @@ def to_torch(folder: str | Path, pth: str | Path) -> ModelConfig:
     config, params = load_merged(folder)
     if SCORE in params:
         raise UserError(f"{folder} is a classifier or reward model, which MiniMind's scripts cannot load")
+    if config.vision is not None:
+        raise UserError(f"{folder} is a model that sees, which is written as a Hugging Face folder only")
     aliases = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
     write_torch(pth, hf_tensors(config, params), aliases)
     return config

@@ -256,6 +256,14 @@ def render_jinja(source: str, messages: Sequence[Message], tools: Sequence[Any] 
         raise UserError(f"the chat template cannot render these messages: {error}") from error
 
 
+def template_with_images(marker: str) -> str:
+    """Our template as models that see carry it: an image among the parts of a message is one `marker`, of which
+    processors make as many as the image has tokens."""
+    text = "            {%- elif part.text is string %}\n"
+    image = f"            {{%- elif part.type in ['image', 'image_url'] %}}\n                {{{{- {marker!r} }}}}\n"
+    return CHAT_TEMPLATE.replace(text, image + text)
+
+
 def renders_as_ours(source: str) -> bool:
     """Whether a template writes a set of probing conversations exactly as ours does (MiniMind's own does)."""
     try:

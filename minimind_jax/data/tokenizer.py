@@ -18,7 +18,14 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from minimind_jax.data.template import CHAT_TEMPLATE, Segment, render_jinja, render_segments, renders_as_ours
+from minimind_jax.data.template import (
+    CHAT_TEMPLATE,
+    Segment,
+    render_jinja,
+    render_segments,
+    renders_as_ours,
+    template_with_images,
+)
 from minimind_jax.data.template_check import CLOSE_TAG, FORGOTTEN, OPEN_TAG, check_complete, raise_as_what_it_is
 from minimind_jax.data.template_spans import foreign_segments
 from minimind_jax.data.token_bytes import bytes_of_tokens
@@ -280,12 +287,17 @@ class Tokenizer:
     def _present_tokens(self) -> dict[str, str]:
         return {name: token for name, token in self.special_tokens.items() if token is not None}
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, image_marker: int | None = None) -> None:
         """Copies the files, tokenizer.json byte for byte, with what other programs need in tokenizer_config.json.
 
         The chat template goes into tokenizer_config.json and chat_template.jinja alike, since some programs read only
         the one, some only the other; model_input_names keeps transformers 4 from feeding token_type_ids to the model.
+        image_marker: the token of images, which our template then writes for them (see `template_with_images`); another
+        template has its own way, or none.
         """
+        template = self.chat_template
+        if image_marker is not None and self.own_template:
+            template = template_with_images(self.decode([image_marker], skip_special_tokens=False))
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in TOKENIZER_FILES:
@@ -294,11 +306,11 @@ class Tokenizer:
         config_file = folder / "tokenizer_config.json"
         found = _read_json(config_file)
         config = found or tokenizer_config(self._backend, self.special_tokens)
-        config = {**config, "chat_template": self.chat_template}
+        config = {**config, "chat_template": template}
         config.setdefault("model_input_names", ["input_ids", "attention_mask"])
         if config != found:
             write_json(config_file, config)
-        (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8", newline="")
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
 
 
 class StreamDecoder:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
@@ -100,6 +101,11 @@ def init_vision(vision: Vision, width: int, std: float, key: Array) -> Params:
 
     keys = jax.random.split(key, len(leaves))
     return jax.tree.unflatten(tree, [draw(*leaf, key) for leaf, key in zip(leaves, keys, strict=True)])
+
+
+def empty_tower(tower: TowerConfig) -> Params:
+    """NumPy arrays to be filled with the parameters of a tower."""
+    return jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), _tower_leaves(tower), is_leaf=_is_leaf)
 
 
 def vision_axes(vision: Vision) -> Params:

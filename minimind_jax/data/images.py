@@ -1,0 +1,98 @@
+"""Pictures as a tower reads them: decoded, upright, in RGB, and resized as transformers' processor of SigLIP does it.
+
+Whoever opens a picture runs a decoder on what others wrote: its size is looked at before it is decoded, and whatever is
+wrong with it is a UserError that says where.
+"""
+
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from minimind_jax.errors import UserError
+from minimind_jax.model.config import TowerConfig
+from minimind_jax.shell import install_command
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Decoded it takes a quarter of a gigabyte. Pillow's own limit, at which it only warns, is a third more.
+MOST_PIXELS = 2**26
+# Decoders of what people have; Pillow's others read formats of which some start other programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+
+def read_image(
+    source: bytes | Path, tower: TowerConfig, where: str, tell: Callable[[str], None] = lambda note: None
+) -> np.ndarray:
+    """A picture, a file's content or its path, as uint8 (image_size, image_size, 3): the `pixels` of a batch.
+
+    where: of the picture, for messages, such as file and row. tell: hears what of it is left out.
+    Raises UserError: it is no picture, damaged, too large, or of numbers that are no colours.
+    """
+    image = _open(source, where)
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise UserError(
+            f"{where}: a picture of {width:,} x {height:,} pixels; at most {MOST_PIXELS:,} are read: shrink it"
+        )
+    try:
+        if image.format in ("GIF", "WEBP", "PNG") and getattr(image, "n_frames", 1) > 1:
+            tell("of animated pictures only the first is seen")
+        rgb = _in_colour(_upright(image), where)
+    except UserError:
+        raise
+    except Exception as error:  # decoders raise whatever a damaged file makes them raise
+        raise UserError(f"{where}: a damaged picture ({error}); replace or remove it") from error
+    return np.asarray(rgb.resize((tower.image_size, tower.image_size), tower.resample))
+
+
+def _open(source: bytes | Path, where: str) -> "Image":
+    """The picture, of which only the header has been read."""
+    library = _import_pillow()
+    try:
+        content = source if isinstance(source, bytes) else source.read_bytes()
+    except OSError as error:
+        raise UserError(f"{where}: the picture {source} cannot be read: {error.strerror or error}") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", library.DecompressionBombWarning)  # our own limit is lower
+            return library.open(io.BytesIO(content), formats=FORMATS)
+    except library.DecompressionBombError as error:
+        raise UserError(
+            f"{where}: a picture of too many pixels; at most {MOST_PIXELS:,} are read: shrink it"
+        ) from error
+    except Exception as error:
+        raise UserError(f"{where}: not a picture that is read ({', '.join(FORMATS)})") from error
+
+
+def _upright(image: "Image") -> "Image":
+    """As the camera was held, which EXIF says."""
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(image)
+
+
+def _in_colour(image: "Image", where: str) -> "Image":
+    """In RGB; what is transparent is white, as transformers 5 makes it."""
+    library = _import_pillow()
+    if image.mode.startswith("I;16"):  # grey in 16 bits, which Pillow would clip
+        return library.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise UserError(f"{where}: its pixels are numbers without a scale (mode {image.mode}); save it with 8 bits")
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = library.new("RGBA", image.size, (255, 255, 255, 255))
+        image = library.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _import_pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise UserError(f"pictures need Pillow: {install_command('vision')}") from error
+    return Image
