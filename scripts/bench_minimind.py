@@ -4,6 +4,7 @@ transformers and datasets. Takes requests as JSON lines on its input and answers
     {"train": 3}     three steps of its training loop -> seconds, tokens (all positions), useful (not padding)
     {"greedy 16": 64} its `generate`, 64 new tokens to each of 16 prompts, cases as in bench_requests -> seconds, tokens
     {"full": 64}     its rollout engine, 64 new tokens in each completion of a rollout -> seconds, tokens
+    {"agent": 64}    its episodes with tools, of three turns of 64 tokens -> seconds, episodes
 
 The training step is that of trainer/train_pretrain.py without the loop around it: forward with labels, backward, clip,
 AdamW, zero_grad. Only `bench_train.py`, `bench_decode.py` and `bench_rollout.py` start this.
@@ -21,7 +22,7 @@ os.dup2(2, 1)  # what MiniMind prints is no answer
 sys.path.insert(0, ".")
 
 import torch  # noqa: E402
-from bench_requests import requests, rollout  # noqa: E402
+from bench_requests import CALL, RESULT, agent_messages, requests, rollout  # noqa: E402
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM  # noqa: E402
 
 REQUEST = json.loads(sys.argv[1])
@@ -134,11 +135,39 @@ def make_rollout():
     return write
 
 
-MAKERS, made = {"train": make_train, "rollout": make_rollout, "generate": make_generate}, {}
+def make_agent():
+    """Episodes of three turns by its `rollout_single`, one by one as its training plays them; each turn is taken for
+    the same call, whatever a random model wrote."""
+    from trainer import train_agent
+    from trainer.rollout_engine import TorchRolloutEngine
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained("model")
+    engine, numbers = TorchRolloutEngine(make_model().eval(), tokenizer, DEVICE), itertools.count()
+    engine.tokenizer = AutoTokenizer.from_pretrained("model")
+    engine.tokenizer.eos_token_id = None  # to the full length
+    train_agent.parse_tool_calls = lambda text: [CALL]
+    train_agent.execute_tool = lambda name, arguments: json.loads(RESULT)
+
+    def play(count):
+        started, episodes = time.perf_counter(), REQUEST["singly"]
+        for _ in range(episodes):
+            messages, tools = agent_messages(next(numbers))
+            played = train_agent.rollout_single(
+                engine, tokenizer, messages, tools, max_new_tokens=count, thinking_ratio=0.0, device=DEVICE
+            )
+            assert len(played[6]) == 3
+        return {"seconds": time.perf_counter() - started, "episodes": episodes}
+
+    return play
+
+
+MAKERS = {"train": make_train, "rollout": make_rollout, "agent": make_agent, "generate": make_generate}
+KINDS, made = {"train": "train", "full": "rollout", "unequal": "rollout", "agent": "agent"}, {}
 for line in sys.stdin:
     ((name, count),) = json.loads(line).items()
-    kind = "train" if name == "train" else "rollout" if name in ("full", "unequal") else "generate"
+    kind = KINDS.get(name, "generate")
     if kind not in made:
         made[kind] = MAKERS[kind]()
-    result = made[kind](count) if kind == "train" else made[kind](name, count)
+    result = made[kind](count) if kind in ("train", "agent") else made[kind](name, count)
     os.write(answers, (json.dumps(result) + "\n").encode())

@@ -31,3 +31,15 @@ def rollout(settings: dict, case: str, count: int, call: int) -> tuple[list[list
     if case == "full":
         return prompts, [count] * sequences
     return prompts, np.random.default_rng(0).integers(min(16, count), count + 1, sequences).tolist()
+
+
+CALL = {"name": "calculate_math", "arguments": {"expression": "12 * 7"}}
+RESULT = '{"result": "84"}'
+
+
+def agent_messages(number: int) -> tuple[list[dict], list[dict]]:
+    """The conversation that an agent's episode begins with, and the tool that it may call."""
+    parameters = {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]}
+    tool = {"name": CALL["name"], "description": "Calculates an expression", "parameters": parameters}
+    asks = [{"role": "user", "content": f"A box holds {number + 3} rows of 12 eggs. How many are in 7 boxes?"}]
+    return asks, [{"type": "function", "function": tool}]
