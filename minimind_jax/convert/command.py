@@ -13,7 +13,7 @@ UNSEEN = ("rope_theta", "max_position_embeddings", "rms_norm_eps", "num_experts_
 def run_from_hf(config: FromHFConfig) -> None:
     """`minimind convert from-hf`."""
     source = resolve_model_folder(config.source, "source")
-    from_hf(source, config.output, config.dtype, config.tokenizer or None, config.max_shard_bytes)
+    from_hf(source, config.output, config.dtype, config.tokenizer or None, config.max_shard_bytes, config.vision)
     print(f"wrote {config.output}")
 
 
@@ -22,7 +22,9 @@ def run_from_torch(config: FromTorchConfig) -> None:
     overrides = {name: getattr(config, name) for name in UNSEEN if getattr(config, name) is not None}
     if config.inference_rope_scaling:
         overrides["rope_scaling"] = MINIMIND_YARN
-    from_torch(config.source, config.output, config.tokenizer, config.dtype, config.max_shard_bytes, overrides)
+    from_torch(
+        config.source, config.output, config.tokenizer, config.dtype, config.max_shard_bytes, overrides, config.vision
+    )
     print(f"wrote {config.output}")
 
 

@@ -153,7 +153,12 @@ def read_hf_config(folder: str | Path) -> ModelConfig:
 
 def stored_dtype(folder: str | Path) -> str:
     """The dtype of a model's tensors in its folder; float32 where they have several."""
-    dtypes = {tensor.dtype for tensor in open_hf(folder)[1].values()}
+    return common_dtype(open_hf(folder)[1])
+
+
+def common_dtype(tensors: Mapping[str, hf_weights.StoredTensor]) -> str:
+    """The dtype of all tensors; float32 where they have several."""
+    dtypes = {tensor.dtype for tensor in tensors.values()}
     return dtypes.pop() if len(dtypes) == 1 else "float32"
 
 

@@ -63,7 +63,10 @@ def open_tower(folder: str | Path) -> Tower:
     if not is_there(file):
         raise UserError(f"{file}: no such file; expected the folder of a SigLIP model")
     values = read_object(file)
-    config = _read_tower(values.get("vision_config") or values, place)
+    described = values.get("vision_config", values)
+    if values.get("model_type") == "siglip":
+        described = {"model_type": "siglip_vision_model", **(described or {})}
+    config = _read_tower(described, place)
     tensors = tower_names(read_weights(place))
     expected = {name: view.shape for name, view in tower_tensors(empty_tower(config)).items()}
     check_names_and_shapes(expected, tensors, str(folder))
@@ -168,7 +171,7 @@ def _read_tower(values: Mapping[str, Any], folder: Path) -> TowerConfig:
     """Of a vision_config, and of the processor's settings beside it."""
     where = folder / "config.json"
     kind = values.get("model_type")
-    if kind not in ("siglip_vision_model", "siglip"):  # a full model of which vision_config is empty
+    if kind != "siglip_vision_model":
         hint = "; NaFlex models, of no fixed resolution, are not read" if str(kind).startswith("siglip2") else ""
         raise UserError(f"{where}: the tower's model_type is {kind!r}; it must be siglip_vision_model{hint}")
     found = {name: values.get(name, default) for name, default in _TOWER_DEFAULTS.items()}

@@ -10,6 +10,7 @@ import numpy as np
 
 from minimind_jax.convert import hf
 from minimind_jax.convert.hf_weights import StoredTensor, read_params
+from minimind_jax.convert.minimind_v import is_minimind_v, open_minimind_v
 from minimind_jax.convert.peft import load_peft, low_rank_pairs, read_adapter_config
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
@@ -124,11 +125,12 @@ def from_hf(
     dtype: str | None = None,
     tokenizer: str | Path | None = None,
     max_shard_bytes: float = hf.MAX_SHARD_BYTES,
+    vision: str | Path = "",
 ) -> ModelConfig:
     """Checks a Hugging Face folder and writes it anew in the form that every reader takes.
 
     dtype: None keeps the source's, so that every tensor stays the same bit for bit. tokenizer: a folder; None takes the
-    source's. The source's generation settings are kept.
+    source's. The source's generation settings are kept. vision: the folder of the tower of a MiniMind-V.
     """
     source, output = as_path(source), as_path(output)
     if absolute(source) == absolute(output):
@@ -136,11 +138,13 @@ def from_hf(
     source = local_folder(source)
     if is_adapter(source):
         raise UserError(f"{source} is an adapter; minimind convert merge-lora makes a whole model of it")
-    config, params = hf.load_hf(source)
+    if vision and not is_minimind_v(source):
+        raise UserError(f"--vision {vision} is for MiniMind-V's folders, and {source} is none; leave it out")
+    config, tensors = open_minimind_v(source, vision) if is_minimind_v(source) else hf.open_hf(source)
     words = load_tokenizer(source, tokenizer)
     config = dataclasses.replace(config, eos_token_id=union_of_ids(config.eos_token_id, words.eos_id))
     hf.save_hf(
-        output, config, params, words, dtype or hf.stored_dtype(source), max_shard_bytes,
+        output, config, read_params(config, tensors), words, dtype or hf.common_dtype(tensors), max_shard_bytes,
         generation_config=load_generation_settings(source), labels=hf.load_labels(source),
     )  # fmt: skip
     return config

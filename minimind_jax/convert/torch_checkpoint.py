@@ -12,6 +12,7 @@ from typing import Any
 from minimind_jax.convert.hf import MAX_SHARD_BYTES, save_hf
 from minimind_jax.convert.hf_weights import StoredTensor, hf_tensors, matching_tensors, read_params
 from minimind_jax.convert.load import load_merged
+from minimind_jax.convert.minimind_v import MARKER, MARKER_ID, has_projector, with_tower
 from minimind_jax.convert.torch_file import read_torch, write_torch
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
@@ -26,19 +27,27 @@ def from_torch(
     dtype: str = "float16",
     max_shard_bytes: float = MAX_SHARD_BYTES,
     overrides: Mapping[str, Any] | None = None,
+    vision: str | Path = "",
 ) -> ModelConfig:
     """Writes the Hugging Face folder of a MiniMind `.pth` (weights or a file for resuming), loaded safely.
 
     tokenizer: a folder with tokenizer.json, such as MiniMind's `model/`. dtype: of the written tensors; float16 keeps
-    MiniMind's bit for bit. overrides: fields of `ModelConfig` that the shapes do not tell.
+    MiniMind's bit for bit. overrides: fields of `ModelConfig` that the shapes do not tell. vision: the folder of the
+    tower of a MiniMind-V.
 
     Raises UserError: the file is no state dict of such a model, or torch is missing.
     """
     stored = read_torch(pth)
     config = infer_config(stored, str(pth), overrides or {})
-    params = read_params(config, matching_tensors(config, stored, str(pth)))
     words = None if tokenizer is None else Tokenizer.load(tokenizer)
-    save_hf(output, config, params, words, dtype, max_shard_bytes)
+    if has_projector(stored):
+        marker_id = MARKER_ID if words is None else words.vocabulary().get(MARKER, MARKER_ID)
+        config, tensors = with_tower(config, stored, vision, marker_id, str(pth))
+    else:
+        if vision:
+            raise UserError(f"--vision {vision} is for MiniMind-V's files, and {pth} has no projector; leave it out")
+        tensors = matching_tensors(config, stored, str(pth))
+    save_hf(output, config, read_params(config, tensors), words, dtype, max_shard_bytes)
     return config
 
 

@@ -66,7 +66,7 @@ def _open(source: bytes | Path, where: str) -> "Image":
             f"{where}: a picture of too many pixels; at most {MOST_PIXELS:,} are read: shrink it"
         ) from error
     except Exception as error:
-        raise UserError(f"{where}: not a picture that is read ({', '.join(FORMATS)})") from error
+        raise UserError(f"{where}: not a picture that is read ({', '.join(FORMATS)}), or a damaged one") from error
 
 
 def _upright(image: "Image") -> "Image":
