@@ -227,7 +227,7 @@ class Loop:
             self.checkpoints.save(step, state.stored(), record)
 
     def stop_if_asked(self, state: TrainState, step: int) -> None:
-        if not self.stop.should_stop(step):
+        if not self.stop.should_stop(step // self.recipe.source.stride):
             return
         if step:  # there is nothing to lose before the first step
             self.save(state, step)

@@ -42,9 +42,10 @@ class StopRequest:
     def __exit__(self, *error) -> None:
         self._handling.__exit__(*error)
 
-    def should_stop(self, step: int) -> bool:
-        """Whether to save and stop after `step`. All processes must ask at the same steps."""
-        if not self._is_alone and multihost_utils.reached_preemption_sync_point(step):
+    def should_stop(self, number: int) -> bool:
+        """Whether to save and stop now. number: of the question; all processes must ask the same ones, without a gap,
+        for they agree on the next."""
+        if not self._is_alone and multihost_utils.reached_preemption_sync_point(number):
             self.signal = signal.SIGTERM
         if self.signal is not None:
             silence_lost_outputs()

@@ -4,16 +4,19 @@ were not: bit for bit. Asked to stop, they do so within seconds."""
 import dataclasses
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
 
-import killed_world
 import psutil
 import pytest
-from kills import check_same, finish, wait_for_step
-from worlds import write_lines
+import yaml
+from kills import check_same, comparable, finish, wait_for_step
+from pairs import outputs, start_one, start_pair
+from worlds import WORDS, write_lines
 
+from minimind_jax import stages
 from minimind_jax.config.rl import (
     AgentConfig,
     AgentSettings,
@@ -24,10 +27,9 @@ from minimind_jax.config.rl import (
     RewardsConfig,
     RolloutConfig,
 )
-from minimind_jax.config.sections import CheckpointConfig
-from minimind_jax.training.run import RunFolder
+from minimind_jax.config.sections import CheckpointConfig, MeshConfig
+from minimind_jax.training.run import RunFolder, plain
 
-HERE = Path(killed_world.__file__)
 PLACES = ("rollout", "reward", "update", "save")
 CONFIGS = {
     "grpo": (
@@ -44,27 +46,42 @@ CONFIGS = {
     "agent": (
         AgentConfig,
         {
-            "agent": AgentSettings(environment=f"{HERE}:Calculates", turns=2, observation_tokens=32),
+            "agent": AgentSettings(environment="killed_world.py:Calculates", turns=2, observation_tokens=32),
             "policy": PolicyConfig(minibatches=2, updates=2),
         },
     ),
 }
 
 
+@pytest.fixture(scope="session")
+def talker(world, base, tmp_path_factory):
+    """A model that has learned to answer in a word or two, and so to end."""
+    folder = tmp_path_factory.mktemp("talker")
+    asked = [{"role": "user", "content": "the cat"}]
+    answers = [[*asked, {"role": "assistant", "content": word}] for word in WORDS for _ in range(8)]
+    file = write_lines(folder / "words.jsonl", [{"conversations": each} for each in answers])
+    config = world.sft(folder / "talker", init_from=base, tokenizer="", checkpoint=CheckpointConfig(0))
+    training = dataclasses.replace(config.training, steps=60, eval_every=0)
+    data = dataclasses.replace(config.data, train=(file,), seq_len=64)
+    return str(stages.start(dataclasses.replace(config, data=data, training=training)))
+
+
 @pytest.fixture
-def config_of(make, base, tmp_path, monkeypatch):
-    monkeypatch.setenv(killed_world.MARK, str(tmp_path / "mark"))
-    monkeypatch.setenv(killed_world.TOKENIZER, f"{base}/model")
+def config_of(make, talker, tmp_path):
     prompts = [{"prompt": f"the {n} cat", "answer": n} for n in range(24)]
     file = write_lines(tmp_path / "prompts.jsonl", prompts)
+    own_file = shutil.copy(Path(__file__).with_name("killed_world.py"), tmp_path)
+    (tmp_path / "tokenizer").symlink_to(f"{talker}/model")
 
     def config_of(stage, run, rollouts, **changes):
         kind, own = CONFIGS[stage]
+        if agent := own.get("agent"):
+            own = {**own, "agent": dataclasses.replace(agent, environment=f"{tmp_path}/{agent.environment}")}
         rollout = RolloutConfig(prompts=4, completions=4, max_new_tokens=12)
-        settings = {"rollout": rollout, "rewards": RewardsConfig(use=(f"{HERE}:short",)), **own, **changes}
+        settings = {"rollout": rollout, "rewards": RewardsConfig(use=(f"{own_file}:short",)), **own, **changes}
         return make(
-            kind, tmp_path / run, file, rate=3e-2, checkpoint=CheckpointConfig(every=1, keep=2),
-            data={"seq_len": 96, "val_fraction": 0.25},
+            kind, tmp_path / run, file, rate=1e-3, checkpoint=CheckpointConfig(every=1, keep=2), init_from=talker,
+            data={"seq_len": 128, "val_fraction": 0.25},
             training={"steps": 4 * rollouts, "eval_every": 12, "eval_rows": 2, "batch_tokens": None}, **settings,
         )  # fmt: skip
 
@@ -73,7 +90,7 @@ def config_of(make, base, tmp_path, monkeypatch):
 
 def wait_for(place, run, process, rollout):
     """Until the run is there, in that rollout or just behind it."""
-    stride, mark = 4, Path(os.environ[killed_world.MARK])
+    stride, mark = 4, run.path.parent / "mark"
     wait_for_step(run, rollout * stride + (1 if place == "update" else stride), process)
     if place == "rollout":
         while process.is_alive() and rollout * stride + stride not in run.checkpoint_steps():
@@ -112,3 +129,99 @@ def test_twenty_kills(config_of, start, stage):
         assert_gone(workers, 10)
     finish(start(stage, killed), killed)
     check_same(RunFolder(whole.run), run)
+    if stage == "agent":
+        turns = [row["turns/mean"] for row in comparable(run) if "turns/mean" in row]
+        assert 1.5 < turns[0] < 2  # the calculator has answered
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_being_asked_to_stop_within_a_long_rollout_saves_and_exits_within_seconds(config_of, start, tmp_path, number):
+    """Its environment hangs; nothing is left behind, and the run goes on as if nothing had been."""
+    whole, stopped = (config_of("agent", name, 4) for name in ("whole", "stopped"))
+    finish(start("agent", whole), whole)
+    run, hang = RunFolder(stopped.run), tmp_path / "hang"
+    process = start("agent", stopped)
+    wait_for_step(run, 5, process)
+    hang.touch()
+    time.sleep(4)  # longer than `play.PATIENCE`
+    workers, asked = children(process), time.monotonic()
+    os.kill(process.pid, number)
+    process.join(30)
+    assert process.exitcode == 128 + number, Path(f"{stopped.run}.log").read_text("utf-8")[-3000:]
+    assert time.monotonic() - asked < 10
+    assert_gone(workers, 10)
+    saved = run.checkpoint_steps()[-1]
+    assert saved in (8, 12) and comparable(run)[-1]["step"] == saved
+    hang.unlink()
+    finish(start("agent", stopped), stopped)
+    check_same(RunFolder(whole.run), run)
+
+
+def cluster_file(config, tmp_path):
+    """The settings as a file for the command line."""
+    file = tmp_path / f"{Path(config.run).name}.yaml"
+    file.write_text(yaml.safe_dump(plain(config)), "utf-8")
+    return ["--config", str(file)]
+
+
+def assert_close(left, right):
+    """The same metrics to 1e-5, and text of the same length."""
+    for got, wanted in zip(comparable(left), comparable(right), strict=True):
+        assert got.keys() == wanted.keys()
+        for key in got.keys() - {"exported"}:
+            assert got[key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-5), (got["step"], key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=1, fsdp=2), MeshConfig(data=1, tensor=2)], ids=str)
+def test_two_processes_do_what_one_does(config_of, tmp_path, mesh):
+    """Each plays its share of the prompts; or both the same, where they share the rows of a step."""
+    one, pair = config_of("grpo", "one", 3), config_of("grpo", "pair", 3, mesh=mesh)
+    outputs([start_one(tmp_path, "grpo", *cluster_file(one, tmp_path))], 0)
+    outputs(start_pair(tmp_path, "grpo", *cluster_file(pair, tmp_path)), 0)
+    assert_close(RunFolder(pair.run), RunFolder(one.run))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", CONFIGS)
+def test_two_processes_killed_again_and_again(config_of, tmp_path, stage):
+    kills, rng = 5, random.Random(stage)
+    whole, killed = (config_of(stage, name, kills + 1) for name in ("whole", "killed"))
+    outputs(start_pair(tmp_path, stage, *cluster_file(whole, tmp_path)), 0)
+    run = RunFolder(killed.run)
+    for kill in range(kills):
+        processes = start_pair(tmp_path, stage, *cluster_file(killed, tmp_path))
+        while processes[0].poll() is None and not any(row["step"] >= 4 * kill + 1 for row in comparable(run)):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        for process in processes:
+            process.kill()
+        outputs(processes, -signal.SIGKILL)
+    outputs(start_pair(tmp_path, stage, *cluster_file(killed, tmp_path)), 0)
+    check_same(RunFolder(whole.run), run)
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_alone_is_asked_to_stop_or_is_killed(config_of, tmp_path):
+    """Both stop with everything saved; or both end, and the other says why."""
+    long = config_of("grpo", "long", 10_000)
+    run, command = RunFolder(long.run), ["grpo", *cluster_file(long, tmp_path)]
+
+    def begun(step):
+        processes = start_pair(tmp_path, *command)
+        while not any(row["step"] >= step for row in comparable(run)):
+            assert all(process.poll() is None for process in processes), outputs(processes)
+            time.sleep(0.05)
+        return processes
+
+    processes = begun(1)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    first, _ = outputs(processes, 128 + signal.SIGTERM)
+    saved = run.checkpoint_steps()[-1]
+    assert f"stopped at step {saved} of 40000 with everything saved" in first and saved % 4 == 0
+
+    processes = begun(saved + 5)
+    processes[1].kill()
+    first, _ = outputs(processes, -signal.SIGKILL, *range(1, 128), -signal.SIGABRT)
+    assert "another task died" in first  # JAX's words, when it has not heard of it for a while
