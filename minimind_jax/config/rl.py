@@ -87,7 +87,8 @@ class PolicyConfig(Settings):
     advantage: of a completion: its reward less its group's mean (`group`, GRPO), less the mean of the others in its
         group (`leave_one_out`, RLOO), less the mean of the rollout (`batch`, REINFORCE++); or `gae`, of each token, by
         a value model (PPO).
-    scale: advantages are divided by the standard deviation of the group's rewards, of all the rollout's, or by nothing.
+    scale: advantages are divided by the standard deviation of the group's rewards, of all the rollout's, or by nothing;
+        those of tokens (`gae`, and `batch` with a divergence in the reward) by their own, about their mean.
     ddof: 1 for the sample's standard deviation (TRL, verl), 0 for the population's (MiniMind).
     loss: `clip` is PPO's clipped ratio; `cispo` weighs the log-probability by a capped ratio; `sapo` has a soft gate.
     level: of the ratio: each `token`, the whole `sequence` (GSPO), or `sequence_token` (GSPO-token).
@@ -159,8 +160,8 @@ class PolicyConfig(Settings):
             raise ValueError(
                 "policy.kl_target is set and policy.beta is 0; beta is the weight to begin with, such as 0.1"
             )
-        if self.advantage == "gae" and self.scale == "group":
-            raise ValueError("policy.scale is group, and gae has an advantage for each token; take batch or none")
+        if self.advantage in ("batch", "gae") and self.scale == "group":
+            raise ValueError(f"policy.scale is group, and policy.advantage {self.advantage} is not; take batch or none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,7 +304,8 @@ class PPOConfig(RLConfig):
 class AgentSettings(Settings):
     """What an agent acts in.
 
-    environment: `tools`, or one of your own as `module:Class` or `FILE.py:Class` (docs/rl.md).
+    environment: `tools`, or one of your own as `module:Class` or `FILE.py:Class`
+        (docs/rl_agents.md).
     tools: what it may call, of those that its prompt offers: calculator, time, units, random, text, all of these, or
         functions of your own as module:function or FILE.py:function.
     turns: answers of an episode at most.

@@ -61,17 +61,16 @@ def gae(rewards_NT: Array, values_NT: Array, mask_NT: Array, gamma: float, gae_l
     return advantages_NT, np.where(trained_NT, advantages_NT + values_NT, 0)
 
 
-def whiten(x_NT: Array, mask_NT: Array, ddof: int = 1, shift: bool = True) -> Array:
+def whiten(x_NT: Array, mask_NT: Array, ddof: int = 1, scale: bool = True) -> Array:
     """x less its mean over the mask, divided by the root of its variance + 1e-8; 0 outside the mask.
 
-    shift: False leaves the mean where it was, as of rewards. ddof: 1 as in TRL and verl, 0 as in MiniMind.
+    scale: False does not divide. ddof: 1 as in TRL and verl, 0 as in MiniMind.
     """
     trained_NT = np.asarray(mask_NT) > 0
     x = np.asarray(x_NT, np.float64)[trained_NT]
     white_NT = np.zeros(trained_NT.shape)
     if x.size:
-        mean = x.mean()
-        white_NT[trained_NT] = (x - mean) / np.sqrt(_deviation(x, ddof) ** 2 + 1e-8) + (0 if shift else mean)
+        white_NT[trained_NT] = (x - x.mean()) / (np.sqrt(_deviation(x, ddof) ** 2 + 1e-8) if scale else 1)
     return white_NT
 
 

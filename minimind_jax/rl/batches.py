@@ -3,7 +3,7 @@
 See `losses.policy` for what the arrays mean; their columns are aligned to what is predicted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -42,10 +42,10 @@ def with_advantages(arrays: Batch, rows: Sequence[Row], config: RLConfig, beta: 
     policy, mask_NT = config.policy, arrays["mask"]
     rewards_N = np.array([row.reward for row in rows])
     costs_NT = np.zeros(mask_NT.shape)
-    if beta and policy.kl_placement == "reward":
+    if of_tokens := policy.beta > 0 and policy.kl_placement == "reward":
         log_probs, reference = (arrays[f"{who}_log_probs"].astype(np.float64) for who in ("old", "reference"))
         costs_NT = beta * np.asarray(divergences(log_probs, reference, "k1")) * mask_NT
-    if policy.advantage in ("group", "leave_one_out") or (policy.advantage == "batch" and not costs_NT.any()):
+    if policy.advantage in ("group", "leave_one_out") or (policy.advantage == "batch" and not of_tokens):
         groups_N = np.array([row.group for row in rows])
         found_N = group_advantages(
             rewards_N - costs_NT.sum(axis=1), groups_N, kind=policy.advantage, scale=policy.scale, ddof=policy.ddof
@@ -54,8 +54,8 @@ def with_advantages(arrays: Batch, rows: Sequence[Row], config: RLConfig, beta: 
     values_NT, critic = arrays.get("old_values", np.zeros(mask_NT.shape)), config.critic
     discounts = (critic.gamma, critic.gae_lambda) if config.has_critic else (1.0, 1.0)
     found_NT, returns_NT = gae(_at_end(rewards_N, mask_NT) - costs_NT, values_NT, mask_NT, *discounts)
-    if policy.scale != "none":
-        found_NT = whiten(found_NT, mask_NT, ddof=policy.ddof)
+    if policy.advantage == "batch" or policy.scale != "none":
+        found_NT = whiten(found_NT, mask_NT, policy.ddof, scale=policy.scale != "none")
     more = {"returns": returns_NT} if config.has_critic else {}
     return {**arrays, **{name: x.astype(np.float32) for name, x in {"advantages": found_NT, **more}.items()}}
 
@@ -68,9 +68,9 @@ def _at_end(rewards_N: np.ndarray, mask_NT: np.ndarray) -> np.ndarray:
     return found_NT * (mask_NT > 0)
 
 
-def minibatches(arrays: Batch, rows: Sequence[Row], config: RLConfig, rollout: int, beta: float) -> list[Batch]:
+def minibatches(arrays: Batch, rows: Sequence[Row], config: RLConfig, rollout: int, beta: float) -> Iterator[Batch]:
     """The batch of every optimizer step of a rollout: all its rows in each update, in an order drawn anew."""
-    policy, found = config.policy, []
+    policy = config.policy
     kept_N = np.array([policy.overlong == "keep" or row.finish == "stop" for row in rows])
     for update in range(policy.updates):
         order = np.arange(len(rows))
@@ -78,8 +78,7 @@ def minibatches(arrays: Batch, rows: Sequence[Row], config: RLConfig, rollout: i
             np.random.default_rng(named_seed(config.seed, "minibatches", rollout, update)).shuffle(order)
         for chosen in np.split(order, policy.minibatches):
             batch = {name: array[chosen] for name, array in arrays.items()}
-            found.append(batch | _weights(batch["mask"], kept_N[chosen], config, rollout, beta))
-    return found
+            yield batch | _weights(batch["mask"], kept_N[chosen], config, rollout, beta)
 
 
 def _weights(mask_NT: np.ndarray, kept_N: np.ndarray, config: RLConfig, rollout: int, beta: float) -> Batch:

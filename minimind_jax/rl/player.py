@@ -94,17 +94,16 @@ class Player:
             missing = wanted.prompts - len(good)
             if not missing:
                 break
-            share = -(-missing // self._process[1]) * self._process[1]
-            numbers = refilling_tasks(len(self.tasks.train), share, config.seed, number, attempt)
+            numbers = refilling_tasks(len(self.tasks.train), missing, config.seed, number, attempt)
             more, played = ask(numbers, f"rollout/{number}/{attempt}", asked, seconds)
-            rows, episodes, asked = rows + more, episodes + played, asked + share
+            rows, episodes, asked = rows + more, episodes + played, asked + missing
         if config.policy.refill:
             groups = groups_of(rows).values()
             good = [group for group in groups if not teaches_nothing(group)]
             poor = [group for group in groups if teaches_nothing(group)]
             rows = [row for group in [*good, *poor][: wanted.prompts] for row in group]
             seconds |= {"refill/prompts": asked, "refill/kept": min(len(good), wanted.prompts)}
-        told = describe(rows, wanted.max_new_tokens) | {name: float(value) for name, value in seconds.items()}
+        told = describe(rows) | {name: float(value) for name, value in seconds.items()}
         told["time/rollout"] = time.perf_counter() - self._began - told.get("time/rewards", 0.0)
         return Played(Rollout(rows, told), episodes)
 
@@ -120,11 +119,10 @@ class Player:
         """The rows of all processes and the episodes of this one, of tasks by their numbers. first: group. told: gets
         what is counted."""
         config, (index, count) = self.config, self._process
-        share = len(numbers) // count
         asked = [
             Asked(first + place, task, thinks(config, task, f"{name}/{place}"), f"{name}/{place}")
             for place, task in enumerate(self.tasks.train[number] for number in numbers)
-        ][index * share : (index + 1) * share]
+        ][index::count]
         episodes = self.play(writer, is_stopping, asked, config.rollout.completions, self._sampling)
         started = time.perf_counter()
         failures = self.rewards(episodes)

@@ -78,15 +78,15 @@ def teaches_nothing(group: Sequence[Row]) -> bool:
     return len({row.reward for row in group}) == 1
 
 
-def describe(rows: Sequence[Row], max_new_tokens: int) -> dict[str, float]:
+def describe(rows: Sequence[Row]) -> dict[str, float]:
     """What is told of completions, under TRL's names."""
     rewards, groups = [row.reward for row in rows], groups_of(rows).values()
     lengths = [row.written for row in rows]
     ended = [row.written for row in rows if row.finish == "stop"] or [0]
-    spreads = [statistics.stdev([row.reward for row in group]) if len(group) > 1 else 0.0 for group in groups]
+    spreads = [_spread([row.reward for row in group]) for group in groups]
     told = {
         "reward": statistics.fmean(rewards),
-        "reward_std": statistics.fmean(spreads) if max(map(len, groups)) > 1 else statistics.pstdev(rewards),
+        "reward_std": statistics.fmean(spreads) if max(map(len, groups)) > 1 else _spread(rewards),
         "completions/mean_length": statistics.fmean(lengths),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
@@ -99,7 +99,7 @@ def describe(rows: Sequence[Row], max_new_tokens: int) -> dict[str, float]:
         told["frac_reward_zero_std"] = statistics.fmean(map(teaches_nothing, groups))
     for name in rows[0].rewards:
         values = [row.rewards[name] for row in rows if row.rewards[name] is not None] or [0.0]
-        told |= {f"rewards/{name}/mean": statistics.fmean(values), f"rewards/{name}/std": statistics.pstdev(values)}
+        told |= {f"rewards/{name}/mean": statistics.fmean(values), f"rewards/{name}/std": _spread(values)}
     if any(row.turns > 1 or row.calls for row in rows):
         calls = sum(row.calls for row in rows)
         told |= {
@@ -108,3 +108,7 @@ def describe(rows: Sequence[Row], max_new_tokens: int) -> dict[str, float]:
             "turns/mean": statistics.fmean(row.turns for row in rows),
         }
     return {name: float(value) for name, value in told.items()}
+
+
+def _spread(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0

@@ -38,7 +38,7 @@ class Scorer:
         policy = config.policy
         self._mesh, self._process = mesh, data_process(mesh)
         self._parts = policy.minibatches * count_parts(config, mesh)  # no more rows at once than in training
-        needs_old = config.stride > 1 or config.rollout.ahead or policy.kl_target or policy.kl_placement == "reward"
+        needs_old = config.stride > 1 or policy.kl_target or (policy.beta and policy.kl_placement == "reward")
         temperature = config.rollout.temperature
 
         def score(params: Params, batch: Batch) -> Batch:

@@ -4,7 +4,7 @@ rewarded and scored, and becomes the batches of all its steps."""
 import concurrent.futures
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,8 @@ class Rollouts:
         self.config, self.player, self.scorer = config, player, scorer
         self.stride = config.stride
         self._process, self._folder = data_process(mesh), folder
-        self._beta = config.policy.beta
-        self._batches: list[Batch] = []
+        self._beta, self._content = config.policy.beta, player.tasks.content
+        self._batches: Iterator[Batch] = iter(())  # that are left of the rollout
         self._ahead: tuple[int, Callable[[], Rollout]] | None = None  # a rollout that is written already, or soon
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._steps, self._shown, self._is_closed, self._has_warned = 0, False, False, False
@@ -59,7 +59,7 @@ class Rollouts:
             ahead = {"ahead": [number, rollout().as_json()]}
         return {
             "prompts to learn from": len(self.player.tasks.train),
-            "content of the prompts (hash)": self.player.tasks.content,
+            "content of the prompts (hash)": self._content,
             "prompts": config.rollout.prompts,
             "completions": config.rollout.completions,
             "updates": config.policy.updates,
@@ -105,7 +105,7 @@ class Rollouts:
                 told = self._learn(step // self.stride, params)
             except GaveUp:
                 return None
-        batch, (index, processes) = self._batches[step % self.stride], self._process
+        batch, (index, processes) = next(self._batches), self._process
         share = len(batch["tokens"]) // processes
         return {name: array[index * share : (index + 1) * share] for name, array in batch.items()}, told
 

@@ -77,10 +77,6 @@ def check(config: RLConfig, processes: int) -> None:
             "model.dropout or lora.dropout is set, and the policy that is trained would be another than the one that "
             "wrote; leave it out"
         )
-    if rollout.prompts % processes:
-        raise UserError(
-            f"rollout.prompts {rollout.prompts} do not divide over {processes} processes; choose a multiple of that"
-        )
     if rollout.top_k or rollout.top_p < 1:
         announce(
             "warning: rollout.top_k and top_p leave out tokens in the rollout, and the loss does not know of it: its "
@@ -107,7 +103,7 @@ def policy_of(run: Run, processes: int) -> Policy:
                 "the server a copy of it, and that copy's folder here"
             )
         return RemotePolicy(rollout.server, folder, run.model, run.tokenizer, slots=rollout.slots)
-    slots = rollout.slots or rollout.sequences // processes
+    slots = rollout.slots or -(-rollout.prompts // processes) * rollout.completions
     return LocalPolicy(run.model, run.tokenizer, run.mesh, slots=slots, context=context)
 
 

@@ -13,7 +13,8 @@ WRONG = {
     "set policy.kl_estimator k1": {"beta": 0.1, "kl_placement": "reward"},
     "has no gradient as a loss": {"beta": 0.1, "kl_estimator": "k1"},
     "the weight to begin with": {"kl_target": 6.0},
-    "take batch or none": {"advantage": "gae"},
+    "gae is not; take batch or none": {"advantage": "gae"},
+    "batch is not; take batch or none": {"advantage": "batch"},
 }
 
 

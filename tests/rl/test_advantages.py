@@ -69,7 +69,7 @@ def test_whitening_is_of_trained_tokens(ddof):
     assert abs(white[mask].mean()) < 1e-12
     assert white[mask].std(ddof=ddof) == pytest.approx(1, abs=1e-7)
     assert not white[~mask].any()
-    np.testing.assert_allclose(whiten(x, mask, ddof, shift=False)[mask], white[mask] + x[mask].mean(), rtol=1e-12)
+    np.testing.assert_allclose(whiten(x, mask, ddof, scale=False)[mask], x[mask] - x[mask].mean(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("count", [0, 1])

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 from kills import finish
+from pairs import outputs, start_pair
 from run_helpers import rows_of
 from safetensors.numpy import load_file, save_file
 from templates import CHATML
@@ -26,7 +27,7 @@ from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import ComputeConfig
-from minimind_jax.training.run import RunFolder
+from minimind_jax.training.run import RunFolder, plain
 
 SOME = {"training": {"steps": 4}}
 OWN = """
@@ -36,6 +37,7 @@ def same(episodes): return [0.5 for _ in episodes]
 def nothing(episodes): return [None for _ in episodes]
 def raises(episodes): raise RuntimeError("no judge today")
 def hangs(episodes): time.sleep(600)
+def brief(episodes): return [float(len(episode.completion) < 8) for episode in episodes]
 def length(episodes): return [len(episode.completion) / 10 + len(episode.text) / 100 for episode in episodes]
 """
 
@@ -215,3 +217,19 @@ def test_eight_devices_do_what_one_does(grpo, start, experts, experts_too, tmp_p
             assert got.keys() == wanted.keys()
             for key in got.keys() & {"loss", "reward", "kl", "val_reward", "completions/mean_length", "loss/value_avg"}:
                 assert got[key] == pytest.approx(wanted[key], rel=1e-5, abs=1e-5), (name, got["step"], key)
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(grpo, tmp_path):
+    """With prompts that do not divide by two, and others asked in the place of those that teach nothing."""
+    policy = PolicyConfig(refill=2, beta=0.1)
+    one, two = (
+        grpo(run=tmp_path / name, rollout={"prompts": 3}, reward="brief", policy=policy, **SOME) for name in ("1", "2")
+    )
+    steps = steps_of(one)
+    (tmp_path / "two.json").write_text(json.dumps(plain(two)))
+    outputs(start_pair(tmp_path, "grpo", "--config", "two.json"), 0)
+    assert max(row["refill/prompts"] for row in steps) > 3
+    for wanted, got in zip(steps, [row for row in rows_of(two.run) if "loss" in row], strict=True):
+        for key in ("loss", "reward", "refill/prompts", "completions/mean_length"):
+            assert got[key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-5), (key, got["step"])

@@ -1,0 +1,76 @@
+"""Rollouts as batches: advantages by the settings, not by the numbers of the day, and the batches of each step."""
+
+import numpy as np
+import pytest
+
+from minimind_jax.config.rl import CriticConfig, PolicyConfig, PPOConfig, RLConfig, RolloutConfig
+from minimind_jax.rl.batches import arrays_of, minibatches, with_advantages
+from minimind_jax.rl.rollout import Row
+
+SAMPLED = ([1, 1, 1], [1, 0, 1], [1], [1, 1, 0, 0])  # behind a prompt of two tokens; 0 is what an environment said
+REWARDS = (1.0, 0.0, 0.5, 2.0)
+PENALTY = {"advantage": "batch", "beta": 0.1, "kl_estimator": "k1", "kl_placement": "reward"}
+ROWS = [
+    Row(n // 2, [5] * (2 + len(own)), 2, [False] * 2 + [bool(x) for x in own], [0.0] * (2 + len(own)),
+        "length" if n == 3 else "stop", reward, {}, 1, 0, 0)
+    for n, (own, reward) in enumerate(zip(SAMPLED, REWARDS, strict=True))
+]  # fmt: skip
+
+
+def settings(kind=RLConfig, critic=None, **policy):
+    rollout = RolloutConfig(prompts=2, completions=2, max_new_tokens=8)
+    return kind(rollout=rollout, policy=PolicyConfig(**policy), critic=critic or CriticConfig())
+
+
+def advantages(config, divergence=0.0, values=None):
+    """(arrays with advantages, those of trained tokens), where each token has diverged by so much."""
+    arrays = arrays_of(ROWS, 64)
+    logs = {"old_log_probs": 0 * arrays["mask"] + divergence, "reference_log_probs": 0 * arrays["mask"]}
+    critic = {} if values is None else {"old_values": 0 * arrays["mask"] + values}
+    found = with_advantages(arrays | logs | critic, ROWS, config, config.policy.beta)
+    return found, found["advantages"][arrays["mask"] > 0]
+
+
+def test_a_divergence_of_0_in_the_reward_gives_the_advantages_of_one_that_is_nearly_0():
+    """As in the first rollout, of which the policy is still the reference."""
+    config = settings(scale="batch", **PENALTY)
+    np.testing.assert_allclose(advantages(config)[1], advantages(config, 1e-7)[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", [0.0, 0.3])
+def test_tokens_are_compared_with_the_mean_of_the_rollout_also_without_a_scale(divergence):
+    """To each token what is still to come of the reward less beta k1, across what an environment said."""
+    counts = [sum(own) for own in SAMPLED]
+    left = [reward - 0.1 * divergence * n for reward, count in zip(REWARDS, counts, strict=True)
+            for n in range(count, 0, -1)]  # fmt: skip
+    expected = np.array(left) - np.mean(left)
+    np.testing.assert_allclose(advantages(settings(scale="none", **PENALTY), divergence)[1], expected, atol=1e-6)
+    white = expected / np.sqrt(np.var(expected, ddof=1) + 1e-8)
+    np.testing.assert_allclose(advantages(settings(scale="batch", **PENALTY), divergence)[1], white, atol=1e-5)
+
+
+def test_returns_are_of_advantages_before_they_are_whitened():
+    config = settings(PPOConfig, CriticConfig(gamma=1.0, gae_lambda=1.0), advantage="gae", scale="batch")
+    found, own = advantages(config, values=0.25)
+    returns = found["returns"][found["mask"] > 0]
+    assert returns.tolist() == np.repeat(REWARDS, [sum(own) for own in SAMPLED]).tolist()
+    assert abs(own.mean()) < 1e-6 and own.std(ddof=1) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_value_model_learns_alone_at_first_and_of_what_was_cut():
+    config = settings(PPOConfig, CriticConfig(warmup=1), advantage="gae", scale="batch", overlong="mask", beta=0.1)
+    arrays, _ = advantages(config, values=0.0)
+    for rollout in (0, 1):
+        (batch,) = minibatches(arrays, ROWS, config, rollout, 0.1)
+        assert batch["weights"].any() == batch["kl_weights"].any() == (rollout == 1)
+        assert not batch["weights"][3].any() and (batch["value_weights"] > 0).sum() == batch["mask"].sum()
+
+
+def test_every_update_sees_each_row_once_in_steps_whose_weights_are_means():
+    config = settings(updates=2, minibatches=2)
+    arrays, _ = advantages(config)
+    batches = list(minibatches(arrays, ROWS, config, 0, 0.0))
+    assert len(batches) == config.stride == 4
+    for update in (batches[:2], batches[2:]):
+        assert sorted(length for batch in update for length in batch["lengths"]) == sorted(arrays["lengths"])
+    assert all(batch["weights"].sum() / 2 == pytest.approx(1) for batch in batches)
