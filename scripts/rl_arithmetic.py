@@ -14,6 +14,7 @@ asked all held-out questions, before and after. Prints one JSON line a run; runs
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -22,7 +23,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ from minimind_jax.inference.load import load_engine
 from minimind_jax.inference.request import Request
 from minimind_jax.tools.calculator import calculate
 
-CARELESS = 0.75  # of the demonstrations that could be
+CARELESS = 0.7  # of the demonstrations that could be
 HELD_OUT = 200  # questions
 DRAWS = 8  # answers to each, for pass@8
 
@@ -201,7 +202,7 @@ SFT = {
     "optimizer.schedule": "linear", "optimizer.final_fraction": 0, "optimizer.warmup_steps": 10,
 }  # fmt: skip
 SFT_OF = {
-    "words": {"sft": {"data.seq_len": 256, "training.batch_tokens": 1024, "training.steps": 400}},
+    "words": {"sft": {"data.seq_len": 256, "training.batch_tokens": 1024, "training.steps": 600}},
     "agent": {
         "short": {"data.seq_len": 256, "training.batch_tokens": 1024, "training.steps": 300},
         "sft": {"data.seq_len": 640, "training.batch_tokens": 1280, "training.steps": 250},
@@ -210,15 +211,16 @@ SFT_OF = {
 REWARDS = f"{Path(__file__).resolve().with_name('rl_arithmetic_rewards.py')}"
 LEARN = {
     "export_dtype": "float32", "held_out.completions": 0, "checkpoint.every": 0, "checkpoint.keep": 1,
-    "training.eval_every": 10, "training.eval_rows": 100, "optimizer.schedule": "constant",
+    "training.eval_every": 10, "training.eval_rows": 0, "training.log_every": 1, "optimizer.schedule": "constant",
 }  # fmt: skip
 WORDS = {
-    **LEARN, "data.seq_len": 72, "rollout.prompts": 16, "rollout.completions": 8, "rollout.max_new_tokens": 40,
-    "rewards.use": f"{REWARDS}:right_call", "training.steps": 60, "optimizer.learning_rate": 3e-4,
+    **LEARN, "data.seq_len": 72, "rollout.prompts": 8, "rollout.completions": 8, "rollout.max_new_tokens": 40,
+    "rewards.use": f"{REWARDS}:right_call", "training.steps": 20, "optimizer.learning_rate": 3e-4,
 }  # fmt: skip
 AGENT = {
-    **LEARN, "data.seq_len": 768, "rollout.prompts": 8, "rollout.completions": 4, "rollout.max_new_tokens": 128,
-    "agent.tools": "calculator", "rewards.use": "answer", "training.steps": 40, "optimizer.learning_rate": 3e-4,
+    **LEARN, "data.seq_len": 512, "rollout.prompts": 4, "rollout.completions": 8, "rollout.max_new_tokens": 112,
+    "agent.tools": "calculator", "agent.turns": 2, "rewards.use": "answer", "training.steps": 20,
+    "optimizer.learning_rate": 3e-4,
 }  # fmt: skip
 
 
@@ -265,25 +267,26 @@ def prepare(task: str, args: argparse.Namespace) -> Path:
     return folder
 
 
-def measured(task: str, run: Path, held_out: Path) -> dict[str, Any]:
-    """Held-out questions that a model answers right: greedily, and of the words also by DRAWS answers to each.
+def measured(task: str, folder: Path) -> dict[str, Any]:
+    """Held-out questions that the model of demonstrations answers right: greedily, and of the words also by some of
+    DRAWS answers.
 
-    The agent's calls are carried out by the code of `minimind evaluate tools`, which knows nothing of rewards.
+    Nothing of what learns from reward is used here: the engine alone, and for agents `minimind evaluate tools`.
     """
+    run, held_out = folder / "sft", folder / "held_out.jsonl"
     if task == "agent":
-        config = ToolCallsConfig((str(held_out),), model=str(run), tool_rounds=2, max_new_tokens=128, batch_size=64)
-        return {"greedy": sum(evaluate_tool_calls(config)[0][CARRIED_OUT])}
+        asked = {"model": str(run), "tool_rounds": 2, "max_new_tokens": 128, "batch_size": 64}
+        return {"greedy": sum(evaluate_tool_calls(ToolCallsConfig(files=(str(held_out),), **asked))[0][CARRIED_OUT])}
     engine, records = load_engine(str(run), "float32"), read(held_out)
     greedy = SamplingConfig(max_new_tokens=40, temperature=0.0)
     drawn = [SamplingConfig(max_new_tokens=40, temperature=1.0, top_p=1.0, seed=seed) for seed in range(DRAWS)]
     prompts = [tuple(encode_prompt(engine.tokenizer, record["conversations"][:-1])) for record in records]
     answers = engine.answers(Request(prompt, sampling) for prompt in prompts for sampling in (greedy, *drawn))
     right = [[is_right(next(answers).text, record["gt"]) for _ in range(1 + DRAWS)] for record in records]
-    drawn_right = [marks[1:] for marks in right]
     return {
         "greedy": sum(marks[0] for marks in right),
-        "drawn": round(sum(map(sum, drawn_right)) / DRAWS, 1),
-        f"pass@{DRAWS}": sum(map(any, drawn_right)),
+        "drawn": round(sum(sum(marks[1:]) for marks in right) / DRAWS, 1),
+        f"pass@{DRAWS}": sum(any(marks[1:]) for marks in right),
     }
 
 
@@ -301,36 +304,71 @@ def _wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float, floa
     return share, (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
 
 
+def draw(out: Path, picture: Path) -> None:
+    """Held-out success of every run over its steps, a colour an experiment."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = dict(zip(("words", "agent"), figure.subplots(1, 2, sharey=True), strict=True))
+    for number, (name, (task, _, _)) in enumerate(EXPERIMENTS.items()):
+        for run in sorted(out.glob(f"{name}-*")):
+            rows = [row for row in read(run / "metrics.jsonl") if "val_success" in row]
+            label = name if run.name == f"{name}-1" else None
+            axes[task].plot(
+                [row["step"] for row in rows], [row["val_success"] for row in rows], f"C{number}", label=label
+            )
+    for task, ax in axes.items():
+        ax.set(title=task, xlabel="step", ylim=(0, 1))
+        ax.grid(alpha=0.3)
+        ax.legend()
+    axes["words"].set_ylabel("held-out success, greedy")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=110)
+
+
+def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What is in the file, or what `make` gives, which is then there."""
+    if not file.is_file():
+        file.write_text(json.dumps(make()) + "\n", "utf-8")
+    return json.loads(file.read_text("utf-8"))
+
+
+def started(task: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What the model that an experiment starts from can do."""
+    folder = prepare(task, args)
+    return kept(folder / "result.json", lambda: {"run": f"{task}/sft", "of": HELD_OUT, **measured(task, folder)})
+
+
 def experiment(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Trains and measures, or reads what that gave."""
+    """Trains; what the run's own evaluations of all held-out questions say, greedily, at its first and last step."""
     task, stage, settings = EXPERIMENTS[name]
     folder, run = args.out / task, args.out / f"{name}-{seed}"
-    result_file = run / "result.json"
-    if result_file.is_file():
-        return json.loads(result_file.read_text("utf-8"))
     data = {"init_from": folder / "sft", "data.train": folder / "train.jsonl", "data.val": folder / "held_out.jsonl"}
     minutes = train(stage, run, {**settings, **data, "seed": seed})
-    before, after = (measured(task, model, folder / "held_out.jsonl") for model in (folder / "sft", run))
-    points = gain(before["greedy"], after["greedy"])
-    result = {"run": run.name, "before": before, "after": after, "points": points, "minutes": round(minutes, 1)}
-    result_file.write_text(json.dumps(result) + "\n", "utf-8")
-    return result
+    shares = [row["val_success"] for row in read(run / "metrics.jsonl") if "val_success" in row]
+    before, after = (round(share * HELD_OUT) for share in (shares[0], shares[-1]))
+    points, low, high = gain(before, after)
+    return {
+        "run": run.name, "before": before, "after": after, "of": HELD_OUT, "points": points, "low": low, "high": high,
+        "minutes": round(minutes, 1),
+    }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/rl_arithmetic"))
     parser.add_argument("--agent_data", type=Path, help="prompts with tools and gt, such as agent_rl_math.jsonl")
-    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
+    parser.add_argument("--only", nargs="*", choices=EXPERIMENTS, default=list(EXPERIMENTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--picture", type=Path, help="draw the curves of all that is done")
     args = parser.parse_args()
     for task in dict.fromkeys(EXPERIMENTS[name].task for name in args.only):
-        folder = prepare(task, args)
-        told = measured(task, folder / "sft", folder / "held_out.jsonl")
-        print(json.dumps({"run": f"{task}/sft", "of": HELD_OUT, **told}), flush=True)
-    for name in args.only:
-        for seed in args.seeds:
-            print(json.dumps(experiment(name, seed, args)), flush=True)
+        print(json.dumps(started(task, args)), flush=True)
+    for name, seed in itertools.product(args.only, args.seeds):
+        result = kept(args.out / f"{name}-{seed}" / "result.json", functools.partial(experiment, name, seed, args))
+        print(json.dumps(result), flush=True)
+    if args.picture:
+        draw(args.out, args.picture)
 
 
 if __name__ == "__main__":
