@@ -205,7 +205,7 @@ SFT_OF = {
     "words": {"sft": {"data.seq_len": 256, "training.batch_tokens": 1024, "training.steps": 600}},
     "agent": {
         "short": {"data.seq_len": 256, "training.batch_tokens": 1024, "training.steps": 300},
-        "sft": {"data.seq_len": 640, "training.batch_tokens": 1280, "training.steps": 250},
+        "sft": {"data.seq_len": 640, "training.batch_tokens": 1280, "training.steps": 600},
     },
 }
 REWARDS = f"{Path(__file__).resolve().with_name('rl_arithmetic_rewards.py')}"
@@ -218,12 +218,16 @@ WORDS = {
     "rewards.use": f"{REWARDS}:right_call", "training.steps": 20, "optimizer.learning_rate": 3e-4,
 }  # fmt: skip
 AGENT = {
-    **LEARN, "data.seq_len": 512, "rollout.prompts": 4, "rollout.completions": 8, "rollout.max_new_tokens": 112,
+    **LEARN, "data.seq_len": 512, "rollout.prompts": 8, "rollout.completions": 8, "rollout.max_new_tokens": 112,
     "agent.tools": "calculator", "agent.turns": 2, "rewards.use": "answer", "training.steps": 20,
-    "optimizer.learning_rate": 3e-4,
+    "optimizer.learning_rate": 2e-4,
 }  # fmt: skip
 
 
+PPO = {
+    "rollout.prompts": 128, "rollout.completions": 1, "policy.updates": 2, "critic.gae_lambda": 1.0,
+    "critic.learning_rate": 1e-3, "training.steps": 20,
+}  # fmt: skip
 SHUFFLED = {"rewards.use": [f"{REWARDS}:shuffled", f"0 * {REWARDS}:right_call"], "rewards.success": "right_call"}
 
 
@@ -236,7 +240,7 @@ class Experiment(NamedTuple):
 EXPERIMENTS = {
     "grpo": Experiment("words", "grpo", WORDS),
     "cispo": Experiment("words", "grpo", {**WORDS, "policy.loss": "cispo", "policy.cap": 5.0}),
-    "ppo": Experiment("words", "ppo", {**WORDS, "rollout.prompts": 128, "rollout.completions": 1}),
+    "ppo": Experiment("words", "ppo", {**WORDS, **PPO}),
     "shuffled": Experiment("words", "grpo", {**WORDS, **SHUFFLED}),
     "agent": Experiment("agent", "agent", AGENT),
 }
