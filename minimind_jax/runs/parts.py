@@ -79,7 +79,9 @@ def assemble(kind: StageKind, config: RunConfig, folder: RunFolder, mesh: Mesh, 
     architecture = _architecture(config, tokenizer, start)
     adapters = plan_adapters(config, architecture, start)
     if kind.has_head:
-        architecture = dataclasses.replace(architecture, tie_word_embeddings=True)
+        if architecture.vision is not None:
+            announce(f"the tower and the projector of {start} are left out: {kind.name} reads texts alone")
+        architecture = dataclasses.replace(architecture, tie_word_embeddings=True, vision=None)
     check_context(config, architecture)
     model = LanguageModel(architecture, config.compute, adapters and make_adapter(adapters.table, adapters.dropout))
     return Run(kind, config, folder, mesh, models, tokenizer, model, adapters)

@@ -5,15 +5,20 @@ scripts/check_transformers_457.sh runs this with 4.57, too.
 
 import dataclasses
 import io
+import json
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from minimind_jax.convert.hf import load_hf, save_hf
+from minimind_jax.convert.hf import Labels, load_hf, read_hf_config, save_hf
 from minimind_jax.convert.hf_vision import open_tower
+from minimind_jax.convert.torch_checkpoint import to_torch
 from minimind_jax.data.images import read_image
+from minimind_jax.errors import UserError
 from minimind_jax.model import vision as seeing
 from minimind_jax.model.config import TowerConfig, Vision
 from minimind_jax.model.transformer import LanguageModel
@@ -158,3 +163,80 @@ def test_a_folder_written_by_transformers_comes_back(exported, theirs, tmp_path)
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     assert dataclasses.replace(loaded, vision=config.vision, **ids) == config
     jax.tree.map(np.testing.assert_array_equal, tensors, jax.tree.map(np.asarray, params))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_names_of_earlier_transformers_and_a_head_that_pools_are_read(legacy, exported, tmp_path):
+    _, params, folder = exported
+    tensors = load_file(folder / "model.safetensors")
+    if legacy:  # before 4.52
+        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        tensors = {re.sub("^language_model", "language_model.model", name): t for name, t in tensors.items()}
+        assert "language_model.model.norm.weight" in tensors and "multi_modal_projector.linear_1.bias" in tensors
+    tower = "vision_tower.vision_model" if legacy else "model.vision_tower"  # which 5 writes, and 4.57 leaves random
+    tensors = {
+        re.sub(r"^(model\.)?vision_tower\.vision_model", tower, name): tensor for name, tensor in tensors.items()
+    }
+    tensors |= {f"{tower}.head.probe": np.ones((1, 1, 16), np.float32)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / name).symlink_to(folder / name)
+    loaded, found = load_hf(tmp_path)
+    assert loaded == load_hf(folder)[0]
+    jax.tree.map(np.testing.assert_array_equal, found, jax.tree.map(np.asarray, params))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vision_feature_select_strategy": "default"}, "vision_feature_select_strategy is 'default'"),
+        ({"vision_feature_layer": [-1, -2]}, r"vision_feature_layer is \[-1, -2\]"),
+        ({"vision_feature_layer": 0}, "feature_layer is -3; it must be between -2 and -1"),
+        ({"multimodal_projector_bias": False}, "multimodal_projector_bias is False"),
+        ({"projector_hidden_act": "relu"}, "projector_act is 'relu'; it must be gelu"),
+        ({"image_token_index": 4000}, "the image's marker 4000 is no token"),
+        ({"text_config": {"model_type": "llama"}}, "text_config: model_type 'llama' is not supported"),
+        ({"vision_config": {"model_type": "clip_vision_model"}}, "the tower's model_type is 'clip_vision_model'"),
+    ],
+)
+def test_models_that_are_computed_otherwise_are_refused(changes, message, exported, tmp_path):
+    values = json.loads((exported[2] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, **changes}))
+    with pytest.raises(UserError, match=message):
+        load_hf(tmp_path)
+
+
+def test_a_layer_counted_from_the_first_is_the_same_one(exported, tmp_path):
+    values = json.loads((exported[2] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "vision_feature_layer": 1}))
+    assert read_hf_config(tmp_path).vision.feature_layer == -2
+
+
+def without_eyes(config, params):
+    return dataclasses.replace(config, vision=None), {name: tree for name, tree in params.items() if name != "vision"}
+
+
+def test_a_gguf_file_has_its_half_of_words(exported, tokenizer, tmp_path):
+    gguf = pytest.importorskip("gguf", reason="the gguf package writes the files")
+    from minimind_jax.convert.gguf import to_gguf
+
+    config, params, folder = exported
+    text = save_hf(tmp_path / "text", *without_eyes(config, params), tokenizer, "float32")
+    written = [to_gguf(source, tmp_path / f"{n}.gguf") for n, source in enumerate((folder, text))]
+    assert "tower and projector are left out" in written[0].notes[0]
+    readers = [gguf.GGUFReader(each.files[0]) for each in written]
+    ours, expected = ({tensor.name: tensor.data.tobytes() for tensor in reader.tensors} for reader in readers)
+    assert ours == expected
+
+
+def test_what_it_cannot_be_written_as_is_told_and_nothing_of_it_stays(exported, tokenizer, tmp_path):
+    config, params, folder = exported
+    with pytest.raises(UserError, match="is a model that sees, which is written as a Hugging Face folder only"):
+        to_torch(folder, tmp_path / "out.pth")
+    with pytest.raises(UserError, match="a classifier or reward model that sees cannot be written"):
+        save_hf(tmp_path / "scores", config, params, labels=Labels(("a", "b")))
+    # A processor that stays behind would make others take a model of texts for one that sees.
+    save_hf(tmp_path / "copy", config, params, tokenizer)
+    assert len(list((tmp_path / "copy").glob("*processor_config.json"))) == 2
+    save_hf(tmp_path / "copy", *without_eyes(config, params), tokenizer)
+    assert not list((tmp_path / "copy").glob("*processor_config.json"))

@@ -2,6 +2,10 @@
 
 import dataclasses
 import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -124,3 +128,15 @@ def test_what_no_model_can_have_is_told(changes, message):
     with pytest.raises(ValueError, match=message):
         vision = dataclasses.replace(CONFIG.vision, tower=dataclasses.replace(TOWER, **tower), **changes)
         dataclasses.replace(CONFIG, vision=vision)
+
+
+@pytest.mark.slow
+def test_eight_devices_compute_what_one_computes():
+    script = Path(__file__).with_name("vision_sharded.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["tower"] > 1e-2, "no gradient reached the tower, so nothing was compared"
+    for mesh, differences in report["differences"].items():
+        for name, difference in differences.items():
+            assert difference < 2e-5, f"{mesh}: {name}"
