@@ -100,8 +100,9 @@ def test_both_readmes_show_the_same_commands():
 
 def test_every_stage_has_a_script_and_a_config():
     for stage in STAGES:
-        assert f'program("{stage}")' in (ROOT / "scripts" / f"train_{stage}.py").read_text()
-        assert stage in config_names()
+        name = stage.replace("-", "_")
+        assert f'program("{stage}")' in (ROOT / "scripts" / f"train_{name}.py").read_text()
+        assert name in config_names()
 
 
 def test_commands_finds_what_it_should():

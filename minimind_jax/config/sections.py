@@ -167,6 +167,16 @@ class PairsConfig(FilesConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class ImagesConfig(PairsConfig):
+    """Files of conversations with images, which are rendered and packed by best fit.
+
+    images_per_row: at most; conversations with more are left out, and told.
+    """
+
+    images_per_row: int = setting(4, must=at_least(1))
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig(TextConfig, PairsConfig):
     """Files of conversations, which are rendered, and of which one row may hold several."""
 

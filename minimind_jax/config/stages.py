@@ -323,6 +323,56 @@ class TeacherConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
+class VisionConfig(Settings):
+    """How a model sees, and which of its parts learn.
+
+    tower: the folder of a SigLIP or SigLIP2 model (or its name on the hub), where init_from is a model of texts; leave
+        it out, and the next four, where init_from sees already.
+    projector: `llava` (linear, GELU, linear; other programs load the model as LLaVA) or `minimind_v` (a norm before).
+    pixel_shuffle: patches a side that become one token of the image.
+    marker: the tokenizer's token that stands for images.
+    train: `projector`; `ends`, the projector and the model's first and last layer; `all` but the tower; or the `tower`,
+        too. With lora.rank the adapters alone.
+    """
+
+    tower: str = setting("", names="model")
+    projector: Literal["llava", "minimind_v"] = "llava"
+    pixel_shuffle: int = setting(1, must=at_least(1))
+    marker: str = "<|image_pad|>"
+    train: Literal["projector", "ends", "all", "tower"] = "ends"
+
+
+@dataclasses.dataclass(frozen=True)
+class SeeingConfig(RunConfig):
+    """What the stages have that train models to see; only the assistant's words are trained."""
+
+    vision: VisionConfig = VisionConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class VLMPretrainConfig(SeeingConfig):
+    """A tower and a model of texts learn to know each other, by pictures and what they show."""
+
+    FIGURES = Figures(8192, 2, 4e-4, few_rate=1e-3, lora_rate=5e-4, val_fraction=0.001)
+
+    run: str = "vlm_pretrain"
+    init_from: str = "sft"
+    vision: VisionConfig = VisionConfig(train="projector")
+    data: sections.ImagesConfig = sections.ImagesConfig(seq_len=512)
+
+
+@dataclasses.dataclass(frozen=True)
+class VLMSFTConfig(SeeingConfig):
+    """Fine-tuning on conversations about images."""
+
+    FIGURES = Figures(3072, 2, 5e-6, few_rate=2e-4, lora_rate=5e-4, val_fraction=0.001)
+
+    run: str = "vlm_sft"
+    init_from: str = "vlm_pretrain"
+    data: sections.ImagesConfig = sections.ImagesConfig(seq_len=768)
+
+
+@dataclasses.dataclass(frozen=True)
 class DistillConfig(WriterConfig):
     """Learning from conversations and from a larger model's probabilities at once."""
 

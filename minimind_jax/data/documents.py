@@ -24,12 +24,15 @@ class Document:
     turn_starts: offsets, 0 first, at which the document may be cut: where a new message follows the assistant's answer.
         Of a pair: 0, the length of the prompt both sides begin with, and where the second side begins.
     values: numbers that belong to it: of a pair its margin, of a labelled text its label.
+    pictures: as `pictures.pack` writes them. picture_starts: offset of the first marker of each.
     """
 
     ids: np.ndarray
     trained: np.ndarray
     turn_starts: list[int]
     values: tuple[float, ...] = ()
+    pictures: tuple[bytes, ...] = ()
+    picture_starts: Sequence[int] = ()
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> Document:

@@ -10,7 +10,15 @@ from grain.experimental import index_shuffle
 
 from minimind_jax.config.sections import FilesConfig
 from minimind_jax.data.kinds import KINDS
-from minimind_jax.data.packing import PackingPlan, plan_best_fit, plan_concat, plan_heads, plan_pad, plan_pairs
+from minimind_jax.data.packing import (
+    PackingPlan,
+    plan_best_fit,
+    plan_concat,
+    plan_heads,
+    plan_images,
+    plan_pad,
+    plan_pairs,
+)
 from minimind_jax.data.rows import Batch, Pieces, pack_rows, pad_rows
 from minimind_jax.data.token_cache import TokenCache
 from minimind_jax.errors import UserError
@@ -95,16 +103,17 @@ def plan_epoch(
     """
     own = KINDS[cache.kind].packings
     packing = packing or (own[0] if len(own) == 1 else data.packing)
-    plan = PACKINGS[packing](_Documents(cache, documents), data.seq_len, seed, epoch, data.shuffle)
+    plan = PACKINGS[packing](_Documents(cache, documents, data), data.seq_len, seed, epoch, data.shuffle)
     order_seed = named_seed(seed, "rows", epoch) % 2**32 if data.shuffle else None
     return Epoch(cache, documents, plan, order_seed, packing, annotate)
 
 
 class _Documents(NamedTuple):
-    """What a plan may ask about the documents of a cache, by their number among these."""
+    """What a plan may ask about the documents of a cache, by their number among these. data: how they are read."""
 
     cache: TokenCache
     documents: np.ndarray
+    data: FilesConfig
 
     @property
     def lengths(self) -> np.ndarray:
@@ -142,6 +151,11 @@ def _best_fit(documents: _Documents, *how) -> PackingPlan:
     return plan_best_fit(documents.lengths, documents.turns, *how, starts, documents.targets)
 
 
+def _images(documents: _Documents, *how) -> PackingPlan:
+    images = documents.cache.pictures.counts[documents.documents]
+    return plan_images(documents.lengths, images, documents.data.images_per_row, *how, documents.targets)
+
+
 # Of the documents, data.seq_len, the seed, the epoch and whether to shuffle: where everything goes.
 PACKINGS: dict[str, Callable[..., PackingPlan]] = {
     "concat": lambda documents, *how: plan_concat(documents.lengths, *how, documents.targets),
@@ -149,6 +163,7 @@ PACKINGS: dict[str, Callable[..., PackingPlan]] = {
     "pad": lambda documents, seq_len, *_: plan_pad(documents.lengths, seq_len, documents.targets),
     "pairs": lambda documents, *how: plan_pairs(documents.lengths, documents.turns, *how, documents.message_starts),
     "heads": lambda documents, *how: plan_heads(documents.lengths, *how),
+    "images": _images,
 }
 
 
@@ -168,7 +183,12 @@ def describe_cuts(epoch: Epoch) -> str:
             f"{plan.cut_documents:,} of {len(lengths):,} {kind.noun} are longer than data.seq_len {plan.seq_len}: "
             + _what_is_cut(plan, packing)
         )
-    if plan.left_out:
+    if plan.left_out and packing == "images":
+        most = epoch.cache.pictures.counts[epoch.documents].max()
+        told.append(
+            f"{plan.left_out:,} {kind.noun} left out that have more images than data.images_per_row (up to {most})"
+        )
+    elif plan.left_out:
         told.append(f"{plan.left_out:,} {kind.noun} left out whose answers have no room in a row")
     if plan.untrained:
         unit = {"best_fit": "pieces", "concat": "rows"}.get(packing, kind.noun)

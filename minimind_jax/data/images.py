@@ -33,6 +33,12 @@ def read_image(
     where: of the picture, for messages, such as file and row. tell: hears what of it is left out.
     Raises UserError: it is no picture, damaged, too large, or of numbers that are no colours.
     """
+    rgb = open_image(source, where, tell)
+    return np.asarray(rgb.resize((tower.image_size, tower.image_size), tower.resample))
+
+
+def open_image(source: bytes | Path, where: str, tell: Callable[[str], None] = lambda note: None) -> "Image":
+    """A picture in its own size, upright and in RGB, of which every pixel has been decoded. Raises as `read_image`."""
     image = _open(source, where)
     width, height = image.size
     if width * height > MOST_PIXELS:
@@ -42,12 +48,11 @@ def read_image(
     try:
         if image.format in ("GIF", "WEBP", "PNG") and getattr(image, "n_frames", 1) > 1:
             tell("of animated pictures only the first is seen")
-        rgb = _in_colour(_upright(image), where)
+        return _in_colour(_upright(image), where)
     except UserError:
         raise
     except Exception as error:  # decoders raise whatever a damaged file makes them raise
         raise UserError(f"{where}: a damaged picture ({error}); replace or remove it") from error
-    return np.asarray(rgb.resize((tower.image_size, tower.image_size), tower.resample))
 
 
 def _open(source: bytes | Path, where: str) -> "Image":

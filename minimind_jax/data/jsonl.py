@@ -31,6 +31,7 @@ TABLES = tuple(kind + packed for kind in (".csv", ".tsv") for packed in COMPRESS
 DOCUMENTS = tuple(kind + packed for kind in (".txt", ".md") for packed in COMPRESSIONS)
 SUFFIXES = (*JSON, *TABLES, ".parquet", *DOCUMENTS)
 EXPECTED = ".jsonl, .json, .csv, .tsv, .parquet, .txt, .md (all but .parquet may be compressed: .gz, .zst)"
+READ_BYTES = 1 << 24  # of a table at once: pictures make rows of any size
 NO_DATA = ("readme", "license", "dataset_info", "dataset_infos", "changelog")  # beside data in a folder, they are none
 
 
@@ -262,7 +263,9 @@ def _open(file: Path) -> io.BufferedIOBase:
 def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
     pyarrow = _pyarrow(file)
     try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
+        table = pyarrow.parquet.ParquetFile(file, memory_map=True)
+        row_bytes = file.stat().st_size / max(1, table.metadata.num_rows)
+        for batch in table.iter_batches(batch_size=max(1, min(1024, int(READ_BYTES / max(1, row_bytes))))):
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not a readable Parquet file: {error}") from error

@@ -15,23 +15,26 @@ from minimind_jax.data.formats import read_record, read_text
 from minimind_jax.data.jsonl import READING, Reading, Record
 from minimind_jax.data.labels import Classes, parse_labelled
 from minimind_jax.data.messages import Conversation, Message, check_closed, is_trained
+from minimind_jax.data.pictures import SIGHT, Seen, Sight, pack, place_pictures, take_pictures
 from minimind_jax.data.preferences import Preference
 from minimind_jax.data.prompts import Prompt, read_prompt
 from minimind_jax.data.template import Roll
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 
-KindName = Literal["text", "conversation", "preference", "labelled", "prompt"]
+KindName = Literal["text", "conversation", "preference", "labelled", "prompt", "images"]
 
 BEGINNING = 40  # characters of a text, of which the last word is left out
 
 
 class Wanted(NamedTuple):
-    """What a record is read for. reading: of its file. classes: of labelled texts. flag: what skips broken records."""
+    """What a record is read for. reading: of its file. classes: of labelled texts. flag: what skips broken records.
+    sight: of the model that looks at pictures."""
 
     reading: Reading = READING
     classes: Classes | None = None
     flag: str = "--data.on_error"
+    sight: Sight = SIGHT
 
 
 def parse_text(record: Record, flag: str = "--data.on_error", reading: Reading = READING) -> str:
@@ -70,6 +73,12 @@ def parse_preference(record: Record, reading: Reading = READING) -> Preference:
     return pair
 
 
+def parse_seen(record: Record, wanted: Wanted) -> Seen:
+    """The conversation of a record of any format and its pictures (see `pictures`), which are looked at."""
+    words, pictures = take_pictures(record, wanted.reading)
+    return place_pictures(record, parse_conversation(words, reading=wanted.reading), pictures, wanted.sight)
+
+
 def beginning(text: str) -> str:
     """The first words of a text that is not empty."""
     return text[:BEGINNING].rsplit(maxsplit=1)[0] if len(text) > BEGINNING else text.split()[0]
@@ -101,6 +110,7 @@ class Kind:
         turns are known.
     has_values: numbers belong to each document.
     cut_freely: running text, which may be cut anywhere, and then keeps its end token as the last of a row of its own.
+    has_pictures: documents have pictures, of which markers among their tokens stand for.
     counts: what `data inspect` shows of a cache beside documents and tokens.
     words: what a tokenizer learns from. question: what a sample asks or goes on from; prompt: the tokens the model then
         goes on from. None where no model writes.
@@ -115,6 +125,7 @@ class Kind:
     rendered: bool = False
     has_values: bool = False
     cut_freely: bool = False
+    has_pictures: bool = False
     counts: tuple[str, ...] = ()
     words: Callable[[Any], str] | None = None
     question: Callable[[Any], str] | None = None
@@ -129,6 +140,15 @@ def _encode_prompt(tokenizer: Tokenizer, prompt: Prompt, roll: Roll, tell: Calla
     conversation, _ = roll(prompt.as_conversation())
     ids = np.array(documents.encode_prompt(tokenizer, conversation.messages, conversation.tools), np.int32)
     return documents.Document(ids, np.zeros(len(ids), bool), [0])
+
+
+def _encode_seen(tokenizer: Tokenizer, seen: Seen, roll: Roll, tell: Callable[[str], None]) -> documents.Document:
+    document = documents.checked_conversation(tokenizer, seen.conversation, roll, tell)
+    markers = np.flatnonzero(document.ids == tokenizer.encode(seen.sight.marker)[0])
+    if len(markers) != len(seen.pictures) * seen.sight.tokens:
+        raise UserError(f"the chat template does not write {seen.sight.marker} wherever a picture stands")
+    pictures, starts = tuple(map(pack, seen.pictures)), markers[:: seen.sight.tokens].tolist()
+    return dataclasses.replace(document, pictures=pictures, picture_starts=starts)
 
 
 KINDS: dict[KindName, Kind] = {
@@ -188,5 +208,17 @@ KINDS: dict[KindName, Kind] = {
         why_no_row="no prompt leaves room for an answer",
         question=lambda prompt: first_question(prompt.as_conversation().messages),
         prompt=_asked,
+    ),
+    "images": Kind(
+        noun="conversations",
+        parse=parse_seen,
+        as_record=lambda seen: seen.as_record(),
+        encode=_encode_seen,
+        packings=("images",),
+        why_no_row="no answer lies within a row, or all have more pictures than one holds",
+        rendered=True,
+        has_pictures=True,
+        counts=("turns", "images"),
+        words=lambda seen: spoken(seen.conversation.messages),
     ),
 }

@@ -5,7 +5,7 @@ the order of the documents unless shuffle is False; targets, which count what is
 pieces, a piece the tokens [start, stop) of a document.
 
 `plan_concat` is for pretraining, `plan_best_fit` for conversations, `plan_pairs` for preferences, `plan_heads` for
-labelled texts, `plan_pad` is MiniMind's one document a row.
+labelled texts, `plan_images` for conversations with pictures, `plan_pad` is MiniMind's one document a row.
 """
 
 import dataclasses
@@ -40,7 +40,8 @@ class PackingPlan:
     documents, starts, stops: (pieces,) tokens [start, stop) of that document. all_tokens: of the documents planned.
     cut_documents: documents that are in more than one piece, or lost their tail.
     cut_turns: turns longer than a row, which had to be cut inside (`plan_best_fit`).
-    left_out: pairs without room for their answers and the header before them (`plan_pairs`).
+    left_out: pairs without room for their answers and the header before them (`plan_pairs`), conversations with more
+        pictures than a row may have (`plan_images`).
     untrained: rows, pieces or documents that are left out because nothing in them is trained.
     """
 
@@ -195,20 +196,50 @@ def plan_heads(lengths: np.ndarray, seq_len: int, seed: int, epoch: int, shuffle
     return _plan_groups(lengths, *pieces, seq_len, seed, epoch, shuffle, cut_documents=cut)
 
 
+def plan_images(
+    lengths: np.ndarray,
+    images: np.ndarray,
+    images_per_row: int,
+    seq_len: int,
+    seed: int,
+    epoch: int,
+    shuffle: bool = True,
+    targets: CountTargets = some_everywhere,
+) -> PackingPlan:
+    """Documents as one piece each, packed by best fit into rows that hold so many tokens and so many images.
+
+    A document longer than a row loses its end, and what stood there is in no other row: it would be told there of
+    images that it does not see. Documents with more images than a row may have are left out, and so are those in which
+    nothing is trained. images: (documents,) of each.
+    """
+    lengths, images = np.asarray(lengths, np.int64), np.asarray(images, np.int64)
+    documents, stops = np.arange(len(lengths)), np.minimum(lengths, seq_len)
+    fits, is_trained = images <= images_per_row, targets(documents, np.zeros_like(stops), stops) > 0
+    kept = np.flatnonzero(fits & is_trained)
+    counts = {"cut_documents": int((lengths[kept] > seq_len).sum()), "left_out": int((~fits).sum())}
+    counts["untrained"] = int((fits & ~is_trained).sum())
+    pieces = kept, np.zeros((len(kept), 1), np.int64), stops[kept, None]
+    also = images[kept], images_per_row
+    return _plan_groups(lengths, *pieces, seq_len, seed, epoch, shuffle, also, **counts)
+
+
 def _plan_groups(
-    lengths, documents, starts, stops, seq_len: int, seed: int, epoch: int, shuffle: bool, **counts
+    lengths, documents, starts, stops, seq_len: int, seed: int, epoch: int, shuffle: bool, also=None, **counts
 ) -> PackingPlan:
     """Best fit of groups that stay together: documents (groups,), the pieces' starts and stops (groups, pieces).
 
-    Without `shuffle` the groups keep their order.
+    Without `shuffle` the groups keep their order. also: what else each group has, (groups,), and how much of it a row
+    may hold.
     """
     sizes = (stops - starts).sum(axis=1)
     order = _document_order(len(documents), seed, epoch, shuffle)
     if shuffle:
         order = order[np.argsort(-sizes[order], kind="stable")]
         rows = _best_fit_decreasing(sizes[order], seq_len)
+        if also and np.bincount(rows, also[0][order], 1).max() > also[1]:
+            rows = _best_fit_of_two(sizes[order], seq_len, also[0][order], also[1])
     else:
-        rows = _in_order(sizes, seq_len)
+        rows = _in_order(sizes, seq_len, *(also or (np.zeros_like(sizes), 0)))
     by_row = np.argsort(rows, kind="stable")
     order, pieces = order[by_row], starts.shape[1]
     rows, documents = rows[by_row].repeat(pieces), documents[order].repeat(pieces)
@@ -259,13 +290,36 @@ def _document_order(count: int, seed: int, epoch: int, shuffle: bool) -> np.ndar
     return np.random.default_rng(named_seed(seed, "documents", epoch)).permutation(count)
 
 
-def _in_order(sizes: np.ndarray, seq_len: int) -> np.ndarray:
-    """Row of each piece where pieces keep their order: a row ends where the next piece has no room."""
-    rows, row, room = np.zeros(len(sizes), np.int64), -1, -1
-    for place, size in enumerate(sizes.tolist()):
-        if size > room:
-            row, room = row + 1, seq_len
-        rows[place], room = row, room - size
+def _in_order(sizes: np.ndarray, seq_len: int, others: np.ndarray, most: int) -> np.ndarray:
+    """Row of each piece where pieces keep their order: a row ends where the next piece has no room, or has more of
+    what else a row may hold `most`."""
+    rows, row, room, left = np.zeros(len(sizes), np.int64), -1, -1, 0
+    for place, (size, other) in enumerate(zip(sizes.tolist(), others.tolist(), strict=True)):
+        if size > room or other > left:
+            row, room, left = row + 1, seq_len, most
+        rows[place], room, left = row, room - size, left - other
+    return rows
+
+
+def _best_fit_of_two(sizes: np.ndarray, seq_len: int, others: np.ndarray, most: int) -> np.ndarray:
+    """Row of each piece, by best fit of its size among the rows that also have room for its others, of which a row
+    holds `most`; sizes descend. Which rooms there are is a set of bits for each number of others that are left."""
+    rows, row_count = np.empty(len(sizes), np.int64), 0
+    bits = [0] * (most + 1)
+    row_ids: dict[tuple[int, int], list[int]] = {}
+    for place, (size, other) in enumerate(zip(sizes.tolist(), others.tolist(), strict=True)):
+        fits = ((bits[left] >> size, left) for left in range(other, most + 1))
+        found = [(size + (rooms & -rooms).bit_length() - 1, left) for rooms, left in fits if rooms]
+        room, left = min(found, default=(seq_len, most))
+        if found:
+            row = row_ids[room, left].pop()
+            if not row_ids[room, left]:
+                bits[left] ^= 1 << room
+        else:
+            row, row_count = row_count, row_count + 1
+        rows[place] = row
+        row_ids.setdefault((room - size, left - other), []).append(row)
+        bits[left - other] |= 1 << (room - size)
     return rows
 
 

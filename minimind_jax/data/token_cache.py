@@ -30,6 +30,7 @@ from minimind_jax.data.formats import VERSION as FORMATS_VERSION
 from minimind_jax.data.jsonl import expand_paths, reading_of, tell_left_out, told_lines
 from minimind_jax.data.kinds import KINDS, KindName
 from minimind_jax.data.labels import Classes
+from minimind_jax.data.pictures import SIGHT, Sight, StoredPictures
 from minimind_jax.data.template import Dice
 from minimind_jax.data.tokenise import Chunk, Encoder, encode_all, process_count, read_chunks
 from minimind_jax.data.tokenizer import Tokenizer
@@ -50,6 +51,7 @@ class TokenCache:
     turn_offsets, turn_starts: document d may be cut at turn_starts[turn_offsets[d]:turn_offsets[d + 1]], counted from
         its first token.
     values: (documents, width) numbers that belong to each (see `documents.Document`), float32.
+    pictures: of the documents, of a kind that has them.
     info: what else is known: documents, tokens, trained_tokens, skipped, skipped_messages, told (lines about what was
         ignored), eos_id, pad_id, source.
     in_use: keeps the folder from being removed as long as this object lives.
@@ -64,6 +66,7 @@ class TokenCache:
     turn_offsets: np.ndarray
     turn_starts: np.ndarray
     values: np.ndarray
+    pictures: StoredPictures | None
     info: dict[str, Any]
     in_use: BinaryIO
 
@@ -112,12 +115,13 @@ def build_cache(
     progress: bool = True,
     report_skipped: bool = True,
     classes: Classes | None = None,
+    sight: Sight | None = None,
 ) -> TokenCache:
     """The cache of these files; made if there is none yet, by `data.tokenizer_workers` processes.
 
     The chances of the template are drawn from the seed and a record's number (and the epoch, with
     `data.redraw_each_epoch`), so the number of processes never changes the result. Memory does not grow with the files.
-    classes: of labelled texts.
+    classes: of labelled texts. sight: of the model that looks at pictures.
 
     Raises UserError with file and line for a broken record (unless `data.on_error` is skip), for files without any
     usable record, for a cache folder that cannot be written and when a file changes meanwhile.
@@ -126,8 +130,9 @@ def build_cache(
     if not files:
         raise UserError("no training data: data.train is empty; give it files, folders or globs")
     encoder = Encoder(
-        kind, str(tokenizer.folder), _dice(kind, data, seed, epoch), data.on_error == "skip", classes, reading_of(data)
-    )
+        kind, str(tokenizer.folder), _dice(kind, data, seed, epoch), data.on_error == "skip", classes, reading_of(data),
+        sight or SIGHT,
+    )  # fmt: skip
     source = _source(files, encoder, tokenizer, cache_folder.cache_root(data))
     key = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_folder.cache_root(data) / key
@@ -170,6 +175,7 @@ def _source(files: list[Path], encoder: "Encoder", tokenizer: Tokenizer, root: P
         "reading": dataclasses.asdict(encoder.reading),
         "dice": encoder.dice and dataclasses.asdict(encoder.dice),
         **({"classes": dataclasses.asdict(encoder.classes)} if encoder.classes else {}),
+        **({"sight": list(encoder.sight)} if KINDS[encoder.kind].has_pictures else {}),
     }
 
 
@@ -187,6 +193,13 @@ def _layout(info: dict[str, Any]) -> dict[str, tuple[int, np.dtype]]:
         counts["trained"] = (info["tokens"], np.uint8)
     if kind.has_values:
         counts["values"] = (documents * info["values_each"], np.float32)
+    if kind.has_pictures:
+        counts |= {
+            "picture_offsets": (documents + 1, np.int64),
+            "picture_starts": (info["images"], np.int32),
+            "content_offsets": (info["images"] + 1, np.int64),
+            "content": (info["image_bytes"], np.uint8),
+        }
     return {name: (count, np.dtype(dtype)) for name, (count, dtype) in counts.items()}
 
 
@@ -236,6 +249,7 @@ class _CacheWriter(contextlib.AbstractContextManager):
             "skipped_messages": [],
             "told": [],
             **({"values_each": 0} if KINDS[kind].has_values else {}),
+            **({"images": 0, "image_bytes": 0} if KINDS[kind].has_pictures else {}),
             "token_dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
             "eos_id": tokenizer.eos_id,
             "pad_id": tokenizer.pad_id,
@@ -243,7 +257,8 @@ class _CacheWriter(contextlib.AbstractContextManager):
         self._told: Counter = Counter()
         self._types = {name: dtype for name, (_, dtype) in _layout(self.info).items()}
         self._files = {name: open(folder / f"{name}.bin", "wb") for name in self._types}
-        self._append({"offsets": np.zeros(1), "turn_offsets": np.zeros(1)})
+        names = ("offsets", "turn_offsets", "picture_offsets", "content_offsets")
+        self._append({name: np.zeros(1) for name in names})
 
     def __exit__(self, *exception):
         self.info["told"] = told_lines(self._told)
@@ -259,6 +274,8 @@ class _CacheWriter(contextlib.AbstractContextManager):
         offsets = info["tokens"] + np.cumsum(chunk.lengths)
         turn_offsets = info["turns"] + np.cumsum(chunk.turn_counts)
         self._append({**vars(chunk), "offsets": offsets, "turn_offsets": turn_offsets})
+        if "images" in info:
+            self._add_pictures(chunk)
         if "values_each" in info and len(chunk.lengths):
             info["values_each"] = chunk.values.shape[1]
         info["documents"] += len(chunk.lengths)
@@ -268,6 +285,15 @@ class _CacheWriter(contextlib.AbstractContextManager):
         info["skipped"] += len(chunk.errors)
         info["skipped_messages"] += chunk.errors[: KEPT_MESSAGES - len(info["skipped_messages"])]
         self._told += chunk.told
+
+    def _add_pictures(self, chunk: Chunk) -> None:
+        info, sizes = self.info, np.array([len(picture) for picture in chunk.pictures], np.int64)
+        picture_offsets = info["images"] + np.cumsum(chunk.picture_counts)
+        content_offsets = info["image_bytes"] + np.cumsum(sizes)
+        content = np.frombuffer(b"".join(chunk.pictures), np.uint8)
+        self._append({"picture_offsets": picture_offsets, "content_offsets": content_offsets, "content": content})
+        info["images"] += len(sizes)
+        info["image_bytes"] += int(sizes.sum())
 
 
 def _open_cache(folder: Path) -> TokenCache | None:
@@ -281,7 +307,10 @@ def _open_cache(folder: Path) -> TokenCache | None:
     if any(array is None for array in arrays.values()):
         return None
     values = arrays.pop("values", np.zeros(0, np.float32)).reshape(info["documents"], -1)
-    return TokenCache(folder, info["kind"], values=values, info=info, in_use=in_use, **{"trained": None, **arrays})
+    names = ("picture_offsets", "picture_starts", "content_offsets", "content")
+    pictures = StoredPictures(*map(arrays.pop, names)) if KINDS[info["kind"]].has_pictures else None
+    known = {"values": values, "pictures": pictures, "info": info, "in_use": in_use}
+    return TokenCache(folder, info["kind"], **known, **{"trained": None, **arrays})
 
 
 def _map(path: Path, count: int, dtype: np.dtype) -> np.ndarray | None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from minimind_jax.data.documents import Document
 from minimind_jax.data.jsonl import READING, Reading, iter_lines, parse_line
 from minimind_jax.data.kinds import KINDS, KindName, Wanted
 from minimind_jax.data.labels import Classes
+from minimind_jax.data.pictures import SIGHT, Sight
 from minimind_jax.data.template import Dice, unchanged
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import TemplateFault, UserError
@@ -45,6 +47,7 @@ class Encoder:
     skip: bool
     classes: Classes | None = None
     reading: Reading = READING
+    sight: Sight = SIGHT
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -54,7 +57,7 @@ class Encoder:
         """The document of a line; told gets what is told of it. Raises UserError with file and line."""
         number, file, line_number, raw = line
         record, kind = parse_line(raw, file, line_number, told), KINDS[self.kind]
-        parsed = kind.parse(record, Wanted(self.reading, self.classes))
+        parsed = kind.parse(record, Wanted(self.reading, self.classes, sight=self.sight))
         notes: set[str] = set()
         roll = self.dice.roll(number) if self.dice else unchanged
         try:
@@ -86,6 +89,9 @@ class Encoder:
             turn_counts=np.array([len(t) for t in turns], np.int64),
             turn_starts=np.concatenate([np.asarray(t, np.int64) for t in turns] or [np.zeros(0, np.int64)]),
             values=np.array([d.values for d in documents], np.float32),
+            picture_counts=np.array([len(d.pictures) for d in documents], np.int64),
+            picture_starts=np.array([start for d in documents for start in d.picture_starts], np.int64),
+            pictures=[picture for d in documents for picture in d.pictures],
             errors=errors,
             told=told,
         )
@@ -103,6 +109,9 @@ class Chunk:
     turn_counts: np.ndarray
     turn_starts: np.ndarray
     values: np.ndarray
+    picture_counts: np.ndarray
+    picture_starts: np.ndarray
+    pictures: list[bytes]
     errors: list[str]
     told: Counter
 
@@ -182,7 +191,7 @@ def read_chunks(files: list[Path], advance: Callable[[int], None], reading: Read
     for file in files:
         first, told = number, 0
         for line_number, raw in iter_lines(file, reading):
-            length = len(raw) if isinstance(raw, bytes) else sum(len(str(value)) for value in raw.values())
+            length = len(raw) if isinstance(raw, bytes) else sum(map(_size, raw.values()))
             lines.append((number, file, line_number, raw))
             number, size = number + 1, size + length
             if size >= CHUNK_BYTES:
@@ -195,3 +204,10 @@ def read_chunks(files: list[Path], advance: Callable[[int], None], reading: Read
         advance(file.stat().st_size - told)
     if lines:
         yield lines
+
+
+def _size(value: Any) -> int:
+    """About as many bytes as a cell of a table has."""
+    if isinstance(value, list):
+        return sum(map(_size, value))
+    return len(value) if isinstance(value, bytes) else len(str(value))

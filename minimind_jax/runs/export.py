@@ -20,6 +20,7 @@ from minimind_jax.paths import as_path
 from minimind_jax.runs.kind import StageKind, Stages
 from minimind_jax.runs.labels import labels_of_run
 from minimind_jax.runs.parts import assemble, run_parameters
+from minimind_jax.runs.sight import TOWER
 from minimind_jax.sharding import announce, make_mesh
 from minimind_jax.shell import install_command
 from minimind_jax.training.checkpoint import DamagedCheckpoint, load_params
@@ -103,7 +104,7 @@ def load_checkpoint(stages: Stages, asked: ToHFConfig | ToGGUFConfig) -> Checkpo
     then = folder.then()
     places = {key: then.current(getattr(config, key)) for key in ("init_from", "tokenizer")} if then else {}
     config = dataclasses.replace(config, mesh=MeshConfig(), **places)  # of this machine, not those of the training
-    models = find_models(config, ["init_from"])
+    models = find_models(config, ["init_from", TOWER])
     run = assemble(kind, config, folder, make_mesh(config.mesh), models)
     if labels := labels_of_run(kind, folder):
         run = run.with_labels(labels)

@@ -15,16 +15,19 @@ from minimind_jax.convert.load import load_tokenizer as load_model_tokenizer
 from minimind_jax.data.batches import Batches, open_data
 from minimind_jax.data.epoch import Annotate
 from minimind_jax.data.labels import Classes
+from minimind_jax.data.pictures import Sight
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import ModelConfig, union_of_ids
 from minimind_jax.model.heads import SCORE, head_axes, init_head
 from minimind_jax.model.lora import init_adapters, join, make_adapter
 from minimind_jax.model.transformer import LanguageModel, Params, cast_matrices
+from minimind_jax.model.vision import VISION
 from minimind_jax.model.vocabulary import grow_vocabulary
 from minimind_jax.runs.adapters import AdapterPlan, frozen_dtype, plan_adapters
 from minimind_jax.runs.kind import StageKind
 from minimind_jax.runs.labels import differing
+from minimind_jax.runs.sight import TOWER, new_sight, with_sight, with_trained_parts
 from minimind_jax.seeds import named_key
 from minimind_jax.sharding import announce, data_process, init_params, param_shardings
 from minimind_jax.training.run import RunFolder
@@ -62,6 +65,14 @@ class Run:
         """The folder of the model, or of the adapter, that it starts from; None from scratch."""
         return self.models.get("init_from")
 
+    @property
+    def sight(self) -> Sight | None:
+        """How images stand among its tokens; None of a model of texts."""
+        vision = self.model.config.vision
+        if vision is None:
+            return None
+        return Sight(self.tokenizer.decode([vision.marker_id], skip_special_tokens=False), vision.image_tokens)
+
     def with_labels(self, labels: Labels, classes: Classes | None = None) -> "Run":
         return dataclasses.replace(self, labels=labels._replace(max_tokens=self.config.data.seq_len), classes=classes)
 
@@ -76,7 +87,7 @@ def assemble(kind: StageKind, config: RunConfig, folder: RunFolder, mesh: Mesh, 
     if kind.needs_start and start is None:
         raise UserError(f"{kind.name} needs a model to start from: give --init_from")
     tokenizer = load_tokenizer(config, start)
-    architecture = _architecture(config, tokenizer, start)
+    architecture = with_sight(config, _architecture(config, tokenizer, start), tokenizer, models)
     adapters = plan_adapters(config, architecture, start)
     if kind.has_head:
         if architecture.vision is not None:
@@ -184,6 +195,8 @@ def run_parameters(run: Run) -> Parameters:
         if plan is None:
             _, params = load_merged(run.start)
             params = grow_vocabulary(params, model.config.vocab_size, named_key(config.seed, "new words"))
+            if model.config.vision is not None and VISION not in params:
+                params = {**params, VISION: new_sight(model.config, run.models[TOWER], named_key(config.seed, "sight"))}
         else:
             _, base = load_hf(plan.base)
             lora_key = named_key(config.seed, "lora")
@@ -193,7 +206,7 @@ def run_parameters(run: Run) -> Parameters:
             raise UserError(f"init_from {config.init_from} is a classifier or reward model, and cannot write text")
         return on_mesh(run.mesh, params, parameters.abstract, parameters.axes)
 
-    parameters = Parameters.of(model, load, dtype)
+    parameters = with_trained_parts(config, model, Parameters.of(model, load, dtype))
     return _with_head(run, parameters) if run.kind.has_head else parameters
 
 
@@ -230,5 +243,5 @@ def _with_head(run: Run, parameters: Parameters) -> Parameters:
 
 def open_rows(run: Run, annotate: Annotate | None = None) -> tuple[Batches, Batches | None]:
     """Those to train on, and the held-out ones, if there are any. annotate: what else the loss reads of them."""
-    process = data_process(run.mesh)
-    return open_data(run.kind.records, run.config, run.tokenizer, *process, classes=run.classes, annotate=annotate)
+    more = {"classes": run.classes, "sight": run.sight, "annotate": annotate}
+    return open_data(run.kind.records, run.config, run.tokenizer, *data_process(run.mesh), **more)

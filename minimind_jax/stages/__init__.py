@@ -9,6 +9,7 @@ from minimind_jax.runs.kind import StageKind
 CHAT = ("chat --model {model}", "talk to it")
 ASK = ("generate --model {model} --prompt Hello", "one answer")
 TUNE = ("sft --init_from {run} --data.train YOUR_CONVERSATIONS.jsonl --run NAME", "train it further")
+SEE = ("vlm-sft --init_from {run} --data.train YOUR_CONVERSATIONS.jsonl --run NAME", "train it further")
 SCORE = ("score --model {model} --input YOUR_CONVERSATIONS.jsonl", "scores")
 PREDICT = ("classify predict --model {run} --input YOUR_TEXTS.jsonl", "labels")
 
@@ -53,6 +54,14 @@ KINDS = (
         "classify", "train a classifier of texts", settings.ClassifyConfig, "stages.classify:recipe",
         records="labelled", has_head=True, needs_start=True,
         figures=("accuracy",), curves=("accuracy",), next=(PREDICT,),
+    ),
+    StageKind(
+        "vlm-pretrain", "a model of texts and a tower that sees learn to know each other", settings.VLMPretrainConfig,
+        "stages.see:recipe", records="images", needs_start=True, next=(SEE,),
+    ),
+    StageKind(
+        "vlm-sft", "fine-tuning on conversations about images", settings.VLMSFTConfig, "stages.see:recipe",
+        records="images", needs_start=True, next=(SEE,),
     ),
     StageKind(
         "grpo", "learn from reward by groups of answers: GRPO, CISPO, DAPO, ...", rl.GRPOConfig,

@@ -1,0 +1,44 @@
+"""The pictures of rows, read when a batch is made: what a model that sees is given beside its tokens."""
+
+import concurrent.futures
+import os
+
+import numpy as np
+
+from minimind_jax.data.images import read_image
+from minimind_jax.data.pictures import Picture
+from minimind_jax.data.rows import Batch, Pieces
+from minimind_jax.data.token_cache import TokenCache
+from minimind_jax.model.config import TowerConfig
+
+DECODERS = 8  # threads at most; decoders work without Python's lock
+
+
+class Pixels:
+    """Reads the pictures of rows for a tower, at most `room` of a row."""
+
+    def __init__(self, tower: TowerConfig, room: int):
+        self.tower, self.room = tower, room
+        self._threads = concurrent.futures.ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1), "pictures")
+
+    def annotate(self, cache: TokenCache, pieces: Pieces) -> Batch:
+        """pixels: uint8 (rows, room, S, S, 3), of each row its pictures in the order of their markers, then zeros.
+
+        Raises UserError for a picture that was there when the data was tokenised and cannot be read any more.
+        """
+        side, used = self.tower.image_size, np.zeros(pieces.row_count, np.int64)
+        pixels = np.zeros((pieces.row_count, self.room, side, side, 3), np.uint8)
+
+        def read(row: int, slot: int, picture: Picture, where: str) -> None:
+            pixels[row, slot] = read_image(picture, self.tower, where)
+
+        reads = []
+        for row, document, stop in zip(pieces.rows, pieces.documents, pieces.stops, strict=True):
+            for number, (start, picture) in enumerate(cache.pictures.of(document), 1):
+                if start < stop:
+                    where = f"record {cache.records[document] + 1}, image {number}"
+                    reads.append(self._threads.submit(read, row, used[row], picture, where))
+                    used[row] += 1
+        for each in reads:
+            each.result()
+        return {"pixels": pixels}

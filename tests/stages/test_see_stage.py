@@ -1,0 +1,179 @@
+"""The stages of models that see: what they learn of drawn squares, what stays frozen, and what they refuse."""
+
+import dataclasses
+import io
+import random
+
+import jax
+import numpy as np
+import pytest
+from run_helpers import KEEP_ALL, assembled, assert_resumes_exactly, rows_of
+from worlds import write_lines
+
+from minimind_jax.config.sections import LoRAConfig, OptimizerConfig
+from minimind_jax.config.stages import VisionConfig, VLMPretrainConfig, VLMSFTConfig
+from minimind_jax.convert.hf import load_hf, save_hf
+from minimind_jax.data.documents import encode_prompt
+from minimind_jax.data.images import read_image
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.errors import UserError
+from minimind_jax.model.config import ComputeConfig, ModelConfig, TowerConfig, Vision
+from minimind_jax.model.transformer import LanguageModel
+from minimind_jax.runs.parts import run_parameters
+from minimind_jax.stages import start
+from minimind_jax.training.run import RunFolder
+
+Image = pytest.importorskip("PIL.Image", reason="pictures need Pillow")
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230), "yellow": (230, 220, 40)}
+TOWER = TowerConfig(32, 48, 2, 2, 16, 8, resample=2)  # 4 tokens an image
+TEXT = ModelConfig(
+    vocab_size=304, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+    num_key_value_heads=1, max_position_embeddings=256, initializer_range=0.1,
+)  # fmt: skip
+
+
+def square(colour, rng, side=20):
+    """A square of that colour somewhere on grey."""
+    image = Image.new("RGB", (side, side), (128, 128, 128))
+    x, y = rng.randrange(side - 12), rng.randrange(side - 12)
+    image.paste(COLOURS[colour], (x, y, x + 12, y + 12))
+    return image
+
+
+@pytest.fixture(scope="module")
+def seen(world, tmp_path_factory):
+    """A folder with a text model, a tower, and squares.jsonl beside its pictures."""
+    folder, rng = tmp_path_factory.mktemp("seen"), random.Random(0)
+    tokenizer = Tokenizer.load(world.folder / "tokenizer")
+    for name, vision in (("text", None), ("tower", Vision(TOWER, 12))):
+        model = LanguageModel(dataclasses.replace(TEXT, vision=vision))
+        save_hf(folder / name, model.config, jax.jit(model.init)(jax.random.key(0)), tokenizer, "float32")
+    records = []
+    for n in range(64):
+        colour = list(COLOURS)[n % 4]
+        square(colour, rng).save(folder / f"{n}.png")
+        asked = rng.choice(["<image>\nwhich?", "which?<image>"])
+        talk = [{"role": "user", "content": asked}, {"role": "assistant", "content": colour}]
+        records.append({"conversations": talk, "image": f"{n}.png"})
+    write_lines(folder / "squares.jsonl", records)
+    return folder
+
+
+@pytest.fixture
+def make(seen, world, tmp_path):
+    def make(cls=VLMSFTConfig, run="run", train="all", steps=8, data=None, **changes):
+        settings = {"log_every": 1, "batch_tokens": 384, "steps": steps, "eval_every": 0}
+        data = {
+            "train": (str(seen / "squares.jsonl"),), "seq_len": 96, "cache_dir": str(world.folder / "cache"),
+            "tokenizer_workers": 1, "val_fraction": 0.0, **(data or {}),
+        }  # fmt: skip
+        config = cls(
+            run=str(tmp_path / run),
+            init_from=str(seen / "text"),
+            export_dtype="float32",
+            compute=ComputeConfig(scan_unroll=1),
+            vision=VisionConfig(tower=str(seen / "tower"), train=train),
+            optimizer=OptimizerConfig(learning_rate=3e-3),
+        )
+        training = dataclasses.replace(config.training, **settings)
+        made = dataclasses.replace(config, data=dataclasses.replace(config.data, **data), training=training)
+        return dataclasses.replace(made, **changes)
+
+    return make
+
+
+def answers(folder, images):
+    """The colour that a model says is likeliest, of each picture."""
+    config, params = load_hf(folder)
+    tokenizer, model = Tokenizer.load(folder), LanguageModel(config)
+    marker = tokenizer.decode([config.vision.marker_id], skip_special_tokens=False)
+    prompt = encode_prompt(tokenizer, [{"role": "user", "content": marker * config.vision.image_tokens + "\nwhich?"}])
+    firsts = {name: tokenizer.encode(name)[0] for name in COLOURS}
+    assert len(set(firsts.values())) == len(COLOURS)
+
+    def content(image):
+        stream = io.BytesIO()
+        image.save(stream, "PNG")
+        return stream.getvalue()
+
+    pixels = np.stack([read_image(content(image), TOWER, "drawn")[None] for image in images])
+    batch = {"tokens": np.tile(prompt, (len(images), 1)), "pixels": pixels}
+    batch["lengths"] = np.full(len(images), len(prompt))
+    hidden = jax.jit(model.read_batch)(params, batch).hidden_BTD
+    logits = np.asarray(model.logits(params, hidden[:, -1:]))[:, 0, list(firsts.values())]
+    return [list(firsts)[n] for n in logits.argmax(axis=1)]
+
+
+def test_it_learns_colours_and_says_another_of_another_picture(make):
+    run = RunFolder(start(make(train="tower", steps=60)))
+    rng = random.Random(1)
+    truth = [name for name in COLOURS for _ in range(5)]
+    found = answers(run.model, [square(name, rng) for name in truth])
+    assert sum(a == b for a, b in zip(found, truth, strict=True)) >= 18
+
+
+def kept_and_changed(before, after):
+    """Paths of the leaves that are the same bit for bit, and of those that are not; of layers each by itself."""
+    sides = {True: set(), False: set()}
+
+    def compare(path, old, new):
+        names = tuple(entry.key for entry in path)
+        if names[0] == "layers":
+            for n, (a, b) in enumerate(zip(old, new, strict=True)):
+                sides[bool((a == b).all())].add(f"layers.{n}")
+        else:
+            sides[bool((np.asarray(old) == new).all())].add(".".join(names[:2]))
+
+    jax.tree_util.tree_map_with_path(compare, before, after)
+    return sides[True], sides[False]
+
+
+@pytest.mark.parametrize(
+    ("train", "changed"),
+    [
+        ("projector", {"vision.projector"}),
+        ("ends", {"vision.projector", "layers.0", "layers.2"}),
+        ("all", {"vision.projector", "layers.0", "layers.1", "layers.2", "embed.embedding", "norm.scale"}),
+    ],
+)
+def test_what_is_not_trained_keeps_every_bit(make, seen, train, changed):
+    cls = VLMPretrainConfig if train == "projector" else VLMSFTConfig
+    config = make(cls, train=train, steps=2)
+    before = run_parameters(assembled("vlm-sft" if cls is VLMSFTConfig else "vlm-pretrain", config)).load()
+    _, after = load_hf(RunFolder(start(config)).model)
+    kept, moved = kept_and_changed(before, after)
+    assert moved == changed
+    assert "vision.tower" in kept and not kept & moved
+
+
+def test_a_run_resumes_exactly_with_held_out_images(make, tmp_path):
+    config = make(train="ends", checkpoint=KEEP_ALL, data={"val_fraction": 0.1})
+    assert_resumes_exactly(config, tmp_path, step=4)
+    assert any("val_loss" in row for row in rows_of(config.run))
+
+
+def test_it_goes_on_from_a_model_that_sees_with_all_of_it_or_adapters(make, seen):
+    first = RunFolder(start(make(VLMPretrainConfig, train="projector", steps=2)))
+    own = VisionConfig(train="ends")
+    second = make(run="second", init_from=str(first.path), vision=own, steps=2)
+    before, after = load_hf(first.model)[1], load_hf(RunFolder(start(second)).model)[1]
+    assert kept_and_changed(before, after)[1] == {"vision.projector", "layers.0", "layers.2"}
+    lora = make(run="lora", init_from=str(first.path), vision=own, steps=2, lora=LoRAConfig(rank=2))
+    assert RunFolder(start(lora)).model.joinpath("adapter_model.safetensors").is_file()
+    with pytest.raises(UserError, match=r"sees already; leave vision\.tower out"):
+        start(make(run="third", init_from=str(first.path)))
+
+
+def test_what_cannot_see_is_refused(make):
+    for changes, said in (
+        ({"vision": VisionConfig()}, r"a model of texts: give --vision\.tower"),
+        ({"lora": LoRAConfig(rank=2)}, "a new projector, which lora.rank would not train"),
+        ({"data": {"images_per_row": 1, "seq_len": 4}}, "nothing is trained"),
+    ):
+        with pytest.raises(UserError, match=said):
+            start(make(**changes))
+    vision = make().vision
+    for change, said in (({"marker": "<no>"}, "is no token of"), ({"pixel_shuffle": 3}, "does not divide")):
+        with pytest.raises(UserError, match=said):
+            start(make(vision=dataclasses.replace(vision, **change)))
