@@ -12,8 +12,9 @@ from typing import Any
 from minimind_jax.errors import UserError
 from minimind_jax.signals import say
 
-KEY_VARIABLE = "MINIMIND_API_KEY"  # in the environment; sent as `Authorization: Bearer`, and never told
-BUSY = (429, 502, 503)  # come again
+KEY_VARIABLE = "MINIMIND_API_KEY"
+BUSY, FAILED = 429, 500  # come again, and so from FAILED on
+MOST_BYTES = 1 << 26  # of an answer
 FIRST_WAIT, LONGEST_WAIT = 0.1, 5.0  # seconds between two tries
 
 
@@ -22,30 +23,32 @@ class NotThere(UserError):
 
 
 class Server:
-    """url: with or without /v1; UserError for one that is none. seconds: that an answer may take. patience: so long, in
-    seconds, a server is asked again that is busy or does not listen. Threads may share it."""
+    """url: UserError for one that is none. seconds: that an answer may take to begin or to go on. patience: so long, in
+    seconds, a server is asked again that is busy, fails or does not listen. key_variable: of the environment; sent as
+    `Authorization: Bearer`, and never told. Threads may share it."""
 
-    def __init__(self, url: str, seconds: float = 600.0, patience: float = 60.0):
+    def __init__(self, url: str, seconds: float, patience: float, key_variable: str = KEY_VARIABLE):
         if not url.startswith(("http://", "https://")):
             raise UserError(f"the server {url!r} has no address of HTTP, such as http://127.0.0.1:8000")
-        self.url = url.rstrip("/").removesuffix("/v1")
-        self._seconds, self._patience, self._has_told = seconds, patience, False
+        self.url, self._seconds, self._patience, self._key_variable = url, seconds, patience, key_variable
+        self._has_told = False
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """What the server answers. Raises NotThere, or UserError with what it says or why there is no answer."""
-        asked = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        if key := os.environ.get(KEY_VARIABLE, "").strip():
+        told = json.dumps(body, ensure_ascii=False, default=str).encode("utf-8", "replace")
+        asked = urllib.request.Request(self.url + path, told, {"Content-Type": "application/json"})
+        if key := os.environ.get(self._key_variable, "").strip():
             asked.add_header("Authorization", f"Bearer {key}")
         deadline, wait = time.monotonic() + self._patience, FIRST_WAIT
         while True:
             try:
                 with urllib.request.urlopen(asked, timeout=self._seconds) as answer:
-                    return json.loads(answer.read())
+                    return json.loads(answer.read(MOST_BYTES))
             except urllib.error.HTTPError as error:
                 reason = f"HTTP {error.code}: {_said(error)}"
                 if error.code in (404, 405):
                     raise NotThere(f"{self.url}{path}: {reason}") from error
-                if error.code not in BUSY:
+                if error.code != BUSY and error.code < FAILED:
                     raise UserError(f"{self.url}{path}: {reason}") from error
             except TimeoutError as error:
                 raise UserError(f"{self.url}{path}: no answer within {self._seconds:g} seconds") from error

@@ -1,14 +1,8 @@
 """Rewards that a model or a server gives: functions of all episodes, made once of what stands in their brackets."""
 
 import concurrent.futures
-import http.client
 import importlib
-import json
-import os
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,13 +11,13 @@ import numpy as np
 from minimind_jax.errors import UserError
 from minimind_jax.paths import as_path
 from minimind_jax.rl.episode import Episode
+from minimind_jax.rl.http import Server
 from minimind_jax.rl.reward_values import Function, foreign
 from minimind_jax.shell import install_command
 
 _TOGETHER = 16  # of a batch, and of a request
 _REQUESTS = 8  # at the same time
-_WAITS = (0.5, 1.0, 0)  # seconds behind each try of a request: a server may be busy
-_MOST_BYTES = 1 << 24  # of its answer
+_PATIENCE = 2.0  # seconds with a server that is busy
 
 
 def written(episode: Episode, thoughts: bool = True) -> list[dict[str, Any]]:
@@ -182,11 +176,11 @@ def _parts(items: Sequence[Any]) -> list[Any]:
 def judge(url: str, timeout: float = 30.0) -> Function:
     """What a server answers to POST (docs/rl_rewards.md has the JSON), in requests of 16 completions, 8 at a time.
 
-    timeout: seconds that an answer may take to begin or to go on. JUDGE_API_KEY of the environment is sent as a bearer.
-    A request that fails is tried three times, unless the server refuses it.
+    timeout: see `Server`. JUDGE_API_KEY of the environment is sent as a bearer.
     """
     if not url.startswith(("http://", "https://")):
         raise UserError(f"rewards.use judge({url}): expected http:// or https://")
+    server = Server(url, timeout, _PATIENCE, "JUDGE_API_KEY")
 
     def ask(episodes: Sequence[Episode]) -> list[Any]:
         body = {
@@ -196,11 +190,13 @@ def judge(url: str, timeout: float = 30.0) -> Function:
             "fields": [episode.task.fields for episode in episodes],
         }
         try:
-            told = _posted(url, json.dumps(body, ensure_ascii=False, default=str).encode("utf-8", "replace"), timeout)
+            told = server.post("", body)
             found = told["rewards"] if "rewards" in told else [item["score"] for item in told["data"]]
             if not isinstance(found, list) or len(found) != len(episodes):
                 raise ValueError(f"it gave no list of {len(episodes)} rewards")
-        except (OSError, ValueError, TypeError, KeyError, http.client.HTTPException) as error:
+        except UserError as error:
+            return [str(error)] * len(episodes)
+        except (ValueError, TypeError, KeyError) as error:
             return [f"{url}: {type(error).__name__}: {error}"] * len(episodes)
         return [foreign(value) for value in found]
 
@@ -209,18 +205,3 @@ def judge(url: str, timeout: float = 30.0) -> Function:
             return [value for part in threads.map(ask, _parts(episodes)) for value in part]
 
     return ask_all
-
-
-def _posted(url: str, body: bytes, timeout: float) -> Any:
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("JUDGE_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
-    for wait in _WAITS:
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=timeout) as answer:
-                return json.loads(answer.read(_MOST_BYTES))
-        except (OSError, http.client.HTTPException) as error:
-            is_refusal = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
-            if is_refusal or not wait:
-                raise
-            time.sleep(wait)

@@ -193,9 +193,9 @@ def _body(answer: Answer) -> dict[str, Any]:
 class RemotePolicy:
     """Writes on a server with the parameters in training.
 
-    server: its URL. folder: where the policy is written to; the server reads it under the same path. model, tokenizer:
-    of the run. slots: requests at once, of this process; 0 for as many as are sensible. seconds: that an answer may
-    take. patience: so long, in seconds, a server is asked again that is busy or gone.
+    server: its URL, with or without /v1. folder: where the policy is written to; the server reads it under the same
+    path. model, tokenizer: of the run. slots: requests at once, of this process; 0 for as many as are sensible.
+    seconds, patience: see `Server`.
     """
 
     def __init__(
@@ -209,7 +209,8 @@ class RemotePolicy:
         seconds: float = 600.0,
         patience: float = 60.0,
     ):
-        self._server, self._folder = Server(server, seconds, patience), absolute(as_path(folder))
+        self._server = Server(server.rstrip("/").removesuffix("/v1"), seconds, patience)
+        self._folder = absolute(as_path(folder))
         self._model, self._tokenizer = model, tokenizer
         slots = min(slots or MOST_AT_ONCE, MOST_AT_ONCE)
         self._writer = RemoteWriter(self._server, self._folder, model, tokenizer, slots)

@@ -262,22 +262,20 @@ def test_our_own_server_is_a_judge(folders):
     ("way", "words", "requests"),
     [
         ("few", "gave no list of 4 rewards", 1),
-        ("html", "JSONDecodeError", 1),
+        ("html", "the answer is not JSON", 1),
         ("list", "TypeError", 1),
-        ("400", "HTTPError: HTTP Error 400", 1),
-        ("500", "HTTPError: HTTP Error 500", 3),
+        ("400", "HTTP 400: Bad Request", 1),
+        ("500", "has not answered for 2 seconds: HTTP 500", 5),
     ],
 )
-def test_a_server_that_fails(way, words, requests, monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+def test_a_server_that_fails(way, words, requests):
     with judging() as server:
         found = judges.judge(f"{server.url}/{way}")(talks())
         assert len(found) == 4 and all(words in value and server.url in value for value in found)
         assert len(server.asked) == requests
 
 
-def test_a_server_that_is_busy_is_asked_again(monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+def test_a_server_that_is_busy_is_asked_again():
     with judging() as server:
         assert judges.judge(f"{server.url}/busy")([episode("abc")]) == [3]
 

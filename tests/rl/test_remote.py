@@ -322,7 +322,7 @@ def test_a_server_that_tells_no_version_answers_otherwise_with_other_weights(url
 
 def test_a_server_that_is_busy_for_a_while_is_asked_again(url, policy_at, model, tokenizer, params, monkeypatch):
     monkeypatch.setenv("MINIMIND_API_KEY", "of the server\n")
-    left = {"/v1/completions": [429, 503, 429], "/update_weights_from_disk": [503]}
+    left = {"/v1/completions": [429, 503, 500], "/update_weights_from_disk": [503]}
 
     def busy(path, body, ask):
         return (left[path].pop(), {"error": "busy"}) if left[path] else ask()
