@@ -84,26 +84,23 @@ class Player:
     def rollout(self, writer: Writer, number: int, is_stopping: Callable[[], bool]) -> Played:
         """The rollout of that number, which follows from it, the writer's parameters and the run's seed. Raises
         `play.GaveUp` where the run is to stop."""
-        wanted, config, seconds = self.config.rollout, self.config, {}
+        wanted, config, counted = self.config.rollout, self.config, {}
         ask = functools.partial(self._ask, writer, is_stopping)
         numbers = drawn_tasks(len(self.tasks.train), wanted.prompts, config.seed, number)
-        rows, episodes = ask(numbers, f"rollout/{number}", 0, seconds)
+        rows, episodes = ask(numbers, f"rollout/{number}", 0, counted)
         asked = wanted.prompts
         for attempt in range(config.policy.refill):
-            good = [group for group in groups_of(rows).values() if not teaches_nothing(group)]
-            missing = wanted.prompts - len(good)
+            missing = wanted.prompts - sum(not teaches_nothing(group) for group in groups_of(rows).values())
             if not missing:
                 break
             numbers = refilling_tasks(len(self.tasks.train), missing, config.seed, number, attempt)
-            more, played = ask(numbers, f"rollout/{number}/{attempt}", asked, seconds)
+            more, played = ask(numbers, f"rollout/{number}/{attempt}", asked, counted)
             rows, episodes, asked = rows + more, episodes + played, asked + missing
         if config.policy.refill:
-            groups = groups_of(rows).values()
-            good = [group for group in groups if not teaches_nothing(group)]
-            poor = [group for group in groups if teaches_nothing(group)]
-            rows = [row for group in [*good, *poor][: wanted.prompts] for row in group]
-            seconds |= {"refill/prompts": asked, "refill/kept": min(len(good), wanted.prompts)}
-        told = describe(rows) | {name: float(value) for name, value in seconds.items()}
+            kept = sorted(groups_of(rows).values(), key=teaches_nothing)[: wanted.prompts]
+            rows = [row for group in kept for row in group]
+            counted |= {"refill/prompts": asked, "refill/kept": sum(not teaches_nothing(group) for group in kept)}
+        told = describe(rows) | {name: float(value) for name, value in counted.items()}
         told["time/rollout"] = time.perf_counter() - self._began - told.get("time/rewards", 0.0)
         return Played(Rollout(rows, told), episodes)
 

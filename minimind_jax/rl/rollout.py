@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 from minimind_jax.agreement import exchange
 from minimind_jax.rl.episode import Episode
 
@@ -60,7 +62,9 @@ class Rollout:
 def shared(process: int, rows: Sequence[Row], counts: Mapping[str, float]) -> tuple[list[Row], Counter[str]]:
     """The rows of all processes, in the order of their groups, and the sums of what they counted. process: its index,
     the same on those that have the same rows (see `sharding.data_process`)."""
-    told = [json.loads(text) for text in exchange(json.dumps([process, rows, counts]))]
+    told = [[process, rows, counts]]
+    if jax.process_count() > 1:  # alone, a large rollout takes seconds to be written and read
+        told = [json.loads(text) for text in exchange(json.dumps(*told))]
     parts = {index: (theirs, counted) for index, theirs, counted in reversed(told)}
     found = [Row(*row) for theirs, _ in parts.values() for row in theirs]
     return sorted(found, key=lambda row: row.group), sum((Counter(own) for _, own in parts.values()), Counter())

@@ -1,8 +1,13 @@
 """Settings of the algorithm that cannot go together are refused, and each refusal says what to do."""
 
-import pytest
+import re
 
-from minimind_jax.config.rl import PolicyConfig
+import pytest
+import yaml
+
+from minimind_jax.config.rl import GRPOConfig, PolicyConfig, PPOConfig
+from minimind_jax.runs.effect import check_effect
+from tests.conftest import ROOT
 
 WRONG = {
     "the loss cispo needs the highest ratio": {"loss": "cispo"},
@@ -29,3 +34,14 @@ def test_those_of_the_papers_are_taken():
     PolicyConfig(loss="cispo", cap=5.0, level="sequence")
     PolicyConfig(loss="sapo", beta=0.1, kl_estimator="k3")
     PolicyConfig(advantage="gae", scale="none", beta=0.1, kl_placement="reward", kl_estimator="k1", kl_target=6.0)
+
+
+ALGORITHMS = re.findall(r"^\| [A-Z].*`\{.*", (ROOT / "docs/rl.md").read_text("utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", ALGORITHMS)
+def test_each_setting_of_the_algorithms_in_the_docs_has_an_effect(line, capsys):
+    kind = PPOConfig if "gae" in line else GRPOConfig
+    for settings in re.findall(r"`(\{.*?\})`", line):
+        check_effect(kind(policy=PolicyConfig(**yaml.safe_load(settings))))
+    assert "without effect" not in capsys.readouterr().out
