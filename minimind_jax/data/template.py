@@ -256,12 +256,41 @@ def render_jinja(source: str, messages: Sequence[Message], tools: Sequence[Any] 
         raise UserError(f"the chat template cannot render these messages: {error}") from error
 
 
-def template_with_images(marker: str) -> str:
-    """Our template as models that see carry it: an image among the parts of a message is one `marker`, of which
-    processors make as many as the image has tokens."""
-    text = "            {%- elif part.text is string %}\n"
-    image = f"            {{%- elif part.type in ['image', 'image_url'] %}}\n                {{{{- {marker!r} }}}}\n"
-    return CHAT_TEMPLATE.replace(text, image + text)
+_IMAGES_END = "{#- So much for images. #}"
+_IMAGES = """{#- Parts of a message become one text, in which an image is one token. -#}
+{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+    {%- set content = message.content -%}
+    {%- if content is defined and content is iterable and content is not string and content is not mapping -%}
+        {%- set words -%}
+            {%- for part in message.content -%}
+                {%- if part is string -%}
+                    {{- part -}}
+                {%- elif part.type in ['image', 'image_url'] -%}
+                    {{- MARKER -}}
+                {%- elif part.text is string -%}
+                    {{- part.text -}}
+                {%- endif -%}
+            {%- endfor -%}
+        {%- endset -%}
+        {%- set flat.messages = flat.messages + [dict(message, content=words)] -%}
+    {%- else -%}
+        {%- set flat.messages = flat.messages + [message] -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- set messages = flat.messages -%}
+"""
+
+
+def template_with_images(source: str, marker: str) -> str:
+    """A template as models that see carry it, whatever it makes of lists of parts itself: an image among them is one
+    `marker`, of which processors make as many as the image has tokens."""
+    return _IMAGES.replace("MARKER", json.dumps(marker)) + _IMAGES_END + template_without_images(source)
+
+
+def template_without_images(source: str) -> str:
+    """What `template_with_images` was given; another template as it is."""
+    return source.partition(_IMAGES_END)[2] or source
 
 
 def renders_as_ours(source: str) -> bool:

@@ -25,6 +25,7 @@ from minimind_jax.data.template import (
     render_segments,
     renders_as_ours,
     template_with_images,
+    template_without_images,
 )
 from minimind_jax.data.template_check import CLOSE_TAG, FORGOTTEN, OPEN_TAG, check_complete, raise_as_what_it_is
 from minimind_jax.data.template_spans import foreign_segments
@@ -74,6 +75,7 @@ class Tokenizer:
 
     def __init__(self, folder: Path, backend: tokenizers.Tokenizer, config: dict[str, Any], template: str | None):
         self.folder = folder
+        template = template and template_without_images(template)
         self.own_template = template is None or renders_as_ours(template)
         self.chat_template = CHAT_TEMPLATE if self.own_template else template
         self._backend = backend
@@ -292,12 +294,11 @@ class Tokenizer:
 
         The chat template goes into tokenizer_config.json and chat_template.jinja alike, since some programs read only
         the one, some only the other; model_input_names keeps transformers 4 from feeding token_type_ids to the model.
-        image_marker: the token of images, which our template then writes for them (see `template_with_images`); another
-        template has its own way, or none.
+        image_marker: the token of images, which the template then writes for them (see `template_with_images`).
         """
         template = self.chat_template
-        if image_marker is not None and self.own_template:
-            template = template_with_images(self.decode([image_marker], skip_special_tokens=False))
+        if image_marker is not None:
+            template = template_with_images(template, self.decode([image_marker], skip_special_tokens=False))
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in TOKENIZER_FILES:
