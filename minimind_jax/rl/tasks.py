@@ -19,7 +19,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.rl.episode import Task
 from minimind_jax.seeds import named_seed
 from minimind_jax.tools.schema import Schema
-from minimind_jax.training.defaults import FEWEST_TO_SPLIT
+from minimind_jax.training.defaults import FEWEST_TO_SPLIT, share_held_out
 
 THINKING = (False, True)
 SWITCHES = ("open_thinking", "enable_thinking")  # of the chat template
@@ -52,8 +52,11 @@ def read_tasks(config: RLConfig, tokenizer: Tokenizer, tools: Sequence[Schema] =
     if config.data.val:
         held_out, more = _read(config, tokenizer, config.data.val, "data.val", tools)
         return Tasks(train, held_out, notes + more)
-    count = round(len(train) * (config.data.val_fraction or 0)) if len(train) >= FEWEST_TO_SPLIT else 0
-    if config.data.val_fraction and not count and len(train) > 1:
+    fraction = config.data.val_fraction
+    if fraction is None:
+        fraction = share_held_out(len(train), config.figures)
+    count = round(len(train) * fraction) if len(train) >= FEWEST_TO_SPLIT else 0
+    if config.data.val_fraction != 0 and not count and len(train) > 1:
         notes.append(
             f"{len(train)} prompts are too few to hold some out; give data.val to see how well the policy does"
         )

@@ -12,6 +12,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.losses.policy import make_policy_loss
 from minimind_jax.model.heads import SCORE, head_axes
 from minimind_jax.model.transformer import LanguageModel, Params
+from minimind_jax.model.vocabulary import grow_vocabulary
 from minimind_jax.paths import as_path
 from minimind_jax.rl.environment import SingleTurn, load_environment
 from minimind_jax.rl.player import Player, Policy
@@ -23,6 +24,7 @@ from minimind_jax.rl.source import Rollouts
 from minimind_jax.rl.tasks import read_tasks
 from minimind_jax.runs.frozen import Reference
 from minimind_jax.runs.parts import Run, on_mesh, run_parameters, say_if_endless
+from minimind_jax.seeds import named_key
 from minimind_jax.sharding import announce, data_process
 from minimind_jax.training.defaults import filled
 from minimind_jax.training.optimizer import Group
@@ -116,16 +118,17 @@ def with_critic(run: Run, parameters: Parameters, critic: LanguageModel) -> Para
     axes = {**critic.logical_axes(), **head_axes()}
 
     def load(_: Params) -> Params:
-        config, params = load_merged(start)
-        if (
-            config.hidden_size != critic.config.hidden_size
-            or config.num_hidden_layers != critic.config.num_hidden_layers
-        ):
-            raise UserError(f"critic.init_from {start} has another shape than the policy")
-        head = params.get(SCORE) or _no_scores(critic)
-        if head["kernel"].shape[1] != 1:
-            raise UserError(f"critic.init_from {start} has {head['kernel'].shape[1]} scores; a value model has one")
-        return on_mesh(run.mesh, {**params, SCORE: head}, abstract, axes)
+        params = {SCORE: _no_scores(critic), **load_merged(start)[1]}
+        if start == run.start:
+            params = grow_vocabulary(params, critic.config.vocab_size, named_key(run.config.seed, "new words"))
+        if (count := params[SCORE]["kernel"].shape[1]) != 1:
+            raise UserError(f"critic.init_from {start} has {count} scores; a value model has one")
+        shapes, wanted = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (params, abstract))
+        if {name: shapes.get(name) for name in wanted} != wanted:
+            raise UserError(
+                f"critic.init_from {start} has other sizes or words than the policy, and is to have the same"
+            )
+        return on_mesh(run.mesh, params, abstract, axes)
 
     own = dataclasses.replace(optimizer, learning_rate=rate)
     group = Group(CRITIC, lambda path: path[0] == CRITIC, own, wanted.max_grad_norm)

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 
+import jax
 import pytest
 from kills import finish
 from pairs import outputs, start_pair
@@ -15,6 +16,7 @@ from worlds import ADAPTERS, write_lines
 
 from minimind_jax import stages
 from minimind_jax.config.rl import (
+    CriticConfig,
     GRPOConfig,
     HeldOutConfig,
     PolicyConfig,
@@ -23,10 +25,13 @@ from minimind_jax.config.rl import (
     RolloutConfig,
 )
 from minimind_jax.config.sections import CheckpointConfig, MeshConfig
+from minimind_jax.convert.hf import save_hf
+from minimind_jax.convert.load import load_merged
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import ComputeConfig
+from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.training.run import RunFolder, plain
 
 SOME = {"training": {"steps": 4}}
@@ -103,6 +108,16 @@ def test_completions_that_are_all_cut_and_masked_move_nothing(grpo, base, capsys
 def test_a_reward_that_has_nothing_to_say_counts_as_nothing(grpo):
     steps = steps_of(grpo(reward="nothing", kind=PPOConfig, policy=PPOConfig().policy))
     assert {row["reward"] for row in steps if "reward" in row} == {0}
+
+
+@pytest.mark.parametrize("changes", [{"intermediate_size": 48}, {"vocab_size": 512}])
+def test_a_value_model_of_other_sizes_is_refused(grpo, base, tmp_path, changes):
+    folder = RunFolder(base).model
+    other = LanguageModel(dataclasses.replace(load_merged(folder)[0], **changes))
+    save_hf(tmp_path / "other", other.config, other.init(jax.random.key(0)), Tokenizer.load(folder), dtype="float32")
+    critic = CriticConfig(init_from=str(tmp_path / "other"))
+    with pytest.raises(UserError, match=r"critic\.init_from .*other has other sizes"):
+        stages.start(grpo(PPOConfig, policy=PPOConfig().policy, critic=critic))
 
 
 @pytest.mark.parametrize("reward", ["raises", "hangs"])

@@ -57,6 +57,8 @@ def test_some_are_held_out_and_all_are_asked_before_one_comes_again(config, toke
     assert sorted(asked[:30]) == list(range(30)) and len(set(asked[30:])) == 10
     assert drawn_tasks(3, 8, 1, 0) == drawn_tasks(3, 8, 1, 0)
     assert refilling_tasks(30, 4, 1, 0, 0) != refilling_tasks(30, 4, 1, 0, 1)
+    open_share = dataclasses.replace(config(records).data, val_fraction=None)
+    assert len(read_tasks(dataclasses.replace(config(records), data=open_share), tokenizer).held_out) > 1
     few = read_tasks(config(records[:5]), tokenizer)
     assert not few.held_out and "too few" in few.notes[0]
 
