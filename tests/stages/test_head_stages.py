@@ -8,6 +8,7 @@ import random
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from run_helpers import KEEP_ALL, assembled, assert_resumes_exactly, export_newest, last, rows_of
@@ -34,7 +35,9 @@ from minimind_jax.evaluate.score_command import score as run_score
 from minimind_jax.inference.answer_file import PartialFile
 from minimind_jax.inference.load import load_engine
 from minimind_jax.inference.score import Scorer
+from minimind_jax.model.config import TowerConfig, Vision
 from minimind_jax.model.heads import SCORE
+from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.runs.labels import keep_labels
 from minimind_jax.runs.parts import run_parameters
 from minimind_jax.stages import start
@@ -136,6 +139,21 @@ def test_a_head_of_other_scores_is_left_out_with_a_word(make, base, tmp_path, ca
         assert np.array_equal(loaded[SCORE]["kernel"], kept) == (told is None), (first, wanted)
         said = capsys.readouterr().out
         assert (told or "") in said and ("left out" in said) == bool(told)
+
+
+def test_what_a_model_sees_with_is_left_out_with_a_word(make, base, tmp_path, capsys):
+    config, params = load_hf(RunFolder(base).model)
+    sees = dataclasses.replace(config, vision=Vision(TowerConfig(16, 24, 2, 2, 20, 10), 12))
+    sight = jax.jit(LanguageModel(sees).init)(jax.random.key(0))["vision"]
+    tokenizer = Tokenizer.load(RunFolder(base).model)
+    folder = save_hf(tmp_path / "sees", sees, {**params, "vision": sight}, tokenizer, "float32")
+    settings = make(ClassifyConfig, tmp_path / "run", "labels", init_from=str(folder))
+    run = assembled("classify", settings).with_labels(ONE)
+    assert f"the projector of {folder} are left out: classify reads texts alone" in capsys.readouterr().out
+    loaded = run_parameters(run).load()
+    assert "vision" not in loaded
+    for name in ("layers", "embed"):
+        jax.tree.map(np.testing.assert_array_equal, loaded[name], params[name])
 
 
 def test_reward_resumes_exactly(make, tmp_path):
