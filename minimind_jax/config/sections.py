@@ -170,15 +170,24 @@ class PairsConfig(FilesConfig):
 class ImagesConfig(PairsConfig):
     """Files of conversations with images, which are rendered and packed by best fit.
 
-    images_per_row: at most; conversations with more are left out, and told.
+    images_per_row: at most; conversations with more are left out, and told. null: as many as there are tokens for.
     """
 
-    images_per_row: int = setting(4, must=at_least(1))
+    images_per_row: int | None = setting(None, must=at_least(1))
+
+    def image_room(self, image_tokens: int) -> int:
+        """Images that a row may hold, of which each has so many tokens and the last may be cut."""
+        return self.images_per_row or -(-self.seq_len // image_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(TextConfig, PairsConfig):
     """Files of conversations, which are rendered, and of which one row may hold several."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyConfig(DataConfig, ImagesConfig):
+    """Files of records of any kind."""
 
 
 def _is_watchable(text: str) -> bool:

@@ -97,14 +97,16 @@ class InspectConfig(ReadingConfig):
     kind: of the records; null finds it from the first.
     rows: records shown.
     seq_len: tokens in a row, for the packing.
+    image_tokens: of an image, as the model has them that is to see it; MiniMind-V's 64.
     seed: of the template's draws and the packing.
     """
 
     files: tuple[str, ...] = setting(positional="FILE")
     tokenizer: str = setting()
-    kind: Literal["text", "conversation", "preference"] | None = None
+    kind: Literal["text", "conversation", "preference", "images"] | None = None
     rows: int = 3
     seq_len: int = setting(512, must=at_least(4))
+    image_tokens: int = setting(64, must=at_least(1))
     seed: int = 42
 
 
@@ -122,7 +124,7 @@ class ConvertDataConfig(ReadingConfig):
 
     files: tuple[str, ...] = setting(positional="INPUT")
     output: str = setting(positional="OUTPUT")
-    kind: Literal["text", "conversation", "preference", "labelled"] | None = None
+    kind: Literal["text", "conversation", "preference", "labelled", "images"] | None = None
     rename: tuple[str, ...] = setting((), is_text=True)
     label_field: str = "label"
     on_error: Literal["stop", "skip"] = "stop"

@@ -200,14 +200,14 @@ class Batches:
         """`read` of the steps [first, last), ahead of what is asked for by `loader_workers` threads.
 
         Steps are gathered in blocks, for a thread and NumPy take their time by the call rather than by the row. No
-        block has more than an epoch, whose first step would wait for all of it, or any of a redrawn one's beside
-        others.
+        block has more than an epoch, whose first step would wait for all of it, any of a redrawn one's beside others,
+        or the pictures of several steps.
         """
         if last <= first:
             return
         positions = self.rows_per_step // self.process_count * self.data.seq_len
         block = max(1, min(BLOCK_STEPS, BLOCK_POSITIONS // positions, self.steps_per_epoch))
-        block = 1 if self._redraw else block
+        block = 1 if self._redraw or self.cache.pictures is not None else block
         threads = self.data.loader_workers
         ahead = max(READ_AHEAD, threads) if threads else 0
         blocks = grain.MapDataset.range(first, last, block).map(lambda at: read(range(at, min(at + block, last))))

@@ -152,8 +152,10 @@ def _best_fit(documents: _Documents, *how) -> PackingPlan:
 
 
 def _images(documents: _Documents, *how) -> PackingPlan:
-    images = documents.cache.pictures.counts[documents.documents]
-    return plan_images(documents.lengths, images, documents.data.images_per_row, *how, documents.targets)
+    data, cache = documents.data, documents.cache
+    images = cache.pictures.counts(data.seq_len)[documents.documents]
+    room = data.image_room(cache.info["image_tokens"])
+    return plan_images(documents.lengths, images, room, *how, documents.targets)
 
 
 # Of the documents, data.seq_len, the seed, the epoch and whether to shuffle: where everything goes.
@@ -184,7 +186,7 @@ def describe_cuts(epoch: Epoch) -> str:
             + _what_is_cut(plan, packing)
         )
     if plan.left_out and packing == "images":
-        most = epoch.cache.pictures.counts[epoch.documents].max()
+        most = epoch.cache.pictures.counts(plan.seq_len)[epoch.documents].max()
         told.append(
             f"{plan.left_out:,} {kind.noun} left out that have more images than data.images_per_row (up to {most})"
         )

@@ -29,6 +29,7 @@ INSTRUCTION = ("instruction", "question", "query")
 ANSWER = ("output", "response", "completion", "answer")
 CONTEXT = ("input", "context")
 SYSTEM = ("system", "system_prompt")
+IMAGES = ("image_bytes", "images", "image")  # see `pictures`
 
 
 def with_system(fields: Fields, messages: list[Message], tools: list | None) -> Conversation:
@@ -377,6 +378,8 @@ def renaming(value: dict[str, Any], more: Collection[str] = TEXT) -> str:
 
 def _hint(value: dict[str, Any], wanted: Gives | None = None) -> str:
     """What the record looks like, and which stage takes it, unless that is what is wanted."""
+    if wanted == "conversation" and any(not is_absent(value.get(name)) for name in IMAGES):
+        return " (these are pictures: `minimind vlm-sft` takes them)"
     row = next((row for row in FORMATS if all(value.keys() & set(names) for names in row.needs)), None)
     gives = row.gives if row else "text" if isinstance(value.get("text"), str) else None
     if row and row.read is _unpaired:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from minimind_jax.config.sections import DataConfig
+from minimind_jax.config.sections import AnyConfig, DataConfig
 from minimind_jax.config.tools import InspectConfig
 from minimind_jax.data.epoch import plan_epoch
 from minimind_jax.data.formats import detect
+from minimind_jax.data.images import open_image
 from minimind_jax.data.jsonl import READING, Reading, expand_paths, iter_records, reading_of
 from minimind_jax.data.kinds import KINDS, KindName
 from minimind_jax.data.packing import PackingPlan
+from minimind_jax.data.pictures import SIGHT, Sight, has_pictures
 from minimind_jax.data.token_cache import TokenCache, build_cache
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.data.values import field_names
@@ -52,8 +55,8 @@ class Inspection:
 def run(config: InspectConfig) -> None:
     """Inspects the files that `config` names."""
     reading = dataclasses.asdict(reading_of(config))
-    data = DataConfig(seq_len=config.seq_len, **reading)
-    inspect(config.files, Tokenizer.load(config.tokenizer), data, config.kind, config.rows, config.seed)
+    data, sight = AnyConfig(seq_len=config.seq_len, **reading), Sight(tokens=config.image_tokens)
+    inspect(config.files, Tokenizer.load(config.tokenizer), data, config.kind, config.rows, config.seed, sight=sight)
 
 
 def inspect(
@@ -64,22 +67,25 @@ def inspect(
     rows: int = 3,
     seed: int = 42,
     console: Console | None = None,
+    sight: Sight = SIGHT,
 ) -> Inspection:
     """Prints the first records with their trained tokens coloured, counts, lengths, packing and broken records.
 
-    kind: found from the first record if None. Broken records are listed with file and line and otherwise skipped.
+    kind: found from the first record if None. sight: of the model that is to see images. Broken records are listed with
+    file and line and otherwise skipped.
     Raises UserError for missing files, for fields it does not know, and if no record is usable.
     """
     console = console or Console()
     files = expand_paths(paths)
     kind = kind or detect_kind(files, reading_of(data))
-    cache = build_cache(kind, files, tokenizer, dataclasses.replace(data, on_error="skip"), seed, report_skipped=False)
+    skipping = dataclasses.replace(data, on_error="skip")
+    cache = build_cache(kind, files, tokenizer, skipping, seed, report_skipped=False, sight=sight)
     packings = {}
     for name in KINDS[kind].packings:
         plan = plan_epoch(cache, np.arange(len(cache)), data, seed, epoch=0, packing=name).plan
         packings[name] = Packed(plan, lost=len(cache) - len(np.unique(plan.documents)))
     found = Inspection(kind, cache, cache.lengths, packings)
-    _print_records(console, cache, tokenizer, min(rows, len(cache)), data.seq_len)
+    _print_records(console, cache, tokenizer, min(rows, len(cache)), data.seq_len, sight)
     _print_counts(console, found, tokenizer, files)
     _print_lengths(console, found.lengths)
     _print_packings(console, found, data.seq_len)
@@ -88,11 +94,12 @@ def inspect(
 
 
 def detect_kind(files: list[Path], reading: Reading = READING) -> KindName:
-    """`text`, `conversation` or `preference`, from the first readable record. Raises UserError if it is none."""
+    """`text`, `conversation`, `preference` or `images`, from the first readable record. Raises UserError if it is
+    none."""
     broken: list[UserError] = []
     for record in iter_records(files, broken.append, reading):
         if kind := detect(record.value, reading):
-            return kind
+            return "images" if kind == "conversation" and has_pictures(record.value) else kind
         raise UserError(
             f"{record.where}: expected a field `text`, `conversations` or `chosen`; found {field_names(record.value)}; "
             "--text_field names another field with a text, and docs/data.md lists the formats that are read"
@@ -111,15 +118,18 @@ def trained_spans(ids: np.ndarray, trained: np.ndarray) -> list[tuple[np.ndarray
     return [(ids[a:b], bool(trained[a])) for a, b in itertools.pairwise(bounds) if b > a]
 
 
-def _print_records(console: Console, cache: TokenCache, tokenizer: Tokenizer, count: int, shown: int) -> None:
+def _print_records(
+    console: Console, cache: TokenCache, tokenizer: Tokenizer, count: int, shown: int, sight: Sight
+) -> None:
     colours = console.is_terminal and not console.no_color
     for document in range(count):
         length = int(cache.lengths[document])
         trained = cache.is_trained(document, 0, shown)
         trained[0] = False  # nothing comes before the first token that could predict it
-        text = Text()
+        text, images = Text(), _image_names(cache, document)
         for ids, is_trained in trained_spans(cache.ids(document, 0, shown), trained):
             piece = printable(tokenizer.decode(ids, skip_special_tokens=False))
+            piece = _with_images(piece, sight, images)
             text.append(f"⟦{piece}⟧" if is_trained and not colours else piece, TRAINED_STYLE if is_trained else "dim")
         if length > shown:
             text.append(f" … and {length - shown:,} more tokens", "italic")
@@ -127,6 +137,20 @@ def _print_records(console: Console, cache: TokenCache, tokenizer: Tokenizer, co
         console.print(text, soft_wrap=True)
     if count:
         console.rule(Text("trained", TRAINED_STYLE) if colours else "trained tokens are between ⟦ and ⟧", align="left")
+
+
+def _image_names(cache: TokenCache, document: int) -> Iterator[str]:
+    """What is shown in the places of a document's images, one after another."""
+    pictures = [] if cache.pictures is None else cache.pictures.of(document)
+    for number, (_, picture) in enumerate(pictures, 1):
+        name = printable(str(picture)) if isinstance(picture, Path) else f"{len(picture):,} bytes"
+        width, height = open_image(picture, name).size
+        yield f"[image {number}: {width} x {height}, {name}]"
+
+
+def _with_images(piece: str, sight: Sight, names: Iterator[str]) -> str:
+    """A piece of a record with the next names in place of runs of markers."""
+    return re.sub(re.escape(sight.marker * sight.tokens), lambda found: next(names, found[0]), piece)
 
 
 def _print_counts(console: Console, found: Inspection, tokenizer: Tokenizer, files: list[Path]) -> None:

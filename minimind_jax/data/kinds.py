@@ -210,7 +210,7 @@ KINDS: dict[KindName, Kind] = {
         prompt=_asked,
     ),
     "images": Kind(
-        noun="conversations",
+        noun="conversations with images",
         parse=parse_seen,
         as_record=lambda seen: seen.as_record(),
         encode=_encode_seen,

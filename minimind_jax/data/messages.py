@@ -212,7 +212,9 @@ def _content(left: dict[str, Any], message: Message, place: Place, required: boo
                 thoughts.append(_content({"content": inner}, part, here.at(".thinking"), False)[0])
             continue
         if kind and kind not in TEXT_PARTS:
-            raise UserError(f"{here.text} has type {reprlib.repr(kind)}; only text parts can be trained on")
+            raise UserError(
+                f"{here.text} has type {reprlib.repr(kind)}; only text parts can be trained on, and by vlm-sft images"
+            )
         if isinstance(part, dict):
             here.check_known(part, _PART_FIELDS, "a part of a message")
             part = part.get("text")

@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minimind_jax.data.formats import MESSAGES
+from minimind_jax.data.formats import IMAGES, MESSAGES
 from minimind_jax.data.images import open_image
 from minimind_jax.data.jsonl import READING, Reading, Record
 from minimind_jax.data.messages import CONTENT, Conversation, messages_in
 from minimind_jax.data.values import is_absent, kind_of
 from minimind_jax.errors import UserError
 
-FIELDS = ("image_bytes", "images", "image")
 PARTS = ("image", "image_url", "input_image")
 PLACE = "<image>"
 BLANK = 8  # pixels a side of MiniMind-V's stand-in for the picture of a record of words alone
@@ -60,7 +59,7 @@ class Seen:
 
 def has_pictures(value: dict[str, Any]) -> bool:
     """Whether a record's fields or messages have pictures."""
-    if any(not is_absent(value.get(name)) for name in FIELDS):
+    if any(not is_absent(value.get(name)) for name in IMAGES):
         return True
     turns = next((messages_in(value[name]) for name in MESSAGES if name in value), None)
     return isinstance(turns, list) and any(_is_picture(part) for turn in turns for part in _parts(turn))
@@ -70,11 +69,11 @@ def take_pictures(record: Record, reading: Reading = READING) -> tuple[Record, l
     """The record as one of words alone, with `<image>` for pictures that are parts of messages; and its pictures, in
     order. Raises UserError with file and line."""
     value, beside, within = dict(record.value), [], []
-    for name in set(FIELDS) - set(reading.ignore_fields):
+    for name in set(IMAGES) - set(reading.ignore_fields):
         if is_absent(item := value.pop(name, None)):
             continue
         if beside:
-            raise UserError(f"{record.where}: pictures in two fields, of {', '.join(FIELDS)}; keep one of them")
+            raise UserError(f"{record.where}: pictures in two fields, of {', '.join(IMAGES)}; keep one of them")
         beside = [_picture(each, record, f"{name}[{n}]") for n, each in enumerate(_as_list(item))]
     name = next((name for name in MESSAGES if name in value), None)
     turns = messages_in(value.get(name))
@@ -197,10 +196,10 @@ class StoredPictures:
     content_offsets: np.ndarray
     content: np.ndarray
 
-    @property
-    def counts(self) -> np.ndarray:
-        """(documents,) pictures of each."""
-        return np.diff(self.offsets)
+    def counts(self, tokens: int) -> np.ndarray:
+        """(documents,) pictures of each that begin within its first so many tokens."""
+        begun = np.concatenate([[0], np.cumsum(self.marker_starts < tokens)])
+        return np.diff(begun[self.offsets])
 
     def of(self, document: int) -> list[tuple[int, Picture]]:
         """Of each picture of a document where its markers begin, and itself."""

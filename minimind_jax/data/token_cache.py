@@ -213,7 +213,7 @@ def _build(folder, files, encoder, tokenizer, source, asked_workers, progress) -
     started = time.monotonic()
     try:
         bar = show_progress("tokenising, bytes", total, show=progress)
-        with bar as advance, _CacheWriter(building, encoder.kind, tokenizer) as writer:
+        with bar as advance, _CacheWriter(building, encoder, tokenizer) as writer:
             workers = process_count(asked_workers, total)
             for chunk in encode_all(encoder, read_chunks(files, advance, encoder.reading), workers):
                 writer.add(chunk)
@@ -242,14 +242,19 @@ def _build(folder, files, encoder, tokenizer, source, asked_workers, progress) -
 class _CacheWriter(contextlib.AbstractContextManager):
     """Appends chunks to the files of a cache. info: what is in them so far."""
 
-    def __init__(self, folder: Path, kind: KindName, tokenizer: Tokenizer):
+    def __init__(self, folder: Path, encoder: Encoder, tokenizer: Tokenizer):
+        kind = encoder.kind
         self.info: dict[str, Any] = {
             "kind": kind,
             **dict.fromkeys(("documents", "tokens", "turns", "trained_tokens", "skipped"), 0),
             "skipped_messages": [],
             "told": [],
             **({"values_each": 0} if KINDS[kind].has_values else {}),
-            **({"images": 0, "image_bytes": 0} if KINDS[kind].has_pictures else {}),
+            **(
+                {"images": 0, "image_bytes": 0, "image_tokens": encoder.sight.tokens}
+                if KINDS[kind].has_pictures
+                else {}
+            ),
             "token_dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
             "eos_id": tokenizer.eos_id,
             "pad_id": tokenizer.pad_id,

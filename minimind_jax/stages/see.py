@@ -11,6 +11,7 @@ def recipe(run: Run) -> Recipe:
     """Data: conversations with images, packed into rows of `data.seq_len` tokens and `data.images_per_row` images,
     which are read when a batch is made. Loss: cross entropy of the assistant's words and its end of turn. Trained: what
     `vision.train` says, or adapters. Written: as model/ a LlavaForConditionalGeneration."""
-    pixels = Pixels(run.model.config.vision.tower, run.config.data.images_per_row)
+    vision = run.model.config.vision
+    pixels = Pixels(vision.tower, run.config.data.image_room(vision.image_tokens))
     loss_fn = make_language_model_loss(run.model, 0.0)
     return on_rows(run, loss_fn, run_parameters(run), open_rows(run, pixels.annotate))

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from worlds import write_lines
 
-from minimind_jax.config.sections import ImagesConfig
+from minimind_jax.config.sections import DataConfig, ImagesConfig
+from minimind_jax.config.tools import ConvertDataConfig, InspectConfig
+from minimind_jax.data import convert_command, inspect
 from minimind_jax.data.batches import Batches
 from minimind_jax.data.epoch import describe_cuts
 from minimind_jax.data.images import read_image
@@ -90,7 +92,7 @@ def test_pictures_are_read_however_a_record_names_them(data, tokenizer, capfd):
     settings = data(*(record for record, _ in SAID), shuffle=False, images_per_row=2)
     cache = built(settings, tokenizer)
     assert "no `<image>` in the text: the pictures stand in front of the first question" in capfd.readouterr().err
-    assert cache.pictures.counts.tolist() == [len(found) for _, found in SAID]
+    assert cache.pictures.counts(64).tolist() == [len(found) for _, found in SAID]
     for document, (_, found) in enumerate(SAID):
         ids = cache.ids(document, 0, 99)
         assert (ids == MARKER).sum() == 4 * len(found)
@@ -126,13 +128,13 @@ def test_minimind_v_tables(data, tokenizer, tmp_path, capfd):
     with pytest.raises(UserError, match=r"talk\.parquet:4: image 1: not a picture that is read"):
         built(data(), tokenizer)
     cache = built(data(on_error="skip"), tokenizer)
-    assert cache.pictures.counts.tolist() == [1, 1, 0] and cache.info["skipped"] == 1
+    assert cache.pictures.counts(64).tolist() == [1, 1, 0] and cache.info["skipped"] == 1
     assert "a picture of 8 x 8 pixels and no `<image>` in the text: words alone" in capfd.readouterr().err
     assert read_image(cache.pictures.of(1)[0][1], TOWER, "").max() == 2
     lists = {**columns, "image_bytes": [[content(3), content(4)]] * 4}
     lists["conversations"] = [json.dumps(asked("<image> or <image>?")["conversations"])] * 4
     pyarrow.parquet.write_table(arrow.table(lists), tmp_path / "talk.parquet")
-    assert built(data(), tokenizer).pictures.counts.tolist() == [2] * 4
+    assert built(data(), tokenizer).pictures.counts(64).tolist() == [2] * 4
 
 
 @pytest.mark.parametrize(
@@ -159,7 +161,7 @@ def test_a_system_turn_and_answers_keep_the_word(data, tokenizer):
     talk = [{"role": "system", "content": "<image>"}, {"role": "user", "content": "<image>"}]
     cache = built(data({"messages": [*talk, {**ANSWER, "content": "<image>"}], "image": "photos/1.png"}), tokenizer)
     assert (cache.ids(0, 0, 99) == MARKER).sum() == 4
-    assert built(data(asked("an <image> tag")), tokenizer).pictures.counts.tolist() == [0]
+    assert built(data(asked("an <image> tag")), tokenizer).pictures.counts(64).tolist() == [0]
 
 
 def test_a_picture_that_is_gone_when_its_row_is_read_is_told(data, tokenizer, tmp_path):
@@ -190,5 +192,49 @@ def test_what_has_too_many_images_is_left_out_and_told(data, tokenizer):
     settings = data(*(record for record, _ in SAID), images_per_row=1)
     cache = built(settings, tokenizer)
     batches = Batches(cache, settings, 1, 0, tokenizer.token_bytes())
-    told = "2 conversations left out that have more images than data.images_per_row (up to 2)"
+    told = "2 conversations with images left out that have more images than data.images_per_row (up to 2)"
     assert told in describe_cuts(batches.epoch(0))
+
+
+def test_a_conversation_cut_within_an_image_shows_those_that_begin(data, tokenizer):
+    many = asked("<image>" * 6, images=[f"photos/{n}.png" for n in range(1, 7)])
+    many["conversations"].insert(0, {"role": "user", "content": "a"})
+    many["conversations"].insert(1, ANSWER)
+    settings = data(many, asked("<image>", image="photos/9.png"), seq_len=50)
+    cache = built(settings, tokenizer)
+    begun = int((cache.ids(0, 0, 50) == MARKER).sum())
+    assert 0 < begun < 24 and begun % 4
+    annotate = Pixels(TOWER, settings.image_room(SIGHT.tokens)).annotate
+    batches = Batches(cache, settings, 2, 0, tokenizer.token_bytes(), annotate=annotate)
+    (batch,) = batches.iterate(0, 1)
+    rows = sorted([shade for shade in row if shade] for row in shades(batch["pixels"]))
+    assert rows == [list(range(1, begun // 4 + 2)), [9]]
+    assert "1 of 2 conversations with images are longer than data.seq_len 50" in describe_cuts(batches.epoch(0))
+
+
+def test_inspect_shows_where_images_stand(data, world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "cache"))
+    (file,) = data(asked("<image><image>or?", images=["photos/2.png", "photos/3.png"]), asked("what?")).train
+    folder = str(world.folder / "tokenizer")
+    inspect.run(InspectConfig(files=(file,), tokenizer=folder, image_tokens=4, seq_len=64))
+    shown = capsys.readouterr().out
+    assert f"[image 1: 10 x 10, {tmp_path}/photos/2.png][image 2: 10 x 10, {tmp_path}/photos/3.png]or?" in shown
+    assert "<|image_pad|>" not in shown and "packing 2 conversations with images into rows of 64 tokens" in shown
+
+
+def test_converted_records_are_the_same_to_see(data, tokenizer, tmp_path):
+    (file,) = data(*(record for record, _ in SAID)).train
+    before = built(data(*(record for record, _ in SAID)), tokenizer)
+    convert_command.run(ConvertDataConfig(files=(file,), output=str(tmp_path / "ours.jsonl"), kind="images"))
+    after = build_cache("images", [tmp_path / "ours.jsonl"], tokenizer, data(asked("w")), seed=0, sight=SIGHT)
+    np.testing.assert_array_equal(after.tokens, before.tokens)
+    for document in range(len(before)):
+        for (_, a), (_, b) in zip(before.pictures.of(document), after.pictures.of(document), strict=True):
+            np.testing.assert_array_equal(read_image(a, TOWER, ""), read_image(b, TOWER, ""))
+
+
+def test_stages_of_words_say_who_takes_pictures(data, tokenizer):
+    words = DataConfig(tokenizer_workers=1)
+    for record in (asked("<image>", image="photos/1.png"), asked([image_url("photos/1.png")])):
+        with pytest.raises(UserError, match="vlm-sft"):
+            build_cache("conversation", data(record).train, tokenizer, words, seed=0)

@@ -11,7 +11,7 @@ from run_helpers import KEEP_ALL, assembled, assert_resumes_exactly, rows_of
 from worlds import write_lines
 
 from minimind_jax.config.sections import LoRAConfig, OptimizerConfig
-from minimind_jax.config.stages import VisionConfig, VLMPretrainConfig, VLMSFTConfig
+from minimind_jax.config.stages import SeeingConfig, SFTConfig, VisionConfig, VLMPretrainConfig, VLMSFTConfig
 from minimind_jax.convert.hf import load_hf, save_hf
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.images import read_image
@@ -73,9 +73,10 @@ def make(seen, world, tmp_path):
             init_from=str(seen / "text"),
             export_dtype="float32",
             compute=ComputeConfig(scan_unroll=1),
-            vision=VisionConfig(tower=str(seen / "tower"), train=train),
             optimizer=OptimizerConfig(learning_rate=3e-3),
         )
+        if isinstance(config, SeeingConfig):
+            config = dataclasses.replace(config, vision=VisionConfig(tower=str(seen / "tower"), train=train))
         training = dataclasses.replace(config.training, **settings)
         made = dataclasses.replace(config, data=dataclasses.replace(config.data, **data), training=training)
         return dataclasses.replace(made, **changes)
@@ -153,7 +154,7 @@ def test_a_run_resumes_exactly_with_held_out_images(make, tmp_path):
     assert any("val_loss" in row for row in rows_of(config.run))
 
 
-def test_it_goes_on_from_a_model_that_sees_with_all_of_it_or_adapters(make, seen):
+def test_it_goes_on_from_a_model_that_sees_with_all_of_it_or_adapters(make, world):
     first = RunFolder(start(make(VLMPretrainConfig, train="projector", steps=2)))
     own = VisionConfig(train="ends")
     second = make(run="second", init_from=str(first.path), vision=own, steps=2)
@@ -161,6 +162,11 @@ def test_it_goes_on_from_a_model_that_sees_with_all_of_it_or_adapters(make, seen
     assert kept_and_changed(before, after)[1] == {"vision.projector", "layers.0", "layers.2"}
     lora = make(run="lora", init_from=str(first.path), vision=own, steps=2, lora=LoRAConfig(rank=2))
     assert RunFolder(start(lora)).model.joinpath("adapter_model.safetensors").is_file()
+    words = make(
+        SFTConfig, run="words", init_from=str(first.path), steps=2, data={"train": (str(world.folder / "chat.jsonl"),)}
+    )
+    after = load_hf(RunFolder(start(words)).model)[1]
+    assert {"vision.tower", "vision.projector"} <= kept_and_changed(before, after)[0]
     with pytest.raises(UserError, match=r"sees already; leave vision\.tower out"):
         start(make(run="third", init_from=str(first.path)))
 
