@@ -102,7 +102,8 @@ class PolicyConfig(Settings):
     beta: weight of the divergence from the model at the start; 0 for none, and no second model in memory.
     kl_estimator: k1, k2 or k3 (Schulman); where it is a loss, k2 has the right gradient, and k1 has none.
     kl_placement: a term of the `loss`, or taken off the `reward`, which is of k1.
-    kl_target: beta is moved so that the divergence comes to this; 0 leaves it as it is.
+    kl_target: beta is moved so that the divergence of a completion, the sum over its tokens (the metric objective/kl),
+        comes to this; 0 leaves it as it is.
     kl_horizon: completions over which it is moved.
     entropy: weight of the mean entropy, which is added to what is maximised.
     max_kl: an update whose approximate divergence from the rollout's policy is above this is not made, nor are those
@@ -175,7 +176,7 @@ class CriticConfig(Settings):
     gamma, gae_lambda: of the generalised advantage estimation (arXiv 1506.02438).
     clip: a value may differ by so much from that of the rollout, in its loss; 0 for no limit.
     weight: of its loss, half the squared error.
-    warmup: rollouts on which it is trained alone.
+    warmup: rollouts on which it is trained alone; weight decay and the balance of experts go on in the policy, too.
     """
 
     init_from: str = setting("", names="model")
