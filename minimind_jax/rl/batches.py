@@ -15,7 +15,7 @@ from minimind_jax.rl.advantages import gae, group_advantages, reduction_weights,
 from minimind_jax.rl.rollout import Row
 from minimind_jax.seeds import named_seed
 
-SHORTEST, MULTIPLE = 64, 256  # columns of a batch: few widths are few programs
+SHORTEST, MULTIPLE = 64, 512  # columns of a batch: few widths are few programs
 
 
 def arrays_of(rows: Sequence[Row], seq_len: int) -> Batch:

@@ -55,7 +55,13 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+QUICK = ("several updates", "ahead")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param(own, marks=[] if name in QUICK else [pytest.mark.slow], id=name) for name, own in VARIANTS.items()],
+)
 def test_a_run_resumes_exactly(grpo, changes, tmp_path):
     assert_resumes_exactly(dataclasses.replace(grpo, checkpoint=KEEP_ALL, **changes), tmp_path)
 
