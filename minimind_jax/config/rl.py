@@ -9,6 +9,7 @@ from minimind_jax.config import sections
 from minimind_jax.config.fields import ABOVE_0, SHARE, TOP_P, Rule, Settings, at_least, setting
 from minimind_jax.config.stages import Figures, RunConfig
 
+CRITIC = "critic"  # the branch of the value model among a run's parameters
 TEMPERATURE = Rule(lambda value: value > 0, "above 0: who only takes the likeliest token learns nothing")
 
 
@@ -250,7 +251,7 @@ class RLConfig(RunConfig):
         if self.training.batch_tokens not in (None, rows * self.data.seq_len):
             raise ValueError(
                 f"training.batch_tokens {self.training.batch_tokens}: it follows from rollout.prompts x completions / "
-                f"policy.minibatches x data.seq_len and is {rows * self.data.seq_len}; leave it out"
+                f"policy.minibatches x data.seq_len and is {rows * self.data.seq_len}; leave it out, or null"
             )
         if rows % self.training.accumulation_steps:
             raise ValueError(

@@ -103,7 +103,7 @@ class InspectConfig(ReadingConfig):
 
     files: tuple[str, ...] = setting(positional="FILE")
     tokenizer: str = setting()
-    kind: Literal["text", "conversation", "preference", "images"] | None = None
+    kind: Literal["text", "conversation", "preference", "prompt", "images"] | None = None
     rows: int = 3
     seq_len: int = setting(512, must=at_least(4))
     image_tokens: int = setting(64, must=at_least(1))

@@ -88,7 +88,8 @@ def inspect(
     _print_records(console, cache, tokenizer, min(rows, len(cache)), data.seq_len, sight)
     _print_counts(console, found, tokenizer, files)
     _print_lengths(console, found.lengths)
-    _print_packings(console, found, data.seq_len)
+    if packings:
+        _print_packings(console, found, data.seq_len)
     _print_broken(console, cache)
     return found
 
@@ -126,6 +127,7 @@ def _print_records(
         length = int(cache.lengths[document])
         trained = cache.is_trained(document, 0, shown)
         trained[0] = False  # nothing comes before the first token that could predict it
+        trained &= cache.info["trained_tokens"] > 0  # of a prompt none is
         text, images = Text(), _image_names(cache, document)
         for ids, is_trained in trained_spans(cache.ids(document, 0, shown), trained):
             piece = printable(tokenizer.decode(ids, skip_special_tokens=False))

@@ -109,6 +109,8 @@ class Rewards:
 
         Raises UserError at the first that failed, where rewards.on_error is `stop`.
         """
+        if not episodes:  # of this process; a function need not know what to say of none
+            return {}
         functions = list(zip(self._entries, self._functions, strict=True))
         if any(entry.is_apart for entry in self._entries):
             self._file.write_bytes(pickle.dumps([_portable(episode) for episode in episodes]))

@@ -5,6 +5,7 @@ from collections.abc import Container
 from typing import Any, NamedTuple
 
 from minimind_jax.config import settings
+from minimind_jax.config.rl import CRITIC
 from minimind_jax.config.sections import MeshConfig
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.config.tools import ToGGUFConfig, ToHFConfig
@@ -119,12 +120,13 @@ def load_checkpoint(stages: Stages, asked: ToHFConfig | ToGGUFConfig) -> Checkpo
 
 
 def _load_sound(run: RunFolder, checkpoint: str, abstract: Any) -> tuple[int, Any]:
-    """The step that `checkpoint` means and its parameters; damaged ones are told, and passed over unless named."""
+    """The step that `checkpoint` means and its model's parameters; damaged ones are told, and passed over unless
+    named."""
     damaged: set[int] = set()
     while True:
         step = choose_step(run, checkpoint, damaged)
         try:
-            return step, load_params(run.checkpoints / str(step), abstract)
+            return step, load_params(run.checkpoints / str(step), abstract, beside=(CRITIC,))
         except DamagedCheckpoint as error:
             damaged.add(step)
             if checkpoint not in ("newest", "best"):

@@ -17,7 +17,11 @@ PREDICT = ("classify predict --model {run} --input YOUR_TEXTS.jsonl", "labels")
 REWARDED = {
     "records": "prompt",
     "needs_start": True,
-    "fixed": ("policy.advantage", "rollout.", "rewards."),
+    "fixed": (
+        *("policy.advantage", "rewards.use", "rewards.success", "agent.environment", "agent.tools"),
+        *("rollout.prompts", "rollout.completions", "rollout.max_new_tokens", "rollout.temperature", "rollout.top_"),
+        *("rollout.thinking", "rollout.ahead", "rollout.correction"),
+    ),
     "figures": ("reward", "success", "length"),
     "curves": ("reward", "success"),
 }

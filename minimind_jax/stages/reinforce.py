@@ -1,12 +1,13 @@
 """Stages that learn from reward: by groups of answers (GRPO and its relatives), with a value model (PPO), and in
 episodes with tools (agents)."""
 
+import contextlib
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-from minimind_jax.config.rl import AgentConfig, RLConfig
+from minimind_jax.config.rl import CRITIC, AgentConfig, RLConfig
 from minimind_jax.convert.load import load_merged
 from minimind_jax.errors import UserError
 from minimind_jax.losses.policy import make_policy_loss
@@ -31,17 +32,23 @@ from minimind_jax.training.optimizer import Group
 from minimind_jax.training.source import Recipe
 from minimind_jax.training.state import Parameters
 
-CRITIC = "critic"  # the key of the value model among the parameters
-
 
 def recipe(run: Run) -> Recipe:
     """Data: prompts; the policy writes the answers. Loss: that of `config.policy` (see `losses.policy`) on rewarded
     rollouts. Trained: all parameters, or adapters; and with advantages by `gae` a value model. Written: the policy."""
+    with contextlib.ExitStack() as opened:  # closed by the source, or here where something is wrong
+        made = _recipe(run, opened)
+        opened.pop_all()
+    return made
+
+
+def _recipe(run: Run, opened: contextlib.ExitStack) -> Recipe:
     config, parameters = run.config, run_parameters(run)
     say_if_endless(run.tokenizer)
     process = data_process(run.mesh)
     check(config, process[1])
     environment = load_environment(config.agent, run.tokenizer) if isinstance(config, AgentConfig) else SingleTurn()
+    opened.callback(environment.close)
     tasks = read_tasks(config, run.tokenizer, getattr(environment, "schemas", ()))
     for note in tasks.notes:
         announce(note)
@@ -52,7 +59,7 @@ def recipe(run: Run) -> Recipe:
     if config.has_critic:
         critic = LanguageModel(run.model.config, run.model.compute)
         parameters = with_critic(run, parameters, critic)
-    rewards = Rewards(config.rewards, config.rollout.max_new_tokens, config.seed)
+    rewards = opened.enter_context(Rewards(config.rewards, config.rollout.max_new_tokens, config.seed))
     player = Player(config, run.tokenizer, tasks, policy_of(run, process[1]), environment, rewards, process)
     scorer = Scorer(config, run.mesh, run.model, reference, critic)
     own, rollout = config.policy, config.rollout

@@ -207,8 +207,9 @@ class Checkpoints(contextlib.AbstractContextManager):
         )
 
 
-def load_params(checkpoint: Path, abstract_params: Any) -> Any:
+def load_params(checkpoint: Path, abstract_params: Any, beside: Sequence[str] = ()) -> Any:
     """Only the parameters of the checkpoint in that folder, on the host, whatever mesh and optimizer they come from.
+    beside: branches of others that may be in it, and are left out.
 
     Unlike `Checkpoints` this takes nothing away, so the run may be saving others meanwhile.
     Raises DamagedCheckpoint, or UserError when the checkpoint is of another model.
@@ -218,7 +219,7 @@ def load_params(checkpoint: Path, abstract_params: Any) -> Any:
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with _reading(checkpoint), context:
-        _check_tensors(checkpoint, expected, prefix="params.")
+        _check_tensors(checkpoint, expected, "params.", tuple(f"params.{name}." for name in beside))
         on_host = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in expected.items()}
         loaded = ocp.load(orbax_path(checkpoint), on_host)
     return jax.tree.unflatten(jax.tree.structure(abstract_params), [loaded[name] for name in expected])
@@ -271,9 +272,11 @@ def _listed_tensors(checkpoint: Path) -> dict[str, Any]:
     return listed
 
 
-def _check_tensors(checkpoint: Path, expected: dict, prefix: str = "") -> None:
-    """Raises UserError for the first tensor that is on one side only or of another shape, of those with that prefix."""
-    stored = {name: tensor for name, tensor in _listed_tensors(checkpoint).items() if name.startswith(prefix)}
+def _check_tensors(checkpoint: Path, expected: dict, prefix: str = "", but: tuple[str, ...] = ()) -> None:
+    """Raises UserError for the first tensor that is on one side only or of another shape, of those with that prefix,
+    but for those with one of the others."""
+    listed = _listed_tensors(checkpoint).items()
+    stored = {name: tensor for name, tensor in listed if name.startswith(prefix) and not name.startswith(but)}
     for name in list(expected) + [name for name in stored if name not in expected]:
         here, there = expected.get(name), stored.get(name)
         if here is not None and there is not None and tuple(here.shape) == tuple(there.shape):

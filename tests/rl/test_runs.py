@@ -6,7 +6,9 @@ import math
 import shutil
 
 import jax
+import psutil
 import pytest
+import yaml
 from kills import finish
 from pairs import outputs, start_pair
 from run_helpers import rows_of
@@ -15,7 +17,9 @@ from templates import CHATML
 from worlds import ADAPTERS, write_lines
 
 from minimind_jax import stages
+from minimind_jax.cli import main
 from minimind_jax.config.rl import (
+    AgentConfig,
     CriticConfig,
     GRPOConfig,
     HeldOutConfig,
@@ -25,6 +29,7 @@ from minimind_jax.config.rl import (
     RolloutConfig,
 )
 from minimind_jax.config.sections import CheckpointConfig, MeshConfig
+from minimind_jax.config.settings import load_settings
 from minimind_jax.convert.hf import save_hf
 from minimind_jax.convert.load import load_merged
 from minimind_jax.data.documents import encode_prompt
@@ -32,6 +37,7 @@ from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import ComputeConfig
 from minimind_jax.model.transformer import LanguageModel
+from minimind_jax.runs.effect import check_effect
 from minimind_jax.training.run import RunFolder, plain
 
 SOME = {"training": {"steps": 4}}
@@ -120,11 +126,19 @@ def test_a_value_model_of_other_sizes_is_refused(grpo, base, tmp_path, changes):
         stages.start(grpo(PPOConfig, policy=PPOConfig().policy, critic=critic))
 
 
+def workers():
+    """Processes of tools and rewards that are still there."""
+    return [each for each in psutil.Process().children(recursive=True) if "tools.worker" in " ".join(each.cmdline())]
+
+
 @pytest.mark.parametrize("reward", ["raises", "hangs"])
 def test_a_reward_that_fails_stops_the_run_or_is_counted(grpo, reward):
     with pytest.raises(UserError, match=r"own.py:\w+: .*prompts.jsonl:\d+: .*rewards.on_error count"):
         stages.start(grpo(reward=reward, rewards={"seconds": 2.0}))
+    with pytest.raises(UserError, match=r"prompts\.jsonl:1"):
+        stages.start(grpo(AgentConfig, data={"seq_len": 16}))
     steps = steps_of(grpo(reward=reward, rewards={"seconds": 2.0, "on_error": "count"}, training={"steps": 1}))
+    assert not workers()
     assert steps[0][f"rewards/{reward}/failures"] == 8 and steps[0]["reward"] == 0
 
 
@@ -248,3 +262,83 @@ def test_two_processes_do_what_one_does(grpo, tmp_path):
     for wanted, got in zip(steps, [row for row in rows_of(two.run) if "loss" in row], strict=True):
         for key in ("loss", "reward", "refill/prompts", "completions/mean_length"):
             assert got[key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-5), (key, got["step"])
+
+
+@pytest.mark.slow
+def test_a_pipeline_learns_from_reward_behind_fine_tuning(make, base, tmp_path, monkeypatch, capsys):
+    """Its records are looked at first; its runs are reported, exported and resumed as all are."""
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "prompts.jsonl", [{"prompt": f"the {n} cat", "answer": n} for n in range(24)])
+    chats = [{"conversations": [{"role": role, "content": "cat"} for role in ("user", "assistant")]} for _ in range(24)]
+    write_lines(tmp_path / "chats.jsonl", chats)
+    few = {"rollout": {"prompts": 2, "completions": 2, "max_new_tokens": 8}, "rewards": {"use": ["length(1, 4)"]}}
+    few |= {"data": {"train": ["prompts.jsonl"]}, "training": {"steps": 4}, "checkpoint": {"every": 2}}
+    wide = {"data": {"train": ["prompts.jsonl"], "seq_len": 1024}, "model": {"max_position_embeddings": 1024}}
+    stages_of_it = [
+        {"sft": {"init_from": base, "data": {"train": ["chats.jsonl"]}, "training": {"steps": 2, "batch_tokens": 128}}},
+        {"grpo": few},
+        {"ppo": {**few, "policy": {"minibatches": 2}}},
+        {"agent": {**few, **wide, "agent": {"tools": ["calculator"]}}},
+    ]
+    pipeline = {"name": "all", "shared": {"data.seq_len": 64, "data.cache_dir": "cache"}, "stages": stages_of_it}
+    (tmp_path / "pipe.yaml").write_text(yaml.safe_dump(pipeline), "utf-8")
+    command = ["pipeline", "--config", "pipe.yaml"]
+    write_lines(tmp_path / "broken.jsonl", [{"conversations": []}])
+    assert main([*command, "--agent.data.train", "broken.jsonl"]) == 2
+    assert "stage agent: broken.jsonl:1" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+    assert main(["data", "inspect", "prompts.jsonl", "--kind", "prompt", "--tokenizer", f"{base}/model"]) == 0
+    assert "packing" not in (told := capsys.readouterr().out) and "⟦user" not in told and "the 0 cat" in told
+    assert main(command) == 0
+    capsys.readouterr()
+    for name in ("grpo", "ppo", "agent"):
+        assert main(["report", f"runs/all/{name}"]) == 0
+        assert "success" in (tmp_path / f"runs/all/{name}/report.md").read_text("utf-8")
+        assert main(["convert", "to-hf", f"runs/all/{name}", name, "--checkpoint", "newest"]) == 0
+        assert not any(key.startswith("critic") for key in load_file(tmp_path / name / "model.safetensors"))
+    again = ["grpo", "--config", "runs/all/grpo/config.yaml", "--training.steps", "6"]
+    assert main([*again, "--rewards.use", "length(1, 5)"]) == 2
+    assert "rewards.use ['length(1, 4)'] -> ['length(1, 5)']" in capsys.readouterr().err
+    assert main([*again, "--rewards.seconds", "9", "--rollout.slots", "2"]) == 0
+    assert "changed since the run was started: rewards.seconds 60.0 -> 9.0" in capsys.readouterr().out
+    assert rows_of("runs/all/grpo")[-1]["step"] == 6
+
+
+@pytest.mark.parametrize(
+    "argument, said",
+    [
+        ("rollout.prompts=0", "at least 1"),
+        ("rollout.completions=1", "compares rollout.completions"),
+        ("rollout.temperature=0", "above 0"),
+        ("rollout.top_p=2", "rollout.top_p"),
+        ("rollout.ahead=2", "0 or 1"),
+        ("rollout.max_new_tokens=768", "leaves no room"),
+        ("rollout.server=http://x", "rollout.server_model"),
+        ("rollout.correction_cap=0.5", "at least 1"),
+        ("policy.minibatches=3", "do not divide"),
+        ("training.batch_tokens=5", "it follows from"),
+        ("training.tokens=5", "training.steps or epochs"),
+        ("rollout.promts=3", "rollout.prompts"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(argument, said):
+    key, value = argument.split("=")
+    with pytest.raises(UserError) as caught:
+        load_settings(GRPOConfig, [f"--{key}", value])
+    assert said in str(caught.value)
+
+
+def test_settings_without_effect_are_told(grpo, capsys):
+    policy = PolicyConfig(loss="cispo", cap=5.0, epsilon_high=0.3, kl_horizon=5.0, max_kl=0.5)
+    rollout = {"correction_cap": 3.0, "server_model": "x"}
+    check_effect(grpo(policy=policy, rollout=rollout, critic=CriticConfig(gamma=0.9), data={"loader_workers": 2}))
+    told = capsys.readouterr().out
+    for words in (
+        "rollout.server_model x (rollout.server is empty)", "rollout.correction_cap 3.0 (rollout.correction is none)",
+        "critic.gamma 0.9 (policy.advantage is not gae)", "policy.epsilon_high 0.3 (they are of policy.loss clip)",
+        "policy.kl_horizon 5.0 (policy.beta is 0)", "policy.max_kl 0.5 (each rollout is trained on in one step",
+        "data.loader_workers 2",
+    ):  # fmt: skip
+        assert f"without effect: {words}" in told or words in told
+    check_effect(GRPOConfig())
+    check_effect(PPOConfig())
+    assert "critic" not in capsys.readouterr().out
