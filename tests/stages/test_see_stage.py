@@ -7,12 +7,13 @@ import random
 import jax
 import numpy as np
 import pytest
-from run_helpers import KEEP_ALL, assembled, assert_resumes_exactly, rows_of
+from run_helpers import KEEP_ALL, assembled, assert_resumes_exactly, export_newest, rows_of, with_chats
 from worlds import write_lines
 
 from minimind_jax.config.sections import LoRAConfig, OptimizerConfig
 from minimind_jax.config.stages import SeeingConfig, SFTConfig, VisionConfig, VLMPretrainConfig, VLMSFTConfig
 from minimind_jax.convert.hf import load_hf, save_hf
+from minimind_jax.convert.load import load_merged
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.images import read_image
 from minimind_jax.data.tokenizer import Tokenizer
@@ -20,7 +21,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.model.config import ComputeConfig, ModelConfig, TowerConfig, Vision
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.runs.parts import run_parameters
-from minimind_jax.stages import start
+from minimind_jax.stages import STAGES, start
 from minimind_jax.training.run import RunFolder
 
 Image = pytest.importorskip("PIL.Image", reason="pictures need Pillow")
@@ -130,45 +131,47 @@ def kept_and_changed(before, after):
     return sides[True], sides[False]
 
 
-@pytest.mark.parametrize(
-    ("train", "changed"),
-    [
-        ("projector", {"vision.projector"}),
-        ("ends", {"vision.projector", "layers.0", "layers.2"}),
-        ("all", {"vision.projector", "layers.0", "layers.1", "layers.2", "embed.embedding", "norm.scale"}),
-    ],
-)
-def test_what_is_not_trained_keeps_every_bit(make, seen, train, changed):
-    cls = VLMPretrainConfig if train == "projector" else VLMSFTConfig
-    config = make(cls, train=train, steps=2)
-    before = run_parameters(assembled("vlm-sft" if cls is VLMSFTConfig else "vlm-pretrain", config)).load()
-    _, after = load_hf(RunFolder(start(config)).model)
-    kept, moved = kept_and_changed(before, after)
-    assert moved == changed
-    assert "vision.tower" in kept and not kept & moved
+def trained_parts(config):
+    """Of a run from its start to its end."""
+    stage = next(kind.name for kind in STAGES.values() if kind.config is type(config))
+    before = run_parameters(assembled(stage, config)).load()
+    return kept_and_changed(before, load_hf(RunFolder(start(config)).model)[1])
 
 
-def test_a_run_resumes_exactly_with_held_out_images(make, tmp_path):
+def test_a_run_resumes_exactly_and_what_is_not_trained_keeps_every_bit(make, tmp_path):
     config = make(train="ends", checkpoint=KEEP_ALL, data={"val_fraction": 0.1})
+    kept, changed = trained_parts(config)
+    assert changed == {"vision.projector", "layers.0", "layers.2"} and "vision.tower" in kept
     assert_resumes_exactly(config, tmp_path, step=4)
     assert any("val_loss" in row for row in rows_of(config.run))
 
 
-def test_it_goes_on_from_a_model_that_sees_with_all_of_it_or_adapters(make, world):
-    first = RunFolder(start(make(VLMPretrainConfig, train="projector", steps=2)))
-    own = VisionConfig(train="ends")
-    second = make(run="second", init_from=str(first.path), vision=own, steps=2)
-    before, after = load_hf(first.model)[1], load_hf(RunFolder(start(second)).model)[1]
-    assert kept_and_changed(before, after)[1] == {"vision.projector", "layers.0", "layers.2"}
-    lora = make(run="lora", init_from=str(first.path), vision=own, steps=2, lora=LoRAConfig(rank=2))
-    assert RunFolder(start(lora)).model.joinpath("adapter_model.safetensors").is_file()
-    words = make(
-        SFTConfig, run="words", init_from=str(first.path), steps=2, data={"train": (str(world.folder / "chat.jsonl"),)}
-    )
-    after = load_hf(RunFolder(start(words)).model)[1]
-    assert {"vision.tower", "vision.projector"} <= kept_and_changed(before, after)[0]
+@pytest.mark.slow
+def test_all_but_the_tower(make):
+    words = {"layers.0", "layers.1", "layers.2", "embed.embedding", "norm.scale"}
+    assert trained_parts(make(train="all", steps=2)) == ({"vision.tower"}, {"vision.projector", *words})
+
+
+def test_a_projector_is_trained_alone_and_words_without_it(make, world):
+    first = make(VLMPretrainConfig, train="projector", steps=2)
+    assert trained_parts(first)[1] == {"vision.projector"}
     with pytest.raises(UserError, match=r"sees already; leave vision\.tower out"):
-        start(make(run="third", init_from=str(first.path)))
+        start(make(run="third", init_from=first.run))
+    words = with_chats(make(SFTConfig, run="words", init_from=first.run, steps=2), world)
+    assert trained_parts(words)[0] == {"vision.tower", "vision.projector"}
+
+
+@pytest.mark.slow
+def test_adapters_over_a_model_that_sees(make, tmp_path):
+    first = RunFolder(start(make(VLMPretrainConfig, train="projector", steps=2)))
+    own = {"init_from": str(first.path), "vision": VisionConfig(), "checkpoint": KEEP_ALL}
+    run = RunFolder(start(make(run="lora", lora=LoRAConfig(rank=2), **own)))
+    before, after = load_hf(first.model)[1], load_merged(run.model)[1]
+    kept, changed = kept_and_changed(before, after)
+    assert changed == {"layers.0", "layers.1", "layers.2"} and "vision.projector" in kept
+    assert export_newest(run.path, tmp_path / "whole", "float32") == 8
+    whole = load_hf(tmp_path / "whole")[1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, after)
 
 
 def test_what_cannot_see_is_refused(make):
