@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from minimind_jax.convert.hf_weights import StoredTensor, read_safetensors_file
 from minimind_jax.convert.replace import replacing
+from minimind_jax.convert.vision_weights import names_in_files, names_of_files
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import ADAPTER_CONFIG
@@ -125,16 +126,19 @@ def save_peft(
     tokenizer: Tokenizer | None = None,
     dropout: float = 0.0,
     rslora: bool = False,
+    sees: bool = False,
     generation_config: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes the adapters in `params`, in float32; an older model there is replaced only when this is complete.
 
     table: their ranks. base: the folder of the model they were trained over. rslora: whether alpha is to be divided by
-    the root of the rank; the scales themselves are those in `params`. generation_config: the file of that name.
+    the root of the rank; the scales themselves are those in `params`. sees: whether the base is a model that sees, of
+    which the language model has the adapters. generation_config: the file of that name.
     Raises UserError as `convert.hf.save_hf` does.
     """
     tensors, ranks, alphas = {}, {}, {}
     for module, a, b, scale in low_rank_pairs(params, table):
+        (module,) = names_in_files({module: None}) if sees else (module,)
         ranks[module] = len(a)
         alphas[module] = float(f"{scale / scale_of(len(a), 1, rslora):.6g}")
         tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(a, np.float32)
@@ -150,7 +154,7 @@ def save_peft(
         "lora_alpha": alpha,
         "use_rslora": rslora,
         "lora_dropout": dropout,
-        "target_modules": _target_names(table),
+        "target_modules": list(ranks) if sees else _target_names(table),  # a tower has projections of these names, too
         "rank_pattern": {module: r for module, r in ranks.items() if r != rank},
         "alpha_pattern": {module: a for module, a in alphas.items() if a != alpha},
         "bias": "none",
@@ -241,6 +245,9 @@ def load_peft(folder: str | Path, config: ModelConfig) -> StoredAdapter:
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder / WEIGHTS}: no such file, but {ADAPTER_CONFIG} is there; download or train it again")
     stored = read_safetensors_file(folder / WEIGHTS)
+    if config.vision is not None:
+        plain = names_of_files({name.removeprefix(_PREFIX): tensor for name, tensor in stored.items()})
+        stored = {_PREFIX + name: tensor for name, tensor in plain.items()}
     where, layers = str(folder), range(config.num_hidden_layers)
     pairs = {
         (layer, name): [stored.pop(f"{_PREFIX}{module_name(layer, name)}.lora_{part}.weight", None) for part in "AB"]

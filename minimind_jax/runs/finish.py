@@ -62,6 +62,7 @@ def _write_model(run: Run, params: Params) -> str:
         save_peft(
             run.folder.model, params, plan.table,
             base=absolute(plan.base), tokenizer=run.tokenizer, dropout=plan.dropout, rslora=plan.rslora,
+            sees=run.model.config.vision is not None,
             generation_config=to_generation_config(run.model.config, generation),
         )  # fmt: skip
         return "adapters in float32"

@@ -13,6 +13,7 @@ from worlds import write_lines
 from minimind_jax.config.sections import LoRAConfig, OptimizerConfig
 from minimind_jax.config.stages import SeeingConfig, SFTConfig, VisionConfig, VLMPretrainConfig, VLMSFTConfig
 from minimind_jax.convert.hf import load_hf, save_hf
+from minimind_jax.convert.hf_weights import hf_tensors
 from minimind_jax.convert.load import load_merged
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.images import read_image
@@ -172,6 +173,17 @@ def test_adapters_over_a_model_that_sees(make, tmp_path):
     assert export_newest(run.path, tmp_path / "whole", "float32") == 8
     whole = load_hf(tmp_path / "whole")[1]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, after)
+    transformers = pytest.importorskip("transformers", reason="the comparison needs transformers")
+    peft = pytest.importorskip("peft", reason="the comparison needs peft")
+    base = transformers.LlavaForConditionalGeneration.from_pretrained(first.model)
+    theirs = peft.PeftModel.from_pretrained(base, run.model).merge_and_unload().state_dict()
+    ours = hf_tensors(load_merged(run.model)[0], after)
+    layers = {
+        name.replace("model.", "model.language_model.", 1): ours[name] for name in ours if "model.layers." in name
+    }
+    assert len(layers) == 3 * 11
+    for name, tensor in layers.items():
+        np.testing.assert_allclose(theirs[name].numpy(), tensor, atol=1e-6, err_msg=name)
 
 
 def test_what_cannot_see_is_refused(make):
