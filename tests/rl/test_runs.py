@@ -111,6 +111,7 @@ def test_completions_that_are_all_cut_and_masked_move_nothing(grpo, base, capsys
     assert "1 of 1 updates were skipped so far: no token of the batch is trained" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_reward_that_has_nothing_to_say_counts_as_nothing(grpo):
     steps = steps_of(grpo(reward="nothing", kind=PPOConfig, policy=PPOConfig().policy))
     assert {row["reward"] for row in steps if "reward" in row} == {0}
@@ -131,7 +132,7 @@ def workers():
     return [each for each in psutil.Process().children(recursive=True) if "tools.worker" in " ".join(each.cmdline())]
 
 
-@pytest.mark.parametrize("reward", ["raises", "hangs"])
+@pytest.mark.parametrize("reward", ["raises", pytest.param("hangs", marks=pytest.mark.slow)])
 def test_a_reward_that_fails_stops_the_run_or_is_counted(grpo, reward):
     with pytest.raises(UserError, match=r"own.py:\w+: .*prompts.jsonl:\d+: .*rewards.on_error count"):
         stages.start(grpo(reward=reward, rewards={"seconds": 2.0}))
@@ -161,6 +162,7 @@ def test_completions_that_end_at_once(grpo, base, tmp_path):
     assert {row["reward"] for row in told} == {0.1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompts", [1, 3])
 def test_fewer_prompts_than_a_rollout_asks(grpo, prompts):
     steps = steps_of(grpo(prompts=prompts, rollout={"prompts": 4}, training={"steps": None, "epochs": 2}))
@@ -168,6 +170,7 @@ def test_fewer_prompts_than_a_rollout_asks(grpo, prompts):
     assert all("reward" in row for row in steps)
 
 
+@pytest.mark.slow
 def test_one_held_out_prompt(grpo, tmp_path):
     val = write_lines(tmp_path / "val.jsonl", [{"prompt": "the cat", "answer": 1}])
     rows = rows_of(stages.start(grpo(data={"val": (val,)})))
@@ -183,6 +186,7 @@ def test_no_held_out_prompt(grpo, capsys):
     assert "2 prompts are too few to hold some out" in told and "watch max reward is without effect" in told
 
 
+@pytest.mark.slow
 def test_adapters_over_a_run_that_is_an_adapter_itself(grpo, tmp_path):
     """The reference of each is what it started from."""
     first = grpo(lora=ADAPTERS, policy=PolicyConfig(beta=0.1, minibatches=2), run=tmp_path / "first", **SOME)
@@ -194,6 +198,7 @@ def test_adapters_over_a_run_that_is_an_adapter_itself(grpo, tmp_path):
         assert steps[0]["sampling/sampling_logp_difference/max"] < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16"])
 def test_computing_in_bfloat16(grpo, dtype):
     """Sampler and trainer are still close, and the first update's ratio still 1."""
@@ -202,6 +207,7 @@ def test_computing_in_bfloat16(grpo, dtype):
     assert steps[0]["val/ratio"] == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_with_another_template(grpo, base, tmp_path):
     folder = shutil.copytree(RunFolder(base).model, tmp_path / "other")
     (folder / "chat_template.jinja").unlink(missing_ok=True)
