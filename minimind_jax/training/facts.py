@@ -12,6 +12,7 @@ from minimind_jax.losses.vocabulary import piece_size
 from minimind_jax.model import attention, moe
 from minimind_jax.model.lora import split, without_adapters
 from minimind_jax.model.transformer import LanguageModel, count_parameters
+from minimind_jax.model.vision import VISION
 from minimind_jax.sharding import row_shards
 from minimind_jax.training.optimizer import make_schedule
 from minimind_jax.training.source import Recipe
@@ -97,6 +98,8 @@ def _group_facts(parameters: Parameters) -> dict[str, str]:
     if masks is not None:
         share = jax.tree.map(lambda mask, leaf: round(np.mean(mask) * math.prod(leaf.shape)), masks, trained)
         facts["layers"] = f"some are kept as they are; {sum(jax.tree.leaves(share)):,} parameters trained"
+    elif VISION in parameters.abstract:
+        facts["trained"] = f"{count_parameters(trained):,} parameters"
     for group in parameters.groups:
         size = count_parameters(split(trained, group.takes)[0])
         facts[f"optimizer of {group.name}"] = (

@@ -143,4 +143,7 @@ def describe_data(batches: Batches) -> str:
     """`1,234 documents, 56,789 tokens in 120 rows, packed 98.7 % full`, and what is cut or left out of them."""
     plan, epoch = batches.plan, batches.epoch(0)
     rows = describe_cuts(epoch) or f"packed {plan.efficiency:.1%} full"
-    return f"{len(epoch.documents):,} documents, {plan.tokens:,} tokens in {plan.rows:,} rows, {rows}"
+    pictures, images = batches.cache.pictures, ""
+    if pictures is not None:
+        images = f"{pictures.counts(plan.seq_len)[epoch.documents].sum():,} images, "
+    return f"{len(epoch.documents):,} documents, {images}{plan.tokens:,} tokens in {plan.rows:,} rows, {rows}"

@@ -108,8 +108,9 @@ def answers(folder, images):
     return [list(firsts)[n] for n in logits.argmax(axis=1)]
 
 
-def test_it_learns_colours_and_says_another_of_another_picture(make):
+def test_it_learns_colours_and_says_another_of_another_picture(make, capsys):
     run = RunFolder(start(make(train="tower", steps=60)))
+    assert "64 documents, 64 images," in capsys.readouterr().out
     rng = random.Random(1)
     truth = [name for name in COLOURS for _ in range(5)]
     found = answers(run.model, [square(name, rng) for name in truth])
