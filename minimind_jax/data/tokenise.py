@@ -208,6 +208,6 @@ def read_chunks(files: list[Path], advance: Callable[[int], None], reading: Read
 
 def _size(value: Any) -> int:
     """About as many bytes as a cell of a table has."""
-    if isinstance(value, list):
-        return sum(map(_size, value))
+    if isinstance(value, list | dict):
+        return sum(map(_size, value.values() if isinstance(value, dict) else value))
     return len(value) if isinstance(value, bytes) else len(str(value))

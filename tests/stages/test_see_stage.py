@@ -2,7 +2,10 @@
 
 import dataclasses
 import io
+import os
 import random
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -185,6 +188,21 @@ def test_adapters_over_a_model_that_sees(make, tmp_path):
     assert len(layers) == 3 * 11
     for name, tensor in layers.items():
         np.testing.assert_allclose(theirs[name].numpy(), tensor, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
+def test_eight_devices_train_as_one(make, tmp_path):
+    config = make(train="ends", data={"seq_len": 48})  # 8 rows
+    one, settings = RunFolder(start(config)), ["--mesh.fsdp", "2", "--mesh.tensor", "2", "--run", tmp_path / "eight"]
+    command = [sys.executable, "-m", "minimind_jax", "vlm-sft", "--config", one.config_file, *settings]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "8 x cpu" in done.stdout
+    losses = [[row["loss"] for row in rows_of(run) if "loss" in row] for run in (one.path, tmp_path / "eight")]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    tensors = [load_hf(folder / "model")[1] for folder in (one.path, tmp_path / "eight")]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *tensors)
 
 
 def test_what_cannot_see_is_refused(make):
