@@ -219,11 +219,13 @@ WORDS = {
 }  # fmt: skip
 AGENT = {
     **LEARN, "data.seq_len": 512, "rollout.prompts": 8, "rollout.completions": 8, "rollout.max_new_tokens": 112,
-    "agent.tools": "calculator", "agent.turns": 2, "rewards.use": "answer", "training.steps": 20,
-    "optimizer.learning_rate": 2e-4,
+    "agent.tools": "calculator", "agent.turns": 2, "rewards.use": "answer", "training.steps": 16,
+    "training.eval_every": 8, "optimizer.learning_rate": 3e-4,
 }  # fmt: skip
 
 
+# Two updates of a rollout: with one the ratio is 1, and CISPO the same as GRPO to the last bit.
+CISPO = {"policy.loss": "cispo", "policy.cap": 5.0, "policy.updates": 2, "training.steps": 40}
 PPO = {
     "rollout.prompts": 128, "rollout.completions": 1, "policy.updates": 2, "critic.gae_lambda": 1.0,
     "critic.learning_rate": 1e-3, "training.steps": 20,
@@ -239,7 +241,7 @@ class Experiment(NamedTuple):
 
 EXPERIMENTS = {
     "grpo": Experiment("words", "grpo", WORDS),
-    "cispo": Experiment("words", "grpo", {**WORDS, "policy.loss": "cispo", "policy.cap": 5.0}),
+    "cispo": Experiment("words", "grpo", {**WORDS, **CISPO}),
     "ppo": Experiment("words", "ppo", {**WORDS, **PPO}),
     "shuffled": Experiment("words", "grpo", {**WORDS, **SHUFFLED}),
     "agent": Experiment("agent", "agent", AGENT),
@@ -312,20 +314,19 @@ def draw(out: Path, picture: Path) -> None:
     """Held-out success of every run over its steps, a colour an experiment."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = dict(zip(("words", "agent"), figure.subplots(1, 2, sharey=True), strict=True))
-    for number, (name, (task, _, _)) in enumerate(EXPERIMENTS.items()):
-        for run in sorted(out.glob(f"{name}-*")):
+    done = {name: sorted(file.parent for file in out.glob(f"{name}-*/result.json")) for name in EXPERIMENTS}
+    tasks = list(dict.fromkeys(EXPERIMENTS[name].task for name, runs in done.items() if runs))
+    figure = Figure(figsize=(5 * len(tasks), 4), layout="constrained")
+    axes = dict(zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0], strict=True))
+    for number, (name, runs) in enumerate(done.items()):
+        for nth, run in enumerate(runs):
             rows = [row for row in read(run / "metrics.jsonl") if "val_success" in row]
-            label = name if run.name == f"{name}-1" else None
-            axes[task].plot(
-                [row["step"] for row in rows], [row["val_success"] for row in rows], f"C{number}", label=label
-            )
+            steps, shares = zip(*((row["step"], row["val_success"]) for row in rows), strict=True)
+            axes[EXPERIMENTS[name].task].plot(steps, shares, f"C{number}.-", label="" if nth else name)
     for task, ax in axes.items():
-        ax.set(title=task, xlabel="step", ylim=(0, 1))
+        ax.set(title=task, xlabel="step", ylabel="held-out success, greedy", ylim=(0, 1))
         ax.grid(alpha=0.3)
         ax.legend()
-    axes["words"].set_ylabel("held-out success, greedy")
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=110)
 
