@@ -63,7 +63,7 @@ def load_planned(argv: Sequence[str], stage: str | None) -> Planned:
     if len(configs) == 1 and _is_pipeline(settings.find_config(configs[0])):
         return _of_pipeline(argv, stage)
     stems = [Path(config).name.removesuffix(".yaml") for config in configs]
-    if other := next((stem for stem in stems if stem in STAGES and stem not in PLANNED), None):
+    if other := next((stem for stem in stems if stem.replace("_", "-") in STAGES and stem not in PLANNED), None):
         known = ", ".join(dict.fromkeys(PLANNED.values()))
         raise UserError(f"plan knows the stages {known}, and not {other}, whose step has more in it")
     name = stage or next((PLANNED[stem] for stem in stems if stem in PLANNED), "pretrain")

@@ -48,8 +48,9 @@ def with_sight(
         raise UserError(
             f"vision.marker {wanted.marker} is no token of {tokenizer.folder}; name one that texts never have"
         )
+    seen_by = open_tower(tower).config
     try:
-        vision = Vision(open_tower(tower).config, marker, wanted.projector, wanted.pixel_shuffle)
+        vision = Vision(seen_by, marker, wanted.projector, wanted.pixel_shuffle)
     except ValueError as error:
         raise UserError(f"vision.{error}") from error
     return dataclasses.replace(architecture, vision=vision)

@@ -205,7 +205,7 @@ def test_eight_devices_train_as_one(make, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *tensors)
 
 
-def test_what_cannot_see_is_refused(make):
+def test_what_cannot_see_is_refused(make, seen):
     for changes, said in (
         ({"vision": VisionConfig()}, r"a model of texts: give --vision\.tower"),
         ({"lora": LoRAConfig(rank=2)}, "a new projector, which lora.rank would not train"),
@@ -214,6 +214,7 @@ def test_what_cannot_see_is_refused(make):
         with pytest.raises(UserError, match=said):
             start(make(**changes))
     vision = make().vision
-    for change, said in (({"marker": "<no>"}, "is no token of"), ({"pixel_shuffle": 3}, "does not divide")):
+    words = {"tower": str(seen / "text")}, r"^\S*config\.json: the tower's model_type is 'qwen3'"
+    for change, said in (words, ({"marker": "<no>"}, "is no token of"), ({"pixel_shuffle": 3}, "does not divide")):
         with pytest.raises(UserError, match=said):
             start(make(vision=dataclasses.replace(vision, **change)))
