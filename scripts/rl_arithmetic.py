@@ -367,6 +367,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--picture", type=Path, help="draw the curves of all that is done")
     args = parser.parse_args()
+    if "agent" in args.only and not (args.agent_data or (args.out / "agent").is_dir()):
+        parser.error("agent needs --agent_data; --only names the experiments without it")
     for task in dict.fromkeys(EXPERIMENTS[name].task for name in args.only):
         print(json.dumps(started(task, args)), flush=True)
     for name, seed in itertools.product(args.only, args.seeds):
