@@ -56,7 +56,7 @@ COMMANDS = {
     "evaluate tools": Command(
         "tool calls: valid JSON, the right tool, arguments and answer",
         tools.ToolCallsConfig,
-        "minimind_jax.evaluate.tool_calls:run",
+        "evaluate.tool_calls:run",
     ),
     "evaluate lm-eval": Command(
         "EleutherAI's harness, with --model minimind_jax", tools.LMEvalConfig, "evaluate.lm_eval_command:run"

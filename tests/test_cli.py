@@ -2,6 +2,7 @@
 
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 import time
@@ -186,3 +187,8 @@ def test_mistakes_of_tools_are_told_as_those_of_stages(words, told, capsys, tmp_
     (tmp_path / "own.yaml").write_text("rowz: 3\n")
     assert main(words.split()) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_function(command):
+    assert callable(pkgutil.resolve_name(f"minimind_jax.{COMMANDS[command].function}"))

@@ -9,19 +9,19 @@ import numpy as np
 
 from minimind_jax.config.rl import RLConfig
 from minimind_jax.data.rows import Batch
-from minimind_jax.inference.buckets import bucket
+from minimind_jax.inference.buckets import round_up
 from minimind_jax.losses.policy import divergences
 from minimind_jax.rl.advantages import gae, group_advantages, reduction_weights, whiten
 from minimind_jax.rl.rollout import Row
 from minimind_jax.seeds import named_seed
 
-SHORTEST, MULTIPLE = 64, 512  # columns of a batch: few widths are few programs
+NARROWEST = 16  # columns of a batch
 
 
 def arrays_of(rows: Sequence[Row], seq_len: int) -> Batch:
     """The rows side by side, (N, T) but for lengths (N,): what a model reads, which tokens are trained, and the
     sampler's log-probabilities of them."""
-    width = min(bucket(max(len(row.tokens) for row in rows), SHORTEST, MULTIPLE), seq_len)
+    width = min(width_of(max(len(row.tokens) for row in rows)), seq_len)
     arrays = {name: np.zeros((len(rows), width), np.int32) for name in ("tokens", "targets", "segment_ids")}
     arrays |= {name: np.zeros((len(rows), width), np.float32) for name in ("mask", "sampler_log_probs")}
     for n, row in enumerate(rows):
@@ -31,6 +31,11 @@ def arrays_of(rows: Sequence[Row], seq_len: int) -> Batch:
         arrays["mask"][n, : length - 1] = row.sampled[ahead]
         arrays["sampler_log_probs"][n, : length - 1] = row.logprobs[ahead]
     return {**arrays, "lengths": np.array([len(row.tokens) for row in rows], np.int32)}
+
+
+def width_of(longest: int) -> int:
+    """Columns for rows of so many tokens: four widths between two powers of two, for each is a program."""
+    return round_up(longest, max(NARROWEST, 1 << (longest - 1).bit_length() >> 3))
 
 
 def with_advantages(arrays: Batch, rows: Sequence[Row], config: RLConfig, beta: float) -> Batch:
