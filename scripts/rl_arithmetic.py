@@ -119,9 +119,9 @@ def _prompt(question: Question) -> Record:
     return {"conversations": messages, "gt": [calculate(expression) for expression in question.right]}
 
 
-def write_agent(source: Path, folder: Path, short: int = 8000, demonstrations: int = 3000) -> None:
+def write_agent(source: Path, folder: Path, short: int = 15000, demonstrations: int = 3000) -> None:
     """The file's prompts, the last ones held out; and demonstrations of the others with numbers of their own: in
-    short.jsonl of questions with one part, without the long list of tools, and in sft.jsonl. No sum of a held-out
+    short.jsonl without the long list of tools, and in sft.jsonl. No sum of a held-out
     prompt is in another, but for powers, of which there are few."""
     records = [json.loads(line) for line in source.read_text("utf-8").splitlines()]
     train, held_out = records[:-HELD_OUT], records[-HELD_OUT:]
@@ -137,7 +137,7 @@ def write_agent(source: Path, folder: Path, short: int = 8000, demonstrations: i
 
     write(folder / "held_out.jsonl", held_out)
     write(folder / "train.jsonl", train)
-    write(folder / "short.jsonl", (shown([r for r in train if len(r["gt"]) == 1], False) for _ in range(short)))
+    write(folder / "short.jsonl", (shown(train, False) for _ in range(short)))
     write(folder / "sft.jsonl", (shown(train, n % 3 > 0) for n in range(demonstrations)))
 
 
@@ -204,8 +204,14 @@ SFT = {
 SFT_OF = {
     "words": {"sft": {"data.seq_len": 256, "training.batch_tokens": 1024, "training.steps": 600}},
     "agent": {
-        "short": {"data.seq_len": 256, "training.batch_tokens": 1024, "training.steps": 300},
-        "sft": {"data.seq_len": 640, "training.batch_tokens": 1280, "training.steps": 600},
+        "short": {"data.seq_len": 256, "training.batch_tokens": 2048, "training.steps": 1400},
+        "sft": {
+            "data.seq_len": 640,
+            "training.batch_tokens": 1280,
+            "training.steps": 300,
+            "optimizer.learning_rate": 2e-3,
+            "optimizer.muon_learning_rate": 4e-3,
+        },
     },
 }
 REWARDS = f"{Path(__file__).resolve().with_name('rl_arithmetic_rewards.py')}"
@@ -219,8 +225,9 @@ WORDS = {
 }  # fmt: skip
 AGENT = {
     **LEARN, "data.seq_len": 512, "rollout.prompts": 8, "rollout.completions": 8, "rollout.max_new_tokens": 112,
-    "agent.tools": "calculator", "agent.turns": 2, "rewards.use": "answer", "training.steps": 16,
-    "training.eval_every": 8, "optimizer.learning_rate": 3e-4,
+    "agent.tools": "calculator", "agent.turns": 2, "rewards.use": [f"{REWARDS}:share_said", "0 * answer"],
+    "rewards.success": "answer", "policy.refill": 1, "training.steps": 24, "training.eval_every": 8,
+    "optimizer.learning_rate": 5e-4,
 }  # fmt: skip
 
 
