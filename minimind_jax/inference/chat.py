@@ -250,18 +250,18 @@ class Clock:
 
     def __init__(self):
         self._start = self._first = self._last = time.perf_counter()
-        self._tokens = 0
+        self._tokens = self._early = 0  # all, and those that came at once with the first
 
     def count(self, tokens: int) -> None:
         if tokens:
             self._last = time.perf_counter()
             if not self._tokens:
-                self._first = self._last
+                self._first, self._early = self._last, tokens
             self._tokens += tokens
 
     def __str__(self) -> str:
         first = f"first after {self._first - self._start:.2f} s"
-        if self._tokens < 2:
+        if self._last == self._first:
             return f"[{self._tokens} tokens, {first}]"
-        speed = (self._tokens - 1) / (self._last - self._first)
+        speed = (self._tokens - self._early) / (self._last - self._first)
         return f"[{self._tokens} tokens, {speed:.1f} tokens/s, {first}]"

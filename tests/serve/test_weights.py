@@ -63,7 +63,7 @@ def test_token_ids_come_with_log_probabilities_of_what_they_were_drawn_from(serv
 
 def test_open_answers_are_finished_with_the_old_weights_and_later_ones_have_the_new(served, place):
     step, slow = served.engine.step, threading.Event()
-    served.engine.step = lambda: (slow.wait(0.02), step())[1]
+    served.engine.step = lambda: (slow.wait(0.5), step())[1]
     told = {}
     asks = threading.Thread(target=lambda: told.update(choice_of(served, ignore_eos=True, max_tokens=300)))
     asks.start()
