@@ -27,7 +27,8 @@ def test_a_process_that_imports_a_script_starts_no_run(script, monkeypatch):
     runpy.run_path(str(script), run_name="__mp_main__")
 
 
-OTHER = ("tokenizer", "pretrain", "vlm-pretrain", "vlm-sft")  # of which the last two need a tower besides
+# Those that see need a tower besides; those that learn from reward tokenise prompts one by one.
+OTHER = ("tokenizer", "pretrain", "vlm-pretrain", "vlm-sft", "grpo", "ppo", "agent")
 ADAPTING = [pytest.param(stage, marks=pytest.mark.slow) for stage in STAGES if stage not in OTHER]
 
 
