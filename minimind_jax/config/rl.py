@@ -198,7 +198,6 @@ class PromptsConfig(sections.FilesConfig):
     system_prompt_probability: chance that a prompt without system prompt and tools gets one of MiniMind's ten.
     """
 
-    val_fraction: float | None = 0.05
     seq_len: int = setting(768, must=at_least(4))
     system_prompt_probability: float = setting(0.0, must=SHARE)
 

@@ -266,13 +266,16 @@ def open_data(
 
 
 def split_documents(cache: TokenCache, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(training, validation) documents; a record's side depends on its number, the fraction and the seed alone.
+    """(training, validation) documents; see `split_records`."""
+    return split_records(np.asarray(cache.records), fraction, seed)
 
-    At least one document is held out if the fraction is above 0 and there are two.
-    """
-    draws = _hash01(np.asarray(cache.records), named_seed(seed, "validation"))
+
+def split_records(records: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(training, validation) places in `records`; a record's side depends on its number, the fraction and the seed
+    alone. At least one is held out if the fraction is above 0 and there are two."""
+    draws = _hash01(records, named_seed(seed, "validation"))
     held_out = draws < fraction
-    if fraction and len(cache) > 1:
+    if fraction and len(records) > 1:
         held_out[np.argmin(draws)] = True
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 

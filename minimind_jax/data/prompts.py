@@ -28,6 +28,19 @@ class Prompt(NamedTuple):
         return self.conversation or Conversation([{"role": "user", "content": self.text}])
 
 
+def own_thinking(asked: Conversation, where: str) -> bool | None:
+    """Whether the record itself says that its answer thinks, or not; None where it does not say. Raises UserError for
+    other variables of a template, which nobody who writes answers follows."""
+    others = dict(asked.variables)
+    said = [others.pop(name) for name in ("open_thinking", "enable_thinking") if name in others]
+    if others:
+        raise UserError(
+            f"{where}: chat_template_kwargs has {next(iter(others))!r}, and of these only enable_thinking is followed "
+            "where answers are written; list chat_template_kwargs in ignore_fields to leave them out"
+        )
+    return bool(said[0]) if said else None
+
+
 def read_prompt(record: Record, reading: Reading, raw: bool = False) -> Prompt:
     """The question of a record: messages (a last answer is left out), an instruction, a prompt or a text.
 

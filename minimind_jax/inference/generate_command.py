@@ -13,7 +13,7 @@ from minimind_jax.convert.load import folders_of
 from minimind_jax.data.documents import begun, encode_prompt
 from minimind_jax.data.jsonl import Record, expand_paths, iter_records, reading_of, tell
 from minimind_jax.data.messages import Conversation
-from minimind_jax.data.prompts import read_prompt, shortened
+from minimind_jax.data.prompts import own_thinking, read_prompt, shortened
 from minimind_jax.data.written import check_output, json_line
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
@@ -287,14 +287,8 @@ def _cut(engine: Engine, config: GenerateConfig, request: Prompt) -> Prompt:
 
 def _thinking(config: GenerateConfig, asked: Conversation, source: Record | Prompt) -> bool:
     """Whether the answer may think, as the record says, or the settings. Raises UserError for other variables."""
-    own = dict(asked.variables)
-    thinking = [own.pop(name) for name in ("open_thinking", "enable_thinking") if name in own]
-    if own:
-        raise UserError(
-            f"{source.where}: chat_template_kwargs has {next(iter(own))!r}, and of these generate follows only "
-            "enable_thinking; --ignore_fields chat_template_kwargs leaves them out"
-        )
-    return bool(thinking[0]) if thinking else config.thinking
+    own = own_thinking(asked, source.where)
+    return config.thinking if own is None else own
 
 
 def _prompt(engine: Engine, config: GenerateConfig, record: Record) -> Prompt:

@@ -12,14 +12,15 @@ class Task(NamedTuple):
     """What a policy is asked, of one record.
 
     where: the record, for messages. messages: up to the question. tools: JSON schemas that are offered. fields: the
-    record's other fields, such as `answer` or `gt`. variables: of the chat template, which the record sets.
+    record's other fields, such as `answer` or `gt`. thinking: whether the record says that it is asked to think, or
+    not to; None where it does not.
     """
 
     where: str
     messages: list[Message]
     tools: list[dict[str, Any]] | None
     fields: dict[str, Any]
-    variables: dict[str, Any] = {}  # noqa: RUF012  never changed in place
+    thinking: bool | None = None
 
 
 class Turn(NamedTuple):

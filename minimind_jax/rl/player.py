@@ -165,13 +165,13 @@ class Player:
             Asked(n, task, thinks(config, task, f"held out/{n}"), f"held out/{n}") for n, task in enumerate(tasks)
         ][index::processes]
         self.settle()
-        judge = functools.partial(self._judged, self._policy.load(params), is_stopping, asked)
+        play = functools.partial(self.play, self._policy.load(params), is_stopping, asked)
         greedy = dataclasses.replace(self._sampling, temperature=0.0, top_k=0, top_p=1.0)
         count, drawn = config.held_out.completions, []
         try:
-            rows = judge(1, greedy)
+            rows = self._judged(play(1, greedy))
             if count:
-                drawn = groups_of(judge(count, self._sampling)).values()
+                drawn = groups_of(self._judged(play(count, self._sampling))).values()
         except GaveUp:
             return None
         found = {
@@ -184,16 +184,8 @@ class Player:
             found["drawn_success"] = statistics.fmean(row.rewards["success"] for group in drawn for row in group)
         return found
 
-    def _judged(
-        self,
-        writer: Writer,
-        is_stopping: Callable[[], bool],
-        asked: Sequence[Asked],
-        completions: int,
-        sampling: SamplingConfig,
-    ) -> list[Row]:
+    def _judged(self, episodes: Sequence[Episode]) -> list[Row]:
         """Rows of all processes, whose rewards say whether each is a success, too."""
-        episodes = self.play(writer, is_stopping, asked, completions, sampling)
         self.rewards(episodes)
         for episode in episodes:
             episode.rewards = episode.rewards | {"success": float(self.rewards.success(episode))}

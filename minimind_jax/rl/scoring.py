@@ -64,9 +64,10 @@ class Scorer:
         for own in np.split(np.arange(count), self._parts):
             share = np.split(own, processes)[index]
             with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
-                scored = self._score(params, shard_batch({name: x[share] for name, x in read.items()}, self._mesh))
-            gather = functools.partial(multihost_utils.process_allgather, tiled=True)
-            found.append(jax.tree.map(gather, scored) if jax.process_count() > 1 else jax.device_get(scored))
+                found.append(self._score(params, shard_batch({name: x[share] for name, x in read.items()}, self._mesh)))
+        # Only now: what the host waits for, the device waits for.
+        gather = functools.partial(multihost_utils.process_allgather, tiled=True)
+        found = jax.tree.map(gather, found) if jax.process_count() > 1 else jax.device_get(found)
         joined = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
         order = np.argsort(joined.pop("place"))
         return arrays | {name: np.asarray(x, np.float32)[order] for name, x in joined.items()}

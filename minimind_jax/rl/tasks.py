@@ -3,26 +3,24 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from minimind_jax.config.rl import RLConfig
+from minimind_jax.data.batches import split_records
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.jsonl import iter_records, reading_of, tell
-from minimind_jax.data.messages import EMPTY_ANSWERS
-from minimind_jax.data.prompts import read_prompt, shortened
+from minimind_jax.data.messages import EMPTY_ANSWERS, Message
+from minimind_jax.data.prompts import own_thinking, read_prompt, shortened
 from minimind_jax.data.template import Dice
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.rl.episode import Task
 from minimind_jax.seeds import named_seed
 from minimind_jax.tools.schema import Schema
-from minimind_jax.training.defaults import FEWEST_TO_SPLIT, share_held_out
-
-THINKING = (False, True)
-SWITCHES = ("open_thinking", "enable_thinking")  # of the chat template
+from minimind_jax.training.defaults import share_held_out
 
 
 class Tasks(NamedTuple):
@@ -55,15 +53,13 @@ def read_tasks(config: RLConfig, tokenizer: Tokenizer, tools: Sequence[Schema] =
     fraction = config.data.val_fraction
     if fraction is None:
         fraction = share_held_out(len(train), config.figures)
-    count = round(len(train) * fraction) if len(train) >= FEWEST_TO_SPLIT else 0
-    if config.data.val_fraction != 0 and not count and len(train) > 1:
-        notes.append(
-            f"{len(train)} prompts are too few to hold some out; give data.val to see how well the policy does"
-        )
-    drawn = np.random.default_rng(named_seed(config.seed, "validation")).permutation(len(train))
-    aside = set(drawn[:count].tolist())
-    kept = [task for n, task in enumerate(train) if n not in aside]
-    return Tasks(kept, [train[n] for n in sorted(aside)], notes)
+        if not fraction:
+            notes.append(
+                f"{len(train)} prompts are too few to hold some out; give data.val, or data.val_fraction, to see how "
+                "well the policy does"
+            )
+    kept, aside = ([train[n] for n in side] for side in split_records(np.arange(len(train)), fraction, config.seed))
+    return Tasks(kept, aside, notes)
 
 
 def _read(
@@ -84,12 +80,13 @@ def _read(
         try:
             asked, _ = dice.roll(number)(read_prompt(record, reading).as_conversation())
             offered = asked.tools or list(tools) or None
-            task = Task(record.where, asked.messages, offered, dict(record.value), asked.variables)
-            encode_task(tokenizer, task, thinking=False)
+            thinking = own_thinking(asked, record.where)
+            task = Task(record.where, asked.messages, offered, dict(record.value), thinking)
+            length = prompt_length(config, tokenizer, task)
         except UserError as error:
             skip(error)
             continue
-        fitting = _fitting(config, tokenizer, task)
+        fitting = _fitting(config, tokenizer, task, length)
         counts["prompts are too long and left out (rollout.long_prompts)"] += fitting is None
         counts["prompts lost their beginning (rollout.long_prompts)"] += fitting not in (None, task)
         tasks += [fitting] if fitting else []
@@ -104,34 +101,38 @@ def _read(
     return tasks, [f"{name}: {count:,} {note}" for note, count in counts.items() if count]
 
 
-def _fitting(config: RLConfig, tokenizer: Tokenizer, task: Task) -> Task | None:
+def _fitting(config: RLConfig, tokenizer: Tokenizer, task: Task, length: int) -> Task | None:
     """The task, cut if need be; None where it is left out. Raises UserError where nothing says what to do."""
     room, wanted = config.data.seq_len - config.rollout.max_new_tokens, config.rollout.long_prompts
-    length = prompt_length(tokenizer)
-    if length(task) <= room:
+    if length <= room:
         return task
     if wanted == "stop":
         raise UserError(
-            f"{task.where}: the prompt has {length(task):,} tokens, and data.seq_len {config.data.seq_len} less "
+            f"{task.where}: the prompt has {length:,} tokens, and data.seq_len {config.data.seq_len} less "
             f"rollout.max_new_tokens {config.rollout.max_new_tokens} leaves {room:,}; raise data.seq_len, or set "
             "rollout.long_prompts to skip or cut"
         )
     if wanted == "skip":
         return None
-    messages = shortened(task.messages, lambda messages: length(task._replace(messages=messages)), room, tokenizer)
+
+    def count(messages: list[Message]) -> int:
+        return prompt_length(config, tokenizer, task._replace(messages=messages))
+
+    messages = shortened(task.messages, count, room, tokenizer)
     return None if messages is None else task._replace(messages=messages)
 
 
-def prompt_length(tokenizer: Tokenizer) -> Callable[[Task], int]:
-    """Tokens of a task's prompt, with or without thinking, whichever is longer."""
-    return lambda task: max(len(encode_task(tokenizer, task, thinking)) for thinking in THINKING)
+def prompt_length(config: RLConfig, tokenizer: Tokenizer, task: Task) -> int:
+    """Tokens of a task's prompt; of one that is asked to think now and then, the longer one's."""
+    chance = config.rollout.thinking if task.thinking is None else task.thinking
+    possible = {chance > 0, chance == 1}
+    return max(len(encode_task(tokenizer, task, thinking)) for thinking in possible)
 
 
 def thinks(config: RLConfig, task: Task, name: str) -> bool:
     """Whether a prompt opens a think block: as its record says, or as is drawn under that name."""
-    own = [task.variables[key] for key in SWITCHES if key in task.variables]
     draw = np.random.default_rng(named_seed(config.seed, "thinking", name)).random()
-    return bool(own[0]) if own else draw < config.rollout.thinking
+    return draw < config.rollout.thinking if task.thinking is None else task.thinking
 
 
 def encode_task(tokenizer: Tokenizer, task: Task, thinking: bool) -> list[int]:

@@ -181,7 +181,7 @@ def test_one_held_out_prompt(grpo, tmp_path):
 
 
 def test_no_held_out_prompt(grpo, capsys):
-    rows = rows_of(stages.start(grpo(data={"val_fraction": 0.2}, prompts=2)))
+    rows = rows_of(stages.start(grpo(data={"val_fraction": None}, prompts=2)))
     assert not any("val_reward" in row for row in rows)
     told = capsys.readouterr().out
     assert "2 prompts are too few to hold some out" in told and "watch max reward is without effect" in told

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from minimind_jax.config.rl import GRPOConfig, PromptsConfig, RolloutConfig
+from minimind_jax.data.batches import split_records
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.rl.tasks import drawn_tasks, encode_task, read_tasks, refilling_tasks, thinks
@@ -14,11 +16,11 @@ from minimind_jax.tools.toolbox import Toolbox
 
 @pytest.fixture
 def config(tmp_path):
-    def make(records, **changes):
+    def make(records, val_fraction=0.25, **changes):
         file = tmp_path / "prompts.jsonl"
         file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
         rollout = RolloutConfig(max_new_tokens=16, **changes)
-        data = PromptsConfig(train=(str(file),), seq_len=64, val_fraction=0.25)
+        data = PromptsConfig(train=(str(file),), seq_len=64, val_fraction=val_fraction)
         return GRPOConfig(data=data, rollout=rollout)
 
     return make
@@ -52,30 +54,32 @@ def test_prompts_of_all_formats_are_the_same_task(config, tokenizer, record, cap
 def test_some_are_held_out_and_all_are_asked_before_one_comes_again(config, tokenizer):
     records = [{"prompt": f"cat {n}", "answer": n} for n in range(40)]
     tasks = read_tasks(config(records), tokenizer)
-    assert (len(tasks.train), len(tasks.held_out)) == (30, 10)
+    train, aside = split_records(np.arange(40), 0.25, 42)  # as of the records of every other stage
+    assert [task.fields["answer"] for task in tasks.held_out] == aside.tolist() and 4 <= len(aside) <= 16
+    assert [task.fields["answer"] for task in tasks.train] == train.tolist()
     asked = [n for rollout in range(5) for n in drawn_tasks(30, 8, 1, rollout)]
     assert sorted(asked[:30]) == list(range(30)) and len(set(asked[30:])) == 10
     assert drawn_tasks(3, 8, 1, 0) == drawn_tasks(3, 8, 1, 0)
     assert refilling_tasks(30, 4, 1, 0, 0) != refilling_tasks(30, 4, 1, 0, 1)
-    open_share = dataclasses.replace(config(records).data, val_fraction=None)
-    assert len(read_tasks(dataclasses.replace(config(records), data=open_share), tokenizer).held_out) > 1
-    few = read_tasks(config(records[:5]), tokenizer)
+    assert read_tasks(config(records, val_fraction=None), tokenizer).held_out
+    few = read_tasks(config(records[:5], val_fraction=None), tokenizer)
     assert not few.held_out and "too few" in few.notes[0]
+    assert len(read_tasks(config(records[:5], val_fraction=0.01), tokenizer).held_out) == 1
 
 
 @pytest.mark.parametrize(("wanted", "left"), [("skip", 1), ("cut", 2)])
 def test_prompts_that_are_too_long(config, tokenizer, wanted, left):
     records = [{"prompt": "the cat"}, {"prompt": "▄██░ 你好 " * 40}]
     with pytest.raises(UserError, match=r"prompts.jsonl:2: the prompt has .*long_prompts"):
-        read_tasks(config(records), tokenizer)
-    tasks = read_tasks(config(records, long_prompts=wanted), tokenizer)
+        read_tasks(config(records, 0.0), tokenizer)
+    tasks = read_tasks(config(records, 0.0, long_prompts=wanted), tokenizer)
     assert len(tasks.train) == left and tasks.notes[0].startswith("data.train: 1 prompts")
     assert all(len(encode_task(tokenizer, task, True)) <= 48 for task in tasks.train)
 
 
 def test_thinking_is_drawn_for_a_group_or_said_by_its_record(config, tokenizer):
     records = [{"prompt": "the cat"}, {"prompt": "the cat", "chat_template_kwargs": {"enable_thinking": False}}]
-    made = config(records, thinking=0.5)
+    made = config(records, 0.0, thinking=0.5)
     drawn, said = read_tasks(made, tokenizer).train
     assert {thinks(made, drawn, str(n)) for n in range(20)} == {True, False}
     assert not any(thinks(made, said, str(n)) for n in range(20))
@@ -94,3 +98,9 @@ def test_an_agents_tools_are_offered_where_a_prompt_has_none(config, tokenizer):
         "data.train: 1 prompts offer no tools, and get those of agent.tools",
         "data.train: 1 prompts offer rates, which agent.tools does not have: a call of it fails",
     ]
+
+
+def test_variables_of_a_template_that_nobody_follows_are_refused(config, tokenizer):
+    records = [{"prompt": "the cat", "chat_template_kwargs": {"style": "brief"}}]
+    with pytest.raises(UserError, match=r"prompts.jsonl:1: chat_template_kwargs has 'style'.*ignore_fields"):
+        read_tasks(config(records), tokenizer)
