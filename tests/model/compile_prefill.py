@@ -62,7 +62,7 @@ def compile_case(platform: Platform, devices: list, sizes: dict, length: int, mo
         if sizes:
             counts = jax.eval_shape(lambda: Counts.none(ROWS, model.config.vocab_size))
             counts = jax.tree.map(argument, counts)
-            work = row, row, settings, counts, np.int32(8)
+            work = row, row, settings, counts, row, np.int32(8), np.int32(1)
             making = make.lower(model, params, cache, *work, most=8).compile()
             for program in (reading, making):  # what the host reads must be whole on each process's devices
                 *outputs, _ = program.output_shardings
