@@ -47,14 +47,11 @@ _ROUTER_TENSORS = {"mlp.gate.weight": ("mlp", "router", "kernel")}
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a checkpoint that is read when it is needed.
-
-    dtype: a key of `DTYPES`. read(index): what `array[index]` is, in that dtype; `...` for the whole array.
-    """
+    """A tensor of a checkpoint that is read when it is needed."""
 
     shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[Any], np.ndarray]
+    dtype: str  # a key of `DTYPES`
+    read: Callable[[Any], np.ndarray]  # of an index what `array[index]` is, in that dtype; `...` for the whole array
 
     def equals(self, other: "StoredTensor") -> bool:
         return self.shape == other.shape and np.array_equal(self.read(...), other.read(...))

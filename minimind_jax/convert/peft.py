@@ -46,15 +46,12 @@ _UNSUPPORTED = {
 
 
 class StoredAdapter(NamedTuple):
-    """An adapter as it lies in a folder.
+    """An adapter as it lies in a folder."""
 
-    base: folder of the model it belongs to, as its configuration names it. table: its ranks. tree: its parameters, of
-    which `lora_scale` is a number for each layer (NumPy, float32; see `model.lora`). dropout, rslora: of its training.
-    """
-
-    base: str
-    table: RankTable
-    tree: Params
+    base: str  # folder of the model it belongs to, as its configuration names it
+    table: RankTable  # its ranks
+    tree: Params  # its parameters, of which `lora_scale` is a number for each layer (NumPy, float32; see `model.lora`)
+    # dropout, rslora: of its training
     dropout: float
     rslora: bool
 

@@ -36,18 +36,14 @@ _NAME = re.compile(r"\.?(?P<key>[0-9a-f]{32})(\.\d+\.tmp)?")  # a cache, or what
 
 @dataclasses.dataclass(frozen=True)
 class StoredCache:
-    """A cache on disk.
-
-    files: paths of the data it was made from. kind: of `kinds.KINDS`, unfinished (being made, or left by a killed
-        process) or damaged. size: in bytes. last_used: seconds since 1970. stale: no run can use it again.
-    """
+    """A cache on disk."""
 
     folder: Path
-    files: tuple[str, ...]
-    kind: str
-    size: int
-    last_used: float
-    stale: bool
+    files: tuple[str, ...]  # paths of the data it was made from
+    kind: str  # of `kinds.KINDS`, unfinished (being made, or left by a killed process) or damaged
+    size: int  # in bytes
+    last_used: float  # seconds since 1970
+    stale: bool  # no run can use it again
 
     @property
     def key(self) -> str:

@@ -18,21 +18,16 @@ from minimind_jax.errors import TemplateFault, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One record of n tokens.
+    """One record of n tokens."""
 
-    ids: int32 (n,). trained: bool (n,), True where this token is a target of the loss.
-    turn_starts: offsets, 0 first, at which the document may be cut: where a new message follows the assistant's answer.
-        Of a pair: 0, the length of the prompt both sides begin with, and where the second side begins.
-    values: numbers that belong to it: of a pair its margin, of a labelled text its label.
-    pictures: as `pictures.pack` writes them. picture_starts: offset of the first marker of each.
-    """
-
-    ids: np.ndarray
-    trained: np.ndarray
+    ids: np.ndarray  # int32 (n,)
+    trained: np.ndarray  # bool (n,), True where this token is a target of the loss
+    # offsets, 0 first, at which the document may be cut: where a new message follows the assistant's answer. Of a pair:
+    # 0, the length of the prompt both sides begin with, and where the second side begins
     turn_starts: list[int]
-    values: tuple[float, ...] = ()
-    pictures: tuple[bytes, ...] = ()
-    picture_starts: Sequence[int] = ()
+    values: tuple[float, ...] = ()  # numbers that belong to it: of a pair its margin, of a labelled text its label
+    pictures: tuple[bytes, ...] = ()  # as `pictures.pack` writes them
+    picture_starts: Sequence[int] = ()  # offset of the first marker of each
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> Document:

@@ -30,18 +30,14 @@ Annotate = Callable[[TokenCache, Pieces], Batch]
 
 @dataclasses.dataclass(frozen=True)
 class Epoch:
-    """The rows of one epoch.
-
-    documents: (n,) documents of the cache the plan is about. seed: of the order of the rows, 32 bits; None for that of
-    the plan. packing: of PACKINGS. annotate: adds to rows what belongs to their pieces.
-    """
+    """The rows of one epoch."""
 
     cache: TokenCache
-    documents: np.ndarray
+    documents: np.ndarray  # (n,) documents of the cache the plan is about
     plan: PackingPlan
-    seed: int | None
-    packing: str
-    annotate: Annotate | None = None
+    seed: int | None  # of the order of the rows, 32 bits; None for that of the plan
+    packing: str  # of PACKINGS
+    annotate: Annotate | None = None  # adds to rows what belongs to their pieces
 
     def rows(self, places: Sequence[int], token_bytes: np.ndarray) -> Batch:
         """The rows at these places of the epoch: arrays (rows, T), all padding beyond the last row."""

@@ -37,15 +37,11 @@ NO_DATA = ("readme", "license", "dataset_info", "dataset_infos", "changelog")  #
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How files and records are read.
+    """How files and records are read."""
 
-    encoding: of text files. text_field: where a text stands; empty for the usual names. ignore_fields: of records and
-    messages that are left out.
-    """
-
-    encoding: str = "utf-8"
-    text_field: str = ""
-    ignore_fields: tuple[str, ...] = ()
+    encoding: str = "utf-8"  # of text files
+    text_field: str = ""  # where a text stands; empty for the usual names
+    ignore_fields: tuple[str, ...] = ()  # of records and messages that are left out
 
 
 READING = Reading()

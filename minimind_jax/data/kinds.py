@@ -28,13 +28,12 @@ BEGINNING = 40  # characters of a text, of which the last word is left out
 
 
 class Wanted(NamedTuple):
-    """What a record is read for. reading: of its file. classes: of labelled texts. flag: what skips broken records.
-    sight: of the model that looks at pictures."""
+    """What a record is read for."""
 
-    reading: Reading = READING
-    classes: Classes | None = None
-    flag: str = "--data.on_error"
-    sight: Sight = SIGHT
+    reading: Reading = READING  # of its file
+    classes: Classes | None = None  # of labelled texts
+    flag: str = "--data.on_error"  # what skips broken records
+    sight: Sight = SIGHT  # of the model that looks at pictures
 
 
 def parse_text(record: Record, flag: str = "--data.on_error", reading: Reading = READING) -> str:
@@ -96,40 +95,29 @@ def spoken(messages: Sequence[Message]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What all kinds of data have, and each in its own way.
+    """What all kinds of data have, and each in its own way."""
 
-    noun: what messages call its records.
-    parse: what a record says. Raises UserError with file and line.
-    as_record: the record of our own format that says the same.
-    encode: of what is parsed the document, given the record's draws of the template's chances and a listener for what
-        is told of it. Raises UserError without file and line.
-    packings: how its documents are packed (`epoch.PACKINGS`); of several, as `data.packing` says; none where they are
-        read one by one.
-    why_no_row: what is wrong where none of its documents has a row in which something is trained.
-    rendered: written by the chat template: its chances are drawn, only some tokens are trained, and places between the
-        turns are known.
-    has_values: numbers belong to each document.
-    cut_freely: running text, which may be cut anywhere, and then keeps its end token as the last of a row of its own.
-    has_pictures: documents have pictures, of which markers among their tokens stand for.
-    counts: what `data inspect` shows of a cache beside documents and tokens.
-    words: what a tokenizer learns from. question: what a sample asks or goes on from; prompt: the tokens the model then
-        goes on from. None where no model writes.
-    """
-
-    noun: str
-    parse: Callable[[Record, Wanted], Any]
-    as_record: Callable[[Any], dict[str, Any]]
+    noun: str  # what messages call its records
+    parse: Callable[[Record, Wanted], Any]  # what a record says. Raises UserError with file and line
+    as_record: Callable[[Any], dict[str, Any]]  # the record of our own format that says the same
+    # of what is parsed the document, given the record's draws of the template's chances and a listener for what is told
+    # of it. Raises UserError without file and line
     encode: Callable[[Tokenizer, Any, Roll, Callable[[str], None]], documents.Document]
+    # how its documents are packed (`epoch.PACKINGS`); of several, as `data.packing` says; none where they are read one
+    # by one
     packings: tuple[str, ...]
-    why_no_row: str
+    why_no_row: str  # what is wrong where none of its documents has a row in which something is trained
+    # written by the chat template: its chances are drawn, only some tokens are trained, and places between the turns
+    # are known
     rendered: bool = False
-    has_values: bool = False
+    has_values: bool = False  # numbers belong to each document
+    # running text, which may be cut anywhere, and then keeps its end token as the last of a row of its own
     cut_freely: bool = False
-    has_pictures: bool = False
-    counts: tuple[str, ...] = ()
-    words: Callable[[Any], str] | None = None
-    question: Callable[[Any], str] | None = None
-    prompt: Callable[[Tokenizer, str], list[int]] | None = None
+    has_pictures: bool = False  # documents have pictures, of which markers among their tokens stand for
+    counts: tuple[str, ...] = ()  # what `data inspect` shows of a cache beside documents and tokens
+    words: Callable[[Any], str] | None = None  # what a tokenizer learns from
+    question: Callable[[Any], str] | None = None  # what a sample asks or goes on from; None where no model writes
+    prompt: Callable[[Tokenizer, str], list[int]] | None = None  # the tokens the model then goes on from
 
 
 def _asked(tokenizer: Tokenizer, question: str) -> list[int]:

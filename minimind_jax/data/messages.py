@@ -32,20 +32,16 @@ Message = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """Checked messages, in the form the chat template takes.
+    """Checked messages, in the form the chat template takes."""
 
-    messages: dicts with role and content (str), for the assistant also reasoning_content (str) and tool_calls (list of
-        {"name", "arguments"} or {"function": {"name", "arguments"}}) where the record has them, and `train` False where
-        its words are context only.
-    tools: the JSON schemas the system message offers, or None.
-    variables: of the chat template, which the record sets itself.
-    plain: a text and its completion, which are joined without the template.
-    """
-
+    # dicts with role and content (str), for the assistant also reasoning_content (str) and tool_calls (list of {"name",
+    # "arguments"} or {"function": {"name", "arguments"}}) where the record has them, and `train` False where its words
+    # are context only
     messages: list[Message]
-    tools: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None  # the JSON schemas the system message offers, or None
+    # of the chat template, which the record sets itself
     variables: dict[str, Any] = dataclasses.field(default_factory=dict)
-    plain: bool = False
+    plain: bool = False  # a text and its completion, which are joined without the template
 
     def as_record(self) -> dict[str, Any]:
         """The record that is read as this conversation, in our own format."""

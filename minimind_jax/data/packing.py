@@ -34,27 +34,21 @@ def nowhere(document: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class PackingPlan:
-    """Rows of at most `seq_len` tokens, each a run of pieces.
-
-    row_starts: (rows + 1,) row r holds the pieces row_starts[r] to row_starts[r + 1].
-    documents, starts, stops: (pieces,) tokens [start, stop) of that document. all_tokens: of the documents planned.
-    cut_documents: documents that are in more than one piece, or lost their tail.
-    cut_turns: turns longer than a row, which had to be cut inside (`plan_best_fit`).
-    left_out: pairs without room for their answers and the header before them (`plan_pairs`), conversations with more
-        pictures than a row may have (`plan_images`).
-    untrained: rows, pieces or documents that are left out because nothing in them is trained.
-    """
+    """Rows of at most `seq_len` tokens, each a run of pieces."""
 
     seq_len: int
-    row_starts: np.ndarray
+    row_starts: np.ndarray  # (rows + 1,) row r holds the pieces row_starts[r] to row_starts[r + 1]
+    # documents, starts, stops: (pieces,) tokens [start, stop) of that document
     documents: np.ndarray
     starts: np.ndarray
     stops: np.ndarray
-    all_tokens: int
-    cut_documents: int = 0
-    cut_turns: int = 0
+    all_tokens: int  # of the documents planned
+    cut_documents: int = 0  # documents that are in more than one piece, or lost their tail
+    cut_turns: int = 0  # turns longer than a row, which had to be cut inside (`plan_best_fit`)
+    # pairs without room for their answers and the header before them (`plan_pairs`), conversations with more pictures
+    # than a row may have (`plan_images`)
     left_out: int = 0
-    untrained: int = 0
+    untrained: int = 0  # rows, pieces or documents that are left out because nothing in them is trained
 
     @property
     def rows(self) -> int:

@@ -61,14 +61,11 @@ SYSTEM_PROMPTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """A piece of a rendered conversation that is tokenised by itself.
-
-    trained: the model learns to write this piece. turn: counts from 0; a turn ends after the assistant has spoken.
-    """
+    """A piece of a rendered conversation that is tokenised by itself."""
 
     text: str
-    trained: bool
-    turn: int
+    trained: bool  # the model learns to write this piece
+    turn: int  # counts from 0; a turn ends after the assistant has spoken
 
 
 def render(

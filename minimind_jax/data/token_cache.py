@@ -42,33 +42,24 @@ KEPT_MESSAGES = 100  # of skipped records; all are counted
 
 @dataclasses.dataclass(frozen=True)
 class TokenCache:
-    """Tokenised documents, memory-mapped.
-
-    tokens: (tokens,) of all documents, end to end. trained: (tokens,) 1 where a token is a target; None in a cache
-        of plain text, where all are.
-    offsets: (documents + 1,) document d is tokens[offsets[d]:offsets[d + 1]].
-    records: (documents,) number of the record in the files, counted from 0 over all of them.
-    turn_offsets, turn_starts: document d may be cut at turn_starts[turn_offsets[d]:turn_offsets[d + 1]], counted from
-        its first token.
-    values: (documents, width) numbers that belong to each (see `documents.Document`), float32.
-    pictures: of the documents, of a kind that has them.
-    info: what else is known: documents, tokens, trained_tokens, skipped, skipped_messages, told (lines about what was
-        ignored), eos_id, pad_id, source.
-    in_use: keeps the folder from being removed as long as this object lives.
-    """
+    """Tokenised documents, memory-mapped."""
 
     folder: Path
     kind: KindName
-    tokens: np.ndarray
-    trained: np.ndarray | None
-    offsets: np.ndarray
-    records: np.ndarray
+    tokens: np.ndarray  # (tokens,) of all documents, end to end
+    trained: np.ndarray | None  # (tokens,) 1 where a token is a target; None in a cache of plain text, where all are
+    offsets: np.ndarray  # (documents + 1,) document d is tokens[offsets[d]:offsets[d + 1]]
+    records: np.ndarray  # (documents,) number of the record in the files, counted from 0 over all of them
+    # turn_offsets, turn_starts: document d may be cut at turn_starts[turn_offsets[d]:turn_offsets[d + 1]], counted from
+    # its first token
     turn_offsets: np.ndarray
     turn_starts: np.ndarray
-    values: np.ndarray
-    pictures: StoredPictures | None
+    values: np.ndarray  # (documents, width) numbers that belong to each (see `documents.Document`), float32
+    pictures: StoredPictures | None  # of the documents, of a kind that has them
+    # what else is known: documents, tokens, trained_tokens, skipped, skipped_messages, told (lines about what was
+    # ignored), eos_id, pad_id, source
     info: dict[str, Any]
-    in_use: BinaryIO
+    in_use: BinaryIO  # keeps the folder from being removed as long as this object lives
 
     def __len__(self) -> int:
         return len(self.records)

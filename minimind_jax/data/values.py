@@ -19,15 +19,12 @@ IGNORABLE = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a record, a field or a message stands, for errors, and what is told of it.
+    """Where a record, a field or a message stands, for errors, and what is told of it."""
 
-    text: file, line and field. told: counts of what was left out, by (file, note). ignore: more fields to leave out.
-    """
-
-    text: str
+    text: str  # file, line and field
     file: str
-    told: Counter
-    ignore: frozenset[str] = frozenset()
+    told: Counter  # counts of what was left out, by (file, note)
+    ignore: frozenset[str] = frozenset()  # more fields to leave out
 
     def tell(self, note: str) -> None:
         self.told[self.file, note] += 1

@@ -19,16 +19,12 @@ from minimind_jax.sharding import ROW_AXES, current_mesh, row_shards
 
 
 class Settings(NamedTuple):
-    """What does not change from token to token of some rows.
+    """What does not change from token to token of some rows."""
 
-    rows_B: of the cache; beyond its last for a row that only fills up. values: of sampling. ends_BE: tokens that end
-    the row, -1 where there are fewer. adapter_B: number of the row's adapter, -1 for none.
-    """
-
-    rows_B: jax.Array
-    values: SamplingValues
-    ends_BE: jax.Array
-    adapter_B: jax.Array
+    rows_B: jax.Array  # of the cache; beyond its last for a row that only fills up
+    values: SamplingValues  # of sampling
+    ends_BE: jax.Array  # tokens that end the row, -1 where there are fewer
+    adapter_B: jax.Array  # number of the row's adapter, -1 for none
 
 
 @functools.partial(jax.jit, static_argnames=("model", "places"))

@@ -41,17 +41,13 @@ _STACK = 1 << 20  # bytes: a grammar that fits into it fits into the stack of an
 
 
 class Form(NamedTuple):
-    """What an answer must be.
+    """What an answer must be."""
 
-    rule: the right side of a Lark rule. rules: others. parts: grammars that these name. calls: tools may be called.
-    is_free: it is words that may end anywhere, until a call begins.
-    """
-
-    rule: str
-    rules: str = ""
-    parts: tuple[dict[str, Any], ...] = ()
-    calls: bool = False
-    is_free: bool = False
+    rule: str  # the right side of a Lark rule
+    rules: str = ""  # others
+    parts: tuple[dict[str, Any], ...] = ()  # grammars that these name
+    calls: bool = False  # tools may be called
+    is_free: bool = False  # it is words that may end anywhere, until a call begins
 
 
 Tag = Callable[[str], int | None]  # the token that a tag is, or None

@@ -31,11 +31,7 @@ WIDTH = 128  # tokens in a block, where sums are made block by block
 
 class SamplingValues(NamedTuple):
     """The numbers of every row, always all of them: (B,) each, 0 (penalty of repetition and top_p: 1) where a step is
-    off.
-
-    seed_B2: words of the seed, uint32. bias_ids_BN, bias_values_BN: added to the logits of those ids; an id beyond the
-    vocabulary adds nothing. top_logprobs_B: likeliest tokens to report.
-    """
+    off."""
 
     temperature_B: jax.Array
     top_k_B: jax.Array
@@ -44,10 +40,11 @@ class SamplingValues(NamedTuple):
     repetition_penalty_B: jax.Array
     presence_penalty_B: jax.Array
     frequency_penalty_B: jax.Array
-    seed_B2: jax.Array
+    seed_B2: jax.Array  # words of the seed, uint32
+    # bias_ids_BN, bias_values_BN: added to the logits of those ids; an id beyond the vocabulary adds nothing
     bias_ids_BN: jax.Array
     bias_values_BN: jax.Array
-    top_logprobs_B: jax.Array
+    top_logprobs_B: jax.Array  # likeliest tokens to report
 
     @classmethod
     def of(
@@ -103,16 +100,14 @@ class Counts(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """The next token of each row.
-
-    logprob_B: log softmax of the model's own logits. sampled_logprob_B: of the distribution that was drawn from, after
-    bias, penalties, allowed tokens, temperature and cuts; 0 where the likeliest is taken. top_ids_BT, top_logprobs_BT:
-    the MAX_TOP likeliest by the model's own logits; zeros if no row asked.
-    """
+    """The next token of each row."""
 
     token_B: jax.Array
-    logprob_B: jax.Array
+    logprob_B: jax.Array  # log softmax of the model's own logits
+    # of the distribution that was drawn from, after bias, penalties, allowed tokens, temperature and cuts; 0 where the
+    # likeliest is taken
     sampled_logprob_B: jax.Array
+    # the MAX_TOP likeliest by the model's own logits; zeros if no row asked
     top_ids_BT: jax.Array
     top_logprobs_BT: jax.Array
 

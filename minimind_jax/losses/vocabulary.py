@@ -28,12 +28,11 @@ ROWS, KERNEL, LOGITS = PartitionSpec(ROW_AXES), PartitionSpec(VOCAB), PartitionS
 
 
 class TokenScores(NamedTuple):
-    """Float32, of the distribution softmax(logits). log_probs_BT: log p(target) = logits[target] - log_sums.
-    log_sums_BT: logsumexp(logits). entropies_BT: -sum p log p over the words; None where not asked for."""
+    """Float32, of the distribution softmax(logits)."""
 
-    log_probs_BT: Array
-    log_sums_BT: Array
-    entropies_BT: Array | None = None
+    log_probs_BT: Array  # log p(target) = logits[target] - log_sums
+    log_sums_BT: Array  # logsumexp(logits)
+    entropies_BT: Array | None = None  # -sum p log p over the words; None where not asked for
 
 
 def piece_size(tokens: int, vocab: int) -> int:

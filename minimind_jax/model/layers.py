@@ -23,19 +23,15 @@ Attend = Callable[[Array, Array, Array, LayerCache | None], tuple[Array, LayerCa
 
 
 class Context(NamedTuple):
-    """What all layers share in one forward pass.
-
-    attend: which keys a query sees, and how that is computed. is_token_BT: what is not padding; None where all is.
-    experts: the path of a mixture (see `moe`). adapter_B: each row's among several adapters; None for none.
-    """
+    """What all layers share in one forward pass."""
 
     cos_BTh: Array
     sin_BTh: Array
-    is_token_BT: Array | None
-    attend: Attend
-    experts: moe.Path
+    is_token_BT: Array | None  # what is not padding; None where all is
+    attend: Attend  # which keys a query sees, and how that is computed
+    experts: moe.Path  # the path of a mixture (see `moe`)
     platform: Platform
-    adapter_B: Array | None = None
+    adapter_B: Array | None = None  # each row's among several adapters; None for none
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:

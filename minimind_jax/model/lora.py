@@ -37,15 +37,11 @@ OWNER = "lora_owner"  # beside them where adapters are stacked: the number of th
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """What a network must know of its adapters: a static argument, while their scales and weights are arrays.
+    """What a network must know of its adapters: a static argument, while their scales and weights are arrays."""
 
-    ranks: (projection, its largest rank over the layers), for those that have an adapter. dropout: of their inputs.
-    by_row: they are several, of which each row of a batch uses its own (see `stack`).
-    """
-
-    ranks: tuple[tuple[str, int], ...]
-    dropout: float = 0.0
-    by_row: bool = False
+    ranks: tuple[tuple[str, int], ...]  # (projection, its largest rank over the layers), for those that have an adapter
+    dropout: float = 0.0  # of their inputs
+    by_row: bool = False  # they are several, of which each row of a batch uses its own (see `stack`)
 
     def rank(self, projection: str) -> int:
         """0 without an adapter."""

@@ -9,60 +9,47 @@ from minimind_jax.tools.toolbox import Observation
 
 
 class Task(NamedTuple):
-    """What a policy is asked, of one record.
+    """What a policy is asked, of one record."""
 
-    where: the record, for messages. messages: up to the question. tools: JSON schemas that are offered. fields: the
-    record's other fields, such as `answer` or `gt`. thinking: whether the record says that it is asked to think, or
-    not to; None where it does not.
-    """
-
-    where: str
-    messages: list[Message]
-    tools: list[dict[str, Any]] | None
-    fields: dict[str, Any]
-    thinking: bool | None = None
+    where: str  # the record, for messages
+    messages: list[Message]  # up to the question
+    tools: list[dict[str, Any]] | None  # JSON schemas that are offered
+    fields: dict[str, Any]  # the record's other fields, such as `answer` or `gt`
+    thinking: bool | None = None  # whether the record says that it is asked to think, or not to; None where it does not
 
 
 class Turn(NamedTuple):
-    """What the policy wrote at once. text: without the end of turn, with its thoughts and calls. answer: without
-    thoughts and calls. calls: broken ones among them. observations: what it was told of its calls. start, end: its
-    tokens in the episode; the end of turn is among them. finish: `stop` or `length`."""
+    """What the policy wrote at once."""
 
-    text: str
-    answer: str
-    calls: tuple[Call, ...]
-    observations: tuple[Observation, ...]
+    text: str  # without the end of turn, with its thoughts and calls
+    answer: str  # without thoughts and calls
+    calls: tuple[Call, ...]  # broken ones among them
+    observations: tuple[Observation, ...]  # what it was told of its calls
+    # start, end: its tokens in the episode; the end of turn is among them
     start: int
     end: int
-    finish: str
+    finish: str  # `stop` or `length`
 
 
 @dataclasses.dataclass
 class Episode:
-    """One completion of a prompt; an agent's may have several turns.
+    """One completion of a prompt; an agent's may have several turns."""
 
-    group: number of its prompt in the rollout. thinking: whether the prompt opened a think block.
-    tokens: of the prompt and all that followed, as they were sampled, never encoded anew. prompt: so many are the
-        prompt's. sampled: of each token whether the policy wrote it. logprobs: of the sampled ones, of the distribution
-        they were drawn from; 0 elsewhere.
-    finish: `stop`; or why it was cut off: `length` (max_new_tokens), `turns`, `tokens` (data.seq_len), `seconds`, or
-        `error` (of its environment).
-    rewards: of each function by its name, None where it has nothing to say. reward: their weighted sum.
-    state: of its environment.
-    """
-
-    group: int
+    group: int  # number of its prompt in the rollout
     task: Task
-    thinking: bool
-    tokens: list[int]
-    prompt: int
-    sampled: list[bool]
-    logprobs: list[float]
+    thinking: bool  # whether the prompt opened a think block
+    tokens: list[int]  # of the prompt and all that followed, as they were sampled, never encoded anew
+    prompt: int  # so many are the prompt's
+    sampled: list[bool]  # of each token whether the policy wrote it
+    logprobs: list[float]  # of the sampled ones, of the distribution they were drawn from; 0 elsewhere
     turns: list[Turn] = dataclasses.field(default_factory=list)
+    # `stop`; or why it was cut off: `length` (max_new_tokens), `turns`, `tokens` (data.seq_len), `seconds`, or `error`
+    # (of its environment)
     finish: str = ""
+    # of each function by its name, None where it has nothing to say
     rewards: dict[str, float | None] = dataclasses.field(default_factory=dict)
-    reward: float = 0.0
-    state: Any = None
+    reward: float = 0.0  # their weighted sum
+    state: Any = None  # of its environment
 
     @property
     def was_cut(self) -> bool:

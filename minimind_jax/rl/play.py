@@ -69,16 +69,15 @@ class Reply(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class _Seat:
-    """An episode in the making. seed: of what it writes. task_seed: of its environment. deadline: of the clock, once it
-    writes. given_up: nobody waits for its environment."""
+    """An episode in the making."""
 
     number: int
-    seed: int
-    task_seed: int
+    seed: int  # of what it writes
+    task_seed: int  # of its environment
     episode: Episode
     has_started: bool = False
-    deadline: float = math.inf
-    given_up: bool = False
+    deadline: float = math.inf  # of the clock, once it writes
+    given_up: bool = False  # nobody waits for its environment
 
 
 def play(
@@ -135,8 +134,7 @@ def _seat(number: int, start: Start, group_seed: int) -> _Seat:
 
 @dataclasses.dataclass(eq=False)
 class _Table:
-    """All that play together. writing: those whose turn is being written. waiting: those whose environment works.
-    is_quick: all environments were, so far."""
+    """All that play together."""
 
     writer: Writer
     environment: Environment
@@ -147,10 +145,10 @@ class _Table:
     seconds: float
     report: Callable[[int], None]
     is_stopping: Callable[[], bool]
-    writing: dict[Answer, _Seat] = dataclasses.field(default_factory=dict)
-    waiting: set[_Seat] = dataclasses.field(default_factory=set)
+    writing: dict[Answer, _Seat] = dataclasses.field(default_factory=dict)  # those whose turn is being written
+    waiting: set[_Seat] = dataclasses.field(default_factory=set)  # those whose environment works
     replies: "queue.SimpleQueue[tuple[_Seat, Reply]]" = dataclasses.field(default_factory=queue.SimpleQueue)
-    is_quick: bool = True
+    is_quick: bool = True  # all environments were, so far
     errors: dict[int, BaseException] = dataclasses.field(default_factory=dict)
 
     def play(self, seats: Sequence[_Seat]) -> list[Episode]:

@@ -36,12 +36,11 @@ PATIENCE = 10.0  # seconds until a process must see what another has written
 
 
 class Found(NamedTuple):
-    """What is in the folder of a run that is about to begin. steps: of its checkpoints. changed: settings that are not
-    those it was last started with, `old -> new`. is_exported: its model is written."""
+    """What is in the folder of a run that is about to begin."""
 
-    steps: Sequence[int]
-    changed: dict[str, str]
-    is_exported: bool
+    steps: Sequence[int]  # of its checkpoints
+    changed: dict[str, str]  # settings that are not those it was last started with, `old -> new`
+    is_exported: bool  # its model is written
 
     @classmethod
     def look(cls, folder: RunFolder, config: RunConfig) -> "Found":

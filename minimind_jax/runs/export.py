@@ -67,19 +67,15 @@ def export_gguf(stages: Stages, config: ToGGUFConfig) -> None:
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint as a whole model: adapters merged into the model that they were trained over.
-
-    labels: of a model with a head of scores. generation: what its generation_config.json has. dtype: the run's
-    export_dtype.
-    """
+    """A checkpoint as a whole model: adapters merged into the model that they were trained over."""
 
     step: int
     config: ModelConfig
     params: Params
     tokenizer: Tokenizer
-    labels: Labels | None
-    generation: dict[str, Any] | None
-    dtype: str
+    labels: Labels | None  # of a model with a head of scores
+    generation: dict[str, Any] | None  # what its generation_config.json has
+    dtype: str  # the run's export_dtype
 
 
 def export_checkpoint(stages: Stages, asked: ToHFConfig) -> int:

@@ -70,13 +70,10 @@ class Reference:
 
 
 class Unit(NamedTuple):
-    """What a frozen model speaks of: every token, or every pair. Each has a row in the tables of its cache.
+    """What a frozen model speaks of: every token, or every pair. Each has a row in the tables of its cache."""
 
-    count: how many a cache has. rows: of the units in rows of data, (rows, units), -1 for none.
-    """
-
-    count: Callable[[TokenCache], int]
-    rows: Callable[[TokenCache, Pieces], np.ndarray]
+    count: Callable[[TokenCache], int]  # how many a cache has
+    rows: Callable[[TokenCache, Pieces], np.ndarray]  # of the units in rows of data, (rows, units), -1 for none
 
 
 # What is said of a token is behind the tokens before it in its row's piece: pieces must be the same in every epoch.
@@ -97,22 +94,19 @@ def pairs(room: int) -> Unit:
 
 
 class Asked(NamedTuple):
-    """A question to a frozen model. name: whose folder below the run's it is. setting: by which it is changed.
+    """A question to a frozen model."""
 
-    columns: of what is kept, by its name in a batch, the ending of its file and the dtype there. ask: of parameters and
-    a batch, an array (rows, units, width) for each column. made_of: what else decides the answers. what: it is asked
-    for, in words; way_out: of a full disk.
-    """
-
-    name: str
-    setting: str
+    name: str  # whose folder below the run's it is
+    setting: str  # by which it is changed
     unit: Unit
+    # of what is kept, by its name in a batch, the ending of its file and the dtype there
     columns: dict[str, tuple[str, type]]
     width: int
+    # of parameters and a batch, an array (rows, units, width) for each column
     ask: Callable[[Params, dict[str, Array]], tuple[Array, ...]]
-    made_of: dict[str, Any]
-    what: str
-    way_out: str = ""
+    made_of: dict[str, Any]  # what else decides the answers
+    what: str  # it is asked for, in words
+    way_out: str = ""  # of a full disk
 
 
 class Answers:

@@ -11,30 +11,23 @@ from minimind_jax.shell import command
 
 @dataclasses.dataclass(frozen=True)
 class StageKind:
-    """A stage, as the command line, the loop, pipelines, reports, exports and plans know it.
+    """A stage, as the command line, the loop, pipelines, reports, exports and plans know it."""
 
-    name, summary: of its command. config: its settings. function: `module:function` of this package, that makes the
-    recipe of a run, or where it is none does all.
-    records: the kind of data it trains on (see `data.kinds`); empty where it is no run. needs_start: it trains no model
-    from scratch. has_head: its model has a head of scores in place of one of words, and is the end of a pipeline.
-    labels: of that head; empty where they are those of the records. fixed: settings of its own that a run cannot change
-    once it has begun. figures: metrics of its own in the report's table of evaluations; curves: those of them that are
-    drawn. next: commands to type when it is done, and what for; {run} and {model} are the folders. planned: the names
-    of its files in configs/, by which `minimind plan` knows it; none where it does not know its step.
-    """
-
+    # name, summary: of its command
     name: str
     summary: str
-    config: type
-    function: str
-    records: str = ""
-    has_head: bool = False
-    labels: tuple[str, ...] = ()
-    needs_start: bool = False
-    fixed: tuple[str, ...] = ()
-    figures: tuple[str, ...] = ()
-    curves: tuple[str, ...] = ()
+    config: type  # its settings
+    function: str  # `module:function` of this package, that makes the recipe of a run, or where it is none does all
+    records: str = ""  # the kind of data it trains on (see `data.kinds`); empty where it is no run
+    has_head: bool = False  # its model has a head of scores in place of one of words, and is the end of a pipeline
+    labels: tuple[str, ...] = ()  # of that head; empty where they are those of the records
+    needs_start: bool = False  # it trains no model from scratch
+    fixed: tuple[str, ...] = ()  # settings of its own that a run cannot change once it has begun
+    figures: tuple[str, ...] = ()  # metrics of its own in the report's table of evaluations
+    curves: tuple[str, ...] = ()  # those of them that are drawn
+    # commands to type when it is done, and what for; {run} and {model} are the folders
     next: tuple[tuple[str, str], ...] = ()
+    # the names of its files in configs/, by which `minimind plan` knows it; none where it does not know its step
     planned: tuple[str, ...] = ()
 
     @property

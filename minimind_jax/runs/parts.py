@@ -42,23 +42,18 @@ SHAPE_FIELDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run of a stage.
-
-    config: its settings, once the run has begun with a value for everything that they left open. models: the folders of
-    the models that they name, by setting. model: the network, below a head of scores if the stage has one. adapters:
-    None where all weights are trained. labels: of that head; classes: how records name them, where they do.
-    """
+    """One run of a stage."""
 
     kind: StageKind
-    config: RunConfig
+    config: RunConfig  # its settings, once the run has begun with a value for everything that they left open
     folder: RunFolder
     mesh: Mesh
-    models: Mapping[str, Path]
+    models: Mapping[str, Path]  # the folders of the models that they name, by setting
     tokenizer: Tokenizer
-    model: LanguageModel
-    adapters: AdapterPlan | None
-    labels: Labels | None = None
-    classes: Classes | None = None
+    model: LanguageModel  # the network, below a head of scores if the stage has one
+    adapters: AdapterPlan | None  # None where all weights are trained
+    labels: Labels | None = None  # of that head
+    classes: Classes | None = None  # how records name them, where they do
 
     @property
     def start(self) -> Path | None:

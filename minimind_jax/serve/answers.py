@@ -21,23 +21,20 @@ T = TypeVar("T")
 
 @dataclasses.dataclass
 class Choice:
-    """One answer. prompt: which of the request's prompts it is for. splitter: None where the text is shown as it is.
-
-    new: tokens that no chunk has told of yet. finish_reason: as OpenAI says it.
-    """
+    """One answer."""
 
     index: int
-    prompt: list[int]
-    splitter: AnswerSplitter | None = None
+    prompt: list[int]  # which of the request's prompts it is for
+    splitter: AnswerSplitter | None = None  # None where the text is shown as it is
     parallel_calls: bool = True
     names_calls: bool = True  # `tool_calls` is the finish_reason of an answer with calls
     text: str = ""
     parts: list[Part] = dataclasses.field(default_factory=list)
     tokens: list[Token] = dataclasses.field(default_factory=list)
-    new: list[Token] = dataclasses.field(default_factory=list)
+    new: list[Token] = dataclasses.field(default_factory=list)  # tokens that no chunk has told of yet
     reasoning_tokens: int = 0
     cached_tokens: int = 0
-    finish_reason: str | None = None
+    finish_reason: str | None = None  # as OpenAI says it
     stop_reason: str | int | None = None
 
     def take(self, news: News) -> list[Part]:

@@ -32,20 +32,16 @@ PIECE, LEAST = 128, 256  # tokens: by which a context is made to fit, and that i
 
 @dataclasses.dataclass(eq=False)
 class Served:
-    """A model under its name: a language model, which has an engine and grammars for its words, or one that scores.
-
-    adapter: of the engine's, that answers; "" the model itself. created: seconds since 1970. weights: the version that
-    who replaced the weights has named; None before.
-    """
+    """A model under its name: a language model, which has an engine and grammars for its words, or one that scores."""
 
     name: str
     folder: Path
     engine: Engine | None = None
     scorer: Scorer | None = None
     grammars: Grammars | None = None
-    adapter: str = ""
-    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
-    weights: str | None = None
+    adapter: str = ""  # of the engine's, that answers; "" the model itself
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))  # seconds since 1970
+    weights: str | None = None  # the version that who replaced the weights has named; None before
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -113,14 +113,13 @@ def train(
 
 
 class Start(NamedTuple):
-    """Where a run begins or goes on. step: of the checkpoint, or 0. record: the checkpoint's (see `Loop.save`), or {}.
-    base: fingerprint of the frozen parameters. warnings: of what has changed, to be shown."""
+    """Where a run begins or goes on."""
 
-    step: int
-    record: dict[str, Any]
+    step: int  # of the checkpoint, or 0
+    record: dict[str, Any]  # the checkpoint's (see `Loop.save`), or {}
     state: TrainState
-    base: str
-    warnings: list[str | None]
+    base: str  # fingerprint of the frozen parameters
+    warnings: list[str | None]  # of what has changed, to be shown
 
 
 def find_start(

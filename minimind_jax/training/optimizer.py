@@ -21,17 +21,12 @@ from minimind_jax.model.transformer import Params
 
 
 class Group(NamedTuple):
-    """Parameters with an optimizer of their own beside that of the others: a value model, a projector.
+    """Parameters with an optimizer of their own beside that of the others: a value model, a projector."""
 
-    name: of their metrics, `grad_norm/NAME` and `learning_rate/NAME`. takes: of a parameter's path. config: of their
-    optimizer and schedule, with a learning rate. max_grad_norm: of their gradient alone, which is not part of the
-    others' norm; 0 for no clipping.
-    """
-
-    name: str
-    takes: Callable[[Path], bool]
-    config: OptimizerConfig
-    max_grad_norm: float
+    name: str  # of their metrics, `grad_norm/NAME` and `learning_rate/NAME`
+    takes: Callable[[Path], bool]  # of a parameter's path
+    config: OptimizerConfig  # of their optimizer and schedule, with a learning rate
+    max_grad_norm: float  # of their gradient alone, which is not part of the others' norm; 0 for no clipping
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int, peak: float | None = None) -> optax.Schedule:

@@ -75,17 +75,13 @@ class Evaluation(Protocol):
 
 
 class Recipe(NamedTuple):
-    """What a stage trains, and on what.
+    """What a stage trains, and on what."""
 
-    source: of the batches. loss_fn: of a batch and the parameters (see `losses`). parameters: those that are trained,
-    and what the loss reads beside them. evaluation: at `training.eval_every`; None without validation data.
-    judge: writes what else belongs to the run, about the model that it has written; on the first process.
-    skip_above: limits of metrics above which an update is not made (see `step.Skip`).
-    """
-
-    source: Source
-    loss_fn: LossFn
-    parameters: Parameters
-    evaluation: Evaluation | None = None
+    source: Source  # of the batches
+    loss_fn: LossFn  # of a batch and the parameters (see `losses`)
+    parameters: Parameters  # those that are trained, and what the loss reads beside them
+    evaluation: Evaluation | None = None  # at `training.eval_every`; None without validation data
+    # writes what else belongs to the run, about the model that it has written; on the first process
     judge: Callable[[], None] | None = None
+    # limits of metrics above which an update is not made (see `step.Skip`)
     skip_above: Mapping[str, float] | None = None

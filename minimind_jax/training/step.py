@@ -29,13 +29,10 @@ MADE, NOT_FINITE, NOTHING = 0, 1, 2  # values of the metric `skipped`; above are
 
 class Skip(NamedTuple):
     """Updates that a stage does not want: those of a step of which a metric is above a limit (PPO's `approx_kl`), and
-    those of the steps behind it up to a multiple of `stride`.
+    those of the steps behind it up to a multiple of `stride`."""
 
-    above: metric -> limit. stride: steps that belong together (see `source.Source`).
-    """
-
-    above: Mapping[str, float]
-    stride: int = 1
+    above: Mapping[str, float]  # metric -> limit
+    stride: int = 1  # steps that belong together (see `source.Source`)
 
 
 class Program(NamedTuple):
