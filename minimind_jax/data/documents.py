@@ -47,22 +47,12 @@ def encode_conversation(
     """A conversation in the tokenizer's template; trained are the assistant's words and its end of turn.
 
     roll: the record's draws of the template's chances. tell: hears what the template leaves out on purpose.
-    Raises UserError if the tokenizer's own template cannot be split into prompts and answers.
+    Raises UserError if the tokenizer's own template cannot be split into prompts and answers, or leaves words out.
     """
+    _check_messages(tokenizer, [conversation], tell)
     if conversation.plain:
         return _encode_completion(tokenizer, *(message["content"] for message in conversation.messages))
     return _encode(tokenizer, _segments(tokenizer, *roll(conversation), tell))
-
-
-def checked_conversation(
-    tokenizer: Tokenizer, conversation: Conversation, roll: Roll, tell: Callable[[str], None]
-) -> Document:
-    """`encode_conversation`. Raises UserError, too, where words would be left out or nothing is trained."""
-    _check_messages(tokenizer, [conversation], tell)
-    document = encode_conversation(tokenizer, conversation, roll, tell)
-    if not document.trained.any():
-        raise UserError("nothing to train on; expected an assistant message with content")
-    return document
 
 
 def _check_messages(tokenizer: Tokenizer, sides: list[Conversation], tell: Callable[[str], None]) -> None:
@@ -113,8 +103,10 @@ def encode_preference(
 ) -> Document:
     """Both sides of a pair end to end, the chosen one first; trained are the assistant's words where they differ.
 
-    roll, tell: see `encode_conversation`. Raises UserError where the template writes both sides alike.
+    roll, tell: see `encode_conversation`. Raises UserError where the template writes both sides alike, or leaves
+    words out.
     """
+    _check_messages(tokenizer, [preference.chosen, preference.rejected], tell)
     sides = [_segments(tokenizer, *roll(side), tell) for side in (preference.chosen, preference.rejected)]
     texts = ["".join(segment.text for segment in side) for side in sides]
     if texts[0] == texts[1]:
@@ -126,14 +118,6 @@ def encode_preference(
         document.trained[: len(prompt.ids)] = False
     ids, trained = (np.concatenate([getattr(side, name) for side in documents]) for name in ("ids", "trained"))
     return Document(ids, trained, [0, len(prompt.ids), len(documents[0].ids)], (preference.margin,))
-
-
-def checked_preference(
-    tokenizer: Tokenizer, preference: Preference, roll: Roll, tell: Callable[[str], None]
-) -> Document:
-    """`encode_preference`. Raises UserError, too, where words would be left out."""
-    _check_messages(tokenizer, [preference.chosen, preference.rejected], tell)
-    return encode_preference(tokenizer, preference, roll, tell)
 
 
 def encode_prompt(

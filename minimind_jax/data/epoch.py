@@ -10,15 +10,7 @@ from grain.experimental import index_shuffle
 
 from minimind_jax.config.sections import FilesConfig
 from minimind_jax.data.kinds import KINDS
-from minimind_jax.data.packing import (
-    PackingPlan,
-    plan_best_fit,
-    plan_concat,
-    plan_heads,
-    plan_images,
-    plan_pad,
-    plan_pairs,
-)
+from minimind_jax.data.packing import PackingPlan, plan_best_fit, plan_concat, plan_pad, plan_pairs, plan_whole
 from minimind_jax.data.rows import Batch, Pieces, pack_rows, pad_rows
 from minimind_jax.data.token_cache import TokenCache
 from minimind_jax.errors import UserError
@@ -151,7 +143,7 @@ def _images(documents: _Documents, *how) -> PackingPlan:
     data, cache = documents.data, documents.cache
     images = cache.pictures.counts(data.seq_len)[documents.documents]
     room = data.image_room(cache.info["image_tokens"])
-    return plan_images(documents.lengths, images, room, *how, documents.targets)
+    return plan_whole(documents.lengths, *how, documents.targets, images, room)
 
 
 # Of the documents, data.seq_len, the seed, the epoch and whether to shuffle: where everything goes.
@@ -160,7 +152,7 @@ PACKINGS: dict[str, Callable[..., PackingPlan]] = {
     "best_fit": _best_fit,
     "pad": lambda documents, seq_len, *_: plan_pad(documents.lengths, seq_len, documents.targets),
     "pairs": lambda documents, *how: plan_pairs(documents.lengths, documents.turns, *how, documents.message_starts),
-    "heads": lambda documents, *how: plan_heads(documents.lengths, *how),
+    "heads": lambda documents, *how: plan_whole(documents.lengths, *how),
     "images": _images,
 }
 

@@ -131,7 +131,7 @@ def _encode_prompt(tokenizer: Tokenizer, prompt: Prompt, roll: Roll, tell: Calla
 
 
 def _encode_seen(tokenizer: Tokenizer, seen: Seen, roll: Roll, tell: Callable[[str], None]) -> documents.Document:
-    document = documents.checked_conversation(tokenizer, seen.conversation, roll, tell)
+    document = documents.encode_conversation(tokenizer, seen.conversation, roll, tell)
     markers = np.flatnonzero(document.ids == tokenizer.encode(seen.sight.marker)[0])
     if len(markers) != len(seen.pictures) * seen.sight.tokens:
         raise UserError(f"the chat template does not write {seen.sight.marker} wherever a picture stands")
@@ -156,7 +156,7 @@ KINDS: dict[KindName, Kind] = {
         noun="conversations",
         parse=lambda record, wanted: parse_conversation(record, reading=wanted.reading),
         as_record=lambda talk: talk.as_record(),
-        encode=documents.checked_conversation,
+        encode=documents.encode_conversation,
         packings=("concat", "best_fit", "pad"),
         why_no_row="no answer lies within a row",
         rendered=True,
@@ -169,7 +169,7 @@ KINDS: dict[KindName, Kind] = {
         noun="pairs",
         parse=lambda record, wanted: parse_preference(record, wanted.reading),
         as_record=lambda pair: pair.as_record(),
-        encode=documents.checked_preference,
+        encode=documents.encode_preference,
         packings=("pairs",),
         why_no_row="their answers leave no room for a prompt in a row",
         rendered=True,

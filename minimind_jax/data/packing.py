@@ -4,8 +4,8 @@ A plan is a pure function of its arguments: lengths (documents,), the tokens of 
 the order of the documents unless shuffle is False; targets, which count what is trained of a piece. A row is a list of
 pieces, a piece the tokens [start, stop) of a document.
 
-`plan_concat` is for pretraining, `plan_best_fit` for conversations, `plan_pairs` for preferences, `plan_heads` for
-labelled texts, `plan_images` for conversations with pictures, `plan_pad` is MiniMind's one document a row.
+`plan_concat` is for pretraining, `plan_best_fit` for conversations, `plan_pairs` for preferences, `plan_whole` for
+labelled texts and conversations with pictures, `plan_pad` is MiniMind's one document a row.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ class PackingPlan:
     cut_documents: int = 0  # documents that are in more than one piece, or lost their tail
     cut_turns: int = 0  # turns longer than a row, which had to be cut inside (`plan_best_fit`)
     # pairs without room for their answers and the header before them (`plan_pairs`), conversations with more pictures
-    # than a row may have (`plan_images`)
+    # than a row may have (`plan_whole`)
     left_out: int = 0
     untrained: int = 0  # rows, pieces or documents that are left out because nothing in them is trained
 
@@ -182,31 +182,24 @@ def plan_pairs(
     return _plan_groups(lengths, kept, starts, stops, seq_len, seed, epoch, shuffle, **counts)
 
 
-def plan_heads(lengths: np.ndarray, seq_len: int, seed: int, epoch: int, shuffle: bool = True) -> PackingPlan:
-    """Documents as one piece each, cut at `seq_len`, packed by best fit; for texts with labels."""
-    lengths = np.asarray(lengths, np.int64)
-    stops = np.minimum(lengths, seq_len)[:, None]
-    pieces, cut = (np.arange(len(lengths)), np.zeros_like(stops), stops), int((lengths > seq_len).sum())
-    return _plan_groups(lengths, *pieces, seq_len, seed, epoch, shuffle, cut_documents=cut)
-
-
-def plan_images(
+def plan_whole(
     lengths: np.ndarray,
-    images: np.ndarray,
-    images_per_row: int,
     seq_len: int,
     seed: int,
     epoch: int,
     shuffle: bool = True,
     targets: CountTargets = some_everywhere,
+    images: np.ndarray | None = None,
+    images_per_row: int = 0,
 ) -> PackingPlan:
     """Documents as one piece each, packed by best fit into rows that hold so many tokens and so many images.
 
     A document longer than a row loses its end, and what stood there is in no other row: it would be told there of
-    images that it does not see. Documents with more images than a row may have are left out, and so are those in which
-    nothing is trained. images: (documents,) of each.
+    images that it does not see. Left out are documents with more images than a row may have, and those in which nothing
+    is trained. images: (documents,) of each; None for none.
     """
-    lengths, images = np.asarray(lengths, np.int64), np.asarray(images, np.int64)
+    lengths = np.asarray(lengths, np.int64)
+    images = np.zeros_like(lengths) if images is None else np.asarray(images, np.int64)
     documents, stops = np.arange(len(lengths)), np.minimum(lengths, seq_len)
     fits, is_trained = images <= images_per_row, targets(documents, np.zeros_like(stops), stops) > 0
     kept = np.flatnonzero(fits & is_trained)

@@ -38,6 +38,8 @@ from minimind_jax.errors import UserError
 from minimind_jax.progress import progress as show_progress
 
 KEPT_MESSAGES = 100  # of skipped records; all are counted
+# Files of places in other files, and what they count, as `info` calls it.
+OFFSETS = {"offsets": "tokens", "turn_offsets": "turns", "picture_offsets": "images", "content_offsets": "image_bytes"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,18 +236,14 @@ class _CacheWriter(contextlib.AbstractContextManager):
     """Appends chunks to the files of a cache. info: what is in them so far."""
 
     def __init__(self, folder: Path, encoder: Encoder, tokenizer: Tokenizer):
-        kind = encoder.kind
+        kind = KINDS[encoder.kind]
         self.info: dict[str, Any] = {
-            "kind": kind,
+            "kind": encoder.kind,
             **dict.fromkeys(("documents", "tokens", "turns", "trained_tokens", "skipped"), 0),
             "skipped_messages": [],
             "told": [],
-            **({"values_each": 0} if KINDS[kind].has_values else {}),
-            **(
-                {"images": 0, "image_bytes": 0, "image_tokens": encoder.sight.tokens}
-                if KINDS[kind].has_pictures
-                else {}
-            ),
+            **({"values_each": 0} if kind.has_values else {}),
+            **({"images": 0, "image_bytes": 0, "image_tokens": encoder.sight.tokens} if kind.has_pictures else {}),
             "token_dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
             "eos_id": tokenizer.eos_id,
             "pad_id": tokenizer.pad_id,
@@ -253,43 +251,33 @@ class _CacheWriter(contextlib.AbstractContextManager):
         self._told: Counter = Counter()
         self._types = {name: dtype for name, (_, dtype) in _layout(self.info).items()}
         self._files = {name: open(folder / f"{name}.bin", "wb") for name in self._types}
-        names = ("offsets", "turn_offsets", "picture_offsets", "content_offsets")
-        self._append({name: np.zeros(1) for name in names})
+        for name in OFFSETS:
+            self._append(name, np.zeros(1))
 
     def __exit__(self, *exception):
         self.info["told"] = told_lines(self._told)
         for file in self._files.values():
             _close_synced(file)
 
-    def _append(self, arrays: dict[str, np.ndarray]) -> None:
-        for name in arrays.keys() & self._files.keys():
-            self._files[name].write(arrays[name].astype(self._types[name]).tobytes())
+    def _append(self, name: str, array: np.ndarray) -> None:
+        if name in self._files:
+            self._files[name].write(array.astype(self._types[name]).tobytes())
 
     def add(self, chunk: Chunk) -> None:
         info = self.info
-        offsets = info["tokens"] + np.cumsum(chunk.lengths)
-        turn_offsets = info["turns"] + np.cumsum(chunk.turn_counts)
-        self._append({**vars(chunk), "offsets": offsets, "turn_offsets": turn_offsets})
-        if "images" in info:
-            self._add_pictures(chunk)
-        if "values_each" in info and len(chunk.lengths):
-            info["values_each"] = chunk.values.shape[1]
-        info["documents"] += len(chunk.lengths)
-        info["tokens"] += len(chunk.tokens)
-        info["turns"] += len(chunk.turn_starts)
-        info["trained_tokens"] += int(chunk.trained.sum())
+        for name, counted in OFFSETS.items():
+            if counted in info:
+                self._append(name, info[counted] + np.cumsum(chunk.sizes[name]))
+                info[counted] += sum(chunk.sizes[name])
+        for name, array in chunk.arrays.items():
+            self._append(name, array)
+        if "values_each" in info and len(chunk.arrays["values"]):
+            info["values_each"] = chunk.arrays["values"].shape[1]
+        info["documents"] += len(chunk.arrays["records"])
+        info["trained_tokens"] += int(chunk.arrays["trained"].sum())
         info["skipped"] += len(chunk.errors)
         info["skipped_messages"] += chunk.errors[: KEPT_MESSAGES - len(info["skipped_messages"])]
         self._told += chunk.told
-
-    def _add_pictures(self, chunk: Chunk) -> None:
-        info, sizes = self.info, np.array([len(picture) for picture in chunk.pictures], np.int64)
-        picture_offsets = info["images"] + np.cumsum(chunk.picture_counts)
-        content_offsets = info["image_bytes"] + np.cumsum(sizes)
-        content = np.frombuffer(b"".join(chunk.pictures), np.uint8)
-        self._append({"picture_offsets": picture_offsets, "content_offsets": content_offsets, "content": content})
-        info["images"] += len(sizes)
-        info["image_bytes"] += int(sizes.sum())
 
 
 def _open_cache(folder: Path) -> TokenCache | None:

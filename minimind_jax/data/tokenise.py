@@ -62,6 +62,8 @@ class Encoder:
         roll = self.dice.roll(number) if self.dice else unchanged
         try:
             document = kind.encode(self.tokenizer, parsed, roll, notes.add)
+            if kind.rendered and not document.trained.any():
+                raise UserError("nothing to train on; expected an assistant message with content")
         except UserError as error:  # of the template, which knows no files
             raise type(error)(f"{record.where}: {error}") from error
         record.told.update((str(file), note) for note in notes)
@@ -81,39 +83,37 @@ class Encoder:
                     raise
                 errors.append(str(error))
         turns = [d.turn_starts if KINDS[self.kind].rendered else [] for d in documents]
-        return Chunk(
-            tokens=np.concatenate([d.ids for d in documents] or [np.zeros(0, np.int32)]),
-            trained=np.concatenate([d.trained for d in documents] or [np.zeros(0, bool)]),
-            lengths=np.array([len(d.ids) for d in documents], np.int64),
-            records=np.array(numbers, np.int64),
-            turn_counts=np.array([len(t) for t in turns], np.int64),
-            turn_starts=np.concatenate([np.asarray(t, np.int64) for t in turns] or [np.zeros(0, np.int64)]),
-            values=np.array([d.values for d in documents], np.float32),
-            picture_counts=np.array([len(d.pictures) for d in documents], np.int64),
-            picture_starts=np.array([start for d in documents for start in d.picture_starts], np.int64),
-            pictures=[picture for d in documents for picture in d.pictures],
-            errors=errors,
-            told=told,
-        )
+        pictures = [picture for d in documents for picture in d.pictures]
+        arrays = {
+            "tokens": _joined([d.ids for d in documents], np.int32),
+            "trained": _joined([d.trained for d in documents], bool),
+            "records": np.array(numbers, np.int64),
+            "turn_starts": _joined(turns, np.int64),
+            "values": np.array([d.values for d in documents], np.float32),
+            "picture_starts": _joined([d.picture_starts for d in documents], np.int64),
+            "content": np.frombuffer(b"".join(pictures), np.uint8),
+        }
+        sizes = {
+            "offsets": [len(d.ids) for d in documents],
+            "turn_offsets": list(map(len, turns)),
+            "picture_offsets": [len(d.pictures) for d in documents],
+            "content_offsets": list(map(len, pictures)),
+        }
+        return Chunk(arrays, sizes, errors, told)
+
+
+def _joined(parts: list, dtype: type) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype), *(np.asarray(part, dtype) for part in parts)])
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Documents end to end, as `TokenCache` holds them, the messages of the records that were skipped, and what is told
-    of the others (see `jsonl.Record`)."""
+    """Documents end to end, as a cache of tokens holds them."""
 
-    tokens: np.ndarray
-    trained: np.ndarray
-    lengths: np.ndarray
-    records: np.ndarray
-    turn_counts: np.ndarray
-    turn_starts: np.ndarray
-    values: np.ndarray
-    picture_counts: np.ndarray
-    picture_starts: np.ndarray
-    pictures: list[bytes]
-    errors: list[str]
-    told: Counter
+    arrays: dict[str, np.ndarray]  # what goes behind the files of a cache (see `TokenCache`), by their names
+    sizes: dict[str, list[int]]  # of what offsets count there: tokens, turns, pictures, their bytes
+    errors: list[str]  # of the records that were skipped
+    told: Counter  # of the others (see `jsonl.Record`)
 
 
 _process_encoder: Encoder | None = None

@@ -165,7 +165,7 @@ def count_tokens(files: Sequence[Path], kind: KindName, config: RunConfig) -> To
     encoder = Encoder(kind, str(folder), None, skip=True, reading=reading)
     found = read = 0
     for lines in itertools.islice(read_chunks(files, lambda _: None, reading), SAMPLE_CHUNKS):
-        found += len(encoder.encode(lines).tokens)
+        found += len(encoder.encode(lines).arrays["tokens"])
         read += sum(len(line[3]) + 1 for line in lines)
     count = round(found / read * size)
     return Tokens(count, f"about {count:,} tokens, estimated from the first {min(1, read / size):.1%}")

@@ -11,7 +11,7 @@ from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.data.batches import open_data
 from minimind_jax.data.epoch import describe_cuts
 from minimind_jax.data.labels import Classes
-from minimind_jax.data.packing import plan_best_fit, plan_concat, plan_heads, plan_pairs, split_at_turns
+from minimind_jax.data.packing import plan_best_fit, plan_concat, plan_pairs, plan_whole, split_at_turns
 from minimind_jax.data.tokenizer import train_bpe
 from minimind_jax.errors import UserError
 from minimind_jax.training.packed import describe_data
@@ -169,7 +169,7 @@ def test_without_a_shuffle_every_plan_keeps_the_order_of_the_data():
     lengths = np.random.default_rng(0).integers(2, 40, 50)
     for plan in (
         plan_best_fit(lengths, lambda d: np.zeros(1, int), 32, 0, 0, shuffle=False),
-        plan_heads(lengths, 32, 0, 0, shuffle=False),
+        plan_whole(lengths, 32, 0, 0, shuffle=False),
         plan_pairs(2 * lengths, lambda d: np.array([0, 1, lengths[d]]), 80, 0, 0, shuffle=False),
     ):
         assert (np.diff(plan.documents) >= 0).all() and len(np.unique(plan.documents)) == 50

@@ -98,7 +98,7 @@ def test_only_a_records_own_fault_is_skipped(make, tmp_path):
         (n, tmp_path / "a.jsonl", n + 1, json.dumps({"conversations": talk}).encode()) for n, talk in enumerate(talks)
     ]
     chunk = encoder.encode(lines)
-    assert chunk.records.tolist() == [1] and "twice" in chunk.errors[0]
+    assert chunk.arrays["records"].tolist() == [1] and "twice" in chunk.errors[0]
     broken = CHATML.replace("message.content", "message.content + undefined.name")
     (tokenizer.folder / "chat_template.jinja").write_text(broken)
     with pytest.raises(TemplateFault, match=r"a\.jsonl:2: .*every record of this kind fails, so none is skipped"):
@@ -112,7 +112,7 @@ def test_our_template_cuts_nothing_from_an_answer(small, tmp_path):
         (n, tmp_path / "a.jsonl", n + 1, json.dumps({"conversations": talk}).encode()) for n, talk in enumerate(talks)
     ]
     chunk = Encoder("conversation", str(small.folder), None, skip=True).encode(lines)
-    assert chunk.records.tolist() == [2]
+    assert chunk.arrays["records"].tolist() == [2]
     assert "a.jsonl:1: message 2: words of its content stand before its thinking" in chunk.errors[0]
 
 
