@@ -4,6 +4,8 @@ Whoever opens a picture runs a decoder on what others wrote: its size is looked 
 wrong with it is a UserError that says where.
 """
 
+import dataclasses
+import hashlib
 import io
 import warnings
 from collections.abc import Callable
@@ -23,6 +25,23 @@ if TYPE_CHECKING:
 MOST_PIXELS = 2**26
 # Decoders of what people have; Pillow's others read formats of which some start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture as a tower reads it. pixels: uint8 (image_size, image_size, 3). digest: of these; pictures are the same
+    where it is."""
+
+    pixels: np.ndarray = dataclasses.field(compare=False, repr=False)
+    digest: bytes
+
+
+def open_picture(
+    source: bytes | Path, tower: TowerConfig, where: str, tell: Callable[[str], None] = lambda note: None
+) -> Picture:
+    """The picture of a file's content or path. Arguments and errors are those of `read_image`."""
+    pixels = read_image(source, tower, where, tell)
+    return Picture(pixels, hashlib.blake2b(pixels, digest_size=16).digest())
 
 
 def read_image(

@@ -1,8 +1,8 @@
 """The pictures of a record: where they are said to be, and their places in the conversation.
 
 A picture is a field of the record beside the conversation (`image`, `images`, or MiniMind-V's `image_bytes`), in whose
-text `<image>` marks its place; or a part of a message, as OpenAI and others write it. A picture is its file's content
-(bytes), or the path of its file, which stays where it is.
+text `<image>` marks its place; or a part of a message, as OpenAI and others write it. A picture's file is its content
+(bytes), or its path, where it stays.
 """
 
 import base64
@@ -19,14 +19,16 @@ from minimind_jax.data.formats import IMAGES, MESSAGES
 from minimind_jax.data.images import open_image
 from minimind_jax.data.jsonl import READING, Reading, Record
 from minimind_jax.data.messages import CONTENT, Conversation, messages_in
+from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.data.values import is_absent, kind_of
 from minimind_jax.errors import UserError
+from minimind_jax.model.config import Vision
 
 PARTS = ("image", "image_url", "input_image")
 PLACE = "<image>"
 BLANK = 8  # pixels a side of MiniMind-V's stand-in for the picture of a record of words alone
 
-Picture = bytes | Path
+PictureFile = bytes | Path
 
 
 class Sight(NamedTuple):
@@ -39,12 +41,19 @@ class Sight(NamedTuple):
 SIGHT = Sight()
 
 
+def sight_of(tokenizer: Tokenizer, vision: Vision | None) -> Sight | None:
+    """That of a model; None of a model of texts."""
+    if vision is None:
+        return None
+    return Sight(tokenizer.decode([vision.marker_id], skip_special_tokens=False), vision.image_tokens)
+
+
 @dataclasses.dataclass(frozen=True)
 class Seen:
     """A conversation with `sight.tokens` markers in the place of each of its pictures, in their order."""
 
     conversation: Conversation
-    pictures: tuple[Picture, ...]
+    pictures: tuple[PictureFile, ...]
     sight: Sight
 
     def as_record(self) -> dict[str, Any]:
@@ -62,10 +71,10 @@ def has_pictures(value: dict[str, Any]) -> bool:
     if any(not is_absent(value.get(name)) for name in IMAGES):
         return True
     turns = next((messages_in(value[name]) for name in MESSAGES if name in value), None)
-    return isinstance(turns, list) and any(_is_picture(part) for turn in turns for part in _parts(turn))
+    return isinstance(turns, list) and any(is_picture(part) for turn in turns for part in _parts(turn))
 
 
-def take_pictures(record: Record, reading: Reading = READING) -> tuple[Record, list[Picture]]:
+def take_pictures(record: Record, reading: Reading = READING) -> tuple[Record, list[PictureFile]]:
     """The record as one of words alone, with `<image>` for pictures that are parts of messages; and its pictures, in
     order. Raises UserError with file and line."""
     value, beside, within = dict(record.value), [], []
@@ -74,7 +83,7 @@ def take_pictures(record: Record, reading: Reading = READING) -> tuple[Record, l
             continue
         if beside:
             raise UserError(f"{record.where}: pictures in two fields, of {', '.join(IMAGES)}; keep one of them")
-        beside = [_picture(each, record, f"{name}[{n}]") for n, each in enumerate(_as_list(item))]
+        beside = [_file_of(each, record, f"{name}[{n}]") for n, each in enumerate(_as_list(item))]
     name = next((name for name in MESSAGES if name in value), None)
     turns = messages_in(value.get(name))
     if isinstance(turns, list):
@@ -87,7 +96,7 @@ def take_pictures(record: Record, reading: Reading = READING) -> tuple[Record, l
     return dataclasses.replace(record, value=value), beside or found
 
 
-def place_pictures(record: Record, talk: Conversation, pictures: Sequence[Picture], sight: Sight) -> Seen:
+def place_pictures(record: Record, talk: Conversation, pictures: Sequence[PictureFile], sight: Sight) -> Seen:
     """The conversation of a record with markers where the user shows pictures, of which each is looked at.
 
     Raises UserError: a picture cannot be read, there are more or fewer than places, or the text spells the marker.
@@ -120,12 +129,12 @@ def place_pictures(record: Record, talk: Conversation, pictures: Sequence[Pictur
     return Seen(dataclasses.replace(talk, messages=messages), tuple(pictures), sight)
 
 
-def pack(picture: Picture) -> bytes:
+def pack(picture: PictureFile) -> bytes:
     """A picture as a cache holds it."""
     return b"\0" + os.fsencode(picture) if isinstance(picture, Path) else b"\1" + picture
 
 
-def unpack(stored: bytes) -> Picture:
+def unpack(stored: bytes) -> PictureFile:
     """What `pack` was given."""
     return Path(os.fsdecode(stored[1:])) if stored[:1] == b"\0" else stored[1:]
 
@@ -134,7 +143,7 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _as_text(picture: Picture) -> str:
+def _as_text(picture: PictureFile) -> str:
     if isinstance(picture, Path):
         return str(picture)
     return f"data:application/octet-stream;base64,{base64.b64encode(picture).decode()}"
@@ -145,42 +154,64 @@ def _parts(turn: Any) -> list[Any]:
     return next((content for content in contents if isinstance(content, list)), [])
 
 
-def _is_picture(part: Any) -> bool:
+def is_picture(part: Any) -> bool:
+    """Whether a part of a message is one."""
     return isinstance(part, dict) and part.get("type") in PARTS
 
 
-def _without_parts(turn: Any, record: Record, within: list[Picture | None]) -> Any:
+def source_in(part: dict[str, Any]) -> Any:
+    """What a part that is a picture says of where it is, see `unwrap`; None if it says nothing."""
+    return next((part[name] for name in (*PARTS, "url", "path") if not is_absent(part.get(name))), None)
+
+
+def unwrap(value: Any) -> Any:
+    """The content or address of a picture, which may stand in an object: OpenAI's {"url"}, {"bytes", "path"} of Hugging
+    Face's datasets."""
+    if not isinstance(value, dict):
+        return value
+    return next((value[name] for name in ("bytes", "url", "path") if not is_absent(value.get(name))), None)
+
+
+def read_data_url(url: str, where: str) -> bytes:
+    """The content of a data URL. Raises UserError."""
+    try:
+        return base64.b64decode(url.partition("base64,")[2], validate=True)
+    except binascii.Error as error:
+        raise UserError(f"{where}: a data URL that is not base64: {error}") from error
+
+
+def find_file(address: str, folder: Path, where: str) -> PictureFile:
+    """The file that a path from `folder`, or a data URL, stands for. Raises UserError for an address of the net."""
+    if address.startswith("data:"):
+        return read_data_url(address, where)
+    if address.startswith(("http://", "https://")):
+        raise UserError(f"{where} is an address ({address[:60]}); download the picture and give its path")
+    return folder.absolute() / address.removeprefix("file://")
+
+
+def _without_parts(turn: Any, record: Record, within: list[PictureFile | None]) -> Any:
     """A message with `<image>` in place of parts that are pictures, which go to `within`: None of those without one of
     their own, which stands in a field of the record."""
     parts = _parts(turn)
-    if not any(map(_is_picture, parts)):
+    if not any(map(is_picture, parts)):
         return turn
     texts = []
     for part in parts:
-        texts.append({"type": "text", "text": PLACE} if _is_picture(part) else part)
-        if _is_picture(part):
-            own = next((part[name] for name in (*PARTS, "url", "path") if not is_absent(part.get(name))), None)
-            within.append(None if own is None else _picture(own, record, f"a part of type {part['type']}"))
+        texts.append({"type": "text", "text": PLACE} if is_picture(part) else part)
+        if is_picture(part):
+            own = source_in(part)
+            within.append(None if own is None else _file_of(own, record, f"a part of type {part['type']}"))
     return {name: texts if value is parts else value for name, value in turn.items()}
 
 
-def _picture(value: Any, record: Record, what: str) -> Picture:
+def _file_of(value: Any, record: Record, what: str) -> PictureFile:
     """What a field says: content, a path beside the data file, a data URL, or an object that holds one of these."""
-    place = f"{record.where}: {what}"
-    if isinstance(value, dict):  # of OpenAI {"url"}, of Hugging Face's datasets {"bytes", "path"}
-        value = next((value[name] for name in ("bytes", "url", "path") if not is_absent(value.get(name))), None)
+    place, value = f"{record.where}: {what}", unwrap(value)
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str) or not value:
         raise UserError(f"{place} is {kind_of(value)}; expected the path of a picture, a data URL or its content")
-    if value.startswith("data:"):
-        try:
-            return base64.b64decode(value.partition("base64,")[2], validate=True)
-        except binascii.Error as error:
-            raise UserError(f"{place}: a data URL that is not base64: {error}") from error
-    if value.startswith(("http://", "https://")):
-        raise UserError(f"{place} is an address ({value[:60]}); download the picture and give its path")
-    return record.file.absolute().parent / value.removeprefix("file://")
+    return find_file(value, record.file.parent, place)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +232,7 @@ class StoredPictures:
         begun = np.concatenate([[0], np.cumsum(self.marker_starts < tokens)])
         return np.diff(begun[self.offsets])
 
-    def of(self, document: int) -> list[tuple[int, Picture]]:
+    def of(self, document: int) -> list[tuple[int, PictureFile]]:
         """Of each picture of a document where its markers begin, and itself."""
         numbers = range(self.offsets[document], self.offsets[document + 1])
         contents = (self.content[self.content_offsets[n] : self.content_offsets[n + 1]].tobytes() for n in numbers)

@@ -6,7 +6,7 @@ import os
 import numpy as np
 
 from minimind_jax.data.images import read_image
-from minimind_jax.data.pictures import Picture
+from minimind_jax.data.pictures import PictureFile
 from minimind_jax.data.rows import Batch, Pieces
 from minimind_jax.data.token_cache import TokenCache
 from minimind_jax.model.config import TowerConfig
@@ -29,7 +29,7 @@ class Pixels:
         side, used = self.tower.image_size, np.zeros(pieces.row_count, np.int64)
         pixels = np.zeros((pieces.row_count, self.room, side, side, 3), np.uint8)
 
-        def read(row: int, slot: int, picture: Picture, where: str) -> None:
+        def read(row: int, slot: int, picture: PictureFile, where: str) -> None:
             pixels[row, slot] = read_image(picture, self.tower, where)
 
         reads = []

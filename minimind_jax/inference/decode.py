@@ -42,6 +42,12 @@ def empty(model: LanguageModel, rows: int, slots: int) -> KVCache:
     return _cut(model.new_cache(rows, slots))
 
 
+@functools.partial(jax.jit, static_argnames="model")
+def look(model: LanguageModel, params: Params, pixels_NHWC: jax.Array) -> jax.Array:
+    """What the tower and the projector make of pictures: image tokens (N, image_tokens, D)."""
+    return _whole(model.project(params, model.features(params, pixels_NHWC)))
+
+
 @functools.partial(jax.jit, static_argnames=("model", "from_start"), donate_argnames=("cache",))
 def read(
     model: LanguageModel,
@@ -52,17 +58,20 @@ def read(
     starts_B: jax.Array,
     counts_B: jax.Array,
     lengths_B: jax.Array,
+    images_BMD: jax.Array | None = None,
     *,
     from_start: bool = False,
 ) -> tuple[jax.Array, KVCache]:
     """Logits (B, V) behind the next tokens of some rows, and the cache, which is donated, with these in it.
 
     counts_B: how many of P they are. starts_B: tokens of each row that are in the cache; from_start: all are 0.
-    lengths_B: tokens of the whole prompt, on which rotary positions may depend.
+    lengths_B: tokens of the whole prompt, on which rotary positions may depend. images_BMD: image tokens of the markers
+    among the next tokens of each row, in order; None where no row shows a picture.
     """
     starts = None if from_start else starts_B
     of_rows = settings.rows_B, settings.adapter_B
-    hidden_BPD, cache = model.read_next(params, model.embed(params, tokens_BP), starts, cache, lengths_B, *of_rows)
+    x_BPD = model.embed(params, tokens_BP, images_BMD)
+    hidden_BPD, cache = model.read_next(params, x_BPD, starts, cache, lengths_B, *of_rows)
     last_B1D = jnp.take_along_axis(hidden_BPD, jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)
     return _whole(model.logits(params, last_B1D)[:, 0]), _cut(cache)
 

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import jax
 
 from minimind_jax.convert.hf import check_vocabulary
+from minimind_jax.data.images import Picture
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.inference.buckets import bucket, round_up
+from minimind_jax.inference.eyes import check_images, signs_of
 from minimind_jax.inference.programs import MOST_STEPS, Programs
 from minimind_jax.inference.request import Answer, Request, Token
 from minimind_jax.inference.sampling import MAX_BIASES, MAX_TOP, Sampled, SamplingConfig
@@ -149,7 +151,7 @@ class Engine:
         self._check(request)
         text = AnswerText(self.tokenizer, request.sampling.stop) if self.tokenizer else None
         answer = Answer(request, self.eos_ids, text)
-        task = Task(answer, list(request.prompt))
+        task = Task(answer, list(request.prompt), signs_of(request, self.model.config.vision))
         self._scheduler.add(task)
         self._tasks[answer] = task
         self.counts["requests"] += 1
@@ -208,12 +210,18 @@ class Engine:
         """Tokens that may still be generated after a prompt of that length."""
         return self.context - prompt_tokens
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig = DEFAULT) -> list[Answer]:
-        """An answer to each prompt; the n-th draws with seed + n. Raises as `encode` and `submit`."""
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig = DEFAULT,
+        images: Iterable[Sequence[Picture]] = itertools.repeat(()),
+    ) -> list[Answer]:
+        """An answer to each prompt; the n-th draws with seed + n. images: of each prompt. Raises as `encode` and
+        `submit`."""
         seeds = itertools.count(sampling.seed)
         asked = [
-            Request(tuple(self.encode(prompt)), dataclasses.replace(sampling, seed=seed))
-            for prompt, seed in zip(prompts, seeds, strict=False)
+            Request(tuple(self.encode(prompt)), dataclasses.replace(sampling, seed=seed), images=tuple(own))
+            for prompt, seed, own in zip(prompts, seeds, images, strict=False)
         ]
         for request in asked:
             self._check(request)
@@ -287,6 +295,7 @@ class Engine:
             raise UserError(f"logit_bias has {len(request.logit_bias)} tokens; {MAX_BIASES} is the most")
         if not 0 <= request.top_logprobs <= MAX_TOP:
             raise UserError(f"top_logprobs is {request.top_logprobs}; it is from 0 to {MAX_TOP}")
+        check_images(request, self.model.config.vision)
 
     def _recover(self) -> None:
         """Cancels all that is in work, and forgets what the cache held."""
@@ -313,7 +322,7 @@ class Engine:
         tasks = [task for task, _ in chunks]
         logits_BV = self._programs.read(chunks, width, rows)
         for task, count in chunks:
-            task.row.held += task.ids[len(task.row.held) :][:count]
+            task.row.held += task.signs[len(task.row.held) :][:count]
         due = [task for task in tasks if len(task.row.held) == len(task.ids)]
         if not due:
             jax.block_until_ready(logits_BV)  # or calls pile up on the device
@@ -362,12 +371,12 @@ class Engine:
                 except Exception as error:
                     self._end(task, error)
                     break
-                task.ids.append(token.id)
+                task.add(token.id)
                 self.counts["generated_tokens"] += 1
                 if answer.finish_reason:
                     break
             if answer.error is None:
-                task.row.held += task.ids[len(task.row.held) : -1]  # the newest is not in the cache
+                task.row.held += task.signs[len(task.row.held) : -1]  # the newest is not in the cache
                 if answer.finish_reason:
                     self._end(task)
         return [task.answer for task in tasks]

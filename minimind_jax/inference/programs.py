@@ -19,9 +19,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.inference import decode
 from minimind_jax.inference.buckets import bucket, round_up
+from minimind_jax.inference.eyes import Eyes
 from minimind_jax.inference.sampling import Counts, Sampled, SamplingValues
 from minimind_jax.inference.scheduler import Copy, Task
 from minimind_jax.model.transformer import LanguageModel, Params
+from minimind_jax.model.vision import VISION
 from minimind_jax.sharding import row_shards
 
 GREEDY, PLAIN = SamplingConfig(temperature=0.0), SamplingConfig(temperature=1.0, top_k=0, top_p=1.0)  # of no task
@@ -68,11 +70,14 @@ class Programs:
         self._settings: dict[int, tuple[list[Task], decode.Settings]] = {}
         self._nothing: dict[int, tuple[Counts, Array]] = {}
         self._made: set[int] = set()  # rows for which tokens were made
+        self.eyes = None if model.config.vision is None else Eyes(model.config.vision, self._look)
         self.load(params)
         self.reserve(rows, length)
 
     def load(self, params: Params) -> None:
         """Takes other parameters: as they are trained, cut over the same mesh, or as they are laid out already."""
+        if self.eyes:
+            self.eyes.clear()
         if isinstance(params["layers"], tuple):
             self.params = params
             return
@@ -149,9 +154,27 @@ class Programs:
             start = len(task.row.held)
             starts_B[place], counts_B[place], lengths_B[place] = start, count, len(task.ids)
             tokens_BP[place, :count] = task.ids[start : start + count]
-        from_start = self.model.platform != "cpu" and width > 1 and not starts_B.any()
-        settings = self._settings_of(tasks, rows)
-        return self._read(tokens_BP, settings, starts_B, counts_B, lengths_B, from_start=from_start)
+        images_BPD = self._images_of(chunks, width, rows)
+        from_start = self.model.platform != "cpu" and width > 1 and images_BPD is None and not starts_B.any()
+        work = self._settings_of(tasks, rows), starts_B, counts_B, lengths_B, images_BPD
+        return self._read(tokens_BP, *work, from_start=from_start)
+
+    def _images_of(self, chunks: Sequence[tuple[Task, int]], width: int, rows: int) -> np.ndarray | None:
+        """Image tokens of the markers among the next tokens of each row, in order, (rows, width, D) with room for as
+        many as there may be; None where no picture is shown, which is another program."""
+        if not any(task.answer.request.images for task, _ in chunks):
+            return None
+        found = self.eyes.tokens_of(chunks)
+        if all(tokens is None for tokens in found):
+            return None
+        images_BPD = self._no_images(rows, width)
+        for place, tokens in zip(self.places([task for task, _ in chunks], rows), found, strict=True):
+            if tokens is not None:
+                images_BPD[place, : len(tokens)] = tokens
+        return images_BPD
+
+    def _no_images(self, rows: int, width: int) -> np.ndarray:
+        return np.zeros((rows, width, self.model.config.hidden_size), self.model.dtype)
 
     def choose(
         self, tasks: Sequence[Task], due: Sequence[Task], logits_BV: Array, masks: Mapping[Task, np.ndarray]
@@ -200,12 +223,16 @@ class Programs:
         ]
         total = len(reads) + len(self.steps) + 1
         self.copy(Copy(0, 0, 0))
+        if self.eyes:
+            self.eyes.warm_up()
         for done, (rows, width) in enumerate(reads, 1):
             report(done - 1, total)
             settings, counts = self._settings_of([], rows), self._counts_of([], rows)
+            work = none((rows, width)), settings, none(rows), none(rows), none(rows)
             for from_start in (False,) if self.model.platform == "cpu" or width == 1 else (False, True):
-                work = none((rows, width)), settings, none(rows), none(rows), none(rows)
-                logits_BV = self._read(*work, from_start=from_start)
+                logits_BV = self._read(*work, None, from_start=from_start)
+            if self.eyes and width > 1:
+                self._read(*work, self._no_images(rows, width), from_start=False)
             if width == 1:
                 self._run(decode.choose, logits_BV, none(rows), settings, counts, self._unused(rows)[1])
                 self._make(none(rows), none(rows), settings, counts, none(rows), 0, 1)
@@ -220,6 +247,9 @@ class Programs:
     def _put(self, arrays: Any) -> Any:
         """Arrays of the host on the devices, where they stay for several calls."""
         return jax.device_put(arrays, self._place)
+
+    def _look(self, pixels_NHWC: np.ndarray) -> Array:
+        return self._run(decode.look, self.model, {VISION: self.params[VISION]}, pixels_NHWC)
 
     def _read(self, *work, from_start: bool) -> Array:
         """`decode.read` with parameters and cache."""

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from minimind_jax.config.generation import SamplingConfig
+from minimind_jax.data.images import Picture
 from minimind_jax.errors import UserError
 from minimind_jax.inference.text import AnswerText
 
@@ -39,7 +40,8 @@ class Request:
     prompt: token ids. stop_ids: tokens that end the answer besides the engine's end-of-text ids, whatever ignore_eos
     says. logit_bias: (token, what is added to its logit). top_logprobs: so many of the likeliest tokens are told at
     each position. adapter: a name among the engine's adapters; "" for the base model. priority: of those that wait, one
-    with a higher one is begun first.
+    with a higher one is begun first. images: that the prompt shows; each stands in it as `Vision.image_tokens` markers,
+    in order.
     """
 
     prompt: tuple[int, ...]
@@ -50,6 +52,7 @@ class Request:
     constraint: Constraint | None = None
     adapter: str = ""
     priority: int = 0
+    images: tuple[Picture, ...] = ()
 
 
 class Token(NamedTuple):

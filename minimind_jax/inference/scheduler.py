@@ -17,12 +17,16 @@ SHORTEST_PREFIX = 16  # tokens of another row that are worth a copy
 LOOK_AHEAD = 2  # times as many waiting tasks as slots are looked at for the next row
 
 
+Sign = int | bytes  # a token, or the digest of the picture that it stands for
+
+
 @dataclasses.dataclass(eq=False)
 class Row:
-    """A row of the cache. held: the tokens whose keys and values are in it, by this adapter. used: when it was last."""
+    """A row of the cache. held: signs of the tokens whose keys and values are in it, by this adapter. used: when it was
+    last."""
 
     number: int
-    held: list[int] = dataclasses.field(default_factory=list)
+    held: list[Sign] = dataclasses.field(default_factory=list)
     adapter: str = ""
     used: int = -1
     task: "Task | None" = None
@@ -30,18 +34,26 @@ class Row:
 
 @dataclasses.dataclass(eq=False)
 class Task:
-    """An answer in the making. ids: of its prompt, and of what came. row: of the cache, once it has one."""
+    """An answer in the making. ids: of its prompt, and of what came. signs: the same, with the digest of a picture for
+    each of its markers, which look alike whatever it shows. row: of the cache, once it has one."""
 
     answer: Answer
     ids: list[int]
+    signs: list[Sign]
     row: Row | None = None
 
     @property
     def unread(self) -> int:
         """Tokens of the prompt that are to be read into the cache; 0 when it runs. The newest token of one that runs is
-        not in the cache, and so is the last of a prompt of which another row held all the others."""
+        not in the cache, and so is the last of a prompt of which another row held all the others, if it is a word."""
         left = len(self.ids) - len(self.row.held)
-        return 0 if self.answer.tokens or (left == 1 and self.answer.cached_tokens) else left
+        is_word = isinstance(self.signs[-1], int)
+        return 0 if self.answer.tokens or (left == 1 and self.answer.cached_tokens and is_word) else left
+
+    def add(self, token: int) -> None:
+        """The next token of the answer."""
+        self.ids.append(token)
+        self.signs.append(token)
 
 
 class Copy(NamedTuple):
@@ -129,7 +141,7 @@ class Scheduler:
     def _best(self, task: Task) -> tuple[Row, int, bool]:
         """The row that holds most of a prompt's beginning, how much that is (not its last token, which must be read to
         know the next), and whether it is worth to wait for a row that will hold more."""
-        wanted, adapter = task.ids[:-1], task.answer.request.adapter
+        wanted, adapter = task.signs[:-1], task.answer.request.adapter
         rows = [row for row in self.rows if row.adapter == adapter] if self.reuses else []
         most, _, _, best = max(
             ((common(wanted, row.held), row.task is None, -len(row.held), row) for row in rows),
@@ -137,7 +149,7 @@ class Scheduler:
             default=(0, True, 0, None),
         )
         reading = (row.task for row in rows if row.task and row.task.unread)
-        to_come = max((common(wanted, task.ids) for task in reading), default=0)
+        to_come = max((common(wanted, task.signs) for task in reading), default=0)
         return best if most else self._oldest(), most, to_come >= most + SHORTEST_PREFIX
 
     def _oldest(self, but: Row | None = None) -> Row:
@@ -155,7 +167,7 @@ class Scheduler:
         return self._clock
 
 
-def common(a: Sequence[int], b: Sequence[int]) -> int:
+def common(a: Sequence[Sign], b: Sequence[Sign]) -> int:
     """Length of the longest common beginning of two lists."""
     length, size = min(len(a), len(b)), 64
     start = next((i for i in range(0, length, size) if a[i : i + size] != b[i : i + size]), length)

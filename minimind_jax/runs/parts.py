@@ -15,7 +15,7 @@ from minimind_jax.convert.load import load_tokenizer as load_model_tokenizer
 from minimind_jax.data.batches import Batches, open_data
 from minimind_jax.data.epoch import Annotate
 from minimind_jax.data.labels import Classes
-from minimind_jax.data.pictures import Sight
+from minimind_jax.data.pictures import Sight, sight_of
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import ModelConfig, union_of_ids
@@ -63,10 +63,7 @@ class Run:
     @property
     def sight(self) -> Sight | None:
         """How images stand among its tokens; None of a model of texts."""
-        vision = self.model.config.vision
-        if vision is None:
-            return None
-        return Sight(self.tokenizer.decode([vision.marker_id], skip_special_tokens=False), vision.image_tokens)
+        return sight_of(self.tokenizer, self.model.config.vision)
 
     def with_labels(self, labels: Labels, classes: Classes | None = None) -> "Run":
         return dataclasses.replace(self, labels=labels._replace(max_tokens=self.config.data.seq_len), classes=classes)

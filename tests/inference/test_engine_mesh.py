@@ -1,4 +1,4 @@
-"""Eight devices answer as one does, with weights cut in three ways and others loaded in between."""
+"""Eight devices answer as one does, about pictures too, with weights cut in three ways and others loaded in between."""
 
 import json
 import os
@@ -10,24 +10,25 @@ import numpy as np
 
 from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.config.sections import MeshConfig
+from minimind_jax.data.images import Picture
 from minimind_jax.inference import decode
 from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.request import Request
-from minimind_jax.model.config import ComputeConfig, ModelConfig
+from minimind_jax.model.config import ComputeConfig, ModelConfig, TowerConfig, Vision
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.sharding import init_params, make_mesh
 
 CONFIG = ModelConfig(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=160,
-    max_position_embeddings=128, initializer_range=0.3,
+    max_position_embeddings=128, initializer_range=0.3, vision=Vision(TowerConfig(16, 24, 1, 2, 4, 2), marker_id=2),
 )  # fmt: skip
 
 
-def beside(engine, prompts, sampling):
+def beside(engine, prompts, sampling, images):
     """Each is asked while the others run."""
     answers = []
-    for prompt in prompts:
-        answers.append(engine.submit(Request(tuple(prompt), sampling)))
+    for prompt, own in zip(prompts, images, strict=True):
+        answers.append(engine.submit(Request(tuple(prompt), sampling, images=own)))
         engine.step()
     while engine.busy:
         engine.step()
@@ -38,6 +39,8 @@ def main() -> None:
     model, mesh = LanguageModel(CONFIG, ComputeConfig(dtype="float32")), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     random = np.random.default_rng(0)
     prompts = [random.integers(3, 160, length).tolist() for length in (1, 40, 7, 60, 22)]
+    images = [(), (Picture(random.integers(0, 256, (4, 4, 3)).astype(np.uint8), b"a"),), (), (), ()]
+    prompts[1][14:18] = [2] * 4
     sampling = SamplingConfig(max_new_tokens=10, temperature=0.9, top_k=20, seed=3)
     cut, one = [], []
     first, second = (init_params(model, jax.random.key(seed), mesh) for seed in (0, 1))
@@ -45,14 +48,14 @@ def main() -> None:
     for params in (first, second):
         engine.load(params)
         alone.load(jax.tree.map(np.asarray, params))
-        cut += engine.generate(prompts, sampling)
-        one += alone.generate(prompts, sampling)
+        cut += engine.generate(prompts, sampling, images)
+        one += alone.generate(prompts, sampling, images)
     fixed = Engine(model, second, slots=8, context=128)
     fixed.warm_up()
     compiled = decode.read._cache_size()
-    cut += beside(fixed, prompts, sampling)
+    cut += beside(fixed, prompts, sampling, images)
     assert decode.read._cache_size() == compiled
-    one += beside(alone, prompts, sampling)
+    one += beside(alone, prompts, sampling, images)
     keys = engine._programs._cache.layers[0].k_CBKHs
     kernel = engine.params["layers"][0]["attention"]["q_proj"]["kernel"].kernel_OI
     report = {

@@ -10,14 +10,18 @@ from minimind_jax.inference.scheduler import Scheduler, Task, common
 
 
 def task_of(ids, count=4, adapter=""):
-    return Task(Answer(Request(tuple(ids), SamplingConfig(max_new_tokens=count), adapter=adapter), (), None), list(ids))
+    return Task(
+        Answer(Request(tuple(ids), SamplingConfig(max_new_tokens=count), adapter=adapter), (), None),
+        list(ids),
+        list(ids),
+    )
 
 
 def read(task):
     """As the engine does: the whole prompt, and the first token."""
     task.row.held = list(task.ids)
     task.answer.add(Token(1, 0.0))
-    task.ids.append(1)
+    task.add(1)
 
 
 def finish(scheduler, task):

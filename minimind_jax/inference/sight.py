@@ -1,0 +1,76 @@
+"""Conversations that show pictures, as a chat template takes them: the pictures' markers stand among the words, where
+training and the template of the exported model put them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from minimind_jax.data.images import Picture, open_picture
+from minimind_jax.data.messages import CONTENT
+from minimind_jax.data.pictures import Sight, is_picture, source_in, unwrap
+from minimind_jax.data.values import kind_of
+from minimind_jax.errors import UserError
+from minimind_jax.inference.eyes import BLIND
+from minimind_jax.model.config import Vision
+
+SHOWN_BY = ("user", "human", "prompter", "tool")  # roles
+
+Fetch = Callable[[str, str], bytes | Path]
+
+
+def open_images(
+    messages: Sequence[Any],
+    vision: Vision | None,
+    sight: Sight | None,
+    fetch: Fetch,
+    tell: Callable[[str], None] = lambda note: None,
+    where: str = "messages",
+) -> tuple[list[Any], tuple[Picture, ...]]:
+    """The messages with markers in place of the parts that are pictures, and these in order: of a request.
+
+    messages: of any dialect; those that have no such part are left as they are.
+    vision, sight: of the model (see `sight_of`); None of a blind one.
+    fetch: of a picture's address, and the place that says it, its content or the path of its file.
+    tell: hears what of a picture is not seen. where: of the messages, for errors.
+    Raises UserError: a picture that cannot be read, one that the user does not show, or for a model of texts.
+    """
+    pictures: list[Picture] = []
+
+    def word(part: Any, role: Any, place: str) -> Any:
+        if not is_picture(part):
+            _check_text(part.get("text") if isinstance(part, dict) else part, sight, place)
+            return part
+        if vision is None:
+            raise UserError(f"{place} is a picture, and {BLIND}")
+        if role not in SHOWN_BY:
+            raise UserError(f"{place} is a picture of a {role} message; it is the user who shows pictures")
+        pictures.append(_opened(unwrap(source_in(part)), vision, fetch, tell, place))
+        return {"type": "text", "text": sight.marker * sight.tokens}
+
+    found = []
+    for index, message in enumerate(messages):
+        name = next((name for name in CONTENT if isinstance(message, dict) and message.get(name)), None)
+        content, place = message[name] if name else None, f"{where}[{index}].{name}"
+        if isinstance(content, list):
+            role = message.get("role", message.get("from"))
+            parts = [word(part, role, f"{place}[{number}]") for number, part in enumerate(content)]
+            message = {**message, name: parts}
+        else:
+            _check_text(content, sight, place)
+        found.append(message)
+    return found, tuple(pictures)
+
+
+def _opened(source: Any, vision: Vision, fetch: Fetch, tell: Callable[[str], None], place: str) -> Picture:
+    if isinstance(source, Picture):
+        return source
+    if isinstance(source, str) and source:
+        source = fetch(source, place)
+    if not isinstance(source, bytes | Path):
+        raise UserError(f"{place} is a picture without an address or content: {kind_of(source)}")
+    return open_picture(source, vision.tower, place, tell)
+
+
+def _check_text(text: Any, sight: Sight | None, place: str) -> None:
+    if sight is not None and isinstance(text, str) and sight.marker in text:
+        raise UserError(f"{place}: the text has {sight.marker}, which stands for pictures; leave it out")
