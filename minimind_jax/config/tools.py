@@ -319,14 +319,15 @@ class ToHFConfig(WrittenConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToGGUFConfig(Settings):
-    """Writes a model as a GGUF file for llama.cpp, and a Modelfile for ollama beside it.
+    """Writes a model as a GGUF file for llama.cpp, and a Modelfile for ollama beside it. One that sees is two files.
 
     source: a run's folder or a Hugging Face folder; of an adapter the merged model is written.
-    output: the file to write (NAME.gguf), or a folder for model.gguf.
+    output: the file to write (NAME.gguf), or a folder for model.gguf; tower and projector are mmproj-NAME.gguf.
     checkpoint: newest, best or a step of the run; null takes its model/.
     dtype: of the matrices; null takes what they are stored in, or for a checkpoint the run's export_dtype.
     adapter: write an adapter alone, for llama.cpp's --lora; its dtype is float32 unless given.
     base: the base model's folder or run; empty looks where the adapter says.
+    text_only: leave a tower and projector out; the model then reads and writes words alone.
     """
 
     source: str = setting(positional="SOURCE")
@@ -335,6 +336,7 @@ class ToGGUFConfig(Settings):
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = None
     adapter: bool = setting(False, alone=True)
     base: str = ""
+    text_only: bool = setting(False, alone=True)
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,12 +1,10 @@
 """GGUF files, which llama.cpp and all that is built on it (ollama, LM Studio, ...) load: models and low-rank adapters.
 
-The `gguf` package writes them; one tensor at a time is read, encoded and written. Names, layout and metadata are those
-of llama.cpp's own converter, which refuses every tokenizer that it has not been told of.
+Names, layout and metadata are those of llama.cpp's own converter, which refuses every tokenizer that it has not been
+told of. A model that sees is two files, of which `gguf_vision` writes the second.
 """
 
-import contextlib
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,10 +13,12 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
+from minimind_jax.convert.gguf_file import FILE_TYPES, Tensor, plan_tensor, write_gguf_file
 from minimind_jax.convert.gguf_tokenizer import gguf_words
+from minimind_jax.convert.gguf_vision import check_seen_alike, write_mmproj
 from minimind_jax.convert.hf import load_labels, stored_dtype, with_token_ids
 from minimind_jax.convert.hf_config import to_generation_config
-from minimind_jax.convert.hf_weights import StoredTensor, cast, hf_tensors
+from minimind_jax.convert.hf_weights import StoredTensor, hf_tensors
 from minimind_jax.convert.load import (
     base_folder,
     folders_of,
@@ -38,9 +38,6 @@ from minimind_jax.model.config import ModelConfig, RopeScaling, union_of_ids, ya
 from minimind_jax.model.transformer import Params
 from minimind_jax.paths import as_path, local_folder
 
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}  # ours and llama.cpp's
-FILE_TYPES = {"float32": 0, "float16": 1, "q8_0": 7, "bfloat16": 32}
-
 
 class Written(NamedTuple):
     """files: what was written, the GGUF file first. notes: what the user has to know of them."""
@@ -49,16 +46,9 @@ class Written(NamedTuple):
     notes: list[str]
 
 
-class _Tensor(NamedTuple):
-    """A tensor of the file: read gives it in any float dtype, when it is written."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], np.ndarray]
-
-
-def to_gguf(folder: str | Path, output: str | Path, dtype: str | None = None, base: str = "") -> Written:
+def to_gguf(
+    folder: str | Path, output: str | Path, dtype: str | None = None, base: str = "", text_only: bool = False
+) -> Written:
     """Writes the model in a Hugging Face folder, an adapter merged into its base model (see `write_gguf`).
 
     dtype: a key of DTYPES; None keeps that of the folder's tensors. base: of an adapter, see `base_folder`.
@@ -70,7 +60,7 @@ def to_gguf(folder: str | Path, output: str | Path, dtype: str | None = None, ba
     config, tensors = open_merged(folder, base)
     return write_gguf(
         output, _name_of(folder), config, tensors, load_tokenizer(folder, base=base), dtype or stored_dtype(whole),
-        load_generation_settings(folder, base),
+        load_generation_settings(folder, base), text_only,
     )  # fmt: skip
 
 
@@ -82,13 +72,14 @@ def params_to_gguf(
     tokenizer: Tokenizer,
     dtype: str,
     generation: Mapping[str, Any] | None,
+    text_only: bool = False,
 ) -> Written:
     """`write_gguf` of parameters in memory. Raises UserError for a model with a head of scores."""
     arrays = hf_tensors(config, params)
     if "score.weight" in arrays:
         raise UserError(_without_head(name))
     tensors = {key: StoredTensor(array.shape, "float32", array.__getitem__) for key, array in arrays.items()}
-    return write_gguf(output, name, config, tensors, tokenizer, dtype, generation)
+    return write_gguf(output, name, config, tensors, tokenizer, dtype, generation, text_only)
 
 
 def write_gguf(
@@ -99,30 +90,34 @@ def write_gguf(
     tokenizer: Tokenizer,
     dtype: str,
     generation: Mapping[str, Any] | None = None,
+    text_only: bool = False,
 ) -> Written:
-    """Writes a model as a GGUF file, and a Modelfile for ollama beside it; older ones are replaced when both are whole.
+    """Writes a model as a GGUF file, the tower and projector of one that sees as another (mmproj-NAME.gguf), and a
+    Modelfile for ollama beside them; older ones are replaced when all are whole.
 
     output: the file (NAME.gguf), or a folder for model.gguf. tensors: under the names of `hf_tensors`. dtype: a key of
-    DTYPES; norms and a mixture's router are float32. generation: what generation_config.json has; None is MiniMind's.
+    DTYPES; norms and a mixture's router are float32, and tower and projector float16 unless all is float32.
+    generation: what generation_config.json has; None is MiniMind's. text_only: leave tower and projector out.
     Raises:
         UserError: llama.cpp would compute another model or split texts differently, a file of another kind is in the
             way, a tensor does not fit the dtype, or the disk is full.
     """
     file = _target(output, "model.gguf")
+    beside = [] if text_only or config.vision is None else [_target(file.with_name(f"mmproj-{file.name}"), "")]
     recipe = file.with_name("Modelfile")
     if not is_as_written(_start_of(recipe, 2**20).decode(errors="replace")):
         raise UserError(f"{recipe} is there already, not as this program wrote it; move it, or choose another folder")
     config = with_token_ids(config, tokenizer)
     config = dataclasses.replace(config, eos_token_id=union_of_ids(tokenizer.end_ids, config.eos_token_id))
     notes = _check_computable(config, name)
-    if config.vision is not None:
-        notes.append(
-            "the file has the half of the model that reads and writes words; its tower and projector are left out"
-        )
+    if beside:
+        notes += check_seen_alike(config.vision, name)
     words = gguf_words(tokenizer, config.vocab_size)
     planned = list(_model_tensors(config, tensors, dtype))
     notes += [*words.notes, *_notes_of_dtype(planned, dtype)]
-    text, more = modelfile(file.name, config, tokenizer, to_generation_config(config, generation))
+    text, more = modelfile(
+        [place.name for place in (file, *beside)], config, tokenizer, to_generation_config(config, generation)
+    )
     notes += more
     if tokenizer.own_template:
         notes.append(
@@ -143,10 +138,12 @@ def write_gguf(
         notes.extend(_add_token_ids(writer, config, tokenizer, words.unknown_id))
         writer.add_chat_template(tokenizer.chat_template)
 
-    with replacing_files(file, recipe) as (partial, partial_recipe):
-        _write(partial, config, describe, planned)
+    with replacing_files(file, *beside, recipe) as (partial, *partial_beside, partial_recipe):
+        write_gguf_file(partial, _architecture(config), describe, planned)
+        for place in partial_beside:
+            write_mmproj(place, name, config, tensors, "float32" if dtype == "float32" else "float16")
         partial_recipe.write_text(text, encoding="utf-8", newline="")
-    return Written([file, recipe], notes)
+    return Written([file, *beside, recipe], notes)
 
 
 def adapter_to_gguf(folder: str | Path, output: str | Path, dtype: str | None = None, base: str = "") -> Written:
@@ -169,7 +166,7 @@ def adapter_to_gguf(folder: str | Path, output: str | Path, dtype: str | None = 
     alpha = next((scale * len(a) for _, a, _, scale in pairs if scale), 1.0)
     names = _names(config)
     planned = [
-        _planned(f"{names(module)}.weight.lora_{part}", array.shape, dtype, array.__getitem__)
+        plan_tensor(f"{names(module)}.weight.lora_{part}", array.shape, dtype, array.__getitem__)
         for module, a, b, scale in pairs
         for part, array in (("a", a), ("b", b * np.float32(scale * len(a) / alpha)))
     ]
@@ -182,7 +179,7 @@ def adapter_to_gguf(folder: str | Path, output: str | Path, dtype: str | None = 
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
 
     with replacing_files(file) as (partial,):
-        _write(partial, config, describe, planned)
+        write_gguf_file(partial, _architecture(config), describe, planned)
     notes += _notes_of_dtype(planned, dtype)
     return Written([file], notes)
 
@@ -259,7 +256,7 @@ def _name_of(folder: Path) -> str:
 # Tensors --------------------------------------------------------------------------------------------------------------
 
 
-def _model_tensors(config: ModelConfig, tensors: Mapping[str, StoredTensor], dtype: str) -> Iterator[_Tensor]:
+def _model_tensors(config: ModelConfig, tensors: Mapping[str, StoredTensor], dtype: str) -> Iterator[Tensor]:
     """Every tensor under llama.cpp's name, the experts of a layer stacked."""
     name_of = _names(config)
     for name, tensor in tensors.items():
@@ -268,24 +265,15 @@ def _model_tensors(config: ModelConfig, tensors: Mapping[str, StoredTensor], dty
         module = name.removesuffix(".weight")
         expert = re.fullmatch(r"(.+\.experts)\.(\d+)\.(\w+)", module)
         if expert is None:
-            yield _planned(f"{name_of(module)}.weight", tensor.shape, dtype, tensor.read)
+            yield plan_tensor(f"{name_of(module)}.weight", tensor.shape, dtype, tensor.read)
         elif expert[2] == "0":
             parts = [tensors[f"{expert[1]}.{e}.{expert[3]}.weight"] for e in range(config.num_experts)]
             shape = (len(parts), *tensor.shape)
-            yield _planned(f"{name_of(f'{expert[1]}.{expert[3]}')}.weight", shape, dtype, _reading_stack(parts))
+            yield plan_tensor(f"{name_of(f'{expert[1]}.{expert[3]}')}.weight", shape, dtype, _reading_stack(parts))
 
 
 def _reading_stack(parts: list[StoredTensor]) -> Callable[[Any], np.ndarray]:
     return lambda index: np.stack([part.read(index) for part in parts])
-
-
-def _planned(name: str, shape: tuple[int, ...], dtype: str, read: Callable[[Any], np.ndarray]) -> _Tensor:
-    """llama.cpp wants what is no matrix, and the router, in float32; Q8_0 has blocks of 32 numbers of a row."""
-    if len(shape) == 1 or "ffn_gate_inp" in name:
-        dtype = "float32"
-    elif dtype == "q8_0" and shape[-1] % 32:
-        dtype = "float16"
-    return _Tensor(name, shape, dtype, lambda: read(...))
 
 
 def _names(config: ModelConfig) -> Callable[[str], str]:
@@ -293,21 +281,11 @@ def _names(config: ModelConfig) -> Callable[[str], str]:
     return gguf.get_tensor_name_map(_architecture(config), config.num_hidden_layers).get_name
 
 
-def _notes_of_dtype(planned: list[_Tensor], dtype: str) -> list[str]:
+def _notes_of_dtype(planned: list[Tensor], dtype: str) -> list[str]:
     other = [tensor.name for tensor in planned if dtype == "q8_0" and tensor.dtype == "float16"]
     if not other:
         return []
     return [f"{len(other)} tensors, such as {other[0]}, are float16: q8_0 needs rows of a multiple of 32 numbers"]
-
-
-def _encoded(tensor: _Tensor) -> np.ndarray:
-    array = tensor.read()
-    if tensor.dtype == "float16":
-        return cast(tensor.name, array, "float16")
-    array = np.ascontiguousarray(array, np.float32)
-    if tensor.dtype == "q8_0" and not np.abs(array).max(initial=0) <= 127 * 65504:
-        raise UserError(f"{tensor.name} has values beyond q8_0's range, or that are no numbers; write float32 instead")
-    return gguf.quantize(array, gguf.GGMLQuantizationType[DTYPES[tensor.dtype]])
 
 
 # The file -------------------------------------------------------------------------------------------------------------
@@ -315,24 +293,6 @@ def _encoded(tensor: _Tensor) -> np.ndarray:
 
 def _architecture(config: ModelConfig) -> gguf.MODEL_ARCH:
     return gguf.MODEL_ARCH.QWEN3MOE if config.is_moe else gguf.MODEL_ARCH.QWEN3
-
-
-def _write(
-    path: Path, config: ModelConfig, describe: Callable[[gguf.GGUFWriter], None], planned: list[_Tensor]
-) -> None:
-    with contextlib.closing(gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[_architecture(config)])) as writer:
-        for tensor in planned:
-            kind = gguf.GGMLQuantizationType[DTYPES[tensor.dtype]]
-            size = math.prod(gguf.quant_shape_to_byte_shape(tensor.shape, kind))
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, kind)
-        describe(writer)
-        writer.add_size_label(gguf.size_label(*writer.get_total_parameter_count()))
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for tensor in planned:
-            writer.write_tensor_data(_encoded(tensor))
 
 
 def _add_architecture(writer: gguf.GGUFWriter, config: ModelConfig) -> None:

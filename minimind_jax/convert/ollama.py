@@ -69,11 +69,11 @@ _SYSTEM, _FIRST, _ANSWER, _SECOND, _THIRD = (f"zyx{word}probe" for word in ("s",
 
 
 def modelfile(
-    gguf_name: str, config: ModelConfig, tokenizer: Tokenizer, generation: Mapping[str, Any]
+    gguf_names: list[str], config: ModelConfig, tokenizer: Tokenizer, generation: Mapping[str, Any]
 ) -> tuple[str, list[str]]:
-    """The text of the Modelfile of a GGUF file beside it, and what the user has to know of it.
+    """The text of the Modelfile of GGUF files beside it, and what the user has to know of it.
 
-    generation: what generation_config.json holds.
+    gguf_names: the model's, and its mmproj file's where it sees. generation: what generation_config.json holds.
     """
     template = _OURS if tokenizer.own_template else _go_template(tokenizer)
     notes = []
@@ -89,7 +89,7 @@ def modelfile(
     if generation.get("do_sample") is False:
         sampling["temperature"] = 0
     lines = [
-        f"FROM ./{gguf_name}",
+        *(f"FROM ./{name}" for name in gguf_names),
         *([] if template is None else [f'TEMPLATE """{template}"""']),
         *(f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops)),
         *(f"PARAMETER {name} {value}" for name, value in sampling.items()),

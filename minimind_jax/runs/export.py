@@ -56,11 +56,14 @@ def export_gguf(stages: Stages, config: ToGGUFConfig) -> None:
         found = load_checkpoint(stages, config)
         written = gguf.params_to_gguf(
             config.output, as_path(config.source).name, found.config, found.params, found.tokenizer,
-            config.dtype or found.dtype, found.generation,
+            config.dtype or found.dtype, found.generation, config.text_only,
         )  # fmt: skip
     else:
-        write = gguf.adapter_to_gguf if config.adapter else gguf.to_gguf
-        written = write(resolve_model_folder(config.source, "source"), config.output, config.dtype, config.base)
+        source = resolve_model_folder(config.source, "source")
+        if config.adapter:
+            written = gguf.adapter_to_gguf(source, config.output, config.dtype, config.base)
+        else:
+            written = gguf.to_gguf(source, config.output, config.dtype, config.base, config.text_only)
     for note in written.notes:
         announce(f"note: {note}")
     print("\n".join(f"wrote {file}" for file in written.files))

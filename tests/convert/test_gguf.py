@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import normalizers, pre_tokenizers
 
 from minimind_jax.cli import main
-from minimind_jax.convert import gguf as module
+from minimind_jax.convert import gguf_file
 from minimind_jax.convert.gguf import to_gguf
 from minimind_jax.convert.hf import Labels, load_hf, save_hf
 from minimind_jax.errors import UserError
@@ -244,13 +244,13 @@ def test_a_full_disk_keeps_the_old_file(saved, tmp_path):
 def test_one_tensor_at_a_time_is_in_memory(saved, tmp_path, monkeypatch):
     written = []
 
-    def watched(tensor, encode=module._encoded):
+    def watched(tensor, encode=gguf_file.encoded):
         assert all(array() is None for array in written), "an earlier tensor is still held"
         array = encode(tensor)
         written.append(weakref.ref(array))
         return array
 
-    monkeypatch.setattr(module, "_encoded", watched)
+    monkeypatch.setattr(gguf_file, "encoded", watched)
     to_gguf(saved("dense"), tmp_path / "out.gguf")
     assert len(written) == 24
 
