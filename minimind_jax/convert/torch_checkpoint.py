@@ -82,14 +82,16 @@ def infer_config(stored: Mapping[str, StoredTensor], where: str, overrides: Mapp
     layer = "model.layers.0"
     vocab_size, hidden_size = shape("model.embed_tokens.weight")
     (head_dim,) = shape(f"{layer}.self_attn.q_norm.weight")
+    layers = [int(match[1]) for name in stored if (match := re.match(r"model\.layers\.(\d+)\.", name))]
+    head = stored.get("lm_head.weight")
     fields = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
-        "num_hidden_layers": _count(stored, r"model\.layers\.(\d+)\."),
+        "num_hidden_layers": 1 + max(layers),
         "num_attention_heads": shape(f"{layer}.self_attn.q_proj.weight")[0] // head_dim,
         "num_key_value_heads": shape(f"{layer}.self_attn.k_proj.weight")[0] // head_dim,
         "head_dim": head_dim,
-        "tie_word_embeddings": _is_tied(stored),
+        "tie_word_embeddings": head is None or head.equals(stored["model.embed_tokens.weight"]),
     }
     if f"{layer}.mlp.gate.weight" in stored:
         fields["num_experts"] = shape(f"{layer}.mlp.gate.weight")[0]
@@ -102,12 +104,3 @@ def infer_config(stored: Mapping[str, StoredTensor], where: str, overrides: Mapp
         return ModelConfig(**{**fields, **overrides})
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}") from error
-
-
-def _count(stored: Mapping[str, StoredTensor], pattern: str) -> int:
-    return 1 + max((int(match[1]) for name in stored if (match := re.match(pattern, name))), default=-1)
-
-
-def _is_tied(stored: Mapping[str, StoredTensor]) -> bool:
-    head = stored.get("lm_head.weight")
-    return head is None or head.equals(stored["model.embed_tokens.weight"])

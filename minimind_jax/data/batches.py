@@ -44,7 +44,7 @@ class Batches:
     template's chances are drawn anew for each; by default all have the same.
 
     The last step of an epoch is filled up with rows of padding. An epoch of a redrawn cache may be some rows longer
-    or shorter than epoch 0, which `rows_per_epoch` and `steps_per_epoch` speak of.
+    or shorter than epoch 0, which `steps_per_epoch` speaks of.
 
     Raises UserError if the rows of a step do not divide by the processes, and if there is nothing to train on, here or
     where a redrawn epoch begins.
@@ -82,10 +82,6 @@ class Batches:
         check_rows(self.epoch(0), self.role)
 
     @property
-    def rows_per_epoch(self) -> int:
-        return self.plan.rows
-
-    @property
     def steps_per_epoch(self) -> int:
         return -(-self.plan.rows // self.rows_per_step)
 
@@ -115,7 +111,10 @@ class Batches:
                 planned = self._make(epoch) if ahead is None else ahead.result()
                 self._epochs = {e: kept for e, kept in self._epochs.items() if e >= epoch - 1}
                 self._epochs[epoch] = planned
-                self._tell_redrawn(epoch, planned)
+                if self._redraw and epoch:  # of other tokens than the first, of which the run's facts speak
+                    check_rows(planned, f"{self.role} of epoch {epoch + 1}")
+                    if told := describe_cuts(planned):
+                        announce(f"{self.role} of epoch {epoch + 1}: {told}")
             return self._epochs[epoch]
 
     def _make(self, epoch: int, *, ahead: bool = False) -> Epoch:
@@ -136,13 +135,6 @@ class Batches:
                 made.set_exception(error)
 
         threading.Thread(target=work, name=f"epoch {epoch + 1}", daemon=True).start()
-
-    def _tell_redrawn(self, epoch: int, planned: Epoch) -> None:
-        """What is cut of an epoch of other tokens than the first; of that the run's facts speak."""
-        if self._redraw and epoch:
-            check_rows(planned, f"{self.role} of epoch {epoch + 1}")
-            if told := describe_cuts(planned):
-                announce(f"{self.role} of epoch {epoch + 1}: {told}")
 
     def locate(self, step: int) -> tuple[int, int]:
         """(epoch, step within it) of a step of the run."""

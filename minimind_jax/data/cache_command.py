@@ -21,7 +21,10 @@ def run(config: CacheConfig) -> list[StoredCache]:
     root = cache_root(FilesConfig(cache_dir=config.cache_dir))
     asked = [cache for cache in stored_caches(root) if time.time() - cache.last_used >= config.days * DAY]
     if config.clear:
-        _clear([cache for cache in asked if cache.stale or config.clear == "all"])
+        unwanted = [cache for cache in asked if cache.stale or config.clear == "all"]
+        removed = [cache for cache in unwanted if remove_cache(cache)]
+        kept = [cache for cache in unwanted if cache not in removed]
+        print(f"removed {_amount(removed)}" + (f"; kept {_amount(kept)}, in use" if kept else ""))
         return stored_caches(root)
     print(f"{root}: {_amount(asked)}")
     for cache in asked:
@@ -29,12 +32,6 @@ def run(config: CacheConfig) -> list[StoredCache]:
         if cache.files:
             print(f"          {listed(cache.files, SHOWN_FILES)}")
     return asked
-
-
-def _clear(caches: list[StoredCache]) -> None:
-    removed = [cache for cache in caches if remove_cache(cache)]
-    kept = [cache for cache in caches if cache not in removed]
-    print(f"removed {_amount(removed)}" + (f"; kept {_amount(kept)}, in use" if kept else ""))
 
 
 def _line(cache: StoredCache) -> str:

@@ -42,8 +42,13 @@ class Epoch:
         return rows | self.annotate(self.cache, pieces) if self.annotate else rows
 
     def row_at(self, place: int) -> int:
-        """The plan's row at a place of the epoch. The order is that of grain's shuffle."""
-        return place if self.seed is None else _shuffled(place, self.plan.rows, self.seed)
+        """The plan's row at a place of the epoch. The order is that of grain's shuffle, which above 65,536 leaves
+        the last of 4**k + 1 out and gives another twice; there the last stays in its place."""
+        last = self.plan.rows - 1
+        is_faulty = last >= 2**16 and last.bit_count() == 1
+        if self.seed is None or (is_faulty and place == last):
+            return place
+        return index_shuffle(place, last - is_faulty, self.seed, 4)
 
     def steps(self, rows_per_step: int) -> int:
         """Steps that the rows make, of which the last may not be full."""
@@ -65,15 +70,6 @@ class Epoch:
             starts=plan.starts[pieces],
             stops=plan.stops[pieces],
         )
-
-
-def _shuffled(place: int, count: int, seed: int) -> int:
-    """A permutation of 0..count-1: that of grain, which above 65,536 leaves the last of 4**k + 1 out and gives another
-    twice. There the last stays in its place."""
-    last = count - 1
-    if last >= 2**16 and last.bit_count() == 1:
-        return place if place == last else index_shuffle(place, last - 1, seed, 4)
-    return index_shuffle(place, last, seed, 4)
 
 
 def plan_epoch(

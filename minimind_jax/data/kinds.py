@@ -5,6 +5,7 @@ A new kind is a row here and a file of its own. Which fields of whose records ar
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -99,14 +100,16 @@ class Kind:
 
     noun: str  # what messages call its records
     parse: Callable[[Record, Wanted], Any]  # what a record says. Raises UserError with file and line
-    as_record: Callable[[Any], dict[str, Any]]  # the record of our own format that says the same
     # of what is parsed the document, given the record's draws of the template's chances and a listener for what is told
     # of it. Raises UserError without file and line
     encode: Callable[[Tokenizer, Any, Roll, Callable[[str], None]], documents.Document]
     # how its documents are packed (`epoch.PACKINGS`); of several, as `data.packing` says; none where they are read one
     # by one
     packings: tuple[str, ...]
-    why_no_row: str  # what is wrong where none of its documents has a row in which something is trained
+    # what is wrong where none of its documents has a row in which something is trained
+    why_no_row: str = "no answer lies within a row"
+    # the record of our own format that says what is parsed
+    as_record: Callable[[Any], dict[str, Any]] = operator.methodcaller("as_record")
     # written by the chat template: its chances are drawn, only some tokens are trained, and places between the turns
     # are known
     rendered: bool = False
@@ -155,10 +158,8 @@ KINDS: dict[KindName, Kind] = {
     "conversation": Kind(
         noun="conversations",
         parse=lambda record, wanted: parse_conversation(record, reading=wanted.reading),
-        as_record=lambda talk: talk.as_record(),
         encode=documents.encode_conversation,
         packings=("concat", "best_fit", "pad"),
-        why_no_row="no answer lies within a row",
         rendered=True,
         counts=("turns",),
         words=lambda talk: spoken(talk.messages),
@@ -168,7 +169,6 @@ KINDS: dict[KindName, Kind] = {
     "preference": Kind(
         noun="pairs",
         parse=lambda record, wanted: parse_preference(record, wanted.reading),
-        as_record=lambda pair: pair.as_record(),
         encode=documents.encode_preference,
         packings=("pairs",),
         why_no_row="their answers leave no room for a prompt in a row",
@@ -181,10 +181,8 @@ KINDS: dict[KindName, Kind] = {
     "labelled": Kind(
         noun="texts",
         parse=lambda record, wanted: parse_labelled(record, wanted.classes),
-        as_record=lambda text: text.as_record(),
         encode=lambda tokenizer, text, roll, tell: documents.encode_labelled(tokenizer, text),
         packings=("heads",),
-        why_no_row="no answer lies within a row",
         has_values=True,
     ),
     "prompt": Kind(
@@ -200,7 +198,6 @@ KINDS: dict[KindName, Kind] = {
     "images": Kind(
         noun="conversations with images",
         parse=parse_seen,
-        as_record=lambda seen: seen.as_record(),
         encode=_encode_seen,
         packings=("images",),
         why_no_row="no answer lies within a row, or all have more pictures than one holds",

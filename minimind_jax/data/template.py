@@ -25,6 +25,8 @@ from minimind_jax.seeds import named_seed
 
 TEMPLATE_FILE = Path(__file__).with_name("chat_template.jinja")
 CHAT_TEMPLATE = TEMPLATE_FILE.read_text(encoding="utf-8").rstrip("\n")
+_IMAGES = TEMPLATE_FILE.with_name("images_in_chat.jinja").read_text(encoding="utf-8")
+_IMAGES_END = "{#- So much for images. #}"
 
 ASSISTANT_HEADER = "<|im_start|>assistant\n"
 TURN_END = "<|im_end|>\n"
@@ -68,20 +70,9 @@ class Segment:
     turn: int  # counts from 0; a turn ends after the assistant has spoken
 
 
-def render(
-    messages: Sequence[Message],
-    tools: Sequence[Any] | None = None,
-    add_generation_prompt: bool = False,
-    open_thinking: bool | None = None,
-    enable_thinking: bool | None = None,
-) -> str:
-    """The conversation as our template writes it.
-
-    open_thinking decides whether the generation prompt opens a think block; where it is None, enable_thinking does
-    (the name other programs use; llama.cpp always sets it). Neither given: an empty think block, no thinking.
-    """
-    segments = render_segments(messages, tools, add_generation_prompt, open_thinking, enable_thinking)
-    return "".join(segment.text for segment in segments)
+def render(messages: Sequence[Message], *how: Any, **more: Any) -> str:
+    """The conversation as our template writes it, of which `render_segments` makes the pieces."""
+    return "".join(segment.text for segment in render_segments(messages, *how, **more))
 
 
 def render_segments(
@@ -97,6 +88,8 @@ def render_segments(
     Trained is everything after an assistant header up to and including <|im_end|> and the newline, but of messages with
     `train` False. Pieces end wherever a prompt ends at inference (after the header, after "<think>\\n", after an empty
     think block), so that tokenising each by itself gives the model in training the very tokens it sees in use.
+    open_thinking: whether the generation prompt opens a think block; where it is None, enable_thinking says so (the
+        name other programs use; llama.cpp always sets it); neither given, the block is empty.
     keep_empty_think: False leaves out the empty think blocks of the assistant's messages.
     Raises UserError for an unknown role.
     """
@@ -251,32 +244,6 @@ def render_jinja(source: str, messages: Sequence[Message], tools: Sequence[Any] 
         return _compile(source).render(messages=messages, tools=tools, **{"add_generation_prompt": False, **variables})
     except Exception as error:  # a template is a program, which may fail in any way
         raise UserError(f"the chat template cannot render these messages: {error}") from error
-
-
-_IMAGES_END = "{#- So much for images. #}"
-_IMAGES = """{#- Parts of a message become one text, in which an image is one token. -#}
-{%- set flat = namespace(messages=[]) -%}
-{%- for message in messages -%}
-    {%- set content = message.content -%}
-    {%- if content is defined and content is iterable and content is not string and content is not mapping -%}
-        {%- set words -%}
-            {%- for part in message.content -%}
-                {%- if part is string -%}
-                    {{- part -}}
-                {%- elif part.type in ['image', 'image_url'] -%}
-                    {{- MARKER -}}
-                {%- elif part.text is string -%}
-                    {{- part.text -}}
-                {%- endif -%}
-            {%- endfor -%}
-        {%- endset -%}
-        {%- set flat.messages = flat.messages + [dict(message, content=words)] -%}
-    {%- else -%}
-        {%- set flat.messages = flat.messages + [message] -%}
-    {%- endif -%}
-{%- endfor -%}
-{%- set messages = flat.messages -%}
-"""
 
 
 def template_with_images(source: str, marker: str) -> str:

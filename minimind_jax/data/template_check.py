@@ -76,7 +76,7 @@ def raise_as_what_it_is(
     """Raises `error`, as a TemplateFault if `render` fails as well on a plain conversation with the same kinds of
     messages and fields: then it is not what this record says."""
     try:
-        render(_plain(messages), [_plain_tool()] if tools else None)
+        render(_plain(messages), [_PLAIN_TOOL] if tools else None)
     except UserError:
         raise TemplateFault(f"{error} (every record of this kind fails, so none is skipped)") from error
     raise error
@@ -158,6 +158,5 @@ def _plain(messages: Sequence[Message]) -> list[Message]:
     return plain if plain[-1]["role"] == "assistant" else [*plain, answer]
 
 
-def _plain_tool() -> dict[str, Any]:
-    parameters = {"type": "object", "properties": {"key": {"type": "string", "description": "a key"}}}
-    return {"type": "function", "function": {"name": "call", "description": "calls", "parameters": parameters}}
+_KEY = {"type": "object", "properties": {"key": {"type": "string", "description": "a key"}}}
+_PLAIN_TOOL = {"type": "function", "function": {"name": "call", "description": "calls", "parameters": _KEY}}

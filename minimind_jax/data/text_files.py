@@ -208,7 +208,10 @@ class _TextAhead:
                     break
                 if length <= MAX_LINE and self._read(2 * length):
                     continue
-                self.ends_broken = self.text[self.at] == "{" and self._is_last(indent, error)
+                # Nothing can follow the broken object where it is cut off, or no later line begins as a record's does.
+                is_followed = indent.strip() or re.search(rf"^{indent}\{{", self.text[self.at + 1 :], re.MULTILINE)
+                is_last = self._is_cut_off(error) or not is_followed
+                self.ends_broken = self.text[self.at] == "{" and is_last
                 if self.ends_broken and length <= MAX_LINE:
                     end, broken = len(self.text), {_BROKEN: self._explain(error)}
                     break
@@ -230,12 +233,6 @@ class _TextAhead:
         if found and not indent and "\n" in self.text[self.at : found.start()].rstrip():
             return None
         return found and found.start()
-
-    def _is_last(self, indent: str, error: ValueError) -> bool:
-        """Whether nothing can follow the broken object, of which the file has no more: it is cut off, or no later line
-        begins as a record's does (see `_next_like_this`)."""
-        is_followed = indent.strip() or re.search(rf"^{indent}\{{", self.text[self.at + 1 :], re.MULTILINE)
-        return self._is_cut_off(error) or not is_followed
 
     def _is_cut_off(self, error: ValueError) -> bool:
         rest = self.text[getattr(error, "pos", 0) :]

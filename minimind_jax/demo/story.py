@@ -55,7 +55,14 @@ def run(config: DemoConfig) -> int:
     samples = list(zip(SAMPLE_QUESTIONS, before, after, strict=True))
     print("\nAsking every question of the dialogues")
     recalls = {language.capitalize(): recall(tuned, language) for language in corpus.LANGUAGES}
-    facts = [bits_per_byte(FOLDER / "pretrain"), *recall_lines(recalls), export_line(exported, difference)]
+    told = {"All": [*itertools.chain(*recalls.values())], **recalls}
+    shares = [f"{name}: {sum(found)} of {len(found)} ({sum(found) / len(found):.1%})" for name, found in told.items()]
+    verdict = "the same" if difference <= LARGEST_DIFFERENCE else "NOT THE SAME"
+    facts = [
+        bits_per_byte(FOLDER / "pretrain"),
+        *(f"questions answered word for word by greedy decoding, {share}" for share in shares),
+        f"{exported}, loaded back: {verdict} as the trained model (largest difference of a logit {difference:.1e})",
+    ]
     report = report_text(facts, samples, time.perf_counter() - started)
     write_text(FOLDER / "report.md", report)
     print("\n" + report)
@@ -112,17 +119,6 @@ def bits_per_byte(run: Path) -> str:
 
 
 # Telling --------------------------------------------------------------------------------------------------------------
-
-
-def recall_lines(recalls: dict[str, list[bool]]) -> list[str]:
-    told = {"All": [*itertools.chain(*recalls.values())], **recalls}
-    shares = [f"{name}: {sum(found)} of {len(found)} ({sum(found) / len(found):.1%})" for name, found in told.items()]
-    return [f"questions answered word for word by greedy decoding, {share}" for share in shares]
-
-
-def export_line(exported: Path, difference: float) -> str:
-    verdict = "the same" if difference <= LARGEST_DIFFERENCE else "NOT THE SAME"
-    return f"{exported}, loaded back: {verdict} as the trained model (largest difference of a logit {difference:.1e})"
 
 
 def report_text(facts: Sequence[str], samples: Sequence[tuple[str, str, str]], seconds: float) -> str:

@@ -204,7 +204,7 @@ class GrammarConstraint:
 
     def _lacks_room_for_call(self, mask: np.ndarray) -> bool:
         """Whether a call may begin here, need not, and would not come to its end."""
-        if self._opener is None or not has(mask, self._opener) or not self._steps.may_end(mask):
+        if self._opener is None or not has(mask, self._opener) or not any(has(mask, end) for end in self._steps.ends):
             return False
         if self._call_length is None:
             matcher = self._matcher.deep_copy()
@@ -228,7 +228,7 @@ class _Steps:
     """Which token brings JSON to its end soonest."""
 
     def __init__(self, words: _Words):
-        self._pieces, self._ends, self._marks = words.pieces, frozenset(words.end_ids), words.marks
+        self._pieces, self.ends, self._marks = words.pieces, frozenset(words.end_ids), words.marks
         self._singles = {piece: i for i, piece in enumerate(words.pieces) if len(piece) == 1 and i not in words.marks}
         self._quote = self._singles.get(b'"')
         self._brackets = [self._singles[piece] for piece in (b"}", b"]") if piece in self._singles]
@@ -247,9 +247,6 @@ class _Steps:
     def piece(self, token: int) -> bytes:
         return self._pieces[token]
 
-    def may_end(self, mask: np.ndarray) -> bool:
-        return any(has(mask, token) for token in self._ends)
-
     def way_out(self, matcher: Any, most: int) -> list[int]:
         """Tokens from here to an end, end-of-text included; none if no end was found within `most`, or far."""
         matcher, rng, way = matcher.deep_copy(), random.Random(0), []
@@ -258,16 +255,16 @@ class _Steps:
             mask = self.mask(matcher)
             singles = {token for token in self._singles.values() if has(mask, token)}
             way.append(self._next(mask, singles, before, tried, rng))
-            if way[-1] in self._ends:
+            if way[-1] in self.ends:
                 break
             matcher.consume_token(way[-1])
             before, tried = singles, {*way[-16:]}
-        is_end = matcher.is_stopped() or (way and way[-1] in self._ends)
+        is_end = matcher.is_stopped() or (way and way[-1] in self.ends)
         return way if is_end and not matcher.is_error() else []
 
     def _next(self, mask: np.ndarray, singles: set[int], before: set[int], tried: set[int], rng: random.Random) -> int:
         """singles: allowed tokens of one byte; before: those a step earlier. tried: on the way."""
-        for tokens in (self._ends, self._marks):
+        for tokens in (self.ends, self._marks):
             if found := [token for token in tokens if has(mask, token)]:
                 return found[0]
         if closing := [token for token in self._brackets if token in singles]:

@@ -160,8 +160,9 @@ def tool_calls(
     Raises UserError for a name that no tool has.
     """
     offered = [tool.get("function") or tool for tool in tools]
-    if name and name not in [tool["name"] for tool in offered]:
-        raise UserError(f"there is no tool {name[:60]!r} to call; there are {_list(tool['name'] for tool in offered)}")
+    names = [tool["name"] for tool in offered]
+    if name and name not in names:
+        raise UserError(f"there is no tool {name[:60]!r} to call; there are {', '.join(names) or 'none'}")
     kept = [tool for tool in offered if name in ("", tool["name"])]
     if not kept:
         return Form("WORDS", _words(OPEN_CALL), is_free=True)
@@ -223,10 +224,6 @@ def _shown(text: str, tag: Tag) -> str:
 
 def _pattern(tag: str) -> str:
     return tag.replace("/", r"\/")
-
-
-def _list(names: Any) -> str:
-    return ", ".join(names) or "none"
 
 
 # Untrusted grammars ---------------------------------------------------------------------------------------------------

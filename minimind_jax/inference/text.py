@@ -48,7 +48,7 @@ class AnswerText:
         self._held, self._shown = held, self._shown + shown * len(new)
         found = [(start, stop) for stop in self._stop if (start := held.find(stop)) >= 0]
         if not found:
-            return self._give(len(held) - _possible_start(held, self._stop))
+            return self._give(len(held) - possible_start(held, self._stop))
         end, self.stopped_by = min(found)
         return self._give(end)
 
@@ -85,7 +85,7 @@ class ThinkSplitter:
                 break
             parts.append(self._give(before))
             self._inside, held = not self._inside, after
-        end = len(held) - _possible_start(held, (tag,))
+        end = len(held) - possible_start(held, (tag,))
         parts.append(self._give(held[:end]))
         self._held = held[end:]
         return [part for part in parts if part[1]]
@@ -103,6 +103,6 @@ class ThinkSplitter:
         return self._inside, text
 
 
-def _possible_start(text: str, stop: tuple[str, ...]) -> int:
+def possible_start(text: str, stop: tuple[str, ...]) -> int:
     """Length of the longest end of the text that begins a stop string."""
     return max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)

@@ -115,21 +115,21 @@ def play(
     limits = sampling, turns, seq_len, seconds or math.inf
     table = _Table(writer, environment, tokenizer, *limits, report, is_stopping)
     first = {start.group: start.seed for start in reversed(starts)}
-    episodes = table.play([_seat(number, start, first[start.group]) for number, start in enumerate(starts)])
+    seats = []
+    for number, start in enumerate(starts):
+        prompt, count = list(start.prompt), len(start.prompt)
+        episode = Episode(start.group, start.task, start.thinking, prompt, count, [False] * count, [0.0] * count)
+        seats.append(_Seat(number, start.seed, named_seed(first[start.group], "environment"), episode))
+    episodes = table.play(seats)
     if table.errors:
         error = table.errors[min(table.errors)]
-        what = f"of {len(starts):,} episodes ended by an error of their environment, the first: {_described(error)}"
+        raised = [f" ({frame.filename}:{frame.lineno})" for frame in traceback.extract_tb(error.__traceback__)[-1:]]
+        said = f"{type(error).__name__}: {first_line(error)}{''.join(raised)}"
+        what = f"of {len(starts):,} episodes ended by an error of their environment, the first: {said}"
         if len(table.errors) == len(starts) and len(first) > 1:
             raise UserError(f"all {what}") from error
         tell(f"{len(table.errors):,} {what}")
     return episodes
-
-
-def _seat(number: int, start: Start, group_seed: int) -> _Seat:
-    count = len(start.prompt)
-    tokens = list(start.prompt), count, [False] * count, [0.0] * count
-    episode = Episode(start.group, start.task, start.thinking, *tokens)
-    return _Seat(number, start.seed, named_seed(group_seed, "environment"), episode)
 
 
 @dataclasses.dataclass(eq=False)
@@ -298,12 +298,6 @@ class _Table:
                 seat.deadline = now + self.seconds  # for its environment to end
                 self.writer.cancel(answer)
                 self._hear(answer)
-
-
-def _described(error: BaseException) -> str:
-    """What an error says, and where it was raised."""
-    where = [f" ({frame.filename}:{frame.lineno})" for frame in traceback.extract_tb(error.__traceback__)[-1:]]
-    return "".join([f"{type(error).__name__}: {first_line(error)}", *where])
 
 
 def _checked(said: Any) -> list[Message]:

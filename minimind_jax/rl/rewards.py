@@ -67,7 +67,7 @@ class Entry(NamedTuple):
         return self.own or _NAMED.fullmatch(self.text)[1] in APART
 
 
-class Rewards:
+class Rewards(contextlib.AbstractContextManager):
     """The reward functions of a run, and the processes of those that may take their time.
 
     max_new_tokens: of a completion. names: of the functions, in their order.
@@ -88,9 +88,6 @@ class Rewards:
             self._functions = [self._started(entry, max_new_tokens, left) for entry in self._entries]
             self._threads = left.enter_context(concurrent.futures.ThreadPoolExecutor(len(self._entries)))
             self._left = left.pop_all()
-
-    def __enter__(self) -> "Rewards":
-        return self
 
     def __exit__(self, *error: object) -> None:
         self._left.close()

@@ -3,12 +3,11 @@
 All processes hold all of it, so that what is trained does not depend on how many there are.
 """
 
-import dataclasses
 import json
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -44,19 +43,11 @@ class Row(NamedTuple):
         return sum(self.sampled)
 
 
-@dataclasses.dataclass(frozen=True)
-class Rollout:
-    """rows: of one group side by side. told: numbers by the names of metrics."""
+class Rollout(NamedTuple):
+    """What the policy wrote, and what is told of it."""
 
-    rows: list[Row]
-    told: dict[str, float]
-
-    def as_json(self) -> list[Any]:
-        return [self.rows, self.told]
-
-    @classmethod
-    def from_json(cls, value: list[Any]) -> "Rollout":
-        return cls([Row(*row) for row in value[0]], value[1])
+    rows: list[Row]  # of one group side by side
+    told: dict[str, float]  # numbers by the names of metrics
 
 
 def shared(process: int, rows: Sequence[Row], counts: Mapping[str, float]) -> tuple[list[Row], Counter[str]]:

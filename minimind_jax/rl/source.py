@@ -22,7 +22,7 @@ from minimind_jax.rl.batches import arrays_of, minibatches, with_advantages
 from minimind_jax.rl.pages import show, write_page
 from minimind_jax.rl.play import GaveUp, Writer
 from minimind_jax.rl.player import Played, Player
-from minimind_jax.rl.rollout import Rollout
+from minimind_jax.rl.rollout import Rollout, Row
 from minimind_jax.rl.scoring import Scorer
 from minimind_jax.sharding import announce, data_process
 
@@ -56,7 +56,7 @@ class Rollouts:
         config, ahead = self.config, {}
         if self._ahead is not None:
             number, rollout = self._ahead
-            ahead = {"ahead": [number, rollout().as_json()]}
+            ahead = {"ahead": [number, rollout()]}
         return {
             "prompts to learn from": len(self.player.tasks.train),
             "content of the prompts (hash)": self._content,
@@ -81,7 +81,7 @@ class Rollouts:
             self._beta = earlier["beta"]
         if "ahead" in earlier and self.config.rollout.ahead:
             number, value = earlier["ahead"]
-            rollout = Rollout.from_json(value)
+            rollout = Rollout([Row(*row) for row in value[0]], value[1])
             self._ahead = number, lambda: rollout
         return None
 

@@ -5,6 +5,7 @@ import re
 from typing import NamedTuple
 
 from minimind_jax.data.tools import ends_in_string, parse_calls
+from minimind_jax.inference.text import possible_start
 
 OPEN_THINK, CLOSE_THINK = "<think>", "</think>"
 OPEN_CALL, CLOSE_CALL = "<tool_call>", "</tool_call>"
@@ -50,7 +51,7 @@ class AnswerSplitter:
             before, self._held = self._held[:start], self._held[start + len(tag) :]
             self._close(before, tag, parts)
         if self.state != "call":
-            keep = max(_begun(self._held, tag) for tag in self._tags())
+            keep = possible_start(self._held, self._tags())
             end = len(self._held) - keep
             self._give(self._held[:end], parts)
             self._held = self._held[end:]
@@ -130,8 +131,3 @@ def joined(parts: list[Part]) -> list[Part]:
         elif part.reasoning or part.content:
             result.append(part)
     return result
-
-
-def _begun(text: str, tag: str) -> int:
-    """Length of the longest end of the text that begins the tag."""
-    return max((n for n in range(1, len(tag)) if text.endswith(tag[:n])), default=0)

@@ -38,7 +38,7 @@ class Observation(NamedTuple):
     is_error: bool = False
 
 
-class Toolbox:
+class Toolbox(contextlib.AbstractContextManager):
     """Tools, and the warm processes they run in.
 
     names: `calculator`, `time`, `units`, `random`, `text`, `all` for these, or functions of the user's own as
@@ -75,9 +75,6 @@ class Toolbox:
         self.names = [schema["function"]["name"] for schema in self.schemas]
         self._idle.get()
         self._idle.put(first)
-
-    def __enter__(self) -> "Toolbox":
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()

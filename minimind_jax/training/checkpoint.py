@@ -40,12 +40,6 @@ class DamagedCheckpoint(UserError):
 Best = Callable[[Sequence[int]], int | None]  # which of these steps is the best; None where that is not known
 
 
-def superseded(steps: Sequence[int], newest: int, best: Best | None) -> list[int]:
-    """Steps of checkpoints that need not be kept: all but the newest `newest` and the best (None: not kept)."""
-    preserved = {*sorted(steps)[-newest:], best and best(steps)}
-    return [step for step in steps if step not in preserved]
-
-
 class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of one run. All processes of a run call the same methods in the same order.
 
@@ -119,8 +113,9 @@ class Checkpoints(contextlib.AbstractContextManager):
             )
         except Exception as error:
             raise self._failure(error) from error
-        old = superseded([*self._steps, step], self._keep, self._best)
-        self._steps = sorted({*self._steps, step} - set(old))
+        steps = sorted({*self._steps, step})
+        self._steps = sorted({*steps[-self._keep :], self._best and self._best(steps)} & {*steps})
+        old = [step for step in steps if step not in self._steps]
         shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
         self._pending = self._background.submit(self._finish, response, step, shapes, old)
 

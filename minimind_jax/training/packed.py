@@ -101,7 +101,7 @@ def data_record(batches: Batches) -> dict[str, str | int | float | bool]:
         "tokens": info["tokens"],
         "trained tokens": info["trained_tokens"],
         "tokens of an epoch": batches.plan.tokens,  # fewer or more with another data.val_fraction
-        "rows of an epoch": batches.rows_per_epoch,
+        "rows of an epoch": batches.plan.rows,
         "rows of a step": batches.rows_per_step,
         "seq_len": data.seq_len,
         # Best fit without a shuffle once trained the longest rows first.

@@ -1,5 +1,6 @@
 """The one place that decides whether a run should stop early: signals, and preemption of a cluster's machines."""
 
+import contextlib
 import os
 import signal
 
@@ -16,7 +17,7 @@ class Interrupted(SystemExit):
     130, SIGHUP 129) unless this is caught."""
 
 
-class StopRequest:
+class StopRequest(contextlib.ExitStack):
     """Turns SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a terminal that is closed) into a request that the loop asks for.
 
     What was heard is said at once, whatever the main thread is busy with, such as compiling. The third signal ends the
@@ -27,20 +28,14 @@ class StopRequest:
     """
 
     def __init__(self):
+        super().__init__()
         self.signal: signal.Signals | None = None
         self._is_alone = jax.process_count() == 1
         self._has_passed_on = False
         self._heard = 0
         numbers = [number for number in SIGNALS if self._is_alone or number != signal.SIGTERM]
         numbers = [n for n in numbers if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
-        self._handling = handling(numbers, self._on_signal if self._is_alone else self._pass_on, self._answer)
-
-    def __enter__(self) -> "StopRequest":
-        self._handling.__enter__()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._handling.__exit__(*error)
+        self.enter_context(handling(numbers, self._on_signal if self._is_alone else self._pass_on, self._answer))
 
     def should_stop(self, number: int) -> bool:
         """Whether to save and stop now. number: of the question; all processes must ask the same ones, without a gap,

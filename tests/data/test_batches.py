@@ -215,11 +215,11 @@ def test_pad_rows_of_conversations_are_their_first_tokens(talk_cache, tokenizer)
 @pytest.mark.parametrize("packing", ["concat", "best_fit", "pad"])
 def test_every_row_of_an_epoch_comes_once_and_padding_fills_the_last_step(text_cache, make, packing):
     batches = make(text_cache, packing=packing, rows_per_step=7)
-    assert batches.rows_per_epoch % 7
+    assert batches.plan.rows % 7
     for epoch in range(2):
         epoch_batches = take(batches, epoch * batches.steps_per_epoch, batches.steps_per_epoch)
         used = np.concatenate([batch["segment_ids"][:, 0] > 0 for batch in epoch_batches])
-        np.testing.assert_array_equal(used, np.arange(len(used)) < batches.rows_per_epoch)
+        np.testing.assert_array_equal(used, np.arange(len(used)) < batches.plan.rows)
         trained = sum(batch["loss_weights"].sum() for batch in epoch_batches)
         if packing != "pad":
             assert trained == text_cache.info["trained_tokens"] == batches.trained_tokens_per_epoch
