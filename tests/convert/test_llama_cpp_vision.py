@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import functools
 import io
+import random
 
 import jax
 import numpy as np
@@ -13,12 +14,23 @@ pytest.importorskip("gguf", reason="the gguf package writes the files (the extra
 pytest.importorskip("xllamacpp", reason="real llama.cpp comes with the oracle extra (xllamacpp)")
 
 from llama_cpp import LlamaCpp
+from worlds import write_lines
 
+from minimind_jax.cli import main
+from minimind_jax.config.generation import SamplingConfig
+from minimind_jax.config.sections import OptimizerConfig
+from minimind_jax.config.stages import VisionConfig, VLMSFTConfig
 from minimind_jax.convert.gguf import to_gguf
-from minimind_jax.convert.hf import save_hf
+from minimind_jax.convert.hf import load_hf, save_hf
+from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.images import read_image
+from minimind_jax.data.pictures import sight_of
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.inference.engine import Engine
+from minimind_jax.inference.sight import open_images
 from minimind_jax.model.config import ComputeConfig, TowerConfig, Vision
 from minimind_jax.model.transformer import LanguageModel
+from minimind_jax.stages import start
 from tests.convert.conftest import MODELS, random_params
 
 Image = pytest.importorskip("PIL.Image", reason="pictures need Pillow")
@@ -27,6 +39,7 @@ pytestmark = pytest.mark.oracle
 
 TOWER = TowerConfig(16, 24, 2, 2, 20, 6)  # 3 x 3 patches, and two pixels that no patch has
 COUNT, ROOM = 16, 96
+DATA_URL = "data:image/png;base64,"
 SEES = [(0, "What?"), ("Look here: ", 0, " What?"), (0, 1, "Which?"), ("First ", 1, " and then ", 0, "!")]
 
 
@@ -36,6 +49,21 @@ def picture(seed, width, height):
     file = io.BytesIO()
     Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC).save(file, "PNG")
     return file.getvalue()
+
+
+def asking(parts):
+    """The message of a user: texts, and the contents of files as data URLs."""
+
+    def part_of(part):
+        if isinstance(part, str):
+            return {"type": "text", "text": part}
+        return {"type": "image_url", "image_url": {"url": DATA_URL + base64.b64encode(part).decode()}}
+
+    return [{"role": "user", "content": list(map(part_of, parts))}]
+
+
+def content_of(url, place):
+    return base64.b64decode(url.removeprefix(DATA_URL))
 
 
 def exported(tokenizer, folder, dtype="float32", kind="dense", vision=None):
@@ -52,15 +80,9 @@ def compare(model, tokenizer, parts, pictures, bound):
     Its tokens have to be the likeliest here, as far as `bound`, of log-probabilities, can tell.
     """
     config, params, server = model
-    urls = [f"data:image/png;base64,{base64.b64encode(data).decode()}" for data in pictures]
-    content = [
-        {"type": "text", "text": part}
-        if isinstance(part, str)
-        else {"type": "image_url", "image_url": {"url": urls[part]}}
-        for part in parts
-    ]
     shown = [pictures[part] for part in parts if not isinstance(part, str)]
-    prompt, length, answer, first = server.see([{"role": "user", "content": content}], shown, COUNT)
+    messages = asking(part if isinstance(part, str) else pictures[part] for part in parts)
+    prompt, length, answer, first = server.see(messages, shown, COUNT)
     said = "".join(part if isinstance(part, str) else "<image>" for part in parts)
     assert prompt == f"<|im_start|>user\n{said}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     ids = tokenizer.encode(prompt.replace("<image>", "<|image_pad|>" * config.vision.image_tokens))
@@ -112,3 +134,70 @@ SMALL = TowerConfig(16, 24, 3, 4, 16, 4, 1e-5, rescale_factor=1 / 128, image_mea
 def test_other_towers_and_text_models(kind, vision, tokenizer, tmp_path):
     model = exported(tokenizer, tmp_path, kind=kind, vision=vision)
     compare(model, tokenizer, ("What? ", 1, 0), [picture(seed, 16, 16) for seed in (1, 2)], 3e-3)
+
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230), "yellow": (230, 220, 40)}
+
+
+def square(colour, rng, width=20, height=20):
+    """A PNG file of a square of that colour somewhere on grey."""
+    image, side = Image.new("RGB", (width, height), (128, 128, 128)), min(width, height) * 3 // 5
+    x, y = rng.randrange(width - side), rng.randrange(height - side)
+    image.paste(COLOURS[colour], (x, y, x + side, y + side))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory):
+    """The run of a model that learned to name the colour of a square, in its own words."""
+    folder, rng = tmp_path_factory.mktemp("squares"), random.Random(0)
+    words = Tokenizer.load(world.folder / "tokenizer")
+    for name, vision in (("text", None), ("tower", Vision(TowerConfig(32, 48, 2, 2, 16, 8), 12))):
+        config = dataclasses.replace(MODELS["dense"], vocab_size=304, vision=vision, initializer_range=0.1)
+        save_hf(folder / name, config, jax.jit(LanguageModel(config).init)(jax.random.key(0)), words, "float32")
+    records = []
+    for n in range(64):
+        colour = list(COLOURS)[n % 4]
+        (folder / f"{n}.png").write_bytes(square(colour, rng))
+        asked = rng.choice(["<image>which?", "which?<image>"])
+        talk = [{"role": "user", "content": asked}, {"role": "assistant", "content": colour}]
+        records.append({"conversations": talk, "image": f"{n}.png"})
+    config = VLMSFTConfig(
+        run=str(folder / "run"), init_from=str(folder / "text"), export_dtype="float32",
+        compute=ComputeConfig(scan_unroll=1), optimizer=OptimizerConfig(learning_rate=3e-3),
+        vision=VisionConfig(tower=str(folder / "tower"), train="tower"),
+    )  # fmt: skip
+    training = dataclasses.replace(config.training, batch_tokens=384, steps=60, eval_every=0)
+    data = dataclasses.replace(
+        config.data, train=(write_lines(folder / "squares.jsonl", records),), seq_len=96, val_fraction=0.0,
+        cache_dir=str(folder / "cache"), tokenizer_workers=1,
+    )  # fmt: skip
+    return start(dataclasses.replace(config, training=training, data=data)).parent
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_trained_model_says_the_same_text_of_pictures(dtype, trained, tmp_path):
+    config, params = load_hf(trained / "run" / "model")
+    words = Tokenizer.load(trained / "run" / "model")
+    engine = Engine(LanguageModel(config), params, words, slots=2, context=128)
+    assert main(["convert", "to-gguf", str(trained / "run"), str(tmp_path / "out"), "--dtype", dtype]) == 0
+    server = LlamaCpp(tmp_path / "out" / "model.gguf", mmproj=tmp_path / "out" / "mmproj-model.gguf")
+    rng = random.Random(1)
+    shown = [square(colour, rng, *size) for colour in COLOURS for size in ((16, 16), (60, 33))]
+    asked = [[data, "which?"] for data in shown]
+    asked += [[shown[0], shown[5], "which?"], ["the ", shown[2], " which? ", shown[7]]]
+    answers = []
+    for parts in asked:
+        messages = asking(parts)
+        opened, pictures = open_images(messages, config.vision, sight_of(words, config.vision), content_of)
+        sampling = SamplingConfig(max_new_tokens=12, temperature=0.0)
+        ours = engine.generate([encode_prompt(words, opened)], sampling, [pictures])[0].text
+        said = server.ask(
+            "/v1/chat/completions", messages=messages, max_tokens=12, temperature=0,
+            chat_template_kwargs={"enable_thinking": False},
+        )  # fmt: skip
+        assert said["choices"][0]["message"]["content"] == ours
+        answers.append(ours)
+    assert len(set(answers[: len(shown)])) == len(COLOURS), "the pictures are hardly looked at"
