@@ -23,9 +23,10 @@ def setting(default: Any = dataclasses.MISSING, **declared: Any) -> Any:
     positional: what stands for it in `--help` where it is given without its name. alone: what its flag means
     without a value, as in `--json`. flag: another name on the command line. either: of the settings that say the
     same `either` one replaces the others that an earlier file set. is_text: a comma or a bracket in it is only a
-    character. rest: it takes all arguments that are not of this class, as they are. late: in `--help` it comes
-    behind the others. names: what is on a disk under it, `model` (a run or a model's folder), `tokenizer` or
-    `place`. must: what holds of its value, one of the rules below.
+    character. repeats: of a list, to which every flag of it adds; of others the last one counts. rest: it takes all
+    arguments that are not of this class, as they are. late: in `--help` it comes behind the others. names: what is on a
+    disk under it, `model` (a run or a model's folder), `tokenizer` or `place`. must: what holds of its value, one of
+    the rules below.
     """
     return dataclasses.field(default=default, metadata=declared)
 

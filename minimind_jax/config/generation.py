@@ -108,6 +108,7 @@ class GenerateConfig(ReadingConfig, SamplingSettings):
     prompt: prompts; each is answered.
     input: files, folders or globs of records with `prompt` or `text` (str) or `conversations` (a list of messages; a
         last assistant message is left out and generated anew), instead of prompts.
+    image: pictures that each prompt shows: paths of files; they stand in front of it, or where it says `<image>`.
     output: the JSON lines that are written: each record of the input with `completion` and `finish_reason` added;
         empty prints them.
     as_conversations: write conversations that end with the answer instead, which `minimind sft` can be trained on.
@@ -129,6 +130,7 @@ class GenerateConfig(ReadingConfig, SamplingSettings):
     model: str = ""
     prompt: tuple[str, ...] = setting((), is_text=True)
     input: tuple[str, ...] = ()
+    image: tuple[str, ...] = setting((), is_text=True, repeats=True)
     output: str = ""
     as_conversations: bool = False
     long_prompts: Literal["stop", "skip", "cut"] = "stop"
@@ -148,6 +150,7 @@ class GenerateConfig(ReadingConfig, SamplingSettings):
         object.__setattr__(self, "input", (self.input,) if isinstance(self.input, str) else tuple(self.input))
         object.__setattr__(self, "system", readable(self.system))
         _set_texts(self, "prompt")
+        _set_texts(self, "image")
         _set_texts(self, "choices")
         if len(forms := [name for name in ("schema", "regex", "choices") if getattr(self, name)]) > 1:
             raise ValueError(f"{' and '.join(forms)} are all set, and an answer can have one form; keep one of them")
@@ -157,6 +160,9 @@ class GenerateConfig(ReadingConfig, SamplingSettings):
         if self.prompt and (self.output or self.as_conversations):
             given = "output" if self.output else "as_conversations"
             raise ValueError(f"{given} is set without input; answers to prompts are printed")
+        if self.image and (self.input or self.raw):
+            why = "records of a file name their own" if self.input else "raw continues text alone"
+            raise ValueError(f"image is set, and {why}; leave it out, or give --prompt TEXT without raw")
         if self.raw and (self.system or self.thinking or self.as_conversations):
             raise ValueError(
                 "raw leaves the chat template out, so system, thinking and as_conversations have no meaning; drop them"

@@ -132,6 +132,8 @@ def read_arguments(argv: Sequence[str], fields: Sequence[Field] = ()) -> tuple[l
         values = [value] if equals else _take_values(field, left, has_words)
         if not values:
             raise UserError(f"--{name} needs a value, as in --{name} VALUE")
+        if field and field.declared.get("repeats") and field.key in given:
+            values = [*_as_list(given[field.key].value, field), *values]
         if name == "config" and field is None:
             configs += values
         else:

@@ -79,8 +79,9 @@ def _open(source: bytes | Path, where: str) -> "Image":
     library = _import_pillow()
     try:
         content = source if isinstance(source, bytes) else source.read_bytes()
-    except OSError as error:
-        raise UserError(f"{where}: the picture {source} cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # a name with a NUL
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{where}: the picture {source} cannot be read: {why}") from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", library.DecompressionBombWarning)  # our own limit is lower

@@ -16,7 +16,7 @@ from minimind_jax.data.formats import read_record, read_text
 from minimind_jax.data.jsonl import READING, Reading, Record
 from minimind_jax.data.labels import Classes, parse_labelled
 from minimind_jax.data.messages import Conversation, Message, check_closed, is_trained
-from minimind_jax.data.pictures import SIGHT, Seen, Sight, pack, place_pictures, take_pictures
+from minimind_jax.data.pictures import SIGHT, Seen, Sight, check_pictures, pack, place_pictures, take_pictures
 from minimind_jax.data.preferences import Preference
 from minimind_jax.data.prompts import Prompt, read_prompt
 from minimind_jax.data.template import Roll
@@ -76,7 +76,9 @@ def parse_preference(record: Record, reading: Reading = READING) -> Preference:
 def parse_seen(record: Record, wanted: Wanted) -> Seen:
     """The conversation of a record of any format and its pictures (see `pictures`), which are looked at."""
     words, pictures = take_pictures(record, wanted.reading)
-    return place_pictures(record, parse_conversation(words, reading=wanted.reading), pictures, wanted.sight)
+    talk = parse_conversation(words, reading=wanted.reading)
+    check_pictures(record, pictures)
+    return place_pictures(record, talk, pictures, wanted.sight)
 
 
 def beginning(text: str) -> str:

@@ -8,6 +8,7 @@ text `<image>` marks its place; or a part of a message, as OpenAI and others wri
 import base64
 import binascii
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,12 +67,11 @@ class Seen:
         return {**record, "images": [_as_text(picture) for picture in self.pictures]} if self.pictures else record
 
 
-def has_pictures(value: dict[str, Any]) -> bool:
+def has_pictures(value: dict[str, Any], reading: Reading = READING) -> bool:
     """Whether a record's fields or messages have pictures."""
-    if any(not is_absent(value.get(name)) for name in IMAGES):
+    if any(not is_absent(value.get(name)) for name in set(IMAGES) - set(reading.ignore_fields)):
         return True
-    turns = next((messages_in(value[name]) for name in MESSAGES if name in value), None)
-    return isinstance(turns, list) and any(is_picture(part) for turn in turns for part in _parts(turn))
+    return any(is_picture(part) for turn in _turns_of(value)[1] for part in _parts(turn))
 
 
 def take_pictures(record: Record, reading: Reading = READING) -> tuple[Record, list[PictureFile]]:
@@ -84,9 +84,8 @@ def take_pictures(record: Record, reading: Reading = READING) -> tuple[Record, l
         if beside:
             raise UserError(f"{record.where}: pictures in two fields, of {', '.join(IMAGES)}; keep one of them")
         beside = [_file_of(each, record, f"{name}[{n}]") for n, each in enumerate(_as_list(item))]
-    name = next((name for name in MESSAGES if name in value), None)
-    turns = messages_in(value.get(name))
-    if isinstance(turns, list):
+    name, turns = _turns_of(value)
+    if name:
         value[name] = [_without_parts(turn, record, within) for turn in turns]
     found = [picture for picture in within if picture is not None]
     if found and (beside or len(found) < len(within)):
@@ -96,37 +95,53 @@ def take_pictures(record: Record, reading: Reading = READING) -> tuple[Record, l
     return dataclasses.replace(record, value=value), beside or found
 
 
-def place_pictures(record: Record, talk: Conversation, pictures: Sequence[PictureFile], sight: Sight) -> Seen:
-    """The conversation of a record with markers where the user shows pictures, of which each is looked at.
+def check_pictures(record: Record, pictures: Sequence[PictureFile]) -> None:
+    """Looks at each. Raises UserError for one that cannot be read."""
+    for where, picture in named(record.where, pictures):
+        open_image(picture, where, functools.partial(tell_of, record))
 
-    Raises UserError: a picture cannot be read, there are more or fewer than places, or the text spells the marker.
+
+def named(where: str, pictures: Sequence[PictureFile]) -> list[tuple[str, PictureFile]]:
+    """The pictures of a record, each with the name that messages have for it."""
+    return [(f"{where}: image {number}", picture) for number, picture in enumerate(pictures, 1)]
+
+
+def place_pictures(record: Record, talk: Conversation, pictures: Sequence[PictureFile], sight: Sight) -> Seen:
+    """The conversation of a record with markers where the user shows pictures.
+
+    Raises UserError: there are more or fewer than places, or the text spells the marker.
     """
     if any(sight.marker in message["content"] for message in talk.messages):
         raise UserError(f"{record.where}: the text has {sight.marker}, which stands for pictures; write {PLACE} there")
-
-    def tell(note: str) -> None:
-        record.told[str(record.file), note] += 1
-
-    sizes = [open_image(picture, f"{record.where}: image {n}", tell).size for n, picture in enumerate(pictures, 1)]
     messages, shown = list(talk.messages), [n for n, m in enumerate(talk.messages) if m["role"] in ("user", "tool")]
     places = sum(messages[n]["content"].count(PLACE) for n in shown)
     if not pictures:
         if places:
-            tell(f"`{PLACE}` without a picture is read as a word")
+            tell_of(record, f"`{PLACE}` without a picture is read as a word")
         return Seen(talk, (), sight)
-    if not places and max(map(max, sizes)) <= BLANK:
-        tell(f"a picture of {BLANK} x {BLANK} pixels and no `{PLACE}` in the text: words alone")
+    looks = (open_image(picture, where) for where, picture in named(record.where, pictures))
+    if not places and all(max(look.size) <= BLANK for look in looks):
+        tell_of(record, f"a picture of {BLANK} x {BLANK} pixels and no `{PLACE}` in the text: words alone")
         return Seen(talk, (), sight)
     if not places and shown:
-        tell(f"no `{PLACE}` in the text: the pictures stand in front of the first question")
-        first, places = messages[shown[0]], len(pictures)
-        messages[shown[0]] = {**first, "content": f"{PLACE}\n" * places + first["content"]}
-    if places != len(pictures):
-        raise UserError(f"{record.where}: {len(pictures)} pictures, and {places} times {PLACE} in what the user says")
-    for n in shown:
-        content = messages[n]["content"].replace(PLACE, sight.marker * sight.tokens)
+        tell_of(record, f"no `{PLACE}` in the text: the pictures stand in front of the first question")
+    texts = with_markers([messages[n]["content"] for n in shown], len(pictures), sight, record.where)
+    for n, content in zip(shown, texts, strict=True):
         messages[n] = {**messages[n], "content": content}
     return Seen(dataclasses.replace(talk, messages=messages), tuple(pictures), sight)
+
+
+def with_markers(texts: Sequence[str], pictures: int, sight: Sight, where: str) -> list[str]:
+    """What the user says, with markers in the places of so many pictures; those without a place stand in front.
+
+    Raises UserError where there are more or fewer places, and `where`.
+    """
+    texts, places = list(texts), sum(text.count(PLACE) for text in texts)
+    if not places and texts:
+        texts[0], places = f"{PLACE}\n" * pictures + texts[0], pictures
+    if places != pictures:
+        raise UserError(f"{where}: {pictures} pictures, and {places} times {PLACE} in what the user says")
+    return [text.replace(PLACE, sight.marker * sight.tokens) for text in texts]
 
 
 def pack(picture: PictureFile) -> bytes:
@@ -139,8 +154,28 @@ def unpack(stored: bytes) -> PictureFile:
     return Path(os.fsdecode(stored[1:])) if stored[:1] == b"\0" else stored[1:]
 
 
+def tell_of(record: Record, note: str) -> None:
+    """Whoever reads the records prints it."""
+    record.told[str(record.file), note] += 1
+
+
+def _turns_of(value: dict[str, Any]) -> tuple[str | None, list[Any]]:
+    """The name of a record's field of messages, and these; None without one."""
+    found = ((name, messages_in(value[name])) for name in (*MESSAGES, "prompt") if name in value)
+    return next(((name, turns) for name, turns in found if isinstance(turns, list)), (None, []))
+
+
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
+
+
+def without_bytes(value: Any) -> Any:
+    """A record or a part of it with data URLs in place of the contents of pictures, as JSON can say it."""
+    if isinstance(value, bytes):
+        return _as_text(value)
+    if isinstance(value, dict):
+        return {name: without_bytes(item) for name, item in value.items()}
+    return [without_bytes(item) for item in value] if isinstance(value, list) else value
 
 
 def _as_text(picture: PictureFile) -> str:

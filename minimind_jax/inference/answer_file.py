@@ -152,7 +152,7 @@ class AnswerFile(PartialFile):
 def what_makes(config, folders: list[Path]) -> dict[str, Any]:
     """Settings that an answer depends on, and which model it is: hashes of the files in its folders."""
     settings = dataclasses.asdict(config)
-    for name in ("model", "output", "input", "prompt", "batch_size", "resume"):
+    for name in ("model", "output", "input", "prompt", "image", "batch_size", "resume"):
         settings.pop(name)
     files = {}
     if config.schema:

@@ -4,20 +4,24 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from minimind_jax.config.generation import ChatConfig
 from minimind_jax.data.documents import encode_prompt
+from minimind_jax.data.images import Picture, open_picture
+from minimind_jax.data.pictures import find_file, sight_of, with_markers
 from minimind_jax.data.tools import Call, parse_calls
 from minimind_jax.errors import UserError
 from minimind_jax.inference.adapters import OFF
 from minimind_jax.inference.engine import Engine, Piece
+from minimind_jax.inference.eyes import BLIND
 from minimind_jax.inference.load import load_engine
 from minimind_jax.inference.text import ThinkSplitter
 from minimind_jax.inference.tool_use import carry_out
-from minimind_jax.inference.typed import typed_messages
+from minimind_jax.inference.typed import typed_messages, typed_path
 from minimind_jax.tools.toolbox import Observation, Toolbox
 
 Message = dict[str, Any]
@@ -25,6 +29,7 @@ Message = dict[str, Any]
 HELP = """\
 /clear        forget the conversation
 /think        think before answering        /nothink   answer at once
+/image PATH   show a picture with the next question, where that says <image>, or in front of it
 /system TEXT  set the system prompt and forget the conversation; without TEXT, remove it
 /adapter NAME answer with another adapter, or `off`; without NAME, list them
 /exit         leave (or Ctrl-D); Ctrl-C stops an answer"""
@@ -73,8 +78,9 @@ def chat(
 class Dialogue:
     """The messages so far, and the answers of the model to them.
 
-    messages: of user, assistant and tools, without the system prompt. thinking: whether the next answer thinks first.
-    adapter: that gives it; "" for the base model by itself.
+    messages: of user, assistant and tools, without the system prompt; those of a user with the `images` that they show.
+    pictures: that the next question shows. thinking: whether the next answer thinks first. adapter: that gives it; ""
+    for the base model by itself.
     """
 
     def __init__(self, engine: Engine, config: ChatConfig, tools: Toolbox | None = None):
@@ -84,22 +90,40 @@ class Dialogue:
         self.adapter = next(iter(engine.adapters), "")
         self.system, self.thinking = config.system, config.thinking
         self.messages: list[Message] = []
+        self.pictures: list[Picture] = []
+        self._vision = engine.model.config.vision
+        self._sight = sight_of(engine.tokenizer, self._vision)
 
     def command(self, line: str) -> str:
         """Carries out a /command and returns what to tell the user."""
         name, _, text = line.partition(" ")
         if name == "/clear":
-            self.messages = []
+            self.messages, self.pictures = [], []
             return "the conversation is forgotten"
+        if name == "/image":
+            return self._show(text.strip())
         if name in ("/think", "/nothink"):
             self.thinking = name == "/think"
             return "thinks before answering" if self.thinking else "answers at once"
         if name == "/adapter":
             return self._adapter(text.strip())
         if name == "/system":
-            self.system, self.messages = text.strip(), []
+            self.system, self.messages, self.pictures = text.strip(), [], []
             return "new system prompt; the conversation is forgotten" if self.system else "no system prompt"
         return HELP if name == "/help" else f"unknown command {name}\n{HELP}"
+
+    def _show(self, address: str) -> str:
+        if self._vision is None:
+            return f"no picture can be shown: {BLIND}"
+        notes: list[str] = []
+        if address:
+            try:
+                file = find_file(typed_path(address), Path(), address)
+                self.pictures.append(open_picture(file, self._vision.tower, address, notes.append))
+            except UserError as error:
+                return str(error)
+        shown = f"pictures that the next question shows: {len(self.pictures)}; /clear drops them"
+        return "\n".join([*notes, shown])
 
     def _adapter(self, name: str) -> str:
         if not self._engine.adapters:
@@ -117,19 +141,29 @@ class Dialogue:
         Raises:
             UserError: the message alone does not fit the model's context; it is not added.
         """
-        messages = [*self.messages, {"role": "user", "content": text}]
+        messages = [*self.messages, self._question(text)]
         turns = [start for start, message in enumerate(messages) if message["role"] == "user"]
         room = self._engine.room(0)
         reserve = min(self._sampling.max_new_tokens, room // 2)  # for the answer
         for dropped, start in enumerate(turns):
             length = len(self._prompt(messages[start:]))
             if length + reserve <= room:
-                self.messages = messages[start:]
+                self.messages, self.pictures = messages[start:], []
                 return dropped
+        shown = f" and {len(self.pictures)} pictures, which /clear drops" if self.pictures else ""
         raise UserError(
-            f"the message takes {length} tokens with its frame; "
+            f"the message takes {length} tokens with its frame{shown}; "
             f"at most {room - reserve} fit beside an answer in the model's context of {room}"
         )
+
+    def _question(self, text: str) -> Message:
+        """A user's message with markers in the places of the pictures that it shows."""
+        if self._sight is not None and self._sight.marker in text:
+            raise UserError(f"{self._sight.marker} stands for pictures; leave it out")
+        if not self.pictures:
+            return {"role": "user", "content": text}
+        [content] = with_markers([text], len(self.pictures), self._sight, "the question")
+        return {"role": "user", "content": content, "images": tuple(self.pictures)}
 
     def answer(self) -> Iterator[Piece]:
         """Streams the answer to the last message. Give what was shown to `keep`, also when the loop was left."""
@@ -143,7 +177,8 @@ class Dialogue:
         seed = self._sampling.seed + self._answers  # asked again, a question gets another answer
         self._answers += 1
         sampling = dataclasses.replace(self._sampling, max_new_tokens=count, seed=seed)
-        yield from self._engine.stream(ids, sampling, adapter=self.adapter)
+        images = tuple(picture for message in self.messages for picture in message.get("images", ()))
+        yield from self._engine.stream(ids, sampling, adapter=self.adapter, images=images)
 
     def opens_thinking(self) -> bool:
         """Whether the prompt of the next answer ends in an open think block."""
@@ -162,8 +197,10 @@ class Dialogue:
         self.messages.append(message)
 
     def forget_question(self) -> None:
-        """Takes the last question away, and all that came of it."""
-        del self.messages[max(n for n, message in enumerate(self.messages) if message["role"] == "user") :]
+        """Takes the last question away, and all that came of it; its pictures wait for the next."""
+        last = max(n for n, message in enumerate(self.messages) if message["role"] == "user")
+        self.pictures = list(self.messages[last].get("images", ()))
+        del self.messages[last:]
 
     def calls_in(self, answer: str) -> list[Call]:
         """What the answer calls, if there are tools."""
@@ -191,8 +228,9 @@ class Dialogue:
         return self._tools.schemas if self._tools else None
 
     def _whole(self, messages: list[Message]) -> list[Message]:
-        """The messages behind the system prompt."""
-        return [*([{"role": "system", "content": self.system}] if self.system else []), *messages]
+        """The messages behind the system prompt, as a template takes them."""
+        words = [{name: value for name, value in message.items() if name != "images"} for message in messages]
+        return [*([{"role": "system", "content": self.system}] if self.system else []), *words]
 
 
 def _answer(conversation: Dialogue, text: str, console: Console, config: ChatConfig) -> None:
@@ -234,6 +272,8 @@ def _stream(conversation: Dialogue, console: Console, show_speed: bool) -> str:
         note = " (stopped)"
     _show(splitter.finish(), console)
     conversation.keep(splitter.answer, splitter.thinking)
+    if conversation.pictures:
+        note += f" (nothing was said; the next question shows its pictures: {len(conversation.pictures)})"
     console.print()
     if show_speed or note:
         console.print(f"{clock if show_speed else ''}{note}".strip(), style="dim", soft_wrap=True)

@@ -1,18 +1,31 @@
 """`minimind generate`: answers to prompts on the command line, or to every record of a file."""
 
 import dataclasses
+import functools
 import json
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minimind_jax.config.generation import GenerateConfig
 from minimind_jax.convert.load import folders_of
 from minimind_jax.data.documents import begun, encode_prompt
+from minimind_jax.data.images import Picture, open_picture
 from minimind_jax.data.jsonl import Record, expand_paths, iter_records, reading_of, tell
 from minimind_jax.data.messages import Conversation
+from minimind_jax.data.pictures import (
+    PLACE,
+    Seen,
+    has_pictures,
+    named,
+    place_pictures,
+    sight_of,
+    take_pictures,
+    tell_of,
+    without_bytes,
+)
 from minimind_jax.data.prompts import own_thinking, read_prompt, shortened
 from minimind_jax.data.written import check_output, json_line
 from minimind_jax.errors import UserError
@@ -20,6 +33,7 @@ from minimind_jax.folders import resolve_model_folder
 from minimind_jax.inference.answer_file import AGAIN, AnswerFile, what_makes
 from minimind_jax.inference.constrain import Grammars
 from minimind_jax.inference.engine import Engine
+from minimind_jax.inference.eyes import BLIND
 from minimind_jax.inference.grammar import choice, json_schema, regex
 from minimind_jax.inference.load import load_engine
 from minimind_jax.inference.request import Answer, Constraint, Request
@@ -32,7 +46,8 @@ NAMED = 20  # prompts that are too long, in a message
 
 class Prompt(NamedTuple):
     """A prompt: where it came from (for error messages), its record, the conversation to be answered (None for raw
-    text), its token ids, the fields of the record beside it, and whether the prompt ends in an open think block."""
+    text), its token ids, the fields of the record beside it, and whether the prompt ends in an open think block. seen:
+    the conversation with its pictures, of a model that sees. tell: hears what of these is not seen."""
 
     where: str
     record: dict[str, Any]
@@ -40,6 +55,8 @@ class Prompt(NamedTuple):
     ids: list[int]
     others: dict[str, Any]
     opens_thinking: bool = False
+    seen: Seen | None = None
+    tell: Callable[[str], None] = print
 
 
 class TooLong(UserError):
@@ -70,21 +87,33 @@ def run(config: GenerateConfig) -> None:
 def _print_answers(engine: Engine, config: GenerateConfig) -> None:
     """Streams a single answer; several are made together and printed under their prompts."""
     names = ["--prompt"] if len(config.prompt) == 1 else [f"--prompt {n + 1}" for n in range(len(config.prompt))]
+    told = Counter()
     requests = [
-        _request(engine, config, Record(name, Path(), line, {"prompt": text}))
+        _request(engine, config, Record(name, Path("--image"), line, _with_images(text, config.image), told))
         for line, (name, text) in enumerate(zip(names, config.prompt, strict=True), 1)
     ]
     if len(requests) == 1:
         sampling = config.resolve(engine.sampling)
         count = min(sampling.max_new_tokens, engine.room(len(requests[0].ids)))
-        bound = binder(engine, config)(requests[0], count)
-        answer = engine.stream(requests[0].ids, dataclasses.replace(sampling, max_new_tokens=count), constraint=bound)
+        bound, images = binder(engine, config)(requests[0], count), _open(engine, requests[0])
+        own = dataclasses.replace(sampling, max_new_tokens=count)
+        answer = engine.stream(requests[0].ids, own, constraint=bound, images=images)
         for piece in first_awaited(answer, "compiling"):
             print(piece.text, end="", flush=True)
         print()
-        return
-    for request, answer in first_awaited(answer_requests(engine, config, iter(requests)), "answering"):
-        print(f"> {request.record['prompt']}\n{answer.text}\n")
+        return tell(told)
+    answered = first_awaited(answer_requests(engine, config, iter(requests)), "answering")
+    for text, (_, answer) in zip(config.prompt, answered, strict=True):
+        print(f"> {text}\n{answer.text}\n")
+    tell(told)
+
+
+def _with_images(text: str, images: Sequence[str]) -> dict[str, Any]:
+    """The record of a prompt that shows pictures where it says so, or in front."""
+    if not images:
+        return {"prompt": text}
+    places = "" if PLACE in text else f"{PLACE}\n" * len(images)
+    return {"prompt": places + text, "images": list(images)}
 
 
 def _write_answers(engine: Engine, config: GenerateConfig, folder: Path) -> None:
@@ -184,7 +213,7 @@ def _changes(changed: Counter) -> list[str]:
 def _result(config: GenerateConfig, request: Prompt, text: str = "", reason: str = "") -> dict[str, Any]:
     """The line that is written: the record with its answer, or as a conversation that ends with it."""
     if not config.as_conversations:
-        return {**request.record, "completion": text, "finish_reason": reason}
+        return {**without_bytes(request.record), "completion": text, "finish_reason": reason}
     splitter = ThinkSplitter(inside=request.opens_thinking)
     splitter.push(text)
     splitter.finish()
@@ -193,6 +222,7 @@ def _result(config: GenerateConfig, request: Prompt, text: str = "", reason: str
         reply["reasoning_content"] = splitter.thinking.strip()
     asked = request.conversation
     told = dataclasses.replace(asked, messages=[*asked.messages, reply])
+    told = told if request.seen is None else dataclasses.replace(request.seen, conversation=told)
     return {**request.others, **told.as_record(), "finish_reason": reason}
 
 
@@ -215,10 +245,18 @@ def answer_requests(
             begun.append(prompt)
             count = min(sampling.max_new_tokens, engine.room(len(prompt.ids)))
             own = dataclasses.replace(sampling, max_new_tokens=count, seed=config.seed + number)
-            yield Request(tuple(prompt.ids), own, constraint=bind(prompt, count))
+            yield Request(tuple(prompt.ids), own, constraint=bind(prompt, count), images=_open(engine, prompt))
 
     for answer in engine.answers(requests()):
         yield begun.popleft(), answer
+
+
+def _open(engine: Engine, prompt: Prompt) -> tuple[Picture, ...]:
+    """The pictures of a prompt. Raises UserError for one that cannot be read."""
+    if prompt.seen is None:
+        return ()
+    tower, files = engine.model.config.vision.tower, named(prompt.where, prompt.seen.pictures)
+    return tuple(open_picture(file, tower, where, prompt.tell) for where, file in files)
 
 
 def binder(engine: Engine, config: GenerateConfig) -> Callable[[Prompt, int], Constraint | None]:
@@ -282,7 +320,14 @@ def _cut(engine: Engine, config: GenerateConfig, request: Prompt) -> Prompt:
     messages = shortened(asked.messages, lambda messages: len(encode(messages)), room, tokenizer)
     if messages is None:  # its system prompt and tools alone are too long
         return request
-    return request._replace(conversation=dataclasses.replace(asked, messages=messages), ids=encode(messages))
+    seen, asked = request.seen, dataclasses.replace(asked, messages=messages)
+    if seen and seen.pictures:
+        if messages[-1] not in request.conversation.messages:  # its question would lose pictures
+            return request
+        markers = sum(message["content"].count(seen.sight.marker) for message in messages)
+        first = len(seen.pictures) - markers // seen.sight.tokens
+        seen = dataclasses.replace(seen, pictures=seen.pictures[first:])
+    return request._replace(conversation=asked, ids=encode(messages), seen=seen)
 
 
 def _thinking(config: GenerateConfig, asked: Conversation, source: Record | Prompt) -> bool:
@@ -293,8 +338,15 @@ def _thinking(config: GenerateConfig, asked: Conversation, source: Record | Prom
 
 def _prompt(engine: Engine, config: GenerateConfig, record: Record) -> Prompt:
     """The conversation to be answered (None for raw text) and the prompt's token ids."""
-    tokenizer = engine.tokenizer
-    text, conversation, others = read_prompt(record, reading_of(config), config.raw)
+    tokenizer, reading = engine.tokenizer, reading_of(config)
+    sight = sight_of(tokenizer, engine.model.config.vision)
+    words, pictures = record, ()
+    if has_pictures(record.value, reading):
+        if sight is None or config.raw:
+            why = BLIND if sight is None else "raw continues text alone"
+            raise UserError(f"{record.where}: it shows pictures, and {why}; or list their field in ignore_fields")
+        words, pictures = take_pictures(record, reading)
+    text, conversation, others = read_prompt(words, reading, config.raw)
     if config.raw:
         if conversation is not None:
             raise UserError(f"{record.where}: a conversation needs the chat template; drop raw")
@@ -303,6 +355,11 @@ def _prompt(engine: Engine, config: GenerateConfig, record: Record) -> Prompt:
     if conversation is None:
         system = [{"role": "system", "content": config.system}] if config.system else []
         conversation = Conversation([*system, {"role": "user", "content": text}])
+    seen = None
+    if sight is not None:
+        seen = place_pictures(record, conversation, pictures, sight)
+        conversation = seen.conversation
     asked = (conversation.messages, conversation.tools, _thinking(config, conversation, record))
     ids, opens_thinking = encode_prompt(tokenizer, *asked), tokenizer.prompt_opens_thinking(*asked)
-    return Prompt(record.where, record.value, conversation, ids, others, opens_thinking)
+    tell = functools.partial(tell_of, record)
+    return Prompt(record.where, record.value, conversation, ids, others, opens_thinking, seen, tell)

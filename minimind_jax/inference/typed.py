@@ -5,6 +5,7 @@ import contextlib
 import io
 import os
 import select
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 
@@ -40,6 +41,18 @@ def typed_messages(show: Callable[[str], None], note: Callable[[str], None]) -> 
         if not interactive:
             show(f"> {line}")
         yield line
+
+
+def typed_path(text: str) -> str:
+    """The path that was typed, pasted or dragged into the terminal: as it is, or as a shell reads it, with quotes,
+    backslashes and ~."""
+    if os.path.exists(text):
+        return text
+    try:
+        words = shlex.split(text)
+    except ValueError:  # a quote that is not closed
+        words = []
+    return os.path.expanduser(words[0] if len(words) == 1 else text)
 
 
 def _with_pasted(line: str, show: Callable[[str], None]) -> str:

@@ -12,7 +12,7 @@ from minimind_jax.convert.hf_config import to_hf_config
 from minimind_jax.data.tokenizer import Tokenizer, train_bpe
 from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.load import load_model
-from minimind_jax.model.config import ModelConfig
+from minimind_jax.model.config import ModelConfig, TowerConfig, Vision
 from minimind_jax.model.transformer import LanguageModel
 
 TEXTS = [
@@ -70,6 +70,27 @@ def model_folder(tokenizer, tmp_path_factory):
     )
     params = LanguageModel(config).init(jax.random.key(3))
     return save_hf(tmp_path_factory.mktemp("model"), config, params, tokenizer, "float32")
+
+
+@pytest.fixture(scope="session")
+def seeing_folder(tokenizer, tmp_path_factory):
+    """The same, of a model that sees: 4 tokens a picture of 8 x 8 pixels."""
+    config = ModelConfig(
+        vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=640, initializer_range=0.3,
+        vision=Vision(TowerConfig(16, 24, 1, 2, 8, 4), tokenizer.vocabulary()["<|image_pad|>"]),
+    )  # fmt: skip
+    params = LanguageModel(config).init(jax.random.key(3))
+    return save_hf(tmp_path_factory.mktemp("seeing"), config, params, tokenizer, "float32")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of pictures 1.png to 5.png of that shade."""
+    image, folder = pytest.importorskip("PIL.Image", reason="pictures need Pillow"), tmp_path_factory.mktemp("photos")
+    for shade in range(1, 6):
+        image.new("RGB", (10, 12), (40 * shade,) * 3).save(folder / f"{shade}.png")
+    return folder
 
 
 @pytest.fixture(scope="module")
