@@ -50,12 +50,13 @@ def token_log_probs(
     with_entropies: bool = False,
     key: Array | None = None,
 ) -> tuple[Array, Array | None, ModelOutput]:
-    """log p of the batch's `targets` (B, T) under logits / temperature, the entropies of these distributions (B, T) or
+    """log p of the batch's `targets` (B, C) under logits / temperature, the entropies of these distributions (B, C) or
     None, float32, and the model's output. key: of dropout, None for none."""
     output = model.read_batch(params, batch, key)
+    hidden_BCD = output.hidden_BTD[:, -batch["targets"].shape[1] :]
     with jax.named_scope("head"):
         found = token_scores(
-            output.hidden_BTD, model.head_kernel(params), batch["targets"], model.platform, temperature, with_entropies
+            hidden_BCD, model.head_kernel(params), batch["targets"], model.platform, temperature, with_entropies
         )
     return found.log_probs_BT, found.entropies_BT, output
 
@@ -182,8 +183,9 @@ def make_policy_loss(
 
     critic: the value model (see `value`), whose parameters are params["critic"].
 
-    Batch, columns aligned to targets[t] = tokens[t + 1]: tokens, targets, lengths (B,) or positions and segment_ids,
-    int32; the others are float32 (B, T). mask: 1 where the policy chose the target and is trained on it. weights, 0
+    Batch, columns aligned to targets[t] = tokens[t + 1]: tokens (B, T), lengths (B,) or positions and segment_ids,
+    targets (B, C), int32; the others are float32 (B, C). C <= T: the first T - C columns, of prompts alone, may be left
+    out, and cost no logits. mask: 1 where the policy chose the target and is trained on it. weights, 0
     elsewhere; advantages; sampler_log_probs of when it was written. Optional: old_log_probs, without which the policy
     is that of the rollout; reference_log_probs, kl_weights; with a critic value_weights, returns, old_values.
 

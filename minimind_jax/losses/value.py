@@ -9,7 +9,7 @@ from minimind_jax.model.transformer import LanguageModel, ModelOutput, Params
 
 
 def values(model: LanguageModel, params: Params, batch: Batch) -> Array:
-    """What is foreseen at each column before its target is chosen, float32 (B, T).
+    """What is foreseen at each column of `targets` (B, C) before it is chosen, float32 (B, C): the last C of T columns.
 
     params: of a body and a head of one score (see `model.heads`), which reads the hidden states behind the final norm,
     as those of `classification` do. Batch: see `LanguageModel.read_batch`.
@@ -22,7 +22,7 @@ def read_values(
 ) -> tuple[Array, ModelOutput]:
     """`values`, and the model's output."""
     output = model.read_batch(params, batch, key)
-    return scores(params, output.hidden_BTD)[..., 0], output
+    return scores(params, output.hidden_BTD[:, -batch["targets"].shape[1] :])[..., 0], output
 
 
 def value_losses(values: Array, old_values: Array, returns: Array, clip: float) -> tuple[Array, Array]:

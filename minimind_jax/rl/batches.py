@@ -19,8 +19,8 @@ NARROWEST = 16  # columns of a batch
 
 
 def arrays_of(rows: Sequence[Row], seq_len: int) -> Batch:
-    """The rows side by side, (N, T) but for lengths (N,): what a model reads, which tokens are trained, and the
-    sampler's log-probabilities of them."""
+    """The rows side by side: what a model reads, (N, T) and lengths (N,), and of the last C columns, in front of which
+    nothing is trained, the targets, which of them are trained, and the sampler's log-probabilities."""
     width = min(width_of(max(len(row.tokens) for row in rows)), seq_len)
     arrays = {name: np.zeros((len(rows), width), np.int32) for name in ("tokens", "targets", "segment_ids")}
     arrays |= {name: np.zeros((len(rows), width), np.float32) for name in ("mask", "sampler_log_probs")}
@@ -30,6 +30,9 @@ def arrays_of(rows: Sequence[Row], seq_len: int) -> Batch:
         arrays["targets"][n, : length - 1] = row.tokens[ahead]
         arrays["mask"][n, : length - 1] = row.sampled[ahead]
         arrays["sampler_log_probs"][n, : length - 1] = row.logprobs[ahead]
+    untrained = int(np.argmax(arrays["mask"].any(axis=0)))
+    for name in ("targets", "mask", "sampler_log_probs"):
+        arrays[name] = arrays[name][:, -width_of(width - untrained) :]
     return {**arrays, "lengths": np.array([len(row.tokens) for row in rows], np.int32)}
 
 

@@ -209,6 +209,18 @@ def test_padding_and_micro_batches_change_nothing():
         np.testing.assert_allclose(one, other, atol=1e-5 * float(jnp.abs(one).max()))
 
 
+def test_columns_in_front_of_what_is_trained_may_be_left_out():
+    batch, read = episodes(), ("tokens", "segment_ids", "lengths")
+    prompt = np.arange(batch["mask"].shape[1]) < 4
+    batch |= {name: np.where(prompt, 0, x) for name, x in batch.items() if name not in read}
+    metrics, gradients = step_on(batch, **OPTIONS)
+    short = {name: x if name in read else x[:, 4:] for name, x in batch.items()}
+    other_metrics, other_gradients = step_on(short, parts=2, **OPTIONS)
+    assert metrics == pytest.approx(other_metrics, rel=1e-5, abs=1e-6)
+    for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(other_gradients), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * float(jnp.abs(one).max()))
+
+
 @pytest.mark.parametrize(
     ("name", "level"), [*((name, "token") for name in LOSSES), ("clip", "sequence"), ("cispo", "sequence_token")]
 )

@@ -74,3 +74,14 @@ def test_every_update_sees_each_row_once_in_steps_whose_weights_are_means():
     for update in (batches[:2], batches[2:]):
         assert sorted(length for batch in update for length in batch["lengths"]) == sorted(arrays["lengths"])
     assert all(batch["weights"].sum() / 2 == pytest.approx(1) for batch in batches)
+
+
+def test_columns_of_prompts_alone_have_no_targets():
+    rows = [row._replace(tokens=[7] * 40 + row.tokens, sampled=[False] * 40 + row.sampled,
+                         logprobs=[0.0] * 40 + row.logprobs) for row in ROWS]  # fmt: skip
+    short, long = arrays_of(ROWS, 64), arrays_of(rows, 64)
+    assert long["tokens"].shape[1] > 40 > long["targets"].shape[1]
+    for name in ("targets", "sampler_log_probs"):
+        assert long[name][long["mask"] > 0].tolist() == short[name][short["mask"] > 0].tolist()
+    columns = long["tokens"].shape[1] - long["mask"].shape[1] + np.nonzero(long["mask"])[1]
+    assert columns.tolist() == (np.nonzero(short["mask"])[1] + 40).tolist()
