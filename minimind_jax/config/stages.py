@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from minimind_jax.config import sections
-from minimind_jax.config.fields import ABOVE_0, BELOW_1, INT64, SHARE, Rule, Settings, at_least, setting
+from minimind_jax.config.fields import ABOVE_0, INT64, SHARE, Rule, Settings, at_least, setting
 from minimind_jax.model.config import ComputeConfig
 
 REFERENCE_FREE = ("simpo", "orpo")
@@ -97,6 +97,11 @@ class RunConfig(Settings):
     def is_former(cls, key: str, value: Any) -> bool:
         """Whether this is the value of a setting that every stage had once, where nobody had set it."""
         return key in cls.FORMER and cls.FORMER[key][0] == value
+
+    @property
+    def of_pictures(self) -> bool:
+        """Whether records are pictures, without a word that a tokenizer would read."""
+        return False
 
     @property
     def figures(self) -> Figures:
@@ -247,51 +252,6 @@ class RewardConfig(RunConfig):
     export_dtype: sections.DType = "float32"
     centring: float = setting(0.01, must=at_least(0))
     data: sections.PairsConfig = sections.PairsConfig(seq_len=2048, system_prompt_probability=0.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class LabelConfig(Settings):
-    """What is classified, and how.
-
-    text_field: where a record holds the text, as data.text_field says, too; `text` stands for its other usual names.
-    label_field: where it holds its label, or a list of labels (in a text as JSON); `label` stands for labels, category
-        and intent, too. What label_text or label_name beside a number says is its name.
-    class_weights: `balanced` weighs a class by the inverse of its share of the training data; `none`.
-    label_smoothing: share of the target given to all classes alike.
-    """
-
-    text_field: str = "text"
-    label_field: str = "label"
-    class_weights: Literal["none", "balanced"] = "none"
-    label_smoothing: float = setting(0.0, must=BELOW_1)
-
-
-@dataclasses.dataclass(frozen=True)
-class ClassifyConfig(RunConfig):
-    """A classifier of texts, from a model; data.seq_len cuts longer texts.
-
-    export_dtype: float32, for transformers computes probabilities in the type that it finds.
-    """
-
-    FIGURES = Figures(2048, 10, 3e-4, few_rate=2e-4, lora_rate=1e-3, val_fraction=0.1, eval_every=50)
-
-    run: str = "classifier"
-    init_from: str = "pretrain"
-    export_dtype: sections.DType = "float32"
-    classify: LabelConfig = LabelConfig()
-    data: sections.FilesConfig = sections.FilesConfig(seq_len=256)
-    optimizer: sections.OptimizerConfig = sections.OptimizerConfig(schedule="linear", final_fraction=0.0)
-
-    def __post_init__(self):
-        super().__post_init__()
-        own, shared = self.classify.text_field, self.data.text_field
-        if shared and own not in ("text", shared):
-            raise ValueError(f"classify.text_field is {own} and data.text_field {shared}; they mean the same, set one")
-
-    @property
-    def text_field(self) -> str:
-        """Where a record holds the text."""
-        return self.data.text_field or self.classify.text_field
 
 
 @dataclasses.dataclass(frozen=True)

@@ -177,10 +177,10 @@ class ScoreConfig(ReadingConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictConfig(ReadingConfig):
-    """Labels for the texts of files, or of the lines of the standard input, by a classifier.
+    """Labels for the texts or pictures of files, or of the lines of the standard input, by a classifier.
 
     model: a run of `minimind classify`, or a Hugging Face folder.
-    input: files, folders or globs of records; empty reads the standard input.
+    input: files, folders or globs of records, or of pictures; empty reads the standard input.
     output: the file to write; empty prints.
     top: labels told, with their probabilities.
     seq_len: longer texts are cut there; null as the run was trained.

@@ -9,15 +9,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+
 from minimind_jax.convert import hf_weights
 from minimind_jax.convert.hf_config import from_hf_config, head_config, read_labels, to_generation_config, to_hf_config
-from minimind_jax.convert.hf_vision import read_seeing_config, sees, to_seeing_config, write_processors
+from minimind_jax.convert.hf_pictures import picture_config, picture_tensors
+from minimind_jax.convert.hf_vision import (
+    read_seeing_config,
+    sees,
+    to_seeing_config,
+    write_image_processor,
+    write_processors,
+)
 from minimind_jax.convert.replace import replacing
 from minimind_jax.convert.vision_weights import names_in_files, names_of_files
 from minimind_jax.convert.weight_files import read_weights
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
-from minimind_jax.model.config import ModelConfig, union_of_ids
+from minimind_jax.model.config import ModelConfig, TowerConfig, union_of_ids
 from minimind_jax.model.transformer import Params
 from minimind_jax.paths import as_path, local_folder
 from minimind_jax.texts import is_there, read_object, write_json
@@ -38,7 +48,7 @@ class Labels(NamedTuple):
 
 def save_hf(
     folder: str | Path,
-    config: ModelConfig,
+    config: ModelConfig | TowerConfig,
     params: Params,
     tokenizer: Tokenizer | None = None,
     dtype: str = "bfloat16",
@@ -52,19 +62,21 @@ def save_hf(
     dtype: float32, bfloat16 or float16, of all tensors. tokenizer: its files are copied, and its ids of the begin, end
     and padding tokens go into the configuration. max_shard_bytes: larger weights are cut into several files.
     generation_config: sampling settings of the model this one comes from; None writes MiniMind's.
-    labels: of the head of scores that `params` has; None for a language model.
+    labels: of the head of scores that `params` has; None for a language model. Of a tower it classifies pictures.
     Besides `params` about one shard is held in memory.
 
     Raises UserError: the tokenizer has more tokens than the model, `check_replaceable` refuses the folder, a tensor
     does not fit float16, or the disk is full.
     """
     folder = as_path(folder)
+    if isinstance(config, TowerConfig):
+        return _save_picture_classifier(folder, config, params, dtype, max_shard_bytes, labels)
     config = with_token_ids(config, tokenizer)
     if labels and config.vision is not None:
         raise UserError(f"{folder}: a classifier or reward model that sees cannot be written; train one of texts alone")
     with replacing(folder) as partial:
-        headed = head_config(config, labels.names, labels.several) if labels else {}
         described = to_hf_config(config, dtype) if config.vision is None else to_seeing_config(config, dtype)
+        headed = head_config(described["model_type"], labels.names, labels.several) if labels else {}
         write_json(partial / "config.json", {**described, **headed})
         if not labels:
             write_json(partial / "generation_config.json", to_generation_config(config, generation_config))
@@ -77,6 +89,17 @@ def save_hf(
             write_processors(partial, config.vision, tokenizer)
             tensors = names_in_files(tensors)
         hf_weights.write_safetensors(partial, tensors, dtype, max_shard_bytes)
+    return folder
+
+
+def _save_picture_classifier(
+    folder: Path, tower: TowerConfig, params: Params, dtype: str, max_shard_bytes: float, labels: Labels
+) -> Path:
+    with replacing(folder) as partial:
+        write_json(partial / "config.json", picture_config(tower, labels.names, labels.several, dtype))
+        write_image_processor(partial, tower)
+        host = jax.tree.map(np.asarray, params)
+        hf_weights.write_safetensors(partial, picture_tensors(host), dtype, max_shard_bytes)
     return folder
 
 

@@ -15,7 +15,11 @@ from minimind_jax.values import convert, is_optional
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "minimind": "MiniMindForCausalLM"}
 # With a head of scores in place of the language model's: reward models and classifiers.
-HEADED = {"qwen3": "Qwen3ForSequenceClassification", "qwen3_moe": "Qwen3MoeForSequenceClassification"}
+HEADED = {
+    "qwen3": "Qwen3ForSequenceClassification",
+    "qwen3_moe": "Qwen3MoeForSequenceClassification",
+    "siglip": "SiglipForImageClassification",
+}
 SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
 )  # fmt: skip
@@ -107,14 +111,14 @@ def _extended_context(scaling: RopeScaling) -> int:
     return int(scaling.original_max_position_embeddings * scaling.factor)
 
 
-def head_config(config: ModelConfig, labels: Sequence[str], several: bool) -> dict[str, Any]:
-    """What the `config.json` of a model with a head of scores has beside and instead of the language model's.
+def head_config(model_type: str, labels: Sequence[str], several: bool) -> dict[str, Any]:
+    """What the `config.json` of a model with a head of scores has beside what is there without one, and instead of it.
 
-    labels: of the scores. several: a text may have any number of them.
+    model_type: of `HEADED`. labels: of the scores. several: a text may have any number of them.
     """
     kind = "multi_label_classification" if several else "single_label_classification"
     return {
-        "architectures": [HEADED["qwen3_moe" if config.is_moe else "qwen3"]],
+        "architectures": [HEADED[model_type]],
         "num_labels": len(labels),
         "id2label": {str(number): label for number, label in enumerate(labels)},
         "label2id": {label: number for number, label in enumerate(labels)},
@@ -166,7 +170,10 @@ def from_hf_config(values: Mapping[str, Any], where: str = "config.json") -> Mod
 def _from_hf_config(values: Mapping[str, Any], where: str) -> ModelConfig:
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise UserError(f"{where}: model_type {model_type!r} is not supported; it must be {_either(ARCHITECTURES)}")
+        hint = " (SigLIP models are for --vision.tower and classify predict)" if model_type == "siglip" else ""
+        raise UserError(
+            f"{where}: model_type {model_type!r} is not supported{hint}; it must be {_either(ARCHITECTURES)}"
+        )
     _refuse_unsupported(values, where)
     defaults = _MINIMIND_DEFAULTS if model_type == "minimind" else _QWEN3_DEFAULTS
     fields = {name: _required(values, name, where) for name in SIZES}

@@ -119,7 +119,6 @@ def to_seeing_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     model_type = LLAVA if is_stock else OWN
     own = {} if is_stock else {"projector_type": vision.projector, "pixel_shuffle": vision.pixel_shuffle}
     ids = {name: text[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    tower = {name: getattr(vision.tower, name) for name in _TOWER_DEFAULTS}
     return {
         "architectures": [ARCHITECTURES[model_type]],
         "model_type": model_type,
@@ -136,26 +135,27 @@ def to_seeing_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "torch_dtype": dtype,
         "dtype": dtype,
         "text_config": text,
-        "vision_config": {
-            "model_type": "siglip_vision_model",
-            **tower,
-            "num_channels": 3,
-            "attention_dropout": 0.0,
-            "vision_use_head": False,
-            "torch_dtype": dtype,
-            "dtype": dtype,
-        },
+        "vision_config": to_tower_config(vision.tower, dtype),
+    }
+
+
+def to_tower_config(tower: TowerConfig, dtype: str) -> dict[str, Any]:
+    """The `vision_config` of a tower without the head that pools patches."""
+    return {
+        "model_type": "siglip_vision_model",
+        **{name: getattr(tower, name) for name in _TOWER_DEFAULTS},
+        "num_channels": 3,
+        "attention_dropout": 0.0,
+        "vision_use_head": False,
+        "torch_dtype": dtype,
+        "dtype": dtype,
     }
 
 
 def write_processors(folder: Path, vision: Vision, tokenizer: Tokenizer | None) -> None:
     """`preprocessor_config.json` and, where there is a tokenizer, `processor_config.json`, for transformers."""
     tower = vision.tower
-    side = {"height": tower.image_size, "width": tower.image_size}
-    flags = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
-    pixels = {name: getattr(tower, name) for name in _PIXEL_DEFAULTS}
-    kinds = {"image_processor_type": "SiglipImageProcessor", "processor_class": "LlavaProcessor"}
-    write_json(folder / "preprocessor_config.json", {**kinds, **flags, "size": side, **pixels})
+    write_image_processor(folder, tower, processor_class="LlavaProcessor")
     if tokenizer is not None:
         settings = {
             "processor_class": "LlavaProcessor",
@@ -165,6 +165,15 @@ def write_processors(folder: Path, vision: Vision, tokenizer: Tokenizer | None) 
             "vision_feature_select_strategy": "full",
         }
         write_json(folder / "processor_config.json", settings)
+
+
+def write_image_processor(folder: Path, tower: TowerConfig, **more: Any) -> None:
+    """`preprocessor_config.json`."""
+    side = {"height": tower.image_size, "width": tower.image_size}
+    flags = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
+    pixels = {name: getattr(tower, name) for name in _PIXEL_DEFAULTS}
+    kind = {"image_processor_type": "SiglipImageProcessor", **more}
+    write_json(folder / "preprocessor_config.json", {**kind, **flags, "size": side, **pixels})
 
 
 def _read_tower(values: Mapping[str, Any], folder: Path) -> TowerConfig:

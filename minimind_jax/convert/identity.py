@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from minimind_jax.convert.load import base_folder
+from minimind_jax.data.labelled_pictures import Wordless
 from minimind_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from minimind_jax.folders import is_adapter, tokenizer_folder
 
@@ -34,7 +35,7 @@ def weights_hash(folder: Path) -> str:
     return found.hexdigest()
 
 
-def words_hash(tokenizer: Tokenizer) -> str:
+def words_hash(tokenizer: Tokenizer | Wordless) -> str:
     """A hash of a tokenizer's words and their ids; its template has no part in it."""
     words = sorted(tokenizer.vocabulary().items())
     return hashlib.blake2b(json.dumps(words).encode(), digest_size=8).hexdigest()

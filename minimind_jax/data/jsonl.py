@@ -29,6 +29,7 @@ COMPRESSIONS = ("", ".gz", ".zst")
 JSON = tuple(kind + packed for kind in (".jsonl", ".json", ".ndjson") for packed in COMPRESSIONS)
 TABLES = tuple(kind + packed for kind in (".csv", ".tsv") for packed in COMPRESSIONS)
 DOCUMENTS = tuple(kind + packed for kind in (".txt", ".md") for packed in COMPRESSIONS)
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")  # that `images` decodes
 SUFFIXES = (*JSON, *TABLES, ".parquet", *DOCUMENTS)
 EXPECTED = ".jsonl, .json, .csv, .tsv, .parquet, .txt, .md (all but .parquet may be compressed: .gz, .zst)"
 READ_BYTES = 1 << 24  # of a table at once: pictures make rows of any size
@@ -67,39 +68,41 @@ class Record:
     told: Counter = dataclasses.field(default_factory=Counter, compare=False, repr=False)
 
 
-def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
+def expand_paths(paths: Iterable[str | Path], pictures: bool = False) -> list[Path]:
     """The files that files, folders (searched to the bottom) and globs stand for, each group in sorted order.
 
-    Folders are searched through links too; names that begin with a dot are left out. Raises UserError for a path that
-    does not exist or cannot be read, a glob or folder that holds none, and an unknown file type.
+    Folders are searched through links too; names that begin with a dot are left out. pictures: those are files of data,
+    too, in place of documents, wherever no table or JSON lies beside them. Raises UserError for a path that does not
+    exist or cannot be read, a glob or folder that holds none, and an unknown file type.
     """
     files: list[Path] = []
     for given in paths:
         try:
-            files += _expand(given)
+            files += _expand(given, pictures)
         except (OSError, RuntimeError) as error:  # a name too long, a folder that is closed to us, ~nobody
             raise UserError(f"{given}: cannot be read: {error}") from error
     return files
 
 
-def _expand(given: str | Path) -> list[Path]:
+def _expand(given: str | Path, pictures: bool) -> list[Path]:
+    suffixes, expected = (*SUFFIXES, *PICTURES) if pictures else SUFFIXES, EXPECTED + ", or a picture" * pictures
     if not str(given):  # Path("") is the current folder
         raise UserError("the name of a data file is empty; give a file, a folder or a glob")
     path = Path(given).expanduser()
     if path.is_dir():
-        found = _data_of(_files_below(path))
+        found = _data_of(_files_below(path), pictures)
         if not found:
-            raise UserError(f"{given}: no data in this folder; expected files ending in {EXPECTED}")
+            raise UserError(f"{given}: no data in this folder; expected files ending in {expected}")
     elif path.is_file():
-        if not _ends_in(path, SUFFIXES):
-            raise UserError(f"{given}: unknown file type; expected a name ending in {EXPECTED}")
+        if not _ends_in(path, suffixes):
+            raise UserError(f"{given}: unknown file type; expected a name ending in {expected}")
         return [path]
     elif path.exists():
         raise UserError(f"{given}: neither a file nor a folder (data is read more than once, so a pipe will not do)")
     elif glob.has_magic(str(given)):
-        found = _data_of(sorted(map(Path, glob.glob(str(path), recursive=True))))
+        found = _data_of(sorted(map(Path, glob.glob(str(path), recursive=True))), pictures)
         if not found:
-            raise UserError(f"{given}: no file matches; expected files ending in {EXPECTED}")
+            raise UserError(f"{given}: no file matches; expected files ending in {expected}")
     else:
         raise UserError(f"{given}: no such file (looked in {Path.cwd()}); check the name")
     for file in found:
@@ -126,21 +129,27 @@ def _files_below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def tell_left_out(paths: Iterable[str | Path]) -> None:
+def tell_left_out(paths: Iterable[str | Path], pictures: bool = False) -> None:
     """Prints, on the standard error, what lies in folders among the paths and is not read."""
     folders = [folder for folder in (Path(path).expanduser() for path in paths) if folder.is_dir()]
-    inside = [(files, set(_data_of(files))) for files in map(_files_below, folders)]
+    inside = [(files, set(_data_of(files, pictures))) for files in map(_files_below, folders)]
     if left := [str(file) for files, data in inside for file in files if file not in data]:
         print(f"in the folders, not read as data: {listed(left, 3)}", file=sys.stderr)
 
 
-def _data_of(files: list[Path]) -> list[Path]:
+def _data_of(files: list[Path], pictures: bool = False) -> list[Path]:
     """The data among the files of a folder. What describes a data set, as its README, is none where there is data."""
+    shown = [file for file in files if _ends_in(file, PICTURES)]
     files = [file for file in files if _ends_in(file, SUFFIXES)]
     data = [file for file in files if file.name.lower().split(".")[0] not in NO_DATA]
     if not any(_ends_in(file, (*JSON, *TABLES, ".parquet")) for file in data):
-        return files
+        return shown if pictures and shown else files
     return data
+
+
+def is_picture(file: Path) -> bool:
+    """Whether a file is itself a record, of a picture."""
+    return _ends_in(file, PICTURES)
 
 
 def _ends_in(file: Path, endings: str | tuple[str, ...]) -> bool:
@@ -152,15 +161,16 @@ def iter_records(
     on_bad: Callable[[UserError], None] | None = None,
     reading: Reading = READING,
     told: Counter | None = None,
+    pictures: bool = False,
 ) -> Iterator[Record]:
     """The records of all files in order. Blank lines are passed over; a byte order mark is tolerated.
 
     on_bad: called with the error of a broken line, which is then skipped; without it the error is raised.
-    told: gets what is told of the records (see `Record`).
+    told: gets what is told of the records (see `Record`). pictures: see `expand_paths`.
     Raises UserError with file and line for a line that is no JSON object, and for a file without records.
     """
     told = Counter() if told is None else told
-    for file in expand_paths(paths):
+    for file in expand_paths(paths, pictures):
         empty = True
         for line, raw in iter_lines(file, reading):
             empty = False
@@ -175,7 +185,11 @@ def iter_records(
 
 
 def iter_lines(file: Path, reading: Reading = READING) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
-    """(line number from 1, record) of one file: JSON text without blank lines; a dict of CSV, Parquet and documents."""
+    """(line number from 1, record) of one file: JSON text without blank lines; a dict of CSV, Parquet, documents and
+    pictures."""
+    if is_picture(file):
+        yield 1, {"image": str(file.absolute())}
+        return
     if _ends_in(file, ".parquet"):
         yield from enumerate(_parquet_rows(file), start=1)
         return

@@ -14,6 +14,7 @@ import numpy as np
 from minimind_jax.data import documents
 from minimind_jax.data.formats import read_record, read_text
 from minimind_jax.data.jsonl import READING, Reading, Record
+from minimind_jax.data.labelled_pictures import parse_labelled_picture
 from minimind_jax.data.labels import Classes, parse_labelled
 from minimind_jax.data.messages import Conversation, Message, check_closed, is_trained
 from minimind_jax.data.pictures import SIGHT, Seen, Sight, check_pictures, pack, place_pictures, take_pictures
@@ -23,7 +24,7 @@ from minimind_jax.data.template import Roll
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 
-KindName = Literal["text", "conversation", "preference", "labelled", "prompt", "images"]
+KindName = Literal["text", "conversation", "preference", "labelled", "prompt", "images", "pictures"]
 
 BEGINNING = 40  # characters of a text, of which the last word is left out
 
@@ -32,7 +33,7 @@ class Wanted(NamedTuple):
     """What a record is read for."""
 
     reading: Reading = READING  # of its file
-    classes: Classes | None = None  # of labelled texts
+    classes: Classes | None = None  # of labelled records
     flag: str = "--data.on_error"  # what skips broken records
     sight: Sight = SIGHT  # of the model that looks at pictures
 
@@ -119,6 +120,7 @@ class Kind:
     # running text, which may be cut anywhere, and then keeps its end token as the last of a row of its own
     cut_freely: bool = False
     has_pictures: bool = False  # documents have pictures, of which markers among their tokens stand for
+    in_files: bool = False  # a file may be one
     counts: tuple[str, ...] = ()  # what `data inspect` shows of a cache beside documents and tokens
     words: Callable[[Any], str] | None = None  # what a tokenizer learns from
     question: Callable[[Any], str] | None = None  # what a sample asks or goes on from; None where no model writes
@@ -207,5 +209,15 @@ KINDS: dict[KindName, Kind] = {
         has_pictures=True,
         counts=("turns", "images"),
         words=lambda seen: spoken(seen.conversation.messages),
+    ),
+    "pictures": Kind(
+        noun="pictures",
+        parse=lambda record, wanted: parse_labelled_picture(record, wanted.classes, wanted.reading),
+        encode=lambda tokenizer, picture, roll, tell: picture.as_document(),
+        packings=("heads",),
+        why_no_row="no picture is left",
+        has_values=True,
+        has_pictures=True,
+        in_files=True,
     ),
 }

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minimind_jax.data.formats import TEXT, leave_out_others
-from minimind_jax.data.jsonl import READING, Reading, Record, iter_records
+from minimind_jax.data.jsonl import READING, Reading, Record, is_picture, iter_records
 from minimind_jax.data.values import checked_text, decode_json, field_names, meant
 from minimind_jax.errors import UserError
 
 LABEL_FIELDS = ("label", "labels", "category", "intent")  # where `label` is looked for, unless a setting names a field
 NAME_FIELDS = ("label_text", "label_name")  # what a number in the field of labels is called
+FOLDER = "the names of folders"  # where pictures in folders have their labels
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 _LIST = re.compile(r"\s*([\[{]|\(\s*['\"])")  # also Python's tuples and sets and PostgreSQL's arrays, no JSON
 _BETWEEN_LABELS = re.compile(r"\s*[,;|/\n\t，、；]\s*")
@@ -64,8 +65,8 @@ class Classes:
         return tuple(float(name in labels) for name in self.names)
 
 
-class _Given(NamedTuple):
-    """What a record says. numbers: in the field of labels, if their names are in another one."""
+class Given(NamedTuple):
+    """The labels that a record has. numbers: in the field of labels, if their names are in another one."""
 
     labels: tuple[str, ...]
     is_list: bool
@@ -77,16 +78,22 @@ def parse_labelled(record: Record, classes: Classes) -> LabelledText:
     """The text and its labels; other fields are told as left out. Raises UserError, also for a label that is not among
     the classes, where those are known."""
     text = parse_unlabelled(record, classes.text_field)
+    given = read_labels(record, classes, _text_place(record, classes.text_field))
+    return LabelledText(text, given.labels, classes.values(given.labels), given.is_list)
+
+
+def read_labels(record: Record, classes: Classes, place: str) -> Given:
+    """The labels of a record whose text, or picture, is in the field `place`. Raises as `parse_labelled`."""
     given = _given(record, classes.label_field)
     if not classes.several and len(given.labels) != 1:
-        raise UserError(f"{record.where}: {given.field} has {len(given.labels)} labels; every other text has one")
+        raise UserError(f"{record.where}: {given.field} has {len(given.labels)} labels; every other record has one")
     if classes.names and (unknown := [label for label in given.labels if label not in classes.names]):
         raise UserError(
             f"{record.where}: the label {unknown[0]!r} is not in the training data, whose {len(classes.names)} labels "
             f"are {', '.join(classes.names[:8])}{' ...' if len(classes.names) > 8 else ''}"
         )
-    leave_out_others(record, {_text_place(record, classes.text_field), *LABEL_FIELDS, *NAME_FIELDS, given.field})
-    return LabelledText(text, given.labels, classes.values(given.labels), given.is_list)
+    leave_out_others(record, {place, *LABEL_FIELDS, *NAME_FIELDS, given.field})
+    return given
 
 
 def parse_unlabelled(record: Record, text_field: str = "text") -> str:
@@ -109,16 +116,19 @@ def _text_place(record: Record, text_field: str) -> str:
     return next((name for name in names if isinstance(record.value.get(name), str)), text_field)
 
 
-def _given(record: Record, label_field: str) -> _Given:
+def _given(record: Record, label_field: str) -> Given:
+    if is_picture(record.file):
+        folder = record.file.absolute().parent.name
+        return Given((_label(folder, f"{record.where}: the name of its folder"),), False, FOLDER)
     field = _field(record, label_field)
     labels, is_list = _labels(record, field)
     named = next((n for n in (f"{field}_text", f"{field}_name", *NAME_FIELDS) if record.value.get(n) is not None), None)
     if named in (None, field) or not labels or not all(map(_NUMBER.fullmatch, labels)):
-        return _Given(labels, is_list, field)
+        return Given(labels, is_list, field)
     names, _ = _labels(record, named)
     if len(names) != len(labels):
         raise UserError(f"{record.where}: {field} has {len(labels)} labels, and {named} {len(names)} names for them")
-    return _Given(names, is_list, field, labels)
+    return Given(names, is_list, field, labels)
 
 
 def _field(record: Record, label_field: str) -> str:
@@ -173,11 +183,15 @@ def find_classes(
     skip: bool = False,
     tell: Callable[[str], None] = lambda note: None,
     reading: Reading = READING,
+    check: Callable[[Record, str], Any] = parse_unlabelled,
+    pictures: bool = False,
 ) -> Classes:
     """The classes of training data: its labels in order, numbers by value and before others by the alphabet; several a
     text where any record has a list.
 
-    skip: broken records are passed over. tell: hears of what was understood, and of labels that look like slips.
+    check: raises UserError where a record, of which the field with the text is named, has nothing to classify.
+    pictures: see `jsonl.expand_paths`. skip: broken records are passed over. tell: hears of what was understood, and of
+    labels that look like slips.
     Raises UserError, also when there are fewer than two labels, or numbers that are not all named alike.
     """
     counts: Counter[str] = Counter()
@@ -185,9 +199,9 @@ def find_classes(
     lengths: set[int] = set()
     records = lists = 0
     naming = _Naming()
-    for record in iter_records(paths, (lambda error: None) if skip else None, reading):
+    for record in iter_records(paths, (lambda error: None) if skip else None, reading, pictures=pictures):
         try:
-            parse_unlabelled(record, text_field)
+            check(record, text_field)
             given = _given(record, label_field)
         except UserError:
             if not skip:
@@ -227,7 +241,7 @@ class _Naming:
         self.numbers: dict[str, str] = {}
         self.bare: str = ""
 
-    def add(self, record: Record, given: _Given) -> None:
+    def add(self, record: Record, given: Given) -> None:
         for number, name in zip(given.numbers, given.labels, strict=False):
             known = self.names.setdefault(number, name), self.numbers.setdefault(name, number)
             if known != (name, number):

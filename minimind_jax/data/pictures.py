@@ -64,7 +64,7 @@ class Seen:
             for message in self.conversation.messages
         ]
         record = dataclasses.replace(self.conversation, messages=messages).as_record()
-        return {**record, "images": [_as_text(picture) for picture in self.pictures]} if self.pictures else record
+        return {**record, "images": [as_text(picture) for picture in self.pictures]} if self.pictures else record
 
 
 def has_pictures(value: dict[str, Any], reading: Reading = READING) -> bool:
@@ -83,7 +83,7 @@ def take_pictures(record: Record, reading: Reading = READING) -> tuple[Record, l
             continue
         if beside:
             raise UserError(f"{record.where}: pictures in two fields, of {', '.join(IMAGES)}; keep one of them")
-        beside = [_file_of(each, record, f"{name}[{n}]") for n, each in enumerate(_as_list(item))]
+        beside = [file_of(each, record, f"{name}[{n}]") for n, each in enumerate(_as_list(item))]
     name, turns = _turns_of(value)
     if name:
         value[name] = [_without_parts(turn, record, within) for turn in turns]
@@ -172,13 +172,14 @@ def _as_list(value: Any) -> list[Any]:
 def without_bytes(value: Any) -> Any:
     """A record or a part of it with data URLs in place of the contents of pictures, as JSON can say it."""
     if isinstance(value, bytes):
-        return _as_text(value)
+        return as_text(value)
     if isinstance(value, dict):
         return {name: without_bytes(item) for name, item in value.items()}
     return [without_bytes(item) for item in value] if isinstance(value, list) else value
 
 
-def _as_text(picture: PictureFile) -> str:
+def as_text(picture: PictureFile) -> str:
+    """A picture as JSON can say it."""
     if isinstance(picture, Path):
         return str(picture)
     return f"data:application/octet-stream;base64,{base64.b64encode(picture).decode()}"
@@ -235,11 +236,11 @@ def _without_parts(turn: Any, record: Record, within: list[PictureFile | None]) 
         texts.append({"type": "text", "text": PLACE} if is_picture(part) else part)
         if is_picture(part):
             own = source_in(part)
-            within.append(None if own is None else _file_of(own, record, f"a part of type {part['type']}"))
+            within.append(None if own is None else file_of(own, record, f"a part of type {part['type']}"))
     return {name: texts if value is parts else value for name, value in turn.items()}
 
 
-def _file_of(value: Any, record: Record, what: str) -> PictureFile:
+def file_of(value: Any, record: Record, what: str) -> PictureFile:
     """What a field says: content, a path beside the data file, a data URL, or an object that holds one of these."""
     place, value = f"{record.where}: {what}", unwrap(value)
     if isinstance(value, bytes):
@@ -270,5 +271,8 @@ class StoredPictures:
     def of(self, document: int) -> list[tuple[int, PictureFile]]:
         """Of each picture of a document where its markers begin, and itself."""
         numbers = range(self.offsets[document], self.offsets[document + 1])
-        contents = (self.content[self.content_offsets[n] : self.content_offsets[n + 1]].tobytes() for n in numbers)
-        return [(int(self.marker_starts[n]), unpack(content)) for n, content in zip(numbers, contents, strict=True)]
+        return [(int(self.marker_starts[n]), self.picture(n)) for n in numbers]
+
+    def picture(self, number: int) -> PictureFile:
+        """One of them, by its number among all."""
+        return unpack(self.content[self.content_offsets[number] : self.content_offsets[number + 1]].tobytes())

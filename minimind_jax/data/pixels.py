@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import os
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -26,19 +27,31 @@ class Pixels:
 
         Raises UserError for a picture that was there when the data was tokenised and cannot be read any more.
         """
-        side, used = self.tower.image_size, np.zeros(pieces.row_count, np.int64)
+        side, reads = self.tower.image_size, []
         pixels = np.zeros((pieces.row_count, self.room, side, side, 3), np.uint8)
 
         def read(row: int, slot: int, picture: PictureFile, where: str) -> None:
             pixels[row, slot] = read_image(picture, self.tower, where)
 
-        reads = []
-        for row, document, stop in zip(pieces.rows, pieces.documents, pieces.stops, strict=True):
-            for number, (start, picture) in enumerate(cache.pictures.of(document), 1):
-                if start < stop:
-                    where = f"record {cache.records[document] + 1}, image {number}"
-                    reads.append(self._threads.submit(read, row, used[row], picture, where))
-                    used[row] += 1
+        for row, slot, document, number in shown(cache, pieces):
+            where = picture_place(cache, document, number)
+            reads.append(self._threads.submit(read, row, slot, cache.pictures.picture(number), where))
         for each in reads:
             each.result()
         return {"pixels": pixels}
+
+
+def shown(cache: TokenCache, pieces: Pieces) -> Iterator[tuple[int, int, int, int]]:
+    """(row, its place there, document, number in the cache) of every picture whose markers begin within its piece."""
+    offsets, starts = cache.pictures.offsets, cache.pictures.marker_starts
+    used = np.zeros(pieces.row_count, np.int64)
+    for row, document, stop in zip(pieces.rows, pieces.documents, pieces.stops, strict=True):
+        for number in range(offsets[document], offsets[document + 1]):
+            if starts[number] < stop:
+                yield row, used[row], document, number
+                used[row] += 1
+
+
+def picture_place(cache: TokenCache, document: int, number: int) -> str:
+    """Where a picture of a cache came from, for messages."""
+    return f"record {cache.records[document] + 1}, image {number - cache.pictures.offsets[document] + 1}"

@@ -29,6 +29,7 @@ from minimind_jax.data import cache_folder
 from minimind_jax.data.formats import VERSION as FORMATS_VERSION
 from minimind_jax.data.jsonl import expand_paths, reading_of, tell_left_out, told_lines
 from minimind_jax.data.kinds import KINDS, KindName
+from minimind_jax.data.labelled_pictures import Wordless
 from minimind_jax.data.labels import Classes
 from minimind_jax.data.pictures import SIGHT, Sight, StoredPictures
 from minimind_jax.data.template import Dice
@@ -101,7 +102,7 @@ class TokenCache:
 def build_cache(
     kind: KindName,
     paths: Iterable[str | Path],
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | Wordless,
     data: FilesConfig,
     seed: int,
     epoch: int = 0,
@@ -114,12 +115,13 @@ def build_cache(
 
     The chances of the template are drawn from the seed and a record's number (and the epoch, with
     `data.redraw_each_epoch`), so the number of processes never changes the result. Memory does not grow with the files.
-    classes: of labelled texts. sight: of the model that looks at pictures.
+    classes: of labelled records. sight: of the model that looks at pictures.
 
     Raises UserError with file and line for a broken record (unless `data.on_error` is skip), for files without any
     usable record, for a cache folder that cannot be written and when a file changes meanwhile.
     """
-    files = expand_paths(paths)
+    pictures = KINDS[kind].in_files
+    files = expand_paths(paths, pictures)
     if not files:
         raise UserError("no training data: data.train is empty; give it files, folders or globs")
     encoder = Encoder(
@@ -129,7 +131,7 @@ def build_cache(
     source = _source(files, encoder, tokenizer, cache_folder.cache_root(data))
     key = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_folder.cache_root(data) / key
-    with _explained_disk_errors(folder):
+    with explained_disk_errors(folder):
         if (cache := _open_cache(folder)) is None:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(cache_folder.lock_file(folder)):
@@ -145,7 +147,7 @@ def build_cache(
             _say(f"Skipped {skipped:,} of {skipped + len(cache):,} records, the first: {first}")
     if progress:
         _report_told(cache.folder, tuple(cache.info["told"]))
-        _report_left_out(tuple(map(str, paths)))
+        _report_left_out(tuple(map(str, paths)), pictures)
     return cache
 
 
@@ -311,12 +313,13 @@ def _close_synced(file: BinaryIO) -> None:
 
 
 @contextlib.contextmanager
-def _explained_disk_errors(folder: Path):
+def explained_disk_errors(folder: Path):
+    """Says of errors of the disk that it is the cache in this folder that cannot be written."""
     try:
         yield
     except OSError as error:  # unreadable data has its own error, so this is about the cache
         raise UserError(
-            f"{folder.parent}: cannot write the cache of tokens: {error}; free some space, or set data.cache_dir "
+            f"{folder.parent}: cannot write the cache: {error}; free some space, or set data.cache_dir "
             "(or MINIMIND_CACHE) to another folder"
         ) from error
 

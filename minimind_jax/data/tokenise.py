@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from minimind_jax.data.documents import Document
-from minimind_jax.data.jsonl import READING, Reading, iter_lines, parse_line
+from minimind_jax.data.jsonl import READING, Reading, is_picture, iter_lines, parse_line
 from minimind_jax.data.kinds import KINDS, KindName, Wanted
+from minimind_jax.data.labelled_pictures import Wordless
 from minimind_jax.data.labels import Classes
 from minimind_jax.data.pictures import SIGHT, Sight
 from minimind_jax.data.template import Dice, unchanged
@@ -50,8 +51,8 @@ class Encoder:
     sight: Sight = SIGHT
 
     @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.tokenizer_folder)
+    def tokenizer(self) -> Tokenizer | Wordless:
+        return Tokenizer.load(self.tokenizer_folder) if self.tokenizer_folder else Wordless()
 
     def document(self, line: Line, told: Counter | None = None) -> Document:
         """The document of a line; told gets what is told of it. Raises UserError with file and line."""
@@ -192,6 +193,7 @@ def read_chunks(files: list[Path], advance: Callable[[int], None], reading: Read
         first, told = number, 0
         for line_number, raw in iter_lines(file, reading):
             length = len(raw) if isinstance(raw, bytes) else sum(map(_size, raw.values()))
+            length = file.stat().st_size if is_picture(file) else length
             lines.append((number, file, line_number, raw))
             number, size = number + 1, size + length
             if size >= CHUNK_BYTES:

@@ -1,4 +1,4 @@
-"""How good a classifier is on labelled texts: accuracy, F1, calibration, and who is taken for whom."""
+"""How good a classifier is on labelled texts or pictures: accuracy, F1, calibration, and who is taken for whom."""
 
 import dataclasses
 import io
@@ -23,7 +23,7 @@ CALIBRATED = 100  # texts from which on a curve of confidence against accuracy i
 
 @dataclasses.dataclass(frozen=True)
 class ClassificationResult:
-    """Of n texts and C classes.
+    """Of n texts, or what `noun` says, and C classes.
 
     truth, found: (n, C) bool. confidence (n,): probability of the class found, or with several labels the mean, over
     classes, of that of the answer given.
@@ -33,6 +33,7 @@ class ClassificationResult:
     truth: np.ndarray
     found: np.ndarray
     confidence: np.ndarray
+    noun: str = "texts"
 
     @property
     def accuracy(self) -> float:
@@ -104,13 +105,15 @@ def classify_logits(logits: np.ndarray, several: bool) -> tuple[np.ndarray, np.n
     return found, shifted / shifted.sum(axis=1, keepdims=True)
 
 
-def evaluate_logits(logits: np.ndarray, truth: Sequence[Sequence[str]], labels: Labels) -> ClassificationResult:
-    """logits (n, C) of texts whose true labels are `truth`."""
+def evaluate_logits(
+    logits: np.ndarray, truth: Sequence[Sequence[str]], labels: Labels, noun: str = "texts"
+) -> ClassificationResult:
+    """logits (n, C) of texts, or what `noun` says, whose true labels are `truth`."""
     found, probabilities = classify_logits(logits, labels.several)
     is_true = np.array([[name in own for name in labels.names] for own in truth], bool)
     given = np.where(found, probabilities, 1 - probabilities)
     confidence = given.mean(axis=1) if labels.several else probabilities.max(axis=1)
-    return ClassificationResult(labels, is_true, found, confidence)
+    return ClassificationResult(labels, is_true, found, confidence, noun)
 
 
 def draw_confusion(result: ClassificationResult, picture: Path) -> None:
@@ -182,12 +185,12 @@ def describe(result: ClassificationResult) -> str:
     rows = result.per_class()
     known = sorted((row for row in rows if row["texts"]), key=lambda row: row["f1"])
     unknown = [row for row in rows if not row["texts"]]
-    over = f" over the {len(known)} of {len(rows)} classes with held-out texts" if unknown else ""
+    over = f" over the {len(known)} of {len(rows)} classes with held-out {result.noun}" if unknown else ""
     lines = [
-        f"{len(result.truth):,} texts: accuracy {result.accuracy:.4f}, macro F1 {result.macro_f1:.4f}{over}, expected "
-        f"calibration error {result.calibration_error:.4f}",
+        f"{len(result.truth):,} {result.noun}: accuracy {result.accuracy:.4f}, macro F1 {result.macro_f1:.4f}{over}, "
+        f"expected calibration error {result.calibration_error:.4f}",
         "",
-        "| class | texts | precision | recall | F1 |",
+        f"| class | {result.noun} | precision | recall | F1 |",
         "|---|---:|---:|---:|---:|",
     ]
     for row in [*known, *unknown]:

@@ -5,7 +5,7 @@ import functools
 import io
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,21 @@ from typing import Any
 import numpy as np
 
 from minimind_jax.config.tools import PredictConfig, ScoreConfig
+from minimind_jax.convert.hf import Labels
+from minimind_jax.convert.hf_pictures import is_picture_classifier
+from minimind_jax.data.images import read_image
 from minimind_jax.data.jsonl import DOCUMENTS, Reading, Record, expand_paths, iter_records, reading_of, tell
 from minimind_jax.data.kinds import parse_conversation
+from minimind_jax.data.labelled_pictures import picture_of
 from minimind_jax.data.labels import parse_unlabelled
 from minimind_jax.data.messages import Conversation
 from minimind_jax.data.text_files import encoding_hint, is_foreign_utf8
 from minimind_jax.data.written import TABLES, check_output, json_line, table_line
 from minimind_jax.errors import UserError
 from minimind_jax.evaluate.classification import classify_logits
+from minimind_jax.folders import resolve_model_folder
 from minimind_jax.inference.answer_file import PartialFile
-from minimind_jax.inference.score import Scorer
+from minimind_jax.inference.score import PictureScorer, Scorer
 from minimind_jax.progress import progress
 
 CHUNK = 512  # records read at a time
@@ -33,13 +38,16 @@ def predict(config: PredictConfig) -> None:
 
     Of a classifier with several labels a text: a list `predicted`, and `probabilities` of all.
 
-    Without `input` the records are lines of text on the standard input. The output is a table if its name ends in .csv
-    or .tsv.
+    Without `input` the records are lines of text on the standard input, or by a classifier of pictures their paths. The
+    output is a table if its name ends in .csv or .tsv.
     """
+    folder = resolve_model_folder(config.model)
+    if is_picture_classifier(folder):
+        _predict_pictures(config)
+        return
     _check_output(config)
     scorer = Scorer(config.model, max_tokens=config.seq_len)
-    labels, top = scorer.labels, config.top
-    if len(labels.names) == 1:
+    if len(scorer.labels.names) == 1:
         raise UserError(f"{config.model} is a reward model; use minimind score")
 
     def parse(record: Record) -> str:
@@ -48,13 +56,36 @@ def predict(config: PredictConfig) -> None:
             record.told[str(record.file), "read as one text (its lines are texts on the standard input)"] += 1
         return text
 
-    def answers(texts: list[str]) -> Iterator[dict[str, Any]]:
-        for found, likely in zip(*classify_logits(scorer.texts(texts), labels.several), strict=True):
-            yield _answer(labels.names, found, likely, labels.several, top)
-
-    fields = ("predicted", "probabilities") if labels.several else ("predicted", "probability", "top")[: 2 + (top > 1)]
-    count = _write(config, parse, answers, fields)
+    answers = functools.partial(_answers, scorer.labels, config.top, scorer.texts)
+    count = _write(config, parse, answers, _fields(scorer.labels, config.top))
     _say_cut(scorer, count, "texts", "end", " (--seq_len sets another length)")
+
+
+def _predict_pictures(config: PredictConfig) -> None:
+    _check_output(config, pictures=True)
+    if config.seq_len is not None:
+        raise UserError(f"seq_len {config.seq_len} is for texts, and {config.model} classifies pictures; leave it out")
+    scorer, reading = PictureScorer(config.model), reading_of(config)
+
+    def parse(record: Record) -> np.ndarray:
+        picture = picture_of(record, config.text_field or "text", reading.ignore_fields)
+
+        def hear(note: str) -> None:
+            record.told[str(record.file), note] += 1
+
+        return read_image(picture, scorer.tower, record.where, hear)
+
+    answers = functools.partial(_answers, scorer.labels, config.top, scorer.pixels)
+    _write(config, parse, answers, _fields(scorer.labels, config.top), pictures=True)
+
+
+def _answers(labels: Labels, top: int, logits: Callable, parsed: list[Any]) -> Iterator[dict[str, Any]]:
+    for found, likely in zip(*classify_logits(logits(parsed), labels.several), strict=True):
+        yield _answer(labels.names, found, likely, labels.several, top)
+
+
+def _fields(labels: Labels, top: int) -> Sequence[str]:
+    return ("predicted", "probabilities") if labels.several else ("predicted", "probability", "top")[: 2 + (top > 1)]
 
 
 def score(config: ScoreConfig) -> None:
@@ -73,9 +104,9 @@ def score(config: ScoreConfig) -> None:
     _say_cut(scorer, count, "conversations", "beginning")
 
 
-def _check_output(config: PredictConfig | ScoreConfig) -> None:
+def _check_output(config: PredictConfig | ScoreConfig, pictures: bool = False) -> None:
     if config.output:
-        check_output(Path(config.output), expand_paths(config.input), tables=True)
+        check_output(Path(config.output), expand_paths(config.input, pictures), tables=True)
 
 
 def _answer(names: Sequence[str], found: np.ndarray, likely: np.ndarray, several: bool, top: int) -> dict[str, Any]:
@@ -90,7 +121,7 @@ def _answer(names: Sequence[str], found: np.ndarray, likely: np.ndarray, several
     return {**answer, "top": found} if top > 1 else answer
 
 
-def _input_lines(reading: Reading, told: Counter) -> Iterator[Record]:
+def _input_lines(reading: Reading, told: Counter, field: str) -> Iterator[Record]:
     place = "standard input"
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding=reading.encoding, errors="surrogateescape")
@@ -106,18 +137,22 @@ def _input_lines(reading: Reading, told: Counter) -> Iterator[Record]:
             told[place, f"a line is UTF-8 text, and is read as {reading.encoding} (leave --encoding out)"] += 1
         if line.startswith(("{", "[")) and line.rstrip().endswith(("}", "]")):
             told[place, "a line that looks like JSON is read as text (give records as a file, with --input)"] += 1
-        yield Record(f"{place}:{number}", Path(), number, {reading.text_field or "text": line}, told)
+        yield Record(f"{place}:{number}", Path(place), number, {reading.text_field or field: line}, told)
 
 
-def _write(config: PredictConfig | ScoreConfig, parse, answers, fields: Sequence[str]) -> int:
+def _write(
+    config: PredictConfig | ScoreConfig, parse, answers, fields: Sequence[str], *, pictures: bool = False
+) -> int:
     """Writes every record with its answer, whose fields are `fields`; the number of records. `answers` takes what
-    `parse` makes of them; with an output all are parsed before the first is answered."""
+    `parse` makes of them; with an output all are parsed before the first is answered. pictures: files may be records,
+    and pictures that stand in a table are left out of what is written."""
     told, reading, paths, output = Counter(), reading_of(config), config.input, config.output
-    records = iter_records(paths, reading=reading, told=told) if paths else _input_lines(reading, told)
-    total, columns = None, [reading.text_field or "text"]
+    field, how = "image" if pictures else "text", {"reading": reading, "pictures": pictures}
+    records = iter_records(paths, **how, told=told) if paths else _input_lines(reading, told, field)
+    total, columns = None, [reading.text_field or field]
     if output and paths:
         total, columns = 0, {}
-        for record in iter_records(paths, reading=reading):
+        for record in iter_records(paths, **how):
             parse(record)
             total, columns = total + 1, {**columns, **dict.fromkeys(record.value)}
     separator = TABLES.get(Path(output).suffix.lower())
@@ -132,7 +167,7 @@ def _write(config: PredictConfig | ScoreConfig, parse, answers, fields: Sequence
                 for record, answer in zip(chunk, found, strict=True):
                     for name in record.value.keys() & {*fields}:
                         told[str(record.file), f"the earlier `{name}` is replaced"] += 1
-                    write({**record.value, **answer})
+                    write({**(_without_bytes(record.value) if pictures else record.value), **answer})
                 count += len(chunk)
                 advance(len(chunk))
         if file:
@@ -141,6 +176,17 @@ def _write(config: PredictConfig | ScoreConfig, parse, answers, fields: Sequence
     if output:
         print(f"{count} records written to {output}")
     return count
+
+
+def _without_bytes(value: dict[str, Any]) -> dict[str, Any]:
+    """A record with the path, if there is one, in place of a picture's content."""
+
+    def shown(item: Any) -> Any:
+        item = item[0] if isinstance(item, list) and len(item) == 1 else item
+        item = item.get("path") if isinstance(item, dict) and "bytes" in item else item
+        return None if isinstance(item, bytes) else item
+
+    return {name: shown(item) for name, item in value.items()}
 
 
 def _say_cut(scorer: Scorer, count: int, what: str, side: str, advice: str = "") -> None:

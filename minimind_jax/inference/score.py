@@ -1,6 +1,7 @@
 """Scores from a model with a head of them: a classifier's logits, a reward model's score."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -8,15 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from minimind_jax.convert.hf import Labels, load_labels
+from minimind_jax.convert.hf_pictures import is_picture_classifier, load_picture_classifier
 from minimind_jax.convert.load import load_tokenizer
+from minimind_jax.data.images import read_image
+from minimind_jax.data.pictures import PictureFile
 from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter, resolve_model_folder
 from minimind_jax.inference.buckets import bucket, by_length
 from minimind_jax.inference.load import load_model
 from minimind_jax.model.heads import SCORE, scores
+from minimind_jax.model.picture_model import PictureModel
 
 BATCH_TOKENS = 1 << 14  # scored at once, padding included
 MAX_ROWS = 64
+MAX_PICTURES = 16  # scored at once
 
 
 class Scorer:
@@ -35,6 +41,8 @@ class Scorer:
             raise UserError(
                 f"{folder} is a language model; `minimind classify` and `minimind reward` make models that score"
             )
+        if is_picture_classifier(folder):
+            raise UserError(f"{folder} is a classifier of pictures, which only minimind classify predict asks yet")
         self.labels: Labels = labels
         self.model, self.params = load_model(folder, has_head=True)
         if SCORE not in self.params or self.params[SCORE]["kernel"].shape[1] != len(labels.names):
@@ -81,6 +89,35 @@ class Scorer:
             found[chosen] = np.asarray(self._last_scores(self.params, tokens_BT, lengths_B))[: len(chosen)]
             advance(len(chosen))
         return found
+
+
+class PictureScorer:
+    """A classifier of pictures. name: a folder, or a run whose model/ is meant. Raises UserError when it is none."""
+
+    def __init__(self, name: str):
+        folder = resolve_model_folder(name)
+        self.labels: Labels = load_labels(folder)
+        self.tower, params = load_picture_classifier(folder)
+        if params[SCORE]["kernel"].shape[1] != len(self.labels.names):
+            raise UserError(f"{folder}: config.json names {len(self.labels.names)} labels, and the weights hold others")
+        model, self._params = PictureModel(self.tower), jax.device_put(params)
+        self._scores = jax.jit(lambda params, pixels_NHWC: scores(params, model.pooled(params, pixels_NHWC)))
+
+    def pictures(
+        self, pictures: Iterable[tuple[PictureFile, str]], advance: Callable[[int], None] = lambda count: None
+    ) -> np.ndarray:
+        """(pictures, labels) logits of pictures, of each with its place for messages."""
+        found, left = [np.zeros((0, len(self.labels.names)), np.float32)], iter(pictures)
+        while some := list(itertools.islice(left, MAX_PICTURES)):
+            found.append(self.pixels([read_image(picture, self.tower, place) for picture, place in some]))
+            advance(len(some))
+        return np.concatenate(found)
+
+    def pixels(self, pixels_HWC: Sequence[np.ndarray]) -> np.ndarray:
+        """(pictures, labels) logits of pictures that `read_image` has read, at most MAX_PICTURES."""
+        size = bucket(len(pixels_HWC), smallest=1, multiple=MAX_PICTURES)
+        pixels_NHWC = np.resize(np.stack(pixels_HWC), (size, *pixels_HWC[0].shape))
+        return np.asarray(self._scores(self._params, pixels_NHWC))[: len(pixels_HWC)]
 
 
 def _rows(width: int, left: int) -> int:

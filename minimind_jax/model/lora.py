@@ -143,7 +143,7 @@ def without_adapters(params: Params) -> Params:
 
 
 def _check_stacked(params: Params) -> None:
-    if not isinstance(params["layers"], dict):
+    if not isinstance(params.get("layers", {}), dict):  # of a tower alone there are none
         raise ValueError("the layers of these parameters were unstacked for generation; give those they were made of")
 
 

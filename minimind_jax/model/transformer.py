@@ -40,13 +40,22 @@ def full_precision(compute: ComputeConfig) -> contextlib.AbstractContextManager:
     return jax.default_matmul_precision("highest") if compute.dtype == "float32" else contextlib.nullcontext()
 
 
-def _in_full_precision(method):
+def in_full_precision(method):
+    """Of a method of a model with a `compute`, which it follows as `full_precision` says."""
+
     @functools.wraps(method)
     def run(self, *args, **kwargs):
         with full_precision(self.compute):
             return method(self, *args, **kwargs)
 
     return run
+
+
+def compute_dtype(compute: ComputeConfig, platform: Platform) -> jnp.dtype:
+    """Of activations and matrix products."""
+    if compute.dtype == "auto":
+        return jnp.dtype("float32" if platform == "cpu" else "bfloat16")
+    return jnp.dtype(compute.dtype)
 
 
 def scan_unroll(compute: ComputeConfig, layers: int) -> int:
@@ -107,10 +116,7 @@ class LanguageModel:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of activations and matrix products."""
-        if self.compute.dtype == "auto":
-            return jnp.dtype("float32" if self.platform == "cpu" else "bfloat16")
-        return jnp.dtype(self.compute.dtype)
+        return compute_dtype(self.compute, self.platform)
 
     def init(self, key: Array) -> Params:
         """Fresh parameters: N(0, initializer_range) for embeddings and kernels, 1 for norms; 0 for the kernels that add
@@ -154,12 +160,12 @@ class LanguageModel:
             x_BTD = self._surroundings(params).embed(tokens_BT, self.dtype)
             return x_BTD if images_BMD is None else splice(x_BTD, self._is_marker(tokens_BT), images_BMD)
 
-    @_in_full_precision
+    @in_full_precision
     def features(self, params: Params, pixels_NHWC: Array) -> Array:
         """What the tower says of images, (N, P, W); see `vision.features`."""
         return features(self.config.vision, params[VISION]["tower"], pixels_NHWC, self.dtype, self.platform)
 
-    @_in_full_precision
+    @in_full_precision
     def project(self, params: Params, features_NPW: Array) -> Array:
         """Tokens of images, (..., image_tokens, D), from their `features`."""
         return project(self.config.vision, params[VISION]["projector"], features_NPW, self.dtype, self.platform)
@@ -173,7 +179,7 @@ class LanguageModel:
             return self.read_rows(params, x_BTD, lengths_B=batch["lengths"], dropout_key=dropout_key)
         return self.read_rows(params, x_BTD, batch["positions"], batch["segment_ids"], dropout_key=dropout_key)
 
-    @_in_full_precision
+    @in_full_precision
     def read_rows(
         self,
         params: Params,
@@ -215,7 +221,7 @@ class LanguageModel:
         """An empty cache for `rows` rows of `slots` tokens."""
         return KVCache.create(self.config, rows, slots, self.dtype, self.platform)
 
-    @_in_full_precision
+    @in_full_precision
     def read_next(
         self,
         params: Params,
@@ -253,7 +259,7 @@ class LanguageModel:
             context = context._replace(cos_BTh=context.cos_BTh @ identity, sin_BTh=context.sin_BTh @ identity)
         return self._read_into(cache, params, x_BTD, context)
 
-    @_in_full_precision
+    @in_full_precision
     def logits(self, params: Params, hidden_BTD: Array) -> Array:
         """Scores of the next token, float32 (B, T, V)."""
         with jax.named_scope("head"):
@@ -290,7 +296,7 @@ class LanguageModel:
         arranged = {name: params[name] for name in ("layers", "lm_head") if name in params}
         return {**params, **_lay_out(self, arranged)}
 
-    @_in_full_precision
+    @in_full_precision
     def _images(self, params: Params, batch: dict[str, Array]) -> Array | None:
         """The image tokens of a batch's rows, (B, M, D); None for a batch of texts."""
         if self.config.vision is None or not {"pixels", "features"} & batch.keys():

@@ -59,9 +59,10 @@ def check_records(stage: Stage, sample: int | None = None) -> None:
     for a broken record unless the stage skips those."""
     parse, paths, on_error = _reader(stage)
     reading = reading_of(stage.config.data if stage.kind.is_run else stage.config)
-    for file in expand_paths(paths):
+    pictures = stage.kind.is_run and stage.config.of_pictures
+    for file in expand_paths(paths, pictures):
         try:
-            for record in itertools.islice(iter_records([file], reading=reading), sample):
+            for record in itertools.islice(iter_records([file], reading=reading, pictures=pictures), sample):
                 parse(record)
         except UserError:
             if on_error == "stop":
@@ -78,7 +79,7 @@ def _reader(stage: Stage) -> tuple[Callable[[Record], object], tuple[str, ...], 
     reading, paths = reading_of(config.data), (*config.data.train, *config.data.val)
     has_labels = stage.kind.has_head and not stage.kind.labels
     classes = Classes.any(config.text_field, config.classify.label_field) if has_labels else None
-    parse = functools.partial(KINDS[stage.kind.records].parse, wanted=Wanted(reading, classes))
+    parse = functools.partial(KINDS[stage.kind.of(config).records].parse, wanted=Wanted(reading, classes))
     return parse, paths, config.data.on_error
 
 

@@ -127,7 +127,10 @@ def _make_stages(folder: Path, shared: Given, stages: Sequence[tuple[str, Given]
         fields = fields_of(STAGES[name].config)
         keys = {field.key for field in fields}
         given = settings.merge({key: value for key, value in shared.items() if key in keys}, own, fields)
-        config = settings.make_settings(STAGES[name].config, given, **_defaults(name, folder, made))
+        defaults = _defaults(name, folder, made)
+        if STAGES[name].records == "labelled" and "vision.tower" in given:  # a tower stands in for what reads words
+            defaults = {"run": defaults["run"]}
+        config = settings.make_settings(STAGES[name].config, given, **defaults)
         stage = Stage(name, config, folder)
         if stage.folder in [other.folder for other in made]:
             raise UserError(f"two stages write to {stage.folder}; give one of them another run")

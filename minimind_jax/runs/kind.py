@@ -35,6 +35,10 @@ class StageKind:
         """Whether it trains a model in a run's folder."""
         return issubclass(self.config, RunConfig)
 
+    def of(self, config: RunConfig) -> "StageKind":
+        """The stage as these settings have it."""
+        return dataclasses.replace(self, records="pictures") if config.of_pictures else self
+
     def load(self) -> Callable[[Any], Any]:
         return pkgutil.resolve_name(f"minimind_jax.{self.function}")
 

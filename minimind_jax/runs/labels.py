@@ -1,14 +1,16 @@
 """The labels of a run whose model has a head of scores: those of its data, kept in its folder when it starts."""
 
 import dataclasses
+import functools
 import json
 
 import jax
 import numpy as np
 
-from minimind_jax.config.stages import ClassifyConfig
+from minimind_jax.config.classify import ClassifyConfig
 from minimind_jax.convert.hf import Labels, load_labels
 from minimind_jax.data.jsonl import reading_of
+from minimind_jax.data.labelled_pictures import check_folders, picture_of
 from minimind_jax.data.labels import Classes, find_classes, label_changes
 from minimind_jax.data.rows import Pieces
 from minimind_jax.data.token_cache import TokenCache
@@ -39,9 +41,14 @@ def labels_of_run(kind: StageKind, run: RunFolder) -> Labels | None:
 def labels_of_data(config: ClassifyConfig, run: RunFolder, has_begun: bool) -> tuple[Labels, Classes]:
     """The labels of the data, in the order of a run that `has_begun` with them; kept in its folder. Told."""
     fields, skips = (config.text_field, config.classify.label_field), config.data.on_error == "skip"
-    classes = find_classes(config.data.train, *fields, skips, announce, reading_of(config.data))
+    reading, noun, how = reading_of(config.data), "text", {}
+    if config.of_pictures:
+        check_folders((*config.data.train, *config.data.val))
+        check = functools.partial(picture_of, ignored=reading.ignore_fields)
+        noun, how = "picture", {"check": check, "pictures": True}
+    classes = find_classes(config.data.train, *fields, skips, announce, reading, **how)
     labels = keep_labels(run, Labels(classes.names, classes.several), has_begun)
-    announce(f"{len(labels.names)} labels{', any number of them a text' if classes.several else ''}")
+    announce(f"{len(labels.names)} labels{f', any number of them a {noun}' if classes.several else ''}")
     return labels, dataclasses.replace(classes, names=labels.names)
 
 

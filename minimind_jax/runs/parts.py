@@ -10,10 +10,13 @@ from jax.sharding import Mesh
 from minimind_jax.config.sections import ModelSettings
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.convert.hf import Labels, load_hf, load_labels
+from minimind_jax.convert.hf_pictures import load_picture_head
+from minimind_jax.convert.hf_vision import open_tower
 from minimind_jax.convert.load import folders_of, load_merged, read_config
 from minimind_jax.convert.load import load_tokenizer as load_model_tokenizer
 from minimind_jax.data.batches import Batches, open_data
 from minimind_jax.data.epoch import Annotate
+from minimind_jax.data.labelled_pictures import Wordless
 from minimind_jax.data.labels import Classes
 from minimind_jax.data.pictures import Sight, sight_of
 from minimind_jax.data.tokenizer import Tokenizer
@@ -21,6 +24,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.model.config import ModelConfig, union_of_ids
 from minimind_jax.model.heads import SCORE, head_axes, init_head
 from minimind_jax.model.lora import init_adapters, join, make_adapter
+from minimind_jax.model.picture_model import PictureModel
 from minimind_jax.model.transformer import LanguageModel, Params, cast_matrices
 from minimind_jax.model.vision import VISION
 from minimind_jax.model.vocabulary import grow_vocabulary
@@ -49,21 +53,21 @@ class Run:
     folder: RunFolder
     mesh: Mesh
     models: Mapping[str, Path]  # the folders of the models that they name, by setting
-    tokenizer: Tokenizer
-    model: LanguageModel  # the network, below a head of scores if the stage has one
+    tokenizer: Tokenizer | Wordless
+    model: LanguageModel | PictureModel  # the network, below a head of scores if the stage has one
     adapters: AdapterPlan | None  # None where all weights are trained
     labels: Labels | None = None  # of that head
     classes: Classes | None = None  # how records name them, where they do
 
     @property
     def start(self) -> Path | None:
-        """The folder of the model, or of the adapter, that it starts from; None from scratch."""
+        """The folder of the model, or of the adapter, that it starts from; None from scratch, and of pictures."""
         return self.models.get("init_from")
 
     @property
     def sight(self) -> Sight | None:
-        """How images stand among its tokens; None of a model of texts."""
-        return sight_of(self.tokenizer, self.model.config.vision)
+        """How images stand among its tokens; None of a model of texts, or of pictures alone."""
+        return None if self.config.of_pictures else sight_of(self.tokenizer, self.model.config.vision)
 
     def with_labels(self, labels: Labels, classes: Classes | None = None) -> "Run":
         return dataclasses.replace(self, labels=labels._replace(max_tokens=self.config.data.seq_len), classes=classes)
@@ -75,7 +79,10 @@ def assemble(kind: StageKind, config: RunConfig, folder: RunFolder, mesh: Mesh, 
     Raises UserError for what does not fit together: a tokenizer without a model or of other words, rows longer than the
     model's context, adapters that it cannot have, ...
     """
-    start = models.get("init_from")
+    kind, start = kind.of(config), models.get("init_from")
+    if config.of_pictures:
+        model = PictureModel(open_tower(models[TOWER]).config, config.compute)
+        return Run(kind, config, folder, mesh, models, Wordless(), model, None)
     if kind.needs_start and start is None:
         raise UserError(f"{kind.name} needs a model to start from: give --init_from")
     tokenizer = load_tokenizer(config, start)
@@ -179,6 +186,8 @@ def run_parameters(run: Run) -> Parameters:
     """What the run trains: the parameters of the model it starts from, or drawn from the seed, or adapters over them;
     and the head of scores of a stage that has one."""
     config, model, plan = run.config, run.model, run.adapters
+    if config.of_pictures:
+        return _with_head(run, picture_parameters(run))
     if run.start is None:
         return Parameters.of(model, lambda: init_params(model, named_key(config.seed, "init"), run.mesh))
     dtype = frozen_dtype(config, model)
@@ -202,6 +211,18 @@ def run_parameters(run: Run) -> Parameters:
     return _with_head(run, parameters) if run.kind.has_head else parameters
 
 
+def picture_parameters(run: Run) -> Parameters:
+    """The tower of a run of pictures, trained or not."""
+
+    def load() -> Params:
+        params = {VISION: {"tower": open_tower(run.models[TOWER]).params()}}
+        return on_mesh(run.mesh, params, parameters.abstract, parameters.axes)
+
+    is_trained = run.config.vision.train == "tower"
+    parameters = Parameters.of(run.model, load)._replace(is_trained=lambda path: is_trained)
+    return parameters
+
+
 def on_mesh(mesh: Mesh, params: Params, abstract: Params, axes: Params) -> Params:
     """Those of the parameters that a model has, which `abstract` and `axes` describe, cut over the mesh."""
     own = {name: params[name] for name in abstract}
@@ -211,25 +232,26 @@ def on_mesh(mesh: Mesh, params: Params, abstract: Params, axes: Params) -> Param
 def _with_head(run: Run, parameters: Parameters) -> Parameters:
     """With a head of the run's labels: the one of the model it starts from if it has the same, or a new one, and then
     what is left out is told."""
-    wanted, width = run.labels, run.model.config.hidden_size
+    wanted, width, bias = run.labels, run.model.config.hidden_size, run.config.of_pictures
 
     def draw(key: jax.Array) -> Params:
-        return init_head(key, width, len(wanted.names))[SCORE]
+        return init_head(key, width, len(wanted.names), bias=bias)[SCORE]
 
     def load(_: Params) -> Params:
-        folder = folders_of(run.start)[-1]
+        folder = run.models[TOWER] if run.config.of_pictures else folders_of(run.start)[-1]
         found = load_labels(folder)
         other = differing(found, wanted) if found else ""
         if other:
             announce(f"the head of {folder} is left out, and a new one trained: {other}")
         if found and not other:
             order = [found.names.index(name) for name in wanted.names] if len(wanted.names) > 1 else [0]
-            head = {name: array[..., order] for name, array in load_hf(folder)[1][SCORE].items()}
+            own = load_picture_head(folder) if run.config.of_pictures else load_hf(folder)[1][SCORE]
+            head = {name: array[..., order] for name, array in own.items()}
         else:
             head = draw(named_key(run.config.seed, "head"))
         return on_mesh(run.mesh, head, abstract, axes)
 
-    abstract, axes = jax.eval_shape(draw, jax.random.key(0)), head_axes()[SCORE]
+    abstract, axes = jax.eval_shape(draw, jax.random.key(0)), head_axes(bias=bias)[SCORE]
     return parameters.adding(SCORE, abstract, axes, load, is_trained=True)
 
 

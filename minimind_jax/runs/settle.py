@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 
-from minimind_jax.config.sections import FilesConfig
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.data.batches import split_documents
 from minimind_jax.data.cache_folder import cache_root, file_identities
@@ -30,7 +29,7 @@ def settle(run: Run) -> RunConfig:
     asked, found = flat(plain(run.config)), {}
     values = run.folder.settled(asked)
     config = with_values(run.config, values)
-    size = sum(file.stat().st_size for file in expand_paths(config.data.train))
+    size = sum(file.stat().st_size for file in expand_paths(config.data.train, config.of_pictures))
     chances = open_chances(config, KINDS[run.kind.records].rendered, size)
     config = with_values(config, chances)
     if KINDS[run.kind.records].packings and leaves_open(config):
@@ -39,16 +38,18 @@ def settle(run: Run) -> RunConfig:
         follow = ", ".join(f"{key} {value:g}" for key, value in (chances | found).items())
         announce(f"{told}. From that follow, unless you set them: {follow}")
     run.folder.asked = {key: asked[key] for key in values | chances | found}
-    run.folder.content = content_of(config.data)
+    run.folder.content = content_of(config)
     return config
 
 
-def content_of(data: FilesConfig) -> dict[str, list[str]]:
+def content_of(config: RunConfig) -> dict[str, list[str]]:
     """Hashes of the files of data.train and data.val. Raises UserError for files that are not there."""
 
     def contents(paths: tuple[str, ...]) -> list[str]:
-        return [content for *_, content in file_identities(expand_paths(paths), cache_root(data))]
+        files = expand_paths(paths, config.of_pictures)
+        return [content for *_, content in file_identities(files, cache_root(data))]
 
+    data = config.data
     return {"data.train": contents(data.train), "data.val": contents(data.val)}
 
 
@@ -56,7 +57,7 @@ def changed_data(run: RunFolder, config: RunConfig) -> list[str]:
     """A sentence about each of data.train and data.val whose content is not what the run was trained on."""
     before = run.read_environment().get("content", {})
     try:
-        now = content_of(config.data)
+        now = content_of(config)
     except UserError as error:
         return [str(error)]
     return [f"the content of {key}" for key in before if before[key] != now[key]]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from minimind_jax.config import rl
+from minimind_jax.config import classify, rl
 from minimind_jax.config import stages as settings
 from minimind_jax.runs.kind import StageKind
 
@@ -11,7 +11,7 @@ ASK = ("generate --model {model} --prompt Hello", "one answer")
 TUNE = ("sft --init_from {run} --data.train YOUR_CONVERSATIONS.jsonl --run NAME", "train it further")
 SEE = ("vlm-sft --init_from {run} --data.train YOUR_CONVERSATIONS.jsonl --run NAME", "train it further")
 SCORE = ("score --model {model} --input YOUR_CONVERSATIONS.jsonl", "scores")
-PREDICT = ("classify predict --model {run} --input YOUR_TEXTS.jsonl", "labels")
+PREDICT = ("classify predict --model {run} --input YOUR_RECORDS.jsonl", "labels")
 
 # What stages that learn from reward have in common.
 REWARDED = {
@@ -55,8 +55,8 @@ KINDS = (
         figures=("margin", "accuracy"), curves=("margin", "accuracy"), next=(SCORE,),
     ),
     StageKind(
-        "classify", "train a classifier of texts", settings.ClassifyConfig, "stages.classify:recipe",
-        records="labelled", has_head=True, needs_start=True,
+        "classify", "train a classifier of texts or pictures", classify.ClassifyConfig, "stages.classify:recipe",
+        records="labelled", has_head=True, needs_start=True, fixed=("vision.",),
         figures=("accuracy",), curves=("accuracy",), next=(PREDICT,),
     ),
     StageKind(

@@ -1,4 +1,4 @@
-"""Stage: a classifier of texts, of one label a text or any number of them."""
+"""Stage: a classifier of texts or of pictures, of one label each or any number of them."""
 
 import json
 
@@ -6,13 +6,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from minimind_jax.data.batches import Batches
+from minimind_jax.data.kinds import KINDS
 from minimind_jax.data.labels import Classes
+from minimind_jax.data.pixels import picture_place
+from minimind_jax.data.rows import Batch, Pieces
+from minimind_jax.data.token_cache import TokenCache
 from minimind_jax.evaluate.classification import ClassificationResult, describe, draw_confusion, evaluate_logits
-from minimind_jax.inference.score import Scorer
-from minimind_jax.losses.classification import make_classification_loss
+from minimind_jax.inference.score import PictureScorer, Scorer
+from minimind_jax.losses.classification import make_classification_loss, reading_pictures, reading_texts
 from minimind_jax.progress import progress
 from minimind_jax.runs.labels import values_of_pieces
 from minimind_jax.runs.parts import Run, open_rows, run_parameters
+from minimind_jax.runs.pictures import open_pictures
 from minimind_jax.runs.stage import on_rows
 from minimind_jax.sharding import announce
 from minimind_jax.training.run import RunFolder, write_text
@@ -20,24 +25,34 @@ from minimind_jax.training.source import Recipe
 
 
 def recipe(run: Run) -> Recipe:
-    """Data: records with a text and a label, or a list of labels; a label is any text. Loss: cross entropy of the label
-    at the text's last token, or of every label's yes and no (see `losses.classification`). Trained: all parameters, or
-    adapters, and the head. Written: as model/ a Qwen3ForSequenceClassification with the labels' names; adapters are
-    merged. results.md and confusion.png show how it does on the held-out texts."""
+    """Data: records with a text or a picture and a label, or a list of labels; a label is any text. Loss: cross entropy
+    of the label at the text's last token, or at the mean of the picture's patches, or of every label's yes and no (see
+    `losses.classification`). Trained: all parameters, or adapters, and the head; of pictures the head, and the tower if
+    `vision.train` says so. Written: as model/ a Qwen3ForSequenceClassification (adapters are merged), or a
+    SiglipForImageClassification, with the labels' names. results.md and confusion.png show how it does on what is held
+    out."""
     wanted, classes, room = run.config.classify, run.classes, run.config.data.seq_len
-    trained, held_out = open_rows(run, lambda cache, pieces: {"values": values_of_pieces(cache, pieces, room)})
-    counts = texts_of_labels(trained, classes)
+
+    def values(cache: TokenCache, pieces: Pieces) -> Batch:
+        return {"values": values_of_pieces(cache, pieces, room)}
+
+    if run.config.of_pictures:
+        read, is_frozen = reading_pictures(run.model), run.config.vision.train == "head"
+        trained, held_out = open_pictures(run, room, is_frozen, values)
+    else:
+        read, (trained, held_out) = reading_texts(run.model), open_rows(run, values)
+    counts, noun = texts_of_labels(trained, classes), KINDS[run.kind.records].noun
     if untrained := [name for name, count in zip(classes.names, counts, strict=True) if not count]:
         announce(
-            f"{len(untrained)} labels have no text to train on ({', '.join(untrained[:8])}), for all of theirs are "
-            "held out; give more texts, or held-out ones of your own (--data.val)"
+            f"{len(untrained)} labels have no {noun[:-1]} to train on ({', '.join(untrained[:8])}), for all of theirs "
+            f"are held out; give more {noun}, or held-out ones of your own (--data.val)"
         )
     weights = jnp.ones(len(counts))
     if wanted.class_weights == "balanced":
         balanced = class_weights(counts, len(trained.epoch(0).documents), classes.several)
         weights = jnp.asarray(balanced, jnp.float32)
     smoothing = wanted.label_smoothing
-    loss_fn = make_classification_loss(run.model, weights, several=classes.several, label_smoothing=smoothing)
+    loss_fn = make_classification_loss(read, weights, several=classes.several, label_smoothing=smoothing)
 
     def judge() -> None:
         found = evaluate_batches(run, held_out)
@@ -64,13 +79,19 @@ def class_weights(counts: np.ndarray, texts: int, several: bool) -> np.ndarray:
 def evaluate_batches(run: Run, batches: Batches) -> ClassificationResult:
     """How the model that the run has written does on all documents of `batches`."""
     cache, documents, labels, seq_len = batches.cache, batches.epoch(0).documents, run.labels, run.config.data.seq_len
-    scorer = Scorer(str(run.folder.path), max_tokens=seq_len)
+    name = str(run.folder.path)
     with progress("evaluating", len(documents)) as advance:
-        logits = scorer.score_ids([cache.ids(int(d), 0, seq_len).tolist() for d in documents], advance)
+        if run.config.of_pictures:
+            places = zip(documents, cache.pictures.offsets[documents], strict=True)
+            shown = ((cache.pictures.picture(n), picture_place(cache, d, n)) for d, n in places)
+            logits = PictureScorer(name).pictures(shown, advance)
+        else:
+            ids = [cache.ids(int(d), 0, seq_len).tolist() for d in documents]
+            logits = Scorer(name, max_tokens=seq_len).score_ids(ids, advance)
     names = np.array(labels.names, object)
     values = cache.values[documents]
     truth = [names[row > 0.5].tolist() for row in values] if labels.several else names[values.astype(int)].tolist()
-    return evaluate_logits(logits, truth, labels)
+    return evaluate_logits(logits, truth, labels, KINDS[run.kind.records].noun)
 
 
 def write_results(run: RunFolder, found: ClassificationResult) -> None:

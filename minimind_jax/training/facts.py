@@ -11,6 +11,7 @@ from minimind_jax.config.stages import RunConfig
 from minimind_jax.losses.vocabulary import piece_size
 from minimind_jax.model import attention, moe
 from minimind_jax.model.lora import split, without_adapters
+from minimind_jax.model.picture_model import PictureModel
 from minimind_jax.model.transformer import LanguageModel, count_parameters
 from minimind_jax.model.vision import VISION
 from minimind_jax.sharding import row_shards
@@ -51,7 +52,7 @@ def run_facts(
     config: RunConfig,
     recipe: Recipe,
     stage: str,
-    model: LanguageModel,
+    model: LanguageModel | PictureModel,
     mesh: Mesh,
     parts: int,
     total_steps: int,
@@ -59,14 +60,35 @@ def run_facts(
 ) -> dict[str, str]:
     """What is printed at the start and kept in environment.json. parts: micro-batches of a step. has_words: false of a
     model with a head of scores, which makes no logits of words."""
-    devices, shape = mesh.devices.ravel(), model.config
-    size = count_parameters(without_adapters(model.abstract_params()))
+    devices, asked = mesh.devices.ravel(), config.training.accumulation_steps
     sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-    experts = f", {shape.num_experts} experts, {shape.num_experts_per_tok} used" if shape.is_moe else ""
-    asked = config.training.accumulation_steps
     in_parts = f" in {parts} parts" * (asked > 1)
     if parts < asked:
         in_parts += f", not {asked}: a device has {config.rows_per_step // row_shards(mesh)} rows of a step"
+    tell = _text_facts if isinstance(model, LanguageModel) else _picture_facts
+    return {
+        "stage": stage,
+        **tell(config, model, mesh, parts, has_words),
+        **_group_facts(recipe.parameters),
+        "devices": f"{devices.size} x {devices[0].device_kind}{f' ({sizes})' if sizes else ''}",
+        "batch": f"{config.rows_per_step} rows of {config.data.seq_len} tokens{in_parts}",
+        **recipe.source.facts(total_steps),
+        "validation data": recipe.evaluation.describe() if recipe.evaluation is not None else "none",
+    }
+
+
+def _picture_facts(config: RunConfig, model: PictureModel, mesh: Mesh, parts: int, has_words: bool) -> dict[str, str]:
+    size, tower = count_parameters(model.abstract_params()), model.config
+    return {
+        "model": f"{size:,} parameters ({tower.num_hidden_layers} layers of width {tower.hidden_size}, pictures of "
+        f"{tower.image_size} x {tower.image_size} pixels, one token each)",
+        "compute": model.dtype.name,
+    }
+
+
+def _text_facts(config: RunConfig, model: LanguageModel, mesh: Mesh, parts: int, has_words: bool) -> dict[str, str]:
+    shape, size = model.config, count_parameters(without_adapters(model.abstract_params()))
+    experts = f", {shape.num_experts} experts, {shape.num_experts_per_tok} used" if shape.is_moe else ""
     rows = (config.rows_per_step // parts, config.data.seq_len, shape.num_attention_heads, shape.head_dim)
     path, reason = attention.choose_path(
         model.compute.attention, rows, shape.num_key_value_heads, model.dtype, model.platform, mesh
@@ -75,19 +97,13 @@ def run_facts(
     tokens = rows[0] * config.data.seq_len // row_shards(mesh)  # of a micro-batch on a device
     piece = piece_size(tokens, vocab)
     return {
-        "stage": stage,
         "model": f"{size:,} parameters ({shape.num_hidden_layers} layers of width {shape.hidden_size}, "
         f"{shape.vocab_size:,} tokens{experts})",
         **_adapter_facts(model, size),
-        **_group_facts(recipe.parameters),
         "compute": f"{model.dtype.name}, attention path: {path}{f' ({reason})' if reason else ''}, "
         + f"experts path: {moe.choose_path(model.compute.experts, tokens, model.platform)}, " * shape.is_moe
         + f"remat {model.compute.remat}",
         **({"loss": f"logits of {piece:,} of {vocab:,} words at once on a device"} if has_words else {}),
-        "devices": f"{devices.size} x {devices[0].device_kind}{f' ({sizes})' if sizes else ''}",
-        "batch": f"{config.rows_per_step} rows of {config.data.seq_len} tokens{in_parts}",
-        **recipe.source.facts(total_steps),
-        "validation data": recipe.evaluation.describe() if recipe.evaluation is not None else "none",
     }
 
 

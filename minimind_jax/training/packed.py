@@ -110,7 +110,7 @@ def data_record(batches: Batches) -> dict[str, str | int | float | bool]:
         # The first cache tells nothing of the draws of later epochs. Text has none.
         **({"redraw_each_epoch": data.redraw_each_epoch, **data.chances} if KINDS[info["kind"]].rendered else {}),
         **({"packing": data.packing} if info["kind"] in ("text", "conversation") else {}),
-        **({"images_per_row": data.images_per_row} if KINDS[info["kind"]].has_pictures else {}),
+        **({"images_per_row": data.images_per_row} if "images" in KINDS[info["kind"]].packings else {}),
     }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import jax
 
 from minimind_jax.model.config import ComputeConfig, ModelConfig
+from minimind_jax.model.picture_model import PictureModel
 from minimind_jax.model.transformer import LanguageModel
 
 # Dense bfloat16 FLOP/s of one device, from the makers' data sheets; the consumer cards' with float32 accumulation.
@@ -84,10 +85,13 @@ class Speed:
     seconds_before: duration of the run up to the checkpoint it goes on from. has_words: as of `flops_per_token`.
     """
 
-    def __init__(self, model: LanguageModel, seq_len: int, seconds_before: float, has_words: bool = True):
+    def __init__(
+        self, model: LanguageModel | PictureModel, seq_len: int, seconds_before: float, has_words: bool = True
+    ):
         self._started = time.perf_counter() - seconds_before
-        peak = peak_flops(model.compute)
-        flops = flops_per_token(model.config, seq_len, model.adapter is not None, has_words=has_words)
+        peak = peak_flops(model.compute) if isinstance(model, LanguageModel) else None  # others are not counted
+        adapted = model.adapter is not None
+        flops = flops_per_token(model.config, seq_len, adapted, has_words=has_words) if peak else 0.0
         self._mfu_per_token = flops / peak if peak else None
         self._since: float | None = None  # start of the window that `read` ends
         self._tokens = self._window_steps = 0

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from slow_rows import pieces_of, rows_of
 
+from minimind_jax.config.classify import ClassifyConfig, LabelConfig
 from minimind_jax.config.sections import DataConfig
-from minimind_jax.config.stages import ClassifyConfig, LabelConfig
 from minimind_jax.data.batches import Batches
 from minimind_jax.data.documents import encode_conversation, encode_preference
 from minimind_jax.data.jsonl import Record, iter_records

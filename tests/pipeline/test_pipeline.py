@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from minimind_jax.config.classify import ClassifyConfig
 from minimind_jax.config.sections import DataConfig
 from minimind_jax.config.settings import config_names, find_config
-from minimind_jax.config.stages import ClassifyConfig
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
 from minimind_jax.pipeline import check

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from minimind_jax.config.classify import ClassifyConfig
 from minimind_jax.config.sections import DataConfig, LoRAConfig, OptimizerConfig, SampleConfig
 from minimind_jax.config.settings import load_settings
 from minimind_jax.config.stages import (
-    ClassifyConfig,
     DistillConfig,
     DPOConfig,
     PretrainConfig,

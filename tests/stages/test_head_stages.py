@@ -15,11 +15,10 @@ from run_helpers import KEEP_ALL, assembled, assert_resumes_exactly, export_newe
 from safetensors.numpy import load_file
 from worlds import ADAPTERS, write_lines
 
+from minimind_jax.config.classify import ClassifyConfig, LabelConfig
 from minimind_jax.config.sections import LoRAConfig
 from minimind_jax.config.stages import (
-    ClassifyConfig,
     DistillConfig,
-    LabelConfig,
     RewardConfig,
     SFTConfig,
     TeacherConfig,

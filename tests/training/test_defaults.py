@@ -6,6 +6,7 @@ import pytest
 from run_helpers import with_chats
 from worlds import write_lines
 
+from minimind_jax.config.classify import ClassifyConfig
 from minimind_jax.config.sections import (
     MINIMIND_CHANCES,
     DataConfig,
@@ -15,7 +16,7 @@ from minimind_jax.config.sections import (
     TrainingConfig,
 )
 from minimind_jax.config.settings import load_settings
-from minimind_jax.config.stages import ClassifyConfig, DistillConfig, DPOConfig, PretrainConfig, RewardConfig, SFTConfig
+from minimind_jax.config.stages import DistillConfig, DPOConfig, PretrainConfig, RewardConfig, SFTConfig
 from minimind_jax.runs.samples import with_prompts
 from minimind_jax.stages import start
 from minimind_jax.training.defaults import Amount, filled, following, open_chances, share_held_out, with_values

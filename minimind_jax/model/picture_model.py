@@ -1,0 +1,63 @@
+"""A network that reads pictures alone: a SigLIP tower and the mean of what it says, for a head of scores (`heads`).
+
+As in transformers' SiglipForImageClassification the mean is over the patches, after the tower's last norm.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from minimind_jax.model.config import ComputeConfig, Platform, TowerConfig, Vision
+from minimind_jax.model.transformer import Params, compute_dtype, in_full_precision
+from minimind_jax.model.vision import VISION, features, init_vision, row_features, vision_axes
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureModel:
+    """What a `transformer.LanguageModel` is of texts: pure functions of parameters, {"vision": {"tower": ...}}.
+
+    A row of a batch has room for I pictures, each the one token of a document, in the order of the segments.
+    """
+
+    config: TowerConfig
+    compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
+    platform: Platform = dataclasses.field(default_factory=jax.default_backend)
+    adapter: ClassVar[None] = None
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return compute_dtype(self.compute, self.platform)
+
+    @property
+    def vision(self) -> Vision:
+        """The tower as `vision` reads rows by it: with all patches of a picture behind one token, and the last norm."""
+        return Vision(self.config, marker_id=0, projector="minimind_v", pixel_shuffle=self.config.grid)
+
+    def abstract_params(self) -> Params:
+        """Shapes and dtypes of the parameters, without making them."""
+        shapes = jax.eval_shape(lambda key: init_vision(self.vision, 1, 0.02, key), jax.random.key(0))
+        return {VISION: {"tower": shapes["tower"]}}
+
+    def logical_axes(self) -> Params:
+        return {VISION: {"tower": vision_axes(self.vision)["tower"]}}
+
+    @in_full_precision
+    def pooled(self, params: Params, pixels_NHWC: Array) -> Array:
+        """What the head reads of N pictures, float32 (N, W)."""
+        found = features(self.vision, params[VISION]["tower"], pixels_NHWC, self.dtype, self.platform)
+        return _mean(found)
+
+    @in_full_precision
+    def read_batch(self, params: Params, batch: dict[str, Array]) -> Array:
+        """`pooled` of the pictures of rows, (B, I, W): the batch's `features`, made before, or of its `pixels`."""
+        if "features" in batch:
+            return batch["features"]
+        tower, is_there_BI = params[VISION]["tower"], batch["segment_ids"] > 0
+        return _mean(row_features(self.vision, tower, batch["pixels"], is_there_BI, self.dtype, self.platform))
+
+
+def _mean(features_XPW: Array) -> Array:
+    return jnp.mean(features_XPW.astype(jnp.float32), axis=-2)
