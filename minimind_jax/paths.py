@@ -20,10 +20,8 @@ UPLOAD_SECONDS = 30
 
 
 def as_path(name: str | os.PathLike) -> Path:
-    """A pathlib.Path, or an epath.Path (the same methods) for a name such as gs://bucket/folder.
-
-    Raises UserError for a store that is unknown or whose package is not installed.
-    """
+    """A pathlib.Path, or an epath.Path (the same methods) for a name such as gs://bucket/folder. Raises UserError for a
+    store that is unknown or whose package is not installed."""
     text = os.fspath(name)
     if "://" not in text:
         return Path(text)
@@ -51,10 +49,8 @@ def _check_store(bucket: str) -> None:
 
 
 def cache_home(given: str = "") -> Path:
-    """The folder for what is kept between runs: `given`, $MINIMIND_CACHE or ~/.cache/minimind_jax.
-
-    Raises UserError where that is below a home folder and none is known.
-    """
+    """The folder for what is kept between runs: `given`, $MINIMIND_CACHE or ~/.cache/minimind_jax. Raises UserError
+    where that is below a home folder and none is known."""
     given = given or os.environ.get("MINIMIND_CACHE", "")
     try:
         return Path(given).expanduser() if given else Path.home() / ".cache" / "minimind_jax"

@@ -179,10 +179,8 @@ def data_process(mesh: Mesh) -> tuple[int, int]:
 
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Global arrays from the rows that this process has loaded (see `data_process`).
-
-    Raises UserError when the rows do not divide over data x fsdp.
-    """
+    """Global arrays from the rows that this process has loaded (see `data_process`). Raises UserError when the rows do
+    not divide over data x fsdp."""
     shards, rows = row_shards(mesh), len(next(iter(batch.values())))
     local_shards = shards // data_process(mesh)[1]
     if rows % local_shards:

@@ -55,9 +55,7 @@ class Tower(NamedTuple):
 
 def open_tower(folder: str | Path) -> Tower:
     """The tower of a SigLIP or SigLIP2 folder, of a classifier over one, or of a model that sees; nothing is read yet.
-
-    Raises UserError: it has none, or one of a kind that is not computed here.
-    """
+    Raises UserError: it has none, or one of a kind that is not computed here."""
     place = local_folder(as_path(folder))
     file = place / "config.json"
     if not is_there(file):

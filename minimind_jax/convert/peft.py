@@ -233,10 +233,8 @@ def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
 
 
 def load_peft(folder: str | Path, config: ModelConfig) -> StoredAdapter:
-    """The adapter in a folder, for a model of that configuration.
-
-    Raises UserError when a file is missing or damaged, or the adapter belongs to a model of another shape.
-    """
+    """The adapter in a folder, for a model of that configuration. Raises UserError when a file is missing or damaged,
+    or the adapter belongs to a model of another shape."""
     folder = local_folder(as_path(folder))
     settings = read_adapter_config(folder)
     if not (folder / WEIGHTS).is_file():

@@ -73,9 +73,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def replacing_files(*files: Path) -> Iterator[list[Path]]:
     """Names to write to, beside `files`, whose places they take at the end, in that order, or vanish if the body fails.
-
-    Raises UserError when they cannot be written.
-    """
+    Raises UserError when they cannot be written."""
     partial = [file.with_name(f".{file.name}.partial") for file in files]
     kept = "; the older one there is unchanged" if files[0].exists() else ""
     try:

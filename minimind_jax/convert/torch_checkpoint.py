@@ -67,11 +67,9 @@ def to_torch(folder: str | Path, pth: str | Path) -> ModelConfig:
 
 
 def infer_config(stored: Mapping[str, StoredTensor], where: str, overrides: Mapping[str, Any]) -> ModelConfig:
-    """The architecture that a MiniMind state dict has; `overrides` wins over what is inferred.
-
-    Raises UserError: a tensor that tells a size is missing, as in MiniMind2, which has no query and key norms, or
-    `overrides` has what such a model cannot have.
-    """
+    """The architecture that a MiniMind state dict has; `overrides` wins over what is inferred. Raises UserError: a
+    tensor that tells a size is missing, as in MiniMind2, which has no query and key norms, or `overrides` has what such
+    a model cannot have."""
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in stored:

@@ -18,10 +18,8 @@ _WRAPPERS = r"^(_orig_mod\.|module\.)*"  # what compilation and data parallelism
 
 
 def read_torch(path: str | Path) -> dict[str, StoredTensor]:
-    """The tensors of a state dict, or of the `model` in a file for resuming, under their plain names.
-
-    Raises UserError: there is no such file, it holds anything but tensors and plain values, or torch is missing.
-    """
+    """The tensors of a state dict, or of the `model` in a file for resuming, under their plain names. Raises UserError:
+    there is no such file, it holds anything but tensors and plain values, or torch is missing."""
     torch, path = _import_torch(), Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")

@@ -21,11 +21,8 @@ from minimind_jax.signals import telling
 
 
 def run(config: ConvertDataConfig) -> None:
-    """Writes the records of the files as JSON lines in our own format, and says what was left out.
-
-    Raises UserError for a broken record that is not to be skipped, and for an output that is there already or cannot be
-    written.
-    """
+    """Writes the records of the files as JSON lines in our own format, and says what was left out. Raises UserError for
+    a broken record that is not to be skipped, and for an output that is there already or cannot be written."""
     renamed, reading, kind = parse_renamed(config.rename), reading_of(config), config.kind
     files, target = expand_paths(config.files), Path(config.output)
     if target.suffix != ".jsonl":

@@ -48,10 +48,8 @@ def parse_text(record: Record, flag: str = "--data.on_error", reading: Reading =
 
 def parse_conversation(record: Record, for_training: bool = True, reading: Reading = READING) -> Conversation:
     """The conversation of a record of any format (see `formats`), as {"conversations": [message, ...]}, MiniMind's.
-
     Raises UserError, also for a conversation in which the assistant says nothing that is trained, unless it is only to
-    be answered or scored (for_training False); fields that nobody understands are then no error.
-    """
+    be answered or scored (for_training False); fields that nobody understands are then no error."""
     conversation = read_record(record, "conversation", reading, keeps=not for_training)
     if for_training and not any(map(is_trained, conversation.messages)):
         raise UserError(
@@ -64,11 +62,8 @@ def parse_conversation(record: Record, for_training: bool = True, reading: Readi
 
 
 def parse_preference(record: Record, reading: Reading = READING) -> Preference:
-    """The pair of a record of any format, as {"chosen": [message, ...], "rejected": [message, ...]}.
-
-    Raises UserError, also for a pair that is the same on both sides, without a question, or in which a side has no
-    answer of its own.
-    """
+    """The pair of a record of any format, as {"chosen": [message, ...], "rejected": [message, ...]}. Raises UserError,
+    also for a pair that is the same on both sides, without a question, or in which a side has no answer of its own."""
     pair = read_record(record, "preference", reading)
     check_closed(pair.chosen.messages, f"{record.where}: chosen")
     return pair

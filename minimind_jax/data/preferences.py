@@ -33,11 +33,9 @@ class Preference:
 def make_preference(
     base: Conversation, sides: Sequence[list[Message]], tools: Sequence[list | None], margin: float, place: Place
 ) -> Preference:
-    """The pair of two sides, each of which is whole or goes on behind the base.
-
-    Raises UserError for a pair that is the same on both sides, without a question, with a question that stands twice
-    or differs, or in which a side has no answer of its own.
-    """
+    """The pair of two sides, each of which is whole or goes on behind the base. Raises UserError for a pair that is the
+    same on both sides, without a question, with a question that stands twice or differs, or in which a side has no
+    answer of its own."""
     names = ("chosen", "rejected")
     sides = [_behind(base.messages, side, f"{place.text}{name}") for name, side in zip(names, sides, strict=True)]
     system = next(filter(None, map(_system, (base.messages, *sides))), None)

@@ -21,10 +21,8 @@ Places = dict[int, tuple[int, int]]  # of a message's number: where its first an
 def foreign_segments(
     source: str, messages: Sequence[Message], tools: Sequence[Any] | None, variables: Mapping[str, Any]
 ) -> list[Segment]:
-    """`prefix_segments`, or where the template is not prefix-consistent, the segments of the whole rendering.
-
-    Raises TemplateFault where neither tells which words are the assistant's.
-    """
+    """`prefix_segments`, or where the template is not prefix-consistent, the segments of the whole rendering. Raises
+    TemplateFault where neither tells which words are the assistant's."""
     try:
         return prefix_segments(source, messages, tools, variables)
     except TemplateFault:

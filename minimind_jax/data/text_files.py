@@ -189,10 +189,7 @@ class _TextAhead:
 
     def take_value(self) -> bytes | dict[str, str]:
         """The JSON that begins here; what is to be said of a broken object that ends where the next begins, or with the
-        file.
-
-        Raises UserError for any other that is none, or longer than MAX_LINE.
-        """
+        file. Raises UserError for any other that is none, or longer than MAX_LINE."""
         broken, indent = None, self.text[self.text.rfind("\n", 0, self.at) + 1 : self.at]
         self.count += 1
         while True:

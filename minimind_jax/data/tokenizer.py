@@ -95,9 +95,7 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
         """folder: or a run, whose model/ is meant, or the name of a model on the hub where no folder has that name.
-
-        Raises UserError if the folder has no tokenizer.json, or one of its files cannot be read.
-        """
+        Raises UserError if the folder has no tokenizer.json, or one of its files cannot be read."""
         if isinstance(folder, str) and is_hub_name(folder) and not is_there(as_path(folder)):
             folder = fetch(folder, "tokenizer", weights=False)
         folder = local_folder(tokenizer_folder(as_path(folder)))

@@ -115,10 +115,8 @@ def loads(text: str, place: str) -> Any:
 
 
 def decode_json(text: str) -> Any:
-    """`json.loads` without the values Python adds to JSON: NaN and Infinity, which would be rendered as such.
-
-    Raises ValueError.
-    """
+    """`json.loads` without the values Python adds to JSON: NaN and Infinity, which would be rendered as such. Raises
+    ValueError."""
     return _STRICT.decode(text)
 
 

@@ -19,11 +19,8 @@ OFF = "off"  # what a person calls the base model by itself
 
 def load_adapters(folder: Path, config: ModelConfig, names: Sequence[str]) -> tuple[dict[str, Params], set[int]]:
     """Adapters (folders or runs) of the base model in a folder, by their short names: their parameters; and the tokens
-    that end an answer of any of them.
-
-    Raises UserError for a folder that is no adapter, two of one name, an adapter that belongs to another model, and
-    one whose numbers are not finite.
-    """
+    that end an answer of any of them. Raises UserError for a folder that is no adapter, two of one name, an adapter
+    that belongs to another model, and one whose numbers are not finite."""
     if names and is_adapter(folder):
         raise UserError(
             f"model {folder} is an adapter itself; name its base model {base_folder(folder)}, and it among the adapters"

@@ -26,10 +26,7 @@ class GenerationConfig(NamedTuple):
 
 def read_generation_config(*folders: Path) -> GenerationConfig:
     """The file of the first of the folders that has one, or our defaults. Keys that would change the text and are not
-    followed are named.
-
-    Raises UserError when it is no JSON object or holds a value that makes no sense.
-    """
+    followed are named. Raises UserError when it is no JSON object or holds a value that makes no sense."""
     files = [folder / "generation_config.json" for folder in folders]
     file = next(filter(is_there, files), files[0])
     values = read_object(file) if is_there(file) else {}

@@ -46,10 +46,8 @@ def choose_path(
     platform: Platform,
     mesh: Mesh | AbstractMesh | None = None,
 ) -> Choice:
-    """The path for whole rows, queries being (B, T, N, H); `cached_attention` has none to choose.
-
-    Raises UserError when a fused one is asked for that cannot run there.
-    """
+    """The path for whole rows, queries being (B, T, N, H); `cached_attention` has none to choose. Raises UserError when
+    a fused one is asked for that cannot run there."""
     own = {"gpu": "cudnn", "tpu": "splash"}.get(platform)
     if path == "auto" and own is not None:
         obstacle = _obstacle(own, query_shape, kv_heads, dtype, mesh)

@@ -97,10 +97,8 @@ def _allowed(call: Call, number: int, offered: Offered) -> Call:
 
 
 def load_environment(settings: AgentSettings, tokenizer: Tokenizer) -> Environment:
-    """`tools`, or a class of the user's own, `module:Class` or `FILE.py:Class`, which is made without arguments.
-
-    Raises UserError where there is no such class, or one of the four functions is missing.
-    """
+    """`tools`, or a class of the user's own, `module:Class` or `FILE.py:Class`, which is made without arguments. Raises
+    UserError where there is no such class, or one of the four functions is missing."""
     name = settings.environment
     if name == "tools":
         return ToolUse(settings, tokenizer)

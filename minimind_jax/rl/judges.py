@@ -41,10 +41,8 @@ def talk(episode: Episode) -> list[dict[str, Any]]:
 
 def model(folder: str, label: str = "") -> Function:
     """The score of a reward model of ours for the conversation without thoughts; of a classifier of ours the
-    probability of the label for the last answer, 0 for an empty one. On this process's devices.
-
-    Raises UserError for another model, and for a label that it has not.
-    """
+    probability of the label for the last answer, 0 for an empty one. On this process's devices. Raises UserError for
+    another model, and for a label that it has not."""
     from minimind_jax.inference.score import Scorer
 
     scorer = Scorer(folder)

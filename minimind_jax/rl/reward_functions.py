@@ -85,9 +85,7 @@ def state(episode: Episode, name: str) -> float | None:
 
 def json_form(episode: Episode, schema: str = "") -> float:
     """1 where the last answer is a JSON object or list and nothing else, or what the schema in the file allows; else 0.
-
-    Raises UserError for a file that holds no schema, and where the package jsonschema is missing.
-    """
+    Raises UserError for a file that holds no schema, and where the package jsonschema is missing."""
     allows = _allows(schema) if schema else lambda value: isinstance(value, dict | list)
     try:
         return float(allows(decode_json(episode.answer)))

@@ -102,10 +102,8 @@ class Rewards(contextlib.AbstractContextManager):
         return left.enter_context(tools)
 
     def __call__(self, episodes: Sequence[Episode]) -> dict[str, float]:
-        """Fills `rewards` and `reward` of the episodes; returns how many values each function failed to give.
-
-        Raises UserError at the first that failed, where rewards.on_error is `stop`.
-        """
+        """Fills `rewards` and `reward` of the episodes; returns how many values each function failed to give. Raises
+        UserError at the first that failed, where rewards.on_error is `stop`."""
         if not episodes:  # of this process; a function need not know what to say of none
             return {}
         functions = list(zip(self._entries, self._functions, strict=True))

@@ -29,10 +29,8 @@ class AdapterPlan(NamedTuple):
 
 def plan_adapters(config: RunConfig, architecture: ModelConfig, start: Path | None) -> AdapterPlan | None:
     """The adapters that `config.lora` asks for; None without any. Those in the folder `start` are trained further.
-
     Raises UserError for targets that the model does not have, another rank than the adapter in init_from has, and a run
-    from scratch.
-    """
+    from scratch."""
     lora = config.lora
     if not lora.rank:
         return None

@@ -52,10 +52,8 @@ TURNED_OFF = (
 
 
 def check_effect(config: RunConfig) -> None:
-    """Says which settings that differ from their defaults change nothing, since another one turns them off.
-
-    Raises UserError, naming them, where who sets them cannot mean what happens.
-    """
+    """Says which settings that differ from their defaults change nothing, since another one turns them off. Raises
+    UserError, naming them, where who sets them cannot mean what happens."""
     default = flat(plain(type(config)()))
     changed = {key: f"{key} {value}" for key, value in flat(plain(config)).items() if value != default[key]}
 

@@ -94,11 +94,8 @@ def export_checkpoint(stages: Stages, asked: ToHFConfig) -> int:
 
 def load_checkpoint(stages: Stages, asked: ToHFConfig | ToGGUFConfig) -> Checkpoint:
     """A checkpoint of a run, adapters merged into the model that they were trained over. Nothing in the run's folder is
-    changed, so the run may be under way.
-
-    Raises UserError when there is no such run or checkpoint, when the tokenizer or model that the run started from is
-    gone, and when the tokenizer has other words by now.
-    """
+    changed, so the run may be under way. Raises UserError when there is no such run or checkpoint, when the tokenizer
+    or model that the run started from is gone, and when the tokenizer has other words by now."""
     folder = _find_run(asked.source)
     kind, config = _read_settings(stages, folder)
     then = folder.then()

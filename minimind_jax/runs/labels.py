@@ -23,10 +23,8 @@ from minimind_jax.training.run import RunFolder, write_text
 
 
 def labels_of_run(kind: StageKind, run: RunFolder) -> Labels | None:
-    """The labels that a run was started with; None of a stage whose model has no head.
-
-    Raises UserError where none were kept, in a run of an earlier version.
-    """
+    """The labels that a run was started with; None of a stage whose model has no head. Raises UserError where none were
+    kept, in a run of an earlier version."""
     if kind.labels:
         return Labels(kind.labels)
     found = _own_labels(run) if kind.has_head else None
@@ -80,9 +78,7 @@ def _own_labels(run: RunFolder) -> Labels | None:
 
 def keep_labels(run: RunFolder, found: Labels, has_begun: bool) -> Labels:
     """The labels of a run, in their order, whose data holds the labels `found`; kept in its folder when it starts.
-
-    Raises UserError when they are not those that the run was started with.
-    """
+    Raises UserError when they are not those that the run was started with."""
     known = _own_labels(run) if has_begun else None
     if known is not None:
         changes = label_changes(known.names, found.names)

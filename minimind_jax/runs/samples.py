@@ -38,10 +38,8 @@ def with_prompts(config: WriterConfig, kind: KindName) -> SampleConfig:
 
 
 def sampler(run: Run) -> SampleFn | None:
-    """Writes on from each of the run's prompts. None without any, and of a stage that has none.
-
-    Raises UserError for a prompt that is empty or too long, now and not when the model could not be exported for it.
-    """
+    """Writes on from each of the run's prompts. None without any, and of a stage that has none. Raises UserError for a
+    prompt that is empty or too long, now and not when the model could not be exported for it."""
     is_writer = isinstance(run.config, WriterConfig)
     samples = with_prompts(run.config, run.kind.records) if is_writer else None
     if not samples or not samples.prompts:

@@ -23,10 +23,8 @@ def with_sight(
     config: RunConfig, architecture: ModelConfig, tokenizer: Tokenizer, models: Mapping[str, Path]
 ) -> ModelConfig:
     """The architecture with the tower and projector that `config` gives a model of texts; as it is where it sees
-    already, and of a stage of texts alone.
-
-    Raises UserError: no tower or two of them, a tokenizer without the marker, adapters over a projector that is new.
-    """
+    already, and of a stage of texts alone. Raises UserError: no tower or two of them, a tokenizer without the marker,
+    adapters over a projector that is new."""
     if not isinstance(config, SeeingConfig):
         return architecture
     wanted, tower = config.vision, models.get(TOWER)

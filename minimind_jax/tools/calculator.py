@@ -15,11 +15,9 @@ _CONSTANTS = {"pi": math.pi, "e": math.e}
 
 
 def calculate(expression: str) -> str:
-    """The value of an expression: a whole number exactly, any other to 15 digits.
-
-    Raises ValueError, in words for the model that wrote it, for whatever is not arithmetic, and for numbers that are
-    too large. Full-width characters, `×`, `÷`, `^` and `math.` are understood.
-    """
+    """The value of an expression: a whole number exactly, any other to 15 digits. Raises ValueError, in words for the
+    model that wrote it, for whatever is not arithmetic, and for numbers that are too large. Full-width characters, `×`,
+    `÷`, `^` and `math.` are understood."""
     if len(expression) > MAX_CHARACTERS:
         raise ValueError(f"the expression is longer than {MAX_CHARACTERS} characters")
     text = unicodedata.normalize("NFKC", expression.translate(_SPELLINGS)).strip()

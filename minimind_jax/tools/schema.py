@@ -82,10 +82,8 @@ def _as_json(default: Any, where: str) -> Any:
 
 
 def fitted(schema: Schema, value: Any, where: str = "arguments") -> Any:
-    """`value`, checked against a schema that `schema_of` made; whole numbers become what their hint says.
-
-    Raises ValueError, in words for the model that called.
-    """
+    """`value`, checked against a schema that `schema_of` made; whole numbers become what their hint says. Raises
+    ValueError, in words for the model that called."""
     kind = schema.get("type")
     if kind is None or (value is None and schema.get("nullable")):
         return value

@@ -73,9 +73,7 @@ def error_text(words: str) -> str:
 
 def load(names: list[str]) -> dict[str, tuple[Schema, Function]]:
     """{name: (schema, function)} of tools that are ours, `module:function`, `file.py:function` or a whole `file.py`.
-
-    Raises UserError for what cannot be found or imported, and for two functions of one name.
-    """
+    Raises UserError for what cannot be found or imported, and for two functions of one name."""
     tools: dict[str, tuple[Schema, Function]] = {}
     for name in names:
         for function in _functions(name):

@@ -156,11 +156,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         return record
 
     def restore(self, step: int, abstract_state: Any) -> Any:
-        """Checkpoint `step` as a pytree like `abstract_state` (ShapeDtypeStructs with shardings).
-
-        Raises UserError when it is of another model or optimizer (the first tensor that differs is named), or cannot be
-        read.
-        """
+        """Checkpoint `step` as a pytree like `abstract_state` (ShapeDtypeStructs with shardings). Raises UserError when
+        it is of another model or optimizer (the first tensor that differs is named), or cannot be read."""
         expected, checkpoint = flatten(abstract_state), self.folder / str(step)
         self._check(step)
         with _reading(checkpoint):

@@ -125,10 +125,8 @@ class Start(NamedTuple):
 def find_start(
     config: RunConfig, recipe: Recipe, run: RunFolder, checkpoints: Checkpoints, program: Program, total_steps: int
 ) -> Start:
-    """Loads the newest checkpoint, or makes the state of a run's first step.
-
-    Raises UserError when the run is beyond its end, and for a checkpoint of other data, another model or another start.
-    """
+    """Loads the newest checkpoint, or makes the state of a run's first step. Raises UserError when the run is beyond
+    its end, and for a checkpoint of other data, another model or another start."""
     step = checkpoints.newest()
     if step > total_steps:
         raise UserError(

@@ -18,9 +18,7 @@ from minimind_jax.training.run import RunFolder, flat, package_versions, plain
 
 def find_models(config: RunConfig, keys: Collection[str] | None = None) -> dict[str, Path]:
     """The folders of the models that the settings name, by setting. keys: those that are looked for; all by default.
-
-    Raises UserError for one that is not there.
-    """
+    Raises UserError for one that is not there."""
     named = named_models(config)
     return {key: resolve_model_folder(name, key) for key, name in named.items() if keys is None or key in keys}
 

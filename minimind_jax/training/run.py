@@ -81,11 +81,9 @@ class RunFolder:
         return self
 
     def lock(self) -> None:
-        """Keeps other processes from training in this folder as long as this object lives.
-
-        Raises UserError when one does already: two writers would mix their metrics and checkpoints. An object store
-        has no locks; there it is up to the user.
-        """
+        """Keeps other processes from training in this folder as long as this object lives. Raises UserError when one
+        does already: two writers would mix their metrics and checkpoints. An object store has no locks; there it is up
+        to the user."""
         if self._lock is None:
             return
         try:
@@ -240,10 +238,8 @@ def plain(value):
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces `path` by `text` in one step: a reader, or a kill, sees the old file or the new one.
-
-    Raises UserError when it cannot be written.
-    """
+    """Replaces `path` by `text` in one step: a reader, or a kill, sees the old file or the new one. Raises UserError
+    when it cannot be written."""
     if is_remote(path):
         write_object(path, text)
         return

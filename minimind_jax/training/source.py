@@ -32,10 +32,8 @@ class Source(Protocol):
         """What decides the batches, as JSON; kept in checkpoints."""
 
     def check_record(self, earlier: dict[str, Any]) -> str | None:
-        """Compares the record of a checkpoint with this one: None, or a warning to be shown.
-
-        Raises UserError where the steps of the checkpoint came of other batches, so that the run cannot go on.
-        """
+        """Compares the record of a checkpoint with this one: None, or a warning to be shown. Raises UserError where the
+        steps of the checkpoint came of other batches, so that the run cannot go on."""
 
     def facts(self, steps: int) -> dict[str, str]:
         """What is printed at the start of a run of so many steps: `training data` and `steps`, at least."""

@@ -49,11 +49,8 @@ class Program(NamedTuple):
 def make_program(
     config: RunConfig, parameters: Parameters, loss_fn: LossFn, mesh: Mesh, total_steps: int, skip: Skip | None = None
 ) -> Program:
-    """The training step of `config` for these parameters on `mesh`; nothing is computed or compiled yet.
-
-    Raises UserError for a warm-up that is longer than the run, and for rows or parameters that do not divide over the
-    mesh.
-    """
+    """The training step of `config` for these parameters on `mesh`; nothing is computed or compiled yet. Raises
+    UserError for a warm-up that is longer than the run, and for rows or parameters that do not divide over the mesh."""
     parts = count_parts(config, mesh)
     trained, frozen = parameters.split(parameters.abstract)
     lies = parameters.split(param_shardings(mesh, parameters.axes, parameters.abstract))

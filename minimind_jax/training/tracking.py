@@ -28,10 +28,8 @@ WALL_CLOCK = ("seconds", "tokens_per_second", "mfu", "time/rollout", "time/rewar
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; none if it does not exist. A last line that a kill cut off is left out.
-
-    Raises UserError when another line is not a JSON object with `step`.
-    """
+    """The rows of a metrics.jsonl; none if it does not exist. A last line that a kill cut off is left out. Raises
+    UserError when another line is not a JSON object with `step`."""
     path = as_path(path)
     if not is_there(path):
         return []
