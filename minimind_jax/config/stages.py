@@ -93,11 +93,6 @@ class RunConfig(Settings):
                 f"training.accumulation_steps = {rows}; try {max(1, round(self.training.batch_tokens / rows)) * rows}"
             )
 
-    @classmethod
-    def is_former(cls, key: str, value: Any) -> bool:
-        """Whether this is the value of a setting that every stage had once, where nobody had set it."""
-        return key in cls.FORMER and cls.FORMER[key][0] == value
-
     @property
     def of_pictures(self) -> bool:
         """Whether records are pictures, without a word that a tokenizer would read."""

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from minimind_jax.config.generation import FROM_MODEL, SamplingConfig
 from minimind_jax.convert.hf_config import checked_ids
@@ -30,7 +30,14 @@ def read_generation_config(*folders: Path) -> GenerationConfig:
     files = [folder / "generation_config.json" for folder in folders]
     file = next(filter(is_there, files), files[0])
     values = read_object(file) if is_there(file) else {}
-    _name_ignored(values, file)
+    ignored = [
+        f"{name} {value!r}"
+        for name, value in values.items()
+        if name not in _WITHOUT_EFFECT and not name.startswith("_") and value and value != _NEUTRAL.get(name)
+    ]
+    if ignored:
+        followed = f"followed are do_sample, eos_token_id, {', '.join(FROM_MODEL)}"
+        print(f"note: {file}: not followed: {', '.join(ignored)} ({followed})", file=sys.stderr)
     given = {name: values[name] for name in FROM_MODEL if values.get(name) is not None}
     if values.get("do_sample") is False:
         given["temperature"] = 0.0
@@ -39,17 +46,3 @@ def read_generation_config(*folders: Path) -> GenerationConfig:
     except (ValueError, TypeError) as error:
         raise UserError(f"{file}: {error}") from error
     return GenerationConfig(sampling, frozenset(checked_ids(values.get("eos_token_id"), str(file))))
-
-
-def _name_ignored(values: dict[str, Any], file: Path) -> None:
-    ignored = [
-        f"{name} {value!r}"
-        for name, value in values.items()
-        if name not in _WITHOUT_EFFECT and not name.startswith("_") and value and value != _NEUTRAL.get(name)
-    ]
-    if ignored:
-        print(
-            f"note: {file}: not followed: {', '.join(ignored)} (followed are do_sample, eos_token_id, "
-            f"{', '.join(FROM_MODEL)})",
-            file=sys.stderr,
-        )

@@ -137,17 +137,17 @@ def apply_experts(x_MD: Array, routing: Routing, kernels: AnyKernels, path: Path
     place_P = jnp.argsort(order_P, stable=True)  # where each (token, choice) went
     sizes_E = jnp.sum(experts_P[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
     sorted_PD = _permute(jnp.repeat(x_MD, k, axis=0), order_P, place_P)
-    apply = apply_loose if is_loose else _sorted_path(path, is_part, sorted_PD, kernels[0])
+    if is_loose:
+        apply = apply_loose
+    else:
+        copies = len(sorted_PD) // _tile_size(len(sorted_PD), E) + E  # of the three kernels, one for every tile
+        is_loop = is_part or copies * 3 * kernels[0][0].size * x_MD.dtype.itemsize > COPIED_BYTES
+        tiled = functools.partial(_looped, is_part) if is_loop else _tiled
+        apply = {"ragged": _ragged, "tiled": tiled, "blocked": _blocked}[path]
     out_PD = apply(sorted_PD, sizes_E, *kernels)
     out_MkD = _permute(out_PD, place_P, order_P).reshape(M, k, -1)
     weights_Mk = jnp.where(is_own_Mk, routing.weights_Mk, 0)
     return jnp.einsum("Mk,MkD->MD", weights_Mk.astype(x_MD.dtype), out_MkD)
-
-
-def _sorted_path(path, is_part, x_PD, gate_EDF):
-    is_loop = is_part or _copied_bytes(x_PD, gate_EDF) > COPIED_BYTES
-    tiled = functools.partial(_looped, is_part) if is_loop else _tiled
-    return {"ragged": _ragged, "tiled": tiled, "blocked": _blocked}[path]
 
 
 def _reference(x_MD, routing, gate_EDF, up_EDF, down_EFD):
@@ -290,12 +290,6 @@ _blocked.defvjp(_blocked_forward, _blocked_backward)
 def _tile_size(rows: int, experts: int) -> int:
     size = max(1, min(2048, rows // (8 * experts)))  # so that an eighth of the work is wasted at most
     return size - (size % 128 if size > 128 else 0)
-
-
-def _copied_bytes(x_PD, gate_EDF) -> int:
-    """Of the three kernels, for every tile."""
-    P, (E, D, F) = x_PD.shape[0], gate_EDF.shape
-    return (P // _tile_size(P, E) + E) * 3 * D * F * x_PD.dtype.itemsize
 
 
 @jax.custom_vjp

@@ -143,14 +143,11 @@ def encode_task(tokenizer: Tokenizer, task: Task, thinking: bool) -> list[int]:
 def drawn_tasks(tasks: int, count: int, seed: int, rollout: int) -> list[int]:
     """Numbers of the tasks that a rollout asks: all of them, in an order drawn anew, before one comes again."""
     places = range(rollout * count, (rollout + 1) * count)
-    orders = {epoch: _order(tasks, seed, epoch) for epoch in {place // tasks for place in places}}
+    draws = {epoch: np.random.default_rng(named_seed(seed, "tasks", epoch)) for epoch in {p // tasks for p in places}}
+    orders = {epoch: draw.permutation(tasks) for epoch, draw in draws.items()}
     return [int(orders[place // tasks][place % tasks]) for place in places]
 
 
 def refilling_tasks(tasks: int, count: int, seed: int, rollout: int, attempt: int) -> list[int]:
     """Numbers of the tasks that take the place of such that taught nothing."""
     return np.random.default_rng(named_seed(seed, "refill", rollout, attempt)).integers(0, tasks, count).tolist()
-
-
-def _order(tasks: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng(named_seed(seed, "tasks", epoch)).permutation(tasks)

@@ -54,10 +54,6 @@ def error_object(error: Exception) -> dict[str, Any]:
     return {"error": {"message": str(error.detail), "type": kind, "param": param, "code": code}}
 
 
-def status_of(error: Exception) -> int:
-    return 400 if isinstance(error, UserError) else getattr(error, "status_code", 500)
-
-
 async def answer_error(request: Request, error: Exception) -> JSONResponse:
     """The response to a request that has failed."""
     if isinstance(error, RequestValidationError):
@@ -68,7 +64,8 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
         path = request.url.path[:200]
         told = {404: f"there is no {path}", 405: f"{path} does not take {request.method}"}
         error = ApiError(error.status_code, told.get(error.status_code, str(error.detail)), **(error.headers or {}))
-    return JSONResponse(error_object(error), status_of(error), getattr(error, "headers", None))
+    status = 400 if isinstance(error, UserError) else getattr(error, "status_code", 500)
+    return JSONResponse(error_object(error), status, getattr(error, "headers", None))
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:

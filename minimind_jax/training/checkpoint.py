@@ -34,7 +34,10 @@ class DamagedCheckpoint(UserError):
 
     def __init__(self, checkpoint: Path, problem: str):
         self.problem = f"the checkpoint {checkpoint} cannot be read: {problem}"
-        super().__init__(f"{self.problem}; if it is damaged, remove that folder: {_instead_of(checkpoint)}")
+        steps = [int(path.name) for path in checkpoint.parent.iterdir() if path.name.isdigit() and path != checkpoint]
+        others = [step for step in steps if step < int(checkpoint.name)] or steps
+        other = f"the one of step {max(others)} is used" if others else "there is no other, so start another run"
+        super().__init__(f"{self.problem}; if it is damaged, remove that folder: {other}")
 
 
 Best = Callable[[Sequence[int]], int | None]  # which of these steps is the best; None where that is not known
@@ -230,14 +233,6 @@ def check_sound(checkpoint: Path) -> None:
             announce(f"{checkpoint} has no {CHECKSUMS}, so its bytes are not checked")
     if problem:
         raise DamagedCheckpoint(checkpoint, problem)
-
-
-def _instead_of(checkpoint: Path) -> str:
-    """What is used once that checkpoint is away."""
-    names = {path.name for path in checkpoint.parent.iterdir()} - {checkpoint.name}
-    steps = [int(name) for name in names if name.isdigit()]
-    others = [step for step in steps if step < int(checkpoint.name)] or steps
-    return f"the one of step {max(others)} is used" if others else "there is no other, so start another run"
 
 
 def _quieten() -> None:

@@ -98,7 +98,13 @@ class Journal:
         if why == NOT_FINITE:
             name, reason = "skipped", "the loss or the gradient was not finite"
             if self.config.training.stop_on_nan:
-                raise self._not_finite(step, metrics)
+                steps = self.checkpoints.steps
+                kept = f"checkpoint {steps[-1]} is kept" if steps else "there is no checkpoint yet"
+                raise UserError(
+                    f"step {step}: the loss ({metrics['loss']}) or the gradient norm ({metrics['grad_norm']}) is not "
+                    f"finite; the run has stopped; {kept}. {self._way_out()}; training.stop_on_nan false skips such "
+                    "steps instead"
+                )
         elif why == NOTHING:
             name, reason = "skipped/nothing", "no token of the batch is trained"
         else:
@@ -113,14 +119,6 @@ class Journal:
             )
         if count & (count - 1) == 0:
             self.progress.say(f"[bold red]warning:[/] {told}")
-
-    def _not_finite(self, step: int, metrics: Mapping[str, float]) -> UserError:
-        kept = self.checkpoints.steps
-        return UserError(
-            f"step {step}: the loss ({metrics['loss']}) or the gradient norm ({metrics['grad_norm']}) is not finite; "
-            f"the run has stopped; {f'checkpoint {kept[-1]} is kept' if kept else 'there is no checkpoint yet'}. "
-            f"{self._way_out()}; training.stop_on_nan false skips such steps instead"
-        )
 
     def _way_out(self) -> str:
         return (

@@ -178,9 +178,9 @@ class Loop:
     def run(self, state: TrainState, step: int) -> tuple[TrainState, int]:
         """From `step`, whose state this is, to the end, or until patience is lost. Returns where it has come to."""
         self.observe(state, step)
-        source, total_steps = self.recipe.source, self.timetable.total_steps
+        source, total_steps, patience = self.recipe.source, self.timetable.total_steps, self.config.training.patience
         source.begin(step, total_steps, self.is_stopping)
-        while step < total_steps and not self.has_lost_patience():
+        while step < total_steps and not 0 < patience <= self.watch.since_best():
             if step % source.stride == 0:
                 self.stop_if_asked(state, step)
             state, step = self.train_step(state, step), step + 1
@@ -193,10 +193,6 @@ class Loop:
 
     def is_stopping(self) -> bool:
         return self.stop.signal is not None
-
-    def has_lost_patience(self) -> bool:
-        """Whether `training.patience` evaluations in a row were no better than the best before them."""
-        return 0 < self.config.training.patience <= self.watch.since_best()
 
     def train_step(self, state: TrainState, step: int) -> TrainState:
         """The state after one more step, which the device may still be doing."""

@@ -151,7 +151,8 @@ class RunFolder:
             return {}
         now = flat(plain(config))
         now |= self.settled(now)
-        before = {key: value for key, value in flat(written).items() if key in now or not config.is_former(key, value)}
+        former = {key: default for key, (default, _) in config.FORMER.items()}  # of nobody's choice, so no change
+        before = {key: value for key, value in flat(written).items() if key in now or former.get(key, now) != value}
         before = {**flat(plain(type(config)())), **before}
         changed = changes(names_of(type(config)), before, now, self.then())
         return {key: change for key, change in changed.items() if key not in ("resume", "run")}
