@@ -68,7 +68,7 @@ class PlanConfig(Settings):
     topology: 8 GPUs, or a TPU slice such as 2x4; empty takes the smallest there is.
     stage: which one of a pipeline, or the kind of training.
     data: the training data, to count its tokens.
-    tokens: that are trained, in place of data.
+    tokens: that are trained, in place of data, and images among them.
     mfu: share of the peak FLOP/s that training reaches.
     price: of one device for an hour, in any currency; hours only without.
     json: print JSON.
@@ -76,9 +76,10 @@ class PlanConfig(Settings):
 
     device: str = setting()
     topology: str = ""
-    stage: Literal["pretrain", "sft"] | None = None
+    stage: Literal["pretrain", "sft", "vlm-pretrain", "vlm-sft"] | None = None
     data: tuple[str, ...] = ()
     tokens: int | None = setting(None, must=at_least(1))
+    images: int | None = setting(None, must=at_least(0))
     mfu: float = setting(0.4, must=Rule(lambda share: 0 < share <= 1, "above 0 and at most 1"))
     price: float | None = None
     json: bool = setting(False, alone=True)

@@ -6,6 +6,7 @@ of our own, which other programs refuse.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,12 @@ _TOWER_DEFAULTS = {
     "layer_norm_eps": 1e-6,
     "hidden_act": "gelu_pytorch_tanh",
 }
+_NAMED = {  # width, width between, layers, heads
+    "base": (768, 3072, 12, 12),
+    "large": (1024, 4096, 24, 16),
+    "so400m": (1152, 4304, 27, 16),
+    "giant-opt": (1536, 6144, 40, 16),
+}
 _PIXEL_DEFAULTS = {"resample": 3, "rescale_factor": 1 / 255, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
@@ -57,18 +64,31 @@ def open_tower(folder: str | Path) -> Tower:
     """The tower of a SigLIP or SigLIP2 folder, of a classifier over one, or of a model that sees; nothing is read yet.
     Raises UserError: it has none, or one of a kind that is not computed here."""
     place = local_folder(as_path(folder))
-    file = place / "config.json"
+    config = read_tower_config(place)
+    tensors = tower_names(read_weights(place))
+    expected = {name: view.shape for name, view in tower_tensors(empty_tower(config)).items()}
+    check_names_and_shapes(expected, tensors, str(folder))
+    return Tower(config, tensors)
+
+
+def read_tower_config(folder: Path) -> TowerConfig:
+    """That of a folder as `open_tower` takes it, whose weights may not be there yet."""
+    file = folder / "config.json"
     if not is_there(file):
         raise UserError(f"{file}: no such file; expected the folder of a SigLIP model")
     values = read_object(file)
     described = values.get("vision_config", values)
     if values.get("model_type") == "siglip":
         described = {"model_type": "siglip_vision_model", **(described or {})}
-    config = _read_tower(described, place)
-    tensors = tower_names(read_weights(place))
-    expected = {name: view.shape for name, view in tower_tensors(empty_tower(config)).items()}
-    check_names_and_shapes(expected, tensors, str(folder))
-    return Tower(config, tensors)
+    return _read_tower(described, folder)
+
+
+def tower_named(name: str) -> TowerConfig | None:
+    """The shape of a tower of Google's, of which nothing but its name is here; None for other names."""
+    match = re.search(r"siglip2?-([\w-]+?)-patch(\d+)-(\d+)", name)
+    if match is None or match[1] not in _NAMED:
+        return None
+    return TowerConfig(*_NAMED[match[1]], image_size=int(match[3]), patch_size=int(match[2]))
 
 
 def sees(values: Mapping[str, Any]) -> bool:

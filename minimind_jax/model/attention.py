@@ -29,6 +29,7 @@ SAVED_NAMES = ("attention_out", "attention_log_sums", fused.SPLASH_SAVED_NAME)
 Path = Literal["auto", "reference", "grouped", "cudnn", "splash"]
 
 BLOCK = 256  # most queries whose scores `grouped` holds at once
+FEW_KEYS = 256  # scores of so many stay in a TPU's own memory between two products, where splash would only fill up
 
 
 class Choice(NamedTuple):
@@ -57,6 +58,21 @@ def choose_path(
         if obstacle is not None:
             raise UserError(f"compute.attention {path} cannot run here: {obstacle}; auto takes a path that can")
     return Choice("grouped" if path == "auto" else path)
+
+
+def choose_full_path(
+    path: Path, query_shape: tuple[int, int, int, int], dtype: jnp.dtype, platform: Platform
+) -> Choice:
+    """The path of `full_attention` on a device's own queries (N, P, heads, H): a fused one, or `reference`.
+
+    Raises UserError as `choose_path`.
+    """
+    choice = choose_path(path, query_shape, query_shape[2], dtype, platform)
+    if choice.path == "grouped":  # which is for tokens that see what is before them
+        return choice._replace(path="reference")
+    if choice.path == "splash" and path == "auto" and query_shape[1] <= FEW_KEYS:
+        return Choice("reference", f"not splash: {query_shape[1]} patches are few")
+    return choice
 
 
 def _obstacle(path: Path, query_shape, kv_heads, dtype, mesh) -> str | None:
@@ -93,8 +109,14 @@ def attention(
     return fused.on_mesh(attend, jax.sharding.get_abstract_mesh())(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
 
-def full_attention(q_BTNH: Array, k_BTNH: Array, v_BTNH: Array, platform: Platform) -> Array:
-    """softmax(q k^T / sqrt(H)) v over all keys, (B, T, N, H): of the patches of an image, among which is no order."""
+def full_attention(q_BTNH: Array, k_BTNH: Array, v_BTNH: Array, path: Path, platform: Platform) -> Array:
+    """softmax(q k^T / sqrt(H)) v over all keys, (B, T, N, H): of the patches of an image, among which is no order.
+
+    path: one that `choose_full_path` gave; a fused one has no place on a mesh but inside `jax.shard_map`.
+    """
+    if path != "reference":
+        attend = {"cudnn": fused.cudnn, "splash": fused.splash}[path]
+        return attend(q_BTNH, k_BTNH, v_BTNH, None, is_causal=False)
     everything_111 = jnp.ones((1, 1, 1), bool)
     return _reference(q_BTNH, k_BTNH.transpose(0, 2, 3, 1), v_BTNH.transpose(0, 2, 1, 3), everything_111, platform)
 

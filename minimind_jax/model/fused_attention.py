@@ -2,7 +2,7 @@
 
 Both take padding (segment 0) for a document like any other, so that every query sees at least itself, and `on_mesh`
 clears what comes out for it. Both need rows of certain lengths; the causal mask hides the keys appended for
-that from every query that counts.
+that from every query that counts, and where there is none, as among the patches of an image, a segment of their own.
 """
 
 import math
@@ -44,19 +44,21 @@ def on_mesh(fused: FusedAttention, mesh: AbstractMesh) -> FusedAttention:
     return attend if mesh.empty or mesh.size == 1 else attend_cut
 
 
-def cudnn(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_ids_BT: Array | None) -> Array:
+def cudnn(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_ids_BT: Array | None, is_causal: bool = True) -> Array:
     """cuDNN's flash attention (NVIDIA GPUs), (B, T, N, H). Without segment ids nothing of size T x T is in memory.
 
     With them there is a mask (B, 1, T, T) of two bytes each, and until jax 0.12 a gradient of it.
     """
     T = q_BTNH.shape[1]
+    if T % 2 and not is_causal:
+        segment_ids_BT = jnp.ones(q_BTNH.shape[:2], jnp.int32)
     q_BTNH, k_BTKH, v_BTKH = (_lengthen(x, T % 2) for x in (q_BTNH, k_BTKH, v_BTKH))  # it takes even lengths only
     mask_B1TT = None
     if segment_ids_BT is not None:
         ids_BT = _lengthen(segment_ids_BT, T % 2)
         mask_B1TT = ids_BT[:, None, :, None] == ids_BT[:, None, None, :]
     out_BTNH = jax.nn.dot_product_attention(
-        q_BTNH, k_BTKH, v_BTKH, mask=mask_B1TT, is_causal=True, implementation="cudnn"
+        q_BTNH, k_BTKH, v_BTKH, mask=mask_B1TT, is_causal=is_causal, implementation="cudnn"
     )
     return out_BTNH[:, :T]
 
@@ -73,7 +75,14 @@ def cudnn_obstacle(head_dim: int) -> str | None:
     return None
 
 
-def splash(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_ids_BT: Array | None, interpret: bool = False) -> Array:
+def splash(
+    q_BTNH: Array,
+    k_BTKH: Array,
+    v_BTKH: Array,
+    segment_ids_BT: Array | None,
+    is_causal: bool = True,
+    interpret: bool = False,
+) -> Array:
     """Splash attention (TPUs), (B, T, N, H): skips blocks that the causal mask hides, compares segment ids as it
     goes, and reads shared key/value heads where they are. interpret: without a TPU, slowly."""
     # Imported here because it takes a while and no other platform needs it.
@@ -82,9 +91,12 @@ def splash(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_ids_BT: Array | 
     T, N, H = q_BTNH.shape[1:]
     block = splash_block(T)
     length = math.ceil(T / block) * block
+    mask = splash_attention_mask.CausalMask if is_causal else splash_attention_mask.FullMask
+    if length > T and not is_causal:
+        segment_ids_BT = jnp.ones(q_BTNH.shape[:2], jnp.int32)
     names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
     attend = splash_attention_kernel.make_splash_mha(
-        splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * N),
+        splash_attention_mask.MultiHeadMask([mask((length, length))] * N),
         block_sizes=splash_attention_kernel.BlockSizes(**dict.fromkeys(names, block)),
         head_shards=1,
         q_seq_shards=1,

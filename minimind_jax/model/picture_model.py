@@ -56,7 +56,10 @@ class PictureModel:
         if "features" in batch:
             return batch["features"]
         tower, is_there_BI = params[VISION]["tower"], batch["segment_ids"] > 0
-        return _mean(row_features(self.vision, tower, batch["pixels"], is_there_BI, self.dtype, self.platform))
+        attention = self.compute.attention
+        return _mean(
+            row_features(self.vision, tower, batch["pixels"], is_there_BI, self.dtype, self.platform, attention)
+        )
 
 
 def _mean(features_XPW: Array) -> Array:

@@ -305,7 +305,7 @@ class LanguageModel:
         if found_BIPW is None:
             found_BIPW = row_features(
                 self.config.vision, params[VISION]["tower"], batch["pixels"], self._is_marker(batch["tokens"]),
-                self.dtype, self.platform,
+                self.dtype, self.platform, self.compute.attention,
             )  # fmt: skip
         return self.project(params, found_BIPW).reshape(len(found_BIPW), -1, self.config.hidden_size)
 

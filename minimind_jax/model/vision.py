@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from minimind_jax.model.attention import full_attention
+from minimind_jax.model.attention import Choice, Path, choose_full_path, full_attention
 from minimind_jax.model.config import Platform, TowerConfig, Vision
 from minimind_jax.model.linear import multiply
 from minimind_jax.sharding import ROW_AXES, current_mesh
@@ -116,11 +116,25 @@ def vision_axes(vision: Vision) -> Params:
 # The tower and the projector ------------------------------------------------------------------------------------------
 
 
-def features(vision: Vision, tower: Params, pixels_NHWC: Array, dtype: jnp.dtype, platform: Platform) -> Array:
+def tower_path(tower: TowerConfig, path: Path, dtype: jnp.dtype, platform: Platform) -> Choice:
+    """How a device's own patches attend to one another, where `compute.attention` is `path`."""
+    heads = tower.num_attention_heads
+    queries = (IMAGES_AT_ONCE, tower.grid**2, heads, tower.hidden_size // heads)
+    return choose_full_path(path, queries, dtype, platform)
+
+
+def features(
+    vision: Vision,
+    tower: Params,
+    pixels_NHWC: Array,
+    dtype: jnp.dtype,
+    platform: Platform,
+    path: Path = "reference",
+) -> Array:
     """What the tower says of N images, (N, P, W) in `dtype`: for a projector to read.
 
     pixels_NHWC: uint8 as they are in a batch, or floats that were rescaled and normalised already. tower: its branch of
-    the parameters.
+    the parameters. path: of `tower_path`; on a mesh only inside `jax.shard_map`.
     """
     config = vision.tower
     if pixels_NHWC.dtype == jnp.uint8:
@@ -130,7 +144,7 @@ def features(vision: Vision, tower: Params, pixels_NHWC: Array, dtype: jnp.dtype
     x_NPW += tower["position"]["embedding"].astype(dtype)
     layers = jax.tree.map(lambda leaf: leaf[: config.num_hidden_layers + 1 + vision.feature_layer], tower["layers"])
     with jax.named_scope("tower"):
-        x_NPW, _ = jax.lax.scan(lambda x, layer: (_layer(config, layer, x, platform), None), x_NPW, layers)
+        x_NPW, _ = jax.lax.scan(lambda x, layer: (_layer(config, layer, x, path, platform), None), x_NPW, layers)
     return x_NPW if vision.projector == "llava" else _normalise(tower["post_norm"], x_NPW, config.layer_norm_eps)
 
 
@@ -159,13 +173,13 @@ def _shuffle(vision: Vision, features: Array) -> Array:
     return squares.reshape(*lead, vision.image_tokens, s * s * W)
 
 
-def _layer(tower: TowerConfig, layer: Params, x_NPW: Array, platform: Platform) -> Array:
+def _layer(tower: TowerConfig, layer: Params, x_NPW: Array, path: Path, platform: Platform) -> Array:
     """x + attention(norm(x)), then x + mlp(norm(x)); every patch sees all."""
     N, P, _ = x_NPW.shape
     y_NPW = _normalise(layer["norm1"], x_NPW, tower.layer_norm_eps)
     heads = (N, P, tower.num_attention_heads, -1)
     q, k, v = (_apply(layer[name], y_NPW, platform).reshape(heads) for name in ("q_proj", "k_proj", "v_proj"))
-    x_NPW += _apply(layer["out_proj"], full_attention(q, k, v, platform).reshape(N, P, -1), platform)
+    x_NPW += _apply(layer["out_proj"], full_attention(q, k, v, path, platform).reshape(N, P, -1), platform)
     y_NPW = _normalise(layer["norm2"], x_NPW, tower.layer_norm_eps)
     hidden_NPF = _ACTIVATIONS[tower.hidden_act](_apply(layer["fc1"], y_NPW, platform))
     return x_NPW + _apply(layer["fc2"], hidden_NPF, platform)
@@ -195,10 +209,17 @@ def splice(x_BTD: Array, is_marker_BT: Array, images_BMD: Array) -> Array:
 
 
 def row_features(
-    vision: Vision, tower: Params, pixels_BIHWC: Array, is_marker_BT: Array, dtype: jnp.dtype, platform: Platform
+    vision: Vision,
+    tower: Params,
+    pixels_BIHWC: Array,
+    is_marker_BT: Array,
+    dtype: jnp.dtype,
+    platform: Platform,
+    attention: Path,
 ) -> Array:
     """`features` of the images of rows, (B, I, P, W); zeros for those that no marker stands for, which the tower does
-    not look at. Each device has its own rows."""
+    not look at. Each device has its own rows. attention: `compute.attention`."""
+    path = tower_path(vision.tower, attention, dtype, platform).path
     count_B = -(-jnp.sum(is_marker_BT, axis=1) // vision.image_tokens)
 
     def look(tower, pixels_BIHWC, count_B):
@@ -212,12 +233,13 @@ def row_features(
 
         def block(_, item):
             number, indices = item
-            encode = lambda: features(vision, tower, pixels_NHWC[indices], dtype, platform)  # noqa: E731
+            encode = lambda: features(vision, tower, pixels_NHWC[indices], dtype, platform, path)  # noqa: E731
             is_needed = number * size < jnp.sum(is_own_N)
             return None, jax.lax.cond(is_needed, encode, lambda: jnp.zeros(shape, dtype))
 
         indices = jnp.pad(order_N, (0, blocks * size - B * I)).reshape(blocks, size)
-        _, found = jax.lax.scan(block, None, (jnp.arange(blocks), indices))
+        # A tower that is trained keeps the values of one block, not of all that there is room for.
+        _, found = jax.lax.scan(jax.checkpoint(block, prevent_cse=False), None, (jnp.arange(blocks), indices))
         found_NPW = found.reshape(-1, *shape[1:])[jnp.argsort(order_N)]
         return jnp.where(is_own_N[:, None, None], found_NPW, 0).reshape(B, I, *shape[1:])
 

@@ -10,6 +10,7 @@ from minimind_jax.folders import resolve_model_folder, resolve_run
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.pipeline.read import Stage
 from minimind_jax.runs.parts import with_settings
+from minimind_jax.runs.sight import planned_sight
 
 
 def maker_of(name: str, before: Sequence[Stage]) -> Stage | None:
@@ -19,6 +20,10 @@ def maker_of(name: str, before: Sequence[Stage]) -> Stage | None:
 
 def planned_architecture(config: RunConfig, before: Sequence[Stage]) -> ModelConfig:
     """The model that a stage will have, from the settings of those that make it."""
+    return planned_sight(config, _language_model(config, before))
+
+
+def _language_model(config: RunConfig, before: Sequence[Stage]) -> ModelConfig:
     if not config.init_from:
         tokens = None if config.model.vocab_size else planned_words(config, before)
         return config.model.resolve(**({"vocab_size": tokens} if tokens else {}))

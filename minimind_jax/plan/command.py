@@ -5,15 +5,18 @@ import json
 import time
 from importlib.metadata import version
 
+from minimind_jax.config.stages import SeeingConfig
 from minimind_jax.config.tools import PlanConfig
+from minimind_jax.errors import UserError
 from minimind_jax.model import attention
 from minimind_jax.model.lora import without_adapters
 from minimind_jax.model.transformer import LanguageModel, count_parameters
+from minimind_jax.model.vision import tower_path
 from minimind_jax.plan import compile as compiler
 from minimind_jax.plan import devices, estimate, inputs
 from minimind_jax.plan.module import ATTENTION_CALLS, read_module
 from minimind_jax.sharding import make_mesh
-from minimind_jax.training.speed import flops_per_token
+from minimind_jax.training.speed import flops_per_image, flops_per_token
 from minimind_jax.training.step import count_parts
 
 
@@ -34,6 +37,9 @@ def make_plan(asked: PlanConfig) -> dict:
     topology = devices.parse_topology(device, shape)
     planned = inputs.load_planned(asked.arguments, asked.stage)
     tokens = inputs.planned_tokens(planned, asked.data, asked.tokens)
+    is_seeing = isinstance(planned.config, SeeingConfig)
+    if asked.images is not None and not (is_seeing and tokens):
+        raise UserError("--images N is of stages that see (vlm-pretrain, vlm-sft), and goes with --tokens N or --data")
     package = devices.installed_compiler(device)
     made = compiler.compile_only_devices(device, topology) if package else compiler.emulated_devices(topology.count)
     mesh = make_mesh(planned.config.mesh, made)
@@ -46,7 +52,9 @@ def make_plan(asked: PlanConfig) -> dict:
     traced, state = compiler.trace_step(config, dataclasses.replace(model, compute=compute), mesh)
     params, opt_state, whole = compiler.state_bytes(state)
 
-    formula = flops_per_token(model.config, config.data.seq_len, model.adapter is not None)
+    is_frozen = model.adapter is not None or (is_seeing and config.vision.train == "projector")
+    formula = flops_per_token(model.config, config.data.seq_len, is_frozen)
+    tokens = tokens or inputs.Tokens(10**9, "no data is there; for a billion tokens (--data FILE, --tokens N)")
     plan = {
         "model": _model_facts(planned, model),
         "step": _step_facts(config, model, mesh),
@@ -72,6 +80,9 @@ def make_plan(asked: PlanConfig) -> dict:
     fits, sentence = estimate.fit(device, needed)
     change = [] if fits else estimate.advice(config, dict(mesh.shape), device.memory, params + opt_state, needed)
     plan["fit"] = {"fits": fits, "sentence": sentence, "change": change}
+    if is_seeing:
+        plan["images"] = images = _image_facts(config, model, asked.images, tokens)
+        formula += images["count"] / tokens.count * images["flops"]
     plan["time"] = _time_facts(asked, config, tokens, formula, device.peak_flops, topology.count)
     return plan
 
@@ -108,6 +119,26 @@ def _step_facts(config, model, mesh) -> dict:
     }
 
 
+def _image_facts(config: SeeingConfig, model: LanguageModel, asked: int | None, tokens: inputs.Tokens) -> dict:
+    """Of one image and of the run's; where nobody says how many there are, as many as the rows have room for."""
+    vision, compute = model.config.vision, model.compute
+    room = config.data.image_room(vision.image_tokens)
+    known = tokens.images if asked is None else asked
+    choice = tower_path(vision.tower, compute.attention, model.dtype, model.platform)
+    return {
+        "side": vision.tower.image_size,
+        "patches": vision.tower.grid**2,
+        "tokens": vision.image_tokens,
+        "in_a_row": room,
+        "train": "adapters" if model.adapter else config.vision.train,
+        "attention_path": choice.path,
+        "attention_reason": choice.reason,
+        "flops": flops_per_image(vision, model.config.hidden_size, config.vision.train == "tower"),
+        "count": tokens.count * room // config.data.seq_len if known is None else known,
+        "is_known": known is not None,
+    }
+
+
 def _compiled_facts(traced, package: str, platform: str) -> dict:
     """What the compiler has to say: memory, kernels, collectives."""
     started = time.monotonic()
@@ -133,7 +164,6 @@ def _compiled_facts(traced, package: str, platform: str) -> dict:
 def _time_facts(asked: PlanConfig, config, tokens, formula: float, peak: float, count: int) -> dict:
     if config.compute.dtype == "float32":
         return {"note": "no time: the peak is known for bfloat16 only, and compute.dtype is float32"}
-    tokens = tokens or inputs.Tokens(10**9, "no data is there; for a billion tokens (--data FILE, --tokens N)")
     told = estimate.cost(tokens.count, formula, peak, count, asked.mfu, asked.price)
     return {"tokens": tokens.count, "source": tokens.source, "mfu": asked.mfu, **told._asdict()}
 
@@ -157,19 +187,29 @@ def describe(plan: dict) -> list[str]:
         ("device", f"{device['count']} x {device['name']} ({mesh}): {gib(device['memory'])} and "
                    f"{device['peak_flops'] / 1e12:,.0f} TFLOP/s each in bfloat16"),
         *_compiler_lines(plan["compiler"]),
-        ("FLOPs", f"{plan['flops_per_token'] / 1e6:,.1f} million a token"),
+        *_image_lines(plan.get("images")),
+        ("FLOPs", f"{plan['flops_per_token'] / 1e6:,.1f} million a token"
+                  + (f", {plan['images']['flops'] / 1e9:,.1f} billion an image" if "images" in plan else "")),
         ("state", f"parameters {gib(plan['state']['parameters'])}, optimizer {gib(plan['state']['optimizer'])} on each "
                   f"device ({plan['state']['share']:.1%} of all)"),
         ("memory", _memory_line(plan)),
         *[("", f"try {change}") for change in plan["fit"]["change"]],
         *_program_lines(plan),
-        *_time_lines(plan["time"], device["count"]),
+        *_time_lines(plan["time"], plan.get("images"), device["count"]),
     ]  # fmt: skip
     return [f"{name:<12} {text}" for name, text in lines if text]
 
 
 def gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
+
+
+def _image_lines(told: dict | None) -> list[tuple[str, str]]:
+    if told is None:
+        return []
+    count = f"{told['count']:,} in all" if told["is_known"] else "counted as if all rows were full of them (--images N)"
+    line = f"{told['side']} x {told['side']} pixels, {told['patches']} patches, {told['tokens']} tokens each"
+    return [("images", f"{line}, at most {told['in_a_row']} a row; {count}; vision.train {told['train']}")]
 
 
 def _compiler_lines(told: dict) -> list[tuple[str, str]]:
@@ -191,8 +231,9 @@ def _memory_line(plan: dict) -> str:
 
 
 def _program_lines(plan: dict) -> list[tuple[str, str]]:
-    reason = plan["step"]["attention_reason"]
-    path = f"path {plan['step']['attention_path']}{f' ({reason})' if reason else ''}"
+    path = f"path {_path(plan['step'])}"
+    if "images" in plan:
+        path += f", the tower's {_path(plan['images'])}"
     if "collectives" not in plan:
         return [("attention", path)]
     kernels = ", ".join(f"{found['count']} x {name}" for name, found in plan["attention_kernels"].items())
@@ -209,14 +250,22 @@ def _program_lines(plan: dict) -> list[tuple[str, str]]:
     ]
 
 
-def _time_lines(told: dict, count: int) -> list[tuple[str, str]]:
+def _path(told: dict) -> str:
+    reason = told["attention_reason"]
+    return told["attention_path"] + (f" ({reason})" if reason else "")
+
+
+def _time_lines(told: dict, images: dict | None, count: int) -> list[tuple[str, str]]:
     if "note" in told:
         return [("time", told["note"])]
     hours = told["hours"]
     length = f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.1f} minutes"
     price = "" if told["price"] is None else f", price {told['price']:,.2f}"
+    speed = f"{told['tokens_per_second']:,.0f} tokens/s"
+    if images is not None:
+        speed += f" and {told['tokens_per_second'] * images['count'] / told['tokens']:,.0f} images/s"
     return [
-        ("time", f"{length} for {told['tokens']:,} tokens at {told['tokens_per_second']:,.0f} tokens/s "
+        ("time", f"{length} for {told['tokens']:,} tokens at {speed} "
                  f"(--mfu {told['mfu']:g}), {hours * count:,.1f} device hours{price}"),
         ("", told["source"]),
     ]  # fmt: skip

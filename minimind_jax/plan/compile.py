@@ -11,11 +11,13 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from minimind_jax.config.stages import RunConfig
+from minimind_jax.config.stages import RunConfig, SeeingConfig
 from minimind_jax.errors import UserError, first_line
 from minimind_jax.losses.language_model import make_language_model_loss
+from minimind_jax.model.config import Vision
 from minimind_jax.plan.devices import Device, Topology
 from minimind_jax.runs.adapters import frozen_dtype
+from minimind_jax.runs.sight import with_trained_parts
 from minimind_jax.training.state import Parameters
 from minimind_jax.training.step import make_program
 
@@ -78,12 +80,15 @@ def emulated_devices(count: int) -> list:
     return jax.devices("cpu")[:count]
 
 
-def abstract_batch(config: RunConfig):
-    """Shapes of a batch (see `data.rows`)."""
+def abstract_batch(config: RunConfig, vision: Vision | None = None):
+    """Shapes of a batch (see `data.rows`), and of its images (see `data.pixels`) where the stage sees."""
     shape = (config.rows_per_step, config.data.seq_len)
     names = ("tokens", "targets", "positions", "segment_ids", "target_bytes")
     batch = {name: jax.ShapeDtypeStruct(shape, np.int32) for name in names}
-    if config.data.packing == "pad":
+    if isinstance(config, SeeingConfig):
+        side, room = vision.tower.image_size, config.data.image_room(vision.image_tokens)
+        batch["pixels"] = jax.ShapeDtypeStruct((shape[0], room, side, side, 3), np.uint8)
+    elif config.data.packing == "pad":
         batch["lengths"] = jax.ShapeDtypeStruct(shape[:1], np.int32)
     return {**batch, "loss_weights": jax.ShapeDtypeStruct(shape, np.float32)}
 
@@ -93,11 +98,11 @@ def trace_step(config: RunConfig, model, mesh):
 
     model: of the platform that the step is to run on.
     """
-    loss_fn = make_language_model_loss(model, config.training.z_loss)
+    loss_fn = make_language_model_loss(model, getattr(config.training, "z_loss", 0.0))
     steps = config.training.steps or max(TYPICAL_STEPS, (config.optimizer.warmup_steps or 0) + 1)
     parameters = Parameters.of(model, load=dict, frozen_dtype=frozen_dtype(config, model))
-    program = make_program(config, parameters, loss_fn, mesh, steps)
-    return program.step.trace(program.abstract, abstract_batch(config)), program.abstract
+    program = make_program(config, with_trained_parts(config, model, parameters), loss_fn, mesh, steps)
+    return program.step.trace(program.abstract, abstract_batch(config, model.config.vision)), program.abstract
 
 
 def compile_step(traced, platform: str) -> CompiledStep:

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import yaml
 
 from minimind_jax.config import settings
-from minimind_jax.config.stages import RunConfig
+from minimind_jax.config.stages import RunConfig, SeeingConfig
 from minimind_jax.convert.peft import rank_table
 from minimind_jax.data.cache_folder import cache_root, stored_caches
 from minimind_jax.data.jsonl import expand_paths, reading_of
-from minimind_jax.data.kinds import KindName
+from minimind_jax.data.kinds import KINDS, KindName
+from minimind_jax.data.pictures import SIGHT, Sight
 from minimind_jax.data.tokenise import Encoder, read_chunks
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
@@ -23,6 +24,7 @@ from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.lora import Adapter, make_adapter
 from minimind_jax.pipeline.ahead import maker_of, planned_architecture
 from minimind_jax.pipeline.read import Stage, load_pipeline
+from minimind_jax.runs.sight import planned_sight
 from minimind_jax.stages import STAGES
 from minimind_jax.training.defaults import filled
 
@@ -44,10 +46,12 @@ class Planned(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """count: tokens that are trained, over all epochs. source: where the number is from, in words."""
+    """count: tokens that are trained, over all epochs. source: where the number is from, in words. images: among these
+    tokens, where that is known."""
 
     count: int
     source: str
+    images: int | None = None
 
 
 # Settings -------------------------------------------------------------------------------------------------------------
@@ -105,8 +109,18 @@ def _architecture(config: RunConfig, before: Sequence[Stage]) -> tuple[ModelConf
             Tokenizer.load(config.tokenizer)
     except UserError:
         missing = f"init_from {config.init_from}" if config.init_from else ""
-        return config.model.resolve(), missing and f"{missing} is not there yet; taken as the preset in `model`"
-    return planned_architecture(config, before), ""
+        note = missing and f"{missing} is not there yet; taken as the preset in `model`"
+        return _seeing(config, planned_sight(config, config.model.resolve())), note
+    return _seeing(config, planned_architecture(config, before)), ""
+
+
+def _seeing(config: RunConfig, architecture: ModelConfig) -> ModelConfig:
+    if isinstance(config, SeeingConfig) and architecture.vision is None:
+        raise UserError(
+            f"init_from {config.init_from} is not there yet, or a model of texts: give --vision.tower a SigLIP folder, "
+            "or a name such as google/siglip2-base-patch32-256"
+        )
+    return architecture
 
 
 def planned_adapter(planned: Planned) -> Adapter | None:
@@ -140,35 +154,46 @@ def planned_tokens(planned: Planned, data: Sequence[str], tokens: int | None) ->
         files = []  # one is not there yet, or in an object store
     if not files:
         return None
-    count, source = count_tokens(files, STAGES[planned.stage].records, config)
+    vision = planned.architecture.vision
+    sight = SIGHT if vision is None else Sight(tokens=vision.image_tokens)
+    count, source, images = count_tokens(files, STAGES[planned.stage].records, config, sight)
     epochs = 1 if training.epochs is None else training.epochs
-    return Tokens(round(count * epochs), f"{source}, {epochs:g} epoch{'s' * (epochs != 1)}")
+    images = None if images is None else round(images * epochs)
+    return Tokens(round(count * epochs), f"{source}, {epochs:g} epoch{'s' * (epochs != 1)}", images)
 
 
-def count_tokens(files: Sequence[Path], kind: KindName, config: RunConfig) -> Tokens:
+def count_tokens(files: Sequence[Path], kind: KindName, config: RunConfig, sight: Sight = SIGHT) -> Tokens:
     """Tokens of data files: from the cache that tokenising them left, from a sample, or from their size alone."""
     names = {str(file.resolve()) for file in files}
     for cache in stored_caches(cache_root(config.data)):
-        if not cache.stale and cache.kind == kind and set(cache.files) == names:
-            info = json.loads((cache.folder / "info.json").read_text("utf-8"))
-            return Tokens(info["tokens"], f"{info['tokens']:,} tokens counted in the token cache")
+        if cache.stale or cache.kind != kind or set(cache.files) != names:
+            continue
+        info = json.loads((cache.folder / "info.json").read_text("utf-8"))
+        if info.get("image_tokens", sight.tokens) == sight.tokens:
+            source = f"{info['tokens']:,} tokens counted in the token cache"
+            return Tokens(info["tokens"], source, info.get("images"))
     if packed := [file for file in files if file.suffix not in (".jsonl", ".json", ".ndjson")]:
         raise UserError(
             f"{packed[0]}: the tokens of files other than JSON cannot be told from their size; give --tokens N"
+            + " and --images N" * KINDS[kind].has_pictures
         )
     size = sum(file.stat().st_size for file in files)
     folder = _tokenizer_folder(config)
+    if folder is None and KINDS[kind].has_pictures:
+        raise UserError("the tokens of images cannot be told without a tokenizer; give --tokenizer, or --tokens N")
     if folder is None:
         count = round(size / BYTES_PER_TOKEN)
         return Tokens(count, f"about {count:,} tokens, guessed from the size at {BYTES_PER_TOKEN} bytes a token")
     reading = reading_of(config.data)
-    encoder = Encoder(kind, str(folder), None, skip=True, reading=reading)
-    found = read = 0
+    encoder = Encoder(kind, str(folder), None, skip=True, reading=reading, sight=sight)
+    found = images = read = 0
     for lines in itertools.islice(read_chunks(files, lambda _: None, reading), SAMPLE_CHUNKS):
-        found += len(encoder.encode(lines).arrays["tokens"])
+        chunk = encoder.encode(lines)
+        found, images = found + len(chunk.arrays["tokens"]), images + len(chunk.sizes["content_offsets"])
         read += sum(len(line[3]) + 1 for line in lines)
     count = round(found / read * size)
-    return Tokens(count, f"about {count:,} tokens, estimated from the first {min(1, read / size):.1%}")
+    source = f"about {count:,} tokens, estimated from the first {min(1, read / size):.1%}"
+    return Tokens(count, source, round(images / read * size) if KINDS[kind].has_pictures else None)
 
 
 def _tokenizer_folder(config: RunConfig) -> Path | None:

@@ -7,13 +7,16 @@ from pathlib import Path
 import jax
 
 from minimind_jax.config.stages import RunConfig, SeeingConfig
-from minimind_jax.convert.hf_vision import open_tower
+from minimind_jax.convert.hf_vision import open_tower, read_tower_config, tower_named
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
+from minimind_jax.folders import resolve_model_folder
 from minimind_jax.model import lora
 from minimind_jax.model.config import ModelConfig, Vision
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.model.vision import VISION, init_vision
+from minimind_jax.paths import as_path
+from minimind_jax.texts import is_there
 from minimind_jax.training.state import Parameters
 
 TOWER = "vision.tower"  # the setting
@@ -49,6 +52,20 @@ def with_sight(
     seen_by = open_tower(tower).config
     try:
         vision = Vision(seen_by, marker, wanted.projector, wanted.pixel_shuffle)
+    except ValueError as error:
+        raise UserError(f"vision.{error}") from error
+    return dataclasses.replace(architecture, vision=vision)
+
+
+def planned_sight(config: RunConfig, architecture: ModelConfig) -> ModelConfig:
+    """`with_sight` for a plan: the shapes alone, of a tower that may not be there but for its name."""
+    if not isinstance(config, SeeingConfig) or architecture.vision is not None or not config.vision.tower:
+        return architecture
+    name, wanted = config.vision.tower, config.vision
+    tower = None if is_there(as_path(name) / "config.json") else tower_named(name)
+    tower = tower or read_tower_config(resolve_model_folder(name, TOWER))
+    try:
+        vision = Vision(tower, 0, wanted.projector, wanted.pixel_shuffle)  # a marker's number changes no shape
     except ValueError as error:
         raise UserError(f"vision.{error}") from error
     return dataclasses.replace(architecture, vision=vision)

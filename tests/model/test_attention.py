@@ -19,7 +19,14 @@ import pytest
 from minimind_jax.errors import UserError
 from minimind_jax.model import attention as attention_module
 from minimind_jax.model import fused_attention as fused
-from minimind_jax.model.attention import Choice, attention, cached_attention, choose_path
+from minimind_jax.model.attention import (
+    Choice,
+    attention,
+    cached_attention,
+    choose_full_path,
+    choose_path,
+    full_attention,
+)  # fmt: skip
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.kv_cache import CPU_BLOCK, KVCache, LayerCache
 from minimind_jax.sharding import MESH_AXES
@@ -225,6 +232,39 @@ def test_fused_paths_agree_with_the_reference_in_value_and_gradient(monkeypatch,
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(np.asarray(b)).max()))
     if packed:
         assert not np.any(np.asarray(actual[1])[1, : T // 8])  # padding
+
+
+@pytest.mark.parametrize(("name", "P"), [("splash", 49), ("splash", 128), ("cudnn", 49), ("cudnn", 64)])
+def test_patches_attend_to_all_by_the_fused_paths_as_by_the_plain_one(monkeypatch, name, P):
+    function = functools.partial(fused.splash, interpret=True) if name == "splash" else cudnn_by_xla(monkeypatch)
+    monkeypatch.setattr(fused, name, function)
+    inputs = make_inputs(2, P, 2, 2, 16)
+
+    def gradient(path):
+        def total(*qkv):
+            out_BPNH = full_attention(*qkv, path, "cpu")
+            return jnp.sum(jnp.sin(out_BPNH)), out_BPNH
+
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*inputs)
+
+    for a, b in zip(jax.tree.leaves(gradient(name)), jax.tree.leaves(gradient("reference")), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("path", "platform", "patches", "dtype", "expected"),
+    [
+        ("auto", "cpu", 64, "float32", Choice("reference")),
+        ("grouped", "gpu", 64, "bfloat16", Choice("reference")),
+        ("auto", "gpu", 64, "bfloat16", Choice("cudnn")),
+        ("auto", "gpu", 64, "float32", Choice("reference", "not cudnn: it takes bfloat16, not float32")),
+        ("auto", "tpu", 256, "bfloat16", Choice("reference", "not splash: 256 patches are few")),
+        ("auto", "tpu", 576, "bfloat16", Choice("splash")),
+        ("splash", "tpu", 64, "bfloat16", Choice("splash")),
+    ],
+)
+def test_patches_take_the_fused_path_where_it_is_worth_it(path, platform, patches, dtype, expected):
+    assert choose_full_path(path, (8, patches, 12, 64), jnp.dtype(dtype), platform) == expected
 
 
 @pytest.mark.parametrize(("length", "block", "padded"), [(1, 128, 128), (340, 384, 384), (768, 384, 768),

@@ -59,6 +59,42 @@ def test_adapters_need_less(capsys):
     assert adapters["flops_per_token"] < 0.8 * whole["flops_per_token"]
 
 
+def test_a_stage_that_sees_is_planned_with_its_tower_known_by_name(capsys):
+    tower = ["--stage", "vlm-pretrain", "--init_from", "none", "--vision.tower", "google/siglip2-base-patch32-256"]
+    tower += ["--device", "tpu-v5e", "--tokens", "1e9", "--data.seq_len", "128"]
+
+    def told(*arguments):
+        return json.loads(plan(capsys, *tower, "--json", *arguments)[1].out)
+
+    few, full, trained = told("--images", "1e6"), told(), told("--images", "1e6", "--vision.train", "tower")
+    assert few["images"]["patches"] == few["images"]["tokens"] == 64 and few["images"]["in_a_row"] == 2
+    assert few["images"]["attention_path"] == "reference" and "64 patches are few" in few["images"]["attention_reason"]
+    words = json.loads(plan(capsys, "--device", "h100", "--tokens", "1e9", "--json")[1].out)["model"]["parameters"]
+    projector = 768 * 64 + 64 + 64 * 64 + 64
+    assert few["model"]["parameters"] == words + 87_465_216 + projector  # the tower as transformers counts it
+    assert few["images"]["flops"] == pytest.approx(11.3e9, rel=0.01)  # of one picture of 64 patches through it
+    assert trained["images"]["flops"] > 2.9 * few["images"]["flops"]
+    assert few["flops_per_token"] < trained["flops_per_token"]  # the language model's own gradients
+    assert full["images"]["count"] == 1e9 / 64 and not full["images"]["is_known"]
+    assert full["time"]["hours"] > few["time"]["hours"]
+    hours = (1e9 * few["flops_per_token"] + 1e6 * few["images"]["flops"]) / (0.4 * 197e12) / 3600
+    assert few["time"]["hours"] == pytest.approx(hours)
+    assert few["state"]["optimizer"] < few["state"]["parameters"] / 100 < trained["state"]["optimizer"]
+    said = plan(capsys, *tower, "--images", "1e6")[1].out
+    assert "256 x 256 pixels, 64 patches, 64 tokens each, at most 2 a row; 1,000,000 in all" in said
+    assert "the tower's reference (not splash: 64 patches are few)" in said and "images/s" in said
+
+
+def test_what_no_plan_can_see_is_refused(capsys):
+    for arguments, said in (
+        (["--stage", "vlm-sft", "--init_from", "none"], "give --vision.tower a SigLIP folder"),
+        (["--stage", "vlm-sft", "--vision.tower", "none/siglip"], "vision.tower 'none/siglip' is neither"),
+        (["--stage", "sft", "--images", "5", "--tokens", "9"], "--images N is of stages that see"),
+    ):
+        status, printed = plan(capsys, "--device", "h100", *arguments)
+        assert status == 2 and said in printed.err
+
+
 @pytest.mark.parametrize(
     ("rows", "vocab", "tensor", "fsdp", "logits"),
     [

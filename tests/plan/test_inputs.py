@@ -81,3 +81,22 @@ def test_devices_and_topologies():
             parse_topology(find_device(device), topology)
     with pytest.raises(UserError, match="did you mean tpu-v5e"):
         find_device("v5e")
+
+
+def test_images_are_counted_among_the_tokens_of_a_sample(tmp_path, world):
+    pillow = pytest.importorskip("PIL.Image", reason="pictures need Pillow")
+    pillow.new("RGB", (4, 4)).save(tmp_path / "dot.png")
+    talk = [{"role": "user", "content": "<image> and?"}, {"role": "assistant", "content": "a dot"}]
+    records = [
+        {"conversations": talk, "image": "dot.png"},
+        {"conversations": [{**talk[0], "content": "and?"}, talk[1]]},
+    ]
+    file = tmp_path / "talk.jsonl"
+    file.write_text("".join(f"{json.dumps(record)}\n" for record in records * 20))
+    tower = ["--vision.tower", "google/siglip2-base-patch32-256", "--training.epochs", "3"]
+    start = ["--init_from", "none", "--tokenizer", str(world.folder / "tokenizer"), "--data.cache_dir", str(tmp_path)]
+    told = planned_tokens(load_planned([*tower, *start], "vlm-sft"), [str(file)], None)
+    assert told.images == 60 and told.count > 60 * 64
+    (tmp_path / "talk.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match="give --tokens N and --images N"):
+        planned_tokens(load_planned([*tower, *start], "vlm-sft"), [str(tmp_path / "talk.parquet")], None)
