@@ -399,3 +399,19 @@ class SampleConfig(Settings):
     max_new_tokens: int = setting(48, must=at_least(1))
     temperature: float = setting(0.0, must=TEMPERATURE)
     top_p: float = setting(1.0, must=TOP_P)
+
+
+@dataclasses.dataclass(frozen=True)
+class SeeingSampleConfig(SampleConfig):
+    """Text generated about pictures, during training and at its end.
+
+    images: pictures that each of the prompts shows: paths of files; they stand in front of it, or where it says
+        `<image>`. Records that give prompts show their own.
+    """
+
+    images: tuple[str, ...] = setting((), is_text=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.images and not self.prompts:
+            raise ValueError("images is set without prompts; say what is asked about them")

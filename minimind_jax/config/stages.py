@@ -298,10 +298,11 @@ class VisionConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class SeeingConfig(RunConfig):
+class SeeingConfig(WriterConfig):
     """What the stages have that train models to see; only the assistant's words are trained."""
 
     vision: VisionConfig = VisionConfig()
+    samples: sections.SeeingSampleConfig = sections.SeeingSampleConfig()
 
 
 @dataclasses.dataclass(frozen=True)

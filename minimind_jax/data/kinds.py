@@ -17,7 +17,16 @@ from minimind_jax.data.jsonl import READING, Reading, Record
 from minimind_jax.data.labelled_pictures import parse_labelled_picture
 from minimind_jax.data.labels import Classes, parse_labelled
 from minimind_jax.data.messages import Conversation, Message, check_closed, is_trained
-from minimind_jax.data.pictures import SIGHT, Seen, Sight, check_pictures, pack, place_pictures, take_pictures
+from minimind_jax.data.pictures import (
+    SIGHT,
+    Seen,
+    Sight,
+    check_pictures,
+    pack,
+    place_pictures,
+    refuse_pictures,
+    take_pictures,
+)
 from minimind_jax.data.preferences import Preference
 from minimind_jax.data.prompts import Prompt, read_prompt
 from minimind_jax.data.template import Roll
@@ -49,7 +58,9 @@ def parse_text(record: Record, flag: str = "--data.on_error", reading: Reading =
 def parse_conversation(record: Record, for_training: bool = True, reading: Reading = READING) -> Conversation:
     """The conversation of a record of any format (see `formats`), as {"conversations": [message, ...]}, MiniMind's.
     Raises UserError, also for a conversation in which the assistant says nothing that is trained, unless it is only to
-    be answered or scored (for_training False); fields that nobody understands are then no error."""
+    be answered or scored (for_training False); fields that nobody understands are then no error, but pictures are."""
+    if not for_training:
+        refuse_pictures(record, reading)
     conversation = read_record(record, "conversation", reading, keeps=not for_training)
     if for_training and not any(map(is_trained, conversation.messages)):
         raise UserError(
@@ -204,6 +215,8 @@ KINDS: dict[KindName, Kind] = {
         has_pictures=True,
         counts=("turns", "images"),
         words=lambda seen: spoken(seen.conversation.messages),
+        question=lambda seen: first_question(seen.messages),
+        prompt=_asked,
     ),
     "pictures": Kind(
         noun="pictures",

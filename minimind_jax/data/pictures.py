@@ -19,7 +19,7 @@ import numpy as np
 from minimind_jax.data.formats import IMAGES, MESSAGES
 from minimind_jax.data.images import open_image
 from minimind_jax.data.jsonl import READING, Reading, Record
-from minimind_jax.data.messages import CONTENT, Conversation, messages_in
+from minimind_jax.data.messages import CONTENT, Conversation, Message, messages_in
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.data.values import is_absent, kind_of
 from minimind_jax.errors import UserError
@@ -57,13 +57,15 @@ class Seen:
     pictures: tuple[PictureFile, ...]
     sight: Sight
 
+    @property
+    def messages(self) -> list[Message]:
+        """As people write them: with `<image>` for each picture."""
+        markers = self.sight.marker * self.sight.tokens
+        return [{**m, "content": m["content"].replace(markers, PLACE)} for m in self.conversation.messages]
+
     def as_record(self) -> dict[str, Any]:
         """As JSON can say it: pictures out of a table as data URLs."""
-        messages = [
-            {**message, "content": message["content"].replace(self.sight.marker * self.sight.tokens, PLACE)}
-            for message in self.conversation.messages
-        ]
-        record = dataclasses.replace(self.conversation, messages=messages).as_record()
+        record = dataclasses.replace(self.conversation, messages=self.messages).as_record()
         return {**record, "images": [as_text(picture) for picture in self.pictures]} if self.pictures else record
 
 
@@ -72,6 +74,15 @@ def has_pictures(value: dict[str, Any], reading: Reading = READING) -> bool:
     if any(not is_absent(value.get(name)) for name in set(IMAGES) - set(reading.ignore_fields)):
         return True
     return any(is_picture(part) for turn in _turns_of(value)[1] for part in _parts(turn))
+
+
+def refuse_pictures(record: Record, reading: Reading = READING) -> None:
+    """Raises UserError for a record that shows some, where words alone are read: an answer would not be about them."""
+    if has_pictures(record.value, reading):
+        raise UserError(
+            f"{record.where}: it shows pictures, and words alone are read here; ignore_fields leaves their field out "
+            f"({', '.join(IMAGES)})"
+        )
 
 
 def take_pictures(record: Record, reading: Reading = READING) -> tuple[Record, list[PictureFile]]:

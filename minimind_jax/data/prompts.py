@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from minimind_jax.data.fields import Fields
-from minimind_jax.data.formats import IMAGES, INSTRUCTION, MESSAGES, question, text_fields, with_system
+from minimind_jax.data.formats import INSTRUCTION, MESSAGES, question, text_fields, with_system
 from minimind_jax.data.jsonl import Reading, Record
 from minimind_jax.data.messages import Conversation, messages_in, read_messages
+from minimind_jax.data.pictures import refuse_pictures
 from minimind_jax.data.preferences import turns_of
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.data.values import checked_text
@@ -47,12 +48,8 @@ def read_prompt(record: Record, reading: Reading, raw: bool = False) -> Prompt:
     raw: a text is one, also if it spells messages. Raises UserError for a record that has none, and for pictures, which
     `pictures.take_pictures` takes away where they are looked at.
     """
+    refuse_pictures(record, reading)
     fields = Fields(record, reading.ignore_fields)
-    if shown := [name for name in IMAGES if fields.has(name)]:
-        raise UserError(
-            f"{record.where}: `{shown[0]}` holds pictures, and words alone are read here; list it in ignore_fields to "
-            "leave it out"
-        )
     text = conversation = None
     own = [reading.text_field] if reading.text_field else []
     if isinstance(asked := fields.left.get("prompt"), str) and not raw:

@@ -13,18 +13,22 @@ import pytest
 from run_helpers import KEEP_ALL, assembled, assert_resumes_exactly, export_newest, rows_of, with_chats
 from worlds import write_lines
 
-from minimind_jax.config.sections import LoRAConfig, OptimizerConfig
+from minimind_jax.config.generation import SamplingConfig
+from minimind_jax.config.sections import LoRAConfig, OptimizerConfig, SeeingSampleConfig
 from minimind_jax.config.stages import SeeingConfig, SFTConfig, VisionConfig, VLMPretrainConfig, VLMSFTConfig
 from minimind_jax.convert.hf import load_hf, save_hf
 from minimind_jax.convert.hf_weights import hf_tensors
 from minimind_jax.convert.load import load_merged
 from minimind_jax.data.documents import encode_prompt
-from minimind_jax.data.images import read_image
+from minimind_jax.data.images import open_picture, read_image
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
+from minimind_jax.inference.engine import Engine
+from minimind_jax.inference.load import load_engine
 from minimind_jax.model.config import ComputeConfig, ModelConfig, TowerConfig, Vision
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.runs.parts import run_parameters
+from minimind_jax.runs.samples import sampler
 from minimind_jax.stages import STAGES, start
 from minimind_jax.training.run import RunFolder
 
@@ -111,9 +115,19 @@ def answers(folder, images):
     return [list(firsts)[n] for n in logits.argmax(axis=1)]
 
 
-def test_it_learns_colours_and_says_another_of_another_picture(make, capsys):
-    run = RunFolder(start(make(train="tower", steps=60)))
+def test_it_learns_colours_and_says_another_of_another_picture(make, seen, capsys):
+    """The samples of the run, too: of its data, each with its own picture."""
+    run = RunFolder(start(make(train="tower", steps=60, samples=SeeingSampleConfig(from_data=3, max_new_tokens=8))))
     assert "64 documents, 64 images," in capsys.readouterr().out
+    [samples] = [row["samples"] for row in rows_of(run.path) if "samples" in row]
+    engine, sampling = load_engine(str(run.model)), SamplingConfig(max_new_tokens=8, temperature=0.0)
+    for n, sample in enumerate(samples):
+        assert sample["prompt"] in (f"<{n}.png>\nwhich?", f"which?<{n}.png>")
+        text = sample["prompt"].replace(f"<{n}.png>", "<|image_pad|>" * 4)
+        prompt = encode_prompt(engine.tokenizer, [{"role": "user", "content": text}])
+        picture = open_picture(seen / f"{n}.png", TOWER, "")
+        assert sample["text"] == engine.generate([prompt], sampling, [[picture]])[0].text
+    assert len(samples) == len({sample["text"] for sample in samples}) == 3
     rng = random.Random(1)
     truth = [name for name in COLOURS for _ in range(5)]
     found = answers(run.model, [square(name, rng) for name in truth])
@@ -203,6 +217,32 @@ def test_eight_devices_train_as_one(make, tmp_path):
     np.testing.assert_allclose(*losses, rtol=1e-4)
     tensors = [load_hf(folder / "model")[1] for folder in (one.path, tmp_path / "eight")]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *tensors)
+
+
+def test_samples_show_pictures_that_are_named(make, seen):
+    def sample(*prompts, images=("red.png", "blue.png")):
+        samples = SeeingSampleConfig(prompts, images=[str(seen / name) for name in images], max_new_tokens=3)
+        run = assembled("vlm-sft", make(samples=samples))
+        return sampler(run)(run_parameters(run).load()), run
+
+    for name in ("red", "blue"):
+        square(name, random.Random(0)).save(seen / f"{name}.png")
+    written, run = sample("which?", "<image> or <image>?")
+    assert [prompt for prompt, _ in written] == ["<red.png>\n<blue.png>\nwhich?", "<red.png> or <blue.png>?"]
+    marker = "<|image_pad|>" * 4
+    asked = [f"{marker}\n{marker}\nwhich?", f"{marker} or {marker}?"]
+    prompts = [encode_prompt(run.tokenizer, [{"role": "user", "content": text}]) for text in asked]
+    pictures = [open_picture(seen / f"{name}.png", TOWER, "") for name in ("red", "blue")]
+    engine = Engine(run.model, run_parameters(run).load(), run.tokenizer)
+    sampling = SamplingConfig(max_new_tokens=3, temperature=0.0)
+    assert [text for _, text in written] == [a.text for a in engine.generate(prompts, sampling, [pictures] * 2)]
+    for prompt, images, said in (
+        ("<image>?", ("red.png", "blue.png"), "samples.prompts: 2 pictures, and 1 times <image>"),
+        ("which?", ("none.png",), "samples.images: the picture .*none.png cannot be read: No such file"),
+        (f"{marker}which?", (), "samples.prompts: the prompt has 4 markers of pictures"),
+    ):
+        with pytest.raises(UserError, match=said):
+            sample(prompt, images=images)
 
 
 def test_what_cannot_see_is_refused(make, seen):

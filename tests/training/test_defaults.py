@@ -17,7 +17,7 @@ from minimind_jax.config.sections import (
 )
 from minimind_jax.config.settings import load_settings
 from minimind_jax.config.stages import DistillConfig, DPOConfig, PretrainConfig, RewardConfig, SFTConfig
-from minimind_jax.runs.samples import with_prompts
+from minimind_jax.runs.samples import questions
 from minimind_jax.stages import start
 from minimind_jax.training.defaults import Amount, filled, following, open_chances, share_held_out, with_values
 from minimind_jax.training.run import RunFolder
@@ -197,7 +197,7 @@ def test_samples_ask_what_the_data_asks(tmp_path):
     ):
         data = DataConfig(train=(write_lines(tmp_path / f"{kind}.jsonl", records),))
         config = SFTConfig(data=data, samples=SampleConfig(from_data=2))
-        assert with_prompts(config, kind).prompts == expected
+        assert tuple(question.text for question in questions(config, kind)) == expected
         own = dataclasses.replace(config, samples=SampleConfig(prompts=("mine",), from_data=2))
-        assert with_prompts(own, kind).prompts == ("mine",)
-        assert with_prompts(dataclasses.replace(config, samples=SampleConfig()), kind).prompts == ()
+        assert questions(own, kind) == [("mine", ())]
+        assert questions(dataclasses.replace(config, samples=SampleConfig()), kind) == []
