@@ -14,9 +14,12 @@ from minimind_jax.data import convert_command, inspect
 from minimind_jax.data.batches import Batches
 from minimind_jax.data.epoch import describe_cuts
 from minimind_jax.data.images import read_image
+from minimind_jax.data.jsonl import READING, Reading, iter_records
+from minimind_jax.data.kinds import parse_conversation
 from minimind_jax.data.packing import plan_whole
 from minimind_jax.data.pictures import Sight
 from minimind_jax.data.pixels import Pixels
+from minimind_jax.data.prompts import read_prompt
 from minimind_jax.data.token_cache import build_cache
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
@@ -238,3 +241,13 @@ def test_stages_of_words_say_who_takes_pictures(data, tokenizer):
     for record in (asked("<image>", image="photos/1.png"), asked([image_url("photos/1.png")])):
         with pytest.raises(UserError, match="vlm-sft"):
             build_cache("conversation", data(record).train, tokenizer, words, seed=0)
+
+
+def test_who_answers_or_scores_words_refuses_pictures(data):
+    [parts] = iter_records(data(asked([image_url("photos/1.png")])).train)
+    [field] = iter_records(data(asked("?", image="photos/1.png")).train)
+    for read in (read_prompt, lambda record, reading: parse_conversation(record, False, reading)):
+        for record in (parts, field):
+            with pytest.raises(UserError, match=r"talk.jsonl:1: it shows pictures, and words alone are read here"):
+                read(record, READING)
+        read(field, Reading(ignore_fields=("image",)))
