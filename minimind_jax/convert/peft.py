@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from minimind_jax.convert.hf_weights import StoredTensor, read_safetensors_file
 from minimind_jax.convert.replace import replacing
-from minimind_jax.convert.vision_weights import names_in_files, names_of_files
+from minimind_jax.convert.vision_weights import PROJECTOR, TOWER, names_in_files, names_of_files
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import ADAPTER_CONFIG
@@ -135,7 +135,7 @@ def save_peft(
     """
     tensors, ranks, alphas = {}, {}, {}
     for module, a, b, scale in low_rank_pairs(params, table):
-        (module,) = names_in_files({module: None}) if sees else (module,)
+        module = _name_in_files(module, sees)
         ranks[module] = len(a)
         alphas[module] = float(f"{scale / scale_of(len(a), 1, rslora):.6g}")
         tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(a, np.float32)
@@ -171,6 +171,11 @@ def save_peft(
             tokenizer.save(partial)
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
     return folder
+
+
+def _name_in_files(module: str, sees: bool) -> str:
+    """What transformers calls a projection of a language model that is the half of one that sees."""
+    return next(iter(names_in_files({module: None}))) if sees else module
 
 
 def _modules(table: RankTable):
@@ -251,6 +256,11 @@ def load_peft(folder: str | Path, config: ModelConfig) -> StoredAdapter:
     }
     if outside := [name for name in stored if "embed_tokens" in name or "lm_head" in name]:
         raise UserError(f"{where}: {outside[0]} is not supported; only projections of the layers have adapters")
+    if outside := [name for name in stored if name.startswith((_PREFIX + TOWER, _PREFIX + PROJECTOR))]:
+        raise UserError(
+            f"{where}: {outside[0]} is not supported; of a model that sees only the language model has adapters. Merge "
+            "this one in peft (merge_and_unload), save the whole model (save_pretrained) and take that"
+        )
     if stored:
         raise UserError(
             f"{where}: {next(iter(stored))} fits no projection of a base model of {config.num_hidden_layers} layers of "
@@ -301,7 +311,7 @@ def _stack(there: Mapping, name: str, ranks: tuple[int, ...], config: ModelConfi
         if own:
             tensors = there[layer, name]
             a[layer, :, :own], b[layer, :own] = (np.asarray(tensor.read(...), np.float32).T for tensor in tensors)
-            module = module_name(layer, name)
+            module = _name_in_files(module_name(layer, name), config.vision is not None)
             named = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))  # as peft does
             alpha = next(named, settings.get("lora_alpha", 8))
             scales[layer] = scale_of(own, alpha, bool(settings.get("use_rslora")))
