@@ -119,22 +119,17 @@ def check_replaceable(folder: Path) -> None:
                 f"{folder / mark} is not a model's (none of {', '.join(sorted(_MODEL_KEYS))} in it) and would be "
                 "written over; move that file, or choose another output"
             )
-    if not _is_told_as_model(folder, names) and (words := [name for name in names if name in TOKENIZER_FILES]):
-        raise UserError(
-            f"{folder} holds {listed(words)}, but no weights, and its config.json is empty; nothing tells whether "
-            "those are an older model's, which would go. Move them, or choose another output"
-        )
-    if locked := [entry.name for entry in entries if _is_ours(entry.name) and _is_locked(entry)]:
-        raise UserError(
-            f"{folder} holds {listed(locked)}, which may not be written over (read-only); make it writable (chmod "
-            "u+w), or choose another output"
-        )
+    is_told = _is_told_as_model(folder, names)
+    words = [] if is_told else [name for name in names if name in TOKENIZER_FILES]
+    locked = [entry.name for entry in entries if _is_ours(entry.name) and _is_locked(entry)]
     unclear = [entry.name for entry in entries if _is_unclear(entry)]
-    if unclear:
-        raise UserError(
-            f"{folder} holds {listed(unclear)} beside the model; programs would take such files for weights of the new "
-            "model, or its files for theirs. Move them, or choose another output"
-        )
+    for found, why in (
+        (words, "but no weights, and config.json is empty: they may be an older model's, and would go; move them"),
+        (locked, "which may not be written over (read-only); make it writable (chmod u+w)"),
+        (unclear, "which programs would take for weights of the new model, or its files for theirs; move them"),
+    ):
+        if found:
+            raise UserError(f"{folder} holds {listed(found)}, {why}, or choose another output")
 
 
 def _is_ours(name: str) -> bool:

@@ -28,7 +28,6 @@ from minimind_jax.data.pictures import Sight
 from minimind_jax.data.rows import Batch
 from minimind_jax.data.token_cache import TokenCache, build_cache
 from minimind_jax.data.tokenizer import Tokenizer
-from minimind_jax.errors import UserError
 from minimind_jax.seeds import named_seed
 from minimind_jax.sharding import announce
 
@@ -47,8 +46,7 @@ class Batches:
     The last step of an epoch is filled up with rows of padding. An epoch of a redrawn cache may be some rows longer
     or shorter than epoch 0, which `steps_per_epoch` speaks of.
 
-    Raises UserError if the rows of a step do not divide by the processes, and if there is nothing to train on, here or
-    where a redrawn epoch begins.
+    Raises UserError if there is nothing to train on, here or where a redrawn epoch begins.
     """
 
     def __init__(
@@ -66,11 +64,6 @@ class Batches:
         annotate: Annotate | None = None,
         role: str = "data",
     ):
-        if rows_per_step % process_count:
-            raise UserError(
-                f"the {rows_per_step} rows of a step do not divide by the {process_count} processes; "
-                f"set training.batch_tokens to a multiple of {data.seq_len * process_count} (data.seq_len * processes)"
-            )
         self.cache, self.data, self.rows_per_step, self.seed = cache, data, rows_per_step, seed
         self.token_bytes, self.process_index, self.process_count = token_bytes, process_index, process_count
         self._select = select or (lambda cache: np.arange(len(cache)))

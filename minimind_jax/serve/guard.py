@@ -17,6 +17,7 @@ from minimind_jax.serve.errors import ApiError, error_object
 from minimind_jax.serve.log import logger
 
 READ_SECONDS = 60.0  # for the whole of a request's body to arrive
+_OWN_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
 
 
 class Guard:
@@ -60,8 +61,10 @@ class Guard:
         headers = Headers(scope=scope)
         if self._digests and scope["path"] not in self._free and scope["method"] != "OPTIONS":
             self._check_key(headers)
-        if self._is_local and not self._digests and scope["path"] != "/health":
-            _check_host(headers.get("host", ""))
+        host, is_open = headers.get("host", ""), self._digests or scope["path"] == "/health"
+        if self._is_local and not is_open and not _OWN_HOST.fullmatch(host.lower()):
+            words = "without an API key this server answers to the names localhost and 127.0.0.1 alone, and was asked"
+            raise ApiError(403, f"{words} for as {host[:60]!r}; start it with a key", code="unknown_host")
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self._most:
             raise self._too_large()
@@ -96,12 +99,6 @@ class Guard:
             return message
 
         return bounded
-
-
-def _check_host(host: str) -> None:
-    if not re.fullmatch(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", host.lower()):
-        words = "without an API key this server answers to the names localhost and 127.0.0.1 alone"
-        raise ApiError(403, f"{words}, and was asked for as {host[:60]!r}; start it with a key", code="unknown_host")
 
 
 def _digest(key: str) -> bytes:

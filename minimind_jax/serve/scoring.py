@@ -3,7 +3,6 @@
 import base64
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -39,13 +38,11 @@ async def embeddings(body: EmbeddingRequest, served: Served, worker: Worker) -> 
     vectors_ND = np.concatenate(parts)
     if body.normalize:
         vectors_ND /= np.maximum(np.linalg.norm(vectors_ND, axis=1, keepdims=True), 1e-12)
-    shown = [_vector(vector_D, body.encoding_format) for vector_D in vectors_ND]
+    shown = vectors_ND.tolist()
+    if body.encoding_format == "base64":
+        shown = [base64.b64encode(vector_D.astype("<f4").tobytes()).decode() for vector_D in vectors_ND]
     data = [{"object": "embedding", "index": n, "embedding": vector} for n, vector in enumerate(shown)]
     return {"object": "list", "model": served.name, "data": data, "usage": _usage(prompts)}
-
-
-def _vector(vector_D: np.ndarray, form: str) -> Any:
-    return base64.b64encode(vector_D.astype("<f4").tobytes()).decode() if form == "base64" else vector_D.tolist()
 
 
 async def classify(body: ClassifyRequest, served: Served, worker: Worker) -> Json:

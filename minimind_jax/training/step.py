@@ -206,16 +206,10 @@ def _traced(function: Callable, compute: ComputeConfig | None, mesh: Mesh | None
 def _micro_batches(batch: Batch, count: int, shardings: TrainState | None) -> Batch:
     """(rows, ...) to (count, rows / count, ...); micro-batch m has the rows m, m + count, m + 2 count and so on.
 
-    Every device holds neighbouring rows of a batch, so this cut leaves all rows where they are.
+    Every device holds neighbouring rows of a batch, so this cut leaves all rows where they are. They divide by
+    count x devices (see `count_parts`).
     """
     rows = len(next(iter(batch.values())))
-    devices = 1 if shardings is None else row_shards(shardings.step.mesh)
-    if rows % (count * devices):
-        raise UserError(
-            f"a batch of {rows} rows does not divide by training.accumulation_steps {count} x {devices} devices "
-            "(mesh.data x mesh.fsdp); choose training.batch_tokens so that it does"
-        )
-
     cut = {name: x.reshape(rows // count, count, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
     if shardings is None:
         return cut

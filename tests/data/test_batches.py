@@ -274,11 +274,6 @@ def test_the_slices_of_the_processes_make_up_each_step(talk_cache, make, process
     assert_same(joined, list(make(talk_cache).eval_batches(6)))
 
 
-def test_rows_that_do_not_divide_by_the_processes_are_an_error(talk_cache, make):
-    with pytest.raises(UserError, match=r"4 rows of a step do not divide by the 3 processes.*multiple of 96"):
-        make(talk_cache, process=(0, 3))
-
-
 def test_evaluation_has_a_fixed_order_and_number_of_rows(talk_cache, make):
     batches = make(talk_cache)
     first = list(batches.eval_batches(6))

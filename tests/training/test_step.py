@@ -11,7 +11,6 @@ from safetensors.numpy import load_file
 from steps import keep_gradient, no_rates
 
 from minimind_jax.config.sections import OptimizerConfig
-from minimind_jax.errors import UserError
 from minimind_jax.losses import Metric
 from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.model.config import ModelConfig
@@ -278,12 +277,6 @@ def test_dropout_keys_come_from_seed_step_and_micro_batch():
         state, metrics = step(state, {"tokens": np.zeros((4, 3), np.int32)})
         keys = [jax.random.fold_in(named_key(9, "dropout", number), micro) for micro in range(2)]
         np.testing.assert_allclose(metrics["draw"], np.mean([jax.random.uniform(key) for key in keys]), rtol=1e-6)
-
-
-def test_rows_that_do_not_divide():
-    step, state = train_setup(accumulation_steps=3)
-    with pytest.raises(UserError, match=r"4 rows does not divide by training.accumulation_steps 3 x 1 devices"):
-        step(state, pack(documents(np.random.default_rng(9)), PACKED))
 
 
 def test_metrics_of_micro_batches_are_means_sums_or_extremes():
