@@ -214,14 +214,16 @@ class Engine:
         self,
         prompts: Sequence[Prompt],
         sampling: SamplingConfig = DEFAULT,
-        images: Iterable[Sequence[Picture]] = itertools.repeat(()),
+        images: Sequence[Sequence[Picture]] = (),
     ) -> list[Answer]:
-        """An answer to each prompt; the n-th draws with seed + n. images: of each prompt. Raises as `encode` and
-        `submit`."""
-        seeds = itertools.count(sampling.seed)
+        """An answer to each prompt; the n-th draws with seed + n. images: of each prompt, where some show any.
+        Raises as `encode` and `submit`."""
+        shown = zip(prompts, images or [()] * len(prompts), strict=True)
         asked = [
-            Request(tuple(self.encode(prompt)), dataclasses.replace(sampling, seed=seed), images=tuple(own))
-            for prompt, seed, own in zip(prompts, seeds, images, strict=False)
+            Request(
+                tuple(self.encode(prompt)), dataclasses.replace(sampling, seed=sampling.seed + n), images=tuple(own)
+            )
+            for n, (prompt, own) in enumerate(shown)
         ]
         for request in asked:
             self._check(request)

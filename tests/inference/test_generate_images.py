@@ -137,11 +137,16 @@ def test_pictures_of_the_command_line_add_up_and_are_names_of_files():
         (asked("<|image_pad|>", image="1.png"), r"talk.jsonl:2: the text has <\|image_pad\|>"),
     ],
 )
-def test_what_is_wrong_is_told_with_its_record_and_what_came_before_is_kept(record, message, config):
-    config = config(asked("<image>", image="1.png"), record)
+def test_what_is_wrong_is_told_with_its_record_and_what_came_before_is_kept(record, message, config, photos, capsys):
+    first = asked("<image>", image="1.png")
+    config = config(first, record)
     with pytest.raises(UserError, match=message):
         run(config)
     assert len(lines(config.output + ".partial")) == 1
+    good = asked("<image>", image="2.png")
+    (photos / "talk.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (first, good)))
+    run(config)
+    assert "going on behind 1 records" in capsys.readouterr().out and len(lines(config.output)) == 2
 
 
 def test_a_blind_model_and_raw_text_say_so(config, model_folder, photos):
