@@ -1,12 +1,16 @@
 """Command lines that are printed for a user to paste: of this program, names quoted, and installs that work."""
 
+import contextlib
 import importlib.metadata
 import os
 import re
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+from minimind_jax.errors import UserError
 
 
 def command(*words: object, note: str = "") -> str:
@@ -40,6 +44,16 @@ def install_command(extra: str) -> str:
     is_of_it = re.compile(rf"extra\s*==\s*['\"]{re.escape(extra)}['\"]").search
     wanted = [shlex.quote(name.strip()) for name, _, mark in pairs if is_of_it(mark)]
     return " ".join([shlex.quote(_shortest(Path(sys.executable))), "-m pip install", *wanted])
+
+
+@contextlib.contextmanager
+def needing(what: str, extra: str) -> Iterator[None]:
+    """For imports of packages of one of our extras. Raises UserError, with what installs them, where they are missing.
+    what: needs them, in words."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"{what}: {install_command(extra)} ({error})") from error
 
 
 def _shortest(path: Path) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from minimind_jax.convert.hf_weights import DTYPES, StoredTensor, cast
 from minimind_jax.convert.replace import replacing_files
 from minimind_jax.errors import UserError
-from minimind_jax.shell import install_command
+from minimind_jax.shell import needing
 
 _WRAPPERS = r"^(_orig_mod\.|module\.)*"  # what compilation and data parallelism put before the names
 
@@ -61,10 +61,8 @@ def write_torch(path: str | Path, tensors: Mapping[str, np.ndarray], aliases: Ma
 
 
 def _import_torch() -> Any:
-    try:
+    with needing("PyTorch files need torch", "torch"):
         import torch
-    except ImportError as error:
-        raise UserError(f"PyTorch files need torch: {install_command('torch')}") from error
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
         # CVE-2025-32434: before 2.6 a file could run code in spite of weights_only.
         raise UserError(f"torch {torch.__version__} cannot load files safely; pip install 'torch>=2.6'")

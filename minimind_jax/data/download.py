@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minimind_jax.config.tools import DownloadConfig
 from minimind_jax.errors import UserError
-from minimind_jax.shell import install_command
+from minimind_jax.shell import needing
 
 HUGGINGFACE_REPOSITORY = "jingyaogong/minimind_dataset"
 MODELSCOPE_REPOSITORY = "gongjy/minimind_dataset"
@@ -62,11 +62,9 @@ def _from_huggingface(names: list[str], target: Path) -> None:
 
 
 def _from_modelscope(names: list[str], target: Path) -> None:
-    try:
+    with needing("--source modelscope needs the package modelscope", "modelscope"):
         from modelscope.hub.errors import HubError
         from modelscope.hub.snapshot_download import dataset_snapshot_download
-    except ImportError as error:
-        raise UserError(f"--source modelscope needs the package modelscope: {install_command('modelscope')}") from error
 
     endpoint = os.environ.get("MODELSCOPE_ENDPOINT", "https://www.modelscope.cn").rstrip("/")
     place = f"{endpoint}/datasets/{MODELSCOPE_REPOSITORY}"

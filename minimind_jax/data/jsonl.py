@@ -22,7 +22,7 @@ from typing import Any
 from minimind_jax.data import text_files
 from minimind_jax.data.values import decode_record
 from minimind_jax.errors import UserError
-from minimind_jax.shell import install_command
+from minimind_jax.shell import needing
 from minimind_jax.texts import listed
 
 COMPRESSIONS = ("", ".gz", ".zst")
@@ -282,9 +282,7 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _pyarrow(file: Path):
-    try:
+    with needing(f"{file}: reading {file.suffix} needs pyarrow", "formats"):
         import pyarrow
         import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"{file}: reading {file.suffix} needs pyarrow: {install_command('formats')}") from error
     return pyarrow

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from minimind_jax.errors import UserError
-from minimind_jax.shell import install_command
+from minimind_jax.shell import needing
 
 LANGUAGES = ("english", "chinese")
 # Files whose longer lists are a question and several answers to it; elsewhere they are turns of one conversation.
@@ -72,8 +71,10 @@ def dialogues(language: str) -> list[list[str]]:
     In ChatterBot's files a line answers the one before it; in `ANSWER_LISTS` all lines answer the first, and become a
     dialogue each. A last question without an answer is left out, and so are repetitions.
     """
-    found = {}
-    for file in sorted(_corpus_folder(language).glob("*.yml")):
+    with needing("the demo's dialogues are missing", "demo"):
+        import chatterbot_corpus
+    found, folder = {}, Path(chatterbot_corpus.__file__).parent / "data" / language
+    for file in sorted(folder.glob("*.yml")):
         for lines in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
             if not isinstance(lines, list):  # one entry of the trivia file lost its dash
                 continue
@@ -84,14 +85,6 @@ def dialogues(language: str) -> list[list[str]]:
                 if chain and all(chain):
                     found[tuple(chain)] = None
     return [list(chain) for chain in found]
-
-
-def _corpus_folder(language: str) -> Path:
-    try:
-        import chatterbot_corpus
-    except ImportError:
-        raise UserError(f"the demo's dialogues are missing; install them: {install_command('demo')}") from None
-    return Path(chatterbot_corpus.__file__).parent / "data" / language
 
 
 def questions(chains: list[list[str]]) -> dict[tuple[str, ...], set[str]]:

@@ -10,10 +10,9 @@ import numpy as np
 
 from minimind_jax.errors import UserError
 from minimind_jax.paths import as_path
-from minimind_jax.rl.episode import Episode
+from minimind_jax.rl.episode import Episode, Function, foreign
 from minimind_jax.rl.http import Server
-from minimind_jax.rl.reward_values import Function, foreign
-from minimind_jax.shell import install_command
+from minimind_jax.shell import needing
 
 _TOGETHER = 16  # of a batch, and of a request
 _REQUESTS = 8  # at the same time
@@ -97,10 +96,8 @@ def _libraries(what: str, folder: str) -> tuple[Any, Any]:
     """torch and transformers, for a model that is in a folder. Raises UserError where one of them is not there."""
     if not as_path(folder).is_dir():
         raise UserError(f"rewards.use {what}({folder}): there is no such folder; download the model into one first")
-    try:
+    with needing(f"rewards.use {what} needs torch and transformers", "rewards"):
         return importlib.import_module("torch"), importlib.import_module("transformers")
-    except ImportError as error:
-        raise UserError(f"rewards.use {what}: {error}; install it: {install_command('rewards')}") from error
 
 
 def hf(folder: str, label: str = "", device: str = "cpu") -> Function:

@@ -15,7 +15,7 @@ from minimind_jax.data.values import Place, decode_json, is_absent, kind_of
 from minimind_jax.errors import UserError, first_line
 from minimind_jax.paths import as_path
 from minimind_jax.rl.episode import Episode, Task
-from minimind_jax.shell import install_command
+from minimind_jax.shell import needing
 from minimind_jax.texts import read_object
 from minimind_jax.tools.answers import is_right
 
@@ -95,11 +95,9 @@ def json_form(episode: Episode, schema: str = "") -> float:
 
 @functools.cache
 def _allows(schema: str) -> Callable[[Any], bool]:
-    try:
+    with needing(f"json({schema}) needs the package jsonschema", "rewards"):
         import jsonschema
         import referencing
-    except ImportError:
-        raise UserError(f"json({schema}) needs the package jsonschema: {install_command('rewards')}") from None
     found = read_object(as_path(schema), "put the JSON schema there")
     kind = jsonschema.validators.validator_for(found, jsonschema.Draft202012Validator)
     try:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from minimind_jax.errors import UserError
-from minimind_jax.rl.episode import Episode
+from minimind_jax.rl.episode import Episode, Function, Value, checked, foreign
 from minimind_jax.rl.judges import written
-from minimind_jax.rl.reward_values import Function, Value, checked, foreign
 from minimind_jax.rl.rewards import bound, entries
 from minimind_jax.tools.schema import Schema
 from minimind_jax.tools.worker import imported

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 from minimind_jax.config.rl import RewardsConfig
 from minimind_jax.errors import UserError
 from minimind_jax.rl import judges, reward_functions
-from minimind_jax.rl.episode import Episode, Task
-from minimind_jax.rl.reward_values import Function, Value, checked
+from minimind_jax.rl.episode import Episode, Function, Task, Value, checked
 from minimind_jax.seeds import named_seed
 from minimind_jax.tools.toolbox import Toolbox
 from minimind_jax.values import convert

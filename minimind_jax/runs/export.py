@@ -23,7 +23,7 @@ from minimind_jax.runs.labels import labels_of_run
 from minimind_jax.runs.parts import assemble, run_parameters
 from minimind_jax.runs.sight import TOWER
 from minimind_jax.sharding import announce, make_mesh
-from minimind_jax.shell import install_command
+from minimind_jax.shell import needing
 from minimind_jax.training.checkpoint import DamagedCheckpoint, load_params
 from minimind_jax.training.origin import check_words, find_models
 from minimind_jax.training.run import RunFolder
@@ -48,10 +48,8 @@ def export(stages: Stages, config: ToHFConfig) -> None:
 
 def export_gguf(stages: Stages, config: ToGGUFConfig) -> None:
     """`minimind convert to-gguf`: a checkpoint, the model of a run or a folder, or an adapter alone."""
-    try:
+    with needing("GGUF files need another package", "gguf"):
         from minimind_jax.convert import gguf
-    except ImportError as error:
-        raise UserError(f"GGUF files need another package ({error}); install it: {install_command('gguf')}") from error
     if config.checkpoint:
         found = load_checkpoint(stages, config)
         written = gguf.params_to_gguf(

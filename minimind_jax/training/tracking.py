@@ -20,7 +20,7 @@ from minimind_jax.config.sections import TrackingConfig
 from minimind_jax.errors import UserError
 from minimind_jax.folders import holds_model
 from minimind_jax.paths import GrowingObject, as_path, is_remote
-from minimind_jax.shell import install_command
+from minimind_jax.shell import needing
 from minimind_jax.texts import is_there
 from minimind_jax.training.run import RunFolder, write_text
 
@@ -183,13 +183,10 @@ LOGGERS = {
 
 
 def _import(module: str, logger: str):
-    try:
+    with needing(
+        f"tracking.loggers names {logger}, whose package {module} is missing; leave it out or install it", "track"
+    ):
         return __import__(module)
-    except ImportError as error:
-        raise UserError(
-            f"tracking.loggers names {logger}, whose package {module} cannot be imported ({error}); install it "
-            f"({install_command('track')}) or leave it out"
-        ) from error
 
 
 def _tracking_id(run: RunFolder, start_step: int) -> str:

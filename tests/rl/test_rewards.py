@@ -9,7 +9,7 @@ import pytest
 
 from minimind_jax.config.rl import RewardsConfig
 from minimind_jax.errors import UserError
-from minimind_jax.rl.reward_values import checked
+from minimind_jax.rl.episode import checked
 from minimind_jax.rl.reward_worker import own, trl_columns
 from minimind_jax.rl.rewards import EACH, MADE, Entry, Rewards, bound, entries
 from minimind_jax.tools.toolbox import Observation
