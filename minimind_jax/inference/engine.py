@@ -218,12 +218,10 @@ class Engine:
     ) -> list[Answer]:
         """An answer to each prompt; the n-th draws with seed + n. images: of each prompt, where some show any.
         Raises as `encode` and `submit`."""
-        shown = zip(prompts, images or [()] * len(prompts), strict=True)
+        samplings = [dataclasses.replace(sampling, seed=sampling.seed + n) for n in range(len(prompts))]
         asked = [
-            Request(
-                tuple(self.encode(prompt)), dataclasses.replace(sampling, seed=sampling.seed + n), images=tuple(own)
-            )
-            for n, (prompt, own) in enumerate(shown)
+            Request(tuple(self.encode(prompt)), own, images=tuple(shown))
+            for prompt, own, shown in zip(prompts, samplings, images or [()] * len(prompts), strict=True)
         ]
         for request in asked:
             self._check(request)
