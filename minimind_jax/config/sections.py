@@ -171,9 +171,11 @@ class ImagesConfig(PairsConfig):
     """Files of conversations with images, which are rendered and packed by best fit.
 
     images_per_row: at most; conversations with more are left out, and told. null: as many as there are tokens for.
+    cache_features: keep on disk what a frozen tower says of every picture, which it then looks at once.
     """
 
     images_per_row: int | None = setting(None, must=at_least(1))
+    cache_features: bool = False
 
     def image_room(self, image_tokens: int) -> int:
         """Images that a row may hold, of which each has so many tokens and the last may be cut."""

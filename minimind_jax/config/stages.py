@@ -303,6 +303,12 @@ class SeeingConfig(WriterConfig):
 
     vision: VisionConfig = VisionConfig()
     samples: sections.SeeingSampleConfig = sections.SeeingSampleConfig()
+    data: sections.ImagesConfig = sections.ImagesConfig()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data.cache_features and self.vision.train == "tower" and not self.lora.rank:
+            raise ValueError("data.cache_features is for a tower that stays as it is, and vision.train is tower")
 
 
 @dataclasses.dataclass(frozen=True)

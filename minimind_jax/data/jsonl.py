@@ -92,7 +92,9 @@ def _expand(given: str | Path, pictures: bool) -> list[Path]:
     if path.is_dir():
         found = _data_of(_files_below(path), pictures)
         if not found:
-            raise UserError(f"{given}: no data in this folder; expected files ending in {expected}")
+            shown = any(map(is_picture, _files_below(path)))
+            hint = "; it holds pictures, which classify reads with --vision.tower" * shown
+            raise UserError(f"{given}: no data in this folder; expected files ending in {expected}{hint}")
     elif path.is_file():
         if not _ends_in(path, suffixes):
             raise UserError(f"{given}: unknown file type; expected a name ending in {expected}")

@@ -41,11 +41,11 @@ def predict(config: PredictConfig) -> None:
     Without `input` the records are lines of text on the standard input, or by a classifier of pictures their paths. The
     output is a table if its name ends in .csv or .tsv.
     """
-    folder = resolve_model_folder(config.model)
-    if is_picture_classifier(folder):
+    pictures = is_picture_classifier(resolve_model_folder(config.model))
+    _check_output(config, pictures)
+    if pictures:
         _predict_pictures(config)
         return
-    _check_output(config)
     scorer = Scorer(config.model, max_tokens=config.seq_len)
     if len(scorer.labels.names) == 1:
         raise UserError(f"{config.model} is a reward model; use minimind score")
@@ -62,7 +62,6 @@ def predict(config: PredictConfig) -> None:
 
 
 def _predict_pictures(config: PredictConfig) -> None:
-    _check_output(config, pictures=True)
     if config.seq_len is not None:
         raise UserError(f"seq_len {config.seq_len} is for texts, and {config.model} classifies pictures; leave it out")
     scorer, reading = PictureScorer(config.model), reading_of(config)

@@ -1,7 +1,5 @@
 """Losses of classifiers: cross entropy of one class a text, or binary cross entropy of any number of them."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -32,44 +30,23 @@ def class_losses(logits: Array, values: Array, weights: Array, several: bool, la
     return -((1 - label_smoothing) * jnp.take(weights, classes) * own + label_smoothing * smooth)
 
 
-# Of rows the hidden states that a head reads, (B, S, D), which of them there are, (B, S), and the router's loss.
-Read = Callable[[Params, Batch, Array | None], tuple[Array, Array, Array]]
-
-
-def reading_texts(model: LanguageModel) -> Read:
-    """A text is read at its last token, as in transformers' Qwen3ForSequenceClassification."""
-
-    def read(params: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Array]:
-        output = model.read_batch(params, batch, key)
-        room = batch["values"].shape[1]
-        return *last_hidden(output.hidden_BTD, batch["segment_ids"], room), output.router_loss
-
-    return read
-
-
-def reading_pictures(model: PictureModel) -> Read:
-    """A picture is read as the mean of its patches, as in transformers' SiglipForImageClassification."""
-
-    def read(params: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Array]:
-        return model.read_batch(params, batch), batch["segment_ids"] > 0, jnp.zeros((), jnp.float32)
-
-    return read
-
-
 def make_classification_loss(
-    read: Read, weights: Array, *, several: bool = False, label_smoothing: float = 0.0
+    model: LanguageModel | PictureModel, weights: Array, *, several: bool = False, label_smoothing: float = 0.0
 ) -> LossFn:
-    """The loss of a model with a head of C scores (see `model.heads`) on packed rows of labelled texts or pictures.
+    """The loss of a model with a head of C scores (see `model.heads`) on packed rows of labelled texts, or pictures.
 
     loss = sum of `class_losses` over the texts, over the sum of the weights of their classes (of 1 with `several`).
-    Batch: what `read` wants, with segment_ids (B, T), and `values` (B, S, 1 or C) of each document (see
-    `class_losses`), S being at least the number of documents in a row.
+    The logits of a text are those of its last token, as in transformers' Qwen3ForSequenceClassification; a picture is
+    a document of one token.
+    Batch: tokens, positions, segment_ids (B, T), and `values` (B, S, 1 or C) of each document (see `class_losses`),
+    S being at least the number of documents in a row.
     Metrics: accuracy (with `several`: of all the yes and no), router_loss; tokens, the number read.
     """
 
     def loss_fn(params: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
-        values_BSX = batch["values"]
-        hidden_BSD, held_BS, router_loss = read(params, batch, key)
+        segments_BT, values_BSX = batch["segment_ids"], batch["values"]
+        output = model.read_batch(params, batch, key)
+        hidden_BSD, held_BS = last_hidden(output.hidden_BTD, segments_BT, room=values_BSX.shape[1])
         logits_BSC = scores(params, hidden_BSD)
         losses_BS = class_losses(logits_BSC, values_BSX, weights, several, label_smoothing)
         if several:
@@ -80,11 +57,11 @@ def make_classification_loss(
             right_BS = jnp.argmax(logits_BSC, axis=-1) == classes_BS
             weight_BS = jnp.where(held_BS, jnp.take(weights, classes_BS), 0)
         texts, weight = jnp.sum(held_BS).astype(jnp.float32), jnp.sum(weight_BS)
-        router_loss = router_loss * weight
+        router_loss = output.router_loss * weight
         metrics = {
             "accuracy": Metric(jnp.sum(jnp.where(held_BS, right_BS, 0)).astype(jnp.float32), texts),
             "router_loss": Metric(router_loss, weight, held_out=False),
-            "tokens": Metric(jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32), held_out=False),
+            "tokens": Metric(jnp.sum(segments_BT > 0).astype(jnp.float32), held_out=False),
         }
         return jnp.sum(jnp.where(held_BS, losses_BS, 0)) + router_loss, weight, metrics
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from minimind_jax.model.config import ComputeConfig, Platform, TowerConfig, Vision
-from minimind_jax.model.transformer import Params, compute_dtype, in_full_precision
+from minimind_jax.model.transformer import ModelOutput, Params, compute_dtype, in_full_precision
 from minimind_jax.model.vision import VISION, features, init_vision, row_features, vision_axes
 
 
@@ -19,7 +19,7 @@ from minimind_jax.model.vision import VISION, features, init_vision, row_feature
 class PictureModel:
     """What a `transformer.LanguageModel` is of texts: pure functions of parameters, {"vision": {"tower": ...}}.
 
-    A row of a batch has room for I pictures, each the one token of a document, in the order of the segments.
+    In the rows of a batch every token is a picture and a document of its own.
     """
 
     config: TowerConfig
@@ -51,15 +51,14 @@ class PictureModel:
         return _mean(found)
 
     @in_full_precision
-    def read_batch(self, params: Params, batch: dict[str, Array]) -> Array:
-        """`pooled` of the pictures of rows, (B, I, W): the batch's `features`, made before, or of its `pixels`."""
-        if "features" in batch:
-            return batch["features"]
-        tower, is_there_BI = params[VISION]["tower"], batch["segment_ids"] > 0
-        attention = self.compute.attention
-        return _mean(
-            row_features(self.vision, tower, batch["pixels"], is_there_BI, self.dtype, self.platform, attention)
-        )
+    def read_batch(self, params: Params, batch: dict[str, Array], dropout_key: Array | None = None) -> ModelOutput:
+        """`pooled` of the T pictures of each row: the batch's `features` (B, T, W), made before, or of its `pixels`."""
+        found_BTW = batch.get("features")
+        if found_BTW is None:
+            tower, pixels_BTHWC, is_there_BT = params[VISION]["tower"], batch["pixels"], batch["segment_ids"] > 0
+            how = self.dtype, self.platform, self.compute.attention
+            found_BTW = _mean(row_features(self.vision, tower, pixels_BTHWC, is_there_BT, *how))
+        return ModelOutput(found_BTW, jnp.zeros((), jnp.float32))
 
 
 def _mean(features_XPW: Array) -> Array:

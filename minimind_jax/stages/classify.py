@@ -13,7 +13,7 @@ from minimind_jax.data.rows import Batch, Pieces
 from minimind_jax.data.token_cache import TokenCache
 from minimind_jax.evaluate.classification import ClassificationResult, describe, draw_confusion, evaluate_logits
 from minimind_jax.inference.score import PictureScorer, Scorer
-from minimind_jax.losses.classification import make_classification_loss, reading_pictures, reading_texts
+from minimind_jax.losses.classification import make_classification_loss
 from minimind_jax.progress import progress
 from minimind_jax.runs.labels import values_of_pieces
 from minimind_jax.runs.parts import Run, open_rows, run_parameters
@@ -37,10 +37,9 @@ def recipe(run: Run) -> Recipe:
         return {"values": values_of_pieces(cache, pieces, room)}
 
     if run.config.of_pictures:
-        read, is_frozen = reading_pictures(run.model), run.config.vision.train == "head"
-        trained, held_out = open_pictures(run, room, is_frozen, values)
+        trained, held_out = open_pictures(run, room, run.config.vision.train == "head", values)
     else:
-        read, (trained, held_out) = reading_texts(run.model), open_rows(run, values)
+        trained, held_out = open_rows(run, values)
     counts, noun = texts_of_labels(trained, classes), KINDS[run.kind.records].noun
     if untrained := [name for name, count in zip(classes.names, counts, strict=True) if not count]:
         announce(
@@ -52,7 +51,7 @@ def recipe(run: Run) -> Recipe:
         balanced = class_weights(counts, len(trained.epoch(0).documents), classes.several)
         weights = jnp.asarray(balanced, jnp.float32)
     smoothing = wanted.label_smoothing
-    loss_fn = make_classification_loss(read, weights, several=classes.several, label_smoothing=smoothing)
+    loss_fn = make_classification_loss(run.model, weights, several=classes.several, label_smoothing=smoothing)
 
     def judge() -> None:
         found = evaluate_batches(run, held_out)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minimind_jax.losses.classification import class_losses, make_classification_loss, reading_texts
+from minimind_jax.losses.classification import class_losses, make_classification_loss
 from minimind_jax.model.config import ComputeConfig, ModelConfig
 from minimind_jax.model.heads import init_head
 from minimind_jax.model.transformer import LanguageModel
@@ -52,8 +52,7 @@ def test_packed_texts_are_those_by_themselves():
         batch["segment_ids"][0, here], batch["values"][0, segment] = segment + 1, label
         place += length
         texts.append(ids)
-    loss = make_classification_loss(reading_texts(model), jnp.asarray(WEIGHTS))
-    numerator, weight, metrics = jax.jit(loss)(params, batch, None)
+    numerator, weight, metrics = jax.jit(make_classification_loss(model, jnp.asarray(WEIGHTS)))(params, batch, None)
     wanted, right, apply = 0.0, 0.0, jax.jit(model.apply)
     for ids, label in zip(texts, labels, strict=True):
         body = {name: tree for name, tree in params.items() if name != "score"}

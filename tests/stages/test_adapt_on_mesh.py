@@ -18,7 +18,7 @@ from minimind_jax.config.sections import DataConfig, MeshConfig, OptimizerConfig
 from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.convert.peft import rank_table
 from minimind_jax.losses import pieces
-from minimind_jax.losses.classification import make_classification_loss, reading_texts
+from minimind_jax.losses.classification import make_classification_loss
 from minimind_jax.losses.distillation import make_distillation_loss
 from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.losses.preference import make_preference_loss
@@ -86,7 +86,7 @@ def case(stage, kind, place):
     headed = added(own, SCORE, head, head_axes()[SCORE], True, place)
     if stage == "reward":
         return headed, make_reward_loss(model, 0.01)
-    return headed, make_classification_loss(reading_texts(model), np.ones(3, np.float32))
+    return headed, make_classification_loss(model, np.ones(3, np.float32))
 
 
 def batches():

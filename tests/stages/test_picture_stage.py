@@ -1,24 +1,34 @@
 """The stage classify of pictures: what it learns of drawn shapes, its cache of features, and what it refuses."""
 
 import dataclasses
+import io
 import json
 import random
+import shutil
 
 import jax
 import numpy as np
 import pytest
-from run_helpers import last
+from run_helpers import KEEP_ALL, assert_resumes_exactly, export_newest, last
+from worlds import write_lines
 
-from minimind_jax.config.classify import ClassifyConfig, SightConfig
+from minimind_jax.config.classify import ClassifyConfig, LabelConfig, SightConfig
 from minimind_jax.config.sections import FilesConfig, LoopConfig, OptimizerConfig
 from minimind_jax.config.tools import PredictConfig
-from minimind_jax.convert.hf import Labels, save_hf
+from minimind_jax.convert.hf import Labels, load_labels, save_hf
+from minimind_jax.convert.hf_pictures import load_picture_classifier
+from minimind_jax.data import feature_store
+from minimind_jax.data.cache_folder import cache_root, remove_cache, stored_caches
+from minimind_jax.data.jsonl import expand_paths
+from minimind_jax.errors import UserError
 from minimind_jax.evaluate.score_command import predict as run_predict
-from minimind_jax.inference.score import PictureScorer
+from minimind_jax.inference.load import load_engine
+from minimind_jax.inference.score import PictureScorer, Scorer
 from minimind_jax.model.config import TowerConfig
 from minimind_jax.model.heads import init_head
 from minimind_jax.model.picture_model import PictureModel
 from minimind_jax.model.vision import init_vision
+from minimind_jax.runs import pictures
 from minimind_jax.stages import start
 from minimind_jax.training.run import RunFolder
 
@@ -119,3 +129,171 @@ def test_transformers_tells_the_same_of_the_same_pictures(trained, shapes, tmp_p
     np.testing.assert_allclose(
         [each["score"] for each in theirs], [each["probability"] for each in ours["top"]], atol=1e-5
     )
+
+
+def stored(config):
+    return {cache.kind: cache for cache in stored_caches(cache_root(config.data))}
+
+
+def test_a_frozen_tower_looks_once_at_every_picture(shapes, tmp_path, monkeypatch):
+    looked = []
+    shown = pictures.read_image
+    monkeypatch.setattr(pictures, "read_image", lambda *given: looked.append(given[2]) or shown(*given))
+    copy = shutil.copytree(shapes / "my photos", tmp_path / "photos")
+    config = settings(shapes, tmp_path, data={"train": (str(copy),)})
+    first = RunFolder(start(config))
+    count = len({file.read_bytes() for file in copy.glob("*/*")})  # of which some are drawn twice
+    assert len(looked) == count and stored(config)["features"].size > count * TOWER.hidden_size * 4
+    looked.clear()
+    again = RunFolder(start(dataclasses.replace(config, run=str(tmp_path / "again"))))
+    assert not looked
+    assert (again.model / "model.safetensors").read_bytes() == (first.model / "model.safetensors").read_bytes()
+    changed, other = sorted((copy / KINDS[0]).iterdir())[:2]  # with its time: only the bytes tell
+    shutil.copy2(other, changed)
+    drawn(KINDS[0], random.Random(7)).save(copy / KINDS[0] / "newest.png")
+    start(dataclasses.replace(config, run=str(tmp_path / "changed")))
+    assert len(looked) == 1  # the copied one is another's
+    assert all(remove_cache(cache) for cache in stored_caches(cache_root(config.data)) if cache.kind == "features")
+
+
+def test_what_a_store_holds_when_it_is_cut_off_or_full(shapes, tmp_path, monkeypatch):
+    made = []
+
+    def store():
+        files = [shapes / "tower" / "model.safetensors"]
+        return feature_store.FeatureStore(tmp_path, files, {"a": 1}, (2,), np.float32)
+
+    def look(numbers, fail_at=None):
+        for number in numbers:
+            if number == fail_at:
+                raise KeyboardInterrupt
+            made.append(number)
+            yield np.full((1, 2), number, np.float32)
+
+    names = [bytes([n] * 16) for n in range(6)]
+    with pytest.raises(KeyboardInterrupt):
+        store().fill(names, lambda numbers: look(numbers, fail_at=3))
+    with open(next(tmp_path.glob("*/features.bin")), "ab") as file:
+        file.write(b"half")
+    found = store()
+    rows = found.fill([*names, names[2]], look)
+    assert made == [0, 1, 2, 3, 4, 5] and rows.tolist() == [0, 1, 2, 3, 4, 5, 2]
+    np.testing.assert_array_equal(found.rows[rows][:, 0], [0, 1, 2, 3, 4, 5, 2])
+    monkeypatch.setattr(feature_store, "MOST_BYTES", 7 * 8)
+    more = store()
+    rows = more.fill([names[5], b"x" * 16, b"y" * 16], look)  # it begins anew, and who reads the old one goes on
+    np.testing.assert_array_equal(more.rows[rows][:, 0], [0, 1, 2])
+    np.testing.assert_array_equal(found.rows[:, 0], range(6))
+    with pytest.raises(UserError, match=r"8 pictures takes 64 bytes, .* has room for 56 bytes"):
+        store().fill([bytes([100 + n] * 16) for n in range(8)], look)
+
+
+def test_a_run_resumes_exactly(shapes, tmp_path):
+    config = settings(shapes, tmp_path, checkpoint=KEEP_ALL, training={"steps": 8, "eval_every": 4, "patience": 3})
+    assert_resumes_exactly(config, tmp_path, step=4)
+    assert export_newest(config.run, tmp_path / "exported") == 8
+    ours, theirs = (load_picture_classifier(f)[1] for f in (RunFolder(config.run).model, tmp_path / "exported"))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    tower = load_picture_classifier(shapes / "tower")[1]["vision"]
+    jax.tree.map(np.testing.assert_array_equal, ours["vision"], tower)
+    picture = next((shapes / "my photos" / KINDS[1]).iterdir())
+    other = dataclasses.replace(config, vision=SightConfig(str(shapes / "tower"), "tower"), resume="auto")
+    with pytest.raises(UserError, match=r"vision\.train head -> tower"):
+        start(other)
+    assert picture.exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_trains_its_tower_resumes_exactly(shapes, tmp_path):
+    assert_resumes_exactly(settings(shapes, tmp_path, train="tower", checkpoint=KEEP_ALL), tmp_path, step=4)
+
+
+def content(image):
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_records_of_every_form_and_several_labels(shapes, trained, tmp_path):
+    rng, kinds = random.Random(3), KINDS * 2
+    for n, kind in enumerate(kinds):
+        drawn(kind, rng).save(tmp_path / f"{n} [a].png")
+    rows = [{"image": f"{n} [a].png", "label": kind, "shop": 1} for n, kind in enumerate(kinds)]
+    lines = write_lines(tmp_path / "a.jsonl", rows)
+    cells = "".join(f"{row['image']},{row['label']}\n" for row in rows)
+    (tmp_path / "a.csv").write_text(f"file_name,label\n{cells}", "utf-8")
+    files = [lines, tmp_path / "a.csv", tmp_path / "a.parquet"]
+    pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet needs pyarrow")
+    table = [{"image": {"bytes": content(drawn(r["label"], rng)), "path": None}, "label": r["label"]} for r in rows]
+    parquet.write_table(pyarrow.Table.from_pylist(table), files[-1])
+    answers = [predicted(trained.path, tmp_path / f"{n}.jsonl", file) for n, file in enumerate(files)]
+    assert [row["predicted"] for row in answers[0]] == [row["predicted"] for row in answers[1]]
+    assert [row["label"] for row in answers[2]] == kinds and b"PNG" not in (tmp_path / "2.jsonl").read_bytes()
+    data = {"train": (str(files[2]),), "val": (str(lines), str(files[1]))}
+    run = RunFolder(start(settings(shapes, tmp_path, data=data, training={"steps": 1})))
+    assert load_labels(run.model).names == tuple(sorted(KINDS))
+    assert json.loads((run.path / "results.json").read_text("utf-8"))["texts"] == 16
+    several = [{"image": row["image"], "label": row["label"].split()} for row in rows]
+    config = settings(
+        shapes, tmp_path, data={"train": (str(write_lines(tmp_path / "b.jsonl", several)),)}, training={"steps": 2},
+        run=str(tmp_path / "several"), classify=LabelConfig(class_weights="balanced"),
+    )  # fmt: skip
+    run = RunFolder(start(config))
+    assert load_labels(run.model)[:2] == (("blue", "disc", "square", "红"), True)
+    (answer,) = predicted(run.path, tmp_path / "one.csv.jsonl", tmp_path / "3 [a].png")
+    assert set(answer["probabilities"]) == {"blue", "disc", "square", "红"}
+
+
+def test_what_is_refused(shapes, tmp_path, trained, capsys, monkeypatch):
+    def refused(match, **changes):
+        data = changes.pop("data", {})
+        config = settings(shapes, tmp_path, training={"steps": 1}, data=data, **changes)
+        with pytest.raises(UserError, match=match):
+            start(config)
+
+    photos = shutil.copytree(shapes / "my photos", tmp_path / "photos")
+    drawn(KINDS[0], random.Random(0)).save(photos / "loose.png")
+    refused(
+        r"1 of 161 pictures do not lie in a folder named after their label, .*/LABEL/loose\.png",
+        data={"train": (str(photos),)},
+    )
+    (photos / "loose.png").unlink()
+    refused("only the label", data={"train": (str(photos / KINDS[0]),)})
+    broken = photos / KINDS[1] / "broken.jpg"
+    broken.write_bytes(b"no picture")
+    refused(r"broken\.jpg:1: not a picture", data={"train": (str(photos),)})
+    start(settings(shapes, tmp_path, training={"steps": 1}, data={"train": (str(photos),), "on_error": "skip"}))
+    assert "Skipped 1 of 161 records" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"broken\.jpg:1: not a picture"):
+        predicted(trained.path, tmp_path / "none.jsonl", photos)
+    rows = {
+        "a picture .image. and a text": {"image": str(broken), "text": "a", "label": "b"},
+        "has 2 pictures": {"image": ["a", "b"], "label": "c"},
+        "expected a field `image`": {"label": "c"},
+    }
+    for match, row in rows.items():
+        refused(match, data={"train": (str(write_lines(tmp_path / "rows.jsonl", [row])),)})
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{photos / KINDS[2] / 'nothing.png'}\n"))
+    with pytest.raises(UserError, match=r"standard input:1: the picture .*nothing\.png cannot be read"):
+        run_predict(PredictConfig(model=str(trained.path)))
+    with pytest.raises(UserError, match="only minimind classify predict asks"):
+        Scorer(str(trained.path))
+    with pytest.raises(UserError, match="SigLIP models are for"):
+        load_engine(str(trained.path))
+    with pytest.raises(ValueError, match="init_from other and"):
+        dataclasses.replace(settings(shapes, tmp_path), init_from="other")
+    with pytest.raises(UserError, match=r"holds pictures, which classify reads with --vision\.tower"):
+        expand_paths([photos / KINDS[0]])
+
+
+def test_a_few_pictures_and_the_head_of_another_classifier(shapes, trained, tmp_path, capsys):
+    few = tmp_path / "few"
+    for kind in KINDS:
+        shutil.copytree(shapes / "my photos" / kind, few / kind, ignore=lambda place, names: sorted(names)[1:])
+    data, loop = {"train": (str(few),), "val_fraction": None}, {"batch_tokens": None, "steps": 1}
+    config = settings(shapes, tmp_path, data=data, training=loop, optimizer=OptimizerConfig(learning_rate=0.0))
+    run = RunFolder(start(dataclasses.replace(config, vision=SightConfig(str(trained.path)))))
+    assert "is left out" not in capsys.readouterr().out
+    before, after = (load_picture_classifier(folder)[1] for folder in (trained.model, run.model))
+    jax.tree.map(np.testing.assert_array_equal, before, after)

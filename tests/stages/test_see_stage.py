@@ -19,6 +19,7 @@ from minimind_jax.config.stages import SeeingConfig, SFTConfig, VisionConfig, VL
 from minimind_jax.convert.hf import load_hf, save_hf
 from minimind_jax.convert.hf_weights import hf_tensors
 from minimind_jax.convert.load import load_merged
+from minimind_jax.data.cache_folder import stored_caches
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.images import open_picture, read_image
 from minimind_jax.data.tokenizer import Tokenizer
@@ -163,6 +164,22 @@ def test_a_run_resumes_exactly_and_what_is_not_trained_keeps_every_bit(make, tmp
     assert changed == {"vision.projector", "layers.0", "layers.2"} and "vision.tower" in kept
     assert_resumes_exactly(config, tmp_path, step=4)
     assert any("val_loss" in row for row in rows_of(config.run))
+
+
+@pytest.mark.slow
+def test_features_made_before_train_as_pixels_do(make, tmp_path):
+    """In another order of sums, so only nearly."""
+    config = make(steps=4, data={"val_fraction": 0.1, "cache_dir": str(tmp_path / "cache")})
+    plain = start(config)
+    cached = dataclasses.replace(config, data=dataclasses.replace(config.data, cache_features=True))
+    cached = start(dataclasses.replace(cached, run=str(tmp_path / "cached")))
+    kinds = [cache.kind for cache in stored_caches(tmp_path / "cache" / "tokens")]
+    assert sorted(kinds) == ["features", "images"]
+    ours, theirs = (rows_of(run) for run in (cached, plain))
+    for key in ("loss", "val_loss", "grad_norm"):
+        np.testing.assert_allclose(*([row[key] for row in rows if key in row] for rows in (ours, theirs)), rtol=1e-4)
+    with pytest.raises(ValueError, match="is for a tower that stays as it is"):
+        make(train="tower", data={"cache_features": True})
 
 
 @pytest.mark.slow
