@@ -103,7 +103,8 @@ def write_gguf(
             way, a tensor does not fit the dtype, or the disk is full.
     """
     file = _target(output, "model.gguf")
-    beside = [] if text_only or config.vision is None else [_target(file.with_name(f"mmproj-{file.name}"), "")]
+    eyes = file.with_name(f"mmproj-{file.name}")
+    beside = [] if text_only or config.vision is None else [_checked(eyes)]
     recipe = file.with_name("Modelfile")
     if not is_as_written(_start_of(recipe, 2**20).decode(errors="replace")):
         raise UserError(f"{recipe} is there already, not as this program wrote it; move it, or choose another folder")
@@ -112,6 +113,8 @@ def write_gguf(
     notes = _check_computable(config, name)
     if beside:
         notes += check_seen_alike(config.vision, name)
+    elif eyes.exists():
+        notes.append(f"{eyes} is of another model; remove it, for some programs take it without being told to")
     words = gguf_words(tokenizer, config.vocab_size)
     planned = list(_model_tensors(config, tensors, dtype))
     notes += [*words.notes, *_notes_of_dtype(planned, dtype)]
@@ -192,7 +195,11 @@ def _target(output: str | Path, name: str) -> Path:
     if "://" in str(output):
         raise UserError(f"{output}: a GGUF file is written on a disk; choose a folder there and copy the file")
     output = Path(output)
-    file = output if output.suffix == ".gguf" and not output.is_dir() else output / name
+    return _checked(output if output.suffix == ".gguf" and not output.is_dir() else output / name)
+
+
+def _checked(file: Path) -> Path:
+    """The file, which may be written. Raises UserError."""
     if _start_of(file, 4) not in (b"", b"GGUF"):
         raise UserError(f"{file} is there already and is no GGUF file; choose another name")
     return file

@@ -10,7 +10,7 @@ pytest.importorskip("gguf", reason="the gguf package writes the files (the extra
 from test_gguf import read
 
 from minimind_jax.cli import main
-from minimind_jax.convert.gguf import to_gguf
+from minimind_jax.convert.gguf import params_to_gguf, to_gguf
 from minimind_jax.convert.hf import load_hf, save_hf
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import TowerConfig, Vision
@@ -101,6 +101,20 @@ def test_what_llama_cpp_cannot_run_is_refused_and_its_words_are_written(fields, 
     assert "mmproj" not in capsys.readouterr().out
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["Modelfile", "model.gguf"]
     assert "mmproj" not in (tmp_path / "out" / "Modelfile").read_text("utf-8")
+
+
+def test_the_model_in_memory_becomes_the_same_files(seeing, tokenizer, tmp_path):
+    folder = seeing()
+    stored = to_gguf(folder, tmp_path / "a.gguf").files
+    made = params_to_gguf(tmp_path / "b.gguf", "eye", *load_hf(folder), tokenizer, "float32", None).files
+    assert [file.read_bytes() for file in stored[:2]] == [file.read_bytes() for file in made[:2]]
+
+
+def test_the_eyes_of_an_older_model_are_told(seeing, saved, tmp_path):
+    to_gguf(seeing(), tmp_path / "out")
+    notes = to_gguf(saved("dense"), tmp_path / "out").notes
+    assert any("mmproj-model.gguf is of another model; remove it" in note for note in notes)
+    assert not any("another model" in note for note in to_gguf(seeing(), tmp_path / "out").notes)
 
 
 def test_a_file_in_the_place_of_the_second_is_kept(seeing, tmp_path):
