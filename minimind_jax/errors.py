@@ -1,5 +1,8 @@
 """Errors that are the user's to mend: the command line prints their message and no traceback."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class UserError(ValueError):
     """Something in the user's files, settings or machine is wrong; the message says what and how to mend it."""
@@ -12,3 +15,12 @@ class TemplateFault(UserError):
 def first_line(error: BaseException) -> str:
     """What an error says, where only its first line is for the user."""
     return str(error).strip().split("\n")[0]
+
+
+@contextlib.contextmanager
+def disk_errors(what: str, way_out: str) -> Iterator[None]:
+    """Makes an error of the disk a UserError: what could not be done, why, and the way out."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: {error.strerror or error}; {way_out}") from error

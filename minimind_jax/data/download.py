@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minimind_jax.config.tools import DownloadConfig
-from minimind_jax.errors import UserError
+from minimind_jax.errors import UserError, disk_errors
 from minimind_jax.shell import needing
 
 HUGGINGFACE_REPOSITORY = "jingyaogong/minimind_dataset"
@@ -30,10 +30,8 @@ def run(config: DownloadConfig) -> None:
     Raises UserError for a file that is not there, no connection, and a disk that is full.
     """
     target, names = Path(config.target).expanduser(), file_names(config.what)
-    try:
+    with disk_errors(f"{target}: cannot make this folder", "choose another with --target"):
         target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{target}: cannot make this folder: {error}") from error
     fetch = {"huggingface": _from_huggingface, "modelscope": _from_modelscope}[config.source]
     fetch(names, target)
     print(*(target / name for name in names), sep="\n")

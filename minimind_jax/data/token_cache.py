@@ -35,7 +35,7 @@ from minimind_jax.data.pictures import SIGHT, Sight, StoredPictures
 from minimind_jax.data.template import Dice
 from minimind_jax.data.tokenise import Chunk, Encoder, encode_all, process_count, read_chunks
 from minimind_jax.data.tokenizer import Tokenizer
-from minimind_jax.errors import UserError
+from minimind_jax.errors import UserError, disk_errors
 from minimind_jax.progress import progress as show_progress
 
 KEPT_MESSAGES = 100  # of skipped records; all are counted
@@ -312,16 +312,10 @@ def _close_synced(file: BinaryIO) -> None:
     file.close()
 
 
-@contextlib.contextmanager
-def explained_disk_errors(folder: Path):
+def explained_disk_errors(folder: Path) -> contextlib.AbstractContextManager:
     """Says of errors of the disk that it is the cache in this folder that cannot be written."""
-    try:
-        yield
-    except OSError as error:  # unreadable data has its own error, so this is about the cache
-        raise UserError(
-            f"{folder.parent}: cannot write the cache: {error}; free some space, or set data.cache_dir "
-            "(or MINIMIND_CACHE) to another folder"
-        ) from error
+    way_out = "free some space, or set data.cache_dir (or MINIMIND_CACHE) to another folder"
+    return disk_errors(f"{folder.parent}: cannot write the cache", way_out)
 
 
 def _say(text: str) -> None:

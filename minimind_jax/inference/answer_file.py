@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 from minimind_jax.data.written import json_line
-from minimind_jax.errors import UserError
+from minimind_jax.errors import UserError, disk_errors
 from minimind_jax.signals import telling
 from minimind_jax.texts import read_object, read_text
 
@@ -61,11 +61,9 @@ class PartialFile:
         return f"what was answered is in {self._partial}; {self._again}" if self._partial.exists() else ""
 
     def write(self, answer: dict[str, Any]) -> None:
-        try:
+        with disk_errors(f"{self._partial}: cannot write", self._advice):
             self._file.write(self._line(answer).encode() + b"\n")
             self._file.flush()
-        except OSError as error:
-            raise UserError(f"{self._partial}: cannot write: {error.strerror}; {self._advice}") from error
 
     def finish(self) -> None:
         """Gives the file its name."""

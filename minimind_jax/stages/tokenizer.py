@@ -25,7 +25,7 @@ from minimind_jax.data.jsonl import READING, Reading, Record, expand_paths, iter
 from minimind_jax.data.kinds import KINDS, Wanted
 from minimind_jax.data.template import render
 from minimind_jax.data.tokenizer import TOKENIZER_FILES, StreamDecoder, Tokenizer, train_bpe
-from minimind_jax.errors import UserError
+from minimind_jax.errors import UserError, disk_errors
 from minimind_jax.progress import progress
 from minimind_jax.training.run import plain
 
@@ -74,12 +74,10 @@ def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
             raise error
         skipped[str(error)] = None
 
-    try:
+    with disk_errors(f"cannot write output {output}", "choose another folder"):
         output.parent.mkdir(parents=True, exist_ok=True)
         workplace = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
         workplace.rmdir()  # it can be written; made again after the training, so that a kill leaves nothing
-    except OSError as error:
-        raise UserError(f"cannot write output {output}: {error.strerror or error}; choose another folder") from error
     try:
         with progress("counting records"):
             total, records = _draw(files, config.max_records, skip, reading)

@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 
 from minimind_jax.config.fields import names_of
 from minimind_jax.config.sections import RUN_LENGTHS
-from minimind_jax.errors import UserError
+from minimind_jax.errors import UserError, disk_errors
 from minimind_jax.folders import resolve_run
 from minimind_jax.hub import used_commits
 from minimind_jax.paths import absolute, as_path, is_remote, write_object
@@ -74,10 +74,8 @@ class RunFolder:
                 f"the path of the run's folder, {absolute(self.path)}, has {unfit} in it, and checkpoints cannot be "
                 "saved there; rename that folder, or choose another with --run"
             )
-        try:
+        with disk_errors(f"cannot create the run folder {self.path}", "choose another with --run"):
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot create the run folder {self.path}: {error.strerror or error}") from error
         return self
 
     def lock(self) -> None:
@@ -246,12 +244,9 @@ def write_text(path: Path, text: str) -> None:
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        # Bytes of a name that are not UTF-8, which Python keeps as halves of surrogate pairs, are written as \\udcff.
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another run"
-        ) from error
+        with disk_errors(f"cannot write {path}", "free some space or choose another run"):
+            # Bytes of a name that are not UTF-8, which Python keeps as halves of surrogate pairs, become \\udcff.
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

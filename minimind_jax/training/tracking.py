@@ -17,7 +17,7 @@ from typing import Any
 
 from minimind_jax.agreement import exchange
 from minimind_jax.config.sections import TrackingConfig
-from minimind_jax.errors import UserError
+from minimind_jax.errors import UserError, disk_errors
 from minimind_jax.folders import holds_model
 from minimind_jax.paths import GrowingObject, as_path, is_remote
 from minimind_jax.shell import needing
@@ -33,10 +33,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     path = as_path(path)
     if not is_there(path):
         return []
-    try:
+    with disk_errors(f"{path} cannot be read", "put back a copy of it"):
         lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}; put back a copy of it") from error
     rows = []
     for number, line in enumerate(lines, 1):
         try:
@@ -131,10 +129,8 @@ class MetricsWriter(contextlib.AbstractContextManager):
         self.rows.append(row)
         if self._file is None:
             return
-        try:
+        with disk_errors(f"cannot write {self.path}", "make room and run again to resume"):
             self._file.write(_line(row))
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}; make room and run again to resume") from error
         numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
         for log, _ in self._loggers if tell else ():
             log(step, numbers)
