@@ -53,6 +53,11 @@ COMMANDS = {
     "evaluate choices": Command(
         "multiple choice: how often the right choice is the likeliest", tools.ChoicesConfig, "evaluate.choices:run"
     ),
+    "evaluate images": Command(
+        "questions about pictures, and the same with the pictures shuffled",
+        tools.EvaluateImagesConfig,
+        "evaluate.images:run",
+    ),
     "evaluate tools": Command(
         "tool calls: valid JSON, the right tool, arguments and answer",
         tools.ToolCallsConfig,

@@ -235,6 +235,32 @@ class ChoicesConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateImagesConfig(ReadingConfig):
+    """How a model that sees answers questions about pictures, and how with the pictures of other questions.
+
+    What it writes is compared with the right answer. Of questions with choices it is counted how often the right one is
+    the likeliest; of other records, how many bits the model needs for a byte of the right answer.
+
+    files: records with pictures, and question, choices, answer and maybe task; or conversations, whose last answer is
+        the right one.
+    model: a Hugging Face folder, a run whose model/ is meant, or a name on the hub.
+    output: a file of JSON lines that gets each answer and its marks.
+    max_new_tokens: longer answers are cut off.
+    max_records: read at most; 0 for all.
+    batch_size: answers made or scored at the same time.
+    seed: of the shuffle of pictures.
+    """
+
+    files: tuple[str, ...] = setting(positional="FILE")
+    model: str = setting()
+    output: str = ""
+    max_new_tokens: int = setting(64, must=at_least(1))
+    max_records: int = setting(0, must=at_least(0))
+    batch_size: int = setting(16, must=at_least(1))
+    seed: int = 42
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ToolCallsConfig(ReadingConfig):
     """How well a model calls tools: valid JSON, the right tools, the right arguments, the right numbers in its answer.
 

@@ -40,7 +40,7 @@ class Eyes:
         """Image tokens (n, D) of the markers among the next tokens of each task, of which so many are read; None where
         there are none."""
         due = [self._due(task, count) for task, count in parts]
-        seen = self._see(picture for pictures, _ in due for picture in pictures)
+        seen = self.see(picture for pictures, _ in due for picture in pictures)
         return [
             np.concatenate([seen[picture.digest] for picture in pictures])[own] if pictures else None
             for pictures, own in due
@@ -54,8 +54,8 @@ class Eyes:
         pictures = task.answer.request.images[first : -(-(before + own) // size)] if own else ()
         return pictures, slice(before - first * size, before - first * size + own)
 
-    def _see(self, pictures: Iterable[Picture]) -> dict[bytes, np.ndarray]:
-        """Image tokens of pictures by their digests."""
+    def see(self, pictures: Iterable[Picture]) -> dict[bytes, np.ndarray]:
+        """Image tokens (image_tokens, D) of pictures by their digests."""
         wanted = {picture.digest: picture for picture in pictures}
         seen = {digest: self._seen.pop(digest) for digest in wanted if digest in self._seen}
         new = [picture for digest, picture in wanted.items() if digest not in seen]

@@ -7,10 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minimind_jax.data.images import Picture
 from minimind_jax.errors import UserError
+from minimind_jax.inference import decode
 from minimind_jax.inference.buckets import bucket, by_length
+from minimind_jax.inference.eyes import Eyes
 from minimind_jax.losses.pieces import by_columns, logits
 from minimind_jax.model.transformer import LanguageModel, Params, full_precision
+from minimind_jax.model.vision import VISION
 
 
 class Likelihood(NamedTuple):
@@ -66,21 +70,29 @@ class LikelihoodScorer:
             return chosen_BC, jnp.argmax(logits_BCV, axis=-1) == targets_BC
 
         @jax.jit
-        def score(params, tokens_BT, lengths_B, targets_BC, places_BC):
-            hidden_BTD = model.read_rows(params, model.embed(params, tokens_BT), lengths_B=lengths_B).hidden_BTD
+        def score(params, tokens_BT, lengths_B, targets_BC, places_BC, images_BMD):
+            x_BTD = model.embed(params, tokens_BT, images_BMD)
+            hidden_BTD = model.read_rows(params, x_BTD, lengths_B=lengths_B).hidden_BTD
             hidden_BCD = jnp.take_along_axis(hidden_BTD, places_BC[..., None], axis=1)
             with full_precision(model.compute):
                 return by_columns(judge, (model.head_kernel(params),), hidden_BCD, targets_BC)
 
-        self._score = score
+        self._score, vision = score, model.config.vision
+        if vision is not None:
+            self._eyes = Eyes(vision, lambda pixels: decode.look(model, {VISION: params[VISION]}, pixels))
 
     def score(
-        self, requests: Sequence[Request], advance: Callable[[int], None] = lambda count: None
+        self,
+        requests: Sequence[Request],
+        advance: Callable[[int], None] = lambda count: None,
+        images: Sequence[Sequence[Picture]] | None = None,
     ) -> list[Likelihood]:
-        """The likelihood of each continuation. advance: hears how many more are done.
+        """The likelihood of each continuation. advance: hears how many more are done. images: that each context shows,
+        in the order of their markers.
 
-        A request longer than the model's context loses the beginning of its context; a continuation that is longer
-        itself loses its own beginning, as in lm_eval. Raises ValueError for one that is empty, or has no context.
+        A request longer than the model's context loses the beginning of its context (of one that shows images, which
+        must not be, the markers); a continuation that is longer itself loses its own beginning, as in lm_eval. Raises
+        ValueError for one that is empty, or has no context.
         """
         if not all(context and continuation for context, continuation in requests):
             raise ValueError("a context or a continuation has no tokens")
@@ -95,10 +107,24 @@ class LikelihoodScorer:
             for row, i in enumerate(chosen):
                 targets_BC[row, : counts[i]] = wholes[i][-counts[i] :]
                 places_BC[row, : counts[i]] = np.arange(lengths_B[row] - counts[i], lengths_B[row])
-            judged = self._score(self.params, tokens_BT, lengths_B, targets_BC, places_BC)
+            images_BMD = images and self._see([images[i] for i in chosen])
+            judged = self._score(self.params, tokens_BT, lengths_B, targets_BC, places_BC, images_BMD)
             log_probs_BC, is_likeliest_BC = map(np.asarray, judged)
             for row, i in enumerate(chosen):
                 total = float(log_probs_BC[row, : counts[i]].astype(np.float64).sum())
                 found[i] = Likelihood(total, counts[i], bool(is_likeliest_BC[row, : counts[i]].all()))
             advance(len(chosen))
         return found
+
+    def _see(self, images: Sequence[Sequence[Picture]]) -> np.ndarray | None:
+        """Image tokens (batch_size, M, D) of the images of the first rows, zeros behind them; None without any."""
+        seen = self._eyes.see(picture for own in images for picture in own)
+        if not seen:
+            return None
+        tokens, D = next(iter(seen.values())).shape
+        most = max(map(len, images))
+        images_BMD = np.zeros((self.batch_size, most * tokens, D), next(iter(seen.values())).dtype)
+        for row, own in enumerate(images):
+            for place, picture in enumerate(own):
+                images_BMD[row, place * tokens : (place + 1) * tokens] = seen[picture.digest]
+        return images_BMD

@@ -194,10 +194,7 @@ def run_parameters(run: Run) -> Parameters:
 
     def load() -> Params:
         if plan is None:
-            _, params = load_merged(run.start)
-            params = grow_vocabulary(params, model.config.vocab_size, named_key(config.seed, "new words"))
-            if model.config.vision is not None and VISION not in params:
-                params = {**params, VISION: new_sight(model.config, run.models[TOWER], named_key(config.seed, "sight"))}
+            params = start_params(run)
         else:
             _, base = load_hf(plan.base)
             lora_key = named_key(config.seed, "lora")
@@ -221,6 +218,16 @@ def picture_parameters(run: Run) -> Parameters:
     is_trained = run.config.vision.train == "tower"
     parameters = Parameters.of(run.model, load)._replace(is_trained=lambda path: is_trained)
     return parameters
+
+
+def start_params(run: Run) -> Params:
+    """The parameters of the model that a run starts from, on the host: adapters merged, new words and sight drawn."""
+    config, model = run.config, run.model
+    _, params = load_merged(run.start)
+    params = grow_vocabulary(params, model.config.vocab_size, named_key(config.seed, "new words"))
+    if model.config.vision is not None and VISION not in params:
+        params = {**params, VISION: new_sight(model.config, run.models[TOWER], named_key(config.seed, "sight"))}
+    return params
 
 
 def on_mesh(mesh: Mesh, params: Params, abstract: Params, axes: Params) -> Params:

@@ -3,6 +3,7 @@
 from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.runs.parts import Run, run_parameters
 from minimind_jax.runs.pictures import open_pictures
+from minimind_jax.runs.seen import judge_seeing
 from minimind_jax.runs.stage import on_rows
 from minimind_jax.training.source import Recipe
 
@@ -11,7 +12,8 @@ def recipe(run: Run) -> Recipe:
     """Data: conversations with images, packed into rows of `data.seq_len` tokens and `data.images_per_row` images,
     which are read when a batch is made, or looked at once before the first step. Loss: cross entropy of the assistant's
     words and its end of turn. Trained: what `vision.train` says, or adapters. Written: as model/ a
-    LlavaForConditionalGeneration."""
+    LlavaForConditionalGeneration; results.md shows what it says of held-out pictures."""
     data, image_tokens = run.config.data, run.model.config.vision.image_tokens
-    rows = open_pictures(run, data.image_room(image_tokens), data.cache_features)
-    return on_rows(run, make_language_model_loss(run.model, 0.0), run_parameters(run), rows)
+    trained, held_out = open_pictures(run, data.image_room(image_tokens), data.cache_features)
+    made = on_rows(run, make_language_model_loss(run.model, 0.0), run_parameters(run), (trained, held_out))
+    return made if held_out is None else made._replace(judge=lambda: judge_seeing(run, held_out))

@@ -60,6 +60,7 @@ class RunFolder:
         self.model = self.path / "model"
         self.report_file = self.path / "report.md"
         self.results_file = self.path / "results.md"
+        self.pictures = self.path / "pictures"  # that it shows
         self.loss_picture = self.path / "loss.png"
         self.asked: dict[str, Any] = {}
         self.content: dict[str, list[str]] = {}

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import os
 import random
+import re
 import subprocess
 import sys
 
@@ -59,14 +60,15 @@ def seen(world, tmp_path_factory):
     for name, vision in (("text", None), ("tower", Vision(TOWER, 12))):
         model = LanguageModel(dataclasses.replace(TEXT, vision=vision))
         save_hf(folder / name, model.config, jax.jit(model.init)(jax.random.key(0)), tokenizer, "float32")
-    records = []
-    for n in range(64):
-        colour = list(COLOURS)[n % 4]
-        square(colour, rng).save(folder / f"{n}.png")
-        asked = rng.choice(["<image>\nwhich?", "which?<image>"])
-        talk = [{"role": "user", "content": asked}, {"role": "assistant", "content": colour}]
-        records.append({"conversations": talk, "image": f"{n}.png"})
-    write_lines(folder / "squares.jsonl", records)
+    for name, count in (("squares", 64), ("others", 20)):
+        records = []
+        for n in range(count):
+            colour = list(COLOURS)[n % 4]
+            square(colour, rng).save(folder / f"{name}{n}.png")
+            asked = rng.choice(["<image>\nwhich?", "which?<image>"])
+            talk = [{"role": "user", "content": asked}, {"role": "assistant", "content": colour}]
+            records.append({"conversations": talk, "image": f"{name}{n}.png"})
+        write_lines(folder / f"{name}.jsonl", records)
     return folder
 
 
@@ -118,21 +120,38 @@ def answers(folder, images):
 
 def test_it_learns_colours_and_says_another_of_another_picture(make, seen, capsys):
     """The samples of the run, too: of its data, each with its own picture."""
-    run = RunFolder(start(make(train="tower", steps=60, samples=SeeingSampleConfig(from_data=3, max_new_tokens=8))))
+    samples, val = SeeingSampleConfig(from_data=3, max_new_tokens=8), {"val": (str(seen / "others.jsonl"),)}
+    run = RunFolder(start(make(train="tower", steps=120, data=val, samples=samples)))
     assert "64 documents, 64 images," in capsys.readouterr().out
     [samples] = [row["samples"] for row in rows_of(run.path) if "samples" in row]
     engine, sampling = load_engine(str(run.model)), SamplingConfig(max_new_tokens=8, temperature=0.0)
     for n, sample in enumerate(samples):
-        assert sample["prompt"] in (f"<{n}.png>\nwhich?", f"which?<{n}.png>")
-        text = sample["prompt"].replace(f"<{n}.png>", "<|image_pad|>" * 4)
+        assert sample["prompt"] in (f"<others{n}.png>\nwhich?", f"which?<others{n}.png>")
+        text = sample["prompt"].replace(f"<others{n}.png>", "<|image_pad|>" * 4)
         prompt = encode_prompt(engine.tokenizer, [{"role": "user", "content": text}])
-        picture = open_picture(seen / f"{n}.png", TOWER, "")
+        picture = open_picture(seen / f"others{n}.png", TOWER, "")
         assert sample["text"] == engine.generate([prompt], sampling, [[picture]])[0].text
     assert len(samples) == len({sample["text"] for sample in samples}) == 3
+    check_results(run)
     rng = random.Random(1)
     truth = [name for name in COLOURS for _ in range(5)]
     found = answers(run.model, [square(name, rng) for name in truth])
     assert sum(a == b for a, b in zip(found, truth, strict=True)) >= 18
+
+
+def check_results(run):
+    """What the report says of the held-out squares: none is named before the run, most are after it, and with another
+    square's picture only as many as have its colour."""
+    said = run.report_file.read_text("utf-8").partition("## Held-out results")[2]
+    shares = re.findall(r"(\d+) of 20, ", said)
+    assert len(shares) == 3 and int(shares[0]) == 0 and int(shares[1]) >= 18 and int(shares[2]) <= 9
+    before, after, shuffled = map(float, re.search(r"theirs \| (.+) \| (.+) \| (.+) \|", said).groups())
+    assert after < before and after < shuffled / 2
+    shown = re.findall(r"\| !\[\]\((pictures/\d+\.png)\) \| which\? \| (\w+) \| [^|]* \| (\w+) \|", said)
+    assert len(shown) == 8 and sum(due == found for _, due, found in shown) >= 7
+    for file, colour, _ in shown:
+        middle = np.asarray(Image.open(run.path / file)).reshape(-1, 3)
+        assert min(np.abs(middle.astype(int) - COLOURS[colour]).sum(axis=1)) < 60
 
 
 def kept_and_changed(before, after):

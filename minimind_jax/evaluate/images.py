@@ -1,0 +1,287 @@
+"""Questions about pictures: how a model that sees answers them, and how with the pictures of other questions.
+
+What is right with other pictures, too, was guessed from the words; the difference is what the model sees.
+"""
+
+import dataclasses
+import itertools
+import math
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minimind_jax.config.generation import SamplingConfig
+from minimind_jax.config.tools import EvaluateImagesConfig
+from minimind_jax.convert.load import load_tokenizer
+from minimind_jax.data.documents import encode_prompt
+from minimind_jax.data.images import Picture, open_picture
+from minimind_jax.data.jsonl import Reading, Record, expand_paths, iter_records, reading_of, tell
+from minimind_jax.data.kinds import parse_conversation
+from minimind_jax.data.messages import Conversation
+from minimind_jax.data.pictures import place_pictures, sight_of, take_pictures
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.data.written import check_output
+from minimind_jax.errors import UserError
+from minimind_jax.evaluate.choices import parse_question
+from minimind_jax.evaluate.share import Share
+from minimind_jax.folders import resolve_model_folder
+from minimind_jax.inference.answer_file import PartialFile
+from minimind_jax.inference.engine import Engine
+from minimind_jax.inference.eyes import BLIND
+from minimind_jax.inference.likelihood import LikelihoodScorer
+from minimind_jax.inference.load import load_model
+from minimind_jax.inference.request import Request
+from minimind_jax.model.config import Vision
+from minimind_jax.model.transformer import LanguageModel, Params
+from minimind_jax.progress import progress
+
+TASK = "answers"  # of conversations
+
+
+class Question(NamedTuple):
+    """What a model is asked about pictures.
+
+    where: its record. task: which questions are counted together. asked: the user's last words. prompt: token ids, with
+    the markers of `pictures`. answers: texts of the choices, or the right one alone. right: its number.
+    """
+
+    where: str
+    task: str
+    asked: str
+    prompt: list[int]
+    pictures: tuple[Picture, ...]
+    answers: tuple[str, ...]
+    right: int = 0
+
+    @property
+    def is_right(self) -> list[bool]:
+        """Of each answer; the same choice may be there twice."""
+        return [answer.strip() == self.answers[self.right].strip() for answer in self.answers]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Of n questions. texts: what the model writes, greedily. log_probs: of each of a question's answers, in nats."""
+
+    texts: list[str]
+    log_probs: list[np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageResult:
+    """Of the questions of a task. own: the answers. shuffled: those with pictures of other questions; None where these
+    cannot be told apart."""
+
+    task: str
+    questions: list[Question]
+    own: Answers
+    shuffled: Answers | None
+
+    @property
+    def has_choices(self) -> bool:
+        return len(self.questions[0].answers) > 1
+
+    @property
+    def chance(self) -> float:
+        """Expected share of right choices of a guess."""
+        return float(np.mean([np.mean(question.is_right) for question in self.questions]))
+
+    def exact(self, answers: Answers) -> list[bool]:
+        """Whether each text is the right answer, but for case, spaces and a full stop at its end."""
+        return [
+            plain(text) == plain(question.answers[question.right])
+            for text, question in zip(answers.texts, self.questions, strict=True)
+        ]
+
+    def likeliest(self, answers: Answers) -> list[bool]:
+        """Whether the right choice of each question is the likeliest."""
+        pairs = zip(answers.log_probs, self.questions, strict=True)
+        return [question.is_right[log_probs.argmax()] for log_probs, question in pairs]
+
+    def bits_per_byte(self, answers: Answers) -> float:
+        """Of the right answers: -log2 of their probability, the end of the turn included, over their UTF-8 bytes."""
+        pairs = list(zip(answers.log_probs, self.questions, strict=True))
+        nats = -sum(float(log_probs[question.right]) for log_probs, question in pairs)
+        return nats / math.log(2) / sum(len(question.answers[question.right].encode()) for _, question in pairs)
+
+
+def plain(text: str) -> str:
+    return " ".join(text.split()).casefold().rstrip(".。 ")
+
+
+def run(config: EvaluateImagesConfig) -> None:
+    """Measures and prints what `config` asks for."""
+    print(describe(evaluate_images(config)))
+
+
+def evaluate_images(config: EvaluateImagesConfig) -> list[ImageResult]:
+    """Results for each task in the files, in the order in which they first appear.
+
+    A question is asked in the model's chat template. Its choices are scored as answers, the end of the turn included;
+    and the model writes one, greedily. Then both once more with the pictures shuffled among the task's questions.
+
+    Raises UserError: no such model or file, a model of texts, a broken record, or no question about a picture.
+    """
+    if config.output:
+        check_output(Path(config.output), expand_paths(config.files))
+    reading, told = reading_of(config), Counter()
+    ask = Asker.load(config.model, config.max_new_tokens, config.batch_size)
+    records = iter_records(config.files, reading=reading, told=told)
+    questions = ask.questions(itertools.islice(records, config.max_records or None), reading, told)
+    tell(told)
+    if not questions:
+        raise UserError(f"{', '.join(config.files)}: no record asks about a picture (`image`, `images` or parts)")
+    tasks: dict[tuple[str, bool], list[Question]] = {}
+    for question in questions:
+        tasks.setdefault((question.task, len(question.answers) > 1), []).append(question)
+    results = []
+    for (task, _), asked in tasks.items():
+        others = shuffled([question.pictures for question in asked], config.seed)
+        own = ask(asked, [question.pictures for question in asked])
+        results.append(ImageResult(task, asked, own, others and ask(asked, others)))
+    if config.output:
+        _write(Path(config.output), results)
+    return results
+
+
+class Asker:
+    """Asks a model questions about pictures."""
+
+    def __init__(
+        self, model: LanguageModel, params: Params, tokenizer: Tokenizer, max_new_tokens: int, batch_size: int
+    ):
+        """max_new_tokens: of what it writes. Raises UserError for a model of texts."""
+        if model.config.vision is None:
+            raise UserError(BLIND)
+        self.engine = Engine(model, params, tokenizer, slots=batch_size)
+        self.scorer = LikelihoodScorer(model, params, batch_size)
+        self.sampling = SamplingConfig(max_new_tokens=max_new_tokens, temperature=0.0)
+
+    @classmethod
+    def load(cls, name: str, max_new_tokens: int, batch_size: int) -> "Asker":
+        """Asks the model of a run or of a folder."""
+        folder = resolve_model_folder(name)
+        return cls(*load_model(folder), load_tokenizer(folder), max_new_tokens, batch_size)
+
+    def questions(self, records: Iterable[Record], reading: Reading, told: Counter) -> list[Question]:
+        """What records ask about pictures. told: hears which ask nothing, and which leave no room for an answer.
+
+        Raises UserError for a broken record, with file and row.
+        """
+        tokenizer, vision, found = self.engine.tokenizer, self.engine.model.config.vision, []
+        for record in records:
+            question = parse_record(record, tokenizer, vision, reading)
+            longest = max(len(tokenizer.encode(answer)) for answer in question.answers) + 1
+            if not question.pictures:
+                told[str(record.file), "records without a picture are left out"] += 1
+            elif self.engine.room(len(question.prompt)) < max(longest, self.sampling.max_new_tokens):
+                told[str(record.file), "records too long for the model's context, answer included, are left out"] += 1
+            else:
+                found.append(question)
+        return found
+
+    def __call__(self, questions: Sequence[Question], pictures: Sequence[tuple[Picture, ...]]) -> Answers:
+        """The model's answers to questions that show these pictures."""
+        tokenizer, requests = self.engine.tokenizer, []
+        end = [] if tokenizer.turn_end_id is None else [tokenizer.turn_end_id]
+        for question in questions:
+            requests += [(question.prompt, tokenizer.encode(answer) + end) for answer in question.answers]
+        shown = [own for question, own in zip(questions, pictures, strict=True) for _ in question.answers]
+        with progress("scoring", len(requests)) as advance:
+            scores = iter(self.scorer.score(requests, advance, shown))
+        log_probs = [np.array([next(scores).log_prob for _ in question.answers]) for question in questions]
+        asked = (
+            Request(tuple(question.prompt), self.sampling, images=own)
+            for question, own in zip(questions, pictures, strict=True)
+        )
+        texts = []
+        with progress("answering", len(questions)) as advance:
+            for answer in self.engine.answers(asked):
+                texts.append(answer.text)
+                advance(1)
+        return Answers(texts, log_probs)
+
+
+def shuffled(pictures: Sequence[tuple[Picture, ...]], seed: int) -> list[tuple[Picture, ...]] | None:
+    """The pictures in other places, none in a place where it was; None where more than half of them are the same."""
+    slots = [picture for own in pictures for picture in own]
+    draw, counts = random.Random(seed), Counter(slots)
+    ranks = dict(zip(draw.sample(list(counts), len(counts)), itertools.count(), strict=False))
+    order = sorted(draw.sample(range(len(slots)), len(slots)), key=lambda slot: ranks[slots[slot]])
+    step = max(counts.values())  # from one picture's places, which are neighbours, into those of another
+    if 2 * step > len(slots):
+        return None
+    taken = {slot: slots[order[(n + step) % len(slots)]] for n, slot in enumerate(order)}
+    numbers = itertools.count()
+    return [tuple(taken[next(numbers)] for _ in own) for own in pictures]
+
+
+# What is asked --------------------------------------------------------------------------------------------------------
+
+
+def parse_record(record: Record, tokenizer: Tokenizer, vision: Vision, reading: Reading) -> Question:
+    """A question with choices (see `choices.parse_question`), or a conversation whose last message is the right answer;
+    with pictures as training reads them. Raises UserError with file and row."""
+    (words, files), sight = take_pictures(record, reading), sight_of(tokenizer, vision)
+    if "choices" in words.value:
+        asked = parse_question(words)
+        task, answers, right = asked.task, asked.choices, asked.answer
+        talk = Conversation([{"role": "user", "content": asked.question}])
+    else:
+        talk = parse_conversation(words, reading=reading)
+        task, last = str(words.value.get("task") or TASK), talk.messages[-1]
+        if last["role"] != "assistant" or not last["content"].strip():
+            raise UserError(f"{record.where}: the last message is not an assistant's answer in words")
+        talk, answers, right = dataclasses.replace(talk, messages=talk.messages[:-1]), (last["content"],), 0
+    seen = place_pictures(record, talk, files, sight)
+    pictures = tuple(
+        open_picture(file, vision.tower, f"{record.where}: image {n}") for n, file in enumerate(seen.pictures, 1)
+    )
+    messages = seen.conversation.messages
+    prompt = encode_prompt(tokenizer, messages, talk.tools, False)
+    said = next(m["content"] for m in reversed(messages) if m["role"] != "assistant")
+    return Question(record.where, task, said.replace(sight.marker, "").strip(), prompt, pictures, answers, right)
+
+
+# What is said ---------------------------------------------------------------------------------------------------------
+
+
+def describe(results: Sequence[ImageResult]) -> str:
+    """Markdown: a line for each measure of each task."""
+    lines = ["| task | | questions | right | pictures shuffled | chance |", "|---|---|---:|---|---|---:|"]
+    for result in results:
+        for name, own, other in _figures(result):
+            chance = f"{result.chance:.1%}" if name == "likeliest choice" else ""
+            lines.append(f"| {result.task} | {name} | {len(result.questions):,} | {own} | {other} | {chance} |")
+    return "\n".join(lines)
+
+
+def _figures(result: ImageResult) -> list[tuple[str, str, str]]:
+    measures = {"exact match": lambda answers: Share.of(result.exact(answers)).describe()}
+    if result.has_choices:
+        measures = {"likeliest choice": lambda answers: Share.of(result.likeliest(answers)).describe()} | measures
+    else:
+        measures |= {"bits per byte": lambda answers: f"{result.bits_per_byte(answers):.4f}"}
+    both = result.own, result.shuffled
+    return [(name, *("" if answers is None else of(answers) for answers in both)) for name, of in measures.items()]
+
+
+def _write(file: Path, results: Sequence[ImageResult]) -> None:
+    """A line for each question: what is right, what the model says with its pictures, and with others."""
+    with PartialFile(file) as written:
+        for result in results:
+            told = {"": result.own, "_shuffled": result.shuffled}
+            for n, question in enumerate(result.questions):
+                row: dict[str, Any] = {"where": question.where, "task": question.task, "question": question.asked}
+                row |= {"right": question.answers[question.right]}
+                for end, answers in told.items():
+                    if answers is not None:
+                        row |= {f"answer{end}": answers.texts[n], f"exact{end}": result.exact(answers)[n]}
+                    if answers is not None and result.has_choices:
+                        row[f"likeliest{end}"] = question.answers[int(answers.log_probs[n].argmax())]
+                written.write(row)
+        written.finish()

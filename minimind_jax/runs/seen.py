@@ -1,0 +1,89 @@
+"""What a model that sees says of held-out pictures, before its run and after: results.md, and the pictures it shows."""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from minimind_jax.config.stages import RunConfig
+from minimind_jax.data.batches import Batches
+from minimind_jax.data.jsonl import Reading, Record, expand_paths, iter_lines, parse_line, reading_of
+from minimind_jax.evaluate.images import Answers, Asker, ImageResult, shuffled
+from minimind_jax.evaluate.share import Share
+from minimind_jax.model.transformer import LanguageModel
+from minimind_jax.runs.parts import Run, start_params
+from minimind_jax.seeds import named_seed
+from minimind_jax.training.run import RunFolder, write_text
+
+ASKED = 100  # held-out records at most, the first ones
+SHOWN = 8  # of them, with their pictures
+SIDE = 112  # pixels of a picture in the report
+MAX_NEW_TOKENS = 48
+
+
+def judge_seeing(run: Run, held_out: Batches) -> None:
+    """Asks the model that the run has written, and the one that it started from, and writes what they say."""
+    ask = Asker.load(str(run.folder.path), MAX_NEW_TOKENS, batch_size=16)
+    numbers = sorted(held_out.cache.records[held_out.epoch(0).documents].tolist())[:ASKED]
+    reading = reading_of(run.config.data)
+    questions = ask.questions(_records(run.config, numbers, reading), reading, Counter())
+    if not questions:
+        return
+    pictures = [question.pictures for question in questions]
+    others = shuffled(pictures, named_seed(run.config.seed, "shuffled pictures"))
+    after, guessed = ask(questions, pictures), others and ask(questions, others)
+    start = LanguageModel(run.model.config, run.config.compute)
+    before = Asker(start, start_params(run), run.tokenizer, MAX_NEW_TOKENS, batch_size=16)(questions, pictures)
+    result = ImageResult("answers", questions, after, guessed)
+    write_text(run.folder.results_file, f"{_figures(result, before)}\n\n{_shown(run.folder, result, before)}\n")
+    print(f"held-out pictures: {Share.of(result.exact(after)).describe()} answered as in the data")
+
+
+def _records(config: RunConfig, numbers: Sequence[int], reading: Reading) -> Iterator[Record]:
+    """Those of the files that the held-out ones are of, by their numbers in them."""
+    files = expand_paths(config.data.val or config.data.train)
+    lines = ((file, line, raw) for file in files for line, raw in iter_lines(file, reading))
+    wanted, told = {*numbers}, Counter()
+    for number, (file, line, raw) in enumerate(itertools.islice(lines, max(numbers) + 1)):
+        if number in wanted:
+            yield parse_line(raw, file, line, told)
+
+
+def _figures(result: ImageResult, before: Answers) -> str:
+    asked = len(result.questions)
+    columns = {"before": before, "after": result.own, "after, pictures shuffled": result.shuffled}
+    columns = {name: answers for name, answers in columns.items() if answers is not None}
+    exact = [Share.of(result.exact(answers)).describe() for answers in columns.values()]
+    bits = [f"{result.bits_per_byte(answers):.4f}" for answers in columns.values()]
+    return "\n".join(
+        [
+            f"{asked:,} held-out records were asked for their last answer anew, which is compared with theirs (in "
+            "brackets the interval of 95 %).",
+            "",
+            f"| | {' | '.join(columns)} |",
+            "|---" * (1 + len(columns)) + "|",
+            f"| the same answer | {' | '.join(exact)} |",
+            f"| bits per byte of theirs | {' | '.join(bits)} |",
+        ]
+    )
+
+
+def _shown(folder: RunFolder, result: ImageResult, before: Answers) -> str:
+    """A table of some questions with their pictures, which are written beside the report."""
+    from PIL import Image  # imported here: it is an extra
+
+    chosen = {question.pictures[0]: n for n, question in reversed([*enumerate(result.questions)])}
+    folder.pictures.mkdir(exist_ok=True)
+    lines = ["| picture | asked | answer | before | after |", "|---|---|---|---|---|"]
+    for n in sorted(chosen.values())[:SHOWN]:
+        question = result.questions[n]
+        file = folder.pictures / f"{n + 1}.png"
+        Image.fromarray(question.pictures[0].pixels).resize((SIDE, SIDE)).save(file)
+        said = question.asked, question.answers[0], before.texts[n], result.own.texts[n]
+        lines.append(f"| ![]({file.parent.name}/{file.name}) | {' | '.join(map(_cell, said))} |")
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """A text as a table's cell shows it."""
+    words = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return words[:200].replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
