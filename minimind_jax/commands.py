@@ -87,7 +87,6 @@ def overview(commands: Mapping[str, Command]) -> str:
     return f"""minimind: train a small language model from raw text to a model you can chat with
 usage: minimind COMMAND [--config FILE] [--key value ...]    minimind COMMAND --help    minimind --version
 {lines}
-
 Stages in N processes: --coordinator_address HOST:PORT --num_processes N --process_id 0 ... N-1; traced: --profile
 Configs that come with it: {", ".join(settings.config_names())}
 """
