@@ -35,6 +35,7 @@ from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import ADAPTER_CONFIG, is_adapter
 from minimind_jax.model.config import ModelConfig, RopeScaling, union_of_ids, yarn_attention_factor
+from minimind_jax.model.heads import SCORE
 from minimind_jax.model.transformer import Params
 from minimind_jax.paths import as_path, local_folder
 
@@ -75,9 +76,9 @@ def params_to_gguf(
     text_only: bool = False,
 ) -> Written:
     """`write_gguf` of parameters in memory. Raises UserError for a model with a head of scores."""
-    arrays = hf_tensors(config, params)
-    if "score.weight" in arrays:
+    if SCORE in params:
         raise UserError(_without_head(name))
+    arrays = hf_tensors(config, params)
     tensors = {key: StoredTensor(array.shape, "float32", array.__getitem__) for key, array in arrays.items()}
     return write_gguf(output, name, config, tensors, tokenizer, dtype, generation, text_only)
 
@@ -219,8 +220,9 @@ def _start_of(file: Path, size: int) -> bytes:
 
 def _without_head(where: str) -> str:
     return (
-        f"{where} is a reward model or classifier, and llama.cpp takes any such Qwen3 for a reranker of yes and no: "
-        "the scores would be others. Use the Hugging Face folder (minimind score, classify predict; transformers, vLLM)"
+        f"{where} is a reward model or classifier, and llama.cpp has none: it takes such a Qwen3 for a reranker of yes "
+        "and no, of which the scores are others. Use the Hugging Face folder (minimind score, classify predict; "
+        "transformers, vLLM)"
     )
 
 

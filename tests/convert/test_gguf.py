@@ -17,9 +17,10 @@ from tokenizers import normalizers, pre_tokenizers
 
 from minimind_jax.cli import main
 from minimind_jax.convert import gguf_file
-from minimind_jax.convert.gguf import to_gguf
+from minimind_jax.convert.gguf import params_to_gguf, to_gguf
 from minimind_jax.convert.hf import Labels, load_hf, save_hf
 from minimind_jax.errors import UserError
+from minimind_jax.model.config import TowerConfig
 from minimind_jax.model.heads import SCORE
 
 
@@ -160,6 +161,9 @@ def test_models_that_llama_cpp_would_compute_otherwise_are_refused(make_model, t
     save_hf(tmp_path / "judge", config, params, tokenizer, labels=Labels(("reward",)))
     with pytest.raises(UserError, match=r"reward model or classifier.*reranker"):
         to_gguf(tmp_path / "judge", tmp_path / "out.gguf")
+    pictures = TowerConfig(16, 24, 1, 2, 12, 6)  # a classifier of them, out of a checkpoint
+    with pytest.raises(UserError, match="sorter is a reward model or classifier"):
+        params_to_gguf(tmp_path / "out.gguf", "sorter", pictures, {SCORE: params[SCORE]}, tokenizer, "float32", None)
     assert not list(tmp_path.glob("*.gguf"))
 
 
