@@ -31,7 +31,10 @@ class ServeConfig(Settings):
     queue: requests that wait for a slot; more are refused (429). 0: whoever finds no free slot is.
     max_tokens: of an answer, where a request does not say. null: what its prompt leaves of the context.
     max_n: answers and prompts of one request.
-    max_body_mib: size of a request.
+    max_images: pictures of one request.
+    max_body_mib: size of a request, and of the pictures together that are fetched for it.
+    image_urls: requests may say the addresses of pictures on the web, which the server fetches, as long as they are of
+        no private network. Otherwise pictures come within requests, as data URLs.
     max_seconds: that a request may take; an answer that takes longer ends with an error.
     drain_seconds: after SIGTERM or Ctrl-C open answers are finished for at most so long.
     thinking: let the model think first, where a request does not say.
@@ -54,12 +57,19 @@ class ServeConfig(Settings):
     queue: int = setting(256, must=at_least(0))
     max_tokens: int | None = setting(None, must=at_least(1))
     max_n: int = setting(64, must=at_least(1))
+    max_images: int = setting(32, must=at_least(1))
     max_body_mib: float = setting(8.0, must=ABOVE_0)
+    image_urls: bool = setting(False, alone=True)
     max_seconds: float = setting(600.0, must=ABOVE_0)
     drain_seconds: float = setting(30.0, must=at_least(0))
     thinking: bool = setting(False, alone=True)
     update_weights: bool = setting(False, alone=True)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @property
+    def most_bytes(self) -> int:
+        """Of a request."""
+        return int(self.max_body_mib * 2**20)
 
     @property
     def is_local(self) -> bool:

@@ -202,8 +202,8 @@ def _parts(turn: Any) -> list[Any]:
 
 
 def is_picture(part: Any) -> bool:
-    """Whether a part of a message is one."""
-    return isinstance(part, dict) and part.get("type") in PARTS
+    """Whether a part of a message is one. Some leave its type to be seen from the field, as vLLM's clients do."""
+    return isinstance(part, dict) and part.get("type", "image_url" if "image_url" in part else None) in PARTS
 
 
 def source_in(part: dict[str, Any]) -> Any:
@@ -220,9 +220,10 @@ def unwrap(value: Any) -> Any:
 
 
 def read_data_url(url: str, where: str) -> bytes:
-    """The content of a data URL. Raises UserError."""
+    """The content of a data URL; its base64 may have line breaks, and lack its padding. Raises UserError."""
+    written = "".join(url.partition("base64,")[2].split())
     try:
-        return base64.b64decode(url.partition("base64,")[2], validate=True)
+        return base64.b64decode(written + "=" * (-len(written) % 4), validate=True)
     except binascii.Error as error:
         raise UserError(f"{where}: a data URL that is not base64: {error}") from error
 

@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import mimetypes
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from minimind_jax import __version__
 from minimind_jax.config.serving import ServeConfig
 from minimind_jax.data.values import loads
-from minimind_jax.serve import chat, completions, responses, scoring, tokens, weights
+from minimind_jax.serve import chat, completions, pictures, responses, scoring, tokens, weights
 from minimind_jax.serve.answers import Answers, while_there
 from minimind_jax.serve.chat import Asked
 from minimind_jax.serve.drawing import tell_ignored
@@ -42,12 +43,15 @@ from minimind_jax.serve.stream import EventStream, to_the_end
 from minimind_jax.serve.worker import Worker
 from minimind_jax.tools.toolbox import Toolbox
 
+DECODERS = 2  # requests whose pictures are read at the same time
+
 
 class Server:
     """What all routes share."""
 
     def __init__(self, config: ServeConfig, models: Models, worker: Worker):
         self.config, self.models, self.worker = config, models, worker
+        self._decoders = ThreadPoolExecutor(DECODERS, "pictures")
         # adapters share the engine of their model
         self.metrics = Metrics({each.name: each.engine for each in models if each.engine and not each.adapter})
 
@@ -61,7 +65,7 @@ class Server:
         self.worker.check()
         tell_ignored(body)
         served = self.models.get(body.model, "generate")
-        asked = await asyncio.to_thread(ask, body, served, self.config)
+        asked = await self._aside(body, served, ask, self.config)
         watch = Watch(self.metrics, served.name)
         ticket = await self.worker.ask(served.engine, asked.requests)
         answers = Answers(self.worker, ticket, asked.choices, self.config.max_seconds, watch, http.state.told)
@@ -80,12 +84,18 @@ class Server:
         tell_ignored(body)
         served = self.models.get(body.model, kind)
         if not inspect.iscoroutinefunction(work):
-            return JSONResponse(await asyncio.to_thread(work, body, served, *more))
+            return JSONResponse(await self._aside(body, served, work, *more))
         try:
             found = await while_there(http, asyncio.wait_for(work(body, served, *more), self.config.max_seconds))
         except TimeoutError:
             raise too_slow(self.config.max_seconds) from None
         return Response(status_code=499) if found is None else JSONResponse(found)
+
+    async def _aside(self, body: Body, served: Served, work: Callable[..., Any], *more: Any) -> Any:
+        """What a function makes of a request, in a thread: with pictures in one of a few, for each may take much memory
+        while it is decoded."""
+        threads = self._decoders if await pictures.fetch(body, served, self.config) else None
+        return await asyncio.get_running_loop().run_in_executor(threads, work, body, served, *more)
 
 
 def make_app(server: Server, keys: list[str], page: Path | None = None, tools: Toolbox | None = None) -> FastAPI:
@@ -105,8 +115,7 @@ def make_app(server: Server, keys: list[str], page: Path | None = None, tools: T
     if page:
         free |= _add_page(app, page)
     config = server.config
-    most_bytes = int(config.max_body_mib * 2**20)
-    app.add_middleware(Guard, keys=keys, free=free, most_bytes=most_bytes, is_local=config.is_local)
+    app.add_middleware(Guard, keys=keys, free=free, most_bytes=config.most_bytes, is_local=config.is_local)
     if config.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
@@ -134,6 +143,7 @@ def _add_models(app: FastAPI, server: Server) -> None:
 
 
 def _model_object(served: Served) -> dict[str, Any]:
+    reads = ["text", "image"] if served.vision else ["text"]
     return {
         "id": served.name,
         "object": "model",
@@ -143,6 +153,7 @@ def _model_object(served: Served) -> dict[str, Any]:
         "parent": None,
         "max_model_len": served.context,
         "task": served.kind,
+        "architecture": {"input_modalities": reads, "output_modalities": ["text"] if served.engine else []},
     }
 
 

@@ -47,7 +47,7 @@ def ask(body: ChatRequest, served: Served, config: ServeConfig) -> Asked:
     tools = body.tools if choice != "none" else None
     if isinstance(choice, NamedTool) and choice.called not in [_name(tool) for tool in tools]:
         raise refused(f"tool_choice: there is no tool {choice.called[:60]!r}", "tool_choice")
-    talk = read_talk(served.tokenizer, body.messages, tools, thinks(body, config.thinking))
+    talk = read_talk(served, body.messages, tools, thinks(body, config.thinking))
     prompt = prompt_ids(served.tokenizer, talk)
     opens = served.tokenizer.prompt_opens_thinking(talk.messages, talk.tools, talk.thinking)
     sampling = sampling_of(body, served, prompt, wanted)
@@ -56,6 +56,7 @@ def ask(body: ChatRequest, served: Served, config: ServeConfig) -> Asked:
     thought = "open" if opens else "may" if talk.thinking else "no"
     bind = form and form.binder(served.grammars, sampling.max_new_tokens, thought)
     more = {**extras_of(body, served), "top_logprobs": (body.top_logprobs or 0) if body.logprobs else 0}
+    more["images"] = talk.pictures
     requests = requests_of(served, prompt, sampling, count, bind, **more)
     splitters = [AnswerSplitter(opens, calls=bool(talk.tools)) for _ in range(count)]
     named = isinstance(choice, NamedTool)

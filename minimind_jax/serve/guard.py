@@ -78,7 +78,7 @@ class Guard:
             raise ApiError(401, message, code="invalid_api_key", www_authenticate="Bearer")
 
     def _too_large(self) -> ApiError:
-        return ApiError(413, f"the request is larger than {self._most:,} bytes")
+        return ApiError(413, f"the request is larger than {self._most:,} bytes (--max_body_mib)")
 
     def _bounded(self, receive: Receive) -> Receive:
         """The body, as long as it is neither too large nor too slow."""

@@ -22,7 +22,7 @@ from minimind_jax.inference.embed import Embedder
 from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.load import load_engine
 from minimind_jax.inference.score import Scorer
-from minimind_jax.model.config import ComputeConfig
+from minimind_jax.model.config import ComputeConfig, Vision
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.serve import log
 from minimind_jax.serve.errors import ApiError
@@ -50,6 +50,11 @@ class Served:
     @property
     def context(self) -> int:
         return self.engine.context if self.engine else self.scorer.max_tokens
+
+    @property
+    def vision(self) -> Vision | None:
+        """None of a model that reads words alone."""
+        return self.engine.model.config.vision if self.engine else None
 
     @property
     def vocabulary(self) -> int:

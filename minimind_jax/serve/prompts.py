@@ -6,12 +6,17 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from minimind_jax.data.documents import encode_prompt
+from minimind_jax.data.images import Picture
 from minimind_jax.data.messages import REASONING, TEXT_PARTS, read_messages, without_marks
+from minimind_jax.data.pictures import sight_of
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.data.tools import read_tools
 from minimind_jax.data.values import Place
+from minimind_jax.inference.sight import open_images
 from minimind_jax.serve import log
 from minimind_jax.serve.errors import refused
+from minimind_jax.serve.models import Served
+from minimind_jax.serve.pictures import content_of
 from minimind_jax.serve.protocol import Json, Thinking
 
 _FIELDS = {"role", "content", "name", "tool_calls", "function_call", "tool_call_id", *REASONING}
@@ -20,23 +25,30 @@ _NO_EFFORT = ("none", "minimal", "off", "disabled")
 
 
 class Talk(NamedTuple):
-    """Messages and tools as the chat template takes them, and whether the model thinks first."""
+    """Messages and tools as the chat template takes them, whether the model thinks first, and the pictures whose
+    markers stand in the messages."""
 
     messages: list[Json]
     tools: list[Json] | None
     thinking: bool
+    pictures: tuple[Picture, ...] = ()
 
 
-def read_talk(tokenizer: Tokenizer, messages: list[Json], tools: list[Json] | None, thinking: bool) -> Talk:
+def read_talk(served: Served, messages: list[Json], tools: list[Json] | None, thinking: bool) -> Talk:
     """A conversation of OpenAI's shape. Raises UserError or ApiError with the field at fault.
 
-    Special tokens that are spelled in it are put apart: text of a user must not end his turn and begin another.
+    Special tokens that are spelled in it are put apart: text of a user must not end his turn and begin another, nor
+    pass for a picture. Once more when parts of messages are joined, and the JSON of calls is read, for then others
+    may be spelled; the engine refuses a marker among them.
     """
     of_messages, of_tools = (Place(name, name, Counter()) for name in ("messages", "tools"))
-    read, _ = read_messages([_known(message, index) for index, message in enumerate(messages)], of_messages)
+    sight = sight_of(served.tokenizer, served.vision)
+    apart = functools.partial(_apart, pattern=_special(served.tokenizer))
+    shown, pictures = open_images(apart(messages), served.vision, sight, content_of, log.once)
+    read, _ = read_messages([_known(message, index) for index, message in enumerate(shown)], of_messages)
     schemas = read_tools([_function(tool, index) for index, tool in enumerate(tools)], of_tools) if tools else None
-    apart = functools.partial(_apart, pattern=_special(tokenizer))
-    return Talk(apart(without_marks(read)), apart(schemas), thinking)
+    again = _apart(without_marks(read), _special(served.tokenizer, sight and sight.marker))
+    return Talk(again, apart(schemas), thinking, pictures)
 
 
 def prompt_ids(tokenizer: Tokenizer, talk: Talk) -> list[int]:
@@ -81,7 +93,7 @@ def _text_of(part: Any, where: str) -> str:
     if isinstance(part, dict):
         kind = part.get("type", "text")
         if kind not in (*TEXT_PARTS, "refusal"):
-            raise refused(f"{where} has the type {str(kind)[:40]!r}; this model reads text", where)
+            raise refused(f"{where} has the type {str(kind)[:40]!r}; messages are made of text and pictures", where)
         part = part.get("refusal" if kind == "refusal" else "text")
     if not isinstance(part, str):
         raise refused(f"{where} has no text", where)
@@ -98,9 +110,9 @@ def _function(tool: Json, index: int) -> Json:
     return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
 
 
-def _special(tokenizer: Tokenizer) -> re.Pattern:
-    """What spells a special token."""
-    words = {tokenizer.byte_pieces[i].decode("utf-8", "replace") for i in tokenizer.special_ids}
+def _special(tokenizer: Tokenizer, marker: str | None = None) -> re.Pattern:
+    """What spells a special token, but for the marker of pictures."""
+    words = {tokenizer.byte_pieces[i].decode("utf-8", "replace") for i in tokenizer.special_ids} - {marker}
     longest_first = sorted((word for word in words if len(word) > 1), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "$^")
 

@@ -66,7 +66,7 @@ async def classify(body: ClassifyRequest, served: Served, worker: Worker) -> Jso
 async def score(body: ScoreRequest, served: Served, worker: Worker) -> Json:
     """A reward model's scores of conversations. Long ones lose their beginning, as in training."""
     scorer = served.scorer
-    talks = [read_talk(scorer.tokenizer, messages, None, False) for messages in _conversations(body)]
+    talks = [read_talk(served, messages, None, False) for messages in _conversations(body)]
     prompts = [scorer.conversation_ids(talk.messages) for talk in talks]
     logits, usage = await _scored(scorer, prompts, slice(-scorer.max_tokens, None), worker)
     data = [{"index": n, "object": "score", "score": float(row[0])} for n, row in enumerate(logits)]

@@ -16,7 +16,7 @@ def tokenize(body: TokenizeRequest, served: Served, thinking: bool) -> Json:
         ids = tokenizer.encode(getattr(body, given[0]))
         ids = begun(tokenizer, ids) if body.add_special_tokens else ids
     else:
-        talk = read_talk(tokenizer, body.messages, body.tools, thinks(body, thinking))
+        talk = read_talk(served, body.messages, body.tools, thinks(body, thinking))
         whole = prompt_text(tokenizer, talk, body.add_generation_prompt)
         ids = prompt_ids(tokenizer, talk) if body.add_generation_prompt else tokenizer.encode(whole)
     found = {"count": len(ids), "max_model_len": served.context, "tokens": ids}
@@ -33,5 +33,5 @@ def detokenize(body: DetokenizeRequest, served: Served) -> Json:
 
 
 def apply_template(body: TemplateRequest, served: Served, thinking: bool) -> Json:
-    talk = read_talk(served.tokenizer, body.messages, body.tools, thinks(body, thinking))
+    talk = read_talk(served, body.messages, body.tools, thinks(body, thinking))
     return {"prompt": prompt_text(served.tokenizer, talk, body.add_generation_prompt)}

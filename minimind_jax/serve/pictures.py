@@ -1,0 +1,58 @@
+"""The pictures that a request shows: how many there are, and where their content is."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from minimind_jax.config.serving import ServeConfig
+from minimind_jax.data.messages import CONTENT
+from minimind_jax.data.pictures import is_picture, read_data_url, source_in, unwrap
+from minimind_jax.inference.eyes import BLIND
+from minimind_jax.serve.addresses import download
+from minimind_jax.serve.errors import refused
+from minimind_jax.serve.models import Served
+from minimind_jax.serve.protocol import Body, Json, ResponsesRequest
+
+
+async def fetch(body: Body, served: Served, config: ServeConfig) -> bool:
+    """Whether a request shows pictures; what it says to be on the web stands within it then. Raises ApiError: the model
+    is blind, there are too many, or an address is not allowed or has nothing."""
+    field = "input" if isinstance(body, ResponsesRequest) else "messages"
+    parts = dict(_parts(getattr(body, field, None), field))
+    if not parts:
+        return False
+    first = next(iter(parts))
+    if served.vision is None:
+        raise refused(f"{first} is a picture, and {BLIND}", first, "images_not_supported")
+    if len(parts) > config.max_images:
+        words = f"the request shows {len(parts)} pictures; this server looks at {config.max_images} (--max_images)"
+        raise refused(words, field, "too_many_images")
+    remote = {place: url for place, part in parts.items() if _is_remote(url := unwrap(source_in(part)))}
+    if remote and not config.image_urls:
+        words = "this server fetches no pictures from addresses (--image_urls has it do so); send a data URL"
+        raise refused(f"{next(iter(remote))}: {words}", next(iter(remote)))
+    found = await download({url: place for place, url in remote.items()}, config.most_bytes) if remote else {}
+    for place, url in remote.items():
+        parts[place].clear()
+        parts[place].update(type="image", image=found[url])
+    return True
+
+
+def content_of(address: str, where: str) -> bytes:
+    """Of a picture that stands within a request. Raises ApiError or UserError."""
+    if address[:5].lower() != "data:":
+        raise refused(f"{where}: pictures come as data URLs, data:image/png;base64,... or the like", where)
+    return read_data_url(address, where)
+
+
+def _parts(messages: Any, field: str) -> Iterator[tuple[str, Json]]:
+    """The parts of messages, or of items of responses, that are pictures, by their places."""
+    for index, message in enumerate(messages if isinstance(messages, list) else ()):
+        for name in (*CONTENT, "output") if isinstance(message, dict) else ():
+            parts = message.get(name)
+            for number, part in enumerate(parts if isinstance(parts, list) else ()):
+                if is_picture(part):
+                    yield f"{field}[{index}].{name}[{number}]", part
+
+
+def _is_remote(address: Any) -> bool:
+    return isinstance(address, str) and address.lower().startswith(("http:", "https:"))
