@@ -236,7 +236,7 @@ def test_errors_are_the_clients_own(client, chat, server):
         chat(temperature=-1)
     with pytest.raises(openai.BadRequestError, match="unknown role 'nobody'"):
         chat([{"role": "nobody", "content": "x"}])
-    with pytest.raises(openai.BadRequestError, match="reads text"):
+    with pytest.raises(openai.BadRequestError, match="reads words"):
         chat([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}])
     with pytest.raises(openai.BadRequestError):
         list(chat(stream=True, logit_bias={"9999": 1}))

@@ -4,6 +4,7 @@ import { answer } from "./answer.js";
 import { Conversation, titleFrom } from "./conversation.js";
 import { announce, ask, make, tell } from "./elements.js";
 import { onEnter } from "./keys.js";
+import { Attached } from "./pictures.js";
 import * as server from "./server.js";
 import { changed as changedSettings, cleaned, lastSettings, rememberSettings } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
@@ -21,7 +22,7 @@ let conversation = Conversation.begin(lastSettings());
 let schemas = []; // of the tools that the server carries out
 
 const thread = new Thread($("#thread"), {
-  edit: (message, text) => send(text, message.parent),
+  edit: (message, text) => send(text, message.pictures, message.parent),
   again: (message) => respond(conversation.messages.get(message.parent)),
   choose(message) {
     conversation.choose(message);
@@ -29,6 +30,8 @@ const thread = new Thread($("#thread"), {
     render();
   },
 });
+const sees = () => Boolean($("#model").selectedOptions[0]?.sees);
+const attached = new Attached(sees);
 const sidebar = new Sidebar({ open: go, rename, remove, imported: refresh }, () => conversation.record.id);
 
 // ---- What is shown ----
@@ -42,6 +45,7 @@ function render() {
   $("#thinking").ariaPressed = String(settings.thinking);
   $("#tools").ariaPressed = String(settings.tools);
   $("#tools").hidden = !schemas.length;
+  $("#picture").hidden = !sees();
   $("#tools").title = schemas.map((schema) => schema.function.name).join(", ");
 }
 
@@ -95,11 +99,11 @@ function refresh() {
 
 // ---- Asking and answering ----
 
-async function send(text, parent = conversation.record.leaf) {
-  if (!text.trim() || running.has(conversation.record.id)) return;
+async function send(text, pictures = [], parent = conversation.record.leaf) {
+  if (running.has(conversation.record.id)) return;
   const asked = conversation;
-  const question = asked.add("user", parent, { content: text });
-  asked.record.title ||= titleFrom(text);
+  const question = asked.add("user", parent, { content: text, pictures });
+  asked.record.title ||= titleFrom(text) || say("image");
   history.replaceState(null, "", `#${asked.record.id}`);
   thread.toEnd();
   await keep(asked, [question]);
@@ -192,10 +196,11 @@ store.onChange(async ({ data: id }) => {
 // ---- Buttons ----
 
 const submit = () => {
-  if (running.has(conversation.record.id)) return;
   const text = $("#text").value;
+  if (running.has(conversation.record.id)) return;
+  if (!text.trim() && attached.isEmpty) return;
   $("#text").value = "";
-  send(text);
+  send(text, attached.take());
 };
 onEnter($("#text"), submit);
 $("#composer").onsubmit = (event) => {
@@ -207,7 +212,10 @@ $("#new").onclick = () => (location.hash ? go("") : sidebar.toggle(false));
 $("#thinking").onclick = () => set({ thinking: !conversation.record.settings.thinking });
 $("#tools").onclick = () => set({ tools: !conversation.record.settings.tools });
 $("#settings-button").onclick = async () => set((await changedSettings(conversation.record.settings)) ?? {});
-$("#model").onchange = () => localStorage.setItem("model", $("#model").value);
+$("#model").onchange = () => {
+  localStorage.setItem("model", $("#model").value);
+  render();
+};
 $("#language").onclick = () => {
   switchLanguage();
   begin();
@@ -246,12 +254,13 @@ server.onKeyNeeded((message) => ask({ title: say("key"), text: `${message} ${say
 /** Asks the server for its models and tools, until it answers. */
 async function meet() {
   try {
-    const names = await server.models();
+    const models = await server.models();
     const chosen = localStorage.getItem("model");
-    $("#model").replaceChildren(...names.map((name) => new Option(name, name, false, name === chosen)));
-    document.title = names.length === 1 ? names[0] : "MiniMind";
+    const options = models.map(({ id, sees }) => Object.assign(new Option(id, id, false, id === chosen), { sees }));
+    $("#model").replaceChildren(...options);
+    document.title = models.length === 1 ? models[0].id : "MiniMind";
     schemas = await server.tools();
-    tell(names.length ? "" : say("noModels"));
+    tell(models.length ? "" : say("noModels"));
     render();
   } catch (error) {
     if (!(error instanceof server.ServerError)) console.error(error);

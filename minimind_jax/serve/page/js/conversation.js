@@ -2,6 +2,7 @@
 // that nothing is lost. What is shown and sent is the path from the first message to `leaf`.
 //
 // A message: {id, conversation, parent, role, content, created} and, by role,
+//   user: pictures, see pictures.js
 //   assistant: reasoning, calls (as OpenAI's tool_calls), finish, stats, model
 //   tool: call (the id of the call), isError
 
@@ -70,9 +71,16 @@ export function forModel(path, system, skipped = 0) {
   const sent = system.trim() ? [{ role: "system", content: system }] : [];
   kept.forEach((message, index) => {
     if (message.role === "assistant") sent.push(...answerForModel(message, kept.slice(index + 1)));
-    else if (message.role === "user") sent.push({ role: "user", content: message.content });
+    else if (message.role === "user") sent.push({ role: "user", content: questionForModel(message) });
   });
   return sent;
+}
+
+/** Text; where there are pictures, parts: each on a line before it, as models that see are trained. */
+function questionForModel({ content, pictures = [] }) {
+  if (!pictures.length) return content;
+  const parts = pictures.flatMap(({ url }) => [{ type: "image_url", image_url: { url } }, { type: "text", text: "\n" }]);
+  return [...parts, { type: "text", text: content }];
 }
 
 /** An answer with its calls and their results. A call that was cut off is no JSON and is left out. */

@@ -4,6 +4,7 @@ import { MOST_ROUNDS } from "./answer.js";
 import { make } from "./elements.js";
 import { onEnter } from "./keys.js";
 import { Markdown } from "./markdown.js";
+import { pictureRow } from "./pictures.js";
 import { say } from "./words.js";
 
 const LONGEST_SUMMARY = 80; // characters of a call's arguments and of its result beside the tool's name
@@ -13,11 +14,12 @@ export class QuestionPart {
   #editing = false;
 
   show(message) {
-    if (!this.#editing) this.element.replaceChildren(make("div", { className: "plain", textContent: message.content }));
+    const words = make("div", { className: "plain", textContent: message.content });
+    if (!this.#editing) this.element.replaceChildren(pictureRow(message.pictures ?? []), words);
     return this.element;
   }
 
-  /** Lets the user change the question; `send` gets the new text. The earlier one stays as a version. */
+  /** Lets the user change the words of the question; `send` gets them. The earlier one stays as a version. */
   edit(message, send) {
     const field = make("textarea", { value: message.content, ariaLabel: say("edit"), rows: 3 });
     const end = () => {
@@ -25,7 +27,7 @@ export class QuestionPart {
       this.show(message);
     };
     const done = () => {
-      if (!field.value.trim()) return;
+      if (!field.value.trim() && !message.pictures?.length) return;
       end();
       send(field.value);
     };
@@ -35,7 +37,7 @@ export class QuestionPart {
     const buttons = make("div", { className: "row" },
       make("button", { type: "button", textContent: say("cancel"), onclick: end }),
       make("button", { type: "button", className: "main", textContent: say("send"), onclick: done }));
-    this.element.replaceChildren(field, buttons);
+    this.element.replaceChildren(pictureRow(message.pictures ?? []), field, buttons);
     field.focus();
   }
 }

@@ -15,16 +15,17 @@ export class ServerError extends Error {
 
   /** What to do about it. */
   get advice() {
-    if (this.isTooLong || this.status === 413) return say("doShorter");
+    if (this.isTooLong) return say("doShorter");
     if (this.code === "unreachable") return say("doRestart");
     if (this.status === 401 || this.status === 403) return say("doKey");
-    if (this.status === 404) return say("doModel");
+    if (this.status === 404 || this.code === "images_not_supported") return say("doModel");
     if (this.status === 429 || this.status === 503) return say("doWait");
     return say(this.status >= 400 && this.status < 500 ? "doSettings" : "doLook");
   }
 
-  /** Whether the prompt is longer than the model's context. */
+  /** Whether the prompt is longer than the model's context, or than a request may be. */
   get isTooLong() {
+    if (this.status === 413 || this.code === "too_many_images") return true;
     return this.status === 400 && /context.length|maximum context|exceed_context/.test(`${this.code} ${this.message}`);
   }
 }
@@ -44,10 +45,13 @@ export function onKeyNeeded(ask) {
   askForKey = ask;
 }
 
-/** The names of the models that can chat; classifiers and reward models are served as well. */
+/** The models that can chat, {id, sees}; classifiers and reward models are served as well. */
 export async function models() {
   const { data = [] } = await json("v1/models");
-  return data.filter((model) => (model.task ?? "generate") === "generate").map((model) => model.id);
+  const sees = (model) => Boolean(model.architecture?.input_modalities?.includes("image"));
+  return data
+    .filter((model) => (model.task ?? "generate") === "generate")
+    .map((model) => ({ id: model.id, sees: sees(model) }));
 }
 
 /** The schemas of the tools that the server carries out; none where it carries out none. */

@@ -2,6 +2,7 @@
 // grows costs what it is long, and two tabs that answer in one conversation add versions rather than overwrite.
 
 import { newId } from "./conversation.js";
+import { cleanedPictures } from "./pictures.js";
 import { cleaned } from "./settings.js";
 
 const ROLES = ["user", "assistant", "tool"];
@@ -115,10 +116,11 @@ function checked(record, index) {
   return { id, title, created, updated, leaf, settings, messages };
 }
 
-function fieldsOf({ id, parent, role, content, created, reasoning, calls, finish, stats, model, call, isError }) {
+function fieldsOf(found) {
+  const { id, parent, role, content, created, pictures, reasoning, calls, finish, stats, model, call, isError } = found;
   const message = { id, parent, role, content, created: Number(created) || 0 };
   if (role === "tool") return { ...message, call: String(call), isError: isError === true };
-  if (role === "user") return message;
+  if (role === "user") return { ...message, pictures: cleanedPictures(pictures) };
   const numbers = Object.fromEntries(Object.entries(stats ?? {}).filter(([, value]) => Number.isFinite(value)));
   const whole = Array.isArray(calls) ? calls.filter(isCall) : [];
   const texts = { reasoning: String(reasoning ?? ""), finish: finish ? String(finish) : null, model: String(model ?? "") };

@@ -12,7 +12,7 @@ export class Thread {
   #shown = null;
   #footers = new Map(); // id of an answer's last message -> where its speed stands
 
-  /** actions: {edit(message, text), again(message), choose(message)}, what the buttons do. */
+  /** actions: {edit(message, text: its pictures stay), again(message), choose(message)}, what the buttons do. */
   constructor(element, actions) {
     this.actions = actions;
     element.append(this.#inner);

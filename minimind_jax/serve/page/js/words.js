@@ -64,7 +64,7 @@ const WORDS = {
     "The model wants to call tools again; {rounds} rounds are the most for one answer, so this call was not carried out.",
     "模型还想调用工具；一次回答最多 {rounds} 轮，所以这次调用没有执行。",
   ],
-  left: ["The oldest turns ({count}) were left out of the prompt: they no longer fit the model's context.", "最早的 {count} 轮对话超出模型上下文，未放入提示词。"],
+  left: ["The oldest turns ({count}) were left out of the prompt: they no longer fit the model's context, or the request.", "最早的 {count} 轮对话超出模型上下文或请求的大小，未放入提示词。"],
   unreachable: ["The server cannot be reached.", "无法连接服务器。"],
   odd: ["The server answered with status {status}.", "服务器返回状态 {status}。"],
   doRestart: ["Is `minimind serve` still running? Start it again, then try again; the conversation is kept here.", "`minimind serve` 还在运行吗？请重新启动后重试；对话已保存在这里。"],
@@ -85,6 +85,13 @@ const WORDS = {
   notFound: ["Nothing found.", "没有找到。"],
   copyFailed: ["The browser does not allow it", "浏览器不允许复制"],
   image: ["image", "图片"],
+  picture: ["Picture", "图片"],
+  pictureOf: ["Picture {number}: {name}", "图片 {number}：{name}"],
+  removePicture: ["Remove picture {number}: {name}", "移除图片 {number}：{name}"],
+  pictureAdded: ["Picture added: {name}", "已添加图片：{name}"],
+  badPicture: ["{name} is no picture that this browser can open.", "{name} 不是此浏览器能打开的图片。"],
+  mostPictures: ["A message has at most {most} pictures.", "一条消息最多 {most} 张图片。"],
+  blind: ["This model reads words alone. Choose one that sees to send pictures.", "此模型只能读文字。请选择能看图的模型再发送图片。"],
   nothing: ["The model ended without a word.", "模型没有说话就结束了。"],
 };
 
