@@ -5,6 +5,7 @@ are asked A B A B ..., and what is quoted is the median of the ratios pair by pa
 """
 
 import datetime
+import functools
 import json
 import os
 import platform
@@ -85,6 +86,12 @@ def serve(handlers: dict[str, Callable[[int], dict]]) -> None:
     for line in sys.stdin:
         ((name, count),) = json.loads(line).items()
         os.write(answers, (json.dumps(handlers[name](count)) + "\n").encode())
+
+
+def made_once(make: Callable[[str], Callable[[int], dict]], name: str) -> Callable[[int], dict]:
+    """A handler of `serve` that is made when it is first asked."""
+    made = functools.cache(make)
+    return lambda count: made(name)(count)
 
 
 def interleave(sides: dict[str, Side], pairs: int, **request: int) -> tuple[dict[str, float], dict[str, list[dict]]]:
