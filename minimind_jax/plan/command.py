@@ -5,7 +5,7 @@ import json
 import time
 from importlib.metadata import version
 
-from minimind_jax.config.stages import SeeingConfig
+from minimind_jax.config.stages import RunConfig, SeeingConfig
 from minimind_jax.config.tools import PlanConfig
 from minimind_jax.errors import UserError
 from minimind_jax.model import attention
@@ -52,8 +52,7 @@ def make_plan(asked: PlanConfig) -> dict:
     traced, state = compiler.trace_step(config, dataclasses.replace(model, compute=compute), mesh)
     params, opt_state, whole = compiler.state_bytes(state)
 
-    is_frozen = model.adapter is not None or (is_seeing and config.vision.train == "projector")
-    formula = flops_per_token(model.config, config.data.seq_len, is_frozen)
+    formula = flops_per_token(model.config, config.data.seq_len, _trained_share(config, model))
     tokens = tokens or inputs.Tokens(10**9, "no data is there; for a billion tokens (--data FILE, --tokens N)")
     plan = {
         "model": _model_facts(planned, model),
@@ -117,6 +116,14 @@ def _step_facts(config, model, mesh) -> dict:
         "attention_path": choice.path,
         "attention_reason": choice.reason,
     }
+
+
+def _trained_share(config: RunConfig, model: LanguageModel) -> float:
+    """Of the language model's layers, how many have gradients of their own."""
+    if model.adapter is not None:
+        return 0.0
+    part = config.vision.train if isinstance(config, SeeingConfig) else "all"
+    return {"projector": 0.0, "ends": min(1.0, 2 / model.config.num_hidden_layers)}.get(part, 1.0)
 
 
 def _image_facts(config: SeeingConfig, model: LanguageModel, asked: int | None, tokens: inputs.Tokens) -> dict:

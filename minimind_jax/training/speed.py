@@ -48,12 +48,13 @@ PEAK_FLOPS = {
 }
 
 
-def flops_per_token(config: ModelConfig, seq_len: int, adapters_only: bool = False, *, has_words: bool = True) -> float:
+def flops_per_token(config: ModelConfig, seq_len: int, trained: float = 1.0, *, has_words: bool = True) -> float:
     """FLOPs of one trained token, forward and backward, nothing recomputed.
 
     6 (matrix parameters that a token meets, the head included and the embedding look-up not)
     + 6 L N H T for causal attention over T = seq_len positions, the upper bound when rows hold several documents.
-    adapters_only: the matrices have no gradients, so 4 in place of the first 6; those of the adapters are not counted.
+    trained: share of the layers whose matrices have gradients, 4 in place of the first 6 for the others, and for the
+        head where it is not 1; those of adapters are not counted.
     has_words: false of a model with a head of scores, which meets one token of a text and no word of the vocabulary.
     """
     width, heads_width = config.hidden_size, config.num_attention_heads * config.head_dim
@@ -62,8 +63,9 @@ def flops_per_token(config: ModelConfig, seq_len: int, adapters_only: bool = Fal
         mlp = 3 * width * config.moe_intermediate_size * config.num_experts_per_tok + width * config.num_experts
     else:
         mlp = 3 * width * config.intermediate_size
-    matrices = config.num_hidden_layers * (attention + mlp) + width * config.vocab_size * has_words
-    return (4 if adapters_only else 6) * matrices + 6 * config.num_hidden_layers * heads_width * seq_len
+    layers, head = config.num_hidden_layers * (attention + mlp), width * config.vocab_size * has_words
+    matrices = (4 + 2 * trained) * layers + (6 if trained == 1 else 4) * head
+    return matrices + 6 * config.num_hidden_layers * heads_width * seq_len
 
 
 def flops_per_image(vision: Vision, width: int, tower_is_trained: bool) -> float:
@@ -102,8 +104,8 @@ class Speed:
     ):
         self._started = time.perf_counter() - seconds_before
         peak = peak_flops(model.compute) if isinstance(model, LanguageModel) else None  # others are not counted
-        adapted = model.adapter is not None
-        flops = flops_per_token(model.config, seq_len, adapted, has_words=has_words) if peak else 0.0
+        trained = 1.0 if model.adapter is None else 0.0
+        flops = flops_per_token(model.config, seq_len, trained, has_words=has_words) if peak else 0.0
         self._mfu_per_token = flops / peak if peak else None
         self._since: float | None = None  # start of the window that `read` ends
         self._tokens = self._window_steps = 0

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -125,13 +126,13 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         micro_batches = _micro_batches(batch, accumulation_steps, shardings)
-        grads, numerator, denominator, metrics = _summed_gradients(loss_fn, state, micro_batches, seed)
+        grads, numerator, denominator, metrics = _summed_gradients(loss_fn, state, micro_batches, seed, masks)
         divisor = jnp.maximum(denominator, 1)
         values = {"tokens": denominator, **{name: metric.value() for name, metric in metrics.items()}}
         values["loss"] = numerator / divisor
         with jax.named_scope("clip"):
             grads = jax.tree.map(lambda grad: grad / divisor, grads)
-            grads, norms = clip(_where(masks, grads, jax.tree.map(jnp.zeros_like, grads)))
+            grads, norms = clip(grads)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
             params = _where(masks, optax.apply_updates(state.params, updates), state.params)
@@ -216,7 +217,14 @@ def _micro_batches(batch: Batch, count: int, shardings: TrainState | None) -> Ba
     return jax.lax.with_sharding_constraint(cut, NamedSharding(shardings.step.mesh, PartitionSpec(None, ROW_AXES)))
 
 
-def _summed_gradients(loss_fn: LossFn, state: TrainState, micro_batches: Batch, seed: int):
+def _of_trained_layers(mask: bool | np.ndarray, grad: jax.Array) -> jax.Array:
+    """0 for the layers that a mask leaves out, put so that the compiler sees that it need not compute what is there."""
+    if mask is True:
+        return grad
+    return jnp.stack([grad[n] if wanted else jnp.zeros_like(grad[n]) for n, wanted in enumerate(mask.reshape(-1))])
+
+
+def _summed_gradients(loss_fn: LossFn, state: TrainState, micro_batches: Batch, seed: int, masks: Params | None):
     """(gradient of the numerator, numerator, denominator, metrics), each summed over the micro-batches."""
     step_key = named_key(seed, "dropout", state.step)
 
@@ -230,6 +238,7 @@ def _summed_gradients(loss_fn: LossFn, state: TrainState, micro_batches: Batch, 
         (numerator, (denominator, metrics)), new = jax.value_and_grad(numerator_fn, has_aux=True)(
             state.params, batch, jax.random.fold_in(step_key, index)
         )
+        new = new if masks is None else jax.tree.map(_of_trained_layers, masks, new)
         return jax.tree.map(jnp.add, grads, new), (numerator, denominator, metrics)
 
     count = len(next(iter(micro_batches.values())))

@@ -87,5 +87,22 @@ def test_layers_that_are_not_trained_keep_every_bit_and_have_no_moments():
     assert [m["grad_norm"] for m in metrics] == pytest.approx([m["grad_norm"] for m in alone_metrics], rel=1e-6)
 
 
+def test_layers_that_are_not_trained_have_no_gradient_computed():
+    def loss_fn(params, batch, key):
+        x, _ = jax.lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), batch["x"], params["kernel"], unroll=8)
+        return jnp.sum(x), jnp.float32(1), {}
+
+    params = {"kernel": jnp.ones((8, 32, 32))}
+    masks = {"kernel": np.isin(np.arange(8), [0, 7]).reshape(-1, 1, 1)}
+    optimizer, batch = make_optimizer(OWN, STEPS), {"x": jnp.ones((256, 32))}
+
+    def flops(masks):
+        step = make_train_step(loss_fn, optimizer, make_rates(OWN, STEPS), make_clip(0.0), masks=masks)
+        return step.lower(create_state(params, optimizer), batch).compile().cost_analysis()["flops"]
+
+    product = 2 * 256 * 32 * 32
+    assert flops(None) - flops(masks) > 5.5 * product  # of six layers' kernels
+
+
 def test_all_layers_need_no_mask():
     assert Parameters(toy_params(), {}, dict).layer_masks() is None
