@@ -20,8 +20,9 @@ from minimind_jax.cli import main
 from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.config.sections import OptimizerConfig
 from minimind_jax.config.stages import VisionConfig, VLMSFTConfig
-from minimind_jax.convert.gguf import to_gguf
+from minimind_jax.convert.gguf import adapter_to_gguf, to_gguf
 from minimind_jax.convert.hf import load_hf, save_hf
+from minimind_jax.convert.peft import rank_table, save_peft
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.images import read_image
 from minimind_jax.data.pictures import sight_of
@@ -29,6 +30,7 @@ from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.sight import open_images
 from minimind_jax.model.config import ComputeConfig, TowerConfig, Vision
+from minimind_jax.model.lora import init_adapters, join
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.stages import start
 from tests.convert.conftest import MODELS, random_params
@@ -134,6 +136,24 @@ SMALL = TowerConfig(16, 24, 3, 4, 16, 4, 1e-5, rescale_factor=1 / 128, image_mea
 def test_other_towers_and_text_models(kind, vision, tokenizer, tmp_path):
     model = exported(tokenizer, tmp_path, kind=kind, vision=vision)
     compare(model, tokenizer, ("What? ", 1, 0), [picture(seed, 16, 16) for seed in (1, 2)], 3e-3)
+
+
+def test_an_adapter_over_both_files_of_its_base_is_the_merged_model(tokenizer, tmp_path):
+    config, params, alone = exported(tokenizer, tmp_path)
+    table = rank_table(config, 4, ("all-linear",), {"layers.1": 2})
+    drawn = np.random.default_rng(1)
+    draw = lambda path, leaf: leaf if path[-1].key == "lora_scale" else 0.1 * drawn.standard_normal(leaf.shape)  # noqa: E731
+    adapters = jax.tree_util.tree_map_with_path(draw, init_adapters(jax.random.key(0), params, table, 8.0, False))
+    folder = save_peft(tmp_path / "adapter", join(params, adapters), table, base=tmp_path / "model", sees=True)
+    adapter = adapter_to_gguf(folder, tmp_path / "adapter.gguf").files[0]
+    merged = to_gguf(folder, tmp_path / "merged.gguf").files
+    base = [tmp_path / "out" / name for name in ("model.gguf", "mmproj-model.gguf")]
+    shown = [picture(1, 20, 20)]
+    asked = (asking([*shown, "What?"]), shown, 8)
+    over, whole = LlamaCpp(base[0], adapter, base[1]).see(*asked), LlamaCpp(merged[0], mmproj=merged[1]).see(*asked)
+    assert over[2] == whole[2]
+    assert all(abs(over[3][token] - whole[3][token]) < 1e-3 for token in over[3])
+    assert alone.see(*asked)[3] != over[3]
 
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230), "yellow": (230, 220, 40)}
