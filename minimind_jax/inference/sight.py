@@ -43,7 +43,7 @@ def open_images(
         if vision is None:
             raise UserError(f"{place} is a picture, and {BLIND}")
         if role not in SHOWN_BY:
-            raise UserError(f"{place} is a picture of a {role} message; it is the user who shows pictures")
+            raise UserError(f"{place} is a picture in a message of {role}; it is the user who shows pictures")
         pictures.append(_opened(unwrap(source_in(part)), vision, fetch, tell, place))
         return {"type": "text", "text": sight.marker * sight.tokens}
 

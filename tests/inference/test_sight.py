@@ -50,7 +50,7 @@ def test_parts_that_are_pictures_become_markers_in_their_places(photos):
     [
         (
             {"role": "assistant", "content": [{"type": "image", "image": "1"}]},
-            r"content\[0\] .* of a assistant",
+            r"content\[0\] is a picture in a message of assistant",
         ),
         (user({"type": "image_url", "image_url": {}}), r"messages\[0\].content\[0\] .* without an address or content"),
         (user({"type": "image_url", "image_url": {"url": 3}}), "without an address or content: a number"),
