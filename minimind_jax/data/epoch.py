@@ -10,7 +10,7 @@ from grain.experimental import index_shuffle
 
 from minimind_jax.config.sections import FilesConfig
 from minimind_jax.data.kinds import KINDS
-from minimind_jax.data.packing import PackingPlan, plan_best_fit, plan_concat, plan_pad, plan_pairs, plan_whole
+from minimind_jax.data.packing import Order, PackingPlan, plan_best_fit, plan_concat, plan_pad, plan_pairs, plan_whole
 from minimind_jax.data.rows import Batch, Pieces, pack_rows, pad_rows
 from minimind_jax.data.token_cache import TokenCache
 from minimind_jax.errors import UserError
@@ -87,7 +87,7 @@ def plan_epoch(
     """
     own = KINDS[cache.kind].packings
     packing = packing or (own[0] if len(own) == 1 else data.packing)
-    plan = PACKINGS[packing](_Documents(cache, documents, data), data.seq_len, seed, epoch, data.shuffle)
+    plan = PACKINGS[packing](_Documents(cache, documents, data), data.seq_len, Order(seed, epoch, data.shuffle))
     order_seed = named_seed(seed, "rows", epoch) % 2**32 if data.shuffle else None
     return Epoch(cache, documents, plan, order_seed, packing, annotate)
 
@@ -142,7 +142,7 @@ def _images(documents: _Documents, *how) -> PackingPlan:
     return plan_whole(documents.lengths, *how, documents.targets, images, room)
 
 
-# Of the documents, data.seq_len, the seed, the epoch and whether to shuffle: where everything goes.
+# Of the documents, data.seq_len and an Order: where everything goes.
 PACKINGS: dict[str, Callable[..., PackingPlan]] = {
     "concat": lambda documents, *how: plan_concat(documents.lengths, *how, documents.targets),
     "best_fit": _best_fit,

@@ -1,8 +1,7 @@
 """Which tokens of which document go into which row: plans made from lengths alone, before a token is read.
 
-A plan is a pure function of its arguments: lengths (documents,), the tokens of each; the seed and the epoch, which draw
-the order of the documents unless shuffle is False; targets, which count what is trained of a piece. A row is a list of
-pieces, a piece the tokens [start, stop) of a document.
+A plan is a pure function of its arguments: lengths (documents,), the tokens of each; their order; targets, which count
+what is trained of a piece. A row is a list of pieces, a piece the tokens [start, stop) of a document.
 
 `plan_concat` is for pretraining, `plan_best_fit` for conversations, `plan_pairs` for preferences, `plan_whole` for
 labelled texts and conversations with pictures, `plan_pad` is MiniMind's one document a row.
@@ -10,6 +9,7 @@ labelled texts and conversations with pictures, `plan_pad` is MiniMind's one doc
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,19 @@ def some_everywhere(documents: np.ndarray, starts: np.ndarray, stops: np.ndarray
 def nowhere(document: int) -> np.ndarray:
     """The `Places` of what is in no document."""
     return np.zeros(0, np.int64)
+
+
+class Order(NamedTuple):
+    """In which order documents are taken: one that is drawn for an epoch, or without `shuffle` their own."""
+
+    seed: int
+    epoch: int
+    shuffle: bool = True
+
+    def of(self, count: int) -> np.ndarray:
+        """Numbers of so many documents."""
+        rng = np.random.default_rng(named_seed(self.seed, "documents", self.epoch))
+        return rng.permutation(count) if self.shuffle else np.arange(count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,25 +84,20 @@ class PackingPlan:
 
 
 def plan_concat(
-    lengths: np.ndarray,
-    seq_len: int,
-    seed: int,
-    epoch: int,
-    shuffle: bool = True,
-    targets: CountTargets = some_everywhere,
+    lengths: np.ndarray, seq_len: int, order: Order, targets: CountTargets = some_everywhere
 ) -> PackingPlan:
-    """Documents in an order drawn for the epoch, joined end to end and cut where a row ends; nothing is dropped but
+    """Documents in their order, joined end to end and cut where a row ends; nothing is dropped but
     rows in which nothing is trained. Every row but the last is full."""
     lengths = np.asarray(lengths, np.int64)
-    order = _document_order(len(lengths), seed, epoch, shuffle)
-    ends = np.cumsum(lengths[order])
+    documents = order.of(len(lengths))
+    ends = np.cumsum(lengths[documents])
     total = int(ends[-1]) if len(ends) else 0
     bounds = np.sort(np.concatenate([np.arange(0, total, seq_len), ends]), kind="stable")  # stable merges sorted runs
     bounds = bounds[np.diff(bounds, prepend=-1) > 0]
     begins, stops = bounds[:-1], bounds[1:]
     place = np.searchsorted(ends, begins, side="right")
-    origin = (ends - lengths[order])[place]
-    rows, documents, starts = begins // seq_len, order[place], begins - origin
+    origin = (ends - lengths[documents])[place]
+    rows, documents, starts = begins // seq_len, documents[place], begins - origin
     cut = int((np.bincount(place, minlength=1) > 1).sum())
     stops = stops - origin
     is_trained = np.bincount(rows, targets(documents, starts, stops)) > 0
@@ -104,9 +112,7 @@ def plan_best_fit(
     lengths: np.ndarray,
     turn_starts: Places,
     seq_len: int,
-    seed: int,
-    epoch: int,
-    shuffle: bool = True,
+    order: Order,
     message_starts: Places = nowhere,
     targets: CountTargets = some_everywhere,
 ) -> PackingPlan:
@@ -129,14 +135,14 @@ def plan_best_fit(
     documents = np.concatenate([fitting, documents[kept]])
     starts = np.concatenate([np.zeros_like(fitting), starts[kept]])
     stops = np.concatenate([lengths[fitting], stops[kept]])
-    if not shuffle:
-        order = np.argsort(documents, kind="stable")
-        documents, starts, stops = documents[order], starts[order], stops[order]
+    if not order.shuffle:
+        own = np.argsort(documents, kind="stable")
+        documents, starts, stops = documents[own], starts[own], stops[own]
 
     counts = {"cut_documents": len(cuts), "cut_turns": sum(turns for _, turns in cuts)}
     counts["untrained"] = int((~kept).sum())
     pieces = documents, starts[:, None], stops[:, None]
-    return _plan_groups(lengths, *pieces, seq_len, seed, epoch, shuffle, **counts)
+    return _plan_groups(lengths, *pieces, seq_len, order, **counts)
 
 
 def plan_pad(lengths: np.ndarray, seq_len: int, targets: CountTargets = some_everywhere) -> PackingPlan:
@@ -152,13 +158,7 @@ def plan_pad(lengths: np.ndarray, seq_len: int, targets: CountTargets = some_eve
 
 
 def plan_pairs(
-    lengths: np.ndarray,
-    bounds: Places,
-    seq_len: int,
-    seed: int,
-    epoch: int,
-    shuffle: bool = True,
-    message_starts: Places = nowhere,
+    lengths: np.ndarray, bounds: Places, seq_len: int, order: Order, message_starts: Places = nowhere
 ) -> PackingPlan:
     """Pairs of answers, both sides of one in the same row as two pieces, the chosen one first; packed by best fit.
 
@@ -179,15 +179,13 @@ def plan_pairs(
     starts = np.stack([cut[kept], middle + cut[kept]], axis=1)
     stops = np.stack([middle, lengths[kept]], axis=1)
     counts = {"cut_documents": int((cut[kept] > 0).sum()), "left_out": len(lengths) - len(kept)}
-    return _plan_groups(lengths, kept, starts, stops, seq_len, seed, epoch, shuffle, **counts)
+    return _plan_groups(lengths, kept, starts, stops, seq_len, order, **counts)
 
 
 def plan_whole(
     lengths: np.ndarray,
     seq_len: int,
-    seed: int,
-    epoch: int,
-    shuffle: bool = True,
+    order: Order,
     targets: CountTargets = some_everywhere,
     images: np.ndarray | None = None,
     images_per_row: int = 0,
@@ -207,30 +205,28 @@ def plan_whole(
     counts["untrained"] = int((fits & ~is_trained).sum())
     pieces = kept, np.zeros((len(kept), 1), np.int64), stops[kept, None]
     also = images[kept], images_per_row
-    return _plan_groups(lengths, *pieces, seq_len, seed, epoch, shuffle, also, **counts)
+    return _plan_groups(lengths, *pieces, seq_len, order, also, **counts)
 
 
-def _plan_groups(
-    lengths, documents, starts, stops, seq_len: int, seed: int, epoch: int, shuffle: bool, also=None, **counts
-) -> PackingPlan:
+def _plan_groups(lengths, documents, starts, stops, seq_len: int, order: Order, also=None, **counts) -> PackingPlan:
     """Best fit of groups that stay together: documents (groups,), the pieces' starts and stops (groups, pieces).
 
     Without `shuffle` the groups keep their order. also: what else each group has, (groups,), and how much of it a row
     may hold.
     """
     sizes = (stops - starts).sum(axis=1)
-    order = _document_order(len(documents), seed, epoch, shuffle)
-    if shuffle:
-        order = order[np.argsort(-sizes[order], kind="stable")]
-        rows = _best_fit_decreasing(sizes[order], seq_len)
-        if also and np.bincount(rows, also[0][order], 1).max() > also[1]:
-            rows = _best_fit_of_two(sizes[order], seq_len, also[0][order], also[1])
+    groups = order.of(len(documents))
+    if order.shuffle:
+        groups = groups[np.argsort(-sizes[groups], kind="stable")]
+        rows = _best_fit_decreasing(sizes[groups], seq_len)
+        if also and np.bincount(rows, also[0][groups], 1).max() > also[1]:
+            rows = _best_fit_of_two(sizes[groups], seq_len, also[0][groups], also[1])
     else:
         rows = _in_order(sizes, seq_len, *(also or (np.zeros_like(sizes), 0)))
     by_row = np.argsort(rows, kind="stable")
-    order, pieces = order[by_row], starts.shape[1]
-    rows, documents = rows[by_row].repeat(pieces), documents[order].repeat(pieces)
-    return _plan(lengths, seq_len, rows, documents, starts[order].ravel(), stops[order].ravel(), **counts)
+    groups, pieces = groups[by_row], starts.shape[1]
+    rows, documents = rows[by_row].repeat(pieces), documents[groups].repeat(pieces)
+    return _plan(lengths, seq_len, rows, documents, starts[groups].ravel(), stops[groups].ravel(), **counts)
 
 
 def split_at_turns(
@@ -269,12 +265,6 @@ def _behind_header(place: int, message_starts: np.ndarray) -> int:
         if len(following) and following[0] <= place:  # a short message: the next one begins here
             return int(following[0])
     return place
-
-
-def _document_order(count: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    if not shuffle:
-        return np.arange(count)
-    return np.random.default_rng(named_seed(seed, "documents", epoch)).permutation(count)
 
 
 def _in_order(sizes: np.ndarray, seq_len: int, others: np.ndarray, most: int) -> np.ndarray:

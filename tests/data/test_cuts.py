@@ -11,7 +11,7 @@ from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.data.batches import open_data
 from minimind_jax.data.epoch import describe_cuts
 from minimind_jax.data.labels import Classes
-from minimind_jax.data.packing import plan_best_fit, plan_concat, plan_pairs, plan_whole, split_at_turns
+from minimind_jax.data.packing import Order, plan_best_fit, plan_concat, plan_pairs, plan_whole, split_at_turns
 from minimind_jax.data.tokenizer import train_bpe
 from minimind_jax.errors import UserError
 from minimind_jax.training.packed import describe_data
@@ -88,9 +88,9 @@ def test_data_that_fits_is_planned_as_before_and_nothing_is_told(folder, tokeniz
     batches, _ = make(folder, tokenizer, "conversation", chats(*[9] * 30), packing, seq_len=512)
     plan, lengths = batches.plan, batches.cache.lengths
     if packing == "best_fit":
-        without = plan_best_fit(lengths, batches.cache.turns, 512, batches.seed, 0)
+        without = plan_best_fit(lengths, batches.cache.turns, 512, Order(batches.seed, 0))
     elif packing == "concat":
-        without = plan_concat(lengths, 512, batches.seed, 0)
+        without = plan_concat(lengths, 512, Order(batches.seed, 0))
     if packing != "pad":
         assert [pieces_of(plan, r) for r in range(plan.rows)] == [pieces_of(without, r) for r in range(without.rows)]
     assert not plan.dropped_tokens and not plan.untrained
@@ -168,9 +168,9 @@ def test_a_redrawn_epoch_says_what_is_cut_of_it(folder, tokenizer, capsys):
 def test_without_a_shuffle_every_plan_keeps_the_order_of_the_data():
     lengths = np.random.default_rng(0).integers(2, 40, 50)
     for plan in (
-        plan_best_fit(lengths, lambda d: np.zeros(1, int), 32, 0, 0, shuffle=False),
-        plan_whole(lengths, 32, 0, 0, shuffle=False),
-        plan_pairs(2 * lengths, lambda d: np.array([0, 1, lengths[d]]), 80, 0, 0, shuffle=False),
+        plan_best_fit(lengths, lambda d: np.zeros(1, int), 32, Order(0, 0, shuffle=False)),
+        plan_whole(lengths, 32, Order(0, 0, shuffle=False)),
+        plan_pairs(2 * lengths, lambda d: np.array([0, 1, lengths[d]]), 80, Order(0, 0, shuffle=False)),
     ):
         assert (np.diff(plan.documents) >= 0).all() and len(np.unique(plan.documents)) == 50
         assert all(sum(b - a for _, a, b in pieces_of(plan, row)) <= plan.seq_len for row in range(plan.rows))

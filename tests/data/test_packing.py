@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_rows import pieces_of
 
-from minimind_jax.data.packing import plan_best_fit, plan_concat, plan_pad, split_at_turns
+from minimind_jax.data.packing import Order, plan_best_fit, plan_concat, plan_pad, split_at_turns
 
 lengths_lists = st.lists(st.integers(1, 70), min_size=1, max_size=60)
 
@@ -32,7 +32,7 @@ def turn_table(lengths, every):
 
 @given(lengths_lists, st.integers(4, 32), st.integers(0, 3), st.integers(0, 3), st.booleans())
 def test_concat_places_every_token_once_and_fills_all_rows_but_the_last(lengths, seq_len, seed, epoch, shuffle):
-    plan = plan_concat(np.array(lengths), seq_len, seed, epoch, shuffle)
+    plan = plan_concat(np.array(lengths), seq_len, Order(seed, epoch, shuffle))
     assert all((count == 1).all() for count in placed_tokens(plan, lengths))
     assert plan.rows == -(-sum(lengths) // seq_len)
     filled = [sum(stop - start for _, start, stop in pieces_of(plan, row)) for row in range(plan.rows)]
@@ -41,7 +41,7 @@ def test_concat_places_every_token_once_and_fills_all_rows_but_the_last(lengths,
 
 @given(lengths_lists, st.integers(4, 32))
 def test_concat_keeps_the_pieces_of_a_document_in_order(lengths, seq_len):
-    plan = plan_concat(np.array(lengths), seq_len, seed=1, epoch=0)
+    plan = plan_concat(np.array(lengths), seq_len, Order(1, 0))
     reached = [0] * len(lengths)
     for row in range(plan.rows):
         for document, start, stop in pieces_of(plan, row):
@@ -51,7 +51,7 @@ def test_concat_keeps_the_pieces_of_a_document_in_order(lengths, seq_len):
 
 
 def test_concat_without_shuffling_is_the_documents_in_order():
-    plan = plan_concat(np.array([3, 6, 2]), 4, seed=0, epoch=0, shuffle=False)
+    plan = plan_concat(np.array([3, 6, 2]), 4, Order(0, 0, shuffle=False))
     assert [pieces_of(plan, row) for row in range(3)] == [[(0, 0, 3), (1, 0, 1)], [(1, 1, 5)], [(1, 5, 6), (2, 0, 2)]]
     assert plan.cut_documents == 1
 
@@ -59,7 +59,7 @@ def test_concat_without_shuffling_is_the_documents_in_order():
 @given(lengths_lists, st.integers(4, 32), st.integers(1, 40), st.integers(0, 3))
 def test_best_fit_places_every_token_once_and_cuts_only_at_turns(lengths, seq_len, every, epoch):
     turns = turn_table(lengths, every)
-    plan = plan_best_fit(np.array(lengths), turns.__getitem__, seq_len, seed=7, epoch=epoch)
+    plan = plan_best_fit(np.array(lengths), turns.__getitem__, seq_len, Order(7, epoch))
     assert all((count == 1).all() for count in placed_tokens(plan, lengths))
     inside = 0
     for document, start in zip(plan.documents.tolist(), plan.starts.tolist(), strict=True):
@@ -88,7 +88,7 @@ def naive_best_fit_decreasing(lengths, seq_len):
 @given(st.lists(st.integers(1, 24), min_size=1, max_size=120))
 def test_best_fit_is_the_textbook_algorithm(lengths):
     seq_len = 24
-    plan = plan_best_fit(np.array(lengths), lambda d: np.zeros(1, int), seq_len, seed=0, epoch=0)
+    plan = plan_best_fit(np.array(lengths), lambda d: np.zeros(1, int), seq_len, Order(0, 0))
     room = sorted(seq_len - sum(stop - start for _, start, stop in pieces_of(plan, r)) for r in range(plan.rows))
     assert room == naive_best_fit_decreasing(lengths, seq_len)
 
@@ -122,9 +122,9 @@ def test_plans_depend_on_seed_and_epoch_and_nothing_else(make):
 
     def pieces(seed, epoch):
         if make == "concat":
-            plan = plan_concat(lengths, 64, seed, epoch)
+            plan = plan_concat(lengths, 64, Order(seed, epoch))
         else:
-            plan = plan_best_fit(lengths, lambda d: np.zeros(1, int), 64, seed, epoch)
+            plan = plan_best_fit(lengths, lambda d: np.zeros(1, int), 64, Order(seed, epoch))
         return [pieces_of(plan, row) for row in range(plan.rows)]
 
     assert pieces(3, 5) == pieces(3, 5)
@@ -135,13 +135,13 @@ def test_plans_depend_on_seed_and_epoch_and_nothing_else(make):
 
 def test_best_fit_wastes_little_and_is_fast_on_many_documents():
     lengths = np.clip(np.random.default_rng(0).lognormal(5.3, 0.8, 200_000).astype(int), 2, 1024)
-    plan = plan_best_fit(lengths, lambda d: np.zeros(1, int), 1024, seed=0, epoch=0)
+    plan = plan_best_fit(lengths, lambda d: np.zeros(1, int), 1024, Order(0, 0))
     assert plan.efficiency > 0.99
     assert plan.tokens == lengths.sum()
 
 
 def test_no_documents_give_no_rows():
     none = np.zeros(0, int)
-    assert plan_concat(none, 8, 0, 0).rows == 0
-    assert plan_best_fit(none, lambda d: none, 8, 0, 0).rows == 0
+    assert plan_concat(none, 8, Order(0, 0)).rows == 0
+    assert plan_best_fit(none, lambda d: none, 8, Order(0, 0)).rows == 0
     assert plan_pad(none, 8).rows == 0

@@ -14,7 +14,7 @@ from minimind_jax.data.documents import encode_conversation, encode_preference
 from minimind_jax.data.jsonl import Record, iter_records
 from minimind_jax.data.kinds import parse_preference
 from minimind_jax.data.labels import Classes, find_classes, parse_labelled
-from minimind_jax.data.packing import plan_pairs, plan_whole
+from minimind_jax.data.packing import Order, plan_pairs, plan_whole
 from minimind_jax.data.template import Dice
 from minimind_jax.data.token_cache import build_cache
 from minimind_jax.data.tokenizer import train_bpe
@@ -90,7 +90,7 @@ def pairs_of(*sizes):
 
 def test_pairs_stay_together_and_long_prompts_lose_their_beginning():
     lengths, bounds = pairs_of((4, 3, 5), (30, 4, 7), (2, 2, 2), (1, 30, 30), (10, 2, 2))
-    plan = plan_pairs(lengths, bounds, 32, seed=0, epoch=0)
+    plan = plan_pairs(lengths, bounds, 32, Order(0, 0))
     assert (plan.left_out, plan.cut_documents) == (1, 1)
     seen = {}
     for row in range(plan.rows):
@@ -108,7 +108,7 @@ def test_pairs_stay_together_and_long_prompts_lose_their_beginning():
 
 
 def test_long_texts_keep_their_heads():
-    plan = plan_whole(np.array([5, 40, 3]), 16, seed=0, epoch=0)
+    plan = plan_whole(np.array([5, 40, 3]), 16, Order(0, 0))
     assert plan.cut_documents == 1 and plan.dropped_tokens == 24
     pieces = sorted(piece for row in range(plan.rows) for piece in pieces_of(plan, row))
     assert pieces == [(0, 0, 5), (1, 0, 16), (2, 0, 3)]

@@ -16,7 +16,7 @@ from minimind_jax.data.epoch import describe_cuts
 from minimind_jax.data.images import read_image
 from minimind_jax.data.jsonl import READING, Reading, iter_records
 from minimind_jax.data.kinds import parse_conversation
-from minimind_jax.data.packing import plan_whole
+from minimind_jax.data.packing import Order, plan_whole
 from minimind_jax.data.pictures import Sight
 from minimind_jax.data.pixels import Pixels
 from minimind_jax.data.prompts import read_prompt
@@ -181,7 +181,7 @@ def test_a_picture_that_is_gone_when_its_row_is_read_is_told(data, tokenizer, tm
 def test_rows_hold_no_more_tokens_or_images_than_they_may(shuffle, most):
     rng = np.random.default_rng(most)
     lengths, images = rng.integers(1, 90, 300), rng.integers(0, 4, 300)
-    plan = plan_whole(lengths, 64, 0, 0, shuffle, images=images, images_per_row=most)
+    plan = plan_whole(lengths, 64, Order(0, 0, shuffle), images=images, images_per_row=most)
     row_of = np.repeat(np.arange(plan.rows), np.diff(plan.row_starts))
     assert np.bincount(row_of, plan.stops - plan.starts).max() <= 64
     assert np.bincount(row_of, images[plan.documents]).max() <= most
