@@ -15,4 +15,5 @@ venv=${1:-.venv-457}
 # torch first, so that nothing else chooses its version
 "$venv/bin/pip" install --quiet ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch==2.13.0
 "$venv/bin/pip" install --quiet transformers==4.57.6 pytest -e '.[vision,gguf]'
-JAX_PLATFORMS=cpu exec "$venv/bin/python" -m pytest tests/convert/test_transformers.py tests/convert/test_vision_transformers.py -q -s -p no:cacheprovider
+JAX_PLATFORMS=cpu exec "$venv/bin/python" -m pytest tests/convert/test_transformers.py tests/convert/test_vision_transformers.py \
+  tests/inference/test_engine_images.py -q -s -p no:cacheprovider
