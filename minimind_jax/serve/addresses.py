@@ -7,10 +7,12 @@ checked, and the connection goes to that very address, by no proxy.
 
 import asyncio
 import contextlib
+import functools
 import ipaddress
 import socket
 import ssl
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 import h11
@@ -29,6 +31,8 @@ _CLOSED = [
     ipaddress.ip_network(each)
     for each in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "2001::/23", "3fff::/20")
 ]
+
+_RESOLVERS = ThreadPoolExecutor(4, "names")  # of their own: who asks for names that nobody answers holds up no others
 
 
 async def download(urls: Mapping[str, str], most_bytes: int) -> dict[str, bytes]:
@@ -95,7 +99,8 @@ async def _connect(parts: SplitResult, where: str) -> tuple[asyncio.StreamReader
     if parts.scheme not in _PORTS or not parts.hostname or "@" in parts.netloc:
         raise refused(f"{where}: addresses of pictures begin with http:// or https:// and a host, redirects too", where)
     host, port = parts.hostname, parts.port or _PORTS[parts.scheme]
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    loop, resolve = asyncio.get_running_loop(), functools.partial(socket.getaddrinfo, type=socket.SOCK_STREAM)
+    found = await loop.run_in_executor(_RESOLVERS, resolve, host, port)
     addresses = list(dict.fromkeys(address[0] for *_, address in found))
     if not all(map(is_public, addresses)):
         raise refused(f"{where}: {host[:100]} is no host of the public internet, and is not asked", where)

@@ -126,6 +126,14 @@ def test_a_host_that_takes_connections_and_says_nothing(monkeypatch, address):
         assert "within 0.3 seconds" in refusal(f"http://{HERE}:{silent.getsockname()[1]}/")
 
 
+def test_a_name_server_that_does_not_answer_ends_in_time(monkeypatch):
+    monkeypatch.setattr(addresses, "SECONDS", 0.2)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: time.sleep(1.5))
+    begin = time.monotonic()
+    assert "within 0.2 seconds" in refusal("http://slow.example/")
+    assert time.monotonic() - begin < 1.2
+
+
 def test_all_pictures_together_are_bounded(address):
     urls = [f"{address}/picture?{n}" for n in range(4)]
     assert len(download(*urls, most=4 * len(CONTENT))) == 4
