@@ -1,7 +1,10 @@
 """Runs in processes of their own, which tests kill: forked from a server that has imported the library."""
 
+import dataclasses
 import multiprocessing
 import os
+import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -16,6 +19,8 @@ from safetensors.numpy import load_file
 from minimind_jax import stages
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.tracking import WALL_CLOCK, read_metrics
+
+STEPS_PER_KILL = 8
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +61,26 @@ def wait_for_step(run, step, process):
         if run.metrics_file.exists() and needle in run.metrics_file.read_bytes():
             return
         time.sleep(0.001)
+
+
+def train_with_kills(start, stage, config, kills, seed=0, variants=((1, 1),)):
+    """Kills `config`'s run `kills` times, then lets it finish. variants: (devices, loader workers), taken in turn."""
+    rng, run = random.Random(seed), RunFolder(config.run)
+    for kill in range(kills + 1):
+        devices, workers = variants[kill % len(variants)]
+        data = dataclasses.replace(config.data, loader_workers=workers)
+        process = start(stage, dataclasses.replace(config, data=data), devices)
+        if kill == kills:
+            finish(process, config)
+            return
+        if kill % 4 == 3:
+            time.sleep(rng.uniform(0, 3))
+        else:
+            wait_for_step(run, kill * STEPS_PER_KILL + rng.randrange(STEPS_PER_KILL), process)
+            time.sleep(rng.choice([0, rng.uniform(0, 0.1)]))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, Path(f"{config.run}.log").read_text("utf-8")[-3000:]
 
 
 def comparable(run: RunFolder) -> list[dict]:

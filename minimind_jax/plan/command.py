@@ -132,15 +132,16 @@ def _image_facts(config: SeeingConfig, model: LanguageModel, asked: int | None, 
     room = config.data.image_room(vision.image_tokens)
     known = tokens.images if asked is None else asked
     choice = tower_path(vision.tower, compute.attention, model.dtype, model.platform)
+    passes = 0 if config.data.cache_features else 3 if config.vision.train == "tower" and not model.adapter else 1
     return {
         "side": vision.tower.image_size,
         "patches": vision.tower.grid**2,
         "tokens": vision.image_tokens,
         "in_a_row": room,
         "train": "adapters" if model.adapter else config.vision.train,
-        "attention_path": choice.path,
-        "attention_reason": choice.reason,
-        "flops": flops_per_image(vision, model.config.hidden_size, config.vision.train == "tower"),
+        "attention_path": "none" if config.data.cache_features else choice.path,
+        "attention_reason": "it looks once, before the first step" if config.data.cache_features else choice.reason,
+        "flops": flops_per_image(vision, model.config.hidden_size, passes),
         "count": tokens.count * room // config.data.seq_len if known is None else known,
         "is_known": known is not None,
     }

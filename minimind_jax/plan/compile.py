@@ -14,7 +14,7 @@ from jax.experimental import topologies
 from minimind_jax.config.stages import RunConfig, SeeingConfig
 from minimind_jax.errors import UserError, first_line
 from minimind_jax.losses.language_model import make_language_model_loss
-from minimind_jax.model.config import Vision
+from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.plan.devices import Device, Topology
 from minimind_jax.runs.adapters import frozen_dtype
 from minimind_jax.runs.sight import with_trained_parts
@@ -80,14 +80,19 @@ def emulated_devices(count: int) -> list:
     return jax.devices("cpu")[:count]
 
 
-def abstract_batch(config: RunConfig, vision: Vision | None = None):
-    """Shapes of a batch (see `data.rows`), and of its images (see `data.pixels`) where the stage sees."""
+def abstract_batch(config: RunConfig, model: LanguageModel | None = None):
+    """Shapes of a batch (see `data.rows`), and of its images (see `model.vision`) where the stage, of `model`, sees."""
     shape = (config.rows_per_step, config.data.seq_len)
     names = ("tokens", "targets", "positions", "segment_ids", "target_bytes")
     batch = {name: jax.ShapeDtypeStruct(shape, np.int32) for name in names}
     if isinstance(config, SeeingConfig):
-        side, room = vision.tower.image_size, config.data.image_room(vision.image_tokens)
-        batch["pixels"] = jax.ShapeDtypeStruct((shape[0], room, side, side, 3), np.uint8)
+        tower, room = model.config.vision.tower, config.data.image_room(model.config.vision.image_tokens)
+        if config.data.cache_features:
+            seen = (shape[0], room, tower.grid**2, tower.hidden_size)
+            batch["features"] = jax.ShapeDtypeStruct(seen, model.dtype)
+        else:
+            seen = (shape[0], room, tower.image_size, tower.image_size, 3)
+            batch["pixels"] = jax.ShapeDtypeStruct(seen, np.uint8)
     elif config.data.packing == "pad":
         batch["lengths"] = jax.ShapeDtypeStruct(shape[:1], np.int32)
     return {**batch, "loss_weights": jax.ShapeDtypeStruct(shape, np.float32)}
@@ -102,7 +107,7 @@ def trace_step(config: RunConfig, model, mesh):
     steps = config.training.steps or max(TYPICAL_STEPS, (config.optimizer.warmup_steps or 0) + 1)
     parameters = Parameters.of(model, load=dict, frozen_dtype=frozen_dtype(config, model))
     program = make_program(config, with_trained_parts(config, model, parameters), loss_fn, mesh, steps)
-    return program.step.trace(program.abstract, abstract_batch(config, model.config.vision)), program.abstract
+    return program.step.trace(program.abstract, abstract_batch(config, model)), program.abstract
 
 
 def compile_step(traced, platform: str) -> CompiledStep:

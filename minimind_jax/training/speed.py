@@ -68,16 +68,16 @@ def flops_per_token(config: ModelConfig, seq_len: int, trained: float = 1.0, *, 
     return matrices + 6 * config.num_hidden_layers * heads_width * seq_len
 
 
-def flops_per_image(vision: Vision, width: int, tower_is_trained: bool) -> float:
+def flops_per_image(vision: Vision, width: int, passes: int) -> float:
     """FLOPs of an image on its way to its tokens, of the language model's width: 2 for each number of the tower's
-    matrices and each patch and 4 P^2 W a layer for attention, thrice of a tower that is trained; 6 for the projector.
-    """
+    matrices and each patch and 4 P^2 W a layer for attention, `passes` times (3 of a tower that is trained, 0 of one
+    whose features are kept); 6 for the projector."""
     tower, patches = vision.tower, vision.tower.grid**2
     layer = 4 * tower.hidden_size**2 + 2 * tower.hidden_size * tower.intermediate_size
     matrices = tower.num_hidden_layers * layer + 3 * tower.patch_size**2 * tower.hidden_size
     seen = 2 * patches * matrices + 4 * patches**2 * tower.hidden_size * tower.num_hidden_layers
     projector = vision.image_tokens * width * (tower.hidden_size * vision.pixel_shuffle**2 + width)
-    return seen * (3 if tower_is_trained else 1) + 6 * projector
+    return passes * seen + 6 * projector
 
 
 def peak_flops(compute: ComputeConfig) -> float | None:

@@ -75,6 +75,8 @@ def test_a_stage_that_sees_is_planned_with_its_tower_known_by_name(capsys):
     assert few["images"]["flops"] == pytest.approx(11.3e9, rel=0.01)  # of one picture of 64 patches through it
     assert trained["images"]["flops"] > 2.9 * few["images"]["flops"]
     assert few["flops_per_token"] < trained["flops_per_token"]  # the language model's own gradients
+    kept = told("--images", "1e6", "--data.cache_features", "true")
+    assert kept["images"]["attention_path"] == "none" and kept["images"]["flops"] < 0.1 * few["images"]["flops"]
     assert full["images"]["count"] == 1e9 / 64 and not full["images"]["is_known"]
     assert full["time"]["hours"] > few["time"]["hours"]
     hours = (1e9 * few["flops_per_token"] + 1e6 * few["images"]["flops"]) / (0.4 * 197e12) / 3600

@@ -11,6 +11,8 @@ import sys
 import jax
 import numpy as np
 import pytest
+from kills import STEPS_PER_KILL, check_same, finish, train_with_kills
+from pairs import outputs, start_pair
 from run_helpers import KEEP_ALL, assembled, assert_resumes_exactly, export_newest, rows_of, with_chats
 from worlds import write_lines
 
@@ -238,6 +240,29 @@ def test_adapters_over_a_model_that_sees(make, tmp_path):
     assert len(layers) == 3 * 11
     for name, tensor in layers.items():
         np.testing.assert_allclose(theirs[name].numpy(), tensor, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("features", [False, True], ids=["pixels", "features"])
+def test_runs_that_are_killed_while_pictures_are_read(make, processes, tmp_path, features):
+    """Threads read those of the steps ahead when the kill comes; each start has another number of them."""
+    data = {"val_fraction": 0.1, "cache_features": features, "cache_dir": str(tmp_path / "cache")}
+    whole, killed = (make(run=name, steps=4 * STEPS_PER_KILL, data=data) for name in ("whole", "killed"))
+    finish(processes("vlm-sft", whole), whole)
+    train_with_kills(processes, "vlm-sft", killed, kills=3, variants=((1, 2), (1, 0), (1, 4)))
+    check_same(RunFolder(whole.run), RunFolder(killed.run))
+
+
+@pytest.mark.slow
+def test_two_processes_each_read_the_pictures_of_their_own_rows(make, tmp_path):
+    one = RunFolder(start(make(train="ends", data={"seq_len": 48})))
+    settings = ["vlm-sft", "--config", one.config_file, "--run", tmp_path / "pair"]
+    first, _ = outputs(start_pair(tmp_path, *map(str, settings)), 0)
+    assert "2 x cpu" in first
+    losses = [[row["loss"] for row in rows_of(run) if "loss" in row] for run in (one.path, tmp_path / "pair")]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    tensors = [load_hf(folder / "model")[1] for folder in (one.path, tmp_path / "pair")]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *tensors)
 
 
 @pytest.mark.slow

@@ -4,40 +4,15 @@ Every run is a process of its own, forked from a server that has imported the li
 moments drawn during start-up, and at and after steps drawn from the whole run, saves and evaluations included.
 """
 
-import dataclasses
 import os
-import random
 import signal
 import time
-from pathlib import Path
 
 import pytest
-from kills import check_same, comparable, finish, wait_for_step
+from kills import STEPS_PER_KILL, check_same, comparable, finish, train_with_kills, wait_for_step
 
 from minimind_jax.config.sections import OptimizerConfig
 from minimind_jax.training.run import RunFolder
-
-STEPS_PER_KILL = 8
-
-
-def train_with_kills(start, stage, config, kills, seed=0, variants=((1, 1),)):
-    """Kills `config`'s run `kills` times, then lets it finish. variants: (devices, loader workers), taken in turn."""
-    rng, run = random.Random(seed), RunFolder(config.run)
-    for kill in range(kills + 1):
-        devices, workers = variants[kill % len(variants)]
-        data = dataclasses.replace(config.data, loader_workers=workers)
-        process = start(stage, dataclasses.replace(config, data=data), devices)
-        if kill == kills:
-            finish(process, config)
-            return
-        if kill % 4 == 3:
-            time.sleep(rng.uniform(0, 3))
-        else:
-            wait_for_step(run, kill * STEPS_PER_KILL + rng.randrange(STEPS_PER_KILL), process)
-            time.sleep(rng.choice([0, rng.uniform(0, 0.1)]))
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, Path(f"{config.run}.log").read_text("utf-8")[-3000:]
 
 
 def check_kills(world, start, tmp_path, stage, kills, tolerance=0, variants=((1, 1),), **changes):
