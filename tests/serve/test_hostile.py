@@ -215,3 +215,14 @@ def test_tokens_there_and_back(http):
     assert http.post("/detokenize", json={"tokens": found["tokens"]}).json()["content"] == text
     whole = http.post("/tokenize", json={"prompt": text, "add_special_tokens": True}).json()
     assert whole["tokens"][1:] == found["tokens"]
+
+
+@pytest.mark.parametrize("url", ["data:image/png;base64,AAAA", "http://127.0.0.1:9/x.png"])
+@pytest.mark.parametrize("path, field", [(CHAT, "messages"), ("/v1/responses", "input"), ("/tokenize", "messages")])
+def test_a_blind_model_says_that_it_is(http, path, field, url):
+    part = {"type": "image_url", "image_url": {"url": url}}
+    error = refusal(http.post(path, json={field: [{"role": "user", "content": [part]}]}))
+    assert (error["code"], error["param"]) == ("images_not_supported", f"{field}[0].content[0]")
+    assert "words alone" in error["message"]
+    told = http.get("/v1/models").json()["data"][0]["architecture"]
+    assert told == {"input_modalities": ["text"], "output_modalities": ["text"]}
