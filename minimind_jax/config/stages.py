@@ -309,6 +309,8 @@ class SeeingConfig(WriterConfig):
         super().__post_init__()
         if self.data.cache_features and self.vision.train == "tower" and not self.lora.rank:
             raise ValueError("data.cache_features is for a tower that stays as it is, and vision.train is tower")
+        if self.data.cache_features and self.data.redraw_each_epoch:
+            raise ValueError("data.cache_features is for one rendering of the data; leave data.redraw_each_epoch out")
 
 
 @dataclasses.dataclass(frozen=True)

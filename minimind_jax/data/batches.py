@@ -68,6 +68,7 @@ class Batches:
         self.token_bytes, self.process_index, self.process_count = token_bytes, process_index, process_count
         self._select = select or (lambda cache: np.arange(len(cache)))
         self._redraw, self._annotate, self.role = redraw, annotate, role
+        self.pictures = ""  # a hash of what is in them, where it was looked at once
         self._lock = threading.RLock()  # loader threads share the epochs
         self._epochs: dict[int, Epoch] = {}
         self._ahead: dict[int, concurrent.futures.Future[Epoch]] = {}

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +133,21 @@ class Features:
         self.store, self.room = store, room
         self._rows: dict[Path, np.ndarray] = {}
 
-    def look_at(self, cache: TokenCache, look: Look) -> None:
-        """Makes what is missing of a cache's pictures."""
-        if cache.folder not in self._rows:
-            digests = picture_digests(cache.pictures, self.store.folder.parent)
-            self._rows[cache.folder] = self.store.fill(digests, look)
+    def look_at(self, caches: Sequence[TokenCache], look: Callable[[TokenCache, Sequence[int]], Iterable]) -> None:
+        """Makes what is missing of the pictures of caches, whose rows `look` makes of these numbers of a cache."""
+        digests = [picture_digests(cache.pictures, self.store.folder.parent) for cache in caches]
+        starts = np.cumsum([0, *map(len, digests)])
+        bounds = list(zip(caches, starts, starts[1:], strict=False))
+
+        def look_in_all(numbers: Sequence[int]) -> Iterator[np.ndarray]:
+            for cache, start, stop in bounds:
+                if own := [number - start for number in numbers if start <= number < stop]:
+                    yield from look(cache, own)
+
+        rows = self.store.fill([digest for own in digests for digest in own], look_in_all)
+        self._rows = {cache.folder: rows[start:stop] for cache, start, stop in bounds}
+        hashes = (hashlib.sha256(b"".join(own)).hexdigest()[:16] for own in digests)
+        self.contents = dict(zip(self._rows, hashes, strict=True))  # of each cache a hash of what is in its pictures
 
     def annotate(self, cache: TokenCache, pieces: Pieces) -> Batch:
         """features: (rows, room, ...), of each row its pictures in the order of their markers, then zeros."""
@@ -152,14 +162,15 @@ def picture_digests(pictures: StoredPictures, root: Path) -> list[bytes]:
 
     Raises UserError for a file that is gone.
     """
-    found = [pictures.picture(number) for number in range(len(pictures.marker_starts))]
-    files = sorted({picture for picture in found if isinstance(picture, Path)})
+    digests, files = [], {}
+    for number in range(len(pictures.marker_starts)):
+        picture = pictures.picture(number)
+        if isinstance(picture, Path):
+            files[number], picture = picture, b""
+        digests.append(hashlib.blake2b(picture, digest_size=DIGEST).digest())
     try:
-        identities = cache_folder.file_identities(files, root)
+        for number, (*_, content) in zip(files, cache_folder.file_identities(files.values(), root), strict=True):
+            digests[number] = bytes.fromhex(content)
     except OSError as error:
         raise UserError(f"the picture {error.filename} cannot be read any more: {error.strerror}") from error
-    hashes = {file: bytes.fromhex(content) for file, (*_, content) in zip(files, identities, strict=True)}
-    return [
-        hashes[picture] if isinstance(picture, Path) else hashlib.blake2b(picture, digest_size=DIGEST).digest()
-        for picture in found
-    ]
+    return digests

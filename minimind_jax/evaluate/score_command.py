@@ -16,7 +16,16 @@ from minimind_jax.config.tools import PredictConfig, ScoreConfig
 from minimind_jax.convert.hf import Labels
 from minimind_jax.convert.hf_pictures import is_picture_classifier
 from minimind_jax.data.images import read_image
-from minimind_jax.data.jsonl import DOCUMENTS, Reading, Record, expand_paths, iter_records, reading_of, tell
+from minimind_jax.data.jsonl import (
+    DOCUMENTS,
+    Reading,
+    Record,
+    expand_paths,
+    iter_records,
+    reading_of,
+    tell,
+    tell_left_out,
+)
 from minimind_jax.data.kinds import parse_conversation
 from minimind_jax.data.labelled_pictures import picture_of
 from minimind_jax.data.labels import parse_unlabelled
@@ -76,6 +85,7 @@ def _predict_pictures(config: PredictConfig) -> None:
 
     answers = functools.partial(_answers, scorer.labels, config.top, scorer.pixels)
     _write(config, parse, answers, _fields(scorer.labels, config.top), pictures=True)
+    tell_left_out(config.input, pictures=True)
 
 
 def _answers(labels: Labels, top: int, logits: Callable, parsed: list[Any]) -> Iterator[dict[str, Any]]:

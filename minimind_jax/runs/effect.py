@@ -1,5 +1,6 @@
 """Settings that change nothing since another one turns them off: told, or refused."""
 
+from minimind_jax.config.classify import ClassifyConfig
 from minimind_jax.config.rl import RLConfig
 from minimind_jax.config.stages import RunConfig, WriterConfig
 from minimind_jax.errors import UserError
@@ -24,6 +25,7 @@ TURNED_OFF = (
         lambda c: bool(c.init_from),
         "the weights come from init_from",
     ),
+    (("vision.train",), lambda c: isinstance(c, ClassifyConfig) and not c.of_pictures, "vision.tower is empty"),
     (("teacher.jsd_beta",), lambda c: c.teacher.divergence != "jsd", "teacher.divergence is not jsd"),
     (("preference.gamma",), lambda c: c.preference.loss != "simpo", "preference.loss is not simpo"),
     (("rollout.server_model",), lambda c: not c.rollout.server, "rollout.server is empty"),

@@ -46,9 +46,11 @@ def open_pictures(
     files = sorted(folder.glob("*.safetensors")) or [folder / "pytorch_model.bin"]
     seen = Features(FeatureStore(cache_root(run.config.data), files, described, shape, dtype), room)
     rows = open_rows(run, lambda cache, pieces: seen.annotate(cache, pieces) | more(cache, pieces))
-    for batches in rows:
-        if batches is not None:
-            seen.look_at(batches.cache, functools.partial(_look, function, folder, batches.cache))
+    there = [batches for batches in rows if batches is not None]
+    caches = {batches.cache.folder: batches.cache for batches in there}
+    seen.look_at(list(caches.values()), functools.partial(_look, function, folder))
+    for batches in there:
+        batches.pictures = seen.contents[batches.cache.folder]
     return rows
 
 

@@ -97,6 +97,7 @@ def data_record(batches: Batches) -> dict[str, str | int | float | bool]:
     return {
         "cache": batches.cache.made_of,
         "content": batches.cache.content,
+        **({"pictures": batches.pictures} if batches.pictures else {}),
         "documents": info["documents"],
         "tokens": info["tokens"],
         "trained tokens": info["trained_tokens"],

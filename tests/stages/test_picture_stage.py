@@ -1,6 +1,7 @@
 """The stage classify of pictures: what it learns of drawn shapes, its cache of features, and what it refuses."""
 
 import dataclasses
+import gc
 import io
 import json
 import random
@@ -153,6 +154,7 @@ def test_a_frozen_tower_looks_once_at_every_picture(shapes, tmp_path, monkeypatc
     drawn(KINDS[0], random.Random(7)).save(copy / KINDS[0] / "newest.png")
     start(dataclasses.replace(config, run=str(tmp_path / "changed")))
     assert len(looked) == 1  # the copied one is another's
+    gc.collect()  # of the runs, which hold their caches
     assert all(remove_cache(cache) for cache in stored_caches(cache_root(config.data)) if cache.kind == "features")
 
 
@@ -201,6 +203,20 @@ def test_a_run_resumes_exactly(shapes, tmp_path):
     with pytest.raises(UserError, match=r"vision\.train head -> tower"):
         start(other)
     assert picture.exists()
+
+
+def test_a_run_does_not_go_on_with_other_pictures(shapes, tmp_path):
+    rows = [
+        {"image": str(file), "label": file.parent.name} for file in sorted((shapes / "my photos").glob("*/*"))[::20]
+    ]
+    rows[0]["image"] = str(shutil.copy(rows[0]["image"], tmp_path / "own.png"))
+    data = {"train": (str(write_lines(tmp_path / "rows.jsonl", rows)),), "val_fraction": 0.0}
+    config = settings(shapes, tmp_path, data=data, training={"steps": 2, "batch_tokens": 4})
+    start(config)
+    shutil.copy(rows[1]["image"], tmp_path / "own.png")  # the table that names it is the same
+    longer = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=3))
+    with pytest.raises(UserError, match=r"the data has changed since the checkpoint \(pictures "):
+        start(longer)
 
 
 @pytest.mark.slow

@@ -201,6 +201,8 @@ def test_features_made_before_train_as_pixels_do(make, tmp_path):
         np.testing.assert_allclose(*([row[key] for row in rows if key in row] for rows in (ours, theirs)), rtol=1e-4)
     with pytest.raises(ValueError, match="is for a tower that stays as it is"):
         make(train="tower", data={"cache_features": True})
+    with pytest.raises(ValueError, match="is for one rendering"):
+        make(data={"cache_features": True, "redraw_each_epoch": True})
 
 
 @pytest.mark.slow
