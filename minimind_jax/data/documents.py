@@ -125,10 +125,9 @@ def encode_prompt(
     messages: Sequence[dict[str, Any]],
     tools: Sequence[Any] | None = None,
     open_thinking: bool | None = None,
-    enable_thinking: bool | None = None,
 ) -> list[int]:
     """Ids of messages with a generation prompt, cut where training cuts: the very tokens a trained model has seen."""
-    segments = tokenizer.prompt_segments(messages, tools, True, open_thinking, enable_thinking)
+    segments = tokenizer.prompt_segments(messages, tools, True, open_thinking)
     return _encode(tokenizer, segments).ids.tolist()
 
 

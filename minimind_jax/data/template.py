@@ -80,7 +80,6 @@ def render_segments(
     tools: Sequence[Any] | None = None,
     add_generation_prompt: bool = False,
     open_thinking: bool | None = None,
-    enable_thinking: bool | None = None,
     keep_empty_think: bool = True,
 ) -> list[Segment]:
     """The conversation in pieces whose texts join to what `chat_template.jinja` renders, byte for byte.
@@ -88,8 +87,7 @@ def render_segments(
     Trained is everything after an assistant header up to and including <|im_end|> and the newline, but of messages with
     `train` False. Pieces end wherever a prompt ends at inference (after the header, after "<think>\\n", after an empty
     think block), so that tokenising each by itself gives the model in training the very tokens it sees in use.
-    open_thinking: whether the generation prompt opens a think block; where it is None, enable_thinking says so (the
-        name other programs use; llama.cpp always sets it); neither given, the block is empty.
+    open_thinking: whether the generation prompt opens a think block; else the block is empty.
     keep_empty_think: False leaves out the empty think blocks of the assistant's messages.
     Raises UserError for an unknown role.
     """
@@ -113,8 +111,7 @@ def render_segments(
         elif role == "user" or index:
             pending += f"<|im_start|>{role}\n{_text(message)}{TURN_END}"
     if add_generation_prompt:
-        thinks = (enable_thinking if open_thinking is None else open_thinking) is True
-        pending += ASSISTANT_HEADER + (OPEN_THINK if thinks else EMPTY_THINK)
+        pending += ASSISTANT_HEADER + (OPEN_THINK if open_thinking else EMPTY_THINK)
     if pending:
         segments.append(Segment(pending, False, turn))
     return segments

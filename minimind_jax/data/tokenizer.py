@@ -271,14 +271,13 @@ class Tokenizer:
         tools: Sequence[Any] | None = None,
         add_generation_prompt: bool = True,
         open_thinking: bool | None = None,
-        enable_thinking: bool | None = None,
     ) -> list[Segment]:
         """A prompt in the pieces that training tokenises; one piece under a folder's own template. Raises UserError if
         that leaves out something."""
         if self.own_template:
-            return render_segments(messages, tools, add_generation_prompt, open_thinking, enable_thinking)
-        switch = enable_thinking if open_thinking is None else open_thinking
-        thinking = {} if switch is None else {"open_thinking": switch, "enable_thinking": switch}
+            return render_segments(messages, tools, add_generation_prompt, open_thinking)
+        names = () if open_thinking is None else ("open_thinking", "enable_thinking")
+        thinking = dict.fromkeys(names, open_thinking)
         variables = {**self._present_tokens(), **thinking, "add_generation_prompt": add_generation_prompt}
         segments = [Segment(render_jinja(self.chat_template, messages, tools, **variables), False, 0)]
         check_complete(messages, tools, segments, with_answers=False)

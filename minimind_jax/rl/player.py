@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.config.rl import RLConfig
+from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.model.transformer import Params
 from minimind_jax.rl.environment import Environment
@@ -17,7 +18,7 @@ from minimind_jax.rl.episode import Episode, Task
 from minimind_jax.rl.play import GaveUp, Start, Writer, play
 from minimind_jax.rl.rewards import Rewards
 from minimind_jax.rl.rollout import Rollout, Row, describe, groups_of, shared, teaches_nothing
-from minimind_jax.rl.tasks import Tasks, drawn_tasks, encode_task, refilling_tasks, thinks
+from minimind_jax.rl.tasks import Tasks, drawn_tasks, refilling_tasks, thinks
 from minimind_jax.seeds import named_seed
 from minimind_jax.sharding import announce
 
@@ -27,15 +28,6 @@ class Policy(Protocol):
 
     def load(self, params: Params) -> Writer:
         """Who writes with these parameters from now on."""
-
-
-class Asked(NamedTuple):
-    """A task that is asked for so many completions. name: of the draws of it."""
-
-    group: int
-    task: Task
-    thinking: bool
-    name: str
 
 
 class Played(NamedTuple):
@@ -115,16 +107,13 @@ class Player:
     ) -> tuple[list[Row], list[Episode]]:
         """The rows of all processes and the episodes of this one, of tasks by their numbers. first: group. told: gets
         what is counted."""
-        config, (index, count) = self.config, self._process
-        asked = [
-            Asked(first + place, task, thinks(config, task, f"{name}/{place}"), f"{name}/{place}")
-            for place, task in enumerate(self.tasks.train[number] for number in numbers)
-        ][index::count]
-        episodes = self.play(writer, is_stopping, asked, config.rollout.completions, self._sampling)
+        tasks = [self.tasks.train[number] for number in numbers]
+        completions = self.config.rollout.completions
+        episodes = self.play(writer, is_stopping, tasks, name, completions, self._sampling, first)
         started = time.perf_counter()
         failures = self.rewards(episodes)
         told["time/rewards"] = told.get("time/rewards", 0.0) + time.perf_counter() - started
-        rows, counts = shared(index, [Row.of(episode) for episode in episodes], failures)
+        rows, counts = shared(self._process[0], [Row.of(episode) for episode in episodes], failures)
         told.update(Counter(told) + counts)
         return rows, episodes
 
@@ -132,16 +121,22 @@ class Player:
         self,
         writer: Writer,
         is_stopping: Callable[[], bool],
-        asked: Sequence[Asked],
+        tasks: Sequence[Task],
+        name: str,
         completions: int,
         sampling: SamplingConfig,
+        first: int = 0,
     ) -> list[Episode]:
-        config, starts = self.config, []
-        for group, task, thinking, name in asked:
-            prompt = encode_task(self.tokenizer, task, thinking)
+        """This process's episodes of all tasks. name: of their draws. first: group."""
+        config, (index, count) = self.config, self._process
+        starts = []
+        for place in range(index, len(tasks), count):
+            task, draw = tasks[place], f"{name}/{place}"
+            thinking = thinks(config, task, draw)
+            prompt = encode_prompt(self.tokenizer, task.messages, task.tools, thinking)
             for completion in range(completions):
-                seed = named_seed(config.seed, name, completion)
-                starts.append(Start(group, task, prompt, thinking, seed))
+                seed = named_seed(config.seed, draw, completion)
+                starts.append(Start(first + place, task, prompt, thinking, seed))
         agent = getattr(config, "agent", None)
         limits = {"turns": agent.turns, "seconds": agent.seconds} if agent else {}
         return play(
@@ -159,15 +154,11 @@ class Player:
     def __call__(self, params: Params, is_stopping: Callable[[], bool]) -> dict[str, float] | None:
         """Judges the policy, as a `training.source.Evaluation`: `reward`, `success` and `length` of greedy completions,
         and pass@k of drawn ones, each of which is the share of the tasks that one of k solves."""
-        config, (index, processes) = self.config, self._process
-        tasks = self.tasks.held_out[: config.training.eval_rows or None]
-        asked = [
-            Asked(n, task, thinks(config, task, f"held out/{n}"), f"held out/{n}") for n, task in enumerate(tasks)
-        ][index::processes]
+        tasks = self.tasks.held_out[: self.config.training.eval_rows or None]
         self.settle()
-        play = functools.partial(self.play, self._policy.load(params), is_stopping, asked)
+        play = functools.partial(self.play, self._policy.load(params), is_stopping, tasks, "held out")
         greedy = dataclasses.replace(self._sampling, temperature=0.0, top_k=0, top_p=1.0)
-        count, drawn = config.held_out.completions, []
+        count, drawn = self.config.held_out.completions, []
         try:
             rows = self._judged(play(1, greedy))
             if count:

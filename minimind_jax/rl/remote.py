@@ -4,7 +4,6 @@ The protocol is vLLM's of /v1/completions, which SGLang and `minimind serve` hav
 their log-probabilities out. docs/rl_servers.md says how each of them is started.
 """
 
-import contextlib
 import hashlib
 import math
 import queue
@@ -33,6 +32,10 @@ MOST_AT_ONCE = 256  # requests; a server holds more back anyhow
 WAIT = 0.05  # seconds that a step waits for an answer, while environments may have something to say
 PROBE = "1, 2, 3, 4,"
 DRAWN = SamplingConfig(max_new_tokens=16, temperature=1.0, top_p=1.0, ignore_eos=True)
+_SAME_NAMES = (  # of settings, here and there
+    *("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("seed", "ignore_eos"),
+)
 SAME = 1e-3  # nats: the log-probabilities of a few tokens at two temperatures differ by more
 
 
@@ -77,16 +80,8 @@ class RemoteWriter:
     def step(self, patient: bool = False) -> list[Answer]:
         """The answers that have come since, all of them whole; none where nothing comes for a while. Raises UserError
         where the server fails or returns something else; then all answers are cancelled."""
-        try:
-            return self._step()
-        except BaseException:
-            for answer in list(self._open):
-                self.cancel(answer)
-            raise
-
-    def _step(self) -> list[Answer]:
         grown: list[Answer] = []
-        with contextlib.suppress(queue.Empty):
+        try:
             while self._open:
                 answer, found = self._come.get(timeout=0.0 if grown else WAIT)
                 if answer in self._open:
@@ -95,6 +90,12 @@ class RemoteWriter:
                     self._take(answer, found)
                     self._open.discard(answer)
                     grown.append(answer)
+        except queue.Empty:
+            pass
+        except BaseException:
+            for answer in list(self._open):
+                self.cancel(answer)
+            raise
         return grown
 
     def cancel(self, answer: Answer) -> None:
@@ -173,18 +174,11 @@ def _body(answer: Answer) -> dict[str, Any]:
     sampling = answer.request.sampling
     return {
         "prompt": list(answer.request.prompt),
+        **{name: getattr(sampling, name) for name in _SAME_NAMES},
         "max_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
         "top_k": sampling.top_k or -1,  # off, in all versions of vLLM
-        "top_p": sampling.top_p,
-        "min_p": sampling.min_p,
-        "repetition_penalty": sampling.repetition_penalty,
-        "presence_penalty": sampling.presence_penalty,
-        "frequency_penalty": sampling.frequency_penalty,
-        "seed": sampling.seed,
         "stop": list(sampling.stop) or None,
         "stop_token_ids": list(answer.ends),
-        "ignore_eos": sampling.ignore_eos,
         "logprobs": 0,  # of the tokens that were drawn, and no others
         "return_token_ids": True,
     }

@@ -126,18 +126,13 @@ def prompt_length(config: RLConfig, tokenizer: Tokenizer, task: Task) -> int:
     """Tokens of a task's prompt; of one that is asked to think now and then, the longer one's."""
     chance = config.rollout.thinking if task.thinking is None else task.thinking
     possible = {chance > 0, chance == 1}
-    return max(len(encode_task(tokenizer, task, thinking)) for thinking in possible)
+    return max(len(encode_prompt(tokenizer, task.messages, task.tools, thinking)) for thinking in possible)
 
 
 def thinks(config: RLConfig, task: Task, name: str) -> bool:
     """Whether a prompt opens a think block: as its record says, or as is drawn under that name."""
     draw = np.random.default_rng(named_seed(config.seed, "thinking", name)).random()
     return draw < config.rollout.thinking if task.thinking is None else task.thinking
-
-
-def encode_task(tokenizer: Tokenizer, task: Task, thinking: bool) -> list[int]:
-    """The prompt's ids, up to where the policy goes on."""
-    return encode_prompt(tokenizer, task.messages, task.tools, thinking)
 
 
 def drawn_tasks(tasks: int, count: int, seed: int, rollout: int) -> list[int]:

@@ -138,5 +138,5 @@ def test_the_template_in_the_file_renders_as_ours(chat_runs, tmp_path):
         {"role": "tool", "content": "42"},
     ]
     for thinks in (True, False):
-        ours = "".join(s.text for s in tokenizer.prompt_segments(messages, tools, enable_thinking=thinks))
+        ours = "".join(s.text for s in tokenizer.prompt_segments(messages, tools, open_thinking=thinks))
         assert server.prompt(messages, tools=tools, chat_template_kwargs={"enable_thinking": thinks}) == ours

@@ -149,8 +149,7 @@ class TestForeignFolder:
         assert decode(document.ids[document.turn_starts[1] :]).startswith("<|im_start|>user\nc")
         assert len(document.turn_starts) == 2
 
-    def test_prompts_know_both_switches(self, foreign):
-        for name in ("open_thinking", "enable_thinking"):
-            ids = encode_prompt(foreign, self.talk[:1], **{name: True})
-            assert foreign.decode(ids, False) == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>"
-            assert foreign.decode(encode_prompt(foreign, self.talk[:1], **{name: False}), False).endswith("tant\n")
+    def test_prompts_open_a_think_block_where_asked(self, foreign):
+        ids = encode_prompt(foreign, self.talk[:1], open_thinking=True)
+        assert foreign.decode(ids, False) == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>"
+        assert foreign.decode(encode_prompt(foreign, self.talk[:1], open_thinking=False), False).endswith("tant\n")

@@ -8,9 +8,10 @@ import pytest
 
 from minimind_jax.config.rl import GRPOConfig, PromptsConfig, RolloutConfig
 from minimind_jax.data.batches import split_records
+from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
-from minimind_jax.rl.tasks import drawn_tasks, encode_task, read_tasks, refilling_tasks, thinks
+from minimind_jax.rl.tasks import drawn_tasks, read_tasks, refilling_tasks, thinks
 from minimind_jax.tools.toolbox import Toolbox
 
 
@@ -74,7 +75,7 @@ def test_prompts_that_are_too_long(config, tokenizer, wanted, left):
         read_tasks(config(records, 0.0), tokenizer)
     tasks = read_tasks(config(records, 0.0, long_prompts=wanted), tokenizer)
     assert len(tasks.train) == left and tasks.notes[0].startswith("data.train: 1 prompts")
-    assert all(len(encode_task(tokenizer, task, True)) <= 48 for task in tasks.train)
+    assert all(len(encode_prompt(tokenizer, task.messages, task.tools, True)) <= 48 for task in tasks.train)
 
 
 def test_thinking_is_drawn_for_a_group_or_said_by_its_record(config, tokenizer):
