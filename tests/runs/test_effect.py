@@ -98,7 +98,7 @@ def test_what_another_setting_turns_off_is_told(capsys):
 # Read only where another setting asks for it, which these runs do not.
 ASKED_FOR = (
     *("training.profile_start", "training.stop_on_nan", "samples.", "optimizer.", "lora.", "tracking.project"),
-    *("teacher.jsd_beta", "preference.gamma", "data.tokenizer_workers", "training.sample_every"),
+    *("teacher.jsd_beta", "preference.gamma", "data.tokenizer_workers", "training.sample_every", "vision.train"),
 )
 NAMES = ("run", "resume", "teacher.model")  # read from the settings written down
 
