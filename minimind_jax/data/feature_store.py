@@ -122,6 +122,7 @@ class FeatureStore:
                 features.write(np.ascontiguousarray(some, self.dtype).tobytes())
                 features.flush()
                 names.write(b"".join(digests[done : done + len(some)]))
+                names.flush()
                 done += len(some)
             os.fsync(features.fileno())
 

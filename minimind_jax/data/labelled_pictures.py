@@ -1,6 +1,6 @@
 """Labelled pictures: {"image": path, "label": str} or a list of labels, or files in folders named after their label."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from minimind_jax.data.labels import Classes, read_labels
 from minimind_jax.data.pictures import PictureFile, as_text, file_of, pack
 from minimind_jax.data.values import field_names, is_absent
 from minimind_jax.errors import UserError
+from minimind_jax.texts import listed
 
 FIELDS = (*IMAGES, "image_path", "file_name", "filename", "path", "file")  # where a picture is looked for
 
@@ -93,9 +94,9 @@ def _place(record: Record, field: str) -> str:
     return next((name for name in names if not is_absent(record.value.get(name))), names[-1])
 
 
-def check_folders(paths: Sequence[str | Path]) -> None:
-    """Raises UserError for a folder whose pictures lie neither all in folders of its own, named after their labels, nor
-    all in itself."""
+def check_folders(paths: Sequence[str | Path], tell: Callable[[str], None]) -> None:
+    """Tells of folders in a folder of pictures that hold none, and are no labels. Raises UserError for one whose
+    pictures lie neither all in folders of its own, named after their labels, nor all in itself."""
     for folder in (Path(path).expanduser() for path in paths):
         files = expand_paths([folder], pictures=True) if folder.is_dir() else []
         shown = [file.relative_to(folder) for file in files if is_picture(file)]
@@ -106,3 +107,7 @@ def check_folders(paths: Sequence[str | Path]) -> None:
                 f"{folder / 'LABEL' / bad[0].name} would, such as {bad[0]}; move or remove them, or name the folder "
                 "that holds those of the labels"
             )
+        named = {file.parts[0] for file in shown}
+        empty = [each.name for each in folder.glob("[!.]*/") if each.is_dir() and each.name not in named]
+        if shown and empty:
+            tell(f"{folder}: no picture that is read lies in {listed(sorted(empty), 4)}, so they are no labels")

@@ -107,17 +107,19 @@ class PictureScorer:
         self, pictures: Iterable[tuple[PictureFile, str]], advance: Callable[[int], None] = lambda count: None
     ) -> np.ndarray:
         """(pictures, labels) logits of pictures, of each with its place for messages."""
-        found, left = [np.zeros((0, len(self.labels.names)), np.float32)], iter(pictures)
+        return self.pixels((read_image(picture, self.tower, place) for picture, place in pictures), advance)
+
+    def pixels(
+        self, pixels_HWC: Iterable[np.ndarray], advance: Callable[[int], None] = lambda count: None
+    ) -> np.ndarray:
+        """`pictures` of what `read_image` has read."""
+        found, left = [np.zeros((0, len(self.labels.names)), np.float32)], iter(pixels_HWC)
         while some := list(itertools.islice(left, MAX_PICTURES)):
-            found.append(self.pixels([read_image(picture, self.tower, place) for picture, place in some]))
+            size = bucket(len(some), smallest=1, multiple=MAX_PICTURES)
+            pixels_NHWC = np.resize(np.stack(some), (size, *some[0].shape))
+            found.append(np.asarray(self._scores(self._params, pixels_NHWC))[: len(some)])
             advance(len(some))
         return np.concatenate(found)
-
-    def pixels(self, pixels_HWC: Sequence[np.ndarray]) -> np.ndarray:
-        """(pictures, labels) logits of pictures that `read_image` has read, at most MAX_PICTURES."""
-        size = bucket(len(pixels_HWC), smallest=1, multiple=MAX_PICTURES)
-        pixels_NHWC = np.resize(np.stack(pixels_HWC), (size, *pixels_HWC[0].shape))
-        return np.asarray(self._scores(self._params, pixels_NHWC))[: len(pixels_HWC)]
 
 
 def _rows(width: int, left: int) -> int:

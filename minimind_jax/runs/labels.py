@@ -41,7 +41,7 @@ def labels_of_data(config: ClassifyConfig, run: RunFolder, has_begun: bool) -> t
     fields, skips = (config.text_field, config.classify.label_field), config.data.on_error == "skip"
     reading, noun, how = reading_of(config.data), "text", {}
     if config.of_pictures:
-        check_folders((*config.data.train, *config.data.val))
+        check_folders((*config.data.train, *config.data.val), announce)
         check = functools.partial(picture_of, ignored=reading.ignore_fields)
         noun, how = "picture", {"check": check, "pictures": True}
     classes = find_classes(config.data.train, *fields, skips, announce, reading, **how)

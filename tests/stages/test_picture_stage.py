@@ -279,8 +279,11 @@ def test_what_is_refused(shapes, tmp_path, trained, capsys, monkeypatch):
     broken = photos / KINDS[1] / "broken.jpg"
     broken.write_bytes(b"no picture")
     refused(r"broken\.jpg:1: not a picture", data={"train": (str(photos),)})
+    (photos / "HEIC alone").mkdir()
     start(settings(shapes, tmp_path, training={"steps": 1}, data={"train": (str(photos),), "on_error": "skip"}))
-    assert "Skipped 1 of 161 records" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "Skipped 1 of 161 records" in told.err
+    assert "photos: no picture that is read lies in HEIC alone, so they are no labels" in told.out
     with pytest.raises(UserError, match=r"broken\.jpg:1: not a picture"):
         predicted(trained.path, tmp_path / "none.jsonl", photos)
     rows = {
