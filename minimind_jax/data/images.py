@@ -5,6 +5,7 @@ wrong with it is a UserError that says where.
 """
 
 import dataclasses
+import errno
 import hashlib
 import io
 import warnings
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 # Decoded it takes a quarter of a gigabyte. Pillow's own limit, at which it only warns, is a third more.
 MOST_PIXELS = 2**26
+NAMED = 300  # characters of a path in a message
 # Decoders of what people have; Pillow's others read formats of which some start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
@@ -58,15 +60,16 @@ def read_image(
 
 def open_image(source: bytes | Path, where: str, tell: Callable[[str], None] = lambda note: None) -> "Image":
     """A picture in its own size, upright and in RGB, of which every pixel has been decoded. Raises as `read_image`."""
-    image = _open(source, where)
+    image, where = _open(source, where), _place(source, where)
     width, height = image.size
     if width * height > MOST_PIXELS:
         raise UserError(
             f"{where}: a picture of {width:,} x {height:,} pixels; at most {MOST_PIXELS:,} are read: shrink it"
         )
     try:
-        if image.format in ("GIF", "WEBP", "PNG") and getattr(image, "n_frames", 1) > 1:
-            tell("of animated pictures only the first is seen")
+        if image.format in ("GIF", "WEBP", "PNG", "TIFF") and getattr(image, "n_frames", 1) > 1:
+            what = "the pages of a TIFF file" if image.format == "TIFF" else "animated pictures"
+            tell(f"of {what} only the first is seen")
         return _in_colour(_upright(image), where)
     except UserError:
         raise
@@ -81,7 +84,10 @@ def _open(source: bytes | Path, where: str) -> "Image":
         content = source if isinstance(source, bytes) else source.read_bytes()
     except (OSError, ValueError) as error:  # a name with a NUL
         why = getattr(error, "strerror", None) or error
-        raise UserError(f"{where}: the picture {source} cannot be read: {why}") from error
+        if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+            why = f"{why}; the base64 of a picture stands behind data:image/png;base64,"
+        raise UserError(f"{where}: the picture {str(source)[:NAMED]} cannot be read: {why}") from error
+    where = _place(source, where)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", library.DecompressionBombWarning)  # our own limit is lower
@@ -91,7 +97,15 @@ def _open(source: bytes | Path, where: str) -> "Image":
             f"{where}: a picture of too many pixels; at most {MOST_PIXELS:,} are read: shrink it"
         ) from error
     except Exception as error:
-        raise UserError(f"{where}: not a picture that is read ({', '.join(FORMATS)}), or a damaged one") from error
+        what = "or a damaged one" if content else "but an empty file"
+        raise UserError(
+            f"{where}: not a picture that is read ({', '.join(FORMATS)}), {what}; save it as JPEG or PNG, or remove it"
+        ) from error
+
+
+def _place(source: bytes | Path, where: str) -> str:
+    """Where a picture is, with its file's path unless that is said already."""
+    return where if isinstance(source, bytes) or source.name in where else f"{where}: {source}"
 
 
 def _upright(image: "Image") -> "Image":

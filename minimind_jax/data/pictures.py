@@ -13,13 +13,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 
 from minimind_jax.data.formats import IMAGES, MESSAGES
 from minimind_jax.data.images import open_image
-from minimind_jax.data.jsonl import READING, Reading, Record
-from minimind_jax.data.messages import CONTENT, Conversation, Message, messages_in
+from minimind_jax.data.jsonl import PICTURES, READING, Reading, Record
+from minimind_jax.data.messages import CONTENT, OTHER_ROLES, ROLES, Conversation, Message, messages_in
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.data.values import is_absent, kind_of
 from minimind_jax.errors import UserError
@@ -27,7 +28,8 @@ from minimind_jax.model.config import Vision
 
 PARTS = ("image", "image_url", "input_image")
 PLACE = "<image>"
-BLANK = 8  # pixels a side of MiniMind-V's stand-in for the picture of a record of words alone
+SHOWN_BY = tuple(role for role in (*ROLES, *OTHER_ROLES) if OTHER_ROLES.get(role, role) in ("user", "tool"))
+BLANK = 8  # pixels a side of MiniMind-V's black stand-in for the picture of a record of words alone
 
 PictureFile = bytes | Path
 
@@ -124,14 +126,14 @@ def place_pictures(record: Record, talk: Conversation, pictures: Sequence[Pictur
     """
     if any(sight.marker in message["content"] for message in talk.messages):
         raise UserError(f"{record.where}: the text has {sight.marker}, which stands for pictures; write {PLACE} there")
-    messages, shown = list(talk.messages), [n for n, m in enumerate(talk.messages) if m["role"] in ("user", "tool")]
+    messages, shown = list(talk.messages), [n for n, m in enumerate(talk.messages) if m["role"] in SHOWN_BY]
     places = sum(messages[n]["content"].count(PLACE) for n in shown)
     if not pictures:
         if places:
             tell_of(record, f"`{PLACE}` without a picture is read as a word")
         return Seen(talk, (), sight)
     looks = (open_image(picture, where) for where, picture in named(record.where, pictures))
-    if not places and all(max(look.size) <= BLANK for look in looks):
+    if not places and all(max(look.size) <= BLANK and not look.getbbox() for look in looks):
         tell_of(record, f"a picture of {BLANK} x {BLANK} pixels and no `{PLACE}` in the text: words alone")
         return Seen(talk, (), sight)
     if not places and shown:
@@ -219,9 +221,20 @@ def unwrap(value: Any) -> Any:
     return next((value[name] for name in ("bytes", "url", "path") if not is_absent(value.get(name))), None)
 
 
+def names_picture(value: Any) -> bool:
+    """Whether a field of another name seems to hold a picture, or its path."""
+    value = unwrap(value[0] if isinstance(value, list) and value else value)
+    return isinstance(value, bytes) or (isinstance(value, str) and value.lower().endswith(PICTURES))
+
+
 def read_data_url(url: str, where: str) -> bytes:
     """The content of a data URL; its base64 may have line breaks, and lack its padding. Raises UserError."""
-    written = "".join(url.partition("base64,")[2].split())
+    _, is_base64, written = url.partition("base64,")
+    if not is_base64:
+        raise UserError(
+            f"{where}: a data URL that is not base64 ({url[:40]}); write data:image/png;base64, and its base64"
+        )
+    written = "".join(written.split())
     try:
         return base64.b64decode(written + "=" * (-len(written) % 4), validate=True)
     except binascii.Error as error:
@@ -229,12 +242,16 @@ def read_data_url(url: str, where: str) -> bytes:
 
 
 def find_file(address: str, folder: Path, where: str) -> PictureFile:
-    """The file that a path from `folder`, or a data URL, stands for. Raises UserError for an address of the net."""
-    if address.startswith("data:"):
+    """The file that a path from `folder`, which may begin with ~, a file URL or a data URL stands for. Raises UserError
+    for another address."""
+    scheme, colon, rest = address.partition(":")
+    if colon and scheme.lower() == "data":
         return read_data_url(address, where)
-    if address.startswith(("http://", "https://")):
+    if not rest.startswith("//"):
+        return folder.absolute() / os.path.expanduser(address)
+    if scheme.lower() != "file":
         raise UserError(f"{where} is an address ({address[:60]}); download the picture and give its path")
-    return folder.absolute() / address.removeprefix("file://")
+    return folder.absolute() / unquote(rest[2:])
 
 
 def _without_parts(turn: Any, record: Record, within: list[PictureFile | None]) -> Any:
@@ -243,12 +260,14 @@ def _without_parts(turn: Any, record: Record, within: list[PictureFile | None]) 
     parts = _parts(turn)
     if not any(map(is_picture, parts)):
         return turn
-    texts = []
+    role, texts = turn.get("role", turn.get("from", "user")), []
+    if role not in SHOWN_BY:
+        raise UserError(f"{record.where}: a picture in a message of {role}; it is the user who shows pictures")
     for part in parts:
         texts.append({"type": "text", "text": PLACE} if is_picture(part) else part)
         if is_picture(part):
             own = source_in(part)
-            within.append(None if own is None else file_of(own, record, f"a part of type {part['type']}"))
+            within.append(None if own is None else file_of(own, record, "a picture among parts"))
     return {name: texts if value is parts else value for name, value in turn.items()}
 
 

@@ -20,6 +20,7 @@ from minimind_jax.data.pictures import (
     Seen,
     has_pictures,
     named,
+    names_picture,
     place_pictures,
     sight_of,
     take_pictures,
@@ -290,16 +291,19 @@ def _request(engine: Engine, config: GenerateConfig, record: Record, cut: bool =
         raise error if record.where in str(error) else UserError(f"{record.where}: {error}") from error
     if cut:
         request = _cut(engine, config, request)
-    ids = request.ids
+    ids, seen = request.ids, request.seen
+    size = f"{len(ids)} tokens"
+    if seen and seen.pictures:
+        size += f" ({len(seen.pictures) * seen.sight.tokens} of them for {len(seen.pictures)} pictures)"
     room, context = engine.room(len(ids)), engine.room(0)
     if room < 1:
         raise TooLong(
-            f"{record.where}: a prompt of {len(ids)} tokens leaves no room for an answer in the model's context of "
+            f"{record.where}: a prompt of {size} leaves no room for an answer in the model's context of "
             f"{context}; shorten it"
         )
     if config.max_new_tokens is not None and config.max_new_tokens > room:
         raise TooLong(
-            f"{record.where}: a prompt of {len(ids)} tokens leaves {room} in the model's context of {context}, fewer "
+            f"{record.where}: a prompt of {size} leaves {room} in the model's context of {context}, fewer "
             f"than max_new_tokens {config.max_new_tokens}; shorten it, or ask for fewer"
         )
     return request
@@ -347,6 +351,11 @@ def _prompt(engine: Engine, config: GenerateConfig, record: Record) -> Prompt:
             raise UserError(f"{record.where}: it shows pictures, and {why}; or list their field in ignore_fields")
         words, pictures = take_pictures(record, reading)
     text, conversation, others = read_prompt(words, reading, config.raw)
+    for name in others if sight else ():
+        if names_picture(others[name]):
+            tell_of(
+                record, f"the picture in `{name}` is not looked at; call the field `image`, or list it in ignore_fields"
+            )
     if config.raw:
         if conversation is not None:
             raise UserError(f"{record.where}: a conversation needs the chat template; drop raw")

@@ -7,13 +7,11 @@ from typing import Any
 
 from minimind_jax.data.images import Picture, open_picture
 from minimind_jax.data.messages import CONTENT
-from minimind_jax.data.pictures import Sight, is_picture, source_in, unwrap
+from minimind_jax.data.pictures import SHOWN_BY, Sight, is_picture, source_in, unwrap
 from minimind_jax.data.values import kind_of
 from minimind_jax.errors import UserError
 from minimind_jax.inference.eyes import BLIND
 from minimind_jax.model.config import Vision
-
-SHOWN_BY = ("user", "human", "prompter", "tool")  # roles
 
 Fetch = Callable[[str, str], bytes | Path]
 

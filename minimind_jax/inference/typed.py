@@ -44,15 +44,15 @@ def typed_messages(show: Callable[[str], None], note: Callable[[str], None]) -> 
 
 
 def typed_path(text: str) -> str:
-    """The path that was typed, pasted or dragged into the terminal: as it is, or as a shell reads it, with quotes,
-    backslashes and ~."""
+    """The path that was typed, pasted or dragged into the terminal: as it is, or as a shell reads it, with quotes and
+    backslashes."""
     if os.path.exists(text):
         return text
     try:
         words = shlex.split(text)
     except ValueError:  # a quote that is not closed
         words = []
-    return os.path.expanduser(words[0] if len(words) == 1 else text)
+    return words[0] if len(words) == 1 else text
 
 
 def _with_pasted(line: str, show: Callable[[str], None]) -> str:

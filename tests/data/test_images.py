@@ -118,6 +118,14 @@ def test_of_an_animation_the_first_picture_is_seen_and_that_is_said(form):
     read_image(encoded(frames[0], form), tower(), "row 3", pytest.fail)
 
 
+def test_of_a_scan_of_several_pages_the_first_is_seen_and_that_is_said():
+    pages, told = [Image.new("RGB", (30, 30), colour) for colour in ("red", "blue")], []
+    found = read_image(encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:]), tower(), "row 3", told.append)
+    np.testing.assert_array_equal(found, np.broadcast_to([255, 0, 0], (SIDE, SIDE, 3)))
+    assert told == ["of the pages of a TIFF file only the first is seen"]
+    read_image(encoded(pages[0], "TIFF"), tower(), "row 3", pytest.fail)
+
+
 def png_of_claimed_size(width, height):
     """A header that promises so many pixels over a few bytes of data."""
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0" * 1000))]
@@ -161,6 +169,26 @@ def test_a_path_that_is_not_there_is_told(tmp_path):
         read(tmp_path / "none.png")
     with pytest.raises(UserError, match=r"row 3: the picture .* cannot be read: Is a directory"):
         read(tmp_path)
+    with pytest.raises(UserError, match=r"too long; the base64 of a picture stands behind data:image/png") as error:
+        read(tmp_path / ("iVBORw0K" * 9999))
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"not a picture .*, but an empty file; save it as JPEG or PNG"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", r"not a picture .*, or a damaged one; save it as JPEG or PNG"),
+        (encoded(rgb())[:900], "a damaged picture"),
+        (encoded(Image.fromarray(np.ones((9, 9), np.float32)), "TIFF"), "numbers without a scale"),
+    ],
+)
+def test_a_file_that_is_no_sound_picture_is_named(content, message, tmp_path):
+    (tmp_path / "a b.png").write_bytes(content)
+    with pytest.raises(UserError, match=rf"^row 3: \S+a b\.png: .*{message}"):
+        read(tmp_path / "a b.png")
+    with pytest.raises(UserError, match=rf"^a b\.png:1: [^/]*{message}"):  # once
+        read_image(tmp_path / "a b.png", tower(), "a b.png:1")
 
 
 def test_pixels_are_those_of_transformers_processor():

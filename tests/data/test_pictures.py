@@ -17,7 +17,7 @@ from minimind_jax.data.images import read_image
 from minimind_jax.data.jsonl import READING, Reading, iter_records
 from minimind_jax.data.kinds import parse_conversation
 from minimind_jax.data.packing import Order, plan_whole
-from minimind_jax.data.pictures import Sight
+from minimind_jax.data.pictures import Sight, find_file
 from minimind_jax.data.pixels import Pixels
 from minimind_jax.data.prompts import read_prompt
 from minimind_jax.data.token_cache import build_cache
@@ -31,6 +31,14 @@ TOWER = TowerConfig(16, 24, 2, 2, 8, 4, resample=0)
 SIGHT = Sight("<|image_pad|>", 4)
 MARKER = 12
 ANSWER = {"role": "assistant", "content": "the cat"}
+
+
+# a picture that the assistant would show
+SHOWN_BACK = [
+    {"role": "user", "content": "draw"},
+    {"role": "assistant", "content": [{"type": "image", "image": "photos/1.png"}]},
+    {"role": "user", "content": "again"},
+]
 
 
 def content(shade, side=10, kind="PNG"):
@@ -151,6 +159,13 @@ def test_minimind_v_tables(data, tokenizer, tmp_path, capfd):
         (asked("<image>", image="photos/1.png", images=["photos/1.png"]), "pictures in two fields"),
         (asked([image_url("data:image/png;base64,???")]), "a data URL that is not base64"),
         (asked([{"type": "image"}, image_url("photos/1.png")]), "some pictures are parts of messages and some"),
+        (asked("<image>", image="HTTPS://a.b/c.png"), "is an address .*; download the picture"),
+        (asked("<image>", image="s3://a/c.png"), "is an address .*; download the picture"),
+        (
+            asked("<image>", image="data:image/png,abc"),
+            "a data URL that is not base64 .*; write data:image/png;base64,",
+        ),
+        ({"messages": [*SHOWN_BACK, ANSWER]}, "a picture in a message of assistant; it is the user who shows"),
         (asked("<|image_pad|> hm"), r"the text has <\|image_pad\|>, which stands for pictures"),
     ],
 )
@@ -158,6 +173,31 @@ def test_what_is_wrong_is_told_with_file_and_line(data, tokenizer, record, said)
     with pytest.raises(UserError, match=said) as error:
         built(data(asked("words"), record), tokenizer)
     assert "talk.jsonl:2" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["~/photos/a%20b.png", "file://{}/photos/a%2520b.png", "FILE://{}/photos/a%2520b.png", "photos/a%20b.png"],
+)
+def test_addresses_of_files_are_as_people_write_them(data, tmp_path, monkeypatch, address):
+    data()
+    (tmp_path / "photos" / "a%20b.png").write_bytes(content(7))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = find_file(address.format(tmp_path), tmp_path, "here")
+    assert read_image(found, TOWER, "").max() == 7
+
+
+def test_a_small_picture_is_one_unless_it_is_black(data, tokenizer):
+    url = base64.b64encode(content(9, side=8)).decode()
+    assert built(data(asked("what?", image=f"DATA:image/png;base64,{url}")), tokenizer).pictures.counts(64) == [1]
+    url = base64.b64encode(content(0, side=8)).decode()
+    assert built(data(asked("what?", image=f"data:image/png;base64,{url}")), tokenizer).pictures.counts(64) == [0]
+
+
+def test_a_part_may_leave_its_type_out(data, tokenizer):
+    part = {"image_url": {"url": "photos/3.png"}}
+    cache = built(data(asked([part, {"type": "text", "text": "what?"}])), tokenizer)
+    assert [read_image(picture, TOWER, "").max() for _, picture in cache.pictures.of(0)] == [3]
 
 
 def test_a_system_turn_and_answers_keep_the_word(data, tokenizer):

@@ -122,6 +122,23 @@ def test_prompts_of_the_command_line_show_pictures(config, engine, photos, capsy
     assert f"> What?\n{expected.text}\n\n> <image> or" in capsys.readouterr().out
 
 
+def test_pictures_in_fields_of_other_names_are_told(config, capsys):
+    others = {"image_path": "1.png", "thumb": {"path": "2.PNG"}, "photos": ["3.png"], "note": "no picture", "id": 3}
+    run(config({"prompt": "What?", **others}))
+    told = capsys.readouterr().err
+    for name in ("image_path", "thumb", "photos"):
+        assert f"the picture in `{name}` is not looked at; call the field `image`" in told
+    assert "note" not in told and "`id`" not in told
+    run(dataclasses.replace(config(), resume="never", ignore_fields=("image_path", "thumb", "photos")))
+    assert "not looked at" not in capsys.readouterr().err
+
+
+def test_pictures_that_fill_the_context_are_counted(config):
+    said = r"a prompt of \d+ tokens \(640 of them for 160 pictures\) leaves no room"
+    with pytest.raises(UserError, match=said):
+        run(config({"prompt": "What?", "images": ["1.png"] * 160}))
+
+
 def test_pictures_of_the_command_line_add_up_and_are_names_of_files():
     argv = "--model m --prompt a --image 1.png --image".split()
     assert load_settings(GenerateConfig, [*argv, "a, b.png", "[c].png"]).image == ("1.png", "a, b.png", "[c].png")

@@ -308,6 +308,19 @@ def test_samples_show_pictures_that_are_named(make, seen):
             sample(prompt, images=images)
 
 
+def test_data_without_a_picture_is_told_and_refused_where_only_they_teach(make, seen, world, capsys):
+    words = {"train": (str(world.folder / "chat.jsonl"),)}
+    with pytest.raises(
+        UserError, match=r"no conversation that is trained on shows a picture .* learns from pictures alone"
+    ):
+        start(make(VLMPretrainConfig, train="projector", data=words))
+    STAGES["vlm-sft"].load()(assembled("vlm-sft", make(train="ends", data=words)))
+    assert (
+        "shows a picture (`image`, `images`, `image_bytes` or parts of a message); this run trains on texts alone"
+        in (capsys.readouterr().out)
+    )
+
+
 def test_what_cannot_see_is_refused(make, seen):
     for changes, said in (
         ({"vision": VisionConfig()}, r"a model of texts: give --vision\.tower"),
