@@ -1,5 +1,6 @@
 """Labelled pictures: {"image": path, "label": str} or a list of labels, or files in folders named after their label."""
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from minimind_jax.data.formats import IMAGES, TEXT
 from minimind_jax.data.images import open_image
 from minimind_jax.data.jsonl import READING, Reading, Record, expand_paths, is_picture
 from minimind_jax.data.labels import Classes, read_labels
-from minimind_jax.data.pictures import PictureFile, as_text, file_of, pack
+from minimind_jax.data.pictures import PictureFile, as_text, file_of, pack, tell_of
 from minimind_jax.data.values import field_names, is_absent
 from minimind_jax.errors import UserError
 from minimind_jax.texts import listed
@@ -54,11 +55,7 @@ def parse_labelled_picture(record: Record, classes: Classes, reading: Reading = 
     label that is not among the classes, where those are known."""
     picture = picture_of(record, classes.text_field, reading.ignore_fields)
     given = read_labels(record, classes, _place(record, classes.text_field))
-
-    def tell(note: str) -> None:
-        record.told[str(record.file), note] += 1
-
-    open_image(picture, record.where, tell)
+    open_image(picture, record.where, functools.partial(tell_of, record))
     return LabelledPicture(picture, given.labels, classes.values(given.labels))
 
 

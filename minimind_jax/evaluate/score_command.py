@@ -30,6 +30,7 @@ from minimind_jax.data.kinds import parse_conversation
 from minimind_jax.data.labelled_pictures import picture_of
 from minimind_jax.data.labels import parse_unlabelled
 from minimind_jax.data.messages import Conversation
+from minimind_jax.data.pictures import tell_of
 from minimind_jax.data.text_files import encoding_hint, is_foreign_utf8
 from minimind_jax.data.written import TABLES, check_output, json_line, table_line
 from minimind_jax.errors import UserError
@@ -77,11 +78,7 @@ def _predict_pictures(config: PredictConfig) -> None:
 
     def parse(record: Record) -> np.ndarray:
         picture = picture_of(record, config.text_field or "text", reading.ignore_fields)
-
-        def hear(note: str) -> None:
-            record.told[str(record.file), note] += 1
-
-        return read_image(picture, scorer.tower, record.where, hear)
+        return read_image(picture, scorer.tower, record.where, functools.partial(tell_of, record))
 
     answers = functools.partial(_answers, scorer.labels, config.top, scorer.pixels)
     _write(config, parse, answers, _fields(scorer.labels, config.top), pictures=True)
