@@ -147,7 +147,8 @@ class DownloadConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
-    """Lists the caches of tokenised data, or removes them; one that a run has open is never removed.
+    """Lists the caches of tokenised data, and of what towers said of pictures, or removes them; one that a run has open
+    is never removed.
 
     clear: remove all (--clear alone), or those whose files have changed or gone.
     days: only those not used for so many days.

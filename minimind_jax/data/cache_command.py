@@ -1,4 +1,4 @@
-"""`minimind data cache`: the token caches on this machine, and removing them."""
+"""`minimind data cache`: the caches of tokens and features on this machine, and removing them."""
 
 import time
 

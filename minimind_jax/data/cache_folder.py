@@ -1,4 +1,4 @@
-"""The folder of token caches: which lie in it, which are of no more use, and removing them while runs go on.
+"""The folder of token caches and feature stores: which lie in it, which are of no more use, and removing them while runs go on.
 
 An open cache holds a shared lock on its info.json, and whoever makes one holds KEY.lock, so that nothing is removed
 that a process maps or writes. The time of change of info.json is that of the last use.
@@ -40,7 +40,7 @@ class StoredCache:
 
     folder: Path
     files: tuple[str, ...]  # paths of the data it was made from
-    kind: str  # of `kinds.KINDS`, unfinished (being made, or left by a killed process) or damaged
+    kind: str  # of `kinds.KINDS`, features, unfinished (being made, or left by a killed process) or damaged
     size: int  # in bytes
     last_used: float  # seconds since 1970
     stale: bool  # no run can use it again
