@@ -1,4 +1,4 @@
-"""The folder of token caches and feature stores: which lie in it, which are of no more use, and removing them while runs go on.
+"""The folder of caches of tokens and features: which lie there, which are useless, and removing them while runs go on.
 
 An open cache holds a shared lock on its info.json, and whoever makes one holds KEY.lock, so that nothing is removed
 that a process maps or writes. The time of change of info.json is that of the last use.
