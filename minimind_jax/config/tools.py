@@ -99,6 +99,7 @@ class InspectConfig(ReadingConfig):
     rows: records shown.
     seq_len: tokens in a row, for the packing.
     image_tokens: of an image, as the model has them that is to see it; MiniMind-V's 64.
+    html: a file to write, a page with the records that are shown and their pictures.
     seed: of the template's draws and the packing.
     """
 
@@ -108,6 +109,7 @@ class InspectConfig(ReadingConfig):
     rows: int = 3
     seq_len: int = setting(512, must=at_least(4))
     image_tokens: int = setting(64, must=at_least(1))
+    html: str = setting("", names="place")
     seed: int = 42
 
 

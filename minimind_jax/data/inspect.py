@@ -16,13 +16,15 @@ from minimind_jax.config.tools import InspectConfig
 from minimind_jax.data.epoch import plan_epoch
 from minimind_jax.data.formats import detect
 from minimind_jax.data.images import open_image
+from minimind_jax.data.inspect_page import Shown, write_page
 from minimind_jax.data.jsonl import READING, Reading, expand_paths, iter_records, reading_of
 from minimind_jax.data.kinds import KINDS, KindName
 from minimind_jax.data.packing import PackingPlan
-from minimind_jax.data.pictures import SIGHT, Sight, has_pictures
+from minimind_jax.data.pictures import SIGHT, PictureFile, Sight, has_pictures
 from minimind_jax.data.token_cache import TokenCache, build_cache
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.data.values import field_names
+from minimind_jax.data.written import check_output
 from minimind_jax.errors import UserError
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
@@ -56,7 +58,13 @@ def run(config: InspectConfig) -> None:
     """Inspects the files that `config` names."""
     reading = dataclasses.asdict(reading_of(config))
     data, sight = AnyConfig(seq_len=config.seq_len, **reading), Sight(tokens=config.image_tokens)
-    inspect(config.files, Tokenizer.load(config.tokenizer), data, config.kind, config.rows, config.seed, sight=sight)
+    if config.html:
+        check_output(Path(config.html), expand_paths(config.files), complete=None)
+    tokenizer = Tokenizer.load(config.tokenizer)
+    found = inspect(config.files, tokenizer, data, config.kind, config.rows, config.seed, sight=sight)
+    if config.html:
+        write_page(Path(config.html), _first_records(found.cache, tokenizer, config.rows, config.seq_len), sight)
+        print(f"records with their pictures: {config.html}")
 
 
 def inspect(
@@ -85,7 +93,7 @@ def inspect(
         plan = plan_epoch(cache, np.arange(len(cache)), data, seed, epoch=0, packing=name).plan
         packings[name] = Packed(plan, lost=len(cache) - len(np.unique(plan.documents)))
     found = Inspection(kind, cache, cache.lengths, packings)
-    _print_records(console, cache, tokenizer, min(rows, len(cache)), data.seq_len, sight)
+    _print_records(console, _first_records(cache, tokenizer, rows, data.seq_len), sight)
     _print_counts(console, found, tokenizer, files)
     _print_lengths(console, found.lengths)
     if packings:
@@ -119,32 +127,37 @@ def trained_spans(ids: np.ndarray, trained: np.ndarray) -> list[tuple[np.ndarray
     return [(ids[a:b], bool(trained[a])) for a, b in itertools.pairwise(bounds) if b > a]
 
 
-def _print_records(
-    console: Console, cache: TokenCache, tokenizer: Tokenizer, count: int, shown: int, sight: Sight
-) -> None:
-    colours = console.is_terminal and not console.no_color
-    for document in range(count):
+def _first_records(cache: TokenCache, tokenizer: Tokenizer, count: int, shown: int) -> Iterator[Shown]:
+    """At most `count`, each to its token `shown`."""
+    for document in range(min(count, len(cache))):
         length = int(cache.lengths[document])
         trained = cache.is_trained(document, 0, shown)
         trained[0] = False  # nothing comes before the first token that could predict it
         trained &= cache.info["trained_tokens"] > 0  # of a prompt none is
-        text, images = Text(), _image_names(cache, document)
-        for ids, is_trained in trained_spans(cache.ids(document, 0, shown), trained):
-            piece = printable(tokenizer.decode(ids, skip_special_tokens=False))
+        spans = trained_spans(cache.ids(document, 0, shown), trained)
+        pieces = [(printable(tokenizer.decode(ids, skip_special_tokens=False)), learns) for ids, learns in spans]
+        pictures = [] if cache.pictures is None else [picture for _, picture in cache.pictures.of(document)]
+        yield Shown(int(cache.records[document]) + 1, length, pieces, pictures, max(0, length - shown))
+
+
+def _print_records(console: Console, records: Iterable[Shown], sight: Sight) -> None:
+    colours, count = console.is_terminal and not console.no_color, 0
+    for count, record in enumerate(records, 1):  # noqa: B007
+        text, images = Text(), _image_names(record.pictures)
+        for piece, is_trained in record.pieces:
             piece = _with_images(piece, sight, images)
             text.append(f"⟦{piece}⟧" if is_trained and not colours else piece, TRAINED_STYLE if is_trained else "dim")
-        if length > shown:
-            text.append(f" … and {length - shown:,} more tokens", "italic")
-        console.rule(f"record {int(cache.records[document]) + 1}, {length:,} tokens", align="left")
+        if record.left:
+            text.append(f" … and {record.left:,} more tokens", "italic")
+        console.rule(record.title, align="left")
         console.print(text, soft_wrap=True)
     if count:
         console.rule(Text("trained", TRAINED_STYLE) if colours else "trained tokens are between ⟦ and ⟧", align="left")
 
 
-def _image_names(cache: TokenCache, document: int) -> Iterator[str]:
-    """What is shown in the places of a document's images, one after another."""
-    pictures = [] if cache.pictures is None else cache.pictures.of(document)
-    for number, (_, picture) in enumerate(pictures, 1):
+def _image_names(pictures: list[PictureFile]) -> Iterator[str]:
+    """What is shown in the places of a record's images, one after another."""
+    for number, picture in enumerate(pictures, 1):
         name = printable(str(picture)) if isinstance(picture, Path) else f"{len(picture):,} bytes"
         width, height = open_image(picture, name).size
         yield f"[image {number}: {width} x {height}, {name}]"

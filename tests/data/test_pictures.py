@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -262,6 +263,20 @@ def test_inspect_shows_where_images_stand(data, world, tmp_path, monkeypatch, ca
     inspect.run(InspectConfig(files=(file,), tokenizer=folder, image_tokens=4, seq_len=64))
     shown = capsys.readouterr().out
     assert f"[image 1: 10 x 10, {tmp_path}/photos/2.png][image 2: 10 x 10, {tmp_path}/photos/3.png]or?" in shown
+    page = tmp_path / "page.html"
+    wide = data(asked("<b>left<image><image>", images=["photos/2.png", "photos/3.png"])).train
+    inspect.run(InspectConfig(files=wide, tokenizer=folder, image_tokens=4, seq_len=64, html=str(page)))
+    assert str(page) in capsys.readouterr().out
+    written = page.read_text("utf-8")
+    assert "&lt;b&gt;left<img" in written and "<b>left" not in written and "<|image_pad|>" not in written
+    assert "<b>the cat" in written
+    for name, source in zip(("2", "3"), re.findall(r'src="data:image/png;base64,([^"]+)"', written), strict=True):
+        assert f"10 x 10, {tmp_path}/photos/{name}.png" in written
+        drawn = Image.open(io.BytesIO(base64.b64decode(source)))
+        original = Image.open(tmp_path / "photos" / f"{name}.png").convert("RGB")
+        assert drawn.tobytes() == original.tobytes()
+    with pytest.raises(UserError, match="there is no folder"):
+        inspect.run(InspectConfig(files=wide, tokenizer=folder, html=str(tmp_path / "none" / "page.html")))
     assert "<|image_pad|>" not in shown and "packing 2 conversations with images into rows of 64 tokens" in shown
 
 
