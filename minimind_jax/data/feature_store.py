@@ -153,7 +153,7 @@ class Features:
     def annotate(self, cache: TokenCache, pieces: Pieces) -> Batch:
         """features: (rows, room, ...), of each row its pictures in the order of their markers, then zeros."""
         found = np.zeros((pieces.row_count, self.room, *self.store.shape), self.store.dtype)
-        for row, slot, _, number in shown(cache, pieces):
+        for row, slot, number in shown(cache, pieces):
             found[row, slot] = self.store.rows[self._rows[cache.folder][number]]
         return {"features": found}
 

@@ -10,6 +10,7 @@ from minimind_jax.data.images import read_image
 from minimind_jax.data.pictures import PictureFile
 from minimind_jax.data.rows import Batch, Pieces
 from minimind_jax.data.token_cache import TokenCache
+from minimind_jax.errors import UserError
 from minimind_jax.model.config import TowerConfig
 
 DECODERS = 8  # threads at most; decoders work without Python's lock
@@ -33,25 +34,36 @@ class Pixels:
         def read(row: int, slot: int, picture: PictureFile, where: str) -> None:
             pixels[row, slot] = read_image(picture, self.tower, where)
 
-        for row, slot, document, number in shown(cache, pieces):
-            where = picture_place(cache, document, number)
+        for row, slot, number in shown(cache, pieces):
+            where = picture_place(cache, number)
             reads.append(self._threads.submit(read, row, slot, cache.pictures.picture(number), where))
         for each in reads:
             each.result()
         return {"pixels": pixels}
 
 
-def shown(cache: TokenCache, pieces: Pieces) -> Iterator[tuple[int, int, int, int]]:
-    """(row, its place there, document, number in the cache) of every picture whose markers begin within its piece."""
+def shown(cache: TokenCache, pieces: Pieces) -> Iterator[tuple[int, int, int]]:
+    """(row, its place there, number in the cache) of every picture whose markers begin within its piece."""
     offsets, starts = cache.pictures.offsets, cache.pictures.marker_starts
     used = np.zeros(pieces.row_count, np.int64)
     for row, document, stop in zip(pieces.rows, pieces.documents, pieces.stops, strict=True):
         for number in range(offsets[document], offsets[document + 1]):
             if starts[number] < stop:
-                yield row, used[row], document, number
+                yield row, used[row], number
                 used[row] += 1
 
 
-def picture_place(cache: TokenCache, document: int, number: int) -> str:
+def check_files(cache: TokenCache) -> None:
+    """Raises UserError for a picture of a cache whose file is there no more, before a run comes to it."""
+    for number, file in cache.pictures.files():
+        if not file.exists():
+            raise UserError(
+                f"{picture_place(cache, number)}: the picture {file} is gone since its record was read; put it back, "
+                "or have the records read anew by removing their cache (`minimind data cache`)"
+            )
+
+
+def picture_place(cache: TokenCache, number: int) -> str:
     """Where a picture of a cache came from, for messages."""
+    document = np.searchsorted(cache.pictures.offsets, number, side="right") - 1
     return f"record {cache.records[document] + 1}, image {number - cache.pictures.offsets[document] + 1}"

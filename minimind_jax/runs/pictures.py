@@ -15,7 +15,7 @@ from minimind_jax.data.batches import Batches
 from minimind_jax.data.cache_folder import cache_root
 from minimind_jax.data.feature_store import Features, FeatureStore
 from minimind_jax.data.images import read_image
-from minimind_jax.data.pixels import DECODERS, Pixels, picture_place
+from minimind_jax.data.pixels import DECODERS, Pixels, check_files, picture_place
 from minimind_jax.data.rows import Batch, Pieces
 from minimind_jax.data.token_cache import TokenCache
 from minimind_jax.model.vision import VISION
@@ -34,7 +34,10 @@ def open_pictures(
     tower = run.model.config if run.config.of_pictures else run.model.config.vision.tower
     if not features:
         pixels = Pixels(tower, room)
-        return open_rows(run, lambda cache, pieces: pixels.annotate(cache, pieces) | more(cache, pieces))
+        rows = open_rows(run, lambda cache, pieces: pixels.annotate(cache, pieces) | more(cache, pieces))
+        for batches in filter(None, rows):
+            check_files(batches.cache)
+        return rows
     folder = run.models.get(TOWER) or folders_of(run.start)[-1]
     described = {"tower": dataclasses.asdict(tower), "computed in": run.model.dtype.name}
     if run.config.of_pictures:
@@ -60,11 +63,9 @@ def _look(
     """What the tower of a folder says of these pictures of a cache. The next are read while it looks at some."""
     tower = open_tower(folder)
     params, compute = jax.device_put({VISION: {"tower": tower.params()}}), jax.jit(function)
-    documents = np.repeat(np.arange(len(cache)), np.diff(cache.pictures.offsets))
 
     def read(number: int) -> np.ndarray:
-        place = picture_place(cache, documents[number], number)
-        return read_image(cache.pictures.picture(number), tower.config, place)
+        return read_image(cache.pictures.picture(number), tower.config, picture_place(cache, number))
 
     with (
         concurrent.futures.ThreadPoolExecutor(DECODERS) as threads,

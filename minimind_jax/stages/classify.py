@@ -81,8 +81,8 @@ def evaluate_batches(run: Run, batches: Batches) -> ClassificationResult:
     name = str(run.folder.path)
     with progress("evaluating", len(documents)) as advance:
         if run.config.of_pictures:
-            places = zip(documents, cache.pictures.offsets[documents], strict=True)
-            shown = ((cache.pictures.picture(n), picture_place(cache, d, n)) for d, n in places)
+            numbers = cache.pictures.offsets[documents]
+            shown = ((cache.pictures.picture(n), picture_place(cache, n)) for n in numbers)
             logits = PictureScorer(name).pictures(shown, advance)
         else:
             ids = [cache.ids(int(d), 0, seq_len).tolist() for d in documents]

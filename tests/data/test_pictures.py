@@ -19,7 +19,7 @@ from minimind_jax.data.jsonl import READING, Reading, iter_records
 from minimind_jax.data.kinds import parse_conversation
 from minimind_jax.data.packing import Order, plan_whole
 from minimind_jax.data.pictures import Sight, find_file
-from minimind_jax.data.pixels import Pixels
+from minimind_jax.data.pixels import Pixels, check_files
 from minimind_jax.data.prompts import read_prompt
 from minimind_jax.data.token_cache import build_cache
 from minimind_jax.data.tokenizer import Tokenizer
@@ -215,6 +215,17 @@ def test_a_picture_that_is_gone_when_its_row_is_read_is_told(data, tokenizer, tm
     batches = Batches(cache, settings, 1, 0, tokenizer.token_bytes(), annotate=Pixels(TOWER, 1).annotate)
     with pytest.raises(UserError, match=r"record 1, image 1: the picture .* cannot be read"):
         list(batches.iterate(0, 1))
+
+
+def test_files_that_are_gone_are_told_before_a_run_comes_to_them(data, tokenizer, tmp_path):
+    url = "data:image/png;base64," + base64.b64encode(content(4)).decode()
+    inside = asked([{"type": "image", "image": url}])
+    files = asked("<image><image>", images=["photos/1.png", "photos/2.png"])
+    cache = built(data(asked("words"), inside, files, shuffle=False), tokenizer)
+    check_files(cache)
+    (tmp_path / "photos" / "2.png").unlink()
+    with pytest.raises(UserError, match=r"record 3, image 2: the picture .*2\.png is gone .*minimind data cache"):
+        check_files(cache)
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
