@@ -34,6 +34,7 @@ from minimind_jax.config.tools import ToolCallsConfig
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.template import render_segments
 from minimind_jax.data.tokenizer import train_bpe
+from minimind_jax.evaluate.share import Share
 from minimind_jax.evaluate.tool_calls import CARRIED_OUT, evaluate_tool_calls
 from minimind_jax.inference.load import load_engine
 from minimind_jax.inference.request import Request
@@ -305,16 +306,12 @@ def measured(task: str, folder: Path) -> dict[str, Any]:
 
 def gain(before: int, after: int, count: int = HELD_OUT) -> list[float]:
     """Points of a hundred, after less before, and its interval of 95 % (Newcombe 1998, method 10: of Wilson's)."""
-    (p, low_p, high_p), (q, low_q, high_q) = (_wilson(right, count) for right in (before, after))
+    (p, low_p, high_p), (q, low_q, high_q) = (
+        (share.value, *share.interval) for share in (Share(before, count), Share(after, count))
+    )
     low = q - p - math.hypot(q - low_q, high_p - p)
     high = q - p + math.hypot(high_q - q, p - low_p)
     return [round(100 * value, 1) for value in (q - p, low, high)]
-
-
-def _wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float, float]:
-    share = right / count
-    middle, half = share + z * z / 2 / count, z * math.sqrt(share * (1 - share) / count + z * z / 4 / count / count)
-    return share, (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
 
 
 def draw(out: Path, picture: Path) -> None:

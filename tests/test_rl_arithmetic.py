@@ -89,8 +89,5 @@ def test_a_call_is_right_by_what_it_comes_to(script):
 
 
 def test_the_interval_is_newcombes(script):
-    # of statsmodels' proportion_confint(56, 70, method="wilson")
-    share, low, high = script._wilson(56, 70)
-    assert (share, round(low, 4), round(high, 4)) == (0.8, 0.6918, 0.877)
     # 48 and 56 of 80: its confint_proportions_2indep(56, 80, 48, 80, method="newcomb")
     assert script.gain(48, 56, 80) == [10.0, -4.7, 24.1]

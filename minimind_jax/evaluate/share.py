@@ -26,7 +26,7 @@ class Share(NamedTuple):
         """Its interval of 95 %, Wilson's, for marks that do not depend on one another."""
         n, share = self.count, self.value
         middle, half = share + Z * Z / 2 / n, Z * math.sqrt(share * (1 - share) / n + Z * Z / 4 / n / n)
-        return (middle - half) / (1 + Z * Z / n), (middle + half) / (1 + Z * Z / n)
+        return max(0.0, (middle - half) / (1 + Z * Z / n)), min(1.0, (middle + half) / (1 + Z * Z / n))
 
     def describe(self) -> str:
         low, high = self.interval
