@@ -253,11 +253,17 @@ WORDS = {
     "model.num_attention_heads": 4, "model.num_key_value_heads": 2, "model.max_position_embeddings": 512,
 }  # fmt: skip
 SEEING = {
-    **LINEAR, "vision.train": "tower", "data.seq_len": 192, "data.val_fraction": 0.01, "data.empty_think_removal": 1,
-    "training.batch_tokens": 1536, "optimizer.weight_decay": 0.01,
+    **LINEAR, "vision.train": "tower", "data.seq_len": 192, "data.val_fraction": 0.01, "training.batch_tokens": 1536,
+    "optimizer.weight_decay": 0.01,
 }  # fmt: skip
-CAPTIONS = {**SEEING, "training.steps": 900, "optimizer.learning_rate": 2e-3, "optimizer.muon_learning_rate": 2e-2}
-TALKS = {**SEEING, "training.steps": 350, "optimizer.learning_rate": 5e-4, "optimizer.muon_learning_rate": 5e-3}
+CAPTIONS = {
+    **SEEING, "data.empty_think_removal": 1, "training.steps": 900, "optimizer.learning_rate": 2e-3,
+    "optimizer.muon_learning_rate": 2e-2,
+}  # fmt: skip
+TALKS = {  # with the empty thought behind which chats are asked for answers
+    **SEEING, "data.empty_think_removal": 0, "training.steps": 350, "optimizer.learning_rate": 5e-4,
+    "optimizer.muon_learning_rate": 5e-3,
+}  # fmt: skip
 
 
 def minimind(*words: Any) -> None:
