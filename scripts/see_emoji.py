@@ -10,8 +10,8 @@ other sizes and places. First scenes are described in three words (`vlm-pretrain
 questions of questions.jsonl are about the emoji of --held_out, none of which was ever seen: what kind of thing it is,
 which colour it has, and how many there are in a scene. `minimind evaluate images` asks them.
 
-Prints its table. What is done is not done again. All data are pure functions of seeds; minutes differ. --texts are
-trained on for a fixed number of steps: `shuf -n 9000 pretrain.jsonl` is enough of them.
+Prints its tables, of the captions first. What is done is not done again. All data are pure functions of seeds;
+minutes differ. --texts are trained on for a fixed number of steps: `shuf -n 9000 pretrain.jsonl` is enough of them.
 """
 
 import argparse
@@ -215,24 +215,32 @@ def _row(content: bytes, turns: list[tuple[str, str]]) -> dict[str, Any]:
 
 
 def write_questions(held_out: list[Emoji], folder: Path) -> None:
-    """questions.jsonl, and its pictures beside it."""
-    draw, records = random.Random(1), []
+    """questions.jsonl, for who learned to answer, and captions.jsonl, where a choice differs from the caption by one
+    word; and their pictures beside them."""
+    draw, records, captions = random.Random(1), [], []
+
+    def ask(task: str, image: str, question: str, choices: Iterable[str], answer: str) -> None:
+        asked = {"image": image, "task": task, "question": f"<image>\n{question}" if question else "<image>"}
+        (records if question else captions).append({**asked, "choices": list(choices), "answer": answer})
+
     for n, one in enumerate(held_out):
-        (folder / f"{n}.jpg").write_bytes(one.content)
-
-        def ask(task: str, question: str, choices: list[str], answer: str, image: str = f"{n}.jpg") -> None:
-            records.append({"image": image, "task": task, "question": question, "choices": choices, "answer": answer})
-
+        image, colour, kind = f"{n}.jpg", one.colour or "mixed", one.kind or "thing"
+        (folder / image).write_bytes(one.content)
         if one.colour:
-            ask("colour", WHICH_COLOUR, list(COLOURS), one.colour)
+            ask("colour", image, WHICH_COLOUR, COLOURS, colour)
+            ask("colour", image, "", (f"1 {other} {kind}" for other in COLOURS), f"1 {colour} {kind}")
         for count in range(1, 5):
-            (folder / f"{n}-{count}.png").write_bytes(scene(one, count, draw))
-            ask("count", HOW_MANY, list("1234"), str(count), f"{n}-{count}.png")
+            several = f"{n}-{count}.png"
+            (folder / several).write_bytes(scene(one, count, draw))
+            ask("count", several, HOW_MANY, "1234", str(count))
+            ask("count", several, "", (f"{other} {colour} {kind}" for other in range(1, 5)), f"{count} {colour} {kind}")
         if one.kind:
             other = draw.choice([kind for kind in KINDS if kind != one.kind])
-            ask("kind", IS_THIS.format(one.kind), ["yes", "no"], "yes")
-            ask("kind", IS_THIS.format(other), ["yes", "no"], "no")
+            ask("kind", image, IS_THIS.format(one.kind), ("yes", "no"), "yes")
+            ask("kind", image, IS_THIS.format(other), ("yes", "no"), "no")
+            ask("kind", image, "", (f"1 {colour} {other}" for other in KINDS), f"1 {colour} {kind}")
     write(folder / "questions.jsonl", records)
+    write(folder / "captions.jsonl", captions)
 
 
 def write(file: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -312,8 +320,8 @@ def main() -> None:
     train("vlm-pretrain", out / f"captions-{seed}", {**CAPTIONS, **seen, "seed": seed})
     asked = {"init_from": out / f"captions-{seed}", "data.train": out / "talks.parquet"}
     train("vlm-sft", out / f"talks-{seed}", {**TALKS, **asked, "seed": seed})
-    files = out / "questions.jsonl", args.held_out
-    minimind("evaluate", "images", *files, "--model", out / f"talks-{seed}", "--output", out / f"answers-{seed}.jsonl")
+    for file, run in (("captions.jsonl", f"captions-{seed}"), ("questions.jsonl", f"talks-{seed}")):
+        minimind("evaluate", "images", out / file, "--model", out / run)
 
 
 if __name__ == "__main__":

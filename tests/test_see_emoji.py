@@ -66,7 +66,9 @@ def test_questions_are_about_what_their_pictures_show(script, emoji, tmp_path):
     for record in counts:
         pixels = np.asarray(Image.open(tmp_path / "one" / record["image"]).convert("L")).astype(int)
         assert blobs(pixels < 215) == int(record["answer"])
-    for record in records:
+    captions = [json.loads(line) for line in (tmp_path / "one" / "captions.jsonl").read_text("utf-8").splitlines()]
+    assert Counter(record["task"] for record in captions) == {"count": 16, "colour": 4, "kind": 3}
+    for record in records + captions:
         assert record["answer"] in record["choices"] and (tmp_path / "one" / record["image"]).is_file()
 
 
