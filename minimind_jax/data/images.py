@@ -67,7 +67,7 @@ def open_image(source: bytes | Path, where: str, tell: Callable[[str], None] = l
             f"{where}: a picture of {width:,} x {height:,} pixels; at most {MOST_PIXELS:,} are read: shrink it"
         )
     try:
-        if image.format in ("GIF", "WEBP", "PNG", "TIFF") and getattr(image, "n_frames", 1) > 1:
+        if image.format in ("GIF", "WEBP", "PNG", "TIFF") and getattr(image, "is_animated", False):
             what = "the pages of a TIFF file" if image.format == "TIFF" else "animated pictures"
             tell(f"of {what} only the first is seen")
         return _in_colour(_upright(image), where)

@@ -230,12 +230,12 @@ def names_picture(value: Any) -> bool:
 
 def read_data_url(url: str, where: str) -> bytes:
     """The content of a data URL; its base64 may have line breaks, and lack its padding. Raises UserError."""
-    _, is_base64, written = url.partition("base64,")
-    if not is_base64:
+    header, _, written = url.partition(",")
+    if not header.rstrip().lower().endswith(";base64"):
         raise UserError(
             f"{where}: a data URL that is not base64 ({url[:40]}); write data:image/png;base64, and its base64"
         )
-    written = "".join(written.split())
+    written = "".join(unquote(written).split())
     try:
         return base64.b64decode(written + "=" * (-len(written) % 4), validate=True)
     except binascii.Error as error:

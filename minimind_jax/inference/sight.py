@@ -65,7 +65,8 @@ def _opened(source: Any, vision: Vision, fetch: Fetch, tell: Callable[[str], Non
     if isinstance(source, str) and source:
         source = fetch(source, place)
     if not isinstance(source, bytes | Path):
-        raise UserError(f"{place} is a picture without an address or content: {kind_of(source)}")
+        way_out = '{"type": "image_url", "image_url": {"url": ...}} says it; files that are named by an id are not kept'
+        raise UserError(f"{place} is a picture without an address or content: {kind_of(source)}; {way_out}")
     return open_picture(source, vision.tower, place, tell)
 
 

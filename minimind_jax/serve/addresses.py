@@ -61,13 +61,16 @@ def is_public(address: str) -> bool:
 
 
 class _Room:
-    """Bytes that may still come."""
+    """Bytes that may still come, and in how many pieces: each takes a while, and others wait for the loop."""
 
     def __init__(self, most: int):
         self._most = self._left = most
+        self._pieces = 1000 + most // 1000
 
     def take(self, count: int, where: str) -> None:
-        self._left -= count
+        self._left, self._pieces = self._left - count, self._pieces - 1
+        if self._pieces < 0:
+            raise refused(f"{where}: the pictures at addresses come in too many pieces", where)
         if self._left < 0:
             raise refused(f"{where}: the pictures at addresses have more than {self._most:,} bytes together", where)
 
@@ -97,18 +100,26 @@ async def _follow(url: str, where: str, room: _Room) -> bytes:
 async def _connect(parts: SplitResult, where: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """A connection to the first address of the host that takes one, all of them being public."""
     if parts.scheme not in _PORTS or not parts.hostname or "@" in parts.netloc:
-        raise refused(f"{where}: addresses of pictures begin with http:// or https:// and a host, redirects too", where)
+        words = "addresses of pictures, redirects too, begin with http:// or https:// and a host, without a user's name"
+        raise refused(f"{where}: {words}", where)
     host, port = parts.hostname, parts.port or _PORTS[parts.scheme]
     loop, resolve = asyncio.get_running_loop(), functools.partial(socket.getaddrinfo, type=socket.SOCK_STREAM)
     found = await loop.run_in_executor(_RESOLVERS, resolve, host, port)
     addresses = list(dict.fromkeys(address[0] for *_, address in found))
     if not all(map(is_public, addresses)):
         raise refused(f"{where}: {host[:100]} is no host of the public internet, and is not asked", where)
-    secure = {"ssl": ssl.create_default_context(), "server_hostname": host} if parts.scheme == "https" else {}
+    is_secure = parts.scheme == "https"
+    secure = {"ssl": _trusting(ssl.get_default_verify_paths()), "server_hostname": host} if is_secure else {}
     for address in addresses[:-1]:
         with contextlib.suppress(OSError):
             return await asyncio.open_connection(address, port, **secure)
     return await asyncio.open_connection(addresses[-1], port, **secure)
+
+
+@functools.cache  # reading all certificates takes long for a loop that others wait for
+def _trusting(paths: ssl.DefaultVerifyPaths) -> ssl.SSLContext:
+    """What trusts the authorities at the system's paths."""
+    return ssl.create_default_context()
 
 
 async def _get(
@@ -116,8 +127,9 @@ async def _get(
 ) -> tuple[int, str, bytes]:
     """(status, where it redirects to, body) of what is asked for by HTTP/1.1; a body only of the status 200."""
     http = h11.Connection(h11.CLIENT)
+    host, colon, port = parts.netloc.partition(":")  # in brackets an address has colons, and is ASCII
     headers = {
-        "Host": parts.netloc.encode("idna").decode(),
+        "Host": host.encode("idna").decode() + colon + port,
         "User-Agent": f"minimind_jax/{__version__}",
         "Accept": "image/*",
         "Accept-Encoding": "identity",
@@ -130,9 +142,12 @@ async def _get(
     while True:
         event = http.next_event()
         if event is h11.NEED_DATA:
-            http.receive_data(await reader.read(1 << 16))
+            await asyncio.sleep(0)  # for what is here already `read` does not let others have their turn
+            http.receive_data(await reader.read(1 << 14))
+        elif isinstance(event, h11.InformationalResponse):
+            room.take(0, where)
         elif isinstance(event, h11.Response) and event.status_code != 200:
-            return event.status_code, dict(event.headers).get(b"location", b"").decode("latin-1"), b""
+            return event.status_code, dict(event.headers).get(b"location", b"").decode("utf-8", "replace"), b""
         elif isinstance(event, h11.Data):
             room.take(len(event.data), where)
             body += event.data

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from minimind_jax.config.serving import ServeConfig
+from minimind_jax.data.formats import IMAGES
 from minimind_jax.data.messages import CONTENT
 from minimind_jax.data.pictures import is_picture, read_data_url, source_in, unwrap
 from minimind_jax.inference.eyes import BLIND
@@ -12,12 +13,17 @@ from minimind_jax.serve.errors import refused
 from minimind_jax.serve.models import Served
 from minimind_jax.serve.protocol import Body, Json, ResponsesRequest
 
+_FIELDS = (*IMAGES, "image_data", "multi_modal_data")  # ollama's, llama.cpp's and vLLM's
+
 
 async def fetch(body: Body, served: Served, config: ServeConfig) -> bool:
     """Whether a request shows pictures; what it says to be on the web stands within it then. Raises ApiError: the model
     is blind, there are too many, or an address is not allowed or has nothing."""
     field = "input" if isinstance(body, ResponsesRequest) else "messages"
     parts = dict(_parts(getattr(body, field, None), field))
+    for place in _elsewhere(body, field):
+        words = 'pictures are parts of a message: {"type": "image_url", "image_url": {"url": ...}} in its content'
+        raise refused(f"{place} is not looked at: {words}", place)
     if not parts:
         return False
     first = next(iter(parts))
@@ -52,6 +58,15 @@ def _parts(messages: Any, field: str) -> Iterator[tuple[str, Json]]:
             for number, part in enumerate(parts if isinstance(parts, list) else ()):
                 if is_picture(part):
                     yield f"{field}[{index}].{name}[{number}]", part
+
+
+def _elsewhere(body: Body, field: str) -> Iterator[str]:
+    """Places where other servers take pictures, and this one would answer without having seen them."""
+    yield from (name for name in _FIELDS if (body.model_extra or {}).get(name))
+    messages = getattr(body, field, None)
+    for index, message in enumerate(messages if isinstance(messages, list) else ()):
+        if isinstance(message, dict):
+            yield from (f"{field}[{index}].{name}" for name in _FIELDS if message.get(name))
 
 
 def _is_remote(address: Any) -> bool:

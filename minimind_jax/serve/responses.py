@@ -1,15 +1,19 @@
 """/v1/responses: items in and out, and the events of items that grow. Nothing is stored between requests."""
 
+import bisect
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from minimind_jax.config.serving import ServeConfig
+from minimind_jax.data.values import kind_of
+from minimind_jax.errors import UserError
 from minimind_jax.serve import chat
 from minimind_jax.serve.answers import Answers
 from minimind_jax.serve.chat import Asked, new_id
-from minimind_jax.serve.errors import error_object, refused
+from minimind_jax.serve.errors import ApiError, error_object, refused
 from minimind_jax.serve.models import Served
 from minimind_jax.serve.protocol import ChatRequest, Json, ResponsesRequest
 from minimind_jax.serve.shape import Shape
@@ -28,7 +32,10 @@ def ask(body: ResponsesRequest, served: Served, config: ServeConfig) -> Asked:
     for name in _STORED:
         if getattr(body, name):
             raise refused(f"{name}: this server stores no responses; send the whole conversation as input", name)
-    return chat.ask(as_chat(body), served, config)
+    try:
+        return chat.ask(as_chat(body), served, config)
+    except (ApiError, UserError) as error:
+        raise _about_input(error, body) from error
 
 
 def as_chat(body: ResponsesRequest) -> ChatRequest:
@@ -41,6 +48,28 @@ def as_chat(body: ResponsesRequest) -> ChatRequest:
     if body.text and body.text.format:
         values["response_format"] = body.text.format.model_dump(by_alias=True)
     return ChatRequest.model_validate({name: value for name, value in values.items() if value is not None})
+
+
+def _about_input(error: ApiError | UserError, body: ResponsesRequest) -> ApiError:
+    """What is wrong with a message, said of the item that it was made of."""
+    error = refused(str(error)) if isinstance(error, UserError) else error
+    items = [] if isinstance(body.input, str) else body.input
+
+    def made(number: int) -> int:
+        return len(messages_of(items[: number + 1], body.instructions))
+
+    def item(found: re.Match) -> str:
+        if body.instructions and found[1] == "0":
+            return "instructions"
+        if not items:
+            return "input"
+        number = bisect.bisect_right(range(len(items)), int(found[1]), key=made)  # the first that makes this message
+        is_output = items[number].get("type") == "function_call_output"
+        return f"input[{number}]{'.output' if found[2] and is_output else found[2] or ''}"
+
+    told = [text and re.sub(r"messages\[(\d+)\](\.content)?", item, text) for text in (error.detail, error.param)]
+    param = "input" if told[1] == "messages" else told[1]
+    return ApiError(error.status_code, told[0], param, error.code, **(error.headers or {}))
 
 
 def messages_of(items: str | list[Json], instructions: str | None) -> list[Json]:
@@ -63,8 +92,10 @@ def messages_of(items: str | list[Json], instructions: str | None) -> list[Json]
             call = {name: item.get(name) for name in ("name", "arguments")}
             messages[-1].setdefault("tool_calls", []).append({"type": "function", "function": call})
         elif kind == "function_call_output":
-            output = item.get("output")
-            messages.append({"role": "tool", "content": output if isinstance(output, str | list) else ""})
+            output, place = item.get("output") or "", f"input[{index}].output"
+            if not isinstance(output, str | list):
+                raise refused(f"{place} is {kind_of(output)}; expected a text or a list of parts", place)
+            messages.append({"role": "tool", "content": output})
         else:
             raise refused(f"input[{index}] has the type {str(kind)[:40]!r}, which this model cannot read", "input")
     return messages

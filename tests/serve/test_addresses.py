@@ -52,6 +52,15 @@ def test_content_comes_whatever_it_is_said_to_be(address):
     assert download(*urls) == dict.fromkeys(urls, CONTENT)
 
 
+def test_names_and_paths_of_all_languages(address, hosts, monkeypatch):
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **more: resolve(HERE, *rest, **more))
+    url = f"http://bücher.例え:{hosts[0].port}/names"
+    assert download(url) == {url: CONTENT}
+    assert hosts[0].asked[-1] == "/picture?%E5%BA%84"
+    assert hosts[0].host_header == f"xn--bcher-kva.xn--r8jz45g:{hosts[0].port}"
+
+
 def test_an_address_without_a_host():
     assert "and a host" in refusal("http://") and "and a host" in refusal("https:///picture")
 
@@ -102,6 +111,8 @@ def test_what_may_not_be_asked_is_not_asked_first_or_by_a_redirect(address, host
         ("nowhere", "redirects"),
         ("huge", "bytes"),
         ("endless", "bytes"),
+        ("bits", "too many pieces"),
+        ("continue", "too many pieces"),
         ("headers", "cannot be fetched"),
         ("cut", "cannot be fetched"),
         ("nonsense", "cannot be fetched"),

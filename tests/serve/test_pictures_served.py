@@ -101,6 +101,7 @@ def test_the_habits_of_other_clients_mean_the_same(ask, engine):
         {"type": "image_url", "image_url": {"url": wrapped}},
         {"type": "image_url", "image_url": {"url": url.rstrip("=")}},
         {"type": "image_url", "image_url": {"url": url.replace(";base64", ";charset=utf-8;base64")}},
+        {"type": "image_url", "image_url": {"url": url.replace("base64", "BASE64").replace("+", "%2B")}},
     ):
         assert said(ask(user(part, text(ASK)))) == expected, part.keys()
 
@@ -187,6 +188,30 @@ def test_pictures_are_the_users(ask):
     for role in ("system", "assistant"):
         error = ask({"role": role, "content": [image(A)]}, user(text(ASK)), status=400)
         assert role in error["message"] and "messages[0].content[0]" in error["message"]
+
+
+def test_pictures_in_fields_of_other_servers_are_not_passed_over(ask):
+    question = user(text(ASK))
+    for more in ({"images": [data_url(A)]}, {"image_data": [{"data": "x", "id": 1}]}):
+        assert ask(question, status=400, **more)["param"] == next(iter(more))
+    assert ask({**question, "images": [data_url(A)]}, status=400)["param"] == "messages[0].images"
+    error = ask(user({"type": "image", "source": {"type": "base64", "data": "x"}}), status=400)
+    assert '"image_url": {"url"' in error["message"]
+
+
+def test_places_of_responses_are_those_of_their_items(eyes):
+    call = {"type": "function_call", "name": "f", "arguments": "{}", "call_id": "1"}
+    thought = {"type": "reasoning", "summary": []}
+
+    def told(*items):
+        body = {"instructions": "x", "input": [{"role": "user", "content": ASK}, *items]}
+        return httpx.post(f"{eyes.url}/responses", json=body, timeout=60).json()["error"]
+
+    for output, words in (([{"type": "input_image", "file_id": "x"}], "[0] is a picture"), ({"a": 1}, " is an object")):
+        result = {"type": "function_call_output", "call_id": "1", "output": output}
+        assert f"input[3].output{words}" in told(thought, call, result)["message"]
+    parts = [{"type": "input_image", "image_url": "x"}]
+    assert told({"role": "user", "content": parts})["param"] == "input[1].content[0]"
 
 
 def test_pictures_are_read_beside_the_loop_and_the_engine(ask, monkeypatch):

@@ -13,6 +13,7 @@ CONTENT = bytes(range(256)) * 40
 class Host(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.asked.append(self.path)
+        self.server.host_header = self.headers["Host"]
         kind, _, rest = self.path[1:].partition("?")
         with contextlib.suppress(OSError):
             getattr(self, f"_{kind}")(rest)
@@ -27,6 +28,9 @@ class Host(http.server.BaseHTTPRequestHandler):
 
     def _redirect(self, rest):
         self._begin(302, ("Location", rest))
+
+    def _names(self, rest):
+        self._begin(302, ("Location", "/picture?庄"))
 
     def _again(self, rest):
         self._begin(302, ("Location", f"/again?{int(rest or 0) + 1}"))
@@ -59,6 +63,15 @@ class Host(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"X-%d: %s\r\n" % (number, b"y" * 100))
             time.sleep(float(rest or 0))
 
+    def _bits(self, rest):
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while True:
+            self.wfile.write(b"1\r\nx\r\n" * 1000)
+
+    def _continue(self, rest):
+        while True:
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n" * 100)
+
     def _cut(self, rest):
         self._begin(200, ("Content-Length", "1000"))
         self.wfile.write(b"short")
@@ -73,7 +86,7 @@ class Host(http.server.BaseHTTPRequestHandler):
     def _begin(self, status, *headers):
         self.send_response(status)
         for name, value in headers:
-            self.send_header(name, value)
+            self.send_header(name, value.encode().decode("latin-1"))
         self.end_headers()
 
     def log_message(self, *arguments):
