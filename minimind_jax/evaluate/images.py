@@ -8,7 +8,7 @@ import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,14 +167,27 @@ class Asker:
         folder = resolve_model_folder(name)
         return cls(*load_model(folder), load_tokenizer(folder), max_new_tokens, batch_size)
 
-    def questions(self, records: Iterable[Record], reading: Reading, told: Counter) -> list[Question]:
+    def questions(
+        self,
+        records: Iterable[Record],
+        reading: Reading,
+        told: Counter,
+        on_bad: Callable[[UserError], None] | None = None,
+    ) -> list[Question]:
         """What records ask about pictures. told: hears which ask nothing, and which leave no room for an answer.
 
-        Raises UserError for a broken record, with file and row.
+        on_bad: called with the error of a record that cannot be asked, which is then left out; without it the error is
+        raised, a UserError with file and row.
         """
         tokenizer, vision, found = self.engine.tokenizer, self.engine.model.config.vision, []
         for record in records:
-            question = parse_record(record, tokenizer, vision, reading)
+            try:
+                question = parse_record(record, tokenizer, vision, reading)
+            except UserError as error:
+                if on_bad is None:
+                    raise
+                on_bad(error)
+                continue
             longest = max(len(tokenizer.encode(answer)) for answer in question.answers) + 1
             if not question.pictures:
                 told[str(record.file), "records without a picture are left out"] += 1

@@ -70,6 +70,8 @@ def seen(world, tmp_path_factory):
             asked = rng.choice(["<image>\nwhich?", "which?<image>"])
             talk = [{"role": "user", "content": asked}, {"role": "assistant", "content": colour}]
             records.append({"conversations": talk, "image": f"{name}{n}.png"})
+        if name == "others":  # one that trains as well as they do, and whose end is no answer
+            records.append({**records[0], "conversations": [*talk, {"role": "user", "content": "why?"}]})
         write_lines(folder / f"{name}.jsonl", records)
     return folder
 
@@ -124,7 +126,9 @@ def test_it_learns_colours_and_says_another_of_another_picture(make, seen, capsy
     """The samples of the run, too: of its data, each with its own picture."""
     samples, val = SeeingSampleConfig(from_data=3, max_new_tokens=8), {"val": (str(seen / "others.jsonl"),)}
     run = RunFolder(start(make(train="tower", steps=120, data=val, samples=samples)))
-    assert "64 documents, 64 images," in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "64 documents, 64 images," in printed
+    assert "records that are not asked: 1, the first: " in printed and "others.jsonl:21: the last message" in printed
     [samples] = [row["samples"] for row in rows_of(run.path) if "samples" in row]
     engine, sampling = load_engine(str(run.model)), SamplingConfig(max_new_tokens=8, temperature=0.0)
     for n, sample in enumerate(samples):
