@@ -108,6 +108,8 @@ class Dialogue:
         if name == "/adapter":
             return self._adapter(text.strip())
         if name == "/system":
+            if self._spells_marker(text):
+                return f"{self._sight.marker} stands for pictures; leave it out of the system prompt"
             self.system, self.messages, self.pictures = text.strip(), [], []
             return "new system prompt; the conversation is forgotten" if self.system else "no system prompt"
         return HELP if name == "/help" else f"unknown command {name}\n{HELP}"
@@ -156,9 +158,12 @@ class Dialogue:
             f"at most {room - reserve} fit beside an answer in the model's context of {room}"
         )
 
+    def _spells_marker(self, text: str) -> bool:
+        return self._sight is not None and self._sight.marker in text
+
     def _question(self, text: str) -> Message:
         """A user's message with markers in the places of the pictures that it shows."""
-        if self._sight is not None and self._sight.marker in text:
+        if self._spells_marker(text):
             raise UserError(f"{self._sight.marker} stands for pictures; leave it out")
         if not self.pictures:
             return {"role": "user", "content": text}

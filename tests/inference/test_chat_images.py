@@ -64,6 +64,13 @@ def test_paths_may_be_as_terminals_paste_them(typed, engine, photos, tmp_path):
     assert "shows: 1" in Dialogue(engine, CONFIG).command(f"/image {typed.format(tmp_path)}")
 
 
+def test_a_system_prompt_that_spells_the_marker_is_refused(engine):
+    conversation = Dialogue(engine, CONFIG)
+    conversation.command("/system Be kind.")
+    assert "leave it out of the system prompt" in conversation.command("/system See <|image_pad|>")
+    assert conversation.system == "Be kind."
+
+
 def test_what_cannot_be_shown_is_told_and_the_chat_goes_on(engine, photos, tmp_path, model_folder):
     (tmp_path / "broken.png").write_bytes((photos / "1.png").read_bytes()[:40])
     lines = [
