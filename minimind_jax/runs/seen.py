@@ -4,6 +4,8 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import jax
+
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.data.batches import Batches
 from minimind_jax.data.jsonl import Reading, Record, expand_paths, iter_lines, parse_line, reading_of
@@ -36,7 +38,8 @@ def judge_seeing(run: Run, held_out: Batches) -> None:
     others = shuffled(pictures, named_seed(run.config.seed, "shuffled pictures"))
     after, guessed = ask(questions, pictures), others and ask(questions, others)
     start = LanguageModel(run.model.config, run.config.compute)
-    before = Asker(start, start_params(run), run.tokenizer, MAX_NEW_TOKENS, batch_size=16)(questions, pictures)
+    params = jax.device_put(start_params(run))
+    before = Asker(start, params, run.tokenizer, MAX_NEW_TOKENS, batch_size=16)(questions, pictures)
     result = ImageResult("answers", questions, after, guessed)
     write_text(run.folder.results_file, f"{_figures(result, before)}\n\n{_shown(run.folder, result, before)}\n")
     print(f"held-out pictures: {Share.of(result.exact(after)).describe()} answered as in the data")
