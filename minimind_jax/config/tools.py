@@ -241,9 +241,6 @@ class ChoicesConfig(Settings):
 class EvaluateImagesConfig(ReadingConfig):
     """How a model that sees answers questions about pictures, and how with the pictures of other questions.
 
-    What it writes is compared with the right answer. Of questions with choices it is counted how often the right one is
-    the likeliest; of other records, how many bits the model needs for a byte of the right answer.
-
     files: records with pictures, and question, choices, answer and maybe task; or conversations, whose last answer is
         the right one.
     model: a Hugging Face folder, a run whose model/ is meant, or a name on the hub.
