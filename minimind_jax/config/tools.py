@@ -384,7 +384,7 @@ class MergeLoRAConfig(WrittenConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FromTorchConfig(WrittenConfig):
+class FromTorchConfig(FromHFConfig):
     """Turns a MiniMind .pth into a Hugging Face folder; pickled code in it is never run.
 
     source: MiniMind's .pth file.
@@ -393,11 +393,9 @@ class FromTorchConfig(WrittenConfig):
     rope_theta, max_position_embeddings, rms_norm_eps, num_experts_per_tok, norm_topk_prob: what the tensors' shapes do
         not tell; null takes MiniMind's 1e6, 32768, 1e-6, 1 and true.
     inference_rope_scaling: extend the context with YaRN (factor 16), as MiniMind's switch does.
-    vision: of a MiniMind-V, the folder of the SigLIP2 that it was trained with.
     """
 
     tokenizer: str = setting()
-    vision: str = ""
     dtype: DType = "float16"
     rope_theta: float | None = setting(None, must=ABOVE_0)
     max_position_embeddings: int | None = None
