@@ -57,10 +57,8 @@ class LMEvalConfig(PassedOn):
 class PlanConfig(Settings):
     """What a run needs on a GPU or TPU that need not be there: its real training step goes through the real compiler.
 
-    Everything else is a setting of the stage, as for `minimind pretrain`: --config FILE or the name of a config, then
-    --key value; of a pipeline's file --stage says which stage. Without a config, --model.preset NAME and the defaults.
+    Everything else is a setting of the stage: --config FILE or NAME, --key value; of a pipeline --stage says which.
 
-      minimind plan --config pretrain --device h100
       minimind plan --config zero --stage sft --device tpu-v5e --topology 2x4 --data sft.jsonl --price 1.20
       minimind plan --model.preset qwen3-0.6b --device tpu-v5e --topology 4x4 --mesh.data 1 --mesh.fsdp 16
 
@@ -68,7 +66,7 @@ class PlanConfig(Settings):
     topology: 8 GPUs, or a TPU slice such as 2x4; empty takes the smallest there is.
     stage: which one of a pipeline, or the kind of training.
     data: the training data, to count its tokens.
-    tokens: that are trained, in place of data, and images among them.
+    tokens, images: that are trained, in place of data.
     mfu: share of the peak FLOP/s that training reaches.
     price: of one device for an hour, in any currency; hours only without.
     json: print JSON.
