@@ -220,13 +220,14 @@ class Asker:
 
 
 def shuffled(pictures: Sequence[tuple[Picture, ...]], seed: int) -> list[tuple[Picture, ...]] | None:
-    """The pictures in other places, none in a place where it was; None where more than half of them are the same."""
+    """The pictures in other places, none in a place where it was; None where more than half of them are the same, or
+    all are of one question."""
     slots = [picture for own in pictures for picture in own]
     draw, counts = random.Random(seed), Counter(slots)
     ranks = dict(zip(draw.sample(list(counts), len(counts)), itertools.count(), strict=False))
     order = sorted(draw.sample(range(len(slots)), len(slots)), key=lambda slot: ranks[slots[slot]])
     step = max(counts.values())  # from one picture's places, which are neighbours, into those of another
-    if 2 * step > len(slots):
+    if 2 * step > len(slots) or len(pictures) < 2:
         return None
     taken = {slot: slots[order[(n + step) % len(slots)]] for n, slot in enumerate(order)}
     numbers = itertools.count()
@@ -245,11 +246,14 @@ def parse_record(record: Record, tokenizer: Tokenizer, vision: Vision, reading: 
         task, answers, right = asked.task, asked.choices, asked.answer
         talk = Conversation([{"role": "user", "content": asked.question}])
     else:
+        task = str(words.value.pop("task", None) or TASK)
         talk = parse_conversation(words, reading=reading)
-        task, last = str(words.value.get("task") or TASK), talk.messages[-1]
+        last = talk.messages[-1]
         if last["role"] != "assistant" or not last["content"].strip():
             raise UserError(f"{record.where}: the last message is not an assistant's answer in words")
         talk, answers, right = dataclasses.replace(talk, messages=talk.messages[:-1]), (last["content"],), 0
+    if any(sight.marker in answer for answer in answers):
+        raise UserError(f"{record.where}: an answer has {sight.marker}, which stands for pictures")
     seen = place_pictures(record, talk, files, sight)
     pictures = tuple(
         open_picture(file, vision.tower, f"{record.where}: image {n}") for n, file in enumerate(seen.pictures, 1)
@@ -280,7 +284,8 @@ def _figures(result: ImageResult) -> list[tuple[str, str, str]]:
     else:
         measures |= {"bits per byte": lambda answers: f"{result.bits_per_byte(answers):.4f}"}
     both = result.own, result.shuffled
-    return [(name, *("" if answers is None else of(answers) for answers in both)) for name, of in measures.items()]
+    none = "not told apart"  # the pictures, most being the same
+    return [(name, *(none if answers is None else of(answers) for answers in both)) for name, of in measures.items()]
 
 
 def _write(file: Path, results: Sequence[ImageResult]) -> None:

@@ -8,7 +8,7 @@ import jax
 
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.data.batches import Batches
-from minimind_jax.data.jsonl import Reading, Record, expand_paths, iter_lines, parse_line, reading_of
+from minimind_jax.data.jsonl import Reading, Record, expand_paths, iter_lines, parse_line, reading_of, tell
 from minimind_jax.errors import UserError
 from minimind_jax.evaluate.images import Answers, Asker, ImageResult, shuffled
 from minimind_jax.evaluate.share import Share
@@ -28,8 +28,10 @@ def judge_seeing(run: Run, held_out: Batches) -> None:
     ask = Asker.load(str(run.folder.path), MAX_NEW_TOKENS, batch_size=16)
     numbers = sorted(held_out.cache.records[held_out.epoch(0).documents].tolist())[:ASKED]
     reading = reading_of(run.config.data)
+    told: Counter = Counter()
     bad: list[UserError] = []  # that end in a question, a call or a thought, or whose pictures are gone by now
-    questions = ask.questions(_records(run.config, numbers, reading), reading, Counter(), bad.append)
+    questions = ask.questions(_records(run.config, numbers, reading), reading, told, bad.append)
+    tell(told)
     if bad:
         print(f"held-out records that are not asked: {len(bad):,}, the first: {bad[0]}")
     if not questions:

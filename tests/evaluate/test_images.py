@@ -63,7 +63,7 @@ def seen(world, tmp_path_factory):
             {**own, "question": "<image>how many?", "choices": [1, 2, 3, 4], "answer": str(count)},
         ]
         said = [{"role": "user", "content": "<image>\nwhat?"}, {"role": "assistant", "content": f"{count} {colour}"}]
-        talks.append({**own, "conversations": said})
+        talks.append({**own, "task": "answers", "conversations": said})
     write_lines(folder / "choices.jsonl", choices)
     write_lines(folder / "talks.jsonl", talks)
     return folder
@@ -153,12 +153,15 @@ def test_pictures_in_other_places(seen):
         assert sorted(old) == sorted(new) and not any(a == b for a, b in zip(old, new, strict=True))
     assert shuffled([("a",), ("b",)], 0) == [("b",), ("a",)]
     assert shuffled([("a",), ("b",), ("a",)], 0) is None and shuffled([("a",)], 0) is None
+    assert shuffled([("a", "b")], 0) is None  # of no other question
 
 
 def test_what_is_printed_has_counts_intervals_and_chance(seen, capsys):
     command = ["evaluate", "images", *(str(seen / name) for name in ("choices.jsonl", "talks.jsonl"))]
     assert main([*command, "--model", str(seen / "model"), "--max_new_tokens", "6"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    said, told = capsys.readouterr()
+    assert "ignored" not in told  # `task` is not
+    lines = [line for line in said.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0:3] for line in lines[1:]] == [
         ["| colour", "likeliest choice", "9"], ["| colour", "exact match", "9"],
         ["| choices", "likeliest choice", "9"], ["| choices", "exact match", "9"],
@@ -196,6 +199,7 @@ TALK = [{"role": "user", "content": "<image>which?"}, {"role": "assistant", "con
             {**ASKED, "images": ["0.png"], "question": "<|image_pad|>?"},
             r"broken\.jsonl:2: the text has <\|image_pad\|>",
         ),
+        ({**ASKED, "image": "0.png", "choices": ["<|image_pad|>", "red"]}, r"jsonl:2: an answer has <\|image_pad"),
         ({"image": "0.png", "conversations": TALK[:1]}, r"broken\.jsonl:2: .*assistant"),
         ({"image": "0.png", "conversations": [*TALK, TALK[0]]}, r"broken\.jsonl:2: "),
     ],
