@@ -195,7 +195,8 @@ store.onChange(async ({ data: id }) => {
 
 // ---- Buttons ----
 
-const submit = () => {
+const submit = async () => {
+  await attached.ready;
   const text = $("#text").value;
   if (running.has(conversation.record.id)) return;
   if (!text.trim() && attached.isEmpty) return;

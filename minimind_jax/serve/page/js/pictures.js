@@ -39,13 +39,16 @@ export class Attached {
   #row = document.querySelector("#attached");
   #allowed;
 
+  /** Settled when all that was given is attached; one file after another, for there is a limit. */
+  ready = Promise.resolve();
+
   /** allowed(): whether the model sees. */
   constructor(allowed) {
     this.#allowed = allowed;
     const [button, files] = [document.querySelector("#picture"), document.querySelector("#pictures")];
     button.onclick = () => files.click();
-    files.onchange = async () => {
-      await this.add(files.files);
+    files.onchange = () => {
+      this.add(files.files);
       files.value = ""; // so that the same file can be chosen again
     };
     const field = document.querySelector("#text");
@@ -66,7 +69,12 @@ export class Attached {
     return !this.#pictures.length;
   }
 
-  async add(files) {
+  add(files) {
+    const chosen = [...files]; // the list of a field is emptied with it
+    this.ready = this.ready.then(() => this.#add(chosen));
+  }
+
+  async #add(files) {
     for (const file of files) {
       if (this.#pictures.length === MOST) return tell(say("mostPictures", { most: MOST }));
       try {
@@ -82,7 +90,7 @@ export class Attached {
   #receive(event, data) {
     if (!data.files.length) return; // words
     event.preventDefault();
-    if (this.#allowed()) this.add([...data.files]);
+    if (this.#allowed()) this.add(data.files);
     else tell(say("blind"));
   }
 
