@@ -30,5 +30,5 @@ def test_long_continuations_over_the_words_of_qwen3_fit_in_memory():
     model = LanguageModel(ModelConfig(vocab_size=151936, **SIZES))
     scorer = LikelihoodScorer(model, model.abstract_params(), batch_size=16)
     rows, lengths = jax.ShapeDtypeStruct((16, 1024), "int32"), jax.ShapeDtypeStruct((16,), "int32")
-    compiled = scorer._score.lower(model.abstract_params(), rows, lengths, rows, rows).compile()
+    compiled = scorer._score.lower(model.abstract_params(), rows, lengths, rows, rows, None).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 2**30

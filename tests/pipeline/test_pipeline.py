@@ -152,7 +152,8 @@ def test_every_config_that_comes_with_the_package_is_valid(name, tmp_path, monke
     from minimind_jax.config.settings import load_settings
     from minimind_jax.stages import STAGES
 
-    others = {"lora": "sft", "cispo": "grpo", "dapo": "grpo", "grpo_minimind": "grpo"}
+    others = {"lora": "sft", "cispo": "grpo", "dapo": "grpo", "grpo_minimind": "grpo",
+              "classify_pictures": "classify", "vlm_nanovlm": "vlm-sft"}  # fmt: skip
     stage = others.get(name, name.replace("_", "-"))
     if stage in STAGES:
         load_settings(STAGES[stage].config, ["--config", name])
