@@ -65,7 +65,7 @@ def serve_ours(settings: dict) -> None:
     from minimind_jax.losses.language_model import make_language_model_loss
     from minimind_jax.model.config import ModelConfig, TowerConfig, Vision
     from minimind_jax.model.transformer import LanguageModel
-    from minimind_jax.runs.sight import with_trained_parts
+    from minimind_jax.runs.vision import with_trained_parts
     from minimind_jax.seeds import named_key
     from minimind_jax.sharding import init_params, make_mesh, shard_batch
     from minimind_jax.training.defaults import filled

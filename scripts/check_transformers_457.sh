@@ -17,4 +17,4 @@ venv=${1:-.venv-457}
 "$venv/bin/pip" install --quiet transformers==4.57.6 pytest -e '.[vision,gguf]'
 JAX_PLATFORMS=cpu exec "$venv/bin/python" -m pytest tests/convert/test_transformers.py tests/convert/test_vision_transformers.py \
   tests/inference/test_engine_images.py \
-  tests/stages/test_picture_stage.py::test_transformers_tells_the_same_of_the_same_pictures -q -s -p no:cacheprovider
+  tests/stages/test_image_classifier.py::test_transformers_tells_the_same_of_the_same_pictures -q -s -p no:cacheprovider

@@ -104,8 +104,8 @@ def write_gguf(
             way, a tensor does not fit the dtype, or the disk is full.
     """
     file = _target(output, "model.gguf")
-    eyes = file.with_name(f"mmproj-{file.name}")
-    beside = [] if text_only or config.vision is None else [_checked(eyes)]
+    mmproj = file.with_name(f"mmproj-{file.name}")
+    beside = [] if text_only or config.vision is None else [_checked(mmproj)]
     recipe = file.with_name("Modelfile")
     if not is_as_written(_start_of(recipe, 2**20).decode(errors="replace")):
         raise UserError(f"{recipe} is there already, not as this program wrote it; move it, or choose another folder")
@@ -114,8 +114,8 @@ def write_gguf(
     notes = _check_computable(config, name)
     if beside:
         notes += check_seen_alike(config.vision, name)
-    elif eyes.exists():
-        notes.append(f"{eyes} is of another model; remove it, for some programs take it without being told to")
+    elif mmproj.exists():
+        notes.append(f"{mmproj} is of another model; remove it, for some programs take it without being told to")
     words = gguf_words(tokenizer, config.vocab_size)
     planned = list(_model_tensors(config, tensors, dtype))
     notes += [*words.notes, *_notes_of_dtype(planned, dtype)]

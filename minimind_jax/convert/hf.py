@@ -14,7 +14,7 @@ import numpy as np
 
 from minimind_jax.convert import hf_weights
 from minimind_jax.convert.hf_config import from_hf_config, head_config, read_labels, to_generation_config, to_hf_config
-from minimind_jax.convert.hf_pictures import picture_config, picture_tensors
+from minimind_jax.convert.hf_image_classifier import picture_config, picture_tensors
 from minimind_jax.convert.hf_vision import (
     read_seeing_config,
     sees,

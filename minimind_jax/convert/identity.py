@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from minimind_jax.convert.load import base_folder
-from minimind_jax.data.labelled_pictures import Wordless
+from minimind_jax.data.labelled_images import Wordless
 from minimind_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from minimind_jax.folders import is_adapter, tokenizer_folder
 

@@ -45,9 +45,9 @@ def with_tower(
     if projector != _NAMES.keys():
         raise UserError(f"{where} has the projector of an older MiniMind-V than minimind-3v, which is not read")
     text = {name: tensor for name, tensor in stored.items() if not name.startswith(("vision_proj.", _TOWER))}
-    eyes = open_tower(tower)
-    config = dataclasses.replace(config, vision=Vision(eyes.config, marker_id, "minimind_v"))
-    tensors = text | {new: stored[old] for old, new in _NAMES.items()} | eyes.tensors
+    tower_model = open_tower(tower)
+    config = dataclasses.replace(config, vision=Vision(tower_model.config, marker_id, "minimind_v"))
+    tensors = text | {new: stored[old] for old, new in _NAMES.items()} | tower_model.tensors
     return config, matching_tensors(config, tensors, where)
 
 

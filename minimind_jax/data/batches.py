@@ -22,7 +22,7 @@ from minimind_jax.config.sections import FilesConfig
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.data.epoch import Annotate, Epoch, check_rows, describe_cuts, plan_epoch
 from minimind_jax.data.kinds import KINDS, KindName
-from minimind_jax.data.labelled_pictures import Wordless
+from minimind_jax.data.labelled_images import Wordless
 from minimind_jax.data.labels import Classes
 from minimind_jax.data.pictures import Sight
 from minimind_jax.data.rows import Batch

@@ -14,7 +14,7 @@ import numpy as np
 from minimind_jax.data import documents
 from minimind_jax.data.formats import read_record, read_text
 from minimind_jax.data.jsonl import READING, Reading, Record
-from minimind_jax.data.labelled_pictures import parse_labelled_picture
+from minimind_jax.data.labelled_images import parse_labelled_picture
 from minimind_jax.data.labels import Classes, parse_labelled
 from minimind_jax.data.messages import Conversation, Message, check_closed, is_trained
 from minimind_jax.data.pictures import (

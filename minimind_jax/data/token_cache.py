@@ -29,7 +29,7 @@ from minimind_jax.data import cache_folder
 from minimind_jax.data.formats import VERSION as FORMATS_VERSION
 from minimind_jax.data.jsonl import expand_paths, reading_of, tell_left_out, told_lines
 from minimind_jax.data.kinds import KINDS, KindName
-from minimind_jax.data.labelled_pictures import Wordless
+from minimind_jax.data.labelled_images import Wordless
 from minimind_jax.data.labels import Classes
 from minimind_jax.data.pictures import SIGHT, Sight, StoredPictures
 from minimind_jax.data.template import Dice

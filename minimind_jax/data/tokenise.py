@@ -25,7 +25,7 @@ import numpy as np
 from minimind_jax.data.documents import Document
 from minimind_jax.data.jsonl import READING, Reading, is_picture, iter_lines, parse_line
 from minimind_jax.data.kinds import KINDS, KindName, Wanted
-from minimind_jax.data.labelled_pictures import Wordless
+from minimind_jax.data.labelled_images import Wordless
 from minimind_jax.data.labels import Classes
 from minimind_jax.data.pictures import SIGHT, Sight
 from minimind_jax.data.template import Dice, unchanged

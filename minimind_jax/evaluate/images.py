@@ -31,7 +31,7 @@ from minimind_jax.evaluate.share import Share
 from minimind_jax.folders import resolve_model_folder
 from minimind_jax.inference.answer_file import PartialFile
 from minimind_jax.inference.engine import Engine
-from minimind_jax.inference.eyes import BLIND
+from minimind_jax.inference.image_encoder import BLIND
 from minimind_jax.inference.likelihood import LikelihoodScorer
 from minimind_jax.inference.load import load_model
 from minimind_jax.inference.request import Request

@@ -17,7 +17,7 @@ from minimind_jax.data.tools import Call, parse_calls
 from minimind_jax.errors import UserError
 from minimind_jax.inference.adapters import OFF
 from minimind_jax.inference.engine import Engine, Piece
-from minimind_jax.inference.eyes import BLIND
+from minimind_jax.inference.image_encoder import BLIND
 from minimind_jax.inference.load import load_engine
 from minimind_jax.inference.text import ThinkSplitter
 from minimind_jax.inference.tool_use import carry_out

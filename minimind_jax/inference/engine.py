@@ -19,7 +19,7 @@ from minimind_jax.data.images import Picture
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.inference.buckets import bucket, round_up
-from minimind_jax.inference.eyes import check_images, signs_of
+from minimind_jax.inference.image_encoder import check_images, signs_of
 from minimind_jax.inference.programs import MOST_STEPS, Programs
 from minimind_jax.inference.request import Answer, Request, Token
 from minimind_jax.inference.sampling import MAX_BIASES, MAX_TOP, Sampled, SamplingConfig

@@ -34,8 +34,8 @@ from minimind_jax.folders import resolve_model_folder
 from minimind_jax.inference.answer_file import AGAIN, AnswerFile, what_makes
 from minimind_jax.inference.constrain import Grammars
 from minimind_jax.inference.engine import Engine
-from minimind_jax.inference.eyes import BLIND
 from minimind_jax.inference.grammar import choice, json_schema, regex
+from minimind_jax.inference.image_encoder import BLIND
 from minimind_jax.inference.load import load_engine
 from minimind_jax.inference.request import Answer, Constraint, Request
 from minimind_jax.inference.text import ThinkSplitter

@@ -11,7 +11,7 @@ from minimind_jax.data.images import Picture
 from minimind_jax.errors import UserError
 from minimind_jax.inference import decode
 from minimind_jax.inference.buckets import bucket, by_length
-from minimind_jax.inference.eyes import Eyes
+from minimind_jax.inference.image_encoder import ImageEncoder
 from minimind_jax.losses.pieces import by_columns, logits
 from minimind_jax.model.transformer import LanguageModel, Params, full_precision
 from minimind_jax.model.vision import VISION
@@ -79,7 +79,9 @@ class LikelihoodScorer:
 
         self._score, vision = score, model.config.vision
         if vision is not None:
-            self._eyes = Eyes(vision, lambda pixels: decode.look(model, {VISION: params[VISION]}, pixels))
+            self._image_encoder = ImageEncoder(
+                vision, lambda pixels: decode.look(model, {VISION: params[VISION]}, pixels)
+            )
 
     def score(
         self,
@@ -118,7 +120,7 @@ class LikelihoodScorer:
 
     def _see(self, images: Sequence[Sequence[Picture]]) -> np.ndarray | None:
         """Image tokens (batch_size, M, D) of the images of the first rows, zeros behind them; None without any."""
-        seen = self._eyes.see(picture for own in images for picture in own)
+        seen = self._image_encoder.see(picture for own in images for picture in own)
         if not seen:
             return None
         tokens, D = next(iter(seen.values())).shape

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.inference import decode
 from minimind_jax.inference.buckets import bucket, round_up
-from minimind_jax.inference.eyes import Eyes
+from minimind_jax.inference.image_encoder import ImageEncoder
 from minimind_jax.inference.sampling import Counts, Sampled, SamplingValues
 from minimind_jax.inference.scheduler import Copy, Task
 from minimind_jax.model.transformer import LanguageModel, Params
@@ -70,14 +70,14 @@ class Programs:
         self._settings: dict[int, tuple[list[Task], decode.Settings]] = {}
         self._nothing: dict[int, tuple[Counts, Array]] = {}
         self._made: set[int] = set()  # rows for which tokens were made
-        self.eyes = None if model.config.vision is None else Eyes(model.config.vision, self._look)
+        self.image_encoder = None if model.config.vision is None else ImageEncoder(model.config.vision, self._look)
         self.load(params)
         self.reserve(rows, length)
 
     def load(self, params: Params) -> None:
         """Takes other parameters: as they are trained, cut over the same mesh, or as they are laid out already."""
-        if self.eyes:
-            self.eyes.clear()
+        if self.image_encoder:
+            self.image_encoder.clear()
         if isinstance(params["layers"], tuple):
             self.params = params
             return
@@ -164,7 +164,7 @@ class Programs:
         many as there may be; None where no picture is shown, which is another program."""
         if not any(task.answer.request.images for task, _ in chunks):
             return None
-        found = self.eyes.tokens_of(chunks)
+        found = self.image_encoder.tokens_of(chunks)
         if all(tokens is None for tokens in found):
             return None
         images_BPD = self._no_images(rows, width)
@@ -223,15 +223,15 @@ class Programs:
         ]
         total = len(reads) + len(self.steps) + 1
         self.copy(Copy(0, 0, 0))
-        if self.eyes:
-            self.eyes.warm_up()
+        if self.image_encoder:
+            self.image_encoder.warm_up()
         for done, (rows, width) in enumerate(reads, 1):
             report(done - 1, total)
             settings, counts = self._settings_of([], rows), self._counts_of([], rows)
             work = none((rows, width)), settings, none(rows), none(rows), none(rows)
             for from_start in (False,) if self.model.platform == "cpu" or width == 1 else (False, True):
                 logits_BV = self._read(*work, None, from_start=from_start)
-            if self.eyes and width > 1:
+            if self.image_encoder and width > 1:
                 self._read(*work, self._no_images(rows, width), from_start=False)
             if width == 1:
                 self._run(decode.choose, logits_BV, none(rows), settings, counts, self._unused(rows)[1])

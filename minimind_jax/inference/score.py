@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minimind_jax.convert.hf import Labels, load_labels
-from minimind_jax.convert.hf_pictures import is_picture_classifier, load_picture_classifier
+from minimind_jax.convert.hf_image_classifier import is_picture_classifier, load_picture_classifier
 from minimind_jax.convert.load import load_tokenizer
 from minimind_jax.data.images import read_image
 from minimind_jax.data.pictures import PictureFile
@@ -18,7 +18,7 @@ from minimind_jax.folders import is_adapter, resolve_model_folder
 from minimind_jax.inference.buckets import bucket, by_length
 from minimind_jax.inference.load import load_model
 from minimind_jax.model.heads import SCORE, scores
-from minimind_jax.model.picture_model import PictureModel
+from minimind_jax.model.image_model import ImageModel
 
 BATCH_TOKENS = 1 << 14  # scored at once, padding included
 MAX_ROWS = 64
@@ -100,7 +100,7 @@ class PictureScorer:
         self.tower, params = load_picture_classifier(folder)
         if params[SCORE]["kernel"].shape[1] != len(self.labels.names):
             raise UserError(f"{folder}: config.json names {len(self.labels.names)} labels, and the weights hold others")
-        model, self._params = PictureModel(self.tower), jax.device_put(params)
+        model, self._params = ImageModel(self.tower), jax.device_put(params)
         self._scores = jax.jit(lambda params, pixels_NHWC: scores(params, model.pooled(params, pixels_NHWC)))
 
     def pictures(

@@ -7,7 +7,7 @@ from jax import Array
 from minimind_jax.losses import Batch, LossFn, Metric, Metrics
 from minimind_jax.losses.sequences import last_hidden
 from minimind_jax.model.heads import scores
-from minimind_jax.model.picture_model import PictureModel
+from minimind_jax.model.image_model import ImageModel
 from minimind_jax.model.transformer import LanguageModel, Params
 
 
@@ -31,7 +31,7 @@ def class_losses(logits: Array, values: Array, weights: Array, several: bool, la
 
 
 def make_classification_loss(
-    model: LanguageModel | PictureModel, weights: Array, *, several: bool = False, label_smoothing: float = 0.0
+    model: LanguageModel | ImageModel, weights: Array, *, several: bool = False, label_smoothing: float = 0.0
 ) -> LossFn:
     """The loss of a model with a head of C scores (see `model.heads`) on packed rows of labelled texts, or pictures.
 

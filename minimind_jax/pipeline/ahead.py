@@ -10,7 +10,7 @@ from minimind_jax.folders import resolve_model_folder, resolve_run
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.pipeline.read import Stage
 from minimind_jax.runs.parts import with_settings
-from minimind_jax.runs.sight import planned_sight
+from minimind_jax.runs.vision import planned_sight
 
 
 def maker_of(name: str, before: Sequence[Stage]) -> Stage | None:

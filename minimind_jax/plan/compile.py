@@ -17,7 +17,7 @@ from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.plan.devices import Device, Topology
 from minimind_jax.runs.adapters import frozen_dtype
-from minimind_jax.runs.sight import with_trained_parts
+from minimind_jax.runs.vision import with_trained_parts
 from minimind_jax.training.state import Parameters
 from minimind_jax.training.step import make_program
 

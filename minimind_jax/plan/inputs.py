@@ -24,7 +24,7 @@ from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.lora import Adapter, make_adapter
 from minimind_jax.pipeline.ahead import maker_of, planned_architecture
 from minimind_jax.pipeline.read import Stage, load_pipeline
-from minimind_jax.runs.sight import planned_sight
+from minimind_jax.runs.vision import planned_sight
 from minimind_jax.stages import STAGES
 from minimind_jax.training.defaults import filled
 

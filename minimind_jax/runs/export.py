@@ -21,7 +21,7 @@ from minimind_jax.paths import as_path
 from minimind_jax.runs.kind import StageKind, Stages
 from minimind_jax.runs.labels import labels_of_run
 from minimind_jax.runs.parts import assemble, run_parameters
-from minimind_jax.runs.sight import TOWER
+from minimind_jax.runs.vision import TOWER
 from minimind_jax.sharding import announce, make_mesh
 from minimind_jax.shell import needing
 from minimind_jax.training.checkpoint import DamagedCheckpoint, load_params

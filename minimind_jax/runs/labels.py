@@ -10,7 +10,7 @@ import numpy as np
 from minimind_jax.config.classify import ClassifyConfig
 from minimind_jax.convert.hf import Labels, load_labels
 from minimind_jax.data.jsonl import reading_of
-from minimind_jax.data.labelled_pictures import check_folders, picture_of
+from minimind_jax.data.labelled_images import check_folders, picture_of
 from minimind_jax.data.labels import Classes, find_classes, label_changes
 from minimind_jax.data.rows import Pieces
 from minimind_jax.data.token_cache import TokenCache

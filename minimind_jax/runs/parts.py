@@ -10,28 +10,28 @@ from jax.sharding import Mesh
 from minimind_jax.config.sections import ModelSettings
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.convert.hf import Labels, load_hf, load_labels
-from minimind_jax.convert.hf_pictures import load_picture_head
+from minimind_jax.convert.hf_image_classifier import load_picture_head
 from minimind_jax.convert.hf_vision import open_tower
 from minimind_jax.convert.load import folders_of, load_merged, read_config
 from minimind_jax.convert.load import load_tokenizer as load_model_tokenizer
 from minimind_jax.data.batches import Batches, open_data
 from minimind_jax.data.epoch import Annotate
-from minimind_jax.data.labelled_pictures import Wordless
+from minimind_jax.data.labelled_images import Wordless
 from minimind_jax.data.labels import Classes
 from minimind_jax.data.pictures import Sight, sight_of
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import ModelConfig, union_of_ids
 from minimind_jax.model.heads import SCORE, head_axes, init_head
+from minimind_jax.model.image_model import ImageModel
 from minimind_jax.model.lora import init_adapters, join, make_adapter
-from minimind_jax.model.picture_model import PictureModel
 from minimind_jax.model.transformer import LanguageModel, Params, cast_matrices
 from minimind_jax.model.vision import VISION
 from minimind_jax.model.vocabulary import grow_vocabulary
 from minimind_jax.runs.adapters import AdapterPlan, frozen_dtype, plan_adapters
 from minimind_jax.runs.kind import StageKind
 from minimind_jax.runs.labels import differing
-from minimind_jax.runs.sight import TOWER, new_sight, with_sight, with_trained_parts
+from minimind_jax.runs.vision import TOWER, new_vision, with_trained_parts, with_vision
 from minimind_jax.seeds import named_key
 from minimind_jax.sharding import announce, data_process, init_params, param_shardings
 from minimind_jax.training.run import RunFolder
@@ -54,7 +54,7 @@ class Run:
     mesh: Mesh
     models: Mapping[str, Path]  # the folders of the models that they name, by setting
     tokenizer: Tokenizer | Wordless
-    model: LanguageModel | PictureModel  # the network, below a head of scores if the stage has one
+    model: LanguageModel | ImageModel  # the network, below a head of scores if the stage has one
     adapters: AdapterPlan | None  # None where all weights are trained
     labels: Labels | None = None  # of that head
     classes: Classes | None = None  # how records name them, where they do
@@ -81,12 +81,12 @@ def assemble(kind: StageKind, config: RunConfig, folder: RunFolder, mesh: Mesh, 
     """
     kind, start = kind.of(config), models.get("init_from")
     if config.of_pictures:
-        model = PictureModel(open_tower(models[TOWER]).config, config.compute)
+        model = ImageModel(open_tower(models[TOWER]).config, config.compute)
         return Run(kind, config, folder, mesh, models, Wordless(), model, None)
     if kind.needs_start and start is None:
         raise UserError(f"{kind.name} needs a model to start from: give --init_from")
     tokenizer = load_tokenizer(config, start)
-    architecture = with_sight(config, _architecture(config, tokenizer, start), tokenizer, models)
+    architecture = with_vision(config, _architecture(config, tokenizer, start), tokenizer, models)
     adapters = plan_adapters(config, architecture, start)
     if kind.has_head:
         if architecture.vision is not None:
@@ -226,7 +226,7 @@ def start_params(run: Run) -> Params:
     _, params = load_merged(run.start)
     params = grow_vocabulary(params, model.config.vocab_size, named_key(config.seed, "new words"))
     if model.config.vision is not None and VISION not in params:
-        params = {**params, VISION: new_sight(model.config, run.models[TOWER], named_key(config.seed, "sight"))}
+        params = {**params, VISION: new_vision(model.config, run.models[TOWER], named_key(config.seed, "sight"))}
     return params
 
 

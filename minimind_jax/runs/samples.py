@@ -11,7 +11,7 @@ from minimind_jax.data.kinds import KINDS, KindName, Wanted
 from minimind_jax.data.pictures import PLACE, SIGHT, PictureFile, Seen, Sight, find_file, with_markers
 from minimind_jax.errors import UserError
 from minimind_jax.inference.engine import Engine
-from minimind_jax.inference.eyes import check_images
+from minimind_jax.inference.image_encoder import check_images
 from minimind_jax.inference.request import Request
 from minimind_jax.inference.sampling import SamplingConfig
 from minimind_jax.model.transformer import Params

@@ -7,7 +7,7 @@ from minimind_jax.config.serving import ServeConfig
 from minimind_jax.data.formats import IMAGES
 from minimind_jax.data.messages import CONTENT
 from minimind_jax.data.pictures import is_picture, read_data_url, source_in, unwrap
-from minimind_jax.inference.eyes import BLIND
+from minimind_jax.inference.image_encoder import BLIND
 from minimind_jax.serve.addresses import download
 from minimind_jax.serve.errors import refused
 from minimind_jax.serve.models import Served

@@ -12,7 +12,7 @@ from minimind_jax.data.pictures import sight_of
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.data.tools import read_tools
 from minimind_jax.data.values import Place
-from minimind_jax.inference.sight import open_images
+from minimind_jax.inference.image_prompts import open_images
 from minimind_jax.serve import log
 from minimind_jax.serve.errors import refused
 from minimind_jax.serve.models import Served

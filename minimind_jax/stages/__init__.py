@@ -61,10 +61,10 @@ KINDS = (
     ),
     StageKind(
         "vlm-pretrain", "a model of texts and a tower that sees learn to know each other", settings.VLMPretrainConfig,
-        "stages.see:recipe", records="images", needs_start=True, next=(SEE,), planned=("vlm_pretrain",),
+        "stages.vision:recipe", records="images", needs_start=True, next=(SEE,), planned=("vlm_pretrain",),
     ),
     StageKind(
-        "vlm-sft", "fine-tuning on conversations about images", settings.VLMSFTConfig, "stages.see:recipe",
+        "vlm-sft", "fine-tuning on conversations about images", settings.VLMSFTConfig, "stages.vision:recipe",
         records="images", needs_start=True, next=(SEE,), planned=("vlm_sft", "vlm_nanovlm"),
     ),
     StageKind(

@@ -15,9 +15,9 @@ from minimind_jax.evaluate.classification import ClassificationResult, describe,
 from minimind_jax.inference.score import PictureScorer, Scorer
 from minimind_jax.losses.classification import make_classification_loss
 from minimind_jax.progress import progress
+from minimind_jax.runs.image_rows import open_pictures
 from minimind_jax.runs.labels import values_of_pieces
 from minimind_jax.runs.parts import Run, open_rows, run_parameters
-from minimind_jax.runs.pictures import open_pictures
 from minimind_jax.runs.stage import on_rows
 from minimind_jax.sharding import announce
 from minimind_jax.training.run import RunFolder, write_text

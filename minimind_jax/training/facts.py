@@ -10,8 +10,8 @@ from minimind_jax.config.sections import OptimizerConfig
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.losses.vocabulary import piece_size
 from minimind_jax.model import attention, moe
+from minimind_jax.model.image_model import ImageModel
 from minimind_jax.model.lora import split, without_adapters
-from minimind_jax.model.picture_model import PictureModel
 from minimind_jax.model.transformer import LanguageModel, count_parameters
 from minimind_jax.model.vision import VISION
 from minimind_jax.sharding import row_shards
@@ -52,7 +52,7 @@ def run_facts(
     config: RunConfig,
     recipe: Recipe,
     stage: str,
-    model: LanguageModel | PictureModel,
+    model: LanguageModel | ImageModel,
     mesh: Mesh,
     parts: int,
     total_steps: int,
@@ -77,7 +77,7 @@ def run_facts(
     }
 
 
-def _picture_facts(config: RunConfig, model: PictureModel, mesh: Mesh, parts: int, has_words: bool) -> dict[str, str]:
+def _picture_facts(config: RunConfig, model: ImageModel, mesh: Mesh, parts: int, has_words: bool) -> dict[str, str]:
     size, tower = count_parameters(model.abstract_params()), model.config
     return {
         "model": f"{size:,} parameters ({tower.num_hidden_layers} layers of width {tower.hidden_size}, pictures of "

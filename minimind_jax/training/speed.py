@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import jax
 
 from minimind_jax.model.config import ComputeConfig, ModelConfig, Vision
-from minimind_jax.model.picture_model import PictureModel
+from minimind_jax.model.image_model import ImageModel
 from minimind_jax.model.transformer import LanguageModel
 
 # Dense bfloat16 FLOP/s of one device, from the makers' data sheets; the consumer cards' with float32 accumulation.
@@ -99,9 +99,7 @@ class Speed:
     seconds_before: duration of the run up to the checkpoint it goes on from. has_words: as of `flops_per_token`.
     """
 
-    def __init__(
-        self, model: LanguageModel | PictureModel, seq_len: int, seconds_before: float, has_words: bool = True
-    ):
+    def __init__(self, model: LanguageModel | ImageModel, seq_len: int, seconds_before: float, has_words: bool = True):
         self._started = time.perf_counter() - seconds_before
         peak = peak_flops(model.compute) if isinstance(model, LanguageModel) else None  # others are not counted
         trained = 1.0 if model.adapter is None else 0.0

@@ -28,7 +28,7 @@ from minimind_jax.data.images import read_image
 from minimind_jax.data.pictures import sight_of
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.inference.engine import Engine
-from minimind_jax.inference.sight import open_images
+from minimind_jax.inference.image_prompts import open_images
 from minimind_jax.model.config import ComputeConfig, TowerConfig, Vision
 from minimind_jax.model.lora import init_adapters, join
 from minimind_jax.model.transformer import LanguageModel

@@ -11,7 +11,7 @@ from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.convert.hf import save_hf
 from minimind_jax.data.images import Picture
 from minimind_jax.errors import UserError
-from minimind_jax.inference import decode, eyes, programs
+from minimind_jax.inference import decode, image_encoder, programs
 from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.programs import Limits
 from minimind_jax.inference.request import Request
@@ -123,7 +123,7 @@ def test_answers_are_those_of_transformers(params, theirs):
     ids, images = zip(*PROMPTS.values(), strict=True)
     engine = fixed(params)
     assert [answer.ids for answer in engine.generate(ids, GREEDY, images)] == expected
-    assert engine._programs.eyes.looked == 3
+    assert engine._programs.image_encoder.looked == 3
     streamed = engine.stream(ids[1], GREEDY, images=images[1])
     assert [token.id for piece in streamed for token in piece.tokens] == expected[1]
     engine = fixed(params)
@@ -133,7 +133,7 @@ def test_answers_are_those_of_transformers(params, theirs):
         answers.append(submit(engine, *each))
         engine.step()
     assert [answer.ids for answer in finish(engine, *answers)] == expected
-    assert engine._programs.eyes.looked == 3
+    assert engine._programs.image_encoder.looked == 3
 
 
 def test_a_second_turn_reads_only_what_is_new(params, theirs):
@@ -143,7 +143,7 @@ def test_a_second_turn_reads_only_what_is_new(params, theirs):
     longer, more = [*ids, *first.ids, 30, *[MARKER] * N, 31], (*images, C)
     [second] = engine.generate([longer], GREEDY, [more])
     assert second.cached_tokens == len(ids) + 7 and second.ids == theirs(longer, more)
-    assert engine._programs.eyes.looked == 3
+    assert engine._programs.image_encoder.looked == 3
 
 
 @pytest.mark.parametrize("before", [words(30), words(3)])
@@ -188,7 +188,7 @@ def test_after_a_failure_and_with_other_parameters(params, theirs, monkeypatch):
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(engine._programs.eyes, "_look", fail)
+        patched.setattr(engine._programs.image_encoder, "_look", fail)
         answer = submit(engine, ids, images)
         with pytest.raises(RuntimeError):
             engine.step()
@@ -201,11 +201,13 @@ def test_after_a_failure_and_with_other_parameters(params, theirs, monkeypatch):
 
 
 def test_few_pictures_are_kept(params, monkeypatch):
-    monkeypatch.setattr(eyes, "MOST_BYTES", 2 * N * 32 * 4)
+    monkeypatch.setattr(image_encoder, "MOST_BYTES", 2 * N * 32 * 4)
     engine = fixed(params)
     ids, images = PROMPTS["long"]
     [answer] = engine.generate([ids], GREEDY, [images])
-    assert len(engine._programs.eyes._seen) == 2 and engine._programs.eyes.looked == 4  # at one of them twice
+    assert (
+        len(engine._programs.image_encoder._seen) == 2 and engine._programs.image_encoder.looked == 4
+    )  # at one of them twice
     assert answer.ids == fixed(params).generate([ids], GREEDY, [images])[0].ids
 
 

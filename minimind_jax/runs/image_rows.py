@@ -21,7 +21,7 @@ from minimind_jax.data.token_cache import TokenCache
 from minimind_jax.model.vision import VISION
 from minimind_jax.progress import progress
 from minimind_jax.runs.parts import Run, open_rows
-from minimind_jax.runs.sight import TOWER
+from minimind_jax.runs.vision import TOWER
 
 AT_ONCE = 16  # pictures that the tower looks at
 

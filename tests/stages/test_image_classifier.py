@@ -17,7 +17,7 @@ from minimind_jax.config.classify import ClassifyConfig, LabelConfig, SightConfi
 from minimind_jax.config.sections import FilesConfig, LoopConfig, OptimizerConfig
 from minimind_jax.config.tools import PredictConfig
 from minimind_jax.convert.hf import Labels, load_labels, save_hf
-from minimind_jax.convert.hf_pictures import load_picture_classifier
+from minimind_jax.convert.hf_image_classifier import load_picture_classifier
 from minimind_jax.data import feature_store
 from minimind_jax.data.cache_folder import cache_root, remove_cache, stored_caches
 from minimind_jax.data.jsonl import expand_paths
@@ -27,9 +27,9 @@ from minimind_jax.inference.load import load_engine
 from minimind_jax.inference.score import PictureScorer, Scorer
 from minimind_jax.model.config import TowerConfig
 from minimind_jax.model.heads import init_head
-from minimind_jax.model.picture_model import PictureModel
+from minimind_jax.model.image_model import ImageModel
 from minimind_jax.model.vision import init_vision
-from minimind_jax.runs import pictures
+from minimind_jax.runs import image_rows
 from minimind_jax.stages import start
 from minimind_jax.training.run import RunFolder
 
@@ -56,7 +56,7 @@ def drawn(kind, rng):
 def shapes(tmp_path_factory):
     """A folder with a tower, and pictures in folders named after their labels, beside files that are none."""
     folder, rng = tmp_path_factory.mktemp("shapes"), random.Random(0)
-    tower = init_vision(PictureModel(TOWER).vision, 1, 0.1, jax.random.key(0))["tower"]
+    tower = init_vision(ImageModel(TOWER).vision, 1, 0.1, jax.random.key(0))["tower"]
     params = {"vision": {"tower": tower}, **init_head(jax.random.key(1), 32, 2, bias=True)}
     save_hf(folder / "tower", TOWER, params, None, "float32", labels=Labels(("a", "b")))
     for n in range(160):
@@ -138,8 +138,8 @@ def stored(config):
 
 def test_a_frozen_tower_looks_once_at_every_picture(shapes, tmp_path, monkeypatch):
     looked = []
-    shown = pictures.read_image
-    monkeypatch.setattr(pictures, "read_image", lambda *given: looked.append(given[2]) or shown(*given))
+    shown = image_rows.read_image
+    monkeypatch.setattr(image_rows, "read_image", lambda *given: looked.append(given[2]) or shown(*given))
     copy = shutil.copytree(shapes / "my photos", tmp_path / "photos")
     config = settings(shapes, tmp_path, data={"train": (str(copy),)})
     first = RunFolder(start(config))

@@ -7,7 +7,7 @@ import pytest
 from minimind_jax.data.images import open_picture
 from minimind_jax.data.pictures import Sight, read_data_url
 from minimind_jax.errors import UserError
-from minimind_jax.inference.sight import open_images
+from minimind_jax.inference.image_prompts import open_images
 from minimind_jax.model.config import TowerConfig, Vision
 
 VISION, SIGHT = Vision(TowerConfig(16, 24, 1, 2, 8, 4), 12), Sight("<|image_pad|>", 4)

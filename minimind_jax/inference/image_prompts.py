@@ -10,7 +10,7 @@ from minimind_jax.data.messages import CONTENT
 from minimind_jax.data.pictures import SHOWN_BY, Sight, is_picture, source_in, unwrap
 from minimind_jax.data.values import kind_of
 from minimind_jax.errors import UserError
-from minimind_jax.inference.eyes import BLIND
+from minimind_jax.inference.image_encoder import BLIND
 from minimind_jax.model.config import Vision
 
 Fetch = Callable[[str, str], bytes | Path]

@@ -3,10 +3,10 @@
 from minimind_jax.data.batches import Batches
 from minimind_jax.errors import UserError
 from minimind_jax.losses.language_model import make_language_model_loss
+from minimind_jax.runs.image_rows import open_pictures
 from minimind_jax.runs.parts import Run, run_parameters
-from minimind_jax.runs.pictures import open_pictures
-from minimind_jax.runs.seen import judge_seeing
 from minimind_jax.runs.stage import on_rows
+from minimind_jax.runs.vision_report import judge_seeing
 from minimind_jax.sharding import announce
 from minimind_jax.training.source import Recipe
 

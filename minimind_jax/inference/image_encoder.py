@@ -20,7 +20,7 @@ AT_ONCE = (1, 8)  # pictures in one call of the tower, which is compiled for the
 MOST_BYTES = 1 << 28  # of what is kept of pictures, on the host
 
 
-class Eyes:
+class ImageEncoder:
     """look: compiled; pixels (N, S, S, 3) -> image tokens (N, image_tokens, D), for the N of `AT_ONCE`."""
 
     def __init__(self, vision: Vision, look: Callable[[np.ndarray], Array]):

@@ -16,7 +16,7 @@ from minimind_jax.model.vision import VISION, features, init_vision, row_feature
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureModel:
+class ImageModel:
     """What a `transformer.LanguageModel` is of texts: pure functions of parameters, {"vision": {"tower": ...}}.
 
     In the rows of a batch every token is a picture and a document of its own.

@@ -22,7 +22,7 @@ from minimind_jax.training.state import Parameters
 TOWER = "vision.tower"  # the setting
 
 
-def with_sight(
+def with_vision(
     config: RunConfig, architecture: ModelConfig, tokenizer: Tokenizer, models: Mapping[str, Path]
 ) -> ModelConfig:
     """The architecture with the tower and projector that `config` gives a model of texts; as it is where it sees
@@ -58,7 +58,7 @@ def with_sight(
 
 
 def planned_sight(config: RunConfig, architecture: ModelConfig) -> ModelConfig:
-    """`with_sight` for a plan: the shapes alone, of a tower that may not be there but for its name."""
+    """`with_vision` for a plan: the shapes alone, of a tower that may not be there but for its name."""
     if not isinstance(config, SeeingConfig) or architecture.vision is not None or not config.vision.tower:
         return architecture
     name, wanted = config.vision.tower, config.vision
@@ -71,7 +71,7 @@ def planned_sight(config: RunConfig, architecture: ModelConfig) -> ModelConfig:
     return dataclasses.replace(architecture, vision=vision)
 
 
-def new_sight(config: ModelConfig, tower: Path, key: jax.Array) -> Params:
+def new_vision(config: ModelConfig, tower: Path, key: jax.Array) -> Params:
     """The branch of a model's parameters with a tower out of a folder, and a projector drawn from `key`."""
     drawn = init_vision(config.vision, config.hidden_size, config.initializer_range, key)
     return {**drawn, "tower": open_tower(tower).params()}
