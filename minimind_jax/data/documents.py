@@ -10,7 +10,7 @@ import numpy as np
 from minimind_jax.data.labels import LabelledText
 from minimind_jax.data.messages import Conversation, Message
 from minimind_jax.data.preferences import SAME, Preference
-from minimind_jax.data.template import Roll, Segment, unchanged
+from minimind_jax.data.template import Roll, Segment, text_of, unchanged
 from minimind_jax.data.template_check import check_spoken
 from minimind_jax.data.tokenizer import PROBE_WORD, Tokenizer
 from minimind_jax.errors import TemplateFault, UserError
@@ -59,7 +59,7 @@ def _check_messages(tokenizer: Tokenizer, sides: list[Conversation], tell: Calla
     messages = [message for side in sides if not side.plain for message in side.messages]
     if tokenizer.own_template:
         check_spoken(messages)
-    if tokenizer.turn_end and any(tokenizer.turn_end in message["content"] for message in messages):
+    if tokenizer.turn_end and any(tokenizer.turn_end in text_of(message) for message in messages):
         tell("messages hold the token that ends a turn among their words: is the template in the data?")
 
 

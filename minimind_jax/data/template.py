@@ -109,7 +109,7 @@ def render_segments(
         if role == "tool":
             pending += _tool_response(messages, index)
         elif role == "user" or index:
-            pending += f"<|im_start|>{role}\n{_text(message)}{TURN_END}"
+            pending += f"<|im_start|>{role}\n{text_of(message)}{TURN_END}"
     if add_generation_prompt:
         pending += ASSISTANT_HEADER + (OPEN_THINK if open_thinking else EMPTY_THINK)
     if pending:
@@ -117,7 +117,8 @@ def render_segments(
     return segments
 
 
-def _text(message: Message) -> str:
+def text_of(message: Message) -> str:
+    """The words of a content, which may be a list of parts."""
     content = message.get("content")
     if content is None or isinstance(content, str):
         return content or ""
@@ -130,7 +131,7 @@ def _tojson(value: Any, **kwargs: Any) -> str:
 
 
 def _system_block(messages: Sequence[Message], tools: Sequence[Any] | None) -> str:
-    opening = _text(messages[0]) if messages and messages[0]["role"] == "system" else None
+    opening = text_of(messages[0]) if messages and messages[0]["role"] == "system" else None
     if tools:
         schemas = "".join(_tojson(tool) + "\n" for tool in tools)
         lead = "" if opening is None else opening + "\n\n"
@@ -139,7 +140,7 @@ def _system_block(messages: Sequence[Message], tools: Sequence[Any] | None) -> s
 
 
 def _assistant_pieces(message: Message, keep_empty_think: bool) -> list[str]:
-    body = _text(message)
+    body = text_of(message)
     reasoning = message.get("reasoning_content")
     if not isinstance(reasoning, str):
         reasoning = ""
@@ -168,7 +169,7 @@ def _tool_response(messages: Sequence[Message], index: int) -> str:
     first = index == 0 or messages[index - 1]["role"] != "tool"
     last = index == len(messages) - 1 or messages[index + 1]["role"] != "tool"
     head, tail = ("<|im_start|>user" if first else ""), (TURN_END if last else "")
-    return f"{head}\n<tool_response>\n{_text(messages[index])}\n</tool_response>{tail}"
+    return f"{head}\n<tool_response>\n{text_of(messages[index])}\n</tool_response>{tail}"
 
 
 # Of a conversation it makes what the template writes, and whether its empty think blocks stay.

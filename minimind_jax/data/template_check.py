@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from minimind_jax.data.messages import Message
-from minimind_jax.data.template import TEMPLATE_FILE, Segment
+from minimind_jax.data.template import TEMPLATE_FILE, Segment, text_of
 from minimind_jax.errors import TemplateFault, UserError
 
 OPEN_TAG, CLOSE_TAG = "<think>", "</think>"
@@ -56,7 +56,7 @@ def check_spoken(messages: Sequence[Message]) -> None:
     """Raises UserError for words of the assistant that our template leaves out: what stands before a think block inside
     a content, or between two."""
     for index, message in enumerate(messages):
-        content = message["content"]
+        content = text_of(message)
         if message["role"] != "assistant" or CLOSE_TAG not in content or "reasoning_content" in message:
             continue
         thought, answer = _split_thought(content)
