@@ -197,6 +197,7 @@ def trained(world, tmp_path_factory):
     return start(dataclasses.replace(config, training=training, data=data)).parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_trained_model_says_the_same_text_of_pictures(dtype, trained, tmp_path):
     config, params = load_hf(trained / "run" / "model")
