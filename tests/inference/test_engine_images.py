@@ -106,6 +106,7 @@ def submit(engine, ids, images, **options):
     return engine.submit(Request(tuple(ids), GREEDY, images=tuple(images), **options))
 
 
+@pytest.mark.slow
 def test_what_is_warmed_up_is_compiled(params):
     engine = fixed(params)
     engine.warm_up()

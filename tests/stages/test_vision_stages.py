@@ -122,6 +122,7 @@ def answers(folder, images):
     return [list(firsts)[n] for n in logits.argmax(axis=1)]
 
 
+@pytest.mark.slow
 def test_it_learns_colours_and_says_another_of_another_picture(make, seen, capsys):
     """The samples of the run, too: of its data, each with its own picture."""
     samples, val = SeeingSampleConfig(from_data=3, max_new_tokens=8), {"val": (str(seen / "others.jsonl"),)}
@@ -183,6 +184,7 @@ def trained_parts(config):
     return kept_and_changed(before, load_hf(RunFolder(start(config)).model)[1])
 
 
+@pytest.mark.slow
 def test_a_run_resumes_exactly_and_what_is_not_trained_keeps_every_bit(make, tmp_path):
     config = make(train="ends", checkpoint=KEEP_ALL, data={"val_fraction": 0.1})
     kept, changed = trained_parts(config)
