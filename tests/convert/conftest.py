@@ -11,6 +11,7 @@ from minimind_jax.config.sections import CheckpointConfig, LoRAConfig, Optimizer
 from minimind_jax.convert.hf import save_hf
 from minimind_jax.data.tokenizer import train_bpe
 from minimind_jax.model.config import ModelConfig, RopeScaling
+from minimind_jax.model.lora import init_adapters, join
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.stages import start
 
@@ -108,3 +109,17 @@ def chat_runs(world, tmp_path_factory):
     base = {"init_from": str(folder / "dense"), "tokenizer": "", "model": model}
     start(world.sft(folder / "adapter", lora=lora, optimizer=optimizer, **base, **changes))
     return folder
+
+
+def with_adapters(params, table, rslora=False):
+    """The parameters with adapters of these ranks that do something."""
+    adapters = init_adapters(jax.random.key(0), params, table, 8.0, rslora)
+    own = np.random.default_rng(1)
+
+    def draw(path, leaf):
+        if path[-1].key != "lora_b":
+            return leaf
+        ranks = np.array(table[path[-2].key])
+        return 0.1 * own.standard_normal(leaf.shape) * (np.arange(leaf.shape[1]) < ranks[:, None])[..., None]
+
+    return join(params, jax.tree_util.tree_map_with_path(draw, adapters))

@@ -12,8 +12,9 @@ from minimind_jax.convert.load import base_folder, load_merged, merge_lora
 from minimind_jax.convert.peft import load_peft, rank_table, save_peft
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import ComputeConfig
-from minimind_jax.model.lora import init_adapters, join, make_adapter
+from minimind_jax.model.lora import join, make_adapter
 from minimind_jax.model.transformer import LanguageModel
+from tests.convert.conftest import with_adapters
 
 TOKENS = np.random.default_rng(0).integers(0, 400, (2, 12))
 CASES = {
@@ -36,16 +37,7 @@ def adapted(base, case):
     targets, ranks, rslora = CASES[case]
     config, params = load_hf(base)
     table = rank_table(config, 4, targets, ranks)
-    adapters = init_adapters(jax.random.key(0), params, table, 8.0, rslora)
-    own = np.random.default_rng(1)
-
-    def draw(path, leaf):
-        if path[-1].key != "lora_b":
-            return leaf
-        ranks = np.array(table[path[-2].key])
-        return 0.1 * own.standard_normal(leaf.shape) * (np.arange(leaf.shape[1]) < ranks[:, None])[..., None]
-
-    return config, join(params, jax.tree_util.tree_map_with_path(draw, adapters)), table, rslora
+    return config, with_adapters(params, table, rslora), table, rslora
 
 
 def our_logits(config, params, adapter=None):

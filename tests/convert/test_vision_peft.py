@@ -11,9 +11,9 @@ from minimind_jax.convert.load import load_merged, merge_lora
 from minimind_jax.convert.peft import rank_table, save_peft
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import ComputeConfig, TowerConfig, Vision
-from minimind_jax.model.lora import init_adapters, join, make_adapter
+from minimind_jax.model.lora import make_adapter
 from minimind_jax.model.transformer import LanguageModel
-from tests.convert.conftest import MODELS, random_params
+from tests.convert.conftest import MODELS, random_params, with_adapters
 
 torch = pytest.importorskip("torch", reason="the comparison needs torch")
 peft = pytest.importorskip("peft", reason="the comparison needs peft")
@@ -50,16 +50,7 @@ def load_theirs(folder):
 def test_peft_gives_our_logits(base, tokenizer, tmp_path):
     config, params = load_hf(base)
     table = rank_table(config, 4, ("all-linear",), {"layers.0": 2})
-    adapters = init_adapters(jax.random.key(0), params, table, 8.0, False)
-    own = np.random.default_rng(1)
-
-    def draw(path, leaf):
-        if path[-1].key != "lora_b":
-            return leaf
-        ranks = np.array(table[path[-2].key])
-        return 0.1 * own.standard_normal(leaf.shape) * (np.arange(leaf.shape[1]) < ranks[:, None])[..., None]
-
-    params = join(params, jax.tree_util.tree_map_with_path(draw, adapters))
+    params = with_adapters(params, table)
     folder = save_peft(tmp_path / "adapter", params, table, base=base, tokenizer=tokenizer, sees=True)
     model = peft.PeftModel.from_pretrained(load_theirs(base), folder)
     assert not [name for name, _ in model.named_parameters() if "lora" in name and "vision_tower" in name]
