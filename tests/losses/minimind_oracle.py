@@ -1,11 +1,12 @@
-"""Gradients that MiniMind's own train_grpo.py and train_ppo.py make of a given rollout.
+"""Gradients that MiniMind's own train_grpo.py and train_ppo.py make of a given rollout, in float64.
 
     python tests/losses/minimind_oracle.py MINIMIND        writes tests/fixtures/minimind_rl.npz (MiniMind d65ef2c)
 
 MINIMIND is a checkout of jingyaogong/minimind, whose epochs run unchanged: only the rollout, the tokenizer and the
-scores of the reward model are given, and the optimizers note the gradient. The policy is tests/fixtures/dense, and the
-value model as well, with a head drawn here. MiniMind's value model applies the final norm twice, which ours does not
-copy (its author calls it harmless): here it reads the hidden states that its own body returns.
+scores of the reward model are given, and the optimizers note the gradient, which is kept in float32. The policy is
+tests/fixtures/dense, and the value model as well, with a head drawn here. MiniMind's value model applies the final norm
+twice, which ours does not copy (its author calls it harmless): here it reads the hidden states that its own body
+returns.
 """
 
 import json
@@ -72,7 +73,7 @@ def make_model(kind):
     missing, unknown = model.load_state_dict(load_file(FIXTURES / "dense.safetensors"), strict=False)
     assert not unknown, unknown
     assert all("lm_head" in name or "value_head" in name for name in missing), missing
-    return model.to(torch.float32)
+    return model.to(torch.float64)
 
 
 def log_probs_of(model, output_ids):
@@ -89,7 +90,7 @@ def make_rollout(drawn, model, prompts):
 
     completion_ids = torch.tensor(drawn["completions"])
     output_ids = torch.cat([torch.tensor(prompts), completion_ids], dim=1)
-    old = log_probs_of(model, output_ids) + torch.tensor(drawn["old_apart"], dtype=torch.float32)
+    old = log_probs_of(model, output_ids) + torch.tensor(drawn["old_apart"])
     rows = len(output_ids)
     texts = [f"an answer of {row} and {'so ' * (row % 5) + 'on'} </think> and more" for row in range(rows)]
     return types.SimpleNamespace(
@@ -132,7 +133,7 @@ def run(drawn, script, loss_type=None):
     rng = np.random.default_rng(1)
     with torch.no_grad():
         for parameter in reference.parameters():
-            parameter *= 1 + 0.1 * torch.tensor(rng.normal(size=parameter.shape), dtype=torch.float32)
+            parameter *= 1 + 0.1 * torch.tensor(rng.normal(size=parameter.shape))
     rollout, scores, logged, rewards = make_rollout(drawn, model, prompts), iter(drawn["scores"]), {}, []
     original = trainer.calculate_rewards
     trainer.calculate_rewards = lambda *given: rewards.append(original(*given)) or rewards[-1]
@@ -182,11 +183,15 @@ def run(drawn, script, loss_type=None):
     for who, optimizer in optimizers.items():
         for update, gradients in enumerate(optimizer.noted):
             kept = {name: gradients[name] for name in (*KEPT, "value_head.weight") if name in gradients}
-            found |= {f"{who} {update} {name}": gradient for name, gradient in kept.items()}
+            found |= {f"{who} {update} {name}": gradient.to(torch.float32) for name, gradient in kept.items()}
     return {name: np.asarray(value) for name, value in found.items()}
 
 
 def main(checkout: str) -> None:
+    import torch
+
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double  # which norms, softmax, angles and masks are cast to
     sys.path.insert(0, checkout)
     drawn = draw()
     runs = {"grpo": run(drawn, "grpo", "grpo"), "cispo": run(drawn, "grpo", "cispo"), "ppo": run(drawn, "ppo")}

@@ -71,7 +71,7 @@ def expected_losses(log_probs, old, advantages, mask, level, fixed, *, loss="cli
 
 @pytest.mark.parametrize("level", ["token", "sequence", "sequence_token"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_each_loss_and_its_gradient_are_the_formula(name, level):
+def test_each_loss_and_its_gradient_are_the_formula(in_float64, name, level):
     log_probs, old, advantages, mask = drawn()
     weights = mask * np.random.default_rng(1).random(mask.shape)
 
@@ -84,17 +84,17 @@ def test_each_loss_and_its_gradient_are_the_formula(name, level):
 
     given = map(jnp.float32, (log_probs, old, advantages, mask, weights))
     (_, found), gradient = jax.jit(jax.value_and_grad(ours, has_aux=True))(*given)
-    np.testing.assert_allclose(found * mask, theirs(log_probs, log_probs) * mask, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found * mask, theirs(log_probs, log_probs) * mask, rtol=1e-9, atol=1e-9)
     step = 1e-6
     for row, column in np.ndindex(mask.shape):
         moved = np.zeros(mask.shape)
         moved[row, column] = step
         slope = (weights * (theirs(log_probs + moved, log_probs) - theirs(log_probs - moved, log_probs))).sum()
-        assert float(gradient[row, column]) == pytest.approx(slope / (2 * step), rel=1e-4, abs=1e-5)
+        assert float(gradient[row, column]) == pytest.approx(slope / (2 * step), rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.parametrize("level", ["token", "sequence", "sequence_token"])
-def test_without_old_log_probabilities_the_policy_is_that_of_the_rollout(level):
+def test_without_old_log_probabilities_the_policy_is_that_of_the_rollout(in_float64, level):
     log_probs, sampler, advantages, mask = (jnp.float32(array) for array in drawn())
     batch = {"mask": mask, "weights": mask, "advantages": advantages, "sampler_log_probs": sampler}
     given = {"epsilon_low": 0.0, "epsilon_high": 0.0, "level": level}
@@ -107,44 +107,44 @@ def test_without_old_log_probabilities_the_policy_is_that_of_the_rollout(level):
     without, ratio = jax.jit(gradient)(log_probs, batch)
     known, _ = jax.jit(gradient)(log_probs, {**batch, "old_log_probs": log_probs})
     assert ratio == 1
-    np.testing.assert_allclose(without, known, rtol=1e-6)
+    np.testing.assert_allclose(without, known, rtol=1e-9)
     counts = mask.sum(1, keepdims=True)
     expected = (advantages * mask).sum(1, keepdims=True) / jnp.maximum(counts, 1) if level == "sequence" else advantages
-    np.testing.assert_allclose(without, -expected * mask, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(without, -expected * mask, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_divergences_are_their_formulas(estimator):
+def test_divergences_are_their_formulas(in_float64, estimator):
     log_probs, reference, *_ = drawn(2)
     d = reference - log_probs
     expected = {"k1": -d, "k2": d**2 / 2, "k3": np.exp(d) - d - 1}[estimator]
     found = divergences(jnp.float32(log_probs), jnp.float32(reference), estimator)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
     slope = {"k1": d * 0 + 1, "k2": -d, "k3": 1 - np.exp(d)}[estimator]
     gradient = jax.grad(lambda x: divergences(x, jnp.float32(reference), estimator).sum())(jnp.float32(log_probs))
-    np.testing.assert_allclose(gradient, slope, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-9, atol=1e-9)
 
 
-def test_corrections_are_truncated_weights_of_tokens_or_sequences():
+def test_corrections_are_truncated_weights_of_tokens_or_sequences(in_float64):
     old, sampler, _, mask = drawn(3)
     w = np.exp((old - sampler) * mask)
     given = [*map(jnp.float32, (old, sampler, mask))]
-    np.testing.assert_allclose(correction_weights(*given, "none", 2.0), w, rtol=1e-4)
-    np.testing.assert_allclose(correction_weights(*given, "token", 2.0), np.minimum(w, 2), rtol=1e-4)
+    np.testing.assert_allclose(correction_weights(*given, "none", 2.0), w, rtol=1e-9)
+    np.testing.assert_allclose(correction_weights(*given, "token", 2.0), np.minimum(w, 2), rtol=1e-9)
     whole = np.exp(((old - sampler) * mask).sum(1, keepdims=True)) + 0 * old
-    np.testing.assert_allclose(correction_weights(*given, "sequence", 2.0), np.minimum(whole, 2), rtol=1e-4)
+    np.testing.assert_allclose(correction_weights(*given, "sequence", 2.0), np.minimum(whole, 2), rtol=1e-9)
 
 
-def test_a_value_loss_is_the_larger_of_two():
+def test_a_value_loss_is_the_larger_of_two(in_float64):
     foreseen, old, returns = np.random.default_rng(0).standard_normal((3, 40))
     near = np.clip(foreseen, old - 0.2, old + 0.2)
     expected = np.maximum((foreseen - returns) ** 2, (near - returns) ** 2) / 2
     given = map(jnp.float32, (foreseen, old, returns))
     found, clipped = value_losses(*given, 0.2)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
     np.testing.assert_array_equal(clipped, (near - returns) ** 2 > (foreseen - returns) ** 2)
     found, clipped = value_losses(*map(jnp.float32, (foreseen, old, returns)), 0.0)
-    np.testing.assert_allclose(found, (foreseen - returns) ** 2 / 2, rtol=1e-5)
+    np.testing.assert_allclose(found, (foreseen - returns) ** 2 / 2, rtol=1e-9)
     assert not clipped.any()
 
 
