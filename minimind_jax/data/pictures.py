@@ -74,7 +74,7 @@ class Seen:
 
 def has_pictures(value: dict[str, Any], reading: Reading = READING) -> bool:
     """Whether a record's fields or messages have pictures."""
-    if any(not is_absent(value.get(name)) for name in set(IMAGES) - set(reading.ignore_fields)):
+    if any(not is_absent(value.get(name)) for name in IMAGES if name not in reading.ignore_fields):
         return True
     return any(is_picture(part) for turn in _turns_of(value)[1] for part in _parts(turn))
 
@@ -92,8 +92,8 @@ def take_pictures(record: Record, reading: Reading = READING) -> tuple[Record, l
     """The record as one of words alone, with `<image>` for pictures that are parts of messages; and its pictures, in
     order. Raises UserError with file and line."""
     value, beside, within = dict(record.value), [], []
-    for name in set(IMAGES) - set(reading.ignore_fields):
-        if is_absent(item := value.pop(name, None)):
+    for name in IMAGES:
+        if name in reading.ignore_fields or is_absent(item := value.pop(name, None)):
             continue
         if beside:
             raise UserError(f"{record.where}: pictures in two fields, of {', '.join(IMAGES)}; keep one of them")
@@ -205,8 +205,17 @@ def _parts(turn: Any) -> list[Any]:
 
 
 def is_picture(part: Any) -> bool:
-    """Whether a part of a message is one. Some leave its type to be seen from the field, as vLLM's clients do."""
-    return isinstance(part, dict) and part.get("type", "image_url" if "image_url" in part else None) in PARTS
+    """Whether a part of a message is one. Some leave its type to be seen from the field, as vLLM's and Qwen's."""
+    if not isinstance(part, dict):
+        return False
+    return part.get("type", next((name for name in PARTS if not is_absent(part.get(name))), None)) in PARTS
+
+
+def check_part(part: Any, where: str) -> None:
+    """Raises UserError for a part of a message that is a picture and a text, or two pictures: one would be left out."""
+    names = [name for name in (*PARTS, "text") if isinstance(part, dict) and not is_absent(part.get(name))]
+    if any(unwrap(part[name]) != unwrap(part[names[0]]) for name in names):
+        raise UserError(f"{where} has {' and '.join(names)}; make a part of each of them, with its type")
 
 
 def source_in(part: dict[str, Any]) -> Any:
@@ -264,7 +273,8 @@ def _without_parts(turn: Any, record: Record, within: list[PictureFile | None]) 
     role, texts = turn.get("role", turn.get("from", "user")), []
     if role not in SHOWN_BY:
         raise UserError(f"{record.where}: a picture in a message of {role}; it is the user who shows pictures")
-    for part in parts:
+    for number, part in enumerate(parts):
+        check_part(part, f"{record.where}: part {number + 1} of a message")
         texts.append({"type": "text", "text": PLACE} if is_picture(part) else part)
         if is_picture(part):
             own = source_in(part)

@@ -7,7 +7,7 @@ from typing import Any
 
 from minimind_jax.data.images import Picture, open_picture
 from minimind_jax.data.messages import CONTENT
-from minimind_jax.data.pictures import SHOWN_BY, Sight, is_picture, source_in, unwrap
+from minimind_jax.data.pictures import SHOWN_BY, Sight, check_part, is_picture, source_in, unwrap
 from minimind_jax.data.values import kind_of
 from minimind_jax.errors import UserError
 from minimind_jax.inference.image_encoder import BLIND
@@ -35,6 +35,7 @@ def open_images(
     pictures: list[Picture] = []
 
     def word(part: Any, role: Any, place: str) -> Any:
+        check_part(part, place)
         if not is_picture(part):
             _check_text(part.get("text") if isinstance(part, dict) else part, sight, place)
             return part

@@ -6,7 +6,7 @@ from typing import Any
 from minimind_jax.config.serving import ServeConfig
 from minimind_jax.data.formats import IMAGES
 from minimind_jax.data.messages import CONTENT
-from minimind_jax.data.pictures import is_picture, read_data_url, source_in, unwrap
+from minimind_jax.data.pictures import check_part, is_picture, read_data_url, source_in, unwrap
 from minimind_jax.inference.image_encoder import BLIND
 from minimind_jax.serve.addresses import download
 from minimind_jax.serve.errors import refused
@@ -57,7 +57,8 @@ def _parts(messages: Any, field: str) -> Iterator[tuple[str, Json]]:
             parts = message.get(name)
             for number, part in enumerate(parts if isinstance(parts, list) else ()):
                 if is_picture(part):
-                    yield f"{field}[{index}].{name}[{number}]", part
+                    check_part(part, place := f"{field}[{index}].{name}[{number}]")
+                    yield place, part
 
 
 def _elsewhere(body: Body, field: str) -> Iterator[str]:

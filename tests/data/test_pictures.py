@@ -167,6 +167,15 @@ def test_minimind_v_tables(data, tokenizer, tmp_path, capfd):
             "a data URL that is not base64 .*; write data:image/png;base64,",
         ),
         ({"messages": [*SHOWN_BACK, ANSWER]}, "a picture in a message of assistant; it is the user who shows"),
+        (
+            asked([{**image_url("photos/1.png"), "text": "?"}]),
+            "part 1 of a message has image_url and text; make a part",
+        ),
+        (asked([{"image": "photos/1.png", "image_url": "photos/2.png"}]), "has image and image_url"),
+        (
+            asked([image_url("photos/1.png"), {"type": "text", "text": "?", "image": "b.png"}]),
+            "part 2 .* image and text",
+        ),
         (asked("<|image_pad|> hm"), r"the text has <\|image_pad\|>, which stands for pictures"),
     ],
 )
@@ -196,9 +205,9 @@ def test_a_small_picture_is_one_unless_it_is_black(data, tokenizer):
 
 
 def test_a_part_may_leave_its_type_out(data, tokenizer):
-    part = {"image_url": {"url": "photos/3.png"}}
-    cache = built(data(asked([part, {"type": "text", "text": "what?"}])), tokenizer)
-    assert [read_image(picture, TOWER, "").max() for _, picture in cache.pictures.of(0)] == [3]
+    parts = [{"image_url": {"url": "photos/3.png"}, "text": None}, {"image": "photos/4.png"}, {"text": "what?"}]
+    cache = built(data(asked(parts)), tokenizer)
+    assert [read_image(picture, TOWER, "").max() for _, picture in cache.pictures.of(0)] == [3, 4]
 
 
 def test_a_system_turn_and_answers_keep_the_word(data, tokenizer):

@@ -55,6 +55,12 @@ def test_parts_that_are_pictures_become_markers_in_their_places(photos):
         (user({"type": "image_url", "image_url": {}}), r"messages\[0\].content\[0\] .* without an address or content"),
         (user({"type": "image_url", "image_url": {"url": 3}}), "without an address or content: a number"),
         (user({"type": "image", "image": b"GIF89a"}), r"messages\[0\].content\[0\]: not a picture"),
+        (
+            user({"type": "text", "text": "what?", "image_url": {"url": "1"}}),
+            r"messages\[0\].content\[0\] has image_url and text; make a part of each of them",
+        ),
+        (user({"type": "image", "image": "1", "text": "what?"}), "has image and text"),
+        (user({"image_url": {"url": "1"}, "input_image": {"url": "2"}}), "has image_url and input_image"),
         (user({"type": "text", "text": "a<|image_pad|>"}), "which stands for pictures"),
         ({"role": "user", "content": "<|image_pad|>"}, "which stands for pictures"),
     ],

@@ -190,6 +190,11 @@ def test_pictures_are_the_users(ask):
         assert role in error["message"] and "messages[0].content[0]" in error["message"]
 
 
+def test_a_part_that_is_a_picture_and_a_text_loses_neither(ask):
+    for part in ({**image(A), "text": ASK}, {**text(ASK), "image_url": {"url": "https://a.b/c.png"}}):
+        assert "messages[0].content[1] has image_url and text" in ask(user(text("?"), part), status=400)["message"]
+
+
 def test_pictures_in_fields_of_other_servers_are_not_passed_over(ask):
     question = user(text(ASK))
     for more in ({"images": [data_url(A)]}, {"image_data": [{"data": "x", "id": 1}]}):
