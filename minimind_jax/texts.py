@@ -53,6 +53,16 @@ def listed(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
+def one_line(text: str) -> str:
+    """A text as tables and pictures show it: line ends, and what cannot be seen, are spaces."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def cell(text: str) -> str:
+    """A text as a cell of a table of Markdown."""
+    return one_line(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+
 def fenced(text: str, language: str = "") -> str:
     """A fenced block of Markdown, with a fence longer than any in the text."""
     fence = "```"

@@ -10,6 +10,7 @@ import numpy as np
 
 from minimind_jax.convert.hf import Labels
 from minimind_jax.signals import uninterrupted
+from minimind_jax.texts import cell, one_line
 
 BINS = 10  # of confidence
 FONTS = (  # of pictures: matplotlib's own, and those that have Chinese
@@ -165,7 +166,7 @@ def _drawable(names: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Names as a picture can show them, and the font to take: numbers where no font here has all their characters."""
     from matplotlib import font_manager
 
-    shown = [name if len(name) <= LONGEST else name[:LONGEST] + "..." for name in map(_one_line, names)]
+    shown = [name if len(name) <= LONGEST else name[:LONGEST] + "..." for name in map(one_line, names)]
     there = {font.name for font in font_manager.fontManager.ttflist}
     for family in FONTS:
         if family in there:
@@ -173,11 +174,6 @@ def _drawable(names: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             if all(font.get_char_index(ord(character)) for character in set("".join(shown))):
                 return shown, {"fontfamily": family, "parse_math": False}
     return [str(number) for number in range(len(names))], {}
-
-
-def _one_line(name: str) -> str:
-    """A label as tables and pictures show it: line ends, and what cannot be seen, are spaces."""
-    return " ".join("".join(c if c.isprintable() else " " for c in name).split())
 
 
 def describe(result: ClassificationResult) -> str:
@@ -194,7 +190,6 @@ def describe(result: ClassificationResult) -> str:
         "|---|---:|---:|---:|---:|",
     ]
     for row in [*known, *unknown]:
-        label = _one_line(row["label"]).replace("|", "\\|")
         figures = [f"{row[name]:.3f}" for name in ("precision", "recall", "f1")] if row["texts"] else ["", "", ""]
-        lines.append(f"| {label} | {row['texts'] or 'none held out'} | {' | '.join(figures)} |")
+        lines.append(f"| {cell(row['label'])} | {row['texts'] or 'none held out'} | {' | '.join(figures)} |")
     return "\n".join(lines)

@@ -4,10 +4,13 @@ What is right with other pictures, too, was guessed from the words; the differen
 """
 
 import dataclasses
+import functools
 import itertools
 import math
+import os
 import random
-from collections import Counter
+import tempfile
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +25,10 @@ from minimind_jax.data.images import Picture, open_picture
 from minimind_jax.data.jsonl import Reading, Record, expand_paths, iter_records, reading_of, tell
 from minimind_jax.data.kinds import parse_conversation
 from minimind_jax.data.messages import Conversation
-from minimind_jax.data.pictures import place_pictures, sight_of, take_pictures
+from minimind_jax.data.pictures import named, place_pictures, sight_of, take_pictures, tell_of
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.data.written import check_output
-from minimind_jax.errors import UserError
+from minimind_jax.errors import UserError, disk_errors
 from minimind_jax.evaluate.choices import parse_question
 from minimind_jax.evaluate.share import Share
 from minimind_jax.folders import resolve_model_folder
@@ -35,27 +38,35 @@ from minimind_jax.inference.image_encoder import BLIND
 from minimind_jax.inference.likelihood import LikelihoodScorer
 from minimind_jax.inference.load import load_model
 from minimind_jax.inference.request import Request
+from minimind_jax.inference.text import ThinkSplitter
 from minimind_jax.model.config import Vision
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.progress import progress
+from minimind_jax.texts import cell
 
 TASK = "answers"  # of conversations
+MUTE = (
+    "answers without a word; it is asked behind an empty thought, which models trained with data.empty_think_removal 1 "
+    "have never seen"
+)
 
 
 class Question(NamedTuple):
     """What a model is asked about pictures.
 
     where: its record. task: which questions are counted together. asked: the user's last words. prompt: token ids, with
-    the markers of `pictures`. answers: texts of the choices, or the right one alone. right: its number.
+    the markers of `pictures`. pictures: their digests. answers: texts of the choices, or the right one alone. right:
+    its number. opens_thinking: the prompt ends in an open think block.
     """
 
     where: str
     task: str
     asked: str
     prompt: list[int]
-    pictures: tuple[Picture, ...]
+    pictures: tuple[bytes, ...]
     answers: tuple[str, ...]
     right: int = 0
+    opens_thinking: bool = False
 
     @property
     def is_right(self) -> list[bool]:
@@ -65,7 +76,8 @@ class Question(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """Of n questions. texts: what the model writes, greedily. log_probs: of each of a question's answers, in nats."""
+    """Of n questions. texts: what the model writes, greedily, without its thoughts. log_probs: of each of a question's
+    answers, in nats."""
 
     texts: list[str]
     log_probs: list[np.ndarray]
@@ -142,24 +154,55 @@ def evaluate_images(config: EvaluateImagesConfig) -> list[ImageResult]:
     for (task, _), asked in tasks.items():
         others = shuffled([question.pictures for question in asked], config.seed)
         own = ask(asked, [question.pictures for question in asked])
+        if mute := sum(not text.strip() for text in own.texts):
+            tell(Counter({(task, MUTE): mute}))
         results.append(ImageResult(task, asked, own, others and ask(asked, others)))
     if config.output:
         _write(Path(config.output), results)
     return results
 
 
+class PixelFile:
+    """Pictures on the disk, which may be more than the memory holds; the file has no name, and is gone with it."""
+
+    def __init__(self):
+        self._file, self._places = tempfile.TemporaryFile(), {}
+
+    def keep(self, picture: Picture) -> bytes:
+        """Its digest. Raises UserError for a full disk."""
+        if picture.digest not in self._places:
+            with disk_errors(f"{tempfile.gettempdir()}: cannot hold the pictures", "set TMPDIR to a larger disk"):
+                self._places[picture.digest] = self._file.seek(0, os.SEEK_END), picture.pixels.shape
+                self._file.write(picture.pixels.tobytes())
+        return picture.digest
+
+    def picture(self, digest: bytes) -> Picture:
+        """What `keep` was given."""
+        place, shape = self._places[digest]
+        self._file.seek(place)
+        return Picture(np.frombuffer(self._file.read(math.prod(shape)), np.uint8).reshape(shape), digest)
+
+
 class Asker:
     """Asks a model questions about pictures."""
 
     def __init__(
-        self, model: LanguageModel, params: Params, tokenizer: Tokenizer, max_new_tokens: int, batch_size: int
+        self,
+        model: LanguageModel,
+        params: Params,
+        tokenizer: Tokenizer,
+        max_new_tokens: int,
+        batch_size: int,
+        pictures: PixelFile | None = None,
     ):
-        """max_new_tokens: of what it writes. Raises UserError for a model of texts."""
+        """max_new_tokens: of what it writes. pictures: of the questions, where another has read these. Raises UserError
+        for a model of texts."""
         if model.config.vision is None:
             raise UserError(BLIND)
         self.engine = Engine(model, params, tokenizer, slots=batch_size)
         self.scorer = LikelihoodScorer(model, params, batch_size)
         self.sampling = SamplingConfig(max_new_tokens=max_new_tokens, temperature=0.0)
+        self.pictures = pictures or PixelFile()
 
     @classmethod
     def load(cls, name: str, max_new_tokens: int, batch_size: int) -> "Asker":
@@ -182,7 +225,7 @@ class Asker:
         tokenizer, vision, found = self.engine.tokenizer, self.engine.model.config.vision, []
         for record in records:
             try:
-                question = parse_record(record, tokenizer, vision, reading)
+                question = parse_record(record, tokenizer, vision, reading, self.pictures.keep)
             except UserError as error:
                 if on_bad is None:
                     raise
@@ -197,49 +240,76 @@ class Asker:
                 found.append(question)
         return found
 
-    def __call__(self, questions: Sequence[Question], pictures: Sequence[tuple[Picture, ...]]) -> Answers:
+    def __call__(self, questions: Sequence[Question], pictures: Sequence[tuple[bytes, ...]]) -> Answers:
         """The model's answers to questions that show these pictures."""
-        tokenizer, requests = self.engine.tokenizer, []
+        tokenizer, requests, picture = self.engine.tokenizer, [], self.pictures.picture
         end = [] if tokenizer.turn_end_id is None else [tokenizer.turn_end_id]
         for question in questions:
             requests += [(question.prompt, tokenizer.encode(answer) + end) for answer in question.answers]
         shown = [own for question, own in zip(questions, pictures, strict=True) for _ in question.answers]
         with progress("scoring", len(requests)) as advance:
-            scores = iter(self.scorer.score(requests, advance, shown))
+            scores = iter(self.scorer.score(requests, advance, lambda number: map(picture, shown[number])))
         log_probs = [np.array([next(scores).log_prob for _ in question.answers]) for question in questions]
         asked = (
-            Request(tuple(question.prompt), self.sampling, images=own)
+            Request(tuple(question.prompt), self.sampling, images=tuple(map(picture, own)))
             for question, own in zip(questions, pictures, strict=True)
         )
         texts = []
         with progress("answering", len(questions)) as advance:
             for answer in self.engine.answers(asked):
-                texts.append(answer.text)
+                splitter = ThinkSplitter(inside=questions[len(texts)].opens_thinking)
+                splitter.push(answer.text)
+                splitter.finish()
+                texts.append(splitter.answer)
                 advance(1)
         return Answers(texts, log_probs)
 
 
-def shuffled(pictures: Sequence[tuple[Picture, ...]], seed: int) -> list[tuple[Picture, ...]] | None:
-    """The pictures in other places, none in a place where it was; None where more than half of them are the same, or
-    all are of one question."""
-    slots = [picture for own in pictures for picture in own]
+def shuffled(pictures: Sequence[tuple[bytes, ...]], seed: int) -> list[tuple[bytes, ...]] | None:
+    """The pictures in other places, none in a question that shows it; None where there are no such places, as where
+    more than half of them are the same."""
+    slots, owners = [picture for own in pictures for picture in own], [own for own in pictures for _ in own]
     draw, counts = random.Random(seed), Counter(slots)
     ranks = dict(zip(draw.sample(list(counts), len(counts)), itertools.count(), strict=False))
     order = sorted(draw.sample(range(len(slots)), len(slots)), key=lambda slot: ranks[slots[slot]])
     step = max(counts.values())  # from one picture's places, which are neighbours, into those of another
-    if 2 * step > len(slots) or len(pictures) < 2:
-        return None
     taken = {slot: slots[order[(n + step) % len(slots)]] for n, slot in enumerate(order)}
+    for slot in order:  # what has come back to a question with several goes on
+        if taken[slot] in owners[slot] and not _pass_on(slot, taken, owners):
+            return None
     numbers = itertools.count()
     return [tuple(taken[next(numbers)] for _ in own) for own in pictures]
+
+
+def _pass_on(slot: int, taken: dict[int, bytes], owners: Sequence[tuple[bytes, ...]]) -> bool:
+    """Makes others take a picture that must not be in this slot, by the fewest exchanges (an augmenting path); whether
+    they can."""
+    came_from, waiting = {slot: slot}, deque([slot])
+    while waiting:
+        at = waiting.popleft()
+        for other in taken:
+            if other in came_from or taken[other] in owners[at]:
+                continue
+            came_from[other] = at
+            if taken[slot] in owners[other] and taken[other] not in owners[other]:
+                waiting.append(other)
+                continue
+            passed = taken[slot]
+            while other != slot:
+                taken[other], passed, other = passed, taken[other], came_from[other]
+            taken[slot] = passed
+            return True
+    return False
 
 
 # What is asked --------------------------------------------------------------------------------------------------------
 
 
-def parse_record(record: Record, tokenizer: Tokenizer, vision: Vision, reading: Reading) -> Question:
+def parse_record(
+    record: Record, tokenizer: Tokenizer, vision: Vision, reading: Reading, keep: Callable[[Picture], bytes]
+) -> Question:
     """A question with choices (see `choices.parse_question`), or a conversation whose last message is the right answer;
-    with pictures as training reads them. Raises UserError with file and row."""
+    with pictures as training reads them, which are given to `keep`. Raises UserError with file and row."""
     (words, files), sight = take_pictures(record, reading), sight_of(tokenizer, vision)
     if "choices" in words.value:
         asked = parse_question(words)
@@ -255,13 +325,14 @@ def parse_record(record: Record, tokenizer: Tokenizer, vision: Vision, reading: 
     if any(sight.marker in answer for answer in answers):
         raise UserError(f"{record.where}: an answer has {sight.marker}, which stands for pictures")
     seen = place_pictures(record, talk, files, sight)
-    pictures = tuple(
-        open_picture(file, vision.tower, f"{record.where}: image {n}") for n, file in enumerate(seen.pictures, 1)
-    )
+    open_it = functools.partial(open_picture, tower=vision.tower, tell=functools.partial(tell_of, record))
+    pictures = tuple(keep(open_it(file, where=where)) for where, file in named(record.where, seen.pictures))
     messages = seen.conversation.messages
     prompt = encode_prompt(tokenizer, messages, talk.tools, False)
+    opens_thinking = tokenizer.prompt_opens_thinking(messages, talk.tools, False)
     said = next(m["content"] for m in reversed(messages) if m["role"] != "assistant")
-    return Question(record.where, task, said.replace(sight.marker, "").strip(), prompt, pictures, answers, right)
+    said = said.replace(sight.marker, "").strip()
+    return Question(record.where, task, said, prompt, pictures, answers, right, opens_thinking)
 
 
 # What is said ---------------------------------------------------------------------------------------------------------
@@ -273,7 +344,7 @@ def describe(results: Sequence[ImageResult]) -> str:
     for result in results:
         for name, own, other in _figures(result):
             chance = f"{result.chance:.1%}" if name == "likeliest choice" else ""
-            lines.append(f"| {result.task} | {name} | {len(result.questions):,} | {own} | {other} | {chance} |")
+            lines.append(f"| {cell(result.task)} | {name} | {len(result.questions):,} | {own} | {other} | {chance} |")
     return "\n".join(lines)
 
 

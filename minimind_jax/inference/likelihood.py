@@ -1,6 +1,6 @@
 """Log-likelihoods of continuations, in batches: for multiple choice and lm_eval."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -87,10 +87,10 @@ class LikelihoodScorer:
         self,
         requests: Sequence[Request],
         advance: Callable[[int], None] = lambda count: None,
-        images: Sequence[Sequence[Picture]] | None = None,
+        images: Callable[[int], Iterable[Picture]] | None = None,
     ) -> list[Likelihood]:
-        """The likelihood of each continuation. advance: hears how many more are done. images: that each context shows,
-        in the order of their markers.
+        """The likelihood of each continuation. advance: hears how many more are done. images: that the context
+        of a request shows, by its number, in the order of their markers.
 
         A request longer than the model's context loses the beginning of its context (of one that shows images, which
         must not be, the markers); a continuation that is longer itself loses its own beginning, as in lm_eval. Raises
@@ -109,7 +109,7 @@ class LikelihoodScorer:
             for row, i in enumerate(chosen):
                 targets_BC[row, : counts[i]] = wholes[i][-counts[i] :]
                 places_BC[row, : counts[i]] = np.arange(lengths_B[row] - counts[i], lengths_B[row])
-            images_BMD = images and self._see([images[i] for i in chosen])
+            images_BMD = images and self._see([tuple(images(i)) for i in chosen])
             judged = self._score(self.params, tokens_BT, lengths_B, targets_BC, places_BC, images_BMD)
             log_probs_BC, is_likeliest_BC = map(np.asarray, judged)
             for row, i in enumerate(chosen):

@@ -10,16 +10,18 @@ from minimind_jax.config.stages import RunConfig
 from minimind_jax.data.batches import Batches
 from minimind_jax.data.jsonl import Reading, Record, expand_paths, iter_lines, parse_line, reading_of, tell
 from minimind_jax.errors import UserError
-from minimind_jax.evaluate.images import Answers, Asker, ImageResult, shuffled
+from minimind_jax.evaluate.images import Answers, Asker, ImageResult, PixelFile, shuffled
 from minimind_jax.evaluate.share import Share
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.runs.parts import Run, start_params
 from minimind_jax.seeds import named_seed
+from minimind_jax.texts import cell
 from minimind_jax.training.run import RunFolder, write_text
 
 ASKED = 100  # held-out records at most, the first ones
 SHOWN = 8  # of them, with their pictures
 SIDE = 112  # pixels of a picture in the report
+CHARACTERS = 200  # of a text beside it
 MAX_NEW_TOKENS = 48
 
 
@@ -41,9 +43,12 @@ def judge_seeing(run: Run, held_out: Batches) -> None:
     after, guessed = ask(questions, pictures), others and ask(questions, others)
     start = LanguageModel(run.model.config, run.config.compute)
     params = jax.device_put(start_params(run))
-    before = Asker(start, params, run.tokenizer, MAX_NEW_TOKENS, batch_size=16)(questions, pictures)
+    ask_before = Asker(start, params, run.tokenizer, MAX_NEW_TOKENS, batch_size=16, pictures=ask.pictures)
+    before = ask_before(questions, pictures)
     result = ImageResult("answers", questions, after, guessed)
-    write_text(run.folder.results_file, f"{_figures(result, before)}\n\n{_shown(run.folder, result, before)}\n")
+    write_text(
+        run.folder.results_file, f"{_figures(result, before)}\n\n{_shown(run.folder, result, before, ask.pictures)}\n"
+    )
     print(f"held-out pictures: {Share.of(result.exact(after)).describe()} answered as in the data")
 
 
@@ -76,7 +81,7 @@ def _figures(result: ImageResult, before: Answers) -> str:
     )
 
 
-def _shown(folder: RunFolder, result: ImageResult, before: Answers) -> str:
+def _shown(folder: RunFolder, result: ImageResult, before: Answers, pictures: PixelFile) -> str:
     """A table of some questions with their pictures, which are written beside the report."""
     from PIL import Image  # imported here: it is an extra
 
@@ -86,13 +91,9 @@ def _shown(folder: RunFolder, result: ImageResult, before: Answers) -> str:
     for n in sorted(chosen.values())[:SHOWN]:
         question = result.questions[n]
         file = folder.pictures / f"{n + 1}.png"
-        Image.fromarray(question.pictures[0].pixels).resize((SIDE, SIDE)).save(file)
+        Image.fromarray(pictures.picture(question.pictures[0]).pixels).resize((SIDE, SIDE)).save(file)
         said = question.asked, question.answers[0], before.texts[n], result.own.texts[n]
-        lines.append(f"| ![]({file.parent.name}/{file.name}) | {' | '.join(map(_cell, said))} |")
+        lines.append(
+            f"| ![]({file.parent.name}/{file.name}) | {' | '.join(cell(text[:CHARACTERS]) for text in said)} |"
+        )
     return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    """A text as a table's cell shows it."""
-    words = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return words[:200].replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import random
 import re
+import types
 
 import jax
 import numpy as np
 import pytest
+from scipy.optimize import linear_sum_assignment
 from worlds import write_lines
 
 from minimind_jax.cli import main
@@ -17,8 +19,9 @@ from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.images import read_image
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
-from minimind_jax.evaluate.images import evaluate_images, plain, shuffled
+from minimind_jax.evaluate.images import describe, evaluate_images, plain, shuffled
 from minimind_jax.evaluate.share import Share
+from minimind_jax.inference.engine import Engine
 from minimind_jax.model.config import ModelConfig, TowerConfig, Vision
 from minimind_jax.model.transformer import LanguageModel
 
@@ -148,9 +151,16 @@ def test_pictures_in_other_places(seen):
         draw = random.Random(seed)
         pictures = [tuple(draw.choices("abcde", k=draw.randrange(1, 4))) for _ in range(12)]
         others = shuffled(pictures, seed)
+        shown = [(own, picture) for own in pictures for picture in own]
+        own_ones = np.array([[picture in own for _, picture in shown] for own, _ in shown])
+        if own_ones[linear_sum_assignment(own_ones)].any():
+            assert others is None
+            continue
         assert others == shuffled(pictures, seed) and [*map(len, others)] == [*map(len, pictures)]
         old, new = ([picture for own in each for picture in own] for each in (pictures, others))
-        assert sorted(old) == sorted(new) and not any(a == b for a, b in zip(old, new, strict=True))
+        assert sorted(old) == sorted(new)
+        assert not any({*own} & {*other} for own, other in zip(pictures, others, strict=True))
+    assert shuffled([("a", "b"), ("b", "a")], 0) is None  # both show both
     assert shuffled([("a",), ("b",)], 0) == [("b",), ("a",)]
     assert shuffled([("a",), ("b",), ("a",)], 0) is None and shuffled([("a",)], 0) is None
     assert shuffled([("a", "b")], 0) is None  # of no other question
@@ -161,6 +171,7 @@ def test_what_is_printed_has_counts_intervals_and_chance(seen, capsys):
     assert main([*command, "--model", str(seen / "model"), "--max_new_tokens", "6"]) == 0
     said, told = capsys.readouterr()
     assert "ignored" not in told  # `task` is not
+    assert "answers without a word" not in told
     lines = [line for line in said.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0:3] for line in lines[1:]] == [
         ["| colour", "likeliest choice", "9"], ["| colour", "exact match", "9"],
@@ -174,6 +185,19 @@ def test_what_is_printed_has_counts_intervals_and_chance(seen, capsys):
         rf"{shuffled_ones} of 9, .+ \| 33\.3% \|",
         lines[1],
     )
+
+
+@pytest.mark.parametrize(("written", "kept"), [("<think>\n\n</think>\n\nRed.", True), ("<think>\n\n</think>", False)])
+def test_thoughts_are_no_part_of_an_answer(seen, monkeypatch, capsys, written, kept):
+    def answers(engine, requests):
+        return (types.SimpleNamespace(text=written) for _ in requests)
+
+    monkeypatch.setattr(Engine, "answers", answers)
+    write_lines(seen / "red.jsonl", [{**ASKED, "task": "a|b\nc", "image": f"{n}.png"} for n in range(3)])
+    (result,) = evaluate(seen, "red.jsonl")
+    assert result.exact(result.own) == [kept] * 3
+    assert ("a|b\nc: answers without a word" in capsys.readouterr().err) == (not kept)
+    assert describe([result]).splitlines()[2].startswith("| a\\|b c | likeliest choice | 3 |")
 
 
 def test_the_interval_is_wilsons():
