@@ -367,6 +367,8 @@ class ToGGUFConfig(Settings):
         super().__post_init__()
         if self.checkpoint and (self.adapter or self.base):
             raise ValueError("checkpoint writes a whole model of a run; leave adapter and base out")
+        if self.adapter and self.text_only:
+            raise ValueError("adapter writes what is trained of the words alone; leave text_only out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

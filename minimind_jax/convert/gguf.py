@@ -112,6 +112,8 @@ def write_gguf(
     config = with_token_ids(config, tokenizer)
     config = dataclasses.replace(config, eos_token_id=union_of_ids(tokenizer.end_ids, config.eos_token_id))
     notes = _check_computable(config, name)
+    if text_only and config.vision is None:
+        notes.append(f"{name} is a model of texts, with nothing for text_only to leave out")
     if beside:
         notes += check_seen_alike(config.vision, name)
     elif mmproj.exists():

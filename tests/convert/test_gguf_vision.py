@@ -10,6 +10,7 @@ pytest.importorskip("gguf", reason="the gguf package writes the files (the extra
 from test_gguf import read
 
 from minimind_jax.cli import main
+from minimind_jax.config.tools import ToGGUFConfig
 from minimind_jax.convert.gguf import params_to_gguf, to_gguf
 from minimind_jax.convert.hf import load_hf, save_hf
 from minimind_jax.errors import UserError
@@ -112,9 +113,15 @@ def test_the_model_in_memory_becomes_the_same_files(seeing, tokenizer, tmp_path)
 
 def test_the_eyes_of_an_older_model_are_told(seeing, saved, tmp_path):
     to_gguf(seeing(), tmp_path / "out")
-    notes = to_gguf(saved("dense"), tmp_path / "out").notes
+    notes = to_gguf(saved("dense"), tmp_path / "out", text_only=True).notes
     assert any("mmproj-model.gguf is of another model; remove it" in note for note in notes)
+    assert any("is a model of texts, with nothing for text_only to leave out" in note for note in notes)
     assert not any("another model" in note for note in to_gguf(seeing(), tmp_path / "out").notes)
+
+
+def test_an_adapter_is_of_words_anyway():
+    with pytest.raises(ValueError, match="leave text_only out"):
+        ToGGUFConfig(source="a", output="b", adapter=True, text_only=True)
 
 
 def test_a_file_in_the_place_of_the_second_is_kept(seeing, tmp_path):
