@@ -134,21 +134,23 @@ class Features:
         self.store, self.room = store, room
         self._rows: dict[Path, np.ndarray] = {}
 
-    def look_at(self, caches: Sequence[TokenCache], look: Callable[[TokenCache, Sequence[int]], Iterable]) -> None:
-        """Makes what is missing of the pictures of caches, whose rows `look` makes of these numbers of a cache."""
-        digests = [picture_digests(cache.pictures, self.store.folder.parent) for cache in caches]
-        starts = np.cumsum([0, *map(len, digests)])
-        bounds = list(zip(caches, starts, starts[1:], strict=False))
+    def look_at(
+        self,
+        caches: Sequence[tuple[TokenCache, list[bytes]]],
+        look: Callable[[TokenCache, Sequence[int]], Iterable[np.ndarray]],
+    ) -> None:
+        """Makes what is missing of the pictures of caches, with their digests, whose rows `look` makes of these numbers
+        of a cache."""
+        starts = np.cumsum([0, *(len(digests) for _, digests in caches)])
+        bounds = [(cache, *ends) for (cache, _), *ends in zip(caches, starts, starts[1:], strict=False)]
 
         def look_in_all(numbers: Sequence[int]) -> Iterator[np.ndarray]:
             for cache, start, stop in bounds:
                 if own := [number - start for number in numbers if start <= number < stop]:
                     yield from look(cache, own)
 
-        rows = self.store.fill([digest for own in digests for digest in own], look_in_all)
+        rows = self.store.fill([digest for _, own in caches for digest in own], look_in_all)
         self._rows = {cache.folder: rows[start:stop] for cache, start, stop in bounds}
-        hashes = (hashlib.sha256(b"".join(own)).hexdigest()[:16] for own in digests)
-        self.contents = dict(zip(self._rows, hashes, strict=True))  # of each cache a hash of what is in its pictures
 
     def annotate(self, cache: TokenCache, pieces: Pieces) -> Batch:
         """features: (rows, room, ...), of each row its pictures in the order of their markers, then zeros."""
@@ -156,6 +158,11 @@ class Features:
         for row, slot, number in shown(cache, pieces):
             found[row, slot] = self.store.rows[self._rows[cache.folder][number]]
         return {"features": found}
+
+
+def hash_of(digests: Iterable[bytes]) -> str:
+    """Of what is in all of some pictures."""
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
 
 
 def picture_digests(pictures: StoredPictures, root: Path) -> list[bytes]:

@@ -2,12 +2,11 @@
 
 import concurrent.futures
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from minimind_jax.data.images import read_image
-from minimind_jax.data.pictures import PictureFile
 from minimind_jax.data.rows import Batch, Pieces
 from minimind_jax.data.token_cache import TokenCache
 from minimind_jax.errors import UserError
@@ -25,21 +24,19 @@ class Pixels:
 
     def annotate(self, cache: TokenCache, pieces: Pieces) -> Batch:
         """pixels: uint8 (rows, room, S, S, 3), of each row its pictures in the order of their markers, then zeros.
-
-        Raises UserError for a picture that was there when the data was tokenised and cannot be read any more.
-        """
-        side, reads = self.tower.image_size, []
+        Raises UserError as `read`."""
+        side, places = self.tower.image_size, list(shown(cache, pieces))
         pixels = np.zeros((pieces.row_count, self.room, side, side, 3), np.uint8)
-
-        def read(row: int, slot: int, picture: PictureFile, where: str) -> None:
-            pixels[row, slot] = read_image(picture, self.tower, where)
-
-        for row, slot, number in shown(cache, pieces):
-            where = picture_place(cache, number)
-            reads.append(self._threads.submit(read, row, slot, cache.pictures.picture(number), where))
-        for each in reads:
-            each.result()
+        for (row, slot, _), found in zip(places, self.read(cache, [number for *_, number in places]), strict=True):
+            pixels[row, slot] = found
         return {"pixels": pixels}
+
+    def read(self, cache: TokenCache, numbers: Iterable[int]) -> Iterator[np.ndarray]:
+        """uint8 (S, S, 3) of each of these pictures, several at a time. Raises UserError for one that was there when
+        the data was tokenised and cannot be read any more."""
+        return self._threads.map(
+            lambda number: read_image(cache.pictures.picture(number), self.tower, picture_place(cache, number)), numbers
+        )
 
 
 def shown(cache: TokenCache, pieces: Pieces) -> Iterator[tuple[int, int, int]]:

@@ -1,6 +1,5 @@
 """What a run's model reads of pictures: their pixels, or what a tower that is frozen said of them once."""
 
-import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -13,9 +12,8 @@ from minimind_jax.convert.hf_vision import open_tower
 from minimind_jax.convert.load import folders_of
 from minimind_jax.data.batches import Batches
 from minimind_jax.data.cache_folder import cache_root
-from minimind_jax.data.feature_store import Features, FeatureStore
-from minimind_jax.data.images import read_image
-from minimind_jax.data.pixels import DECODERS, Pixels, check_files, picture_place
+from minimind_jax.data.feature_store import Features, FeatureStore, hash_of, picture_digests
+from minimind_jax.data.pixels import Pixels, check_files
 from minimind_jax.data.rows import Batch, Pieces
 from minimind_jax.data.token_cache import TokenCache
 from minimind_jax.model.vision import VISION
@@ -33,11 +31,7 @@ def open_pictures(
     before the first step. more: what else the loss reads."""
     tower = run.model.config if run.config.of_pictures else run.model.config.vision.tower
     if not features:
-        pixels = Pixels(tower, room)
-        rows = open_rows(run, lambda cache, pieces: pixels.annotate(cache, pieces) | more(cache, pieces))
-        for batches in filter(None, rows):
-            check_files(batches.cache)
-        return rows
+        return _open(run, Pixels(tower, room), more)[0]
     folder = run.models.get(TOWER) or folders_of(run.start)[-1]
     described = {"tower": dataclasses.asdict(tower), "computed in": run.model.dtype.name}
     if run.config.of_pictures:
@@ -48,13 +42,23 @@ def open_pictures(
         described |= {"layer": vision.feature_layer, "is normed": vision.projector != "llava"}
     files = sorted(folder.glob("*.safetensors")) or [folder / "pytorch_model.bin"]
     seen = Features(FeatureStore(cache_root(run.config.data), files, described, shape, dtype), room)
-    rows = open_rows(run, lambda cache, pieces: seen.annotate(cache, pieces) | more(cache, pieces))
-    there = [batches for batches in rows if batches is not None]
-    caches = {batches.cache.folder: batches.cache for batches in there}
-    seen.look_at(list(caches.values()), functools.partial(_look, function, folder))
-    for batches in there:
-        batches.pictures = seen.contents[batches.cache.folder]
+    rows, digests = _open(run, seen, more)
+    seen.look_at(digests, functools.partial(_look, function, folder))
     return rows
+
+
+def _open(
+    run: Run, reader: Pixels | Features, more: Callable[[TokenCache, Pieces], Batch]
+) -> tuple[tuple[Batches, Batches | None], list[tuple[TokenCache, list[bytes]]]]:
+    """The rows that a reader annotates, which know what is in their pictures; and these digests, of each cache."""
+    rows = open_rows(run, lambda cache, pieces: reader.annotate(cache, pieces) | more(cache, pieces))
+    found: dict[Path, tuple[TokenCache, list[bytes]]] = {}
+    for batches in filter(None, rows):
+        if (cache := batches.cache).folder not in found:
+            check_files(cache)
+            found[cache.folder] = cache, picture_digests(cache.pictures, cache_root(run.config.data))
+        batches.pictures = hash_of(found[cache.folder][1])
+    return rows, list(found.values())
 
 
 def _look(
@@ -63,18 +67,12 @@ def _look(
     """What the tower of a folder says of these pictures of a cache. The next are read while it looks at some."""
     tower = open_tower(folder)
     params, compute = jax.device_put({VISION: {"tower": tower.params()}}), jax.jit(function)
-
-    def read(number: int) -> np.ndarray:
-        return read_image(cache.pictures.picture(number), tower.config, picture_place(cache, number))
-
-    with (
-        concurrent.futures.ThreadPoolExecutor(DECODERS) as threads,
-        progress("looking at pictures", len(numbers), show=jax.process_index() == 0) as advance,
-    ):
+    reader = Pixels(tower.config, AT_ONCE)
+    with progress("looking at pictures", len(numbers), show=jax.process_index() == 0) as advance:
         under_way: list[jax.Array] = []
         for begin in range(0, len(numbers), AT_ONCE):
             some = numbers[begin : begin + AT_ONCE]
-            pixels = np.stack(list(threads.map(read, some)))
+            pixels = np.stack(list(reader.read(cache, some)))
             under_way.append(compute(params, np.resize(pixels, (AT_ONCE, *pixels.shape[1:])))[: len(some)])
             if len(under_way) > 1:
                 yield np.asarray(under_way.pop(0))

@@ -18,7 +18,7 @@ from minimind_jax.config.sections import FilesConfig, LoopConfig, OptimizerConfi
 from minimind_jax.config.tools import PredictConfig
 from minimind_jax.convert.hf import Labels, load_labels, save_hf
 from minimind_jax.convert.hf_image_classifier import load_picture_classifier
-from minimind_jax.data import feature_store
+from minimind_jax.data import feature_store, pixels
 from minimind_jax.data.cache_folder import cache_root, remove_cache, stored_caches
 from minimind_jax.data.jsonl import expand_paths
 from minimind_jax.errors import UserError
@@ -29,7 +29,6 @@ from minimind_jax.model.config import TowerConfig
 from minimind_jax.model.heads import init_head
 from minimind_jax.model.image_model import ImageModel
 from minimind_jax.model.vision import init_vision
-from minimind_jax.runs import image_rows
 from minimind_jax.stages import start
 from minimind_jax.training.run import RunFolder
 
@@ -138,8 +137,8 @@ def stored(config):
 
 def test_a_frozen_tower_looks_once_at_every_picture(shapes, tmp_path, monkeypatch):
     looked = []
-    shown = image_rows.read_image
-    monkeypatch.setattr(image_rows, "read_image", lambda *given: looked.append(given[2]) or shown(*given))
+    shown = pixels.read_image
+    monkeypatch.setattr(pixels, "read_image", lambda *given: looked.append(given[2]) or shown(*given))
     copy = shutil.copytree(shapes / "my photos", tmp_path / "photos")
     config = settings(shapes, tmp_path, data={"train": (str(copy),)})
     first = RunFolder(start(config))

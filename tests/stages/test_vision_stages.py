@@ -2,9 +2,11 @@
 
 import dataclasses
 import io
+import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 
@@ -31,9 +33,11 @@ from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.load import load_engine
 from minimind_jax.model.config import ComputeConfig, ModelConfig, TowerConfig, Vision
 from minimind_jax.model.transformer import LanguageModel
+from minimind_jax.runs.image_rows import open_pictures
 from minimind_jax.runs.parts import run_parameters
 from minimind_jax.runs.samples import sampler
 from minimind_jax.stages import STAGES, start
+from minimind_jax.training.packed import check_same_data, data_record
 from minimind_jax.training.run import RunFolder
 
 Image = pytest.importorskip("PIL.Image", reason="pictures need Pillow")
@@ -286,6 +290,17 @@ def test_eight_devices_train_as_one(make, tmp_path):
     np.testing.assert_allclose(*losses, rtol=1e-4)
     tensors = [load_hf(folder / "model")[1] for folder in (one.path, tmp_path / "eight")]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *tensors)
+
+
+def test_a_picture_that_is_replaced_is_other_data(make, seen, tmp_path):
+    files = [shutil.copy(seen / f"squares{n}.png", tmp_path) for n in range(4)]
+    rows = [json.loads(line) for line in (seen / "squares.jsonl").read_text().splitlines()[:4]]
+    run = assembled("vlm-sft", make(data={"train": (str(write_lines(tmp_path / "few.jsonl", rows)),)}))
+    before, again = (data_record(open_pictures(run, 4, False)[0]) for _ in range(2))
+    assert check_same_data(before, again) is None
+    shutil.copy2(files[1], files[0])
+    with pytest.raises(UserError, match=r"the data has changed since the checkpoint \(pictures "):
+        check_same_data(before, data_record(open_pictures(run, 4, False)[0]))
 
 
 def test_samples_show_pictures_that_are_named(make, seen):
