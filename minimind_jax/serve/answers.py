@@ -49,17 +49,13 @@ class Choice:
         if self.splitter:
             parts = self.splitter.push(news.text)
             parts += self.splitter.finish() if news.finish_reason else []
-        if not self.parallel_calls:
-            parts = self._up_to_a_call(parts)
+        if not self.parallel_calls:  # nothing follows the one call
+            parts = parts[: 0 if self.calls else next((n + 1 for n, part in enumerate(parts) if part.call), None)]
         self.parts += parts
         if news.finish_reason:
             self.stop_reason = news.stop_reason
             self.finish_reason = self._reason(news.finish_reason)
         return parts
-
-    def _up_to_a_call(self, parts: list[Part]) -> list[Part]:
-        end = 0 if self.calls else next((n + 1 for n, part in enumerate(parts) if part.call), len(parts))
-        return parts[:end]
 
     def _reason(self, reason: str) -> str:
         if self.calls and self.names_calls and reason != "length":

@@ -38,8 +38,7 @@ from minimind_jax.serve.protocol import (
     WeightsRequest,
 )
 from minimind_jax.serve.reading import Route
-from minimind_jax.serve.shape import Shape
-from minimind_jax.serve.stream import EventStream, to_the_end
+from minimind_jax.serve.stream import EventStream, Shape
 from minimind_jax.serve.worker import Worker
 from minimind_jax.tools.toolbox import Toolbox
 
@@ -71,7 +70,7 @@ class Server:
         answers = Answers(self.worker, ticket, asked.choices, self.config.max_seconds, watch, http.state.told)
         made = shape(body, served)
         if body.stream:
-            return EventStream(to_the_end(made.events(answers), made.fault, made.end), answers.close)
+            return EventStream(made.events(answers), answers.close)
         try:
             found = await while_there(http, answers.all())
             return Response(status_code=499) if found is None else JSONResponse(made.whole(answers))
@@ -106,8 +105,7 @@ def make_app(server: Server, keys: list[str], page: Path | None = None, tools: T
         app.add_exception_handler(kind, answer_error)
     free = {"/health"}
     _add_models(app, server)
-    _add_answers(app, server)
-    _add_figures(app, server)
+    _add_requests(app, server)
     if server.config.update_weights:
         _add_weights(app, server)
     if tools:
@@ -157,46 +155,30 @@ def _model_object(served: Served) -> dict[str, Any]:
     }
 
 
-def _add_answers(app: FastAPI, server: Server) -> None:
-    @app.post("/v1/chat/completions")
-    async def chat_completions(body: ChatRequest, http: Request) -> Response:
-        return await server.respond(http, body, chat.ask, chat.ChatShape)
+def _add_requests(app: FastAPI, server: Server) -> None:
+    """A route for each kind of request: its path, its body, and the rest of what the server is called with."""
+    worker, thinking = server.worker, server.config.thinking
 
-    @app.post("/v1/completions")
-    async def text_completions(body: CompletionRequest, http: Request) -> Response:
-        return await server.respond(http, body, completions.ask, completions.CompletionShape)
+    def add(handle: Callable[..., Any], path: str, kind: type[Body], *more: Any) -> None:
+        @app.post(path)
+        async def answer(body: kind, http: Request) -> Response:
+            return await handle(http, body, *more)
 
-    @app.post("/v1/responses")
-    async def model_responses(body: ResponsesRequest, http: Request) -> Response:
-        return await server.respond(http, body, responses.ask, responses.ResponsesShape)
-
-
-def _add_figures(app: FastAPI, server: Server) -> None:
-    """What is computed without a word being made."""
-
-    @app.post("/v1/embeddings")
-    async def embeddings(body: EmbeddingRequest, http: Request) -> Response:
-        return await server.compute(http, body, scoring.embeddings, "generate", server.worker)
-
-    @app.post("/classify")
-    async def classify(body: ClassifyRequest, http: Request) -> Response:
-        return await server.compute(http, body, scoring.classify, "classify", server.worker)
-
-    @app.post("/score")
-    async def score(body: ScoreRequest, http: Request) -> Response:
-        return await server.compute(http, body, scoring.score, "score", server.worker)
-
-    @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest, http: Request) -> Response:
-        return await server.compute(http, body, tokens.tokenize, "", server.config.thinking)
-
-    @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest, http: Request) -> Response:
-        return await server.compute(http, body, tokens.detokenize, "")
-
-    @app.post("/apply-template")
-    async def apply_template(body: TemplateRequest, http: Request) -> Response:
-        return await server.compute(http, body, tokens.apply_template, "", server.config.thinking)
+    for row in (
+        ("/v1/chat/completions", ChatRequest, chat.ask, chat.ChatShape),
+        ("/v1/completions", CompletionRequest, completions.ask, completions.CompletionShape),
+        ("/v1/responses", ResponsesRequest, responses.ask, responses.ResponsesShape),
+    ):
+        add(server.respond, *row)
+    for row in (
+        ("/v1/embeddings", EmbeddingRequest, scoring.embeddings, "generate", worker),
+        ("/classify", ClassifyRequest, scoring.classify, "classify", worker),
+        ("/score", ScoreRequest, scoring.score, "score", worker),
+        ("/tokenize", TokenizeRequest, tokens.tokenize, "", thinking),
+        ("/detokenize", DetokenizeRequest, tokens.detokenize, ""),
+        ("/apply-template", TemplateRequest, tokens.apply_template, "", thinking),
+    ):
+        add(server.compute, *row)
 
 
 def _add_weights(app: FastAPI, server: Server) -> None:

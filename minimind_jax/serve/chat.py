@@ -3,7 +3,7 @@
 import dataclasses
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from typing import Any
 
 from minimind_jax import __version__
@@ -17,11 +17,8 @@ from minimind_jax.serve.forms import form_of, with_calls
 from minimind_jax.serve.models import Served
 from minimind_jax.serve.prompts import prompt_ids, read_talk, thinks
 from minimind_jax.serve.protocol import ChatRequest, NamedTool
-from minimind_jax.serve.shape import Shape
 from minimind_jax.serve.splitter import AnswerSplitter, Part
-from minimind_jax.serve.stream import KEEP_ALIVE, event
-
-FINGERPRINT = f"minimind-jax-{__version__}"
+from minimind_jax.serve.stream import Shape, event
 
 
 @dataclasses.dataclass
@@ -35,6 +32,12 @@ class Asked:
 
 def new_id(kind: str) -> str:
     return f"{kind}{secrets.token_hex(12)}"
+
+
+def heading(kind: str, served: Served) -> dict[str, Any]:
+    """What the objects of one completion begin with. kind: how its id does."""
+    told = {"created": int(time.time()), "model": served.name, "system_fingerprint": f"minimind-jax-{__version__}"}
+    return {"id": new_id(kind), **told}
 
 
 def ask(body: ChatRequest, served: Served, config: ServeConfig) -> Asked:
@@ -73,13 +76,7 @@ class ChatShape(Shape):
     """The objects of one chat completion."""
 
     def __init__(self, body: ChatRequest, served: Served):
-        self._body, self._served = body, served
-        self._base = {
-            "id": new_id("chatcmpl-"),
-            "created": int(time.time()),
-            "model": served.name,
-            "system_fingerprint": FINGERPRINT,
-        }
+        self._body, self._served, self._base = body, served, heading("chatcmpl-", served)
         self._calls: dict[int, int] = {}  # how many each choice has told of
 
     def whole(self, answers: Answers) -> dict[str, Any]:
@@ -109,21 +106,20 @@ class ChatShape(Shape):
             found["logprobs"] = logprobs.of_chat(self._served.tokenizer, tokens, body.top_logprobs or 0)
         return {**found, **logprobs.of_ids(tokens)} if body.return_token_ids else found
 
-    async def events(self, answers: Answers) -> AsyncIterator[str]:
+    def begin(self, answers: Answers) -> Iterator[str]:
         for choice in answers.choices:
             more = {"prompt_token_ids": choice.prompt} if self._body.return_token_ids else {}
             yield self._chunk(choice, {"role": "assistant", "content": ""}, {"logprobs": None}, **more)
-        async for news in answers.news():
-            if news is None:
-                yield KEEP_ALIVE
-                continue
-            choice, parts = news
-            for part in parts:
-                for delta in self._deltas(choice, part):
-                    yield self._chunk(choice, delta, self._tokens(choice))
-            if choice.finish_reason:
-                end = {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
-                yield self._chunk(choice, {}, {**self._tokens(choice), **end})
+
+    def grow(self, choice: Choice, parts: list[Part]) -> Iterator[str]:
+        for part in parts:
+            for delta in self._deltas(choice, part):
+                yield self._chunk(choice, delta, self._tokens(choice))
+        if choice.finish_reason:
+            end = {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
+            yield self._chunk(choice, {}, {**self._tokens(choice), **end})
+
+    def finish(self, answers: Answers) -> Iterator[str]:
         if self._body.stream_options and self._body.stream_options.include_usage:
             yield event({**self._base, "object": "chat.completion.chunk", "choices": [], "usage": answers.usage()})
 

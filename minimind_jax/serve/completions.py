@@ -1,21 +1,20 @@
 """/v1/completions: text or token ids that are continued as they are."""
 
-import time
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from typing import Any
 
 from minimind_jax.config.serving import ServeConfig
 from minimind_jax.data.documents import begun
 from minimind_jax.serve import logprobs
 from minimind_jax.serve.answers import Answers, Choice
-from minimind_jax.serve.chat import FINGERPRINT, Asked, new_id
+from minimind_jax.serve.chat import Asked, heading
 from minimind_jax.serve.drawing import count_of, extras_of, requests_of, sampling_of
 from minimind_jax.serve.errors import refused
 from minimind_jax.serve.forms import form_of
 from minimind_jax.serve.models import Served
 from minimind_jax.serve.protocol import CompletionRequest
-from minimind_jax.serve.shape import Shape
-from minimind_jax.serve.stream import KEEP_ALIVE, event
+from minimind_jax.serve.splitter import Part
+from minimind_jax.serve.stream import Shape, event
 
 DEFAULT_TOKENS = 16  # OpenAI's
 
@@ -64,31 +63,23 @@ class CompletionShape(Shape):
 
     def __init__(self, body: CompletionRequest, served: Served):
         self._body, self._served = body, served
-        self._base = {
-            "id": new_id("cmpl-"),
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": served.name,
-            "system_fingerprint": FINGERPRINT,
-        }
+        self._base = heading("cmpl-", served) | {"object": "text_completion"}
         self._offsets: dict[int, int] = {}
 
     def whole(self, answers: Answers) -> dict[str, Any]:
         choices = [self._choice(choice, self._echo(choice) + choice.text) for choice in answers.choices]
         return {**self._base, "choices": choices, "usage": answers.usage(), **self._served.metadata}
 
-    async def events(self, answers: Answers) -> AsyncIterator[str]:
-        if self._body.echo:
-            for choice in answers.choices:
-                yield event({**self._base, "choices": [self._choice(choice, self._echo(choice))]})
-        async for news in answers.news():
-            if news is None:
-                yield KEEP_ALIVE
-                continue
-            choice, parts = news
-            text = "".join(part.content for part in parts)
-            if text or choice.finish_reason:
-                yield event({**self._base, "choices": [self._choice(choice, text)]})
+    def begin(self, answers: Answers) -> Iterator[str]:
+        for choice in answers.choices if self._body.echo else ():
+            yield event({**self._base, "choices": [self._choice(choice, self._echo(choice))]})
+
+    def grow(self, choice: Choice, parts: list[Part]) -> Iterator[str]:
+        text = "".join(part.content for part in parts)
+        if text or choice.finish_reason:
+            yield event({**self._base, "choices": [self._choice(choice, text)]})
+
+    def finish(self, answers: Answers) -> Iterator[str]:
         if self._body.stream_options and self._body.stream_options.include_usage:
             yield event({**self._base, "choices": [], "usage": answers.usage()})
 

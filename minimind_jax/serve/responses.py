@@ -4,21 +4,20 @@ import bisect
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from minimind_jax.config.serving import ServeConfig
 from minimind_jax.data.values import kind_of
 from minimind_jax.errors import UserError
 from minimind_jax.serve import chat
-from minimind_jax.serve.answers import Answers
+from minimind_jax.serve.answers import Answers, Choice
 from minimind_jax.serve.chat import Asked, new_id
 from minimind_jax.serve.errors import ApiError, error_object, refused
 from minimind_jax.serve.models import Served
 from minimind_jax.serve.protocol import ChatRequest, Json, ResponsesRequest
-from minimind_jax.serve.shape import Shape
 from minimind_jax.serve.splitter import Part, joined
-from minimind_jax.serve.stream import KEEP_ALIVE, event
+from minimind_jax.serve.stream import Shape, event
 
 _SAME = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed"),
@@ -81,8 +80,10 @@ def messages_of(items: str | list[Json], instructions: str | None) -> list[Json]
         kind = item.get("type", "message")
         if kind == "message":
             message = {name: value for name, value in item.items() if name not in ("type", "id", "status", "phase")}
-            is_open = message.get("role") == "assistant" and _is_open(messages)
-            messages.append({**messages.pop(), **message} if is_open else message)
+            last = messages[-1] if messages else {}
+            is_open = "reasoning_content" in last and not last["content"]  # a thought without words
+            is_answer = is_open and message.get("role") == "assistant"
+            messages.append({**messages.pop(), **message} if is_answer else message)
         elif kind == "reasoning":
             parts = item.get("content") or item.get("summary") or []
             messages.append({"role": "assistant", "content": "", "reasoning_content": _text(parts, index)})
@@ -99,11 +100,6 @@ def messages_of(items: str | list[Json], instructions: str | None) -> list[Json]
         else:
             raise refused(f"input[{index}] has the type {str(kind)[:40]!r}, which this model cannot read", "input")
     return messages
-
-
-def _is_open(messages: list[Json]) -> bool:
-    """The last message is a thought without words."""
-    return bool(messages) and "reasoning_content" in messages[-1] and not messages[-1]["content"]
 
 
 def _text(parts: Any, index: int) -> str:
@@ -208,15 +204,10 @@ class ResponsesShape(Shape):
         }
 
     def whole(self, answers: Answers) -> Json:
-        choice = answers.choices[0]
-        for part in joined(choice.parts):
+        for part in joined(answers.choices[0].parts):
             list(self._items.push(part))
-        return self._finished(answers)
-
-    def _finished(self, answers: Answers) -> Json:
-        is_cut = answers.choices[0].finish_reason == "length"
-        list(self._items.close("incomplete" if is_cut else "completed"))
-        return self._object("incomplete" if is_cut else "completed", answers)
+        list(self._items.close(_status(answers)))
+        return self._object(_status(answers), answers)
 
     def _object(self, status: str, answers: Answers | None = None, error: Json | None = None) -> Json:
         return {
@@ -228,21 +219,20 @@ class ResponsesShape(Shape):
             "usage": _usage(answers) if answers else None,
         }
 
-    async def events(self, answers: Answers) -> AsyncIterator[str]:
+    def begin(self, answers: Answers) -> Iterator[str]:
         for name in ("created", "in_progress"):
             yield self._event(f"response.{name}", {"response": self._object("in_progress")})
-        choice = answers.choices[0]
-        async for news in answers.news():
-            if news is None:
-                yield KEEP_ALIVE
-                continue
-            for part in news[1]:
-                for name, fields in self._items.push(part):
-                    yield self._event(name, fields)
-        for name, fields in self._items.close("incomplete" if choice.finish_reason == "length" else "completed"):
+
+    def grow(self, choice: Choice, parts: list[Part]) -> Iterator[str]:
+        for part in parts:
+            for name, fields in self._items.push(part):
+                yield self._event(name, fields)
+
+    def finish(self, answers: Answers) -> Iterator[str]:
+        for name, fields in self._items.close(_status(answers)):
             yield self._event(name, fields)
-        response = self._finished(answers)
-        yield self._event(f"response.{response['status']}", {"response": response})
+        status = _status(answers)
+        yield self._event(f"response.{status}", {"response": self._object(status, answers)})
 
     def fault(self, error: Exception) -> str:
         told = error_object(error)["error"]
@@ -253,6 +243,10 @@ class ResponsesShape(Shape):
     def _event(self, name: str, fields: Json) -> str:
         self._number += 1
         return event({"type": name, "sequence_number": self._number - 1, **fields}, name)
+
+
+def _status(answers: Answers) -> str:
+    return "incomplete" if answers.choices[0].finish_reason == "length" else "completed"
 
 
 def _format(body: ResponsesRequest) -> Json:
