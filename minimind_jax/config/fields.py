@@ -1,5 +1,6 @@
 """What a settings class holds: its fields under dotted keys, what is declared beside them, and the text of `--help`."""
 
+import codecs
 import dataclasses
 import functools
 import inspect
@@ -42,10 +43,18 @@ def at_least(minimum: float) -> Rule:
     return Rule(lambda value: value >= minimum, f"at least {minimum}")
 
 
+def _is_encoding(name: str) -> bool:
+    try:
+        return bool(codecs.lookup(name))
+    except LookupError:
+        return False
+
+
 ABOVE_0 = Rule(lambda value: value > 0, "above 0")
 BELOW_1 = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
 SHARE = Rule(lambda value: 0 <= value <= 1, "between 0 and 1")
 INT64 = Rule(lambda value: -(2**63) <= value < 2**63, "between -2**63 and 2**63 - 1")
+ENCODING = Rule(_is_encoding, "a name such as utf-8, gb18030, big5, shift_jis, utf-16, latin-1")
 TEMPERATURE = Rule(lambda value: value >= 0, "0 (greedy) or above")
 TOP_P = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1 (off)")
 

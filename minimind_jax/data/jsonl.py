@@ -49,8 +49,7 @@ READING = Reading()
 
 
 def reading_of(settings: Any) -> Reading:
-    """The reading that settings with these fields ask for. Raises UserError for an unknown encoding."""
-    text_files.check_encoding(settings.encoding)
+    """The reading that settings with these fields ask for."""
     return Reading(settings.encoding, settings.text_field, tuple(settings.ignore_fields))
 
 

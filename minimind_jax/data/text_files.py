@@ -23,19 +23,9 @@ _BLOCK = 1 << 20  # characters of a JSON array read at a time
 _SAMPLE = 1 << 16  # characters of a table that tell its separator
 _EXTRA, _MISSING = "\0more columns", "\0no column"  # marks of a row of CSV that does not fit its header
 _BROKEN = "\0broken"  # of an element of an array that is no JSON
-_CUT = "it was cut off; get it whole, or go on without its last record (in training: --data.on_error skip)"
+_CUT = "a file that was cut off is to be had whole, or goes without its last record (in training: --data.on_error skip)"
 csv.field_size_limit(MAX_LINE)
 _SPACE = re.compile(r"[\s,]*")
-
-
-def check_encoding(name: str) -> None:
-    """Raises UserError for an encoding that Python does not know."""
-    try:
-        codecs.lookup(name)
-    except LookupError as error:
-        raise UserError(
-            f"data.encoding {name!r} is unknown; use a name such as utf-8, gb18030, big5, shift_jis, utf-16, latin-1"
-        ) from error
 
 
 def encoding_hint(raw: bytes) -> str:
@@ -160,7 +150,7 @@ def _spread_values(lines: Iterator[tuple[int, bytes]], file: Path) -> Iterator[t
         else:
             yield text.line, text.take_value()
     if in_array and not text.ends_broken:  # an error of the record that is not there: the others can be kept
-        yield text.line, {_BROKEN: f"the file ends in the middle of a JSON array, behind record {text.count}; {_CUT}"}
+        yield text.line, {_BROKEN: f"the file ends in the middle of a JSON array, behind record {text.count}: {_CUT}"}
 
 
 class _TextAhead:
@@ -190,33 +180,28 @@ class _TextAhead:
     def take_value(self) -> bytes | dict[str, str]:
         """The JSON that begins here; what is to be said of a broken object that ends where the next begins, or with the
         file. Raises UserError for any other that is none, or longer than MAX_LINE."""
-        broken, indent = None, self.text[self.text.rfind("\n", 0, self.at) + 1 : self.at]
+        indent = self.text[self.text.rfind("\n", 0, self.at) + 1 : self.at]
         self.count += 1
         while True:
             try:
                 _, end = self._decoder.raw_decode(self.text, self.at)
+                value = self.text[self.at : end].encode("utf-8", "surrogatepass")
                 break
             except RecursionError as error:
                 raise UserError(f"{self._file}:{self.line}: JSON nested too deeply") from error
             except ValueError as error:
-                length = len(self.text) - self.at
-                if end := self._next_like_this(indent, error):
-                    broken = {_BROKEN: self._explain(error)}
-                    break
-                if length <= MAX_LINE and self._read(2 * length):
+                end, length = self._next_like_this(indent, error), len(self.text) - self.at
+                if not end and length <= MAX_LINE and self._read(2 * length):
                     continue
-                # Nothing can follow the broken object where it is cut off, or no later line begins as a record's does.
-                is_followed = indent.strip() or re.search(rf"^{indent}\{{", self.text[self.at + 1 :], re.MULTILINE)
-                is_last = self._is_cut_off(error) or not is_followed
-                self.ends_broken = self.text[self.at] == "{" and is_last
-                if self.ends_broken and length <= MAX_LINE:
-                    end, broken = len(self.text), {_BROKEN: self._explain(error)}
-                    break
-                raise UserError(f"{self._file}:{self.line}: {self._explain(error)}") from error
-        value = self.text[self.at : end]
-        self.line += value.count("\n")
+                if not end and length <= MAX_LINE and self._is_last(indent, error):
+                    end, self.ends_broken = len(self.text), True
+                if not end:
+                    raise UserError(f"{self._file}:{self.line}: {self._explain(error)}") from error
+                value = {_BROKEN: self._explain(error)}
+                break
+        self.line += self.text.count("\n", self.at, end)
         self.at = end
-        return broken or value.encode("utf-8", "surrogatepass")
+        return value
 
     def _next_like_this(self, indent: str, error: ValueError) -> int | None:
         """Where the next object begins a line as the broken one here does; None if that is not ahead.
@@ -231,19 +216,20 @@ class _TextAhead:
             return None
         return found and found.start()
 
-    def _is_cut_off(self, error: ValueError) -> bool:
+    def _is_last(self, indent: str, error: ValueError) -> bool:
+        """Whether no object can follow the broken one: it is cut off, or no later line begins as it does."""
         rest = self.text[getattr(error, "pos", 0) :]
-        return "Unterminated string" in str(error) or not re.search(r'[][{}":,]', rest)
+        is_cut_off = "Unterminated string" in str(error) or not re.search(r'[][{}":,]', rest)
+        is_followed = indent.strip() or re.search(rf"^{indent}\{{", self.text[self.at + 1 :], re.MULTILINE)
+        return self.text[self.at] == "{" and (is_cut_off or not is_followed)
 
     def _explain(self, error: ValueError) -> str:
         if not isinstance(error, json.JSONDecodeError):
             return f"not readable JSON: {error}"
         line = self.line + self.text.count("\n", self.at, error.pos)
-        is_end = self.ends_broken and self._is_cut_off(error)
-        way_out = f"the file ends there: {_CUT}" if is_end else "expected a JSON array of objects, or one object a line"
         return (
-            f"the record that begins here is not JSON: {error.msg} in line {line} at column {error.colno}; "
-            f"{way_out} (this is record {self.count} of the file)"
+            f"the record that begins here is not JSON: {error.msg} in line {line} at column {error.colno}; expected a JSON "
+            f"array of objects, or one object a line; {_CUT} (this is record {self.count} of the file)"
         )
 
     def _read(self, wanted: int) -> bool:
@@ -274,20 +260,15 @@ def csv_rows(stream: BinaryIO, file: Path, encoding: str) -> Iterator[tuple[int,
     """The rows under the header, each with the number of its last line. Raises UserError for text that is no CSV."""
     try:
         text = _text(stream, encoding, "")
-        sample = text.read(_SAMPLE).removeprefix("\ufeff")
+        sample = (text.read(_SAMPLE) + text.readline()).removeprefix("\ufeff")
         _check_zeros(sample, file)
         first, _, rest = sample.partition("\n")
         line, skipped = first.strip('"\r\n'), 0
         separator = line[4:5] if line.lower().startswith("sep=") else ""  # a line of Excel's
         if separator:
             sample, skipped = rest, 1
-        reader = csv.DictReader(
-            _joined(sample, text),
-            restkey=_EXTRA,
-            restval=_MISSING,
-            strict=True,
-            delimiter=separator or _separator(sample, file),
-        )
+        lines, separator = itertools.chain(io.StringIO(sample, newline=""), text), separator or _separator(sample, file)
+        reader = csv.DictReader(lines, restkey=_EXTRA, restval=_MISSING, strict=True, delimiter=separator)
         names = [name.strip() for name in reader.fieldnames or ()]
         reader.fieldnames = [name or f"Unnamed: {i}" for i, name in enumerate(names)] or None  # as pandas says
         twice = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
@@ -301,15 +282,6 @@ def csv_rows(stream: BinaryIO, file: Path, encoding: str) -> Iterator[tuple[int,
     except csv.Error as error:
         line_number = reader.reader.line_num + skipped
         raise UserError(f"{file}: not a readable CSV file: {error} (at line {line_number})") from error
-
-
-def _joined(sample: str, text: io.TextIOWrapper) -> Iterator[str]:
-    """The lines of a file of which the beginning is read already."""
-    lines = io.StringIO(sample, newline="").readlines()
-    if lines:
-        lines[-1] += "" if lines[-1].endswith("\n") else text.readline()
-    yield from lines
-    yield from text
 
 
 def _separator(sample: str, file: Path) -> str:

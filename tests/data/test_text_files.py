@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from minimind_jax.config.sections import ReadingConfig
 from minimind_jax.data import text_files
 from minimind_jax.data.jsonl import Reading, expand_paths, iter_records, tell_left_out
 from minimind_jax.errors import UserError
@@ -200,8 +201,8 @@ def test_another_encoding_than_the_file_s_is_told(tmp_path):
     (tmp_path / "a.jsonl").write_text(lines(CHINESE), "utf-16")
     with pytest.raises(UserError, match="cannot be read as gbk"):
         read(tmp_path / "a.jsonl", "gbk")
-    with pytest.raises(UserError, match=r"data\.encoding 'gkb' is unknown"):
-        text_files.check_encoding("gkb")
+    with pytest.raises(ValueError, match=r"encoding is 'gkb'; it must be a name such as utf-8"):
+        ReadingConfig(encoding="gkb")
 
 
 @pytest.mark.parametrize("indent", [None, 0, 2])
