@@ -1,8 +1,8 @@
-"""Conversations as text: our chat template, its Python twin that knows which words are trained, and foreign templates.
+"""Conversations as text: our chat template, which words of it are trained, and foreign templates.
 
-`chat_template.jinja` is what exported models carry. `render_segments` writes the same text piece by piece, so that the
-trained spans come from message boundaries and never from searching token ids, where text that looks like a header or
-a token that runs across a boundary hides or invents spans.
+`chat_template.jinja` is what exported models carry. `render_segments` has it write marks where messages begin and end,
+so that the trained spans never come from searching token ids, where text that looks like a header or a token that runs
+across a boundary hides or invents spans.
 """
 
 import dataclasses
@@ -28,24 +28,13 @@ CHAT_TEMPLATE = TEMPLATE_FILE.read_text(encoding="utf-8").rstrip("\n")
 _IMAGES = TEMPLATE_FILE.with_name("images_in_chat.jinja").read_text(encoding="utf-8")
 _IMAGES_END = "{#- So much for images. #}"
 
-ASSISTANT_HEADER = "<|im_start|>assistant\n"
-TURN_END = "<|im_end|>\n"
+# Ours with marks where an answer begins and ends. No text of whole characters holds one.
+_MARK = "\udfff\ud800"
+_MARKED = CHAT_TEMPLATE.replace(r"assistant\n<think>\n' + reasoning", r"assistant\n' + mark + '<think>\n' + reasoning")
+_MARKED = _MARKED.replace("\n        {{- '<|im_end|>\\n' }}", "\n        {{- '<|im_end|>\\n' + mark }}")
+
 OPEN_THINK = "<think>\n"
 EMPTY_THINK = "<think>\n\n</think>\n\n"
-
-_TOOLS_HEAD = """# Tools
-
-You may call one or more functions to assist with the user query.
-
-You are provided with function signatures within <tools></tools> XML tags:
-<tools>
-"""
-_TOOLS_TAIL = """</tools>
-
-For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
-<tool_call>
-{"name": <function-name>, "arguments": <args-json-object>}
-</tool_call>"""
 
 SYSTEM_PROMPTS = (
     "你是一个乐于助人的中文助手，回答要准确、简洁。",
@@ -82,7 +71,7 @@ def render_segments(
     open_thinking: bool | None = None,
     keep_empty_think: bool = True,
 ) -> list[Segment]:
-    """The conversation in pieces whose texts join to what `chat_template.jinja` renders, byte for byte.
+    """The conversation in pieces whose texts join to what `chat_template.jinja` renders.
 
     Trained is everything after an assistant header up to and including <|im_end|> and the newline, but of messages with
     `train` False. Pieces end wherever a prompt ends at inference (after the header, after "<think>\\n", after an empty
@@ -91,30 +80,22 @@ def render_segments(
     keep_empty_think: False leaves out the empty think blocks of the assistant's messages.
     Raises UserError for an unknown role.
     """
+    variables = {"add_generation_prompt": add_generation_prompt, "open_thinking": open_thinking, "mark": _MARK}
+    pending, *pieces = render_jinja(_MARKED, messages, tools, **variables).split(_MARK)
     segments: list[Segment] = []
-    pending = _system_block(messages, tools)
     turn = 0
     for index, message in enumerate(messages):
-        role = message["role"]
-        if role not in ROLES:
-            raise UserError(f"messages[{index}]: unknown role {role!r}; expected one of {', '.join(ROLES)}")
-        if role == "assistant":
-            segments.append(Segment(pending + ASSISTANT_HEADER, False, turn))
-            trained = message.get("train", True)
-            segments += [Segment(text, trained, turn) for text in _assistant_pieces(message, keep_empty_think)]
-            pending = ""
-            continue
-        if index and messages[index - 1]["role"] == "assistant":
+        if message["role"] not in ROLES:
+            raise UserError(f"messages[{index}]: unknown role {message['role']!r}; expected one of {', '.join(ROLES)}")
+        if message["role"] == "assistant":
+            segments.append(Segment(pending, False, turn))
+            answer, pending, *pieces = pieces
+            opening = EMPTY_THINK if answer.startswith(EMPTY_THINK) else OPEN_THINK
+            parts = [opening] * (keep_empty_think or opening == OPEN_THINK) + [answer.removeprefix(opening)]
+            segments += [Segment(text, message.get("train", True), turn) for text in parts]
+        elif index and messages[index - 1]["role"] == "assistant":
             turn += 1
-        if role == "tool":
-            pending += _tool_response(messages, index)
-        elif role == "user" or index:
-            pending += f"<|im_start|>{role}\n{text_of(message)}{TURN_END}"
-    if add_generation_prompt:
-        pending += ASSISTANT_HEADER + (OPEN_THINK if open_thinking else EMPTY_THINK)
-    if pending:
-        segments.append(Segment(pending, False, turn))
-    return segments
+    return [*segments, Segment(pending, False, turn)] if pending else segments
 
 
 def text_of(message: Message) -> str:
@@ -128,48 +109,6 @@ def text_of(message: Message) -> str:
 
 def _tojson(value: Any, **kwargs: Any) -> str:
     return json.dumps(value, **{"ensure_ascii": False, **kwargs})
-
-
-def _system_block(messages: Sequence[Message], tools: Sequence[Any] | None) -> str:
-    opening = text_of(messages[0]) if messages and messages[0]["role"] == "system" else None
-    if tools:
-        schemas = "".join(_tojson(tool) + "\n" for tool in tools)
-        lead = "" if opening is None else opening + "\n\n"
-        opening = lead + _TOOLS_HEAD + schemas + _TOOLS_TAIL
-    return "" if opening is None else f"<|im_start|>system\n{opening}{TURN_END}"
-
-
-def _assistant_pieces(message: Message, keep_empty_think: bool) -> list[str]:
-    body = text_of(message)
-    reasoning = message.get("reasoning_content")
-    if not isinstance(reasoning, str):
-        reasoning = ""
-        if "</think>" in body:
-            reasoning = body.split("</think>")[0].split("<think>")[-1]
-            body = body.split("</think>")[-1].lstrip("\n")
-    reasoning = reasoning.strip("\n")
-    answer = body.lstrip("\n") + _tool_calls(message, after_text=bool(body)) + TURN_END
-    if reasoning:
-        return [OPEN_THINK, f"{reasoning}\n</think>\n\n{answer}"]
-    return [EMPTY_THINK, answer] if keep_empty_think else [answer]
-
-
-def _tool_calls(message: Message, after_text: bool) -> str:
-    blocks = []
-    for call in message.get("tool_calls") or ():
-        function = call.get("function") or call
-        arguments = function["arguments"]
-        arguments = arguments if isinstance(arguments, str) else _tojson(arguments)
-        blocks.append(f'<tool_call>\n{{"name": "{function["name"]}", "arguments": {arguments}}}\n</tool_call>')
-    return ("\n" if blocks and after_text else "") + "\n".join(blocks)
-
-
-def _tool_response(messages: Sequence[Message], index: int) -> str:
-    """Neighbouring tool results share one user turn."""
-    first = index == 0 or messages[index - 1]["role"] != "tool"
-    last = index == len(messages) - 1 or messages[index + 1]["role"] != "tool"
-    head, tail = ("<|im_start|>user" if first else ""), (TURN_END if last else "")
-    return f"{head}\n<tool_response>\n{text_of(messages[index])}\n</tool_response>{tail}"
 
 
 # Of a conversation it makes what the template writes, and whether its empty think blocks stay.

@@ -228,8 +228,8 @@ class _TextAhead:
             return f"not readable JSON: {error}"
         line = self.line + self.text.count("\n", self.at, error.pos)
         return (
-            f"the record that begins here is not JSON: {error.msg} in line {line} at column {error.colno}; expected a JSON "
-            f"array of objects, or one object a line; {_CUT} (this is record {self.count} of the file)"
+            f"the record that begins here is not JSON: {error.msg} in line {line} at column {error.colno}; expected a "
+            f"JSON array of objects, or one object a line; {_CUT} (this is record {self.count} of the file)"
         )
 
     def _read(self, wanted: int) -> bool:

@@ -1,4 +1,4 @@
-"""The chat template: MiniMind's bytes, and one text from Jinja, from Python and from transformers."""
+"""The chat template: MiniMind's bytes, and one text from Jinja, in pieces and from transformers."""
 
 import json
 
@@ -10,7 +10,6 @@ from talk import TOOLS, messages
 
 from minimind_jax.data.messages import Conversation
 from minimind_jax.data.template import (
-    ASSISTANT_HEADER,
     CHAT_TEMPLATE,
     EMPTY_THINK,
     SYSTEM_PROMPTS,
@@ -23,6 +22,7 @@ from minimind_jax.data.template import (
 )
 from minimind_jax.errors import UserError
 
+ASSISTANT_HEADER = "<|im_start|>assistant\n"
 SWITCH = st.sampled_from([None, True, False])
 
 

@@ -154,7 +154,7 @@ def test_another_tokenizer_or_setting_makes_another_cache(tmp_path, tokenizer, d
     [
         ("EMPTY_THINK", "<think></think>"),
         ("OPEN_THINK", "<think> "),
-        ("_TOOLS_TAIL", "</tools>"),
+        ("_MARKED", template._MARKED.replace("# Tools", "Tools")),
         ("SYSTEM_PROMPTS", (*template.SYSTEM_PROMPTS[:-1], "Talk.")),
         ("SYSTEM_PROMPTS", template.SYSTEM_PROMPTS[::-1]),
         ("named_seed", lambda seed, name, record, epoch: record),
