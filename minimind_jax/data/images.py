@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import hashlib
 import io
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -58,14 +59,14 @@ def read_image(
     return np.asarray(rgb.resize((tower.image_size, tower.image_size), tower.resample))
 
 
+def count_pixels(source: bytes | Path, where: str) -> int:
+    """Of a picture, as its header says. Raises UserError where it has none, or says too many."""
+    return math.prod(_open(source, where).size)
+
+
 def open_image(source: bytes | Path, where: str, tell: Callable[[str], None] = lambda note: None) -> "Image":
     """A picture in its own size, upright and in RGB, of which every pixel has been decoded. Raises as `read_image`."""
     image, where = _open(source, where), _place(source, where)
-    width, height = image.size
-    if width * height > MOST_PIXELS:
-        raise UserError(
-            f"{where}: a picture of {width:,} x {height:,} pixels; at most {MOST_PIXELS:,} are read: shrink it"
-        )
     try:
         if image.format in ("GIF", "WEBP", "PNG", "TIFF") and getattr(image, "is_animated", False):
             what = "the pages of a TIFF file" if image.format == "TIFF" else "animated pictures"
@@ -91,7 +92,7 @@ def _open(source: bytes | Path, where: str) -> "Image":
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", library.DecompressionBombWarning)  # our own limit is lower
-            return library.open(io.BytesIO(content), formats=FORMATS)
+            image = library.open(io.BytesIO(content), formats=FORMATS)
     except library.DecompressionBombError as error:
         raise UserError(
             f"{where}: a picture of too many pixels; at most {MOST_PIXELS:,} are read: shrink it"
@@ -101,6 +102,12 @@ def _open(source: bytes | Path, where: str) -> "Image":
         raise UserError(
             f"{where}: not a picture that is read ({', '.join(FORMATS)}), {what}; save it as JPEG or PNG, or remove it"
         ) from error
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise UserError(
+            f"{where}: a picture of {width:,} x {height:,} pixels; at most {MOST_PIXELS:,} are read: shrink it"
+        )
+    return image
 
 
 def _place(source: bytes | Path, where: str) -> str:

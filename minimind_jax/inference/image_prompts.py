@@ -5,13 +5,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from minimind_jax.data.images import Picture, open_picture
+from minimind_jax.data.images import Picture, count_pixels, open_picture
 from minimind_jax.data.messages import CONTENT
 from minimind_jax.data.pictures import SHOWN_BY, Sight, check_part, is_picture, source_in, unwrap
 from minimind_jax.data.values import kind_of
 from minimind_jax.errors import UserError
 from minimind_jax.inference.image_encoder import BLIND
 from minimind_jax.model.config import Vision
+
+MOST_PIXELS = 2**28  # of all pictures together, as many as are decoded within seconds
 
 Fetch = Callable[[str, str], bytes | Path]
 
@@ -30,11 +32,14 @@ def open_images(
     vision, sight: of the model (see `sight_of`); None of a blind one.
     fetch: of a picture's address, and the place that says it, its content or the path of its file.
     tell: hears what of a picture is not seen. where: of the messages, for errors.
-    Raises UserError: a picture that cannot be read, one that the user does not show, or for a model of texts.
+    Raises UserError: a picture that cannot be read, one that the user does not show, too many pixels of all together,
+    or for a model of texts.
     """
     pictures: list[Picture] = []
+    pixels = 0
 
     def word(part: Any, role: Any, place: str) -> Any:
+        nonlocal pixels
         check_part(part, place)
         if not is_picture(part):
             _check_text(part.get("text") if isinstance(part, dict) else part, sight, place)
@@ -43,7 +48,14 @@ def open_images(
             raise UserError(f"{place} is a picture, and {BLIND}")
         if role not in SHOWN_BY:
             raise UserError(f"{place} is a picture in a message of {role}; it is the user who shows pictures")
-        pictures.append(_opened(unwrap(source_in(part)), vision, fetch, tell, place))
+        source = _fetched(unwrap(source_in(part)), fetch, place)
+        if not isinstance(source, Picture):
+            pixels += count_pixels(source, place)
+            if pixels > MOST_PIXELS:
+                told = f"{MOST_PIXELS:,} are read; make them smaller, or ask about fewer"
+                raise UserError(f"{place}: with this picture they have {pixels:,} pixels together; at most {told}")
+            source = open_picture(source, vision.tower, place, tell)
+        pictures.append(source)
         return {"type": "text", "text": sight.marker * sight.tokens}
 
     found = []
@@ -60,15 +72,13 @@ def open_images(
     return found, tuple(pictures)
 
 
-def _opened(source: Any, vision: Vision, fetch: Fetch, tell: Callable[[str], None], place: str) -> Picture:
-    if isinstance(source, Picture):
-        return source
+def _fetched(source: Any, fetch: Fetch, place: str) -> Picture | bytes | Path:
     if isinstance(source, str) and source:
         source = fetch(source, place)
-    if not isinstance(source, bytes | Path):
+    if not isinstance(source, Picture | bytes | Path):
         way_out = '{"type": "image_url", "image_url": {"url": ...}} says it; files that are named by an id are not kept'
         raise UserError(f"{place} is a picture without an address or content: {kind_of(source)}; {way_out}")
-    return open_picture(source, vision.tower, place, tell)
+    return source
 
 
 def _check_text(text: Any, sight: Sight | None, place: str) -> None:

@@ -3,10 +3,10 @@
 import asyncio
 import inspect
 import mimetypes
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
@@ -15,11 +15,12 @@ from fastapi.responses import FileResponse, JSONResponse
 from minimind_jax import __version__
 from minimind_jax.config.serving import ServeConfig
 from minimind_jax.data.values import loads
+from minimind_jax.inference.request import Busy
 from minimind_jax.serve import chat, completions, pictures, responses, scoring, tokens, weights
 from minimind_jax.serve.answers import Answers, while_there
 from minimind_jax.serve.chat import Asked
 from minimind_jax.serve.drawing import tell_ignored
-from minimind_jax.serve.errors import HANDLED, answer_error, too_slow
+from minimind_jax.serve.errors import HANDLED, answer_error, too_many, too_slow
 from minimind_jax.serve.guard import Guard
 from minimind_jax.serve.metrics import Metrics, Watch
 from minimind_jax.serve.models import Models, Served
@@ -43,6 +44,7 @@ from minimind_jax.serve.worker import Worker
 from minimind_jax.tools.toolbox import Toolbox
 
 DECODERS = 2  # requests whose pictures are read at the same time
+T = TypeVar("T")
 
 
 class Server:
@@ -50,7 +52,7 @@ class Server:
 
     def __init__(self, config: ServeConfig, models: Models, worker: Worker):
         self.config, self.models, self.worker = config, models, worker
-        self._decoders = ThreadPoolExecutor(DECODERS, "pictures")
+        self._decoders, self._decoding = ThreadPoolExecutor(DECODERS, "pictures"), 0
         # adapters share the engine of their model
         self.metrics = Metrics({each.name: each.engine for each in models if each.engine and not each.adapter})
 
@@ -64,7 +66,9 @@ class Server:
         self.worker.check()
         tell_ignored(body)
         served = self.models.get(body.model, "generate")
-        asked = await self._aside(body, served, ask, self.config)
+        asked = await self._in_time(http, self._aside(body, served, ask, self.config))
+        if asked is None:
+            return Response(status_code=499)
         watch = Watch(self.metrics, served.name)
         ticket = await self.worker.ask(served.engine, asked.requests)
         answers = Answers(self.worker, ticket, asked.choices, self.config.max_seconds, watch, http.state.told)
@@ -82,19 +86,31 @@ class Server:
         self.worker.check()
         tell_ignored(body)
         served = self.models.get(body.model, kind)
-        if not inspect.iscoroutinefunction(work):
-            return JSONResponse(await self._aside(body, served, work, *more))
+        is_own_task = inspect.iscoroutinefunction(work)
+        found = work(body, served, *more) if is_own_task else self._aside(body, served, work, *more)
+        found = await self._in_time(http, found)
+        return Response(status_code=499) if found is None else JSONResponse(found)
+
+    async def _in_time(self, http: Request, work: Coroutine[Any, Any, T]) -> T | None:
+        """What the work comes to; None when the client goes away before. Raises ApiError after `max_seconds`."""
         try:
-            found = await while_there(http, asyncio.wait_for(work(body, served, *more), self.config.max_seconds))
+            return await while_there(http, asyncio.wait_for(work, self.config.max_seconds))
         except TimeoutError:
             raise too_slow(self.config.max_seconds) from None
-        return Response(status_code=499) if found is None else JSONResponse(found)
 
     async def _aside(self, body: Body, served: Served, work: Callable[..., Any], *more: Any) -> Any:
         """What a function makes of a request, in a thread: with pictures in one of a few, for each may take much memory
-        while it is decoded."""
-        threads = self._decoders if await pictures.fetch(body, served, self.config) else None
-        return await asyncio.get_running_loop().run_in_executor(threads, work, body, served, *more)
+        while it is decoded. Raises ApiError 429 where too many wait for that."""
+        run = asyncio.get_running_loop().run_in_executor
+        if not await pictures.fetch(body, served, self.config):
+            return await run(None, work, body, served, *more)
+        if self._decoding >= DECODERS + self.config.queue:
+            raise too_many(Busy(f"{self.config.queue} requests wait already for pictures to be read; try again later"))
+        self._decoding += 1
+        try:
+            return await run(self._decoders, work, body, served, *more)
+        finally:
+            self._decoding -= 1
 
 
 def make_app(server: Server, keys: list[str], page: Path | None = None, tools: Toolbox | None = None) -> FastAPI:

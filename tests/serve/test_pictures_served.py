@@ -1,6 +1,8 @@
 """Questions about pictures: what the server says is what the engine makes of the same pictures at the same places."""
 
 import base64
+import concurrent.futures
+import contextlib
 import io
 import json
 import struct
@@ -12,7 +14,7 @@ import openai
 import pytest
 
 from minimind_jax.serve import addresses, prompts
-from tests.serve.conftest import running
+from tests.serve.conftest import running, wait_until
 from tests.serve.seeing import CONTEXT, MARKER, TOKENS, Image, Reference, data_url, drawing, encoded, save_seeing
 from tests.serve.web_host import HERE, serving
 
@@ -304,6 +306,44 @@ def test_too_many_pictures_are_refused_before_one_is_read(ask, eyes):
     error = ask(user(*[image(BAD["bomb"])] * (most + 1)), status=400)
     assert error["code"] == "too_many_images" and f"{most + 1} pictures" in error["message"]
     assert said(ask(user(*[image(A)] * most)))
+
+
+def test_pictures_of_too_many_pixels_together_are_refused_before_these_are_read(ask):
+    large = image(png(8000, 8000))  # of which no pixel is there
+    with_one = ask(user(*[image(A)] * 3, large), status=400)["message"]
+    assert "messages[0].content[3]: a damaged picture" in with_one
+    white = image(encoded(Image.new("L", (8000, 8000)), compress_level=1))
+    error = ask(user(*[white] * 5), status=400)["message"]
+    assert "messages[0].content[4]: with this picture they have 320,000,000 pixels together" in error
+
+
+def test_as_many_wait_for_pictures_to_be_read_as_may(seeing, monkeypatch):
+    go_on, opened = threading.Event(), prompts.open_images
+
+    def slowly(*arguments):
+        assert go_on.wait(60)
+        return opened(*arguments)
+
+    with running(model=(str(seeing),), slots=1, context=CONTEXT, queue=1) as server:
+        monkeypatch.setattr(prompts, "open_images", slowly)
+
+        def post(seconds=60):
+            body = {"messages": [user(image(A), text(ASK))], "max_tokens": 1}
+            return httpx.post(server.root + CHAT, json=body, timeout=seconds).status_code
+
+        def waits():
+            with contextlib.suppress(httpx.ReadTimeout):
+                return post(seconds=0.3) == 200
+            return True
+
+        for _ in range(5):  # who goes away waits no longer
+            wait_until(waits, 20)
+        with concurrent.futures.ThreadPoolExecutor(6) as threads:
+            asked = [threads.submit(post) for _ in range(6)]
+            wait_until(lambda: sum(each.done() for each in asked) >= 3, 30)
+            assert {each.result() for each in asked if each.done()} == {429}
+            go_on.set()
+            assert {each.result() for each in asked} == {200, 429}
 
 
 def test_a_picture_that_is_too_large_for_a_request_says_which_setting(ask):
