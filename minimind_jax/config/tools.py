@@ -170,11 +170,13 @@ class ScoreConfig(ReadingConfig):
     model: a run of `minimind reward`, or a Hugging Face folder.
     input: files, folders or globs of records.
     output: the file to write; empty prints.
+    on_error: a broken record stops the command, or is skipped and counted.
     """
 
     model: str = setting()
     input: tuple[str, ...] = setting()
     output: str = ""
+    on_error: Literal["stop", "skip"] = "stop"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,6 +188,7 @@ class PredictConfig(ReadingConfig):
     output: the file to write; empty prints.
     top: labels told, with their probabilities.
     seq_len: longer texts are cut there; null as the run was trained.
+    on_error: a broken record stops the command, or is skipped and counted.
     """
 
     model: str = setting()
@@ -193,6 +196,7 @@ class PredictConfig(ReadingConfig):
     output: str = ""
     top: int = setting(1, must=at_least(1))
     seq_len: int | None = setting(None, must=at_least(4))
+    on_error: Literal["stop", "skip"] = "stop"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from minimind_jax.data.images import open_image
 from minimind_jax.data.jsonl import READING, Reading, Record, expand_paths, is_picture
 from minimind_jax.data.labels import Classes, read_labels
 from minimind_jax.data.pictures import PictureFile, as_text, file_of, pack, tell_of
-from minimind_jax.data.values import field_names, is_absent
+from minimind_jax.data.values import field_names, is_absent, kind_of
 from minimind_jax.errors import UserError
 from minimind_jax.texts import listed
 
@@ -68,9 +68,10 @@ def picture_of(record: Record, field: str = "text", ignored: Collection[str] = (
     place = _place(record, field)
     value = record.value.get(place)
     if is_absent(value):
+        found = f"{place} is {kind_of(value)}" if place in record.value else f"the fields {field_names(record.value)}"
         raise UserError(
-            f"{record.where}: expected a field `image` with the path of a picture, found the fields "
-            f"{field_names(record.value)} (data.text_field, of tools --text_field, names another)"
+            f"{record.where}: expected a field `image` with the path of a picture, found {found} (data.text_field, of "
+            "tools --text_field, names another)"
         )
     texts = [name for name in TEXT if name not in (place, *ignored) and not is_absent(record.value.get(name))]
     if texts:
@@ -88,7 +89,8 @@ def picture_of(record: Record, field: str = "text", ignored: Collection[str] = (
 
 def _place(record: Record, field: str) -> str:
     names = FIELDS if field == TEXT[0] else (field,)
-    return next((name for name in names if not is_absent(record.value.get(name))), names[-1])
+    there = [name for name in names if name in record.value] or names
+    return next((name for name in there if not is_absent(record.value.get(name))), there[0])
 
 
 def check_folders(paths: Sequence[str | Path], tell: Callable[[str], None]) -> None:

@@ -151,16 +151,32 @@ def _write(
 ) -> int:
     """Writes every record with its answer, whose fields are `fields`; the number of records. `answers` takes what
     `parse` makes of them; with an output all are parsed before the first is answered. pictures: files may be records,
-    and pictures that stand in a table are left out of what is written."""
+    and pictures that stand in a table are left out of what is written. Raises UserError for a broken record, unless
+    these are to be skipped and there are others."""
     told, reading, paths, output = Counter(), reading_of(config), config.input, config.output
-    field, how = "image" if pictures else "text", {"reading": reading, "pictures": pictures}
-    records = iter_records(paths, **how, told=told) if paths else _input_lines(reading, told, field)
+    field = "image" if pictures else "text"
+    bad: list[UserError] = []
+    on_bad = bad.append if config.on_error == "skip" else None
+
+    def parsed(told: Counter) -> Iterator[tuple[Record, Any]]:
+        bad.clear()
+        lines = iter_records(paths, on_bad, reading, told, pictures) if paths else _input_lines(reading, told, field)
+        for record in lines:
+            try:
+                yield record, parse(record)
+            except UserError as error:
+                if on_bad is None:
+                    raise
+                on_bad(error)
+
     total, columns = None, [reading.text_field or field]
     if output and paths:
         total, columns = 0, {}
-        for record in iter_records(paths, **how):
-            parse(record)
+        for record, _ in parsed(Counter()):
             total, columns = total + 1, {**columns, **dict.fromkeys(record.value)}
+        if bad and not total:
+            raise bad[0]
+    records = parsed(told)
     separator = TABLES.get(Path(output).suffix.lower())
     line = table_line(dict.fromkeys((*columns, *fields)), separator) if separator else json_line
     count = 0
@@ -169,8 +185,8 @@ def _write(
         with progress("scoring", total, show=bool(output)) as advance:
             while chunk := list(islice(records, CHUNK if file else 1)):  # what is printed comes as soon as it is known
                 with progress("compiling", show=not (file or count)):
-                    found = list(answers([parse(record) for record in chunk]))
-                for record, answer in zip(chunk, found, strict=True):
+                    found = list(answers([each for _, each in chunk]))
+                for (record, _), answer in zip(chunk, found, strict=True):
                     for name in record.value.keys() & {*fields}:
                         told[str(record.file), f"the earlier `{name}` is replaced"] += 1
                     write({**(_without_bytes(record.value) if pictures else record.value), **answer})
@@ -179,6 +195,8 @@ def _write(
         if file:
             file.finish()
     tell(told)
+    if bad:
+        print(f"Skipped {len(bad):,} of {len(bad) + count:,} records, the first: {bad[0]}", file=sys.stderr)
     if output:
         print(f"{count} records written to {output}")
     return count

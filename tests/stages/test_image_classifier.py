@@ -285,6 +285,18 @@ def test_what_is_refused(shapes, tmp_path, trained, capsys, monkeypatch):
     assert "photos: no picture that is read lies in HEIC alone, so they are no labels" in told.out
     with pytest.raises(UserError, match=r"broken\.jpg:1: not a picture"):
         predicted(trained.path, tmp_path / "none.jsonl", photos)
+    found = predicted(trained.path, tmp_path / "some.jsonl", photos, on_error="skip")
+    assert len(found) == 160 and "Skipped 1 of 161 records, the first: " in capsys.readouterr().err
+    pyarrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+    table = [{"image": content(drawn(KINDS[0], random.Random(0)))}, {"image": None}, {"image": b"no picture"}]
+    for count, name in ((3, "some.parquet"), (1, "none.parquet")):
+        parquet.write_table(pyarrow.Table.from_pylist(table[-count:]), tmp_path / name)
+    with pytest.raises(UserError, match=r"some\.parquet:2: expected a field `image` .* found image is null"):
+        predicted(trained.path, tmp_path / "none.jsonl", tmp_path / "some.parquet")
+    assert len(predicted(trained.path, tmp_path / "one.jsonl", tmp_path / "some.parquet", on_error="skip")) == 1
+    assert "Skipped 2 of 3 records" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"none\.parquet:1: not a picture"):
+        predicted(trained.path, tmp_path / "none.jsonl", tmp_path / "none.parquet", on_error="skip")
     rows = {
         "a picture .image. and a text": {"image": str(broken), "text": "a", "label": "b"},
         "has 2 pictures": {"image": ["a", "b"], "label": "c"},
