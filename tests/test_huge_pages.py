@@ -22,22 +22,54 @@ def run(**environment):
     return subprocess.run(command, env={**env, **environment}, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-@pytest.mark.skipif(not huge_pages._is_possible(), reason="the system does not leave huge pages to programs")
+OURS = ":".join(f"{name}={value}" for name, value in huge_pages.TUNABLES.items())
+
+
+@pytest.mark.skipif(not huge_pages._is_possible(), reason="no glibc that reads GLIBC_TUNABLES")
 def test_the_program_starts_anew_with_its_arguments():
-    assert run() == "glibc.malloc.hugetlb=1 a b --c\n"
-    assert run(GLIBC_TUNABLES="glibc.malloc.arena_max=4") == "glibc.malloc.arena_max=4:glibc.malloc.hugetlb=1 a b --c\n"
+    assert run() == f"{OURS} a b --c\n"
+    assert run(GLIBC_TUNABLES="glibc.malloc.check=1") == f"glibc.malloc.check=1:{OURS} a b --c\n"
 
 
+@pytest.mark.skipif(not huge_pages._is_possible(), reason="no glibc that reads GLIBC_TUNABLES")
 def test_what_the_user_sets_stays():
-    assert run(GLIBC_TUNABLES="glibc.malloc.hugetlb=2") == "glibc.malloc.hugetlb=2 a b --c\n"
+    found = run(GLIBC_TUNABLES="glibc.malloc.arena_max=4")
+    assert found == f"glibc.malloc.arena_max=4:{OURS.replace(':glibc.malloc.arena_max=1', '')} a b --c\n"
     assert run(MINIMIND_HUGE_PAGES="0") == "None a b --c\n"
 
 
-def test_nothing_happens_where_the_system_decides(tmp_path, monkeypatch):
-    for text in ("[always] madvise never", "always madvise [never]"):
-        setting = tmp_path / "enabled"
-        setting.write_text(text)
-        monkeypatch.setattr(huge_pages, "SETTING", setting)
+def test_nothing_happens_without_a_new_glibc(monkeypatch):
+    for version in ("glibc 2.25", "musl 1.2", None):
+        monkeypatch.setattr(os, "confstr", lambda _, version=version: version)
         assert not huge_pages._is_possible()
-    monkeypatch.setattr(huge_pages, "SETTING", tmp_path / "missing")
-    assert not huge_pages._is_possible()
+
+
+FAULTS = """
+import resource, threading
+from minimind_jax.huge_pages import use_huge_pages
+use_huge_pages()
+import numpy as np
+
+def step():
+    np.full(2**26, 1.0)
+
+def in_a_thread():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    thread = threading.Thread(target=step)
+    thread.start()
+    thread.join()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+in_a_thread()
+print(in_a_thread())
+"""
+
+
+@pytest.mark.skipif(not huge_pages._is_possible(), reason="no glibc that reads GLIBC_TUNABLES")
+def test_memory_is_taken_from_the_system_once():
+    env = {name: value for name, value in os.environ.items() if name not in ("GLIBC_TUNABLES", "MINIMIND_HUGE_PAGES")}
+    for name, bounds in (("1", range(0, 100)), ("0", range(200, 10**6))):
+        out = subprocess.run(
+            [sys.executable, "-c", FAULTS], env={**env, "MINIMIND_HUGE_PAGES": name}, check=True, stdout=subprocess.PIPE
+        )
+        assert int(out.stdout) in bounds
