@@ -1,11 +1,11 @@
-"""Causal attention within documents, grouped-query, softmax in float32: one function, four paths.
+"""Causal attention within documents, grouped-query, softmax in float32: one function, five paths.
 
 `reference` is the plain formula over a full boolean mask. `grouped` is the fast one on a CPU and lean anywhere: the G
 query heads that share a key/value head become rows of one matrix product per (batch, key/value head), rows ordered by
 time (R = T * G, row t * G + g), so that a block of queries is a contiguous slice; it is multiplied only with the keys
 that the causal mask lets it see. The backward pass computes the softmax again from its logarithmic sums instead of
-keeping it, as FlashAttention does (arXiv 2205.14135), so that only the scores of one block are ever held. `cudnn` and
-`splash` are fused operations of GPUs and TPUs, in `fused_attention`.
+keeping it, as FlashAttention does (arXiv 2205.14135), so that only the scores of one block are ever held. `cudnn`,
+`cudnn_packed` and `splash` are fused operations of GPUs and TPUs, in `fused_attention`.
 """
 
 import functools
@@ -26,14 +26,19 @@ from minimind_jax.model.kv_cache import LayerCache
 # Values of the forward pass that recomputation policies keep, because making them again is most of attention's work.
 # (cuDNN's have no name: with such a policy its forward pass runs twice.)
 SAVED_NAMES = ("attention_out", "attention_log_sums", fused.SPLASH_SAVED_NAME)
-Path = Literal["auto", "reference", "grouped", "cudnn", "splash"]
+Path = Literal["auto", "reference", "grouped", "cudnn", "cudnn_packed", "splash"]
+FUSED: dict[Path, Platform] = {"cudnn": "gpu", "cudnn_packed": "gpu", "splash": "tpu"}  # functions of `fused_attention`
 
 BLOCK = 256  # most queries whose scores `grouped` holds at once
 FEW_KEYS = 256  # scores of so many stay in a TPU's own memory between two products, where splash would only fill up
 
 
+# Compiled for it and compared with the plain formula through what it is asked, but not computed on a card yet.
+UNTRIED = "not cudnn_packed, which needs no mask of documents but has not run on a GPU yet"
+
+
 class Choice(NamedTuple):
-    """path: the one taken. reason: why not the fused one of this platform, None where it is taken or there is none."""
+    """path: the one taken. reason: why not the best one of this platform, None where it is taken or there is none."""
 
     path: Path
     reason: str | None = None
@@ -52,9 +57,12 @@ def choose_path(
     own = {"gpu": "cudnn", "tpu": "splash"}.get(platform)
     if path == "auto" and own is not None:
         obstacle = _obstacle(own, query_shape, kv_heads, dtype, mesh)
-        return Choice(own) if obstacle is None else Choice("grouped", f"not {own}: {obstacle}")
-    if path in ("cudnn", "splash"):
-        obstacle = f"this is a {platform}" if path != own else _obstacle(path, query_shape, kv_heads, dtype, mesh)
+        if obstacle is not None:
+            return Choice("grouped", f"not {own}: {obstacle}")
+        return Choice(own, UNTRIED if own == "cudnn" else None)
+    if path in FUSED:
+        is_here = FUSED[path] == platform
+        obstacle = _obstacle(path, query_shape, kv_heads, dtype, mesh) if is_here else f"this is a {platform}"
         if obstacle is not None:
             raise UserError(f"compute.attention {path} cannot run here: {obstacle}; auto takes a path that can")
     return Choice("grouped" if path == "auto" else path)
@@ -68,6 +76,8 @@ def choose_full_path(
     Raises UserError as `choose_path`.
     """
     choice = choose_path(path, query_shape, query_shape[2], dtype, platform)
+    if choice.path in ("cudnn", "cudnn_packed"):  # the same where there are no documents
+        return Choice("cudnn")
     if choice.path == "grouped":  # which is for tokens that see what is before them
         return choice._replace(path="reference")
     if choice.path == "splash" and path == "auto" and query_shape[1] <= FEW_KEYS:
@@ -82,7 +92,9 @@ def _obstacle(path: Path, query_shape, kv_heads, dtype, mesh) -> str | None:
     tensor = 1 if mesh is None or mesh.empty else mesh.shape["tensor"]
     if kv_heads % tensor:
         return f"{kv_heads} key/value heads do not divide by mesh.tensor {tensor}"
-    return fused.cudnn_obstacle(query_shape[-1]) if path == "cudnn" else None
+    if path == "splash":
+        return None
+    return {"cudnn": fused.cudnn_obstacle, "cudnn_packed": fused.cudnn_packed_obstacle}[path](query_shape[-1])
 
 
 def attention(
@@ -105,8 +117,7 @@ def attention(
         k_BKHT, v_BKTH = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)
         T = q_BTNH.shape[1]
         return _reference(q_BTNH, k_BKHT, v_BKTH, _mask(segment_ids_BT, segment_ids_BT, 0, T, T), platform)
-    attend = {"cudnn": fused.cudnn, "splash": fused.splash}[path]
-    return fused.on_mesh(attend, jax.sharding.get_abstract_mesh())(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+    return fused.on_mesh(getattr(fused, path), jax.sharding.get_abstract_mesh())(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
 
 def full_attention(q_BTNH: Array, k_BTNH: Array, v_BTNH: Array, path: Path, platform: Platform) -> Array:
@@ -115,8 +126,7 @@ def full_attention(q_BTNH: Array, k_BTNH: Array, v_BTNH: Array, path: Path, plat
     path: one that `choose_full_path` gave; a fused one has no place on a mesh but inside `jax.shard_map`.
     """
     if path != "reference":
-        attend = {"cudnn": fused.cudnn, "splash": fused.splash}[path]
-        return attend(q_BTNH, k_BTNH, v_BTNH, None, is_causal=False)
+        return getattr(fused, path)(q_BTNH, k_BTNH, v_BTNH, None, is_causal=False)
     everything_111 = jnp.ones((1, 1, 1), bool)
     return _reference(q_BTNH, k_BTNH.transpose(0, 2, 3, 1), v_BTNH.transpose(0, 2, 1, 3), everything_111, platform)
 

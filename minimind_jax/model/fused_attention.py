@@ -1,12 +1,14 @@
 """Attention in one fused operation of a GPU or TPU, and its place on a mesh.
 
-Both take padding (segment 0) for a document like any other, so that every query sees at least itself, and `on_mesh`
-clears what comes out for it. Both need rows of certain lengths; the causal mask hides the keys appended for
+All take padding (segment 0) for a document like any other, so that every query sees at least itself, and `on_mesh`
+clears what comes out for it. All need rows of certain lengths; the causal mask hides the keys appended for
 that from every query that counts, and where there is none, as among the patches of an image, a segment of their own.
 """
 
+import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,9 @@ from minimind_jax.sharding import ROW_AXES
 
 # Splash attention's output and logarithmic sums, for policies of recomputation.
 SPLASH_SAVED_NAME = "splash_attention"
+# Tokens for each document that `cudnn_packed` has room for: in rows of 2,048 there may be 16 of them on average. cuDNN
+# takes longer with every one there is room for, and keeps as many logarithmic sums for each token.
+DOCUMENT_TOKENS, LEAST_ROOM = 128, 8
 LANES = 128  # a TPU's vector registers are 8 x 128; splash attention's blocks are multiples of it
 
 FusedAttention = Callable[[Array, Array, Array, Array | None], Array]
@@ -73,6 +78,127 @@ def cudnn_obstacle(head_dim: int) -> str | None:
     if capability is not None and not (capability[0].isdigit() and float(capability) >= 8):
         return f"it needs an NVIDIA GPU of compute capability 8.0 or more, not {capability}"
     return None
+
+
+def cudnn_packed(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_ids_BT: Array | None) -> Array:
+    """cuDNN's flash attention over each document apart (NVIDIA's Hopper and newer), (B, T, N, H): no mask, and nothing
+    is computed of what other documents say. A document's tokens are in one run.
+
+    There is room for T / 128 documents a row, on average over a device's rows (see `list_documents`). Where there are
+    more, those left over are computed by `cudnn` with its mask in the same program, so in such a batch both run.
+    """
+    if segment_ids_BT is None:
+        return cudnn(q_BTNH, k_BTKH, v_BTKH, None)
+    T = q_BTNH.shape[1]
+    *inputs, ids_BT = (_lengthen(x, T % 2) for x in (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT))
+    return _packed(*inputs, ids_BT, list_documents(ids_BT, max(LEAST_ROOM, T // DOCUMENT_TOKENS)))[:, :T]
+
+
+class Documents(NamedTuple):
+    """The documents of B rows as cuDNN's packed layout has them: M entries a row, of which those that are not -1 are
+    read one after another. An entry belongs to any row that is not before it.
+
+    starts_BM: place of the first token, counted from the beginning of the entry's row. lengths_BM: tokens.
+    is_left_BT: tokens of documents without an entry; the last entry before them has them as well.
+    """
+
+    starts_BM: Array
+    lengths_BM: Array
+    is_left_BT: Array
+
+
+def list_documents(segment_ids_BT: Array, room: int) -> Documents:
+    """All documents in their order, padding as one of them, so that every token is in an entry: cuDNN leaves what is in
+    none as the memory was, in gradients as well. The first r rows have the first r * room entries."""
+    B, T = segment_ids_BT.shape
+    is_first_BT = jnp.diff(segment_ids_BT, axis=1, prepend=-1) != 0
+    document_BT = jnp.cumsum(is_first_BT, dtype=jnp.int32).reshape(B, T) - 1
+    entry_BT = jnp.minimum(document_BT, room * jnp.arange(1, B + 1, dtype=jnp.int32)[:, None] - 1)
+    lengths_E = jnp.zeros(B * room, jnp.int32).at[entry_BT].add(1)
+    starts_BM = (jnp.cumsum(lengths_E) - lengths_E).reshape(B, room) - T * jnp.arange(B, dtype=jnp.int32)[:, None]
+    lengths_BM = lengths_E.reshape(B, room)
+    starts_BM, lengths_BM = (jnp.where(lengths_BM > 0, x, -1) for x in (starts_BM, lengths_BM))
+    return Documents(starts_BM, lengths_BM, entry_BT < document_BT)
+
+
+def _by_entries(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, documents: Documents) -> Array:
+    """cuDNN's packed attention. Its offsets are starts and nothing else, though there is one more of them a row."""
+    private = _private_cudnn()
+    offsets = jnp.pad(documents.starts_BM, ((0, 0), (0, 1)), constant_values=-1)
+    return private.dot_product_attention(
+        q_BTNH, k_BTKH, v_BTKH,
+        q_seqlen=documents.lengths_BM, kv_seqlen=documents.lengths_BM, q_offsets=offsets, kv_offsets=offsets,
+        scale=1 / math.sqrt(q_BTNH.shape[-1]), mask_type=private.MaskType.PADDING_CAUSAL,
+    )  # fmt: skip
+
+
+@jax.custom_vjp
+def _packed(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, documents: Documents):
+    """`_by_entries`, and then the documents that are left."""
+    return _packed_forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, documents)[0]
+
+
+def _packed_forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, documents):
+    inputs = q_BTNH, k_BTKH, v_BTKH
+    packed_BTNH, pull_back = jax.vjp(functools.partial(_by_entries, documents=documents), *inputs)
+
+    def mend(row, is_left_T11, masked_TNH, _, out_BTNH):
+        return out_BTNH.at[row].set(jnp.where(is_left_T11, masked_TNH, out_BTNH[row]))
+
+    out_BTNH = _over_rows(mend, inputs, segment_ids_BT, documents, packed_BTNH)
+    # What was mended serves the gradient as well, which is 0 there: one array less is kept.
+    pull_back = jax.tree.map(lambda leaf: out_BTNH if leaf is packed_BTNH else leaf, pull_back)
+    return out_BTNH, (inputs, segment_ids_BT, documents, pull_back)
+
+
+def _packed_backward(saved, grad_BTNH):
+    inputs, segment_ids_BT, documents, pull_back = saved
+
+    def mend(row, is_left_T11, _, pull_row_back, grads):
+        of_row = pull_row_back(jnp.where(is_left_T11, grad_BTNH[row], 0))
+        return tuple(grad.at[row].add(own[0]) for grad, own in zip(grads, of_row, strict=True))
+
+    grads = pull_back(jnp.where(documents.is_left_BT[:, :, None, None], 0, grad_BTNH))
+    return *_over_rows(mend, inputs, segment_ids_BT, documents, grads), None, None
+
+
+_packed.defvjp(_packed_forward, _packed_backward)
+
+
+def _over_rows(step, inputs, segment_ids_BT, documents: Documents, carry):
+    """`carry` after `step(row, its tokens that are left as (T, 1, 1), its attention by the mask (T, N, H) and the
+    gradient of that, carry)` for every row that has any. In most batches the loop has no round, and unlike a branch it
+    leaves arrays where they are."""
+    has_left_B = jnp.any(documents.is_left_BT, axis=1)
+    rows_B = jnp.argsort(~has_left_B)
+
+    def run(index, carry):
+        row = rows_B[index]
+
+        def attend(*qkv):
+            return cudnn(*qkv, segment_ids_BT[row][None])[0]
+
+        masked_TNH, pull_row_back = jax.vjp(attend, *(x[row][None] for x in inputs))
+        return step(row, documents.is_left_BT[row, :, None, None], masked_TNH, pull_row_back, carry)
+
+    return jax.lax.fori_loop(0, jnp.sum(has_left_B), run, carry)
+
+
+def cudnn_packed_obstacle(head_dim: int) -> str | None:
+    """Why `cudnn_packed` cannot do it on the GPU at hand or compiled for, with the JAX that is installed."""
+    # Until then keys of shared heads were read at the queries' offsets (jax pull request 39521), and nothing said so.
+    if jax.__version_info__ < (0, 11, 1):
+        return f"jax {jax.__version__} reads wrong keys in cuDNN's packed layout; install jax 0.11.2 or newer"
+    if not _private_cudnn().check_compute_capability("9.0"):
+        return "it needs an NVIDIA GPU of compute capability 9.0 or more (Hopper)"
+    return cudnn_obstacle(head_dim)
+
+
+def _private_cudnn():
+    # Imported here because no other platform needs it. JAX's public attention has no packed layout.
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    return fused_attention_stablehlo
 
 
 def splash(

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 
 from minimind_jax.config.stages import RunConfig, SeeingConfig
@@ -66,6 +67,10 @@ def prepare_process() -> None:
 def compile_only_devices(device: Device, topology: Topology) -> list:
     """Devices that can be compiled for and nothing else. Raises UserError with the compiler's own words."""
     jax.config.update("jax_enable_compilation_cache", False)  # a kept program can only be read where its device is
+    if device.platform == "cuda":  # which JAX asks what cuDNN can do there
+        fused_attention_stablehlo.check_compute_capability = lambda least: (
+            device.target.capability >= tuple(map(int, least.split(".")))
+        )
     try:
         return list(topologies.get_topology_desc(topology.name, platform=device.platform, **topology.options).devices)
     except Exception as error:  # RuntimeError, NotImplementedError, JaxRuntimeError: each plugin has its own

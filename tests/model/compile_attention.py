@@ -1,7 +1,8 @@
 """Compiles attention's gradient for a device that need not be there; run by `test_attention_compiled`.
 
-`python compile_attention.py h100 8 CASES`, CASES being JSON, a list of {sizes, shape, packed}: mesh sizes, (B, T, N, K,
-H), and whether rows hold several documents. Prints for each the kernels in the compiled text and bytes of temporaries.
+`python compile_attention.py h100 8 CASES`, CASES being JSON, a list of {sizes, shape, packed, path}: mesh sizes, (B, T,
+N, K, H), whether rows hold several documents, and a path, which is taken without asking whether it can run, or `auto`.
+Prints for each the kernels in the compiled text and bytes of temporaries.
 """
 
 import json
@@ -22,10 +23,11 @@ from minimind_jax.plan.devices import Device, find_device, parse_topology  # noq
 from minimind_jax.sharding import ROW_AXES, make_mesh  # noqa: E402
 
 
-def compiled(devices: list, device: Device, sizes: dict[str, int], shape: list[int], packed: bool):
+def compiled(devices: list, device: Device, sizes: dict[str, int], shape: list[int], packed: bool, path: str):
     mesh = make_mesh(MeshConfig(**sizes), devices)
     B, T, N, K, H = shape
-    path = choose_path("auto", (B, T, N, H), K, jnp.bfloat16, device.backend, mesh).path
+    if path == "auto":
+        path = choose_path(path, (B, T, N, H), K, jnp.bfloat16, device.backend, mesh).path
 
     def total(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

@@ -20,6 +20,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.model import attention as attention_module
 from minimind_jax.model import fused_attention as fused
 from minimind_jax.model.attention import (
+    UNTRIED,
     Choice,
     attention,
     cached_attention,
@@ -257,6 +258,7 @@ def test_patches_attend_to_all_by_the_fused_paths_as_by_the_plain_one(monkeypatc
         ("auto", "cpu", 64, "float32", Choice("reference")),
         ("grouped", "gpu", 64, "bfloat16", Choice("reference")),
         ("auto", "gpu", 64, "bfloat16", Choice("cudnn")),
+        ("cudnn", "gpu", 64, "bfloat16", Choice("cudnn")),
         ("auto", "gpu", 64, "float32", Choice("reference", "not cudnn: it takes bfloat16, not float32")),
         ("auto", "tpu", 256, "bfloat16", Choice("reference", "not splash: 256 patches are few")),
         ("auto", "tpu", 576, "bfloat16", Choice("splash")),
@@ -281,9 +283,9 @@ SHAPE = (8, 64, 8, 96)
     ("platform", "sizes", "dtype", "head_dim", "expected"),
     [
         ("cpu", {}, "float32", 96, Choice("grouped")),
-        ("gpu", {}, "bfloat16", 96, Choice("cudnn")),
+        ("gpu", {}, "bfloat16", 96, Choice("cudnn", UNTRIED)),
         ("gpu", {}, "float32", 96, Choice("grouped", "not cudnn: it takes bfloat16, not float32")),
-        ("gpu", {"tensor": 4, "data": 2}, "bfloat16", 128, Choice("cudnn")),
+        ("gpu", {"tensor": 4, "data": 2}, "bfloat16", 128, Choice("cudnn", UNTRIED)),
         ("gpu", {}, "bfloat16", 100,
          Choice("grouped", "not cudnn: it takes heads whose width is a multiple of 8 up to 128, not 100")),
         ("tpu", {"fsdp": 8}, "bfloat16", 100, Choice("splash")),
@@ -297,7 +299,7 @@ def test_auto_takes_the_fused_path_of_the_platform_or_says_why_not(platform, siz
 
 
 def test_the_gpu_at_hand_must_have_it(monkeypatch):
-    assert choose_path("auto", SHAPE, 4, jnp.bfloat16, "gpu") == Choice("cudnn")
+    assert choose_path("auto", SHAPE, 4, jnp.bfloat16, "gpu").path == "cudnn"
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability="7.5")])
     expected = "not cudnn: it needs an NVIDIA GPU of compute capability 8.0 or more, not 7.5"
     assert choose_path("auto", SHAPE, 4, jnp.bfloat16, "gpu") == Choice("grouped", expected)

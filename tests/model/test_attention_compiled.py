@@ -32,17 +32,21 @@ def run_compiler(platform: str, script: str, *arguments: str) -> list:
     if python is None and not any(map(importlib.util.find_spec, modules)):
         pytest.skip(f"no compiler for {platform}: pip install 'minimind-jax[{extra}]', or set ${variable}")
     root = str(Path(__file__).parents[2])
+    environment = {
+        name: value for name, value in os.environ.items() if name != "XLA_FLAGS"
+    }  # another may not know ours
     done = subprocess.run(
         [python or sys.executable, Path(__file__).with_name(script), *arguments],
-        capture_output=True, text=True, timeout=1200, cwd=root, env={**os.environ, "PYTHONPATH": root},
+        capture_output=True, text=True, timeout=1200, cwd=root, env={**environment, "PYTHONPATH": root},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def compile_cases(platform: str, device: str, topology: str, cases: list[tuple]) -> list[dict]:
-    """What `compile_attention` prints; cases are (mesh sizes, (B, T, N, K, H), packed)."""
-    cases = [dict(zip(("sizes", "shape", "packed"), case, strict=True)) for case in cases]
+    """What `compile_attention` prints; cases are (mesh sizes, (B, T, N, K, H), packed) and maybe a path."""
+    names = "sizes", "shape", "packed", "path"
+    cases = [dict(zip(names, (*case, "auto")[:4], strict=True)) for case in cases]
     return run_compiler(platform, "compile_attention.py", device, topology, json.dumps(cases))
 
 
@@ -63,22 +67,29 @@ def test_samples_are_written_with_parameters_on_a_mesh(platform, device, topolog
 
 
 def test_one_gpu_runs_cudnn_and_holds_no_scores():
-    plain, packed, odd = compile_cases(
-        "cuda", "h100", "1", [({}, SHAPE, False), ({}, SHAPE, True), ({}, (8, 341, 8, 2, 64), True)]
-    )  # fmt: skip
+    cases = [({}, SHAPE, False), ({}, SHAPE, True), ({}, (8, 341, 8, 2, 64), True)]
+    by_documents = [({}, SHAPE, True, "cudnn_packed"), ({}, (8, 341, 8, 2, 64), True, "cudnn_packed")]
+    plain, packed, odd, *documents = compile_cases("cuda", "h100", "1", [*cases, *by_documents])
     assert plain["kernels"] == CUDNN and packed["kernels"] == odd["kernels"] == CUDNN_MASKED
     B, T, N, _, _ = SHAPE
     assert plain["temporaries"] < 0.1 * 4 * B * N * T * T
     # The mask and, until jax 0.12, its gradient: two bytes for each pair of positions, shared by the heads.
     assert packed["temporaries"] < plain["temporaries"] + 2.2 * (2 * B * T * T)
+    for case in documents:  # and with a mask of one row what has no room, where the gradient computes both once more
+        assert sorted(case["kernels"]) == sorted([*CUDNN, *CUDNN_MASKED, CUDNN_MASKED[0]])
+    log_sums = 4 * B * (T // 128) * N * T  # one of each token, for each document of a row that there is room for
+    assert documents[0]["temporaries"] < plain["temporaries"] + log_sums + 2.2 * (2 * 2 * T * T)
+    assert documents[0]["temporaries"] < 0.75 * packed["temporaries"]
 
 
 def test_eight_gpus_each_run_cudnn_on_their_own_part():
     cases = [({"data": 8}, (64, *SHAPE[1:]), True), (FSDP_8, SHAPE, True), (ALL_THREE, SHAPE, True)]
-    whole, *parts = compile_cases("cuda", "h100", "8", cases)
+    whole, *parts, documents = compile_cases("cuda", "h100", "8", [*cases, (ALL_THREE, SHAPE, True, "cudnn_packed")])
     for part in parts:
         assert part["kernels"] == CUDNN_MASKED
         assert part["temporaries"] < 0.3 * whole["temporaries"]
+    assert set(documents["kernels"]) == {*CUDNN, *CUDNN_MASKED}
+    assert documents["temporaries"] < 0.3 * whole["temporaries"]
 
 
 def test_eight_tpus_each_run_splash_on_their_own_part():
