@@ -1,5 +1,6 @@
 """How a command line is carried out: which command it names, its settings, its function, and how it ends."""
 
+import contextlib
 import os
 import pkgutil
 import sys
@@ -8,6 +9,7 @@ from typing import NamedTuple
 
 from minimind_jax import __version__, compiled, last_resort, shell, signals
 from minimind_jax.config import settings
+from minimind_jax.config.fields import first_words
 from minimind_jax.errors import UserError
 
 # Flags of every stage that say which of several processes this is, and where `initialize_distributed` looks for them.
@@ -19,20 +21,28 @@ PROCESS_FLAGS = {
 
 
 class Command(NamedTuple):
-    """What a command does, in a line; the class of its settings; the function that takes them, as `module:function`
-    of this package, imported when it is run; and whether several processes may run it together."""
+    """The class of its settings, which begins with what the command does; the function that takes them, as
+    `module:function` of this package, imported when it is run; whether several processes may run it together; and the
+    extra of this package without which it cannot."""
 
-    summary: str
     settings: type
     function: str
     has_processes: bool = False
+    extra: str = ""
+
+    @property
+    def summary(self) -> str:
+        return first_words(self.settings)
 
     def run(self, prog: str, argv: Sequence[str]) -> int:
         """The exit status: what the function returns if that is a number, else 0."""
         words = take_process_flags(argv) if self.has_processes else argv
         config = settings.load_settings(self.settings, words, prog)
         compiled.keep_programs()
-        status = pkgutil.resolve_name(f"minimind_jax.{self.function}")(config)
+        needs = shell.needing(f"{prog} needs packages that are not here", self.extra)
+        with needs if self.extra else contextlib.nullcontext():
+            function = pkgutil.resolve_name(f"minimind_jax.{self.function}")
+        status = function(config)
         return status if isinstance(status, int) else 0
 
 

@@ -191,4 +191,9 @@ def test_mistakes_of_tools_are_told_as_those_of_stages(words, told, capsys, tmp_
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_a_function(command):
-    assert callable(pkgutil.resolve_name(f"minimind_jax.{COMMANDS[command].function}"))
+    try:
+        assert callable(pkgutil.resolve_name(f"minimind_jax.{COMMANDS[command].function}"))
+    except ImportError:
+        assert COMMANDS[command].extra
+        with pytest.raises(UserError, match="needs packages that are not here: .*-m pip install "):
+            COMMANDS[command].run("minimind", [])

@@ -43,7 +43,7 @@ class SightConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class ClassifyConfig(RunConfig):
-    """A classifier of texts, from a model, where data.seq_len cuts longer texts; or of pictures, from a tower.
+    """A classifier of texts, from a model, or of pictures, from a tower; data.seq_len cuts longer texts.
 
     export_dtype: float32, for transformers computes probabilities in the type that it finds.
     """

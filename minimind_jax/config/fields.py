@@ -212,6 +212,11 @@ def _description(cls: type, width: int) -> list[str]:
     return [line for lines in wrapped for line in ("", *lines)][1:]
 
 
+def first_words(cls: type) -> str:
+    """The docstring's first sentence, up to a colon or semicolon in it: what a command does, in a line."""
+    return re.split(r"[.:;](?: |$)", " ".join(inspect.cleandoc(cls.__doc__).partition("\n\n")[0].split()))[0]
+
+
 def _help_lines(field: Field, width: int) -> list[str]:
     placeholder = "null" if field.type is types.NoneType else _placeholder(field.type)
     head = f"  {_argument(field) if field.declared.get('positional') else f'--{field.key} {placeholder}'}"

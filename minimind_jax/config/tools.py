@@ -38,8 +38,8 @@ class PipelineConfig(PassedOn):
 
 
 class DemoConfig(PassedOn):
-    """Trains a small model on text that comes with Python, asks it the questions it learned and exports it, all in
-    runs/demo. --STAGE.key value changes configs/quickstart.yaml.
+    """A small model learns from text that comes with Python, answers and is exported, all in runs/demo. --STAGE.key
+    value changes configs/quickstart.yaml.
     """
 
 

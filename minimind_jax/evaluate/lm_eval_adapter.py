@@ -10,6 +10,7 @@ add_bos_token, enable_thinking (of the chat template).
 """
 
 import itertools
+import sys
 from typing import Any
 
 import lm_eval.models  # noqa: F401  registers lm_eval's own, which it would not do after ours
@@ -18,6 +19,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
 from minimind_jax.config.generation import SamplingConfig
+from minimind_jax.config.tools import LMEvalConfig
 from minimind_jax.data.documents import begun
 from minimind_jax.errors import UserError
 from minimind_jax.inference.likelihood import LikelihoodScorer, encode_pair
@@ -26,6 +28,14 @@ from minimind_jax.inference.request import Request
 from minimind_jax.progress import progress, tracked
 
 DEFAULT_BATCH = 16
+
+
+def run(config: LMEvalConfig) -> None:
+    """lm_eval's own command, with our model registered."""
+    from lm_eval.__main__ import cli_evaluate  # which imports its models, and so us where it finds plugins
+
+    sys.argv = ["lm_eval", *config.arguments]
+    cli_evaluate()
 
 
 @register_model("minimind_jax")

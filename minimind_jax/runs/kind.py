@@ -13,9 +13,7 @@ from minimind_jax.shell import command
 class StageKind:
     """A stage, as the command line, the loop, pipelines, reports, exports and plans know it."""
 
-    # name, summary: of its command
-    name: str
-    summary: str
+    name: str  # of its command
     config: type  # its settings
     function: str  # `module:function` of this package, that makes the recipe of a run, or where it is none does all
     records: str = ""  # the kind of data it trains on (see `data.kinds`); empty where it is no run

@@ -24,61 +24,51 @@ REWARDED = {
     ),
     "figures": ("reward", "success", "length"),
     "curves": ("reward", "success"),
+    "next": (CHAT, ASK),
 }
 
 KINDS = (
+    StageKind("tokenizer", settings.TokenizerConfig, "stages.tokenizer:train_tokenizer"),
     StageKind(
-        "tokenizer", "train a byte-level BPE tokenizer", settings.TokenizerConfig, "stages.tokenizer:train_tokenizer"
-    ),
-    StageKind(
-        "pretrain", "next-token training on plain text", settings.PretrainConfig, "stages.next_token:recipe",
+        "pretrain", settings.PretrainConfig, "stages.next_token:recipe",
         records="text", next=(CHAT, TUNE), planned=("pretrain",),
     ),
     StageKind(
-        "sft", "supervised fine-tuning on conversations", settings.SFTConfig, "stages.next_token:recipe",
+        "sft", settings.SFTConfig, "stages.next_token:recipe",
         records="conversation", next=(CHAT, ASK, TUNE), planned=("sft", "lora"),
     ),
     StageKind(
-        "dpo", "learn from pairs of answers, chosen and rejected", settings.DPOConfig, "stages.dpo:recipe",
+        "dpo", settings.DPOConfig, "stages.dpo:recipe",
         records="preference", needs_start=True, fixed=("preference.loss", "preference.precompute_reference"),
         figures=("chosen_nll", "rewards/margins", "rewards/accuracies"),
         curves=("rewards/margins", "rewards/accuracies"), next=(CHAT, ASK, TUNE),
     ),
     StageKind(
-        "distill", "learn from a larger model's probabilities", settings.DistillConfig, "stages.distill:recipe",
+        "distill", settings.DistillConfig, "stages.distill:recipe",
         records="conversation", fixed=("teacher.model", "teacher.top_k"),
         figures=("divergence",), curves=("divergence",), next=(CHAT, TUNE),
     ),
     StageKind(
-        "reward", "train a model that scores answers", settings.RewardConfig, "stages.reward:recipe",
+        "reward", settings.RewardConfig, "stages.reward:recipe",
         records="preference", has_head=True, labels=("reward",), needs_start=True,
         figures=("margin", "accuracy"), curves=("margin", "accuracy"), next=(SCORE,),
     ),
     StageKind(
-        "classify", "train a classifier of texts or pictures", classify.ClassifyConfig, "stages.classify:recipe",
+        "classify", classify.ClassifyConfig, "stages.classify:recipe",
         records="labelled", has_head=True, needs_start=True, fixed=("vision.",),
         figures=("accuracy",), curves=("accuracy",), next=(PREDICT,),
     ),
     StageKind(
-        "vlm-pretrain", "a model of texts and a tower that sees learn to know each other", settings.VLMPretrainConfig,
-        "stages.vision:recipe", records="images", needs_start=True, next=(SEE,), planned=("vlm_pretrain",),
+        "vlm-pretrain", settings.VLMPretrainConfig, "stages.vision:recipe",
+        records="images", needs_start=True, next=(SEE,), planned=("vlm_pretrain",),
     ),
     StageKind(
-        "vlm-sft", "fine-tuning on conversations about images", settings.VLMSFTConfig, "stages.vision:recipe",
+        "vlm-sft", settings.VLMSFTConfig, "stages.vision:recipe",
         records="images", needs_start=True, next=(SEE,), planned=("vlm_sft", "vlm_nanovlm"),
     ),
-    StageKind(
-        "grpo", "learn from reward by groups of answers: GRPO, CISPO, DAPO, ...", rl.GRPOConfig,
-        "stages.reinforce:recipe", next=(CHAT, ASK), **REWARDED,
-    ),
-    StageKind(
-        "ppo", "learn from reward with a value model", rl.PPOConfig, "stages.reinforce:recipe", next=(CHAT, ASK),
-        **REWARDED,
-    ),
-    StageKind(
-        "agent", "learn from reward in episodes with tools", rl.AgentConfig, "stages.reinforce:recipe",
-        next=(CHAT, ASK), **REWARDED,
-    ),
+    StageKind("grpo", rl.GRPOConfig, "stages.reinforce:recipe", **REWARDED),
+    StageKind("ppo", rl.PPOConfig, "stages.reinforce:recipe", **REWARDED),
+    StageKind("agent", rl.AgentConfig, "stages.reinforce:recipe", **REWARDED),
 )  # fmt: skip
 
 STAGES = {kind.name: kind for kind in KINDS}
