@@ -195,5 +195,5 @@ def test_every_command_has_a_function(command):
         assert callable(pkgutil.resolve_name(f"minimind_jax.{COMMANDS[command].function}"))
     except ImportError:
         assert COMMANDS[command].extra
-        with pytest.raises(UserError, match="needs packages that are not here: .*-m pip install "):
+        with pytest.raises(UserError, match=r"needs packages that are not here: .*-m pip install "):
             COMMANDS[command].run("minimind", [])

@@ -149,9 +149,8 @@ class GenerateConfig(ReadingConfig, SamplingSettings):
         _require_model(self)
         object.__setattr__(self, "input", (self.input,) if isinstance(self.input, str) else tuple(self.input))
         object.__setattr__(self, "system", readable(self.system))
-        _set_texts(self, "prompt")
-        _set_texts(self, "image")
-        _set_texts(self, "choices")
+        for name in ("prompt", "image", "choices"):
+            _set_texts(self, name)
         if len(forms := [name for name in ("schema", "regex", "choices") if getattr(self, name)]) > 1:
             raise ValueError(f"{' and '.join(forms)} are all set, and an answer can have one form; keep one of them")
         if bool(self.prompt) == bool(self.input):

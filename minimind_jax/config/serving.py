@@ -68,7 +68,6 @@ class ServeConfig(Settings):
 
     @property
     def most_bytes(self) -> int:
-        """Of a request."""
         return int(self.max_body_mib * 2**20)
 
     @property

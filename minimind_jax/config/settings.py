@@ -42,7 +42,6 @@ def config_folder() -> Path:
 
 
 def config_names() -> list[str]:
-    """Names of the configs that come with the package."""
     return sorted(file.stem for file in config_folder().glob("*.yaml"))
 
 
@@ -262,7 +261,6 @@ def _with_section(message: str, cls: type, prefix: str, given: Mapping[str, Sett
 
 
 def _typed(field: Field, setting: Setting) -> Any:
-    """The setting's value in the field's type."""
     where, given = f"{setting.where}: {field.key}", setting.value
     try:
         if field.is_list and given is not None:
@@ -301,7 +299,6 @@ def _check_former(cls: type, key: str, setting: Setting, fields: Mapping[str, Fi
 
 
 def _unknown_key(key: str, setting: Setting, fields: Mapping[str, Field]) -> str:
-    """The message for a key that no field has, naming the likeliest one."""
     where = f"{setting.where}: unknown setting {key}"
     inside = [name for name in fields if name.startswith(key + ".")]
     if inside:

@@ -50,6 +50,7 @@ class RunConfig(Settings):
 
     FIGURES: ClassVar[Figures]
     SHORTEST: ClassVar[int] = 100  # steps; shorter runs are warned about
+    of_pictures: ClassVar[bool] = False  # whether records are pictures, without a word that a tokenizer would read
     SMALLER_STEPS: ClassVar[str] = "steps of fewer tokens (--training.batch_tokens {} is the least)"  # how to have them
 
     # Settings that every stage had once: the value of a stage that ignored them, which is in config.yaml of its runs,
@@ -92,11 +93,6 @@ class RunConfig(Settings):
                 f"training.batch_tokens {self.training.batch_tokens} does not divide by data.seq_len x "
                 f"training.accumulation_steps = {rows}; try {max(1, round(self.training.batch_tokens / rows)) * rows}"
             )
-
-    @property
-    def of_pictures(self) -> bool:
-        """Whether records are pictures, without a word that a tokenizer would read."""
-        return False
 
     @property
     def figures(self) -> Figures:

@@ -11,14 +11,12 @@ UNSEEN = ("rope_theta", "max_position_embeddings", "rms_norm_eps", "num_experts_
 
 
 def run_from_hf(config: FromHFConfig) -> None:
-    """`minimind convert from-hf`."""
     source = resolve_model_folder(config.source, "source")
     from_hf(source, config.output, config.dtype, config.tokenizer or None, config.max_shard_bytes, config.vision)
     print(f"wrote {config.output}")
 
 
 def run_from_torch(config: FromTorchConfig) -> None:
-    """`minimind convert from-torch`."""
     overrides = {name: getattr(config, name) for name in UNSEEN if getattr(config, name) is not None}
     if config.inference_rope_scaling:
         overrides["rope_scaling"] = MINIMIND_YARN
@@ -29,13 +27,11 @@ def run_from_torch(config: FromTorchConfig) -> None:
 
 
 def run_to_torch(config: ToTorchConfig) -> None:
-    """`minimind convert to-torch`."""
     to_torch(resolve_model_folder(config.source, "source"), config.output)
     print(f"wrote {config.output}")
 
 
 def run_merge_lora(config: MergeLoRAConfig) -> None:
-    """`minimind convert merge-lora`."""
     source = resolve_model_folder(config.source, "source")
     merge_lora(source, config.output, config.base, config.dtype, config.max_shard_bytes)
     print(f"wrote {config.output}")

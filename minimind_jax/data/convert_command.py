@@ -9,12 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minimind_jax.config.tools import ConvertDataConfig
-from minimind_jax.data.formats import TEXT, detect, recognise, renaming
+from minimind_jax.data.formats import recognise
 from minimind_jax.data.jsonl import Reading, Record, expand_paths, iter_records, reading_of, tell, tell_left_out
-from minimind_jax.data.kinds import KINDS, KindName, Wanted
+from minimind_jax.data.kinds import KINDS, KindName, Wanted, kind_of_record
 from minimind_jax.data.labels import LABEL_FIELDS, Classes
-from minimind_jax.data.pictures import has_pictures
-from minimind_jax.data.values import field_names
 from minimind_jax.data.written import check_output
 from minimind_jax.errors import UserError
 from minimind_jax.signals import telling
@@ -93,15 +91,5 @@ def _renamed(record: Record, names: dict[str, str]) -> Record:
 
 
 def _kind(record: Record, reading: Reading) -> KindName:
-    found = detect(record.value, reading)
-    if found == "text" and record.value.keys() & set(LABEL_FIELDS[:2]):
-        return "labelled"
-    if found == "conversation" and has_pictures(record.value):
-        return "images"
-    if found is None:
-        raise UserError(
-            f"{record.where}: no format that is read has the fields {field_names(record.value)}; --rename "
-            f"{renaming(record.value, (*TEXT, *LABEL_FIELDS))} gives them the names of one (docs/data.md lists them), "
-            "--text_field names a text"
-        )
-    return found
+    found = kind_of_record(record, reading)
+    return "labelled" if found == "text" and record.value.keys() & set(LABEL_FIELDS[:2]) else found

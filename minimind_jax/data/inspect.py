@@ -14,16 +14,14 @@ from rich.text import Text
 from minimind_jax.config.sections import AnyConfig, DataConfig
 from minimind_jax.config.tools import InspectConfig
 from minimind_jax.data.epoch import plan_epoch
-from minimind_jax.data.formats import detect
 from minimind_jax.data.images import open_image
 from minimind_jax.data.inspect_page import Shown, write_page
 from minimind_jax.data.jsonl import READING, Reading, expand_paths, iter_records, reading_of
-from minimind_jax.data.kinds import KINDS, KindName
+from minimind_jax.data.kinds import KINDS, KindName, kind_of_record
 from minimind_jax.data.packing import PackingPlan
-from minimind_jax.data.pictures import SIGHT, PictureFile, Sight, has_pictures
+from minimind_jax.data.pictures import SIGHT, PictureFile, Sight
 from minimind_jax.data.token_cache import TokenCache, build_cache
 from minimind_jax.data.tokenizer import Tokenizer
-from minimind_jax.data.values import field_names
 from minimind_jax.data.written import check_output
 from minimind_jax.errors import UserError
 
@@ -107,12 +105,7 @@ def detect_kind(files: list[Path], reading: Reading = READING) -> KindName:
     none."""
     broken: list[UserError] = []
     for record in iter_records(files, broken.append, reading):
-        if kind := detect(record.value, reading):
-            return "images" if kind == "conversation" and has_pictures(record.value) else kind
-        raise UserError(
-            f"{record.where}: expected a field `text`, `conversations` or `chosen`; found {field_names(record.value)}; "
-            "--text_field names another field with a text, and docs/data.md lists the formats that are read"
-        )
+        return kind_of_record(record, reading)
     raise UserError(f"{', '.join(map(str, files))}: no line is a JSON object; the first: {broken[0]}")
 
 

@@ -12,16 +12,17 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from minimind_jax.data import documents
-from minimind_jax.data.formats import read_record, read_text
+from minimind_jax.data.formats import TEXT, detect, read_record, read_text, renaming
 from minimind_jax.data.jsonl import READING, Reading, Record
 from minimind_jax.data.labelled_images import parse_labelled_picture
-from minimind_jax.data.labels import Classes, parse_labelled
+from minimind_jax.data.labels import LABEL_FIELDS, Classes, parse_labelled
 from minimind_jax.data.messages import Conversation, Message, check_closed, is_trained
 from minimind_jax.data.pictures import (
     SIGHT,
     Seen,
     Sight,
     check_pictures,
+    has_pictures,
     pack,
     place_pictures,
     refuse_pictures,
@@ -31,6 +32,7 @@ from minimind_jax.data.preferences import Preference
 from minimind_jax.data.prompts import Prompt, read_prompt
 from minimind_jax.data.template import Roll
 from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.data.values import field_names
 from minimind_jax.errors import UserError
 
 KindName = Literal["text", "conversation", "preference", "labelled", "prompt", "images", "pictures"]
@@ -86,6 +88,18 @@ def parse_seen(record: Record, wanted: Wanted) -> Seen:
     talk = parse_conversation(words, reading=wanted.reading)
     check_pictures(record, pictures)
     return place_pictures(record, talk, pictures, wanted.sight)
+
+
+def kind_of_record(record: Record, reading: Reading = READING) -> KindName:
+    """What a record says: a text, a conversation (with images), or a pair. Raises UserError if it is none of these."""
+    found = detect(record.value, reading)
+    if found is None:
+        names = renaming(record.value, (*TEXT, *LABEL_FIELDS))
+        raise UserError(
+            f"{record.where}: no format that is read has the fields {field_names(record.value)}; docs/data.md lists "
+            f"all, --rename {names} gives fields the names of one (of data convert), --text_field names a text"
+        )
+    return "images" if found == "conversation" and has_pictures(record.value) else found
 
 
 def beginning(text: str) -> str:

@@ -23,7 +23,7 @@ OTHER_ROLES = {
 }
 CONTENT = ("content", "value", "text")
 REASONING = ("reasoning_content", "reasoning", "thinking")
-SWITCHES = ("train", "training", "loss")  # whether a message is trained; weight says it with a number
+SWITCHES = ("train", "training", "loss", "weight")  # whether a message is trained
 EMPTY_ANSWERS = "empty answers of the assistant are not trained"
 TEXT_PARTS = ("text", "input_text", "output_text")
 
@@ -242,26 +242,13 @@ def _without_inline_copy(content: str, reasoning: str, place: Place) -> str:
 
 
 def _trained(left: dict[str, Any], role: str, place: Place) -> bool:
-    trained = True
-    for name in SWITCHES:
-        if name in left:
-            value = left.pop(name)
-            if value not in (True, False):  # 0 and 1 are these
-                raise UserError(f"{place.text}.{name} is {reprlib.repr(value)}; expected true or false")
-            if value and role != "assistant":
-                raise UserError(
-                    f"{place.text}.{name} is true on a {role} message; only the assistant's messages are trained "
-                    f"(data.ignore_fields {name} ignores it)"
-                )
-            trained &= bool(value)
-    if "weight" in left:
-        weight = left.pop("weight")
-        if weight not in (0, 1):
-            raise UserError(
-                f"{place.text}.weight is {reprlib.repr(weight)}; a message is trained (1) or context (0), weights in "
-                "between are not supported"
-            )
-        trained &= bool(weight)
-        if weight and role != "assistant":
+    given = {name: left.pop(name) for name in SWITCHES if name in left}
+    for name, value in given.items():
+        if value not in (True, False):  # 0 and 1 are these
+            raise UserError(f"{place.text}.{name} is {reprlib.repr(value)}; expected true or false (a weight: 1 or 0)")
+        if value and role != "assistant":
+            told = f"only the assistant's messages are trained (data.ignore_fields {name} ignores it)"
+            if name != "weight":
+                raise UserError(f"{place.text}.{name} is true on a {role} message; {told}")
             place.tell(f"`weight` 1 of {role} messages is ignored, only the assistant's are trained")
-    return trained or role != "assistant"
+    return all(given.values()) or role != "assistant"

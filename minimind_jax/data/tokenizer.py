@@ -120,7 +120,6 @@ class Tokenizer:
         return cls(folder, backend, config, _read_template(folder, config))
 
     def vocabulary(self) -> dict[str, int]:
-        """Every token's id."""
         return self._backend.get_vocab(with_added_tokens=True)
 
     def check_same_words(self, own: "Tokenizer", model: str) -> None:
@@ -147,7 +146,6 @@ class Tokenizer:
 
     @functools.cached_property
     def turn_end(self) -> str:
-        """The text of `turn_end_id`, or none."""
         return "" if self.turn_end_id is None else self.decode([self.turn_end_id], skip_special_tokens=False)
 
     @functools.cached_property

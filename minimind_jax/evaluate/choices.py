@@ -107,7 +107,6 @@ def _number(answer: Any, choices: Sequence[str], record: Record) -> int:
 
 
 def run(config: ChoicesConfig) -> None:
-    """Measures and prints what `config` asks for."""
     for result in evaluate_choices(config):
         print(result.describe())
 

@@ -84,7 +84,6 @@ class ClassificationResult:
         return matrix
 
     def summary(self) -> dict[str, Any]:
-        """All of it, for JSON."""
         return {
             "texts": len(self.truth),
             "accuracy": self.accuracy,
@@ -118,7 +117,6 @@ def evaluate_logits(
 
 
 def draw_confusion(result: ClassificationResult, picture: Path) -> None:
-    """Writes `confusion_figure` as PNG."""
     drawn = io.BytesIO()
     confusion_figure(result).savefig(drawn, format="png", dpi=110)
     with uninterrupted():

@@ -50,7 +50,6 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """exp(nll)"""
         return math.exp(self.nll)
 
     @property
@@ -60,7 +59,6 @@ class Perplexity:
 
 
 def run(config: PerplexityConfig) -> None:
-    """Measures and prints what `config` asks for."""
     found = evaluate_perplexity(config)
     print(
         f"{found.tokens:,} tokens: loss {found.nll:.4f}, perplexity {found.perplexity:.3f}, "

@@ -63,7 +63,6 @@ class Answer(NamedTuple):
 
 
 def run(config: ToolCallsConfig) -> None:
-    """Measures and prints what `config` asks for."""
     scores, notes = evaluate_tool_calls(config)
     for note, count in notes.items():
         print(f"{count:,} {note}")

@@ -37,7 +37,8 @@ def form_of(body: Drawing) -> Asked | None:
     """The form of the answer's words. Raises ApiError or UserError for a wrong one, or several."""
     asked = {f"guided_{name}": getattr(body, f"guided_{name}") for name in ("json", "regex", "choice", "grammar")}
     if body.structured_outputs:
-        asked |= {f"structured_outputs.{name}": value for name, value in body.structured_outputs.as_asked.items()}
+        given = body.structured_outputs.model_dump(by_alias=True)
+        asked |= {f"structured_outputs.{name}": value for name, value in given.items()}
     if body.response_format and body.response_format.type != "text":
         asked[f"response_format.{body.response_format.type}"] = body.response_format.schema or True
     asked = {name: value for name, value in asked.items() if value not in (None, False)}

@@ -44,10 +44,6 @@ class Structured(BaseModel):
     grammar: str | None = None
     json_object: bool | None = None
 
-    @property
-    def as_asked(self) -> dict[str, Any]:
-        return self.model_dump(by_alias=True)
-
 
 class JsonSchema(BaseModel):
     name: str | None = None

@@ -153,11 +153,8 @@ def add_cautious_decay(weight_decay: float, mask: Callable[[Params], Params]) ->
     """direction + weight_decay * w where the mask of the parameters is True and both have the same sign, so that the
     step w -= rate * direction makes w smaller; the direction alone elsewhere (cautious weight decay, arXiv 2510.12402).
     """
-
-    def decayed(direction, w):
-        return direction + weight_decay * jnp.where(direction * w > 0, w, 0)
-
-    return optax.masked(optax.stateless_with_tree_map(decayed), mask)
+    decayed = optax.stateless_with_tree_map(lambda update, w: update + weight_decay * jnp.where(update * w > 0, w, 0))
+    return optax.masked(decayed, mask)
 
 
 def decay_mask(params: Params, decay: str) -> Params:
@@ -179,16 +176,10 @@ def scale_by_muon(momentum: float) -> optax.GradientTransformation:
     Momentum (Nesterov, bias-corrected) and five Newton-Schulz iterations are optax's. `optax.contrib.muon` as a whole
     is not used: it gives its Adam half Nesterov momentum, and no decay mask.
     """
-
-    def dimension_numbers(updates):
-        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), updates)
-
-    def match_rms(update, _):
-        return update * (0.2 * math.sqrt(max(update.shape[-2:])))
-
+    numbers = functools.partial(jax.tree.map, lambda _: optax.contrib.MuonDimensionNumbers(-2, -1))
     return optax.chain(
-        optax.contrib.scale_by_muon(beta=momentum, weight_dimension_numbers=dimension_numbers),
-        optax.stateless_with_tree_map(match_rms),
+        optax.contrib.scale_by_muon(beta=momentum, weight_dimension_numbers=numbers),
+        optax.stateless_with_tree_map(lambda update, _: update * (0.2 * math.sqrt(max(update.shape[-2:])))),
     )
 
 

@@ -65,7 +65,10 @@ def test_broken_records_stop_or_are_skipped(tmp_path, capsys):
         (("a.jsonl", "b.jsonl"), "is there already"),
         (("a.jsonl", "out.csv"), "a name ending in .jsonl"),
         (("a.jsonl", "no/out.jsonl"), "there is no folder"),
-        (("b.jsonl", "out.jsonl"), "no format that is read has the fields ask; --rename OLD=NEW"),
+        (
+            ("b.jsonl", "out.jsonl"),
+            "has the fields ask; docs/data.md lists all, --rename OLD=NEW",
+        ),
         (("a.jsonl", "out.jsonl", "--rename", "x"), "expected OLD=NEW"),
         (("c.jsonl", "out.jsonl", "--rename", "text=note"), "the field 'note' is there already"),
     ],

@@ -132,9 +132,7 @@ def test_long_records_are_cut_in_print(tmp_path, tokenizer, data):
 
 
 def test_unknown_fields_and_unreadable_files_are_errors(tmp_path):
-    with pytest.raises(
-        UserError, match=r"a\.jsonl:1: expected a field `text`, `conversations` or `chosen`; found prompt"
-    ):
+    with pytest.raises(UserError, match=r"a\.jsonl:1: no format that is read has the fields prompt; docs/data\.md"):
         detect_kind([write(tmp_path / "a.jsonl", [{"prompt": []}])])
     with pytest.raises(UserError, match=r"b\.jsonl: no line is a JSON object"):
         detect_kind([write(tmp_path / "b.jsonl", ["no", "JSON"])])
