@@ -20,7 +20,7 @@ COMMANDS = {
     "data inspect": Command(tools.InspectConfig, "data.inspect:run"),
     "data convert": Command(tools.ConvertDataConfig, "data.convert_command:run"),
     "data download": Command(tools.DownloadConfig, "data.download:run"),
-    "data cache": Command(tools.CacheConfig, "data.cache_command:run"),
+    "data cache": Command(tools.CacheConfig, "data.cache_folder:run"),
     "chat": Command(generation.ChatConfig, "inference.chat:run"),
     "generate": Command(generation.GenerateConfig, "inference.generate_command:run"),
     "serve": Command(serving.ServeConfig, "serve.listening:listen", extra="serve"),

@@ -23,8 +23,8 @@ from minimind_jax.convert.hf_vision import (
     write_processors,
 )
 from minimind_jax.convert.replace import replacing
+from minimind_jax.convert.torch_file import read_weights
 from minimind_jax.convert.vision_weights import names_in_files, names_of_files
-from minimind_jax.convert.weight_files import read_weights
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import ModelConfig, TowerConfig, union_of_ids

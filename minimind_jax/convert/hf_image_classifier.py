@@ -8,8 +8,8 @@ import numpy as np
 
 from minimind_jax.convert.hf_config import HEADED, head_config
 from minimind_jax.convert.hf_vision import open_tower, to_tower_config
+from minimind_jax.convert.torch_file import read_weights
 from minimind_jax.convert.vision_weights import TOWER, tower_tensors
-from minimind_jax.convert.weight_files import read_weights
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import TowerConfig
 from minimind_jax.model.heads import SCORE

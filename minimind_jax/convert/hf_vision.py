@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from minimind_jax.convert.hf_config import from_hf_config, to_hf_config
 from minimind_jax.convert.hf_weights import StoredTensor, check_names_and_shapes
+from minimind_jax.convert.torch_file import read_weights
 from minimind_jax.convert.vision_weights import tower_names, tower_tensors
-from minimind_jax.convert.weight_files import read_weights
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import ModelConfig, TowerConfig, Vision

@@ -8,8 +8,8 @@ from typing import Any
 from minimind_jax.convert.hf_config import from_hf_config
 from minimind_jax.convert.hf_vision import open_tower
 from minimind_jax.convert.hf_weights import StoredTensor, matching_tensors
+from minimind_jax.convert.torch_file import read_weights
 from minimind_jax.convert.vision_weights import PROJECTOR
-from minimind_jax.convert.weight_files import read_weights
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import ModelConfig, Vision
 from minimind_jax.texts import is_there, read_object

@@ -1,4 +1,4 @@
-"""PyTorch files of tensors, read without running anything that is in them."""
+"""PyTorch files of tensors, read without running anything that is in them; and the weights of a folder, in any form."""
 
 import pickle
 import re
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from minimind_jax.convert.hf_weights import DTYPES, StoredTensor, cast
+from minimind_jax.convert.hf_weights import DTYPES, StoredTensor, cast, read_safetensors
 from minimind_jax.convert.replace import replacing_files
 from minimind_jax.errors import UserError
 from minimind_jax.shell import needing
@@ -39,6 +39,15 @@ def read_torch(path: str | Path) -> dict[str, StoredTensor]:
     if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise UserError(f"{path}: expected a state dict (names to tensors), or a dict with one under 'model'")
     return {re.sub(_WRAPPERS, "", name): _stored(name, tensor, path) for name, tensor in state.items()}
+
+
+def read_weights(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a Hugging Face folder under the names of its files. Raises UserError where there are none."""
+    if any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
+        return read_safetensors(folder)
+    if (folder / "pytorch_model.bin").exists():  # how MiniMind writes its own architecture
+        return read_torch(folder / "pytorch_model.bin")
+    raise UserError(f"{folder}: neither model.safetensors, model.safetensors.index.json nor pytorch_model.bin is there")
 
 
 def write_torch(path: str | Path, tensors: Mapping[str, np.ndarray], aliases: Mapping[str, str]):

@@ -1,4 +1,5 @@
-"""The folder of caches of tokens and features: which lie there, which are useless, and removing them while runs go on.
+"""Caches of tokens and features on this machine: which there are, which are useless, and removing them while runs go on
+(`minimind data cache`).
 
 An open cache holds a shared lock on its info.json, and whoever makes one holds KEY.lock, so that nothing is removed
 that a process maps or writes. The time of change of info.json is that of the last use.
@@ -17,13 +18,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import filelock
+from rich.filesize import decimal
 
 from minimind_jax.config.sections import FilesConfig
+from minimind_jax.config.tools import CacheConfig
 from minimind_jax.data.formats import VERSION as FORMATS_VERSION
 from minimind_jax.data.kinds import KINDS
 from minimind_jax.data.template import rendering_fingerprint
 from minimind_jax.errors import UserError
 from minimind_jax.paths import cache_home
+from minimind_jax.texts import listed
 
 try:
     import fcntl
@@ -31,6 +35,7 @@ except ImportError:  # Windows, which keeps a file that is mapped from being rem
     fcntl = None
 
 FORMAT_VERSION = 1  # of the files of a cache, and of what `documents.py` puts into them
+DAY = 24 * 60 * 60  # seconds
 _NAME = re.compile(r"\.?(?P<key>[0-9a-f]{32})(\.\d+\.tmp)?")  # a cache, or what is left of one that was cut off
 
 
@@ -149,6 +154,42 @@ def _reserved(folder: Path) -> Iterator[None]:
             info = stack.enter_context(open(folder / "info.json", "r+b"))  # NFS locks only what is open for writing
             fcntl.flock(info, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+
+
+# The command
+
+
+def run(config: CacheConfig) -> list[StoredCache]:
+    """Lists or removes the caches that `config` means; none is removed that a process has open.
+
+    Returns what is left, or was listed. Raises UserError for a cache that cannot be removed.
+    """
+    root = cache_root(FilesConfig(cache_dir=config.cache_dir))
+    asked = [cache for cache in stored_caches(root) if time.time() - cache.last_used >= config.days * DAY]
+    if config.clear:
+        unwanted = [cache for cache in asked if cache.stale or config.clear == "all"]
+        removed = [cache for cache in unwanted if remove_cache(cache)]
+        kept = [cache for cache in unwanted if cache not in removed]
+        print(f"removed {_amount(removed)}" + (f"; kept {_amount(kept)}, in use" if kept else ""))
+        return stored_caches(root)
+    print(f"{root}: {_amount(asked)}")
+    for cache in asked:
+        print(_line(cache))
+        if cache.files:
+            print(f"          {listed(cache.files, 3)}")
+    return asked
+
+
+def _line(cache: StoredCache) -> str:
+    age = int((time.time() - cache.last_used) / DAY)
+    used = "used today" if age < 1 else f"used {age:,} day{'s' * (age > 1)} ago"
+    state = "in use" if is_in_use(cache) else "stale" if cache.stale else ""
+    return f"{cache.key[:8]}  {cache.kind:<12}  {decimal(cache.size):>9}  {used}  {state}".rstrip()
+
+
+def _amount(caches: list[StoredCache]) -> str:
+    noun = "cache" if len(caches) == 1 else "caches"
+    return f"{len(caches):,} {noun}, {decimal(sum(cache.size for cache in caches))}"
 
 
 # What is in data files. Size and time do not tell: a file copied with its times, or put back by a backup, has other

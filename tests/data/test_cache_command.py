@@ -13,8 +13,7 @@ import pytest
 from minimind_jax.config.sections import DataConfig
 from minimind_jax.config.tools import CacheConfig
 from minimind_jax.data import cache_folder
-from minimind_jax.data.cache_command import run
-from minimind_jax.data.cache_folder import cache_root, lock_file, stored_caches
+from minimind_jax.data.cache_folder import cache_root, lock_file, run, stored_caches
 from minimind_jax.data.token_cache import build_cache
 from minimind_jax.data.tokenizer import train_bpe
 from minimind_jax.errors import UserError
