@@ -8,12 +8,15 @@ import signal
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
+from jax._src import compiler, distributed
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
+from pairs import free_port
 from safetensors.numpy import load_file
 
 from minimind_jax import stages
@@ -25,20 +28,30 @@ STEPS_PER_KILL = 8
 
 @pytest.fixture(scope="module")
 def start():
-    """start(stage, config, devices) -> a process that trains."""
+    """start(stage, config, devices) -> a process that trains. cluster: what joins it to others, see `cluster_of`."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["minimind_jax.stages.next_token", "minimind_jax.stages.reinforce"])
 
-    def start(stage, config, devices=1):
+    def start(stage, config, devices=1, cluster=None):
         cache = jax.config.jax_compilation_cache_dir
-        process = server.Process(target=run_stage, args=(stage, config, devices, cache))
+        process = server.Process(target=run_stage, args=(stage, config, devices, cache, cluster or {}))
         process.start()
         return process
 
     return start
 
 
-def run_stage(stage, config, devices, cache):
+def cluster_of(count):
+    """The variables of each of so many processes of one run."""
+    own = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(count)}
+    return [{**own, "JAX_PROCESS_ID": str(index)} for index in range(count)]
+
+
+def run_stage(stage, config, devices, cache, cluster):
+    if cluster:
+        os.environ.update(cluster)
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        keep_programs_of_all()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_compilation_cache_dir", cache)
@@ -47,6 +60,18 @@ def run_stage(stage, config, devices, cache):
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
     stages.start(config)
+
+
+def keep_programs_of_all():
+    """Of a cluster JAX has only the first process keep what it compiled, and on a CPU the others have programs of their
+    own: they would compile them anew in every test, and whenever they are started again."""
+    write = compiler._cache_write
+
+    def as_first(*given):
+        with mock.patch.object(distributed.global_state, "process_id", 0):
+            write(*given)
+
+    compiler._cache_write = as_first
 
 
 def finish(process, config):
@@ -60,7 +85,7 @@ def wait_for_step(run, step, process):
     while process.is_alive():
         if run.metrics_file.exists() and needle in run.metrics_file.read_bytes():
             return
-        time.sleep(0.001)
+        time.sleep(0.005)
 
 
 def train_with_kills(start, stage, config, kills, seed=0, variants=((1, 1),)):

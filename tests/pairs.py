@@ -13,10 +13,7 @@ from minimind_jax.training.tracking import read_metrics
 def start_pair(folder, *arguments):
     """`minimind ARGUMENTS` in each of two processes with one device each. folder: theirs, or one for each."""
     folders = folder if isinstance(folder, list) else [folder] * 2
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    cluster = ["--coordinator_address", f"127.0.0.1:{port}", "--num_processes", "2"]
+    cluster = ["--coordinator_address", f"127.0.0.1:{free_port()}", "--num_processes", "2"]
     return [
         subprocess.Popen(
             [sys.executable, "-m", "minimind_jax", *arguments, *cluster, "--process_id", str(index)],
@@ -28,6 +25,12 @@ def start_pair(folder, *arguments):
         )
         for index in range(2)
     ]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def start_one(folder, *arguments):
