@@ -129,9 +129,9 @@ def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
     """Raises UserError for a tokenizer with more tokens than a model."""
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
-            f"the tokenizer {tokenizer.folder} has {tokenizer.vocab_size} tokens, the model's vocab_size is "
-            f"{config.vocab_size}; they do not belong together, unless tokens were added: then train it with "
-            f"--model.vocab_size {tokenizer.vocab_size} first"
+            f"the tokenizer {tokenizer.folder} has {tokenizer.vocab_size} tokens, more than the model's vocabulary of "
+            f"{config.vocab_size}; they do not belong together, unless tokens were added: then train the model with "
+            f"--model.vocab_size {tokenizer.vocab_size}, which adds rows drawn around the mean of the others"
         )
 
 

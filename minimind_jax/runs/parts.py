@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from minimind_jax.config.sections import ModelSettings
 from minimind_jax.config.stages import RunConfig
-from minimind_jax.convert.hf import Labels, load_hf, load_labels
+from minimind_jax.convert.hf import Labels, check_vocabulary, load_hf, load_labels
 from minimind_jax.convert.hf_image_classifier import load_picture_head
 from minimind_jax.convert.hf_vision import open_tower
 from minimind_jax.convert.load import folders_of, load_merged, read_config
@@ -128,13 +128,7 @@ def _architecture(config: RunConfig, tokenizer: Tokenizer, start: Path | None) -
     else:
         size = {} if config.model.vocab_size else {"vocab_size": tokenizer.vocab_size}
         architecture = config.model.resolve(**ids, **size)
-    if tokenizer.vocab_size > architecture.vocab_size:
-        rows = ", which adds rows drawn around the mean of the others" if found else ""
-        raise UserError(
-            f"the tokenizer {tokenizer.folder} has {tokenizer.vocab_size} tokens, more than the model's vocabulary of "
-            f"{architecture.vocab_size}; set --model.vocab_size {tokenizer.vocab_size}{rows}, or take a tokenizer with "
-            "fewer tokens"
-        )
+    check_vocabulary(tokenizer, architecture)
     if config.lora.rank and found and architecture.vocab_size > found.vocab_size:
         raise UserError(
             f"model.vocab_size {architecture.vocab_size} is above the {found.vocab_size} of the model {start}, and "

@@ -1,6 +1,7 @@
 """The thread that alone touches the device: it lets engines step, and hands their news to the event loop."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import queue
 import threading
@@ -96,26 +97,19 @@ class Worker:
     async def run(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """What a function that computes returns, between two steps of the engines."""
         self._check_fault()
-        loop = asyncio.get_running_loop()
-        future = loop.create_future()
-
-        def settle(set_it: Callable[[Any], None], value: Any) -> None:
-            if not future.done():
-                set_it(value)
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
         def job() -> None:
-            if future.cancelled():
+            if not future.set_running_or_notify_cancel():
                 return
             try:
                 self._check_fault()
-                told = future.set_result, work(*arguments)
+                future.set_result(work(*arguments))
             except Exception as error:  # the caller's; the next job is another's
-                told = future.set_exception, error
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(settle, *told)
+                future.set_exception(error)
 
         self._jobs.put(job)
-        return await future
+        return await asyncio.wrap_future(future)
 
     async def ask(self, engine: Engine, requests: Sequence[Request]) -> Ticket:
         """Begins all of the answers, or none. Raises UserError for a bad request, ApiError 429 where too many wait."""
@@ -157,7 +151,14 @@ class Worker:
 
     def abandon(self, error: Exception) -> None:
         """Tells all who wait that no more comes, and ends their answers."""
-        self._jobs.put(lambda: self._tell_all(error))
+
+        def job() -> None:
+            answers = [(ticket.engine, answer) for ticket, _, answer in self._open.values()]
+            self._open_to(error)
+            for engine, answer in answers:
+                engine.cancel(answer)
+
+        self._jobs.put(job)
 
     # In the thread ----------------------------------------------------------------------------------------------------
 
@@ -214,12 +215,6 @@ class Worker:
             news.setdefault(ticket, []).append(told)
         for ticket, each in news.items():
             ticket.tell(each)
-
-    def _tell_all(self, error: Exception) -> None:
-        answers = [(ticket.engine, answer) for ticket, _, answer in self._open.values()]
-        self._open_to(error)
-        for engine, answer in answers:
-            engine.cancel(answer)
 
     def _open_to(self, error: Exception) -> None:
         for ticket in {ticket for ticket, _, _ in self._open.values()}:

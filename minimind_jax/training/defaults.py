@@ -30,23 +30,15 @@ class Amount(NamedTuple):
     rows: int
 
 
-class EpochSize(NamedTuple):
-    """What `planned_steps` asks of the data, which `Batches` know, too."""
-
-    steps_per_epoch: int
-    trained_tokens_per_epoch: int
-
-
-def planned_steps(training: TrainingConfig, epoch: EpochSize) -> int:
-    """Optimizer steps of the run; one epoch when neither steps, epochs nor tokens is set."""
+def planned_steps(training: TrainingConfig, epoch_steps: int, epoch_tokens: int) -> int:
+    """Optimizer steps of the run; one epoch when neither steps, epochs nor tokens is set. epoch_tokens: trained."""
     if training.steps is not None:
         return training.steps
     if training.tokens is not None:
-        tokens_per_step = epoch.trained_tokens_per_epoch / epoch.steps_per_epoch
-        return max(1, math.ceil(training.tokens / tokens_per_step))
+        return max(1, math.ceil(training.tokens / (epoch_tokens / epoch_steps)))
     epochs = 1 if training.epochs is None else training.epochs
     # 0.1 of 30 steps is 3.0000000000000004 in floating point: three steps, not four.
-    return max(1, math.ceil(epochs * epoch.steps_per_epoch - 1e-6))
+    return max(1, math.ceil(epochs * epoch_steps - 1e-6))
 
 
 def open_chances(config: RunConfig, is_rendered: bool, size: int) -> dict[str, float]:
@@ -90,14 +82,15 @@ def following(config: RunConfig, amount: Amount, parameters: int, shards: int) -
         if rows % training.accumulation_steps:
             found["training.accumulation_steps"] = math.gcd(rows, training.accumulation_steps)
     rows = found.get("training.batch_tokens", training.batch_tokens) // seq_len
-    size = EpochSize(-(-amount.rows // rows), amount.trained)
+    steps = -(-amount.rows // rows)  # of an epoch
     if not _has_length(training):
-        most = max(config.figures.most_epochs, math.ceil(config.SHORTEST / size.steps_per_epoch))
-        epochs = float(max(config.figures.epochs, min(most, math.ceil(STEPS / size.steps_per_epoch))))
+        most = max(config.figures.most_epochs, math.ceil(config.SHORTEST / steps))
+        epochs = float(max(config.figures.epochs, min(most, math.ceil(STEPS / steps))))
         found["training.epochs"] = epochs
         training = dataclasses.replace(training, epochs=epochs)
     if training.eval_every is None:
-        found["training.eval_every"] = min(config.figures.eval_every, max(1, planned_steps(training, size) // 10))
+        tenth = planned_steps(training, steps, amount.trained) // 10
+        found["training.eval_every"] = min(config.figures.eval_every, max(1, tenth))
     if optimizer.learning_rate is None:
         rate = found["optimizer.learning_rate"] = _rate(config, amount.tokens, parameters)
         if optimizer.name == "muon" and optimizer.muon_learning_rate is None:

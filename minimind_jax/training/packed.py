@@ -32,7 +32,7 @@ class PackedRows:
         self._open = contextlib.ExitStack()
 
     def planned_steps(self, training: TrainingConfig) -> int:
-        return planned_steps(training, self.batches)
+        return planned_steps(training, self.batches.steps_per_epoch, self.batches.trained_tokens_per_epoch)
 
     def record(self) -> dict[str, Any]:
         return data_record(self.batches)

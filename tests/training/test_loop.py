@@ -339,11 +339,6 @@ def test_a_rope_scaling_makes_the_context_of_the_model_that_is_there_longer(
     assert context(max_position_embeddings=300) == 300
 
 
-class Plan:
-    steps_per_epoch = 30
-    trained_tokens_per_epoch = 3000
-
-
 @pytest.mark.parametrize(
     ("training", "steps"),
     [
@@ -356,7 +351,7 @@ class Plan:
     ],
 )
 def test_length_of_a_run(training, steps):
-    assert planned_steps(TrainingConfig(**training), Plan) == steps
+    assert planned_steps(TrainingConfig(**training), 30, 3000) == steps
 
 
 def test_the_same_data_needs_no_warning():
