@@ -51,31 +51,37 @@ def choose_path(
     dtype: jnp.dtype,
     platform: Platform,
     mesh: Mesh | AbstractMesh | None = None,
+    deterministic: bool = False,
 ) -> Choice:
     """The path for whole rows, queries being (B, T, N, H); `cached_attention` has none to choose. Raises UserError when
-    a fused one is asked for that cannot run there."""
+    a fused one is asked for that cannot run there. deterministic: `compute.deterministic`."""
     own = {"gpu": "cudnn", "tpu": "splash"}.get(platform)
     if path == "auto" and own is not None:
-        obstacle = _obstacle(own, query_shape, kv_heads, dtype, mesh)
+        obstacle = _obstacle(own, query_shape, kv_heads, dtype, mesh, deterministic)
         if obstacle is not None:
             return Choice("grouped", f"not {own}: {obstacle}")
         return Choice(own, UNTRIED if own == "cudnn" else None)
     if path in FUSED:
-        is_here = FUSED[path] == platform
-        obstacle = _obstacle(path, query_shape, kv_heads, dtype, mesh) if is_here else f"this is a {platform}"
+        obstacle = f"this is a {platform}"
+        if FUSED[path] == platform:
+            obstacle = _obstacle(path, query_shape, kv_heads, dtype, mesh, deterministic)
         if obstacle is not None:
             raise UserError(f"compute.attention {path} cannot run here: {obstacle}; auto takes a path that can")
     return Choice("grouped" if path == "auto" else path)
 
 
 def choose_full_path(
-    path: Path, query_shape: tuple[int, int, int, int], dtype: jnp.dtype, platform: Platform
+    path: Path,
+    query_shape: tuple[int, int, int, int],
+    dtype: jnp.dtype,
+    platform: Platform,
+    deterministic: bool = False,
 ) -> Choice:
     """The path of `full_attention` on a device's own queries (N, P, heads, H): a fused one, or `reference`.
 
     Raises UserError as `choose_path`.
     """
-    choice = choose_path(path, query_shape, query_shape[2], dtype, platform)
+    choice = choose_path(path, query_shape, query_shape[2], dtype, platform, None, deterministic)
     if choice.path in ("cudnn", "cudnn_packed"):  # the same where there are no documents
         return Choice("cudnn")
     if choice.path == "grouped":  # which is for tokens that see what is before them
@@ -85,8 +91,10 @@ def choose_full_path(
     return choice
 
 
-def _obstacle(path: Path, query_shape, kv_heads, dtype, mesh) -> str | None:
+def _obstacle(path: Path, query_shape, kv_heads, dtype, mesh, deterministic) -> str | None:
     """Why a fused path cannot be taken on its platform."""
+    if deterministic and FUSED[path] == "gpu":
+        return "compute.deterministic is set, and its gradient is summed in the order in which threads come"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16, not {jnp.dtype(dtype).name}"
     tensor = 1 if mesh is None or mesh.empty else mesh.shape["tensor"]

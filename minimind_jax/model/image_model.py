@@ -56,7 +56,7 @@ class ImageModel:
         found_BTW = batch.get("features")
         if found_BTW is None:
             tower, pixels_BTHWC, is_there_BT = params[VISION]["tower"], batch["pixels"], batch["segment_ids"] > 0
-            how = self.dtype, self.platform, self.compute.attention
+            how = self.dtype, self.platform, self.compute
             found_BTW = _mean(row_features(self.vision, tower, pixels_BTHWC, is_there_BT, *how))
         return ModelOutput(found_BTW, jnp.zeros((), jnp.float32))
 

@@ -305,7 +305,7 @@ class LanguageModel:
         if found_BIPW is None:
             found_BIPW = row_features(
                 self.config.vision, params[VISION]["tower"], batch["pixels"], self._is_marker(batch["tokens"]),
-                self.dtype, self.platform, self.compute.attention,
+                self.dtype, self.platform, self.compute,
             )  # fmt: skip
         return self.project(params, found_BIPW).reshape(len(found_BIPW), -1, self.config.hidden_size)
 
@@ -328,9 +328,8 @@ class LanguageModel:
         """Attention over the row itself, by the path that the model and its devices allow."""
         shape, mesh = self.config, jax.sharding.get_abstract_mesh()
         queries = (*x_BTD.shape[:2], shape.num_attention_heads, shape.head_dim)
-        path = choose_path(
-            self.compute.attention, queries, shape.num_key_value_heads, self.dtype, self.platform, mesh
-        ).path
+        asked, own = self.compute.attention, (self.dtype, self.platform, mesh, self.compute.deterministic)
+        path = choose_path(asked, queries, shape.num_key_value_heads, *own).path
         return functools.partial(attention, segment_ids_BT=segment_ids_BT, path=path, platform=self.platform)
 
     def _norm(self, params: Params, x_BTD: Array) -> Array:

@@ -25,7 +25,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from minimind_jax.model.attention import Choice, Path, choose_full_path, full_attention
-from minimind_jax.model.config import Platform, TowerConfig, Vision
+from minimind_jax.model.config import ComputeConfig, Platform, TowerConfig, Vision
 from minimind_jax.model.linear import multiply
 from minimind_jax.sharding import ROW_AXES, current_mesh
 
@@ -116,11 +116,11 @@ def vision_axes(vision: Vision) -> Params:
 # The tower and the projector ------------------------------------------------------------------------------------------
 
 
-def tower_path(tower: TowerConfig, path: Path, dtype: jnp.dtype, platform: Platform) -> Choice:
-    """How a device's own patches attend to one another, where `compute.attention` is `path`."""
+def tower_path(tower: TowerConfig, compute: ComputeConfig, dtype: jnp.dtype, platform: Platform) -> Choice:
+    """How a device's own patches attend to one another, of the paths that `compute` allows."""
     heads = tower.num_attention_heads
     queries = (IMAGES_AT_ONCE, tower.grid**2, heads, tower.hidden_size // heads)
-    return choose_full_path(path, queries, dtype, platform)
+    return choose_full_path(compute.attention, queries, dtype, platform, compute.deterministic)
 
 
 def features(
@@ -215,11 +215,11 @@ def row_features(
     is_marker_BT: Array,
     dtype: jnp.dtype,
     platform: Platform,
-    attention: Path,
+    compute: ComputeConfig,
 ) -> Array:
     """`features` of the images of rows, (B, I, P, W); zeros for those that no marker stands for, which the tower does
-    not look at. Each device has its own rows. attention: `compute.attention`."""
-    path = tower_path(vision.tower, attention, dtype, platform).path
+    not look at. Each device has its own rows."""
+    path = tower_path(vision.tower, compute, dtype, platform).path
     count_B = -(-jnp.sum(is_marker_BT, axis=1) // vision.image_tokens)
 
     def look(tower, pixels_BIHWC, count_B):

@@ -103,9 +103,8 @@ def _model_facts(planned, model) -> dict:
 def _step_facts(config, model, mesh) -> dict:
     shape, parts = model.config, config.training.accumulation_steps
     queries = (config.rows_per_step // parts, config.data.seq_len, shape.num_attention_heads, shape.head_dim)
-    choice = attention.choose_path(
-        model.compute.attention, queries, shape.num_key_value_heads, model.dtype, model.platform, mesh
-    )
+    own = model.dtype, model.platform, mesh, model.compute.deterministic
+    choice = attention.choose_path(model.compute.attention, queries, shape.num_key_value_heads, *own)
     return {
         "tokens": config.training.batch_tokens,
         "rows": config.rows_per_step,
@@ -131,7 +130,7 @@ def _image_facts(config: SeeingConfig, model: LanguageModel, asked: int | None, 
     vision, compute = model.config.vision, model.compute
     room = config.data.image_room(vision.image_tokens)
     known = tokens.images if asked is None else asked
-    choice = tower_path(vision.tower, compute.attention, model.dtype, model.platform)
+    choice = tower_path(vision.tower, compute, model.dtype, model.platform)
     passes = 0 if config.data.cache_features else 3 if config.vision.train == "tower" and not model.adapter else 1
     return {
         "side": vision.tower.image_size,

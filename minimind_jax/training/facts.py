@@ -90,9 +90,8 @@ def _text_facts(config: RunConfig, model: LanguageModel, mesh: Mesh, parts: int,
     shape, size = model.config, count_parameters(without_adapters(model.abstract_params()))
     experts = f", {shape.num_experts} experts, {shape.num_experts_per_tok} used" if shape.is_moe else ""
     rows = (config.rows_per_step // parts, config.data.seq_len, shape.num_attention_heads, shape.head_dim)
-    path, reason = attention.choose_path(
-        model.compute.attention, rows, shape.num_key_value_heads, model.dtype, model.platform, mesh
-    )
+    own = model.dtype, model.platform, mesh, model.compute.deterministic
+    path, reason = attention.choose_path(model.compute.attention, rows, shape.num_key_value_heads, *own)
     vocab = shape.vocab_size // mesh.shape["tensor"]
     tokens = rows[0] * config.data.seq_len // row_shards(mesh)  # of a micro-batch on a device
     piece = piece_size(tokens, vocab)

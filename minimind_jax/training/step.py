@@ -149,11 +149,12 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, state.frozen, held), metrics
 
     if shardings is None:
-        return jax.jit(_traced(train_step, compute), donate_argnums=0)
+        return jax.jit(_traced(train_step, compute), donate_argnums=0, compiler_options=_options(compute, None))
     mesh = shardings.step.mesh
     return jax.jit(
         _traced(train_step, compute, mesh),
         donate_argnums=0,
+        compiler_options=_options(compute, mesh),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, shardings.step),
     )
@@ -188,7 +189,15 @@ def make_eval_step(
         numerator, denominator, metrics = loss_fn(params, batch, None)
         return {**metrics, "loss": Metric(numerator, denominator)}
 
-    return jax.jit(_traced(eval_step, compute, mesh))
+    return jax.jit(_traced(eval_step, compute, mesh), compiler_options=_options(compute, mesh))
+
+
+def _options(compute: ComputeConfig | None, mesh: Mesh | None) -> dict[str, bool] | None:
+    """What `compute.deterministic` asks of a GPU's compiler: no sums in the order in which threads come, and kernels
+    chosen by rule and not by time, which another process would measure otherwise. Others do it so anyway."""
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    wanted = compute is not None and compute.deterministic and platform in ("gpu", "cuda")
+    return {"xla_gpu_deterministic_ops": True} if wanted else None
 
 
 def _traced(function: Callable, compute: ComputeConfig | None, mesh: Mesh | None = None) -> Callable:

@@ -307,6 +307,18 @@ def test_the_gpu_at_hand_must_have_it(monkeypatch):
     assert choose_path("auto", SHAPE, 4, jnp.bfloat16, "gpu").path == "grouped"
 
 
+@pytest.mark.parametrize(("platform", "path", "full"), [("gpu", "grouped", "reference"), ("tpu", "splash", "splash"),
+                                                         ("cpu", "grouped", "reference")])  # fmt: skip
+def test_sums_in_a_fixed_order_have_a_path_on_every_platform(platform, path, full):
+    """cuDNN's gradient has none; a TPU's kernels have, as all of its operations."""
+    chosen = choose_path("auto", SHAPE, 4, jnp.bfloat16, platform, deterministic=True)
+    of_patches = choose_full_path("auto", (8, 400, 12, 64), jnp.bfloat16, platform, deterministic=True)
+    assert (chosen.path, of_patches.path) == (path, full)
+    assert platform != "gpu" or (chosen.reason == of_patches.reason and "compute.deterministic" in chosen.reason)
+    with pytest.raises(UserError, match=r"attention cudnn cannot run here: .*; auto takes a path that can"):
+        choose_path("cudnn", SHAPE, 4, jnp.bfloat16, platform, deterministic=True)
+
+
 def test_a_path_asked_for_where_it_cannot_run():
     with pytest.raises(UserError, match=r"compute\.attention splash cannot run here: this is a cpu; auto takes"):
         choose_path("splash", SHAPE, 4, jnp.bfloat16, "cpu")

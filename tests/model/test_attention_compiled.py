@@ -5,19 +5,12 @@ The compilers come with `minimind-jax[cuda12]` and `[tpu]`; $MINIMIND_CUDA_PYTHO
 interpreter that has them.
 """
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from compilers import run_compiler
 
-COMPILERS = {
-    "cuda": ("MINIMIND_CUDA_PYTHON", "cuda12", ("jax_cuda12_plugin", "jax_cuda13_plugin")),
-    "tpu": ("MINIMIND_TPU_PYTHON", "tpu", ("libtpu",)),
-}
 CUDNN = ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
 CUDNN_MASKED = ["__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"]
 SPLASH = ["tpu_custom_call"] * 3  # forward, queries' gradient, keys' and values'
@@ -25,36 +18,23 @@ SHAPE = (8, 2048, 8, 4, 96)
 FSDP_8, ALL_THREE = {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}
 
 
-def run_compiler(platform: str, script: str, *arguments: str) -> list:
+def run_script(platform: str, script: str, *arguments: str) -> list:
     """What a script beside this file prints, in a Python that has the platform's compiler."""
-    variable, extra, modules = COMPILERS[platform]
-    python = os.environ.get(variable)
-    if python is None and not any(map(importlib.util.find_spec, modules)):
-        pytest.skip(f"no compiler for {platform}: pip install 'minimind-jax[{extra}]', or set ${variable}")
-    root = str(Path(__file__).parents[2])
-    environment = {
-        name: value for name, value in os.environ.items() if name != "XLA_FLAGS"
-    }  # another may not know ours
-    done = subprocess.run(
-        [python or sys.executable, Path(__file__).with_name(script), *arguments],
-        capture_output=True, text=True, timeout=1200, cwd=root, env={**environment, "PYTHONPATH": root},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_compiler(platform, Path(__file__).with_name(script), *arguments)
 
 
 def compile_cases(platform: str, device: str, topology: str, cases: list[tuple]) -> list[dict]:
     """What `compile_attention` prints; cases are (mesh sizes, (B, T, N, K, H), packed) and maybe a path."""
     names = "sizes", "shape", "packed", "path"
     cases = [dict(zip(names, (*case, "auto")[:4], strict=True)) for case in cases]
-    return run_compiler(platform, "compile_attention.py", device, topology, json.dumps(cases))
+    return run_script(platform, "compile_attention.py", device, topology, json.dumps(cases))
 
 
 @pytest.mark.parametrize(("platform", "device", "kernel"), [("cuda", "h100", CUDNN[0]), ("tpu", "tpu-v5e", SPLASH[0])])
 def test_prompts_are_read_by_fused_attention_without_a_mask(platform, device, kernel):
     topology = "1x1" if platform == "tpu" else "1"
     cases = [{"sizes": {}, "length": length, "model": {}} for length in (16, 512)]
-    assert run_compiler(platform, "compile_prefill.py", device, topology, json.dumps(cases)) == [[kernel], [kernel]]
+    assert run_script(platform, "compile_prefill.py", device, topology, json.dumps(cases)) == [[kernel], [kernel]]
 
 
 @pytest.mark.parametrize(("platform", "device", "topology"), [("cuda", "h100", "8"), ("tpu", "tpu-v5e", "2x4")])
@@ -63,7 +43,7 @@ def test_samples_are_written_with_parameters_on_a_mesh(platform, device, topolog
     experts = {"num_experts": 4, "num_experts_per_tok": 1}
     meshes = [({"data": 8}, {}), (ALL_THREE, {}), ({"data": 1, "fsdp": 2, "expert": 4}, experts)]
     cases = [{"sizes": sizes, "length": 64, "model": model} for sizes, model in meshes]
-    assert run_compiler(platform, "compile_prefill.py", device, topology, json.dumps(cases)) == [[], [], []]
+    assert run_script(platform, "compile_prefill.py", device, topology, json.dumps(cases)) == [[], [], []]
 
 
 def test_one_gpu_runs_cudnn_and_holds_no_scores():

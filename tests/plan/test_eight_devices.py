@@ -1,6 +1,5 @@
 """The training step compiled for eight devices: what FSDP leaves on each, and the collectives in the program's text."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -8,23 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from compilers import ROOT, run_compiler
 
 SCRIPT = Path(__file__).with_name("eight_devices.py")
-ROOT = SCRIPT.parent.parent.parent
-
-
-def compiled(python: str, *arguments: str) -> dict:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [python, str(SCRIPT), *arguments], env=environment, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
 def emulated() -> dict:
-    return compiled(sys.executable)
+    done = subprocess.run([sys.executable, SCRIPT], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def held(needs: dict) -> float:
@@ -57,10 +49,7 @@ def test_gradients_are_summed_over_the_devices_and_parameters_gathered_with_fsdp
 
 
 def test_fsdp_with_the_tpu_compiler():
-    python = os.environ.get("MINIMIND_TPU_PYTHON") or sys.executable
-    if python == sys.executable and importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install libtpu, or name a Python that has it in MINIMIND_TPU_PYTHON")
-    needs = compiled(python, "tpu-v5e", "2x4")["fsdp"]
+    needs = run_compiler("tpu", SCRIPT, "tpu-v5e", "2x4")["fsdp"]
     # Small arrays are padded to the registers' 8 x 128.
     assert held(needs) <= 1.2 / 8
     assert "all-gather" in needs["collectives"] and not needs["unknown_loops"]
@@ -68,12 +57,6 @@ def test_fsdp_with_the_tpu_compiler():
 
 
 def test_the_gpu_compiler_puts_cudnn_attention_into_the_step():
-    python = os.environ.get("MINIMIND_CUDA_PYTHON") or sys.executable
-    if python == sys.executable and importlib.util.find_spec("jax_cuda12_plugin") is None:
-        pytest.skip(
-            "the CUDA plugin is not installed: pip install 'jax[cuda12]', or name a Python that has it in "
-            "MINIMIND_CUDA_PYTHON"
-        )
-    needs = compiled(python, "h100", "8")["fsdp"]
+    needs = run_compiler("cuda", SCRIPT, "h100", "8")["fsdp"]
     assert held(needs) <= 1.2 / 8
     assert any(name.startswith("__cudnn$fmha") for name in needs["kernels"]), "no cuDNN attention in the program"

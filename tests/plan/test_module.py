@@ -105,6 +105,21 @@ def test_the_gpu_compilers_pairs_count_once_and_a_wrapped_collective_runs_with_i
     assert module.custom_calls["__cudnn$fmhaSoftmax"] == (1, 3)
 
 
+def test_what_only_one_branch_does_counts_as_done():
+    text = GPU.replace(
+        "%ags = (f32[8]{0}, f32[64]{0}) all-gather-start(%d), channel_id=4, dimensions={0}",
+        "%c = f32[64]{0} conditional(%p, %g, %g), true_computation=%gather, false_computation=%none",
+    )
+    gather = """%gather (x: f32[8]) -> f32[64] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %ag = f32[64]{0} all-gather(%x), channel_id=4, dimensions={0}
+}
+
+%body"""
+    gathered = read_module(text.replace("%body", gather, 1)).collectives["all-gather"]
+    assert (gathered.count, gathered.runs, gathered.bytes) == (1, 3, 3 * 64 * 4)
+
+
 def test_a_loop_of_unknown_length_is_told():
     module = read_module(GPU.replace('{"known_trip_count":{"n":"3"}}', "{}"))
     assert module.unknown_loops == 1 and module.collectives["all-gather"].runs == 1

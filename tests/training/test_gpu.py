@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from run_helpers import last
+from run_helpers import KEEP_ALL, assert_resumes_exactly, last
 
 from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.errors import UserError
@@ -123,3 +123,11 @@ def test_bfloat16_learns_as_float32_does(world, tmp_path, shape):
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, **shape))
         losses[dtype] = last(start(config), "val_loss")
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.01)
+
+
+@pytest.mark.parametrize("shape", [{}, MOE], ids=["dense", "moe"])
+def test_a_deterministic_run_resumes_to_the_bit(world, tmp_path, shape):
+    compute = ComputeConfig(dtype="bfloat16", deterministic=True)
+    config = world.pretrain(tmp_path / "whole", compute=compute, checkpoint=KEEP_ALL)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **shape))
+    assert_resumes_exactly(config, tmp_path)
