@@ -95,6 +95,11 @@ class RunConfig(Settings):
             )
 
     @property
+    def unit(self) -> str:
+        """What batches are counted in."""
+        return "pictures" if self.of_pictures else "tokens"
+
+    @property
     def figures(self) -> Figures:
         """What these settings take for much data where nothing is set."""
         found = self.FIGURES

@@ -227,8 +227,10 @@ def _build(folder, files, encoder, tokenizer, source, asked_workers, progress) -
     finally:
         shutil.rmtree(building, ignore_errors=True)
     if progress:
+        of_pictures = KINDS[encoder.kind].in_files
+        read = "Read {:,} pictures" if of_pictures else "Tokenised {:,} records, {:,} tokens,"
         _say(
-            f"Tokenised {info['documents']:,} records, {info['tokens']:,} tokens, in "
+            f"{read.format(info['documents'], info['tokens'])} in "
             f"{time.monotonic() - started:.1f} s with {workers} process{'es' if workers > 1 else ''}"
         )
     return _open_cache(folder)

@@ -5,7 +5,7 @@ import json
 import time
 from importlib.metadata import version
 
-from minimind_jax.config.stages import RunConfig, SeeingConfig
+from minimind_jax.config.stages import SeeingConfig
 from minimind_jax.config.tools import PlanConfig
 from minimind_jax.errors import UserError
 from minimind_jax.model import attention
@@ -16,7 +16,7 @@ from minimind_jax.plan import compile as compiler
 from minimind_jax.plan import devices, estimate, inputs
 from minimind_jax.plan.module import ATTENTION_CALLS, read_module
 from minimind_jax.sharding import make_mesh
-from minimind_jax.training.speed import flops_per_image, flops_per_token
+from minimind_jax.training.speed import flops_per_image, flops_per_token, tower_passes, trained_share
 from minimind_jax.training.step import count_parts
 
 
@@ -52,7 +52,7 @@ def make_plan(asked: PlanConfig) -> dict:
     traced, state = compiler.trace_step(config, dataclasses.replace(model, compute=compute), mesh)
     params, opt_state, whole = compiler.state_bytes(state)
 
-    formula = flops_per_token(model.config, config.data.seq_len, _trained_share(config, model))
+    formula = flops_per_token(model.config, config.data.seq_len, trained_share(config, model))
     tokens = tokens or inputs.Tokens(10**9, "no data is there; for a billion tokens (--data FILE, --tokens N)")
     plan = {
         "model": _model_facts(planned, model),
@@ -117,21 +117,12 @@ def _step_facts(config, model, mesh) -> dict:
     }
 
 
-def _trained_share(config: RunConfig, model: LanguageModel) -> float:
-    """Of the language model's layers, how many have gradients of their own."""
-    if model.adapter is not None:
-        return 0.0
-    part = config.vision.train if isinstance(config, SeeingConfig) else "all"
-    return {"projector": 0.0, "ends": min(1.0, 2 / model.config.num_hidden_layers)}.get(part, 1.0)
-
-
 def _image_facts(config: SeeingConfig, model: LanguageModel, asked: int | None, tokens: inputs.Tokens) -> dict:
     """Of one image and of the run's; where nobody says how many there are, as many as the rows have room for."""
     vision, compute = model.config.vision, model.compute
     room = config.data.image_room(vision.image_tokens)
     known = tokens.images if asked is None else asked
     choice = tower_path(vision.tower, compute, model.dtype, model.platform)
-    passes = 0 if config.data.cache_features else 3 if config.vision.train == "tower" and not model.adapter else 1
     return {
         "side": vision.tower.image_size,
         "patches": vision.tower.grid**2,
@@ -140,7 +131,7 @@ def _image_facts(config: SeeingConfig, model: LanguageModel, asked: int | None, 
         "train": "adapters" if model.adapter else config.vision.train,
         "attention_path": "none" if config.data.cache_features else choice.path,
         "attention_reason": "it looks once, before the first step" if config.data.cache_features else choice.reason,
-        "flops": flops_per_image(vision, model.config.hidden_size, passes),
+        "flops": flops_per_image(vision, model.config.hidden_size, tower_passes(config, model)),
         "count": tokens.count * room // config.data.seq_len if known is None else known,
         "is_known": known is not None,
     }

@@ -101,12 +101,13 @@ def report_text(
     watch = Watch.of_run(config, val)
     recorded, own = run.read_environment(), not_default(config, _unset(kind) if kind else {})
     facts = {key.replace("_", " "): value for key, value in recorded.get("run", {}).items()}
+    unit = "pictures" if " pictures" in facts.get("batch", "") else "tokens"
     sections = [
         f"# Run {run.path.name}",
         verdict(train, val, watch, _model_step(rows, watch), (kind.config if kind else RunConfig).SHORTEST),
         "![loss](loss.png)",
         "## Result",
-        _table(results(train, val, watch) | _model_step(rows, watch)),
+        _table(results(train, val, watch, unit) | _model_step(rows, watch)),
         "## Run",
         _table({**_started(recorded), **facts, **_machine(recorded)}),
     ]
@@ -184,8 +185,8 @@ def _started(recorded: dict) -> dict[str, str]:
     return found
 
 
-def results(train: list[dict], val: list[dict], watch: Watch) -> dict[str, str]:
-    """The figures a reader looks for first."""
+def results(train: list[dict], val: list[dict], watch: Watch, unit: str) -> dict[str, str]:
+    """The figures a reader looks for first. unit: what batches are counted in."""
     last = train[-1]
     found = {"steps": f"{last['step']:,}", "training loss": f"{train[0]['loss']:.4f} → {last['loss']:.4f}"}
     if val:
@@ -204,9 +205,9 @@ def results(train: list[dict], val: list[dict], watch: Watch) -> dict[str, str]:
             metric = name.removeprefix("skipped/")
             found[f"updates skipped for {metric}"] = f"{count:,} of {last['step']:,}: it was above its limit"
     if last.get("tokens"):
-        found["trained tokens"] = f"{last['tokens']:,}"
+        found[f"trained {unit}"] = f"{last['tokens']:,}"
     if speeds := [row["tokens_per_second"] for row in train if row.get("tokens_per_second")]:
-        found["speed (median)"] = f"{median_high(speeds):,.0f} tokens/s, padding not counted"
+        found["speed (median)"] = f"{median_high(speeds):,.0f} {unit}/s, padding not counted"
     if utilisation := [row["mfu"] for row in train if row.get("mfu")]:
         found["MFU (median)"] = f"{median_high(utilisation):.1%}"
     if last.get("seconds"):

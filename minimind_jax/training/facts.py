@@ -71,7 +71,7 @@ def run_facts(
         **tell(config, model, mesh, parts, has_words),
         **_group_facts(recipe.parameters),
         "devices": f"{devices.size} x {devices[0].device_kind}{f' ({sizes})' if sizes else ''}",
-        "batch": f"{config.rows_per_step} rows of {config.data.seq_len} tokens{in_parts}",
+        "batch": f"{config.rows_per_step} rows of {config.data.seq_len} {config.unit}{in_parts}",
         **recipe.source.facts(total_steps),
         "validation data": recipe.evaluation.describe() if recipe.evaluation is not None else "none",
     }
@@ -81,7 +81,7 @@ def _picture_facts(config: RunConfig, model: ImageModel, mesh: Mesh, parts: int,
     size, tower = count_parameters(model.abstract_params()), model.config
     return {
         "model": f"{size:,} parameters ({tower.num_hidden_layers} layers of width {tower.hidden_size}, pictures of "
-        f"{tower.image_size} x {tower.image_size} pixels, one token each)",
+        f"{tower.image_size} x {tower.image_size} pixels)",
         "compute": model.dtype.name,
     }
 

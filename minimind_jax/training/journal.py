@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from minimind_jax import STARTED
 from minimind_jax.config.stages import RunConfig
@@ -21,12 +22,13 @@ MOST_SKIPPED = 10  # updates that were not finite from which on a run stops wher
 
 
 class Step(NamedTuple):
-    """A step that the device is doing: its metrics there, what the source told of it, and the tokens of its batch."""
+    """A step that the device is doing: its metrics there, what the source told of it, and the size of its batch (see
+    `Speed.size_of`)."""
 
     number: int
     metrics: Mapping[str, jax.Array]
     told: Mapping[str, float]
-    tokens: int
+    size: np.ndarray
 
 
 class Journal:
@@ -81,7 +83,7 @@ class Journal:
         if (why := metrics.pop("skipped")) != MADE:
             self._skip(step.number, why, metrics)
         self.tokens += round(metrics.pop("tokens"))
-        self.speed.add(step.tokens)
+        self.speed.add(step.size)
         skipped = {name: count for name, count in self.skipped.items() if count}
         row = {**metrics, "tokens": self.tokens, **step.told, **skipped}
         is_logged = self.timetable.logs(step.number)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from minimind_jax.agreement import check_agreement, ending_alone
@@ -91,14 +90,14 @@ def train(
             run.write_config(config)
             run.write_environment(facts)
         watch.add_rows(writer.rows)
-        progress = stack.enter_context(TrainingProgress(stage, total_steps, start.step, active=is_first))
+        progress = stack.enter_context(TrainingProgress(stage, total_steps, start.step, config.unit, active=is_first))
         profiler = stack.enter_context(Profiler(run, config.training, start.step, progress.say, active=is_first))
         resumed = {"resumed": f"from the checkpoint of step {start.step}"} if start.step else {}
         progress.facts({**facts, "run": str(run.path), **resumed})
         silent = unwatched(config.training, recipe.evaluation is not None)
         for warning in filter(None, [*start.warnings, few_steps(total_steps, config), silent]):
             progress.say(f"[bold red]warning:[/] {warning}")
-        speed = Speed(model, config.data.seq_len, start.record.get("seconds", 0.0), has_words)
+        speed = Speed(model, config, start.record.get("seconds", 0.0), has_words)
         journal = Journal(config, timetable, writer, progress, speed, start.record, checkpoints, skip)
         loop = Loop(
             config, recipe, mesh, program, sample_fn, timetable, checkpoints, watch, journal, profiler, stop, start.base
@@ -201,9 +200,9 @@ class Loop:
             self.stop_if_asked(state, step)
         batch, told = made
         # Rows of other processes are as full as ours, nearly: asking them would cost a message a step.
-        tokens = int(np.count_nonzero(batch["segment_ids"])) * self.row_processes
+        size = self.journal.speed.size_of(batch) * self.row_processes
         state, metrics = self.profiler.step(step + 1, self.program.step, state, shard_batch(batch, self.mesh))
-        self.journal.follow(Step(step + 1, metrics, told, tokens))
+        self.journal.follow(Step(step + 1, metrics, told, size))
         return state
 
     def save(self, state: TrainState, step: int) -> None:

@@ -145,6 +145,8 @@ def describe_data(batches: Batches) -> str:
     plan, epoch = batches.plan, batches.epoch(0)
     rows = describe_cuts(epoch) or f"packed {plan.efficiency:.1%} full"
     pictures, images = batches.cache.pictures, ""
+    if KINDS[batches.cache.kind].in_files:
+        return f"{len(epoch.documents):,} pictures in {plan.rows:,} rows, {rows}"
     if pictures is not None:
         images = f"{pictures.counts(plan.seq_len)[epoch.documents].sum():,} images, "
     return f"{len(epoch.documents):,} documents, {images}{plan.tokens:,} tokens in {plan.rows:,} rows, {rows}"

@@ -19,11 +19,12 @@ LOSS_SMOOTHING = 0.9
 class TrainingProgress:
     """Shows the progress of one run on stdout. Use as a context manager.
 
-    start_step: steps already done. active: false on all processes but the first: nothing is shown.
+    start_step: steps already done. unit: what its speed is counted in. active: false on all processes but the first:
+    nothing is shown.
     """
 
-    def __init__(self, stage: str, total_steps: int, start_step: int, *, active: bool = True):
-        self.stage, self.total_steps = stage, total_steps
+    def __init__(self, stage: str, total_steps: int, start_step: int, unit: str = "tokens", *, active: bool = True):
+        self.stage, self.total_steps, self.unit = stage, total_steps, unit
         self.console = Console(quiet=not active, soft_wrap=True, highlight=False, file=sys.stdout)
         self._loss: float | None = None
         self._bar = Progress(
@@ -71,18 +72,19 @@ class TrainingProgress:
             self._loss = LOSS_SMOOTHING * smooth + (1 - LOSS_SMOOTHING) * row["loss"]
         if self._bar.disable:
             if log:
-                self.say(f"{self.stage} {step}/{self.total_steps}  {describe(row, row['loss'], beside)}")
+                self.say(f"{self.stage} {step}/{self.total_steps}  {describe(row, row['loss'], beside, self.unit)}")
         else:
-            self._bar.update(self._task, completed=step, numbers=describe(row, self._loss or row["loss"], beside))
+            numbers = describe(row, self._loss or row["loss"], beside, self.unit)
+            self._bar.update(self._task, completed=step, numbers=numbers)
 
 
-def describe(row: dict, loss: float, beside: Mapping[str, float]) -> str:
+def describe(row: dict, loss: float, beside: Mapping[str, float], unit: str) -> str:
     """`loss 2.345  reward 0.500  12,345 tokens/s  MFU 41.0%  lr 5.00e-04  0:12:00 left`."""
     rate, mfu, seconds = (row.get(name) for name in ("tokens_per_second", "mfu", "seconds_left"))
     parts = [
         f"loss {loss:.4f}",
         *(f"{name} {value:.3f}" for name, value in beside.items()),
-        rate and f"{rate:,.0f} tokens/s",
+        rate and f"{rate:,.0f} {unit}/s",
         mfu and f"MFU {mfu:.1%}",
         f"lr {row['learning_rate']:.2e}",
         seconds is not None and f"{timedelta(seconds=round(seconds))} left",

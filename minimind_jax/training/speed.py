@@ -1,12 +1,15 @@
 """How fast a run goes: tokens a second, the time that is left, and MFU (arXiv 2204.02311, appendix B), the FLOPs of its
-tokens over what the devices can do at most."""
+tokens and images over what the devices can do at most."""
 
 import contextlib
 import time
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 
+from minimind_jax.config.stages import RunConfig, SeeingConfig
+from minimind_jax.data.rows import Batch
 from minimind_jax.model.config import ComputeConfig, ModelConfig, Vision
 from minimind_jax.model.image_model import ImageModel
 from minimind_jax.model.transformer import LanguageModel
@@ -68,6 +71,21 @@ def flops_per_token(config: ModelConfig, seq_len: int, trained: float = 1.0, *, 
     return matrices + 6 * config.num_hidden_layers * heads_width * seq_len
 
 
+def trained_share(config: RunConfig, model: LanguageModel) -> float:
+    """Of the language model's layers, how many have gradients of their own."""
+    if model.adapter is not None:
+        return 0.0
+    part = config.vision.train if isinstance(config, SeeingConfig) else "all"
+    return {"projector": 0.0, "ends": min(1.0, 2 / model.config.num_hidden_layers)}.get(part, 1.0)
+
+
+def tower_passes(config: RunConfig, model: LanguageModel) -> int:
+    """As of `flops_per_image`."""
+    if not isinstance(config, SeeingConfig) or config.data.cache_features:
+        return 0
+    return 3 if config.vision.train == "tower" and not model.adapter else 1
+
+
 def flops_per_image(vision: Vision, width: int, passes: int) -> float:
     """FLOPs of an image on its way to its tokens, of the language model's width: 2 for each number of the tower's
     matrices and each patch and 4 P^2 W a layer for attention, `passes` times (3 of a tower that is trained, 0 of one
@@ -99,14 +117,18 @@ class Speed:
     seconds_before: duration of the run up to the checkpoint it goes on from. has_words: as of `flops_per_token`.
     """
 
-    def __init__(self, model: LanguageModel | ImageModel, seq_len: int, seconds_before: float, has_words: bool = True):
+    def __init__(
+        self, model: LanguageModel | ImageModel, config: RunConfig, seconds_before: float, has_words: bool = True
+    ):
         self._started = time.perf_counter() - seconds_before
-        peak = peak_flops(model.compute) if isinstance(model, LanguageModel) else None  # others are not counted
-        trained = 1.0 if model.adapter is None else 0.0
-        flops = flops_per_token(model.config, seq_len, trained, has_words=has_words) if peak else 0.0
-        self._mfu_per_token = flops / peak if peak else None
+        self._peak = peak_flops(model.compute) if isinstance(model, LanguageModel) else None  # others are not counted
+        if self._peak:
+            share, seq_len, vision = trained_share(config, model), config.data.seq_len, model.config.vision
+            self._per_token = flops_per_token(model.config, seq_len, share, has_words=has_words)
+            self._per_image = vision and flops_per_image(vision, model.config.hidden_size, tower_passes(config, model))
+            self._vision = vision
         self._since: float | None = None  # start of the window that `read` ends
-        self._tokens = self._window_steps = 0
+        self._tokens = self._flops = self._window_steps = 0
         self._steps, self._active = 0, 0.0  # of the windows before it
 
     def seconds(self) -> float:
@@ -118,12 +140,22 @@ class Speed:
         """Whether a step was added."""
         return self._since is not None
 
-    def add(self, tokens: int) -> None:
-        """A step with this many tokens (padding not counted) is done."""
+    def size_of(self, batch: Batch) -> np.ndarray:
+        """(2,) of a step: tokens, padding not counted, and FLOPs where the devices' peak is known."""
+        tokens, flops = np.count_nonzero(batch["segment_ids"]), 0.0
+        if self._peak:
+            flops = tokens * self._per_token
+            if self._vision:
+                markers = np.count_nonzero(batch["tokens"] == self._vision.marker_id)
+                flops += markers / self._vision.image_tokens * self._per_image
+        return np.array([tokens, flops])
+
+    def add(self, size: np.ndarray) -> None:
+        """A step of this `size_of` is done."""
         if self._since is None:
             self._since = time.perf_counter()
             return
-        self._tokens += tokens
+        self._tokens, self._flops = np.add((self._tokens, self._flops), size).tolist()
         self._window_steps += 1
 
     @contextlib.contextmanager
@@ -139,7 +171,7 @@ class Speed:
         if self._window_steps:
             now = time.perf_counter()
             self._steps, self._active = self._steps + self._window_steps, self._active + now - self._since
-            self._since, self._tokens, self._window_steps = now, 0, 0
+            self._since, self._tokens, self._flops, self._window_steps = now, 0, 0, 0
         return numbers
 
     def forecast(self, steps_left: int) -> dict[str, float]:
@@ -153,6 +185,6 @@ class Speed:
         """Of the window's steps; {} where there is none yet."""
         if not self._window_steps:
             return {}
-        rate = self._tokens / (time.perf_counter() - self._since)
-        mfu = {"mfu": round(rate * self._mfu_per_token, 4)} if self._mfu_per_token else {}
-        return {"tokens_per_second": round(rate, 1), **mfu}
+        seconds = time.perf_counter() - self._since
+        mfu = {"mfu": round(self._flops / seconds / self._peak, 4)} if self._peak else {}
+        return {"tokens_per_second": round(self._tokens / seconds, 1), **mfu}

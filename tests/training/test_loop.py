@@ -29,7 +29,6 @@ from minimind_jax.training.defaults import planned_steps
 from minimind_jax.training.loop import Loop
 from minimind_jax.training.packed import check_same_data
 from minimind_jax.training.run import RunFolder
-from minimind_jax.training.speed import flops_per_token
 from minimind_jax.training.stop import Interrupted
 from minimind_jax.training.tracking import WALL_CLOCK, read_metrics
 
@@ -360,12 +359,3 @@ def test_the_same_data_needs_no_warning():
     assert "it is exact only if" in check_same_data(record, {**record, "cache": "b"})
     with pytest.raises(UserError, match="tokens 5 -> 6"):
         check_same_data(record, {"cache": "b", "tokens": 6})
-
-
-def test_flops_of_a_token_are_six_times_the_matrices_and_attention():
-    dense = ModelSettings().resolve()
-    matrices = 8 * (768 * 768 * 2 + 2 * 768 * 384 + 3 * 768 * 2432) + 768 * 6400
-    assert flops_per_token(dense, 512) == 6 * matrices + 6 * 8 * 768 * 512
-    assert flops_per_token(dense, 512, has_words=False) == flops_per_token(dense, 512) - 6 * 768 * 6400
-    moe = ModelSettings(preset="minimind-3-moe").resolve()
-    assert flops_per_token(moe, 512) == flops_per_token(dense, 512) + 6 * 8 * 768 * 4
