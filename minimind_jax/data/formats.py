@@ -24,7 +24,7 @@ VERSION = 2  # counts up when a record is read as something else than before; ca
 Gives = Literal["text", "conversation", "preference"]
 
 TEXT = ("text", "content", "body", "document", "raw_content")
-MESSAGES = ("conversations", "messages", "conversation", "dialogue")
+MESSAGES = ("conversations", "messages", "conversation", "dialogue", "texts")
 INSTRUCTION = ("instruction", "question", "query")
 ANSWER = ("output", "response", "completion", "answer")
 CONTEXT = ("input", "context")

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import io
 import math
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,8 @@ def _open(source: bytes | Path, where: str) -> "Image":
         why = getattr(error, "strerror", None) or error
         if getattr(error, "errno", None) == errno.ENAMETOOLONG:
             why = f"{why}; the base64 of a picture stands behind data:image/png;base64,"
+        if "\\" in str(source) and os.sep == "/":
+            why = f"{why}; folders of a path are parted by / here"
         raise UserError(f"{where}: the picture {str(source)[:NAMED]} cannot be read: {why}") from error
     where = _place(source, where)
     try:

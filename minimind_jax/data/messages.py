@@ -116,8 +116,14 @@ def read_messages(turns: Any, place: Place) -> tuple[list[Message], list[dict[st
 _PLAIN_KEYS = {"role", "content"}
 
 
+def _is_pair(turn: Any) -> bool:
+    return isinstance(turn, dict) and turn.keys() - {"source"} == {"user", "assistant"}
+
+
 def messages_in(value: Any) -> Any:
-    """The messages that a cell of a table holds as JSON; any other value as it is."""
+    """The messages that a cell of a table holds as JSON, or The Cauldron's pairs; any other value as it is."""
+    if isinstance(value, list) and value and all(map(_is_pair, value)):
+        return [{"role": role, "content": turn[role]} for turn in value for role in ("user", "assistant")]
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
     try:

@@ -81,4 +81,7 @@ def _from_data(run: Run) -> tuple[dict, str]:
     parameters = count_parameters(without_adapters(run.model.abstract_params()))
     values |= following(config, amount, parameters, row_shards(run.mesh))
     aside = f", {len(held_out):,} held out" * bool(len(held_out))
-    return values, f"{amount.records:,} records to train on ({amount.tokens:,} tokens, {amount.rows:,} rows){aside}"
+    return (
+        values,
+        f"{amount.records:,} records to train on ({amount.tokens:,} {config.unit}, {amount.rows:,} rows){aside}",
+    )

@@ -75,6 +75,10 @@ CONVERSATIONS = {
         {"prompt": [USER, ANSWER, USER], "completion": [ANSWER], "tools": TOOLS},
         {"conversations": [USER, CONTEXT, USER, ANSWER], "tools": TOOLS},
     ),
+    "The Cauldron": (
+        {"texts": [{"user": "q", "assistant": "a", "source": "tqa"}, {"user": "q", "assistant": "a"}]},
+        {"conversations": [USER, ANSWER, USER, ANSWER]},
+    ),
     "ShareGPT": (
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
         {"conversations": [SYSTEM, USER, ANSWER]},

@@ -97,6 +97,7 @@ SAID = [
     (asked("what?", image="photos/1.png"), [1]),  # in front of the question
     (asked("words alone"), []),
     ({"instruction": "what is in <image>?", "output": "cat", "image": "photos/2.png"}, [2]),
+    ({"texts": [{"user": "what?", "assistant": "cat", "source": "x"}], "images": ["photos/3.png"]}, [3]),
 ]
 
 
@@ -154,6 +155,10 @@ def test_minimind_v_tables(data, tokenizer, tmp_path, capfd):
     [
         (asked("<image> <image>", image="photos/1.png"), r"1 pictures, and 2 times <image>"),
         (asked("<image>", image="photos/none.png"), r"image 1: the picture .*none\.png cannot be read: No such file"),
+        (
+            asked("<image>", image=r"photos\1.png"),
+            r"cannot be read: No such file .*; folders of a path are parted by /",
+        ),
         (asked("<image>", image="talk.jsonl"), "not a picture that is read"),
         (asked("<image>", image="https://a.b/c.png"), "is an address .*; download the picture"),
         (asked("<image>", image=3), "image.0. is a number; expected the path of a picture"),
