@@ -180,23 +180,18 @@ class ScoreConfig(ReadingConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PredictConfig(ReadingConfig):
+class PredictConfig(ScoreConfig):
     """Labels for the texts or pictures of files, or of the lines of the standard input, by a classifier.
 
     model: a run of `minimind classify`, or a Hugging Face folder.
     input: files, folders or globs of records, or of pictures; empty reads the standard input.
-    output: the file to write; empty prints.
     top: labels told, with their probabilities.
     seq_len: longer texts are cut there; null as the run was trained.
-    on_error: a broken record stops the command, or is skipped and counted.
     """
 
-    model: str = setting()
     input: tuple[str, ...] = ()
-    output: str = ""
     top: int = setting(1, must=at_least(1))
     seq_len: int | None = setting(None, must=at_least(4))
-    on_error: Literal["stop", "skip"] = "stop"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

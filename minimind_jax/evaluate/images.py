@@ -10,7 +10,7 @@ import math
 import os
 import random
 import tempfile
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +45,7 @@ from minimind_jax.progress import progress
 from minimind_jax.texts import cell
 
 TASK = "answers"  # of conversations
+DRAWS = 20  # of other places for pictures, of which one may be found to do
 MUTE = (
     "answers without a word; it is asked behind an empty thought, which models trained with data.empty_think_removal 1 "
     "have never seen"
@@ -266,40 +267,24 @@ class Asker:
 
 
 def shuffled(pictures: Sequence[tuple[bytes, ...]], seed: int) -> list[tuple[bytes, ...]] | None:
-    """The pictures in other places, none in a question that shows it; None where there are no such places, as where
+    """The pictures in other places, none in a question that shows it; None where no such places are found, as where
     more than half of them are the same."""
     slots, owners = [picture for own in pictures for picture in own], [own for own in pictures for _ in own]
     draw, counts = random.Random(seed), Counter(slots)
-    ranks = dict(zip(draw.sample(list(counts), len(counts)), itertools.count(), strict=False))
-    order = sorted(draw.sample(range(len(slots)), len(slots)), key=lambda slot: ranks[slots[slot]])
     step = max(counts.values())  # from one picture's places, which are neighbours, into those of another
-    taken = {slot: slots[order[(n + step) % len(slots)]] for n, slot in enumerate(order)}
-    for slot in order:  # what has come back to a question with several goes on
-        if taken[slot] in owners[slot] and not _pass_on(slot, taken, owners):
-            return None
-    numbers = itertools.count()
-    return [tuple(taken[next(numbers)] for _ in own) for own in pictures]
-
-
-def _pass_on(slot: int, taken: dict[int, bytes], owners: Sequence[tuple[bytes, ...]]) -> bool:
-    """Makes others take a picture that must not be in this slot, by the fewest exchanges (an augmenting path); whether
-    they can."""
-    came_from, waiting = {slot: slot}, deque([slot])
-    while waiting:
-        at = waiting.popleft()
-        for other in taken:
-            if other in came_from or taken[other] in owners[at]:
-                continue
-            came_from[other] = at
-            if taken[slot] in owners[other] and taken[other] not in owners[other]:
-                waiting.append(other)
-                continue
-            passed = taken[slot]
-            while other != slot:
-                taken[other], passed, other = passed, taken[other], came_from[other]
-            taken[slot] = passed
-            return True
-    return False
+    for _ in range(DRAWS if 2 * step <= len(slots) else 0):
+        ranks = dict(zip(draw.sample(list(counts), len(counts)), itertools.count(), strict=False))
+        order = sorted(draw.sample(range(len(slots)), len(slots)), key=lambda slot: ranks[slots[slot]])
+        taken = {slot: slots[order[(n + step) % len(slots)]] for n, slot in enumerate(order)}
+        for slot, own in enumerate(owners):
+            if taken[slot] in own:  # of a question with several
+                fits = (each for each in order if taken[each] not in own and taken[slot] not in owners[each])
+                other = next(fits, slot)
+                taken[slot], taken[other] = taken[other], taken[slot]
+        if not any(taken[slot] in own for slot, own in enumerate(owners)):
+            numbers = itertools.count()
+            return [tuple(taken[next(numbers)] for _ in own) for own in pictures]
+    return None
 
 
 # What is asked --------------------------------------------------------------------------------------------------------

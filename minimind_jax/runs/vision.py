@@ -6,13 +6,13 @@ from pathlib import Path
 
 import jax
 
-from minimind_jax.config.stages import RunConfig, SeeingConfig
+from minimind_jax.config.stages import RunConfig, SeeingConfig, VisionConfig
 from minimind_jax.convert.hf_vision import open_tower, read_tower_config, tower_named
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
 from minimind_jax.model import lora
-from minimind_jax.model.config import ModelConfig, Vision
+from minimind_jax.model.config import ModelConfig, TowerConfig, Vision
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.model.vision import VISION, init_vision
 from minimind_jax.paths import as_path
@@ -49,23 +49,22 @@ def with_vision(
         raise UserError(
             f"vision.marker {wanted.marker} is no token of {tokenizer.folder}; name one that texts never have"
         )
-    seen_by = open_tower(tower).config
-    try:
-        vision = Vision(seen_by, marker, wanted.projector, wanted.pixel_shuffle)
-    except ValueError as error:
-        raise UserError(f"vision.{error}") from error
-    return dataclasses.replace(architecture, vision=vision)
+    return _seeing(architecture, open_tower(tower).config, marker, wanted)
 
 
 def planned_sight(config: RunConfig, architecture: ModelConfig) -> ModelConfig:
     """`with_vision` for a plan: the shapes alone, of a tower that may not be there but for its name."""
     if not isinstance(config, SeeingConfig) or architecture.vision is not None or not config.vision.tower:
         return architecture
-    name, wanted = config.vision.tower, config.vision
+    name = config.vision.tower
     tower = None if is_there(as_path(name) / "config.json") else tower_named(name)
     tower = tower or read_tower_config(resolve_model_folder(name, TOWER))
+    return _seeing(architecture, tower, 0, config.vision)  # a marker's number changes no shape
+
+
+def _seeing(architecture: ModelConfig, tower: TowerConfig, marker: int, wanted: VisionConfig) -> ModelConfig:
     try:
-        vision = Vision(tower, 0, wanted.projector, wanted.pixel_shuffle)  # a marker's number changes no shape
+        vision = Vision(tower, marker, wanted.projector, wanted.pixel_shuffle)
     except ValueError as error:
         raise UserError(f"vision.{error}") from error
     return dataclasses.replace(architecture, vision=vision)
