@@ -122,9 +122,38 @@ def server(folder):
         yield server
 
 
+def client_of(server):
+    """OpenAI's."""
+    return openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
+
+
 @pytest.fixture(scope="session")
 def client(server):
-    return openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
+    return client_of(server)
+
+
+@pytest.fixture(scope="module")  # not for longer: while it is there, this thread has a loop that runs
+def browser():
+    from tests.serve.page_helpers import chromium  # imported here, and below: what they need is not always there
+
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="session")
+def seeing(compilation_cache, tmp_path_factory):
+    """The folder of a model that sees."""
+    from tests.serve.seeing import save_seeing
+
+    return save_seeing(tmp_path_factory.mktemp("seeing"))
+
+
+@pytest.fixture(scope="session")
+def engine(seeing):
+    """What that model says, without a server."""
+    from tests.serve.seeing import Reference
+
+    return Reference(seeing)
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ def adapters(folder, tmp_path_factory):
 
 def test_adapters_answer_under_their_names_as_their_merged_models_do(folder, adapters):
     with running(model=(f"tiny={folder}",), adapters=tuple(map(str, adapters.values()))) as server:
-        client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
+        client = client_of(server)
         assert [model.id for model in client.models.list()] == ["tiny", *adapters]
         assert len(server.models.engines) == 1
         ids = encode_prompt(server.engine.tokenizer, ASK)

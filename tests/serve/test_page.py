@@ -19,7 +19,6 @@ from tests.serve.page_helpers import (
     Prompter,
     answered,
     ask,
-    chromium,
     free_port,
     opened,
     save_talker,
@@ -33,12 +32,6 @@ from tests.serve.page_helpers import (
 
 expect = sync_api.expect
 CONTEXT, LONG_CONTEXT = 2048, 16384
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from tests.serve.conftest import running
-from tests.serve.page_helpers import answered, ask, chromium, opened, sent_by, sync_api
-from tests.serve.seeing import CONTEXT, Image, Reference, data_url, drawing, encoded, save_seeing
+from tests.serve.page_helpers import answered, ask, opened, sent_by, sync_api
+from tests.serve.seeing import CONTEXT, Image, data_url, drawing, encoded
 
 expect = sync_api.expect
 A, B = (encoded(drawing(seed)) for seed in (1, 2))
@@ -30,22 +30,6 @@ DROP = """([bytes, name]) => {
 }"""
 COPY = """(url) => fetch(url).then((found) => found.blob())
     .then((blob) => navigator.clipboard.write([new ClipboardItem({ [blob.type]: blob })]))"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
-def seeing(compilation_cache, tmp_path_factory):
-    return save_seeing(tmp_path_factory.mktemp("seeing"))
-
-
-@pytest.fixture(scope="module")
-def engine(seeing):
-    return Reference(seeing)
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import openai
 import pytest
 
 from minimind_jax.serve import addresses, prompts
-from tests.serve.conftest import running, wait_until
-from tests.serve.seeing import CONTEXT, MARKER, TOKENS, Image, Reference, data_url, drawing, encoded, save_seeing
+from tests.serve.conftest import client_of, running, wait_until
+from tests.serve.seeing import CONTEXT, MARKER, TOKENS, Image, data_url, drawing, encoded
 from tests.serve.web_host import HERE, serving
 
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
@@ -36,11 +36,6 @@ def user(*parts):
 
 
 @pytest.fixture(scope="module")
-def seeing(compilation_cache, tmp_path_factory):
-    return save_seeing(tmp_path_factory.mktemp("seeing"))
-
-
-@pytest.fixture(scope="module")
 def eyes(seeing):
     """A server of it."""
     with running(model=(f"seeing={seeing}",), slots=1, context=CONTEXT) as server:
@@ -49,12 +44,7 @@ def eyes(seeing):
 
 @pytest.fixture(scope="module")
 def looking(eyes):
-    return openai.OpenAI(base_url=eyes.url, api_key="none", max_retries=0)
-
-
-@pytest.fixture(scope="module")
-def engine(seeing):
-    return Reference(seeing)
+    return client_of(eyes)
 
 
 @pytest.fixture
