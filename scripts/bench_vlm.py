@@ -59,7 +59,7 @@ def serve_ours(settings: dict) -> None:
     from minimind_jax.config.sections import ImagesConfig, OptimizerConfig, TrainingConfig
     from minimind_jax.config.stages import VisionConfig, VLMSFTConfig
     from minimind_jax.data.batches import open_data
-    from minimind_jax.data.pictures import Sight
+    from minimind_jax.data.pictures import Marker
     from minimind_jax.data.pixels import Pixels
     from minimind_jax.data.tokenizer import Tokenizer
     from minimind_jax.losses.language_model import make_language_model_loss
@@ -91,9 +91,9 @@ def serve_ours(settings: dict) -> None:
         trained, frozen = parameters.split(parameters.load())
         state = create_state(trained, program.optimizer, program.shardings)._replace(frozen=frozen)
         pixels = Pixels(vision.tower, config.data.image_room(vision.image_tokens))
-        sight = Sight(tokens=vision.image_tokens)
+        marker = Marker(tokens=vision.image_tokens)
         data, _ = open_data(
-            "images", config, Tokenizer.load(settings["tokenizer"]), sight=sight, annotate=pixels.annotate
+            "images", config, Tokenizer.load(settings["tokenizer"]), marker=marker, annotate=pixels.annotate
         )
         batches = data.iterate(0, MOST_STEPS)
 

@@ -29,7 +29,7 @@ class LabelConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class SightConfig(Settings):
+class ClassifyVisionConfig(Settings):
     """How pictures are classified.
 
     tower: the folder of a SigLIP or SigLIP2 model (or its name on the hub), or of a classifier of pictures, in place of
@@ -59,7 +59,7 @@ class ClassifyConfig(RunConfig):
     init_from: str = "pretrain"
     export_dtype: sections.DType = "float32"
     classify: LabelConfig = LabelConfig()
-    vision: SightConfig = SightConfig()
+    vision: ClassifyVisionConfig = ClassifyVisionConfig()
     data: sections.FilesConfig = sections.FilesConfig(seq_len=256)
     optimizer: sections.OptimizerConfig = sections.OptimizerConfig(schedule="linear", final_fraction=0.0)
 

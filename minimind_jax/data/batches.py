@@ -24,7 +24,7 @@ from minimind_jax.data.epoch import Annotate, Epoch, check_rows, describe_cuts, 
 from minimind_jax.data.kinds import KINDS, KindName
 from minimind_jax.data.labelled_images import Wordless
 from minimind_jax.data.labels import Classes
-from minimind_jax.data.pictures import Sight
+from minimind_jax.data.pictures import Marker
 from minimind_jax.data.rows import Batch
 from minimind_jax.data.token_cache import TokenCache, build_cache
 from minimind_jax.data.tokenizer import Tokenizer
@@ -214,7 +214,7 @@ def open_data(
     process_count: int = 1,
     *,
     classes: Classes | None = None,
-    sight: Sight | None = None,
+    marker: Marker | None = None,
     annotate: Annotate | None = None,
 ) -> tuple[Batches, Batches | None]:
     """A stage's training and validation batches; the latter None without `data.val` and `data.val_fraction`.
@@ -229,7 +229,7 @@ def open_data(
 
     def build(files: tuple[str, ...], epoch: int = 0, quiet: bool = False) -> TokenCache:
         speaks = jax.process_index() == 0 and not quiet
-        wanted = {"classes": classes, "sight": sight}
+        wanted = {"classes": classes, "marker": marker}
         return build_cache(kind, files, tokenizer, data, seed, epoch, speaks, report_skipped=speaks, **wanted)
 
     def make(cache: TokenCache, role: str, side: int | None = None, **more) -> Batches:

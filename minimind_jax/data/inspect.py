@@ -19,7 +19,7 @@ from minimind_jax.data.inspect_page import Shown, write_page
 from minimind_jax.data.jsonl import READING, Reading, expand_paths, iter_records, reading_of
 from minimind_jax.data.kinds import KINDS, KindName, kind_of_record
 from minimind_jax.data.packing import PackingPlan
-from minimind_jax.data.pictures import SIGHT, PictureFile, Sight
+from minimind_jax.data.pictures import MARKER, Marker, PictureFile
 from minimind_jax.data.token_cache import TokenCache, build_cache
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.data.written import check_output
@@ -55,13 +55,13 @@ class Inspection:
 def run(config: InspectConfig) -> None:
     """Inspects the files that `config` names."""
     reading = dataclasses.asdict(reading_of(config))
-    data, sight = AnyConfig(seq_len=config.seq_len, **reading), Sight(tokens=config.image_tokens)
+    data, marker = AnyConfig(seq_len=config.seq_len, **reading), Marker(tokens=config.image_tokens)
     if config.html:
         check_output(Path(config.html), expand_paths(config.files), complete=None)
     tokenizer = Tokenizer.load(config.tokenizer)
-    found = inspect(config.files, tokenizer, data, config.kind, config.rows, config.seed, sight=sight)
+    found = inspect(config.files, tokenizer, data, config.kind, config.rows, config.seed, marker=marker)
     if config.html:
-        write_page(Path(config.html), _first_records(found.cache, tokenizer, config.rows, config.seq_len), sight)
+        write_page(Path(config.html), _first_records(found.cache, tokenizer, config.rows, config.seq_len), marker)
         print(f"records with their pictures: {config.html}")
 
 
@@ -73,25 +73,25 @@ def inspect(
     rows: int = 3,
     seed: int = 42,
     console: Console | None = None,
-    sight: Sight = SIGHT,
+    marker: Marker = MARKER,
 ) -> Inspection:
     """Prints the first records with their trained tokens coloured, counts, lengths, packing and broken records.
 
-    kind: found from the first record if None. sight: of the model that is to see images. Broken records are listed with
-    file and line and otherwise skipped.
+    kind: found from the first record if None. marker: of the model that is to see images. Broken records are listed
+    with file and line and otherwise skipped.
     Raises UserError for missing files, for fields it does not know, and if no record is usable.
     """
     console = console or Console()
     files = expand_paths(paths)
     kind = kind or detect_kind(files, reading_of(data))
     skipping = dataclasses.replace(data, on_error="skip")
-    cache = build_cache(kind, files, tokenizer, skipping, seed, report_skipped=False, sight=sight)
+    cache = build_cache(kind, files, tokenizer, skipping, seed, report_skipped=False, marker=marker)
     packings = {}
     for name in KINDS[kind].packings:
         plan = plan_epoch(cache, np.arange(len(cache)), data, seed, epoch=0, packing=name).plan
         packings[name] = Packed(plan, lost=len(cache) - len(np.unique(plan.documents)))
     found = Inspection(kind, cache, cache.lengths, packings)
-    _print_records(console, _first_records(cache, tokenizer, rows, data.seq_len), sight)
+    _print_records(console, _first_records(cache, tokenizer, rows, data.seq_len), marker)
     _print_counts(console, found, tokenizer, files)
     _print_lengths(console, found.lengths)
     if packings:
@@ -133,12 +133,12 @@ def _first_records(cache: TokenCache, tokenizer: Tokenizer, count: int, shown: i
         yield Shown(int(cache.records[document]) + 1, length, pieces, pictures, max(0, length - shown))
 
 
-def _print_records(console: Console, records: Iterable[Shown], sight: Sight) -> None:
+def _print_records(console: Console, records: Iterable[Shown], marker: Marker) -> None:
     colours, count = console.is_terminal and not console.no_color, 0
     for count, record in enumerate(records, 1):  # noqa: B007
         text, images = Text(), _image_names(record.pictures)
         for piece, is_trained in record.pieces:
-            piece = _with_images(piece, sight, images)
+            piece = _with_images(piece, marker, images)
             text.append(f"⟦{piece}⟧" if is_trained and not colours else piece, TRAINED_STYLE if is_trained else "dim")
         if record.left:
             text.append(f" … and {record.left:,} more tokens", "italic")
@@ -156,9 +156,9 @@ def _image_names(pictures: list[PictureFile]) -> Iterator[str]:
         yield f"[image {number}: {width} x {height}, {name}]"
 
 
-def _with_images(piece: str, sight: Sight, names: Iterator[str]) -> str:
+def _with_images(piece: str, marker: Marker, names: Iterator[str]) -> str:
     """A piece of a record with the next names in place of runs of markers."""
-    return re.sub(re.escape(sight.marker * sight.tokens), lambda found: next(names, found[0]), piece)
+    return re.sub(re.escape(marker.all), lambda found: next(names, found[0]), piece)
 
 
 def _print_counts(console: Console, found: Inspection, tokenizer: Tokenizer, files: list[Path]) -> None:

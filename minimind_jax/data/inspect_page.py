@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minimind_jax.data.images import open_image
-from minimind_jax.data.pictures import PictureFile, Sight
+from minimind_jax.data.pictures import Marker, PictureFile
 
 SIDE = 256  # pixels of a thumbnail's longer side
 HEAD = """<!doctype html><meta charset="utf-8"><title>Records</title>
@@ -31,11 +31,11 @@ class Shown(NamedTuple):
         return f"record {self.number}, {self.tokens:,} tokens"
 
 
-def write_page(file: Path, records: Iterable[Shown], sight: Sight) -> None:
+def write_page(file: Path, records: Iterable[Shown], marker: Marker) -> None:
     """One file that needs no other: trained words are bold, pictures as they are opened, small."""
     blocks = [HEAD]
     for record in records:
-        pictures, marks = iter(enumerate(record.pictures, 1)), sight.marker * sight.tokens
+        pictures, marks = iter(enumerate(record.pictures, 1)), marker.all
         inner = []
         for piece, is_trained in record.pieces:
             first, *others = (html.escape(text) for text in piece.split(marks))

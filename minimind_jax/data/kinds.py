@@ -18,9 +18,9 @@ from minimind_jax.data.labelled_images import parse_labelled_picture
 from minimind_jax.data.labels import LABEL_FIELDS, Classes, parse_labelled
 from minimind_jax.data.messages import Conversation, Message, check_closed, is_trained
 from minimind_jax.data.pictures import (
-    SIGHT,
-    Seen,
-    Sight,
+    MARKER,
+    ImageConversation,
+    Marker,
     check_pictures,
     has_pictures,
     pack,
@@ -46,7 +46,7 @@ class Wanted(NamedTuple):
     reading: Reading = READING  # of its file
     classes: Classes | None = None  # of labelled records
     flag: str = "--data.on_error"  # what skips broken records
-    sight: Sight = SIGHT  # of the model that looks at pictures
+    marker: Marker = MARKER  # of the model that looks at pictures
 
 
 def parse_text(record: Record, flag: str = "--data.on_error", reading: Reading = READING) -> str:
@@ -82,12 +82,12 @@ def parse_preference(record: Record, reading: Reading = READING) -> Preference:
     return pair
 
 
-def parse_seen(record: Record, wanted: Wanted) -> Seen:
+def parse_image_conversation(record: Record, wanted: Wanted) -> ImageConversation:
     """The conversation of a record of any format and its pictures (see `pictures`), which are looked at."""
     words, pictures = take_pictures(record, wanted.reading)
     talk = parse_conversation(words, reading=wanted.reading)
     check_pictures(record, pictures)
-    return place_pictures(record, talk, pictures, wanted.sight)
+    return place_pictures(record, talk, pictures, wanted.marker)
 
 
 def kind_of_record(record: Record, reading: Reading = READING) -> KindName:
@@ -157,12 +157,14 @@ def _encode_prompt(tokenizer: Tokenizer, prompt: Prompt, roll: Roll, tell: Calla
     return documents.Document(ids, np.zeros(len(ids), bool), [0])
 
 
-def _encode_seen(tokenizer: Tokenizer, seen: Seen, roll: Roll, tell: Callable[[str], None]) -> documents.Document:
-    document = documents.encode_conversation(tokenizer, seen.conversation, roll, tell)
-    markers = np.flatnonzero(document.ids == tokenizer.encode(seen.sight.marker)[0])
-    if len(markers) != len(seen.pictures) * seen.sight.tokens:
-        raise UserError(f"the chat template does not write {seen.sight.marker} wherever a picture stands")
-    pictures, starts = tuple(map(pack, seen.pictures)), markers[:: seen.sight.tokens].tolist()
+def _encode_image_conversation(
+    tokenizer: Tokenizer, with_images: ImageConversation, roll: Roll, tell: Callable[[str], None]
+) -> documents.Document:
+    document = documents.encode_conversation(tokenizer, with_images.conversation, roll, tell)
+    markers = np.flatnonzero(document.ids == tokenizer.encode(with_images.marker.text)[0])
+    if len(markers) != len(with_images.pictures) * with_images.marker.tokens:
+        raise UserError(f"the chat template does not write {with_images.marker.text} wherever a picture stands")
+    pictures, starts = tuple(map(pack, with_images.pictures)), markers[:: with_images.marker.tokens].tolist()
     return dataclasses.replace(document, pictures=pictures, picture_starts=starts)
 
 
@@ -221,15 +223,15 @@ KINDS: dict[KindName, Kind] = {
     ),
     "images": Kind(
         noun="conversations with images",
-        parse=parse_seen,
-        encode=_encode_seen,
+        parse=parse_image_conversation,
+        encode=_encode_image_conversation,
         packings=("images",),
         why_no_row="no answer lies within a row, or all have more pictures than one holds",
         rendered=True,
         has_pictures=True,
         counts=("turns", "images"),
-        words=lambda seen: spoken(seen.conversation.messages),
-        question=lambda seen: first_question(seen.messages),
+        words=lambda with_images: spoken(with_images.conversation.messages),
+        question=lambda with_images: first_question(with_images.messages),
         prompt=_asked,
     ),
     "pictures": Kind(

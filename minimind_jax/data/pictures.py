@@ -35,35 +35,39 @@ LONGEST_PATH = 4097  # bytes, packed: contents that are longer need not be looke
 PictureFile = bytes | Path
 
 
-class Sight(NamedTuple):
-    """How a model's tokens stand for a picture: its marker's text, and how many of them there are."""
+class Marker(NamedTuple):
+    """What stands for an image among the tokens of a model: a token's text, and how many of them there are."""
 
-    marker: str = "<|image_pad|>"
+    text: str = "<|image_pad|>"
     tokens: int = 1
 
+    @property
+    def all(self) -> str:
+        return self.text * self.tokens
 
-SIGHT = Sight()
+
+MARKER = Marker()
 
 
-def sight_of(tokenizer: Tokenizer, vision: Vision | None) -> Sight | None:
+def marker_of(tokenizer: Tokenizer, vision: Vision | None) -> Marker | None:
     """That of a model; None of a model of texts."""
     if vision is None:
         return None
-    return Sight(tokenizer.decode([vision.marker_id], skip_special_tokens=False), vision.image_tokens)
+    return Marker(tokenizer.decode([vision.marker_id], skip_special_tokens=False), vision.image_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
-    """A conversation with `sight.tokens` markers in the place of each of its pictures, in their order."""
+class ImageConversation:
+    """A conversation with `marker.tokens` markers in the place of each of its pictures, in their order."""
 
     conversation: Conversation
     pictures: tuple[PictureFile, ...]
-    sight: Sight
+    marker: Marker
 
     @property
     def messages(self) -> list[Message]:
         """As people write them: with `<image>` for each picture."""
-        markers = self.sight.marker * self.sight.tokens
+        markers = self.marker.all
         return [{**m, "content": m["content"].replace(markers, PLACE)} for m in self.conversation.messages]
 
     def as_record(self) -> dict[str, Any]:
@@ -120,32 +124,34 @@ def named(where: str, pictures: Sequence[PictureFile]) -> list[tuple[str, Pictur
     return [(f"{where}: image {number}", picture) for number, picture in enumerate(pictures, 1)]
 
 
-def place_pictures(record: Record, talk: Conversation, pictures: Sequence[PictureFile], sight: Sight) -> Seen:
+def place_pictures(
+    record: Record, talk: Conversation, pictures: Sequence[PictureFile], marker: Marker
+) -> ImageConversation:
     """The conversation of a record with markers where the user shows pictures.
 
     Raises UserError: there are more or fewer than places, or the text spells the marker.
     """
-    if any(sight.marker in message["content"] for message in talk.messages):
-        raise UserError(f"{record.where}: the text has {sight.marker}, which stands for pictures; write {PLACE} there")
+    if any(marker.text in message["content"] for message in talk.messages):
+        raise UserError(f"{record.where}: the text has {marker.text}, which stands for pictures; write {PLACE} there")
     messages, shown = list(talk.messages), [n for n, m in enumerate(talk.messages) if m["role"] in SHOWN_BY]
     places = sum(messages[n]["content"].count(PLACE) for n in shown)
     if not pictures:
         if places:
             tell_of(record, f"`{PLACE}` without a picture is read as a word")
-        return Seen(talk, (), sight)
+        return ImageConversation(talk, (), marker)
     looks = (open_image(picture, where) for where, picture in named(record.where, pictures))
     if not places and all(max(look.size) <= BLANK and not look.getbbox() for look in looks):
         tell_of(record, f"a picture of {BLANK} x {BLANK} pixels and no `{PLACE}` in the text: words alone")
-        return Seen(talk, (), sight)
+        return ImageConversation(talk, (), marker)
     if not places and shown:
         tell_of(record, f"no `{PLACE}` in the text: the pictures stand in front of the first question")
-    texts = with_markers([messages[n]["content"] for n in shown], len(pictures), sight, record.where)
+    texts = with_markers([messages[n]["content"] for n in shown], len(pictures), marker, record.where)
     for n, content in zip(shown, texts, strict=True):
         messages[n] = {**messages[n], "content": content}
-    return Seen(dataclasses.replace(talk, messages=messages), tuple(pictures), sight)
+    return ImageConversation(dataclasses.replace(talk, messages=messages), tuple(pictures), marker)
 
 
-def with_markers(texts: Sequence[str], pictures: int, sight: Sight, where: str) -> list[str]:
+def with_markers(texts: Sequence[str], pictures: int, marker: Marker, where: str) -> list[str]:
     """What the user says, with markers in the places of so many pictures; those without a place stand in front.
 
     Raises UserError where there are more or fewer places, and `where`.
@@ -155,7 +161,7 @@ def with_markers(texts: Sequence[str], pictures: int, sight: Sight, where: str) 
         texts[0], places = f"{PLACE}\n" * pictures + texts[0], pictures
     if places != pictures:
         raise UserError(f"{where}: {pictures} pictures, and {places} times {PLACE} in what the user says")
-    return [text.replace(PLACE, sight.marker * sight.tokens) for text in texts]
+    return [text.replace(PLACE, marker.all) for text in texts]
 
 
 def pack(picture: PictureFile) -> bytes:

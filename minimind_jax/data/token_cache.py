@@ -31,7 +31,7 @@ from minimind_jax.data.jsonl import expand_paths, reading_of, tell_left_out, tol
 from minimind_jax.data.kinds import KINDS, KindName
 from minimind_jax.data.labelled_images import Wordless
 from minimind_jax.data.labels import Classes
-from minimind_jax.data.pictures import SIGHT, Sight, StoredPictures
+from minimind_jax.data.pictures import MARKER, Marker, StoredPictures
 from minimind_jax.data.template import Dice
 from minimind_jax.data.tokenise import Chunk, Encoder, encode_all, process_count, read_chunks
 from minimind_jax.data.tokenizer import Tokenizer
@@ -109,13 +109,13 @@ def build_cache(
     progress: bool = True,
     report_skipped: bool = True,
     classes: Classes | None = None,
-    sight: Sight | None = None,
+    marker: Marker | None = None,
 ) -> TokenCache:
     """The cache of these files; made if there is none yet, by `data.tokenizer_workers` processes.
 
     The chances of the template are drawn from the seed and a record's number (and the epoch, with
     `data.redraw_each_epoch`), so the number of processes never changes the result. Memory does not grow with the files.
-    classes: of labelled records. sight: of the model that looks at pictures.
+    classes: of labelled records. marker: of the model that looks at pictures.
 
     Raises UserError with file and line for a broken record (unless `data.on_error` is skip), for files without any
     usable record, for a cache folder that cannot be written and when a file changes meanwhile.
@@ -126,7 +126,7 @@ def build_cache(
         raise UserError("no training data: data.train is empty; give it files, folders or globs")
     encoder = Encoder(
         kind, str(tokenizer.folder), _dice(kind, data, seed, epoch), data.on_error == "skip", classes, reading_of(data),
-        sight or SIGHT,
+        marker or MARKER,
     )  # fmt: skip
     source = _source(files, encoder, tokenizer, cache_folder.cache_root(data))
     key = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:32]
@@ -170,7 +170,8 @@ def _source(files: list[Path], encoder: "Encoder", tokenizer: Tokenizer, root: P
         "reading": dataclasses.asdict(encoder.reading),
         "dice": encoder.dice and dataclasses.asdict(encoder.dice),
         **({"classes": dataclasses.asdict(encoder.classes)} if encoder.classes else {}),
-        **({"sight": list(encoder.sight)} if KINDS[encoder.kind].has_pictures else {}),
+        # by its first name, under which caches of before are found
+        **({"sight": list(encoder.marker)} if KINDS[encoder.kind].has_pictures else {}),
     }
 
 
@@ -247,7 +248,7 @@ class _CacheWriter(contextlib.AbstractContextManager):
             "skipped_messages": [],
             "told": [],
             **({"values_each": 0} if kind.has_values else {}),
-            **({"images": 0, "image_bytes": 0, "image_tokens": encoder.sight.tokens} if kind.has_pictures else {}),
+            **({"images": 0, "image_bytes": 0, "image_tokens": encoder.marker.tokens} if kind.has_pictures else {}),
             "token_dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
             "eos_id": tokenizer.eos_id,
             "pad_id": tokenizer.pad_id,

@@ -27,7 +27,7 @@ from minimind_jax.data.jsonl import READING, Reading, is_picture, iter_lines, pa
 from minimind_jax.data.kinds import KINDS, KindName, Wanted
 from minimind_jax.data.labelled_images import Wordless
 from minimind_jax.data.labels import Classes
-from minimind_jax.data.pictures import SIGHT, Sight
+from minimind_jax.data.pictures import MARKER, Marker
 from minimind_jax.data.template import Dice, unchanged
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import TemplateFault, UserError
@@ -48,7 +48,7 @@ class Encoder:
     skip: bool
     classes: Classes | None = None
     reading: Reading = READING
-    sight: Sight = SIGHT
+    marker: Marker = MARKER
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | Wordless:
@@ -58,7 +58,7 @@ class Encoder:
         """The document of a line; told gets what is told of it. Raises UserError with file and line."""
         number, file, line_number, raw = line
         record, kind = parse_line(raw, file, line_number, told), KINDS[self.kind]
-        parsed = kind.parse(record, Wanted(self.reading, self.classes, sight=self.sight))
+        parsed = kind.parse(record, Wanted(self.reading, self.classes, marker=self.marker))
         notes: set[str] = set()
         roll = self.dice.roll(number) if self.dice else unchanged
         try:

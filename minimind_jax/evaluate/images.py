@@ -25,7 +25,7 @@ from minimind_jax.data.images import Picture, open_picture
 from minimind_jax.data.jsonl import Reading, Record, expand_paths, iter_records, reading_of, tell
 from minimind_jax.data.kinds import parse_conversation
 from minimind_jax.data.messages import Conversation
-from minimind_jax.data.pictures import named, place_pictures, sight_of, take_pictures, tell_of
+from minimind_jax.data.pictures import marker_of, named, place_pictures, take_pictures, tell_of
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.data.written import check_output
 from minimind_jax.errors import UserError, disk_errors
@@ -295,7 +295,7 @@ def parse_record(
 ) -> Question:
     """A question with choices (see `choices.parse_question`), or a conversation whose last message is the right answer;
     with pictures as training reads them, which are given to `keep`. Raises UserError with file and row."""
-    (words, files), sight = take_pictures(record, reading), sight_of(tokenizer, vision)
+    (words, files), marker = take_pictures(record, reading), marker_of(tokenizer, vision)
     if "choices" in words.value:
         asked = parse_question(words)
         task, answers, right = asked.task, asked.choices, asked.answer
@@ -307,16 +307,16 @@ def parse_record(
         if last["role"] != "assistant" or not last["content"].strip():
             raise UserError(f"{record.where}: the last message is not an assistant's answer in words")
         talk, answers, right = dataclasses.replace(talk, messages=talk.messages[:-1]), (last["content"],), 0
-    if any(sight.marker in answer for answer in answers):
-        raise UserError(f"{record.where}: an answer has {sight.marker}, which stands for pictures")
-    seen = place_pictures(record, talk, files, sight)
+    if any(marker.text in answer for answer in answers):
+        raise UserError(f"{record.where}: an answer has {marker.text}, which stands for pictures")
+    with_images = place_pictures(record, talk, files, marker)
     open_it = functools.partial(open_picture, tower=vision.tower, tell=functools.partial(tell_of, record))
-    pictures = tuple(keep(open_it(file, where=where)) for where, file in named(record.where, seen.pictures))
-    messages = seen.conversation.messages
+    pictures = tuple(keep(open_it(file, where=where)) for where, file in named(record.where, with_images.pictures))
+    messages = with_images.conversation.messages
     prompt = encode_prompt(tokenizer, messages, talk.tools, False)
     opens_thinking = tokenizer.prompt_opens_thinking(messages, talk.tools, False)
     said = next(m["content"] for m in reversed(messages) if m["role"] != "assistant")
-    said = said.replace(sight.marker, "").strip()
+    said = said.replace(marker.text, "").strip()
     return Question(record.where, task, said, prompt, pictures, answers, right, opens_thinking)
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from minimind_jax.config.generation import ChatConfig
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.images import Picture, open_picture
-from minimind_jax.data.pictures import find_file, sight_of, with_markers
+from minimind_jax.data.pictures import find_file, marker_of, with_markers
 from minimind_jax.data.tools import Call, parse_calls
 from minimind_jax.errors import UserError
 from minimind_jax.inference.adapters import OFF
@@ -92,7 +92,7 @@ class Dialogue:
         self.messages: list[Message] = []
         self.pictures: list[Picture] = []
         self._vision = engine.model.config.vision
-        self._sight = sight_of(engine.tokenizer, self._vision)
+        self._marker = marker_of(engine.tokenizer, self._vision)
 
     def command(self, line: str) -> str:
         """Carries out a /command and returns what to tell the user."""
@@ -109,7 +109,7 @@ class Dialogue:
             return self._adapter(text.strip())
         if name == "/system":
             if self._spells_marker(text):
-                return f"{self._sight.marker} stands for pictures; leave it out of the system prompt"
+                return f"{self._marker.text} stands for pictures; leave it out of the system prompt"
             self.system, self.messages, self.pictures = text.strip(), [], []
             return "new system prompt; the conversation is forgotten" if self.system else "no system prompt"
         return HELP if name == "/help" else f"unknown command {name}\n{HELP}"
@@ -159,15 +159,15 @@ class Dialogue:
         )
 
     def _spells_marker(self, text: str) -> bool:
-        return self._sight is not None and self._sight.marker in text
+        return self._marker is not None and self._marker.text in text
 
     def _question(self, text: str) -> Message:
         """A user's message with markers in the places of the pictures that it shows."""
         if self._spells_marker(text):
-            raise UserError(f"{self._sight.marker} stands for pictures; leave it out")
+            raise UserError(f"{self._marker.text} stands for pictures; leave it out")
         if not self.pictures:
             return {"role": "user", "content": text}
-        [content] = with_markers([text], len(self.pictures), self._sight, "the question")
+        [content] = with_markers([text], len(self.pictures), self._marker, "the question")
         return {"role": "user", "content": content, "images": tuple(self.pictures)}
 
     def answer(self) -> Iterator[Piece]:

@@ -17,12 +17,12 @@ from minimind_jax.data.jsonl import Record, expand_paths, iter_records, reading_
 from minimind_jax.data.messages import Conversation
 from minimind_jax.data.pictures import (
     PLACE,
-    Seen,
+    ImageConversation,
     has_pictures,
+    marker_of,
     named,
     names_picture,
     place_pictures,
-    sight_of,
     take_pictures,
     tell_of,
     without_bytes,
@@ -47,8 +47,8 @@ NAMED = 20  # prompts that are too long, in a message
 
 class Prompt(NamedTuple):
     """A prompt: where it came from (for error messages), its record, the conversation to be answered (None for raw
-    text), its token ids, the fields of the record beside it, and whether the prompt ends in an open think block. seen:
-    the conversation with its pictures, of a model that sees. tell: hears what of these is not seen."""
+    text), its token ids, the fields of the record beside it, and whether the prompt ends in an open think block.
+    with_images: the conversation with its pictures, of a model that sees. tell: hears what of these is not seen."""
 
     where: str
     record: dict[str, Any]
@@ -56,7 +56,7 @@ class Prompt(NamedTuple):
     ids: list[int]
     others: dict[str, Any]
     opens_thinking: bool = False
-    seen: Seen | None = None
+    with_images: ImageConversation | None = None
     tell: Callable[[str], None] = print
 
 
@@ -223,7 +223,7 @@ def _result(config: GenerateConfig, request: Prompt, text: str = "", reason: str
         reply["reasoning_content"] = splitter.thinking.strip()
     asked = request.conversation
     told = dataclasses.replace(asked, messages=[*asked.messages, reply])
-    told = told if request.seen is None else dataclasses.replace(request.seen, conversation=told)
+    told = told if request.with_images is None else dataclasses.replace(request.with_images, conversation=told)
     return {**request.others, **told.as_record(), "finish_reason": reason}
 
 
@@ -254,9 +254,9 @@ def answer_requests(
 
 def _open(engine: Engine, prompt: Prompt) -> tuple[Picture, ...]:
     """The pictures of a prompt. Raises UserError for one that cannot be read."""
-    if prompt.seen is None:
+    if prompt.with_images is None:
         return ()
-    tower, files = engine.model.config.vision.tower, named(prompt.where, prompt.seen.pictures)
+    tower, files = engine.model.config.vision.tower, named(prompt.where, prompt.with_images.pictures)
     return tuple(open_picture(file, tower, where, prompt.tell) for where, file in files)
 
 
@@ -291,10 +291,11 @@ def _request(engine: Engine, config: GenerateConfig, record: Record, cut: bool =
         raise error if record.where in str(error) else UserError(f"{record.where}: {error}") from error
     if cut:
         request = _cut(engine, config, request)
-    ids, seen = request.ids, request.seen
+    ids, with_images = request.ids, request.with_images
     size = f"{len(ids)} tokens"
-    if seen and seen.pictures:
-        size += f" ({len(seen.pictures) * seen.sight.tokens} of them for {len(seen.pictures)} pictures)"
+    if with_images and with_images.pictures:
+        count = len(with_images.pictures)
+        size += f" ({count * with_images.marker.tokens} of them for {count} pictures)"
     room, context = engine.room(len(ids)), engine.room(0)
     if room < 1:
         raise TooLong(
@@ -324,14 +325,14 @@ def _cut(engine: Engine, config: GenerateConfig, request: Prompt) -> Prompt:
     messages = shortened(asked.messages, lambda messages: len(encode(messages)), room, tokenizer)
     if messages is None:  # its system prompt and tools alone are too long
         return request
-    seen, asked = request.seen, dataclasses.replace(asked, messages=messages)
-    if seen and seen.pictures:
+    with_images, asked = request.with_images, dataclasses.replace(asked, messages=messages)
+    if with_images and with_images.pictures:
         if messages[-1] not in request.conversation.messages:  # its question would lose pictures
             return request
-        markers = sum(message["content"].count(seen.sight.marker) for message in messages)
-        first = len(seen.pictures) - markers // seen.sight.tokens
-        seen = dataclasses.replace(seen, pictures=seen.pictures[first:])
-    return request._replace(conversation=asked, ids=encode(messages), seen=seen)
+        markers = sum(message["content"].count(with_images.marker.text) for message in messages)
+        first = len(with_images.pictures) - markers // with_images.marker.tokens
+        with_images = dataclasses.replace(with_images, pictures=with_images.pictures[first:])
+    return request._replace(conversation=asked, ids=encode(messages), with_images=with_images)
 
 
 def _thinking(config: GenerateConfig, asked: Conversation, source: Record | Prompt) -> bool:
@@ -343,15 +344,15 @@ def _thinking(config: GenerateConfig, asked: Conversation, source: Record | Prom
 def _prompt(engine: Engine, config: GenerateConfig, record: Record) -> Prompt:
     """The conversation to be answered (None for raw text) and the prompt's token ids."""
     tokenizer, reading = engine.tokenizer, reading_of(config)
-    sight = sight_of(tokenizer, engine.model.config.vision)
+    marker = marker_of(tokenizer, engine.model.config.vision)
     words, pictures = record, ()
     if has_pictures(record.value, reading):
-        if sight is None or config.raw:
-            why = BLIND if sight is None else "raw continues text alone"
+        if marker is None or config.raw:
+            why = BLIND if marker is None else "raw continues text alone"
             raise UserError(f"{record.where}: it shows pictures, and {why}; or list their field in ignore_fields")
         words, pictures = take_pictures(record, reading)
     text, conversation, others = read_prompt(words, reading, config.raw)
-    for name in others if sight else ():
+    for name in others if marker else ():
         if names_picture(others[name]):
             tell_of(
                 record, f"the picture in `{name}` is not looked at; call the field `image`, or list it in ignore_fields"
@@ -364,11 +365,11 @@ def _prompt(engine: Engine, config: GenerateConfig, record: Record) -> Prompt:
     if conversation is None:
         system = [{"role": "system", "content": config.system}] if config.system else []
         conversation = Conversation([*system, {"role": "user", "content": text}])
-    seen = None
-    if sight is not None:
-        seen = place_pictures(record, conversation, pictures, sight)
-        conversation = seen.conversation
+    with_images = None
+    if marker is not None:
+        with_images = place_pictures(record, conversation, pictures, marker)
+        conversation = with_images.conversation
     asked = (conversation.messages, conversation.tools, _thinking(config, conversation, record))
     ids, opens_thinking = encode_prompt(tokenizer, *asked), tokenizer.prompt_opens_thinking(*asked)
     tell = functools.partial(tell_of, record)
-    return Prompt(record.where, record.value, conversation, ids, others, opens_thinking, seen, tell)
+    return Prompt(record.where, record.value, conversation, ids, others, opens_thinking, with_images, tell)

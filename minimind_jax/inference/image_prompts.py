@@ -7,7 +7,7 @@ from typing import Any
 
 from minimind_jax.data.images import Picture, count_pixels, open_picture
 from minimind_jax.data.messages import CONTENT
-from minimind_jax.data.pictures import SHOWN_BY, Sight, check_part, is_picture, source_in, unwrap
+from minimind_jax.data.pictures import SHOWN_BY, Marker, check_part, is_picture, source_in, unwrap
 from minimind_jax.data.values import kind_of
 from minimind_jax.errors import UserError
 from minimind_jax.inference.image_encoder import BLIND
@@ -21,7 +21,7 @@ Fetch = Callable[[str, str], bytes | Path]
 def open_images(
     messages: Sequence[Any],
     vision: Vision | None,
-    sight: Sight | None,
+    marker: Marker | None,
     fetch: Fetch,
     tell: Callable[[str], None] = lambda note: None,
     where: str = "messages",
@@ -29,7 +29,7 @@ def open_images(
     """The messages with markers in place of the parts that are pictures, and these in order: of a request.
 
     messages: of any dialect; those that have no such part are left as they are.
-    vision, sight: of the model (see `sight_of`); None of a blind one.
+    vision, marker: of the model (see `marker_of`); None of a blind one.
     fetch: of a picture's address, and the place that says it, its content or the path of its file.
     tell: hears what of a picture is not seen. where: of the messages, for errors.
     Raises UserError: a picture that cannot be read, one that the user does not show, too many pixels of all together,
@@ -42,7 +42,7 @@ def open_images(
         nonlocal pixels
         check_part(part, place)
         if not is_picture(part):
-            _check_text(part.get("text") if isinstance(part, dict) else part, sight, place)
+            _check_text(part.get("text") if isinstance(part, dict) else part, marker, place)
             return part
         if vision is None:
             raise UserError(f"{place} is a picture, and {BLIND}")
@@ -56,7 +56,7 @@ def open_images(
                 raise UserError(f"{place}: with this picture they have {pixels:,} pixels together; at most {told}")
             source = open_picture(source, vision.tower, place, tell)
         pictures.append(source)
-        return {"type": "text", "text": sight.marker * sight.tokens}
+        return {"type": "text", "text": marker.all}
 
     found = []
     for index, message in enumerate(messages):
@@ -67,7 +67,7 @@ def open_images(
             parts = [word(part, role, f"{place}[{number}]") for number, part in enumerate(content)]
             message = {**message, name: parts}
         else:
-            _check_text(content, sight, place)
+            _check_text(content, marker, place)
         found.append(message)
     return found, tuple(pictures)
 
@@ -81,6 +81,6 @@ def _fetched(source: Any, fetch: Fetch, place: str) -> Picture | bytes | Path:
     return source
 
 
-def _check_text(text: Any, sight: Sight | None, place: str) -> None:
-    if sight is not None and isinstance(text, str) and sight.marker in text:
-        raise UserError(f"{place}: the text has {sight.marker}, which stands for pictures; leave it out")
+def _check_text(text: Any, marker: Marker | None, place: str) -> None:
+    if marker is not None and isinstance(text, str) and marker.text in text:
+        raise UserError(f"{place}: the text has {marker.text}, which stands for pictures; leave it out")

@@ -10,7 +10,7 @@ from minimind_jax.folders import resolve_model_folder, resolve_run
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.pipeline.read import Stage
 from minimind_jax.runs.parts import with_settings
-from minimind_jax.runs.vision import planned_sight
+from minimind_jax.runs.vision import planned_vision
 
 
 def maker_of(name: str, before: Sequence[Stage]) -> Stage | None:
@@ -20,7 +20,7 @@ def maker_of(name: str, before: Sequence[Stage]) -> Stage | None:
 
 def planned_architecture(config: RunConfig, before: Sequence[Stage]) -> ModelConfig:
     """The model that a stage will have, from the settings of those that make it."""
-    return planned_sight(config, _language_model(config, before))
+    return planned_vision(config, _language_model(config, before))
 
 
 def _language_model(config: RunConfig, before: Sequence[Stage]) -> ModelConfig:

@@ -15,7 +15,7 @@ from minimind_jax.convert.peft import rank_table
 from minimind_jax.data.cache_folder import cache_root, stored_caches
 from minimind_jax.data.jsonl import expand_paths, reading_of
 from minimind_jax.data.kinds import KINDS, KindName
-from minimind_jax.data.pictures import SIGHT, Sight
+from minimind_jax.data.pictures import MARKER, Marker
 from minimind_jax.data.tokenise import Encoder, read_chunks
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
@@ -24,7 +24,7 @@ from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.lora import Adapter, make_adapter
 from minimind_jax.pipeline.ahead import maker_of, planned_architecture
 from minimind_jax.pipeline.read import Stage, load_pipeline
-from minimind_jax.runs.vision import planned_sight
+from minimind_jax.runs.vision import planned_vision
 from minimind_jax.stages import STAGES
 from minimind_jax.training.defaults import filled
 
@@ -110,7 +110,7 @@ def _architecture(config: RunConfig, before: Sequence[Stage]) -> tuple[ModelConf
     except UserError:
         missing = f"init_from {config.init_from}" if config.init_from else ""
         note = missing and f"{missing} is not there yet; taken as the preset in `model`"
-        return _seeing(config, planned_sight(config, config.model.resolve())), note
+        return _seeing(config, planned_vision(config, config.model.resolve())), note
     return _seeing(config, planned_architecture(config, before)), ""
 
 
@@ -155,21 +155,21 @@ def planned_tokens(planned: Planned, data: Sequence[str], tokens: int | None) ->
     if not files:
         return None
     vision = planned.architecture.vision
-    sight = SIGHT if vision is None else Sight(tokens=vision.image_tokens)
-    count, source, images = count_tokens(files, STAGES[planned.stage].records, config, sight)
+    marker = MARKER if vision is None else Marker(tokens=vision.image_tokens)
+    count, source, images = count_tokens(files, STAGES[planned.stage].records, config, marker)
     epochs = 1 if training.epochs is None else training.epochs
     images = None if images is None else round(images * epochs)
     return Tokens(round(count * epochs), f"{source}, {epochs:g} epoch{'s' * (epochs != 1)}", images)
 
 
-def count_tokens(files: Sequence[Path], kind: KindName, config: RunConfig, sight: Sight = SIGHT) -> Tokens:
+def count_tokens(files: Sequence[Path], kind: KindName, config: RunConfig, marker: Marker = MARKER) -> Tokens:
     """Tokens of data files: from the cache that tokenising them left, from a sample, or from their size alone."""
     names = {str(file.resolve()) for file in files}
     for cache in stored_caches(cache_root(config.data)):
         if cache.stale or cache.kind != kind or set(cache.files) != names:
             continue
         info = json.loads((cache.folder / "info.json").read_text("utf-8"))
-        if info.get("image_tokens", sight.tokens) == sight.tokens:
+        if info.get("image_tokens", marker.tokens) == marker.tokens:
             source = f"{info['tokens']:,} tokens counted in the token cache"
             return Tokens(info["tokens"], source, info.get("images"))
     if packed := [file for file in files if file.suffix not in (".jsonl", ".json", ".ndjson")]:
@@ -185,7 +185,7 @@ def count_tokens(files: Sequence[Path], kind: KindName, config: RunConfig, sight
         count = round(size / BYTES_PER_TOKEN)
         return Tokens(count, f"about {count:,} tokens, guessed from the size at {BYTES_PER_TOKEN} bytes a token")
     reading = reading_of(config.data)
-    encoder = Encoder(kind, str(folder), None, skip=True, reading=reading, sight=sight)
+    encoder = Encoder(kind, str(folder), None, skip=True, reading=reading, marker=marker)
     found = images = read = 0
     for lines in itertools.islice(read_chunks(files, lambda _: None, reading), SAMPLE_CHUNKS):
         chunk = encoder.encode(lines)

@@ -18,7 +18,7 @@ from minimind_jax.data.batches import Batches, open_data
 from minimind_jax.data.epoch import Annotate
 from minimind_jax.data.labelled_images import Wordless
 from minimind_jax.data.labels import Classes
-from minimind_jax.data.pictures import Sight, sight_of
+from minimind_jax.data.pictures import Marker, marker_of
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import ModelConfig, union_of_ids
@@ -65,9 +65,9 @@ class Run:
         return self.models.get("init_from")
 
     @property
-    def sight(self) -> Sight | None:
+    def marker(self) -> Marker | None:
         """How images stand among its tokens; None of a model of texts, or of pictures alone."""
-        return None if self.config.of_pictures else sight_of(self.tokenizer, self.model.config.vision)
+        return None if self.config.of_pictures else marker_of(self.tokenizer, self.model.config.vision)
 
     def with_labels(self, labels: Labels, classes: Classes | None = None) -> "Run":
         return dataclasses.replace(self, labels=labels._replace(max_tokens=self.config.data.seq_len), classes=classes)
@@ -215,7 +215,7 @@ def picture_parameters(run: Run) -> Parameters:
 
 
 def start_params(run: Run) -> Params:
-    """The parameters of the model that a run starts from, on the host: adapters merged, new words and sight drawn."""
+    """The parameters of the model that a run starts from, on the host: adapters merged, what is new drawn."""
     config, model = run.config, run.model
     _, params = load_merged(run.start)
     params = grow_vocabulary(params, model.config.vocab_size, named_key(config.seed, "new words"))
@@ -258,5 +258,5 @@ def _with_head(run: Run, parameters: Parameters) -> Parameters:
 
 def open_rows(run: Run, annotate: Annotate | None = None) -> tuple[Batches, Batches | None]:
     """Those to train on, and the held-out ones, if there are any. annotate: what else the loss reads of them."""
-    more = {"classes": run.classes, "sight": run.sight, "annotate": annotate}
+    more = {"classes": run.classes, "marker": run.marker, "annotate": annotate}
     return open_data(run.kind.records, run.config, run.tokenizer, *data_process(run.mesh), **more)

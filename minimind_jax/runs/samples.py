@@ -8,7 +8,7 @@ from minimind_jax.config.stages import SeeingConfig, WriterConfig
 from minimind_jax.data.images import open_picture
 from minimind_jax.data.jsonl import iter_records, reading_of
 from minimind_jax.data.kinds import KINDS, KindName, Wanted
-from minimind_jax.data.pictures import PLACE, SIGHT, PictureFile, Seen, Sight, find_file, with_markers
+from minimind_jax.data.pictures import MARKER, PLACE, ImageConversation, Marker, PictureFile, find_file, with_markers
 from minimind_jax.errors import UserError
 from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.image_encoder import check_images
@@ -40,7 +40,7 @@ class Question(NamedTuple):
         return text
 
 
-def questions(config: WriterConfig, kind: KindName, sight: Sight | None = None) -> list[Question]:
+def questions(config: WriterConfig, kind: KindName, marker: Marker | None = None) -> list[Question]:
     """Those of `config.samples`, or the first questions or beginnings of texts of data.val or data.train where it has
     none."""
     samples, data, found = config.samples, config.data, {}
@@ -50,7 +50,7 @@ def questions(config: WriterConfig, kind: KindName, sight: Sight | None = None) 
         return [Question(prompt, pictures) for prompt in samples.prompts]
     if not samples.from_data:
         return []
-    wanted = Wanted(reading_of(data), sight=sight or SIGHT)
+    wanted = Wanted(reading_of(data), marker=marker or MARKER)
     records = iter_records(data.val or data.train, lambda error: None)
     for record in itertools.islice(records, LOOKED_AT):
         try:
@@ -58,7 +58,7 @@ def questions(config: WriterConfig, kind: KindName, sight: Sight | None = None) 
         except UserError:  # told when all records are read
             continue
         text = KINDS[kind].question(parsed)
-        shown = parsed.pictures[: text.count(PLACE)] if isinstance(parsed, Seen) else ()
+        shown = parsed.pictures[: text.count(PLACE)] if isinstance(parsed, ImageConversation) else ()
         if text.strip() and len(text) <= LONGEST:
             found[Question(text, shown)] = None
         if len(found) == samples.from_data:
@@ -72,7 +72,7 @@ def sampler(run: Run) -> SampleFn | None:
     Raises UserError for a prompt that is empty or too long, or a picture that cannot be read: now and not when the
     model could not be exported for it.
     """
-    asked = questions(run.config, run.kind.records, run.sight) if isinstance(run.config, WriterConfig) else []
+    asked = questions(run.config, run.kind.records, run.marker) if isinstance(run.config, WriterConfig) else []
     if not asked:
         return None
     samples, requests = run.config.samples, [_request(run, question) for question in asked]
@@ -104,7 +104,7 @@ def _request(run: Run, question: Question) -> Request:
     """The prompt's tokens, and its pictures. Raises UserError."""
     text, images = question.text, ()
     if question.pictures:
-        [text] = with_markers([text], len(question.pictures), run.sight, "samples.prompts")
+        [text] = with_markers([text], len(question.pictures), run.marker, "samples.prompts")
         tower = run.model.config.vision.tower
         images = tuple(open_picture(picture, tower, "samples.images") for picture in question.pictures)
     request = Request(tuple(KINDS[run.kind.records].prompt(run.tokenizer, text)), images=images)

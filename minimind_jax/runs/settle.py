@@ -67,7 +67,7 @@ def _from_data(run: Run) -> tuple[dict, str]:
     """The values by dotted key, and a sentence about them."""
     config, data, values = run.config, run.config.data, {}
     told = {"progress": jax.process_index() == 0, "report_skipped": False}
-    told |= {"classes": run.classes, "sight": run.sight}
+    told |= {"classes": run.classes, "marker": run.marker}
     cache = build_cache(run.kind.records, data.train, run.tokenizer, data, config.seed, **told)
     fraction = 0.0 if data.val else data.val_fraction
     if fraction is None:

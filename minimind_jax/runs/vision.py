@@ -52,7 +52,7 @@ def with_vision(
     return _seeing(architecture, open_tower(tower).config, marker, wanted)
 
 
-def planned_sight(config: RunConfig, architecture: ModelConfig) -> ModelConfig:
+def planned_vision(config: RunConfig, architecture: ModelConfig) -> ModelConfig:
     """`with_vision` for a plan: the shapes alone, of a tower that may not be there but for its name."""
     if not isinstance(config, SeeingConfig) or architecture.vision is not None or not config.vision.tower:
         return architecture

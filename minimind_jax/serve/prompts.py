@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.images import Picture
 from minimind_jax.data.messages import REASONING, TEXT_PARTS, read_messages, without_marks
-from minimind_jax.data.pictures import sight_of
+from minimind_jax.data.pictures import marker_of
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.data.tools import read_tools
 from minimind_jax.data.values import Place
@@ -42,12 +42,12 @@ def read_talk(served: Served, messages: list[Json], tools: list[Json] | None, th
     may be spelled; the engine refuses a marker among them.
     """
     of_messages, of_tools = (Place(name, name, Counter()) for name in ("messages", "tools"))
-    sight = sight_of(served.tokenizer, served.vision)
+    marker = marker_of(served.tokenizer, served.vision)
     apart = functools.partial(_apart, pattern=_special(served.tokenizer))
-    shown, pictures = open_images(apart(messages), served.vision, sight, content_of, log.once)
+    shown, pictures = open_images(apart(messages), served.vision, marker, content_of, log.once)
     read, _ = read_messages([_known(message, index) for index, message in enumerate(shown)], of_messages)
     schemas = read_tools([_function(tool, index) for index, tool in enumerate(tools)], of_tools) if tools else None
-    again = _apart(without_marks(read), _special(served.tokenizer, sight and sight.marker))
+    again = _apart(without_marks(read), _special(served.tokenizer, marker and marker.text))
     return Talk(again, apart(schemas), thinking, pictures)
 
 

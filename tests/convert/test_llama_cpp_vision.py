@@ -25,7 +25,7 @@ from minimind_jax.convert.hf import load_hf, save_hf
 from minimind_jax.convert.peft import rank_table, save_peft
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.images import read_image
-from minimind_jax.data.pictures import sight_of
+from minimind_jax.data.pictures import marker_of
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.image_prompts import open_images
@@ -212,7 +212,7 @@ def test_a_trained_model_says_the_same_text_of_pictures(dtype, trained, tmp_path
     answers = []
     for parts in asked:
         messages = asking(parts)
-        opened, pictures = open_images(messages, config.vision, sight_of(words, config.vision), content_of)
+        opened, pictures = open_images(messages, config.vision, marker_of(words, config.vision), content_of)
         sampling = SamplingConfig(max_new_tokens=12, temperature=0.0)
         ours = engine.generate([encode_prompt(words, opened)], sampling, [pictures])[0].text
         said = server.ask(

@@ -18,7 +18,7 @@ from minimind_jax.data.images import read_image
 from minimind_jax.data.jsonl import READING, Reading, iter_records
 from minimind_jax.data.kinds import parse_conversation
 from minimind_jax.data.packing import Order, plan_whole
-from minimind_jax.data.pictures import Sight, find_file
+from minimind_jax.data.pictures import Marker, find_file
 from minimind_jax.data.pixels import Pixels, check_files
 from minimind_jax.data.prompts import read_prompt
 from minimind_jax.data.token_cache import build_cache
@@ -29,7 +29,7 @@ from minimind_jax.model.config import TowerConfig
 Image = pytest.importorskip("PIL.Image", reason="pictures need Pillow")
 
 TOWER = TowerConfig(16, 24, 2, 2, 8, 4, resample=0)
-SIGHT = Sight("<|image_pad|>", 4)
+IMAGE = Marker("<|image_pad|>", 4)
 MARKER = 12
 ANSWER = {"role": "assistant", "content": "the cat"}
 
@@ -73,7 +73,7 @@ def data(tmp_path):
 
 
 def built(data, tokenizer):
-    return build_cache("images", data.train, tokenizer, data, seed=0, sight=SIGHT)
+    return build_cache("images", data.train, tokenizer, data, seed=0, marker=IMAGE)
 
 
 def shades(pixels):
@@ -273,7 +273,7 @@ def test_a_conversation_cut_within_an_image_shows_those_that_begin(data, tokeniz
     cache = built(settings, tokenizer)
     begun = int((cache.ids(0, 0, 50) == MARKER).sum())
     assert 0 < begun < 24 and begun % 4
-    annotate = Pixels(TOWER, settings.image_room(SIGHT.tokens)).annotate
+    annotate = Pixels(TOWER, settings.image_room(IMAGE.tokens)).annotate
     batches = Batches(cache, settings, 2, 0, tokenizer.token_bytes(), annotate=annotate)
     (batch,) = batches.iterate(0, 1)
     rows = sorted([shade for shade in row if shade] for row in shades(batch["pixels"]))
@@ -309,7 +309,7 @@ def test_converted_records_are_the_same_to_see(data, tokenizer, tmp_path):
     (file,) = data(*(record for record, _ in SAID)).train
     before = built(data(*(record for record, _ in SAID)), tokenizer)
     convert_command.run(ConvertDataConfig(files=(file,), output=str(tmp_path / "ours.jsonl"), kind="images"))
-    after = build_cache("images", [tmp_path / "ours.jsonl"], tokenizer, data(asked("w")), seed=0, sight=SIGHT)
+    after = build_cache("images", [tmp_path / "ours.jsonl"], tokenizer, data(asked("w")), seed=0, marker=IMAGE)
     np.testing.assert_array_equal(after.tokens, before.tokens)
     for document in range(len(before)):
         for (_, a), (_, b) in zip(before.pictures.of(document), after.pictures.of(document), strict=True):

@@ -12,7 +12,7 @@ from minimind_jax.config.settings import load_settings
 from minimind_jax.data.images import read_image
 from minimind_jax.data.jsonl import iter_records
 from minimind_jax.data.kinds import KINDS, Wanted
-from minimind_jax.data.pictures import sight_of, unpack
+from minimind_jax.data.pictures import marker_of, unpack
 from minimind_jax.data.template import unchanged
 from minimind_jax.errors import UserError
 from minimind_jax.inference.generate_command import _open, _request, run
@@ -65,7 +65,7 @@ def test_prompts_are_what_training_shows_up_to_the_answer(config, engine, photos
     for record in iter_records(config.input):
         prompt = _request(engine, config, record)
         kind = KINDS["images"]
-        parsed = kind.parse(record, Wanted(sight=sight_of(engine.tokenizer, vision)))
+        parsed = kind.parse(record, Wanted(marker=marker_of(engine.tokenizer, vision)))
         trained = kind.encode(engine.tokenizer, parsed, unchanged, print)
         assert prompt.ids == trained.ids[: len(prompt.ids)].tolist() and trained.trained[len(prompt.ids) :].any()
         expected = [read_image(unpack(file), vision.tower, "") for file in trained.pictures]
@@ -88,9 +88,9 @@ def test_records_are_answered_and_written_so_that_they_can_be_read_again(config,
     assert len({line["completion"] for line in answered}) > 3
     again = dataclasses.replace(config, output=config.output.replace("out", "again"), as_conversations=True)
     run(again)
-    sight = sight_of(engine.tokenizer, engine.model.config.vision)
+    marker = marker_of(engine.tokenizer, engine.model.config.vision)
     for record, answer in zip(iter_records([again.output]), answered, strict=True):
-        seen = KINDS["images"].parse(record, Wanted(sight=sight))  # its pictures are found from any folder
+        seen = KINDS["images"].parse(record, Wanted(marker=marker))  # its pictures are found from any folder
         assert seen.conversation.messages[-1]["content"] == answer["completion"].strip()
         assert len(seen.pictures) == json.dumps(record.value).count("<image>")
 

@@ -5,12 +5,12 @@ import base64
 import pytest
 
 from minimind_jax.data.images import open_picture
-from minimind_jax.data.pictures import Sight, read_data_url
+from minimind_jax.data.pictures import Marker, read_data_url
 from minimind_jax.errors import UserError
 from minimind_jax.inference.image_prompts import open_images
 from minimind_jax.model.config import TowerConfig, Vision
 
-VISION, SIGHT = Vision(TowerConfig(16, 24, 1, 2, 8, 4), 12), Sight("<|image_pad|>", 4)
+VISION, IMAGE = Vision(TowerConfig(16, 24, 1, 2, 8, 4), 12), Marker("<|image_pad|>", 4)
 MARKERS = {"type": "text", "text": "<|image_pad|>" * 4}
 
 
@@ -35,7 +35,7 @@ def test_parts_that_are_pictures_become_markers_in_their_places(photos):
         asked.append((address, where))
         return read_data_url(address, where) if address.startswith("data:") else photos / f"{address}.png"
 
-    found, pictures = open_images(messages, VISION, SIGHT, fetch)
+    found, pictures = open_images(messages, VISION, IMAGE, fetch)
     assert found == [
         messages[0], user(MARKERS, "or", MARKERS), messages[2], user(messages[3]["content"][0], MARKERS),
         {"role": "tool", "content": [MARKERS], "tool_call_id": "x"},
@@ -67,7 +67,7 @@ def test_parts_that_are_pictures_become_markers_in_their_places(photos):
 )
 def test_what_is_wrong_is_told_with_its_place(message, said):
     with pytest.raises(UserError, match=said):
-        open_images([message], VISION, SIGHT, None)
+        open_images([message], VISION, IMAGE, None)
 
 
 def test_a_model_of_texts_says_so():

@@ -18,7 +18,7 @@ from minimind_jax.inference.load import load_engine
 from minimind_jax.inference.sampling import SamplingConfig
 from minimind_jax.model.lora import init_adapters, join
 from minimind_jax.serve import models
-from tests.serve.conftest import CONTEXT, running
+from tests.serve.conftest import CONTEXT, client_of, running
 
 ASK = [{"role": "user", "content": "hi"}]
 GREEDY = SamplingConfig(max_new_tokens=12, temperature=0.0)

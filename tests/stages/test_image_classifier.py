@@ -13,7 +13,7 @@ import pytest
 from run_helpers import KEEP_ALL, assert_resumes_exactly, export_newest, last
 from worlds import write_lines
 
-from minimind_jax.config.classify import ClassifyConfig, LabelConfig, SightConfig
+from minimind_jax.config.classify import ClassifyConfig, ClassifyVisionConfig, LabelConfig
 from minimind_jax.config.sections import FilesConfig, LoopConfig, OptimizerConfig
 from minimind_jax.config.tools import PredictConfig
 from minimind_jax.convert.hf import Labels, load_labels, save_hf
@@ -75,7 +75,7 @@ def settings(shapes, folder, train="head", data=None, training=None, **changes):
     }  # fmt: skip
     config = ClassifyConfig(
         run=str(folder / "run"),
-        vision=SightConfig(str(shapes / "tower"), train),
+        vision=ClassifyVisionConfig(str(shapes / "tower"), train),
         data=FilesConfig(**files),
         training=LoopConfig(**loop),
         optimizer=OptimizerConfig(learning_rate=3e-3, schedule="linear", final_fraction=0.0),
@@ -198,7 +198,7 @@ def test_a_run_resumes_exactly(shapes, tmp_path):
     tower = load_picture_classifier(shapes / "tower")[1]["vision"]
     jax.tree.map(np.testing.assert_array_equal, ours["vision"], tower)
     picture = next((shapes / "my photos" / KINDS[1]).iterdir())
-    other = dataclasses.replace(config, vision=SightConfig(str(shapes / "tower"), "tower"), resume="auto")
+    other = dataclasses.replace(config, vision=ClassifyVisionConfig(str(shapes / "tower"), "tower"), resume="auto")
     with pytest.raises(UserError, match=r"vision\.train head -> tower"):
         start(other)
     assert picture.exists()
@@ -323,7 +323,7 @@ def test_a_few_pictures_and_the_head_of_another_classifier(shapes, trained, tmp_
         shutil.copytree(shapes / "my photos" / kind, few / kind, ignore=lambda place, names: sorted(names)[1:])
     data, loop = {"train": (str(few),), "val_fraction": None}, {"batch_tokens": None, "steps": 1}
     config = settings(shapes, tmp_path, data=data, training=loop, optimizer=OptimizerConfig(learning_rate=0.0))
-    run = RunFolder(start(dataclasses.replace(config, vision=SightConfig(str(trained.path)))))
+    run = RunFolder(start(dataclasses.replace(config, vision=ClassifyVisionConfig(str(trained.path)))))
     assert "is left out" not in capsys.readouterr().out
     before, after = (load_picture_classifier(folder)[1] for folder in (trained.model, run.model))
     jax.tree.map(np.testing.assert_array_equal, before, after)
