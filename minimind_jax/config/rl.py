@@ -70,14 +70,14 @@ class RewardsConfig(Settings):
     use: reward functions and their weights, such as `answer`, `0.5 * length(20, 800)`, `model(runs/reward)`, or
         `my_rewards.py:score` of your own (docs/rl_rewards.md lists them). The reward is their weighted sum.
     success: the function whose value of at least 1 counts as success in evaluations; empty takes the first of use.
-    on_error: a function that fails or hangs stops the run, or its completions count as without its reward, and are
-        counted.
+    on_error: a function that fails or hangs stops the run; or what it fails on is counted and is not trained on, nor
+        compared with (`skip`), or goes without its reward (`count`).
     seconds: that one function may take for a rollout.
     """
 
     use: tuple[str, ...] = setting((), is_text=True)
     success: str = ""
-    on_error: Literal["stop", "count"] = "stop"
+    on_error: Literal["stop", "skip", "count"] = "stop"
     seconds: float = setting(60.0, must=ABOVE_0)
 
 
@@ -97,7 +97,8 @@ class PolicyConfig(Settings):
     cap: the highest ratio of cispo, and with clip the highest before clipping (INTELLECT-2's delta); 0 for none.
     dual_clip: with a negative advantage the loss is at most so many times it; 0 for none.
     reduction: a mean over the `token`s of all completions (DAPO), over completions of the mean of each (`sequence`,
-        GRPO), or over completions of the sum of each, divided by rollout.max_new_tokens (`constant`, Dr. GRPO).
+        GRPO), over prompts of the mean over the tokens of its completions (`prompt`, ScaleRL), or over completions of
+        the sum of each, divided by rollout.max_new_tokens (`constant`, Dr. GRPO).
     updates: times that a rollout is trained on.
     minibatches: parts of a rollout, each an optimizer step.
     beta: weight of the divergence from the model at the start; 0 for none, and no second model in memory.
@@ -123,7 +124,7 @@ class PolicyConfig(Settings):
     epsilon_high: float = setting(0.2, must=at_least(0))
     cap: float = setting(0.0, must=at_least(0))
     dual_clip: float = setting(0.0, must=at_least(0))
-    reduction: Literal["token", "sequence", "constant"] = "token"
+    reduction: Literal["token", "sequence", "prompt", "constant"] = "token"
     updates: int = setting(1, must=at_least(1))
     minibatches: int = setting(1, must=at_least(1))
     beta: float = setting(0.0, must=at_least(0))

@@ -75,21 +75,31 @@ def whiten(x_NT: Array, mask_NT: Array, ddof: int = 1, scale: bool = True) -> Ar
 
 
 def reduction_weights(
-    mask_NT: Array, kept_N: Array, reduction: Literal["token", "sequence", "constant"], max_new_tokens: int
+    mask_NT: Array,
+    kept_N: Array,
+    reduction: Literal["token", "sequence", "prompt", "constant"],
+    max_new_tokens: int,
+    groups_N: Array | None = None,
 ) -> Array:
     """The weight of each token's loss, (N, T): their sum over the rows, divided by N, is the loss of the step.
 
     token: the mean over trained tokens (DAPO, BNPO). sequence: over episodes of the mean over an episode's trained
-    tokens (GRPO); of an episode without any it is 0. constant: over episodes of the sum over tokens, divided by
+    tokens (GRPO); of an episode without any it is 0. prompt: over prompts of the mean over the trained tokens of all
+    of a prompt's episodes (ScaleRL, arXiv 2510.13786). constant: over episodes of the sum over tokens, divided by
     max_new_tokens (Dr. GRPO). mask_NT: 1 for trained tokens, of all rows of an optimizer step. kept_N: whether an
-    episode counts at all; weights of others are 0, and means are over what is left.
+    episode counts at all; weights of others are 0, and means are over what is left. groups_N: numbers of prompts, for
+    `prompt`.
     """
     kept_N1 = np.asarray(kept_N, np.float64)[:, None]
     mask_NT = (np.asarray(mask_NT) > 0) * kept_N1
     if reduction == "token":
         return mask_NT * len(mask_NT) / max(mask_NT.sum(), 1)
-    of_row_N1 = max_new_tokens if reduction == "constant" else np.maximum(mask_NT.sum(axis=1, keepdims=True), 1)
-    return mask_NT / of_row_N1 * len(mask_NT) / max(kept_N1.sum(), 1)
+    tokens_N1, units = mask_NT.sum(axis=1, keepdims=True), kept_N1.sum()
+    if reduction == "prompt":
+        tokens_N1 = np.equal.outer(groups_N, groups_N) @ tokens_N1
+        units = len(np.unique(groups_N[kept_N1[:, 0] > 0]))
+    of_row_N1 = max_new_tokens if reduction == "constant" else np.maximum(tokens_N1, 1)
+    return mask_NT / of_row_N1 * len(mask_NT) / max(units, 1)
 
 
 def next_beta(beta: float, kl: float, target: float, horizon: float, sequences: int) -> float:

@@ -45,19 +45,20 @@ def with_advantages(arrays: Batch, rows: Sequence[Row], config: RLConfig, beta: 
     """The arrays of a rollout with `advantages` (N, T), and of a value model its `returns`.
 
     arrays: with the log-probabilities and values that they follow from, where they do. beta: weight of the divergence
-    from the reference, which may be taken off the rewards.
+    from the reference, which may be taken off the rewards. Rows that have no reward get no advantage, and have no part
+    in those of others.
     """
-    policy, mask_NT = config.policy, arrays["mask"]
-    rewards_N = np.array([row.reward for row in rows])
+    policy, kept_N = config.policy, np.array([not row.unjudged for row in rows])
+    rewards_N, mask_NT = np.array([row.reward for row in rows]), arrays["mask"] * kept_N[:, None]
     costs_NT = np.zeros(mask_NT.shape)
     if of_tokens := policy.beta > 0 and policy.kl_placement == "reward":
         log_probs, reference = (arrays[f"{who}_log_probs"].astype(np.float64) for who in ("old", "reference"))
         costs_NT = beta * np.asarray(divergences(log_probs, reference, "k1")) * mask_NT
     if policy.advantage in ("group", "leave_one_out") or (policy.advantage == "batch" and not of_tokens):
-        groups_N = np.array([row.group for row in rows])
-        found_N = group_advantages(
-            rewards_N - costs_NT.sum(axis=1), groups_N, kind=policy.advantage, scale=policy.scale, ddof=policy.ddof
-        )
+        given = rewards_N - costs_NT.sum(axis=1), np.array([row.group for row in rows])
+        found_N, options = np.zeros(len(rows)), {"scale": policy.scale, "ddof": policy.ddof}
+        if kept_N.any():
+            found_N[kept_N] = group_advantages(*(x_N[kept_N] for x_N in given), kind=policy.advantage, **options)
         return {**arrays, "advantages": (found_N[:, None] * mask_NT).astype(np.float32)}
     values_NT, critic = arrays.get("old_values", np.zeros(mask_NT.shape)), config.critic
     discounts = (critic.gamma, critic.gae_lambda) if config.has_critic else (1.0, 1.0)
@@ -79,24 +80,27 @@ def _at_end(rewards_N: np.ndarray, mask_NT: np.ndarray) -> np.ndarray:
 def minibatches(arrays: Batch, rows: Sequence[Row], config: RLConfig, rollout: int, beta: float) -> Iterator[Batch]:
     """The batch of every optimizer step of a rollout: all its rows in each update, in an order drawn anew."""
     policy = config.policy
-    kept_N = np.array([policy.overlong == "keep" or row.finish == "stop" for row in rows])
+    kept_N = np.array([not row.unjudged and (policy.overlong == "keep" or row.finish == "stop") for row in rows])
+    groups_N = np.array([row.group for row in rows])
     for update in range(policy.updates):
         order = np.arange(len(rows))
         if policy.minibatches > 1:
             np.random.default_rng(named_seed(config.seed, "minibatches", rollout, update)).shuffle(order)
         for chosen in np.split(order, policy.minibatches):
             batch = {name: array[chosen] for name, array in arrays.items()}
-            yield batch | _weights(batch["mask"], kept_N[chosen], config, rollout, beta)
+            yield batch | _weights(batch["mask"], kept_N[chosen], groups_N[chosen], config, rollout, beta)
 
 
-def _weights(mask_NT: np.ndarray, kept_N: np.ndarray, config: RLConfig, rollout: int, beta: float) -> Batch:
+def _weights(
+    mask_NT: np.ndarray, kept_N: np.ndarray, groups_N: np.ndarray, config: RLConfig, rollout: int, beta: float
+) -> Batch:
     policy, critic = config.policy, config.critic
-    weights_NT = reduction_weights(mask_NT, kept_N, policy.reduction, config.rollout.max_new_tokens)
+    weights_NT = reduction_weights(mask_NT, kept_N, policy.reduction, config.rollout.max_new_tokens, groups_N)
     found = {"weights": weights_NT}
     if policy.beta and policy.kl_placement == "loss":
         found["kl_weights"] = beta * weights_NT
     if config.has_critic:
-        everything = reduction_weights(mask_NT, np.ones(len(mask_NT)), "token", config.rollout.max_new_tokens)
+        everything = reduction_weights(mask_NT, kept_N, "token", config.rollout.max_new_tokens)
         found["value_weights"] = critic.weight * everything
         if rollout < critic.warmup:
             found |= {name: 0 * weights_NT for name in found if name != "value_weights"}

@@ -51,6 +51,7 @@ class Episode:
     # of each function by its name, None where it has nothing to say
     rewards: dict[str, float | None] = dataclasses.field(default_factory=dict)
     reward: float = 0.0  # their weighted sum
+    unjudged: bool = False  # a function failed to say its own, and rewards.on_error skips it
     state: Any = None  # of its environment
 
     @property

@@ -17,7 +17,7 @@ from minimind_jax.rl.environment import Environment
 from minimind_jax.rl.episode import Episode, Task
 from minimind_jax.rl.play import GaveUp, Start, Writer, play
 from minimind_jax.rl.rewards import Rewards
-from minimind_jax.rl.rollout import Rollout, Row, describe, groups_of, shared, teaches_nothing
+from minimind_jax.rl.rollout import Rollout, Row, describe, groups_of, judged, shared, teaches_nothing
 from minimind_jax.rl.tasks import Tasks, drawn_tasks, refilling_tasks, thinks
 from minimind_jax.seeds import named_seed
 from minimind_jax.sharding import announce
@@ -166,7 +166,7 @@ class Player:
         except GaveUp:
             return None
         found = {
-            "reward": statistics.fmean(row.reward for row in rows),
+            "reward": statistics.fmean(row.reward for row in judged(rows)),
             "success": statistics.fmean(row.rewards["success"] for row in rows),
             "length": statistics.fmean(row.written for row in rows),
         }

@@ -101,8 +101,8 @@ class Rewards(contextlib.AbstractContextManager):
         return left.enter_context(tools)
 
     def __call__(self, episodes: Sequence[Episode]) -> dict[str, float]:
-        """Fills `rewards` and `reward` of the episodes; returns how many values each function failed to give. Raises
-        UserError at the first that failed, where rewards.on_error is `stop`."""
+        """Fills `rewards`, `reward` and `unjudged` of the episodes; returns how many values each function failed to
+        give. Raises UserError at the first that failed, where rewards.on_error is `stop`."""
         if not episodes:  # of this process; a function need not know what to say of none
             return {}
         functions = list(zip(self._entries, self._functions, strict=True))
@@ -125,6 +125,8 @@ class Rewards(contextlib.AbstractContextManager):
             episode.rewards = dict(zip(self.names, numbers, strict=True))
             pairs = zip(self._entries, numbers, strict=True)
             episode.reward = math.fsum(entry.weight * number for entry, number in pairs if number is not None)
+            failed = [entry for entry, value in zip(self._entries, row, strict=True) if isinstance(value, str)]
+            episode.unjudged = self._config.on_error == "skip" and any(entry.weight for entry in failed)
         return failures
 
     def _told(self, entry: Entry, tools: Toolbox, episodes: Sequence[Episode]) -> list[Value]:
@@ -141,10 +143,11 @@ class Rewards(contextlib.AbstractContextManager):
             told = f"rewards.use {entry.text}: {where}: {words} ({len(failed)} of {len(episodes)} completions)"
             if self._config.on_error == "stop":
                 raise UserError(
-                    f"{told}; mend it, give it more rewards.seconds, or set rewards.on_error count to train without "
-                    "what fails"
+                    f"{told}; mend it, give it more rewards.seconds, or set rewards.on_error skip to train without "
+                    "those completions, count to train on their other rewards"
                 )
-            print(f"{told}; they go without it, and rewards/{entry.name}/failures counts them", file=sys.stderr)
+            what = "are not trained on" if self._config.on_error == "skip" and entry.weight else "go without it"
+            print(f"{told}; they {what}, and rewards/{entry.name}/failures counts them", file=sys.stderr)
             self._said.add(entry)
         return len(failed)
 

@@ -29,10 +29,11 @@ class Row(NamedTuple):
     turns: int
     calls: int
     failures: int
+    unjudged: bool = False
 
     @classmethod
     def of(cls, episode: Episode) -> "Row":
-        own = {name: getattr(episode, name) for name in cls._fields[:8]}
+        own = {name: getattr(episode, name) for name in (*cls._fields[:8], "unjudged")}
         told = [result.is_error for turn in episode.turns for result in turn.observations]
         calls = sum(len(turn.calls) for turn in episode.turns)
         return cls(**own, turns=len(episode.turns), calls=calls, failures=sum(told))
@@ -69,13 +70,18 @@ def groups_of(rows: Sequence[Row]) -> dict[int, list[Row]]:
 
 
 def teaches_nothing(group: Sequence[Row]) -> bool:
-    """Whether all completions of a prompt have the same reward, and so no advantage over each other."""
-    return len({row.reward for row in group}) == 1
+    """Whether all completions of a prompt that have a reward have the same, and so no advantage over each other."""
+    return len({row.reward for row in group if not row.unjudged}) <= 1
+
+
+def judged(rows: Sequence[Row]) -> Sequence[Row]:
+    """Those that have a reward; all of them where none has."""
+    return [row for row in rows if not row.unjudged] or rows
 
 
 def describe(rows: Sequence[Row]) -> dict[str, float]:
     """What is told of completions, under TRL's names."""
-    rewards, groups = [row.reward for row in rows], groups_of(rows).values()
+    rewards, groups = [row.reward for row in judged(rows)], groups_of(judged(rows)).values()
     lengths = [row.written for row in rows]
     ended = [row.written for row in rows if row.finish == "stop"] or [0]
     spreads = [_spread([row.reward for row in group]) for group in groups]

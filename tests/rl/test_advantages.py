@@ -80,21 +80,25 @@ def test_whitening_of_nothing_or_one_is_0(count):
 
 
 MASK = np.array([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0]])
+PROMPTS = np.array([3, 1, 1, 3])  # of the rows; in another order than they are drawn in
 
 
-@pytest.mark.parametrize("kept", [[1, 1, 1, 1], [1, 0, 1, 1], [0, 0, 0, 0]])
+@pytest.mark.parametrize("kept", [[1, 1, 1, 1], [1, 0, 1, 1], [1, 0, 0, 1], [0, 0, 0, 0]])
 def test_reductions_are_means(kept):
     losses, kept = np.random.default_rng(0).standard_normal(MASK.shape), np.array(kept, bool)
     rows = [(row[m > 0], k) for row, m, k in zip(losses, MASK, kept, strict=True)]
     left = [row for row, k in rows if k]
     tokens = np.concatenate([*left, []])
+    prompts = [np.concatenate([row for (row, k), own in zip(rows, PROMPTS, strict=True) if k and own == prompt])
+               for prompt in sorted(set(PROMPTS[kept]))]  # fmt: skip
     expected = {
         "token": tokens.mean() if len(tokens) else 0,
         "sequence": np.mean([row.mean() if len(row) else 0 for row in left]) if left else 0,
+        "prompt": np.mean([own.mean() if len(own) else 0 for own in prompts]) if left else 0,
         "constant": np.mean([row.sum() / 16 for row in left]) if left else 0,
     }
     for reduction, value in expected.items():
-        weights = reduction_weights(MASK, kept, reduction, max_new_tokens=16)
+        weights = reduction_weights(MASK, kept, reduction, max_new_tokens=16, groups_N=PROMPTS)
         assert (weights * losses).sum() / len(MASK) == pytest.approx(value, abs=1e-12), reduction
         assert not weights[(MASK == 0) | ~kept[:, None]].any()
 

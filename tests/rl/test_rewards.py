@@ -217,6 +217,18 @@ def test_failures_are_counted_and_the_next_call_works(capfd):
     assert all(told.count(f"{name}: f.jsonl:1: ") == 1 for name in names) and "rewards/picky/failures counts" in told
 
 
+def test_what_a_function_fails_on_is_skipped_where_it_counts(capfd):
+    texts = [episode("a"), episode("abc"), episode("abcde")]  # of the second of which `picky` fails
+    with rewards("length(1, 9)", f"2 * {USER}:picky", on_error="skip") as give:
+        assert give(texts)["rewards/picky/failures"] == 1
+        assert [each.unjudged for each in texts] == [False, True, False]
+    with rewards("length(1, 9)", f"0 * {USER}:picky", on_error="skip") as give:  # it is only logged
+        give(texts)
+        assert not any(each.unjudged for each in texts)
+    told = capfd.readouterr().err
+    assert told.count("they are not trained on") == told.count("they go without it") == 1
+
+
 def test_a_pattern_that_explodes_is_ended():
     with rewards(r"regex(^(a+)+$)", seconds=1.0) as give, pytest.raises(UserError, match="took longer than 1 seconds"):
         give([episode("a" * 60 + "b")])

@@ -57,13 +57,41 @@ def test_returns_are_of_advantages_before_they_are_whitened():
     assert abs(own.mean()) < 1e-6 and own.std(ddof=1) == pytest.approx(1, abs=1e-5)
 
 
-def test_the_value_model_learns_alone_at_first_and_of_what_was_cut():
+def test_the_value_model_learns_alone_at_first_and_not_of_what_is_masked():
     config = settings(PPOConfig, CriticConfig(warmup=1), advantage="gae", scale="batch", overlong="mask", beta=0.1)
     arrays, _ = advantages(config, values=0.0)
     for rollout in (0, 1):
         (batch,) = minibatches(arrays, ROWS, config, rollout, 0.1)
         assert batch["weights"].any() == batch["kl_weights"].any() == (rollout == 1)
-        assert not batch["weights"][3].any() and (batch["value_weights"] > 0).sum() == batch["mask"].sum()
+        assert not batch["weights"][3].any()
+        assert (batch["value_weights"] > 0).tolist() == (batch["mask"] * [[1], [1], [1], [0]] > 0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "policy"),
+    [
+        (RLConfig, {"reduction": "prompt"}),
+        (RLConfig, {"advantage": "leave_one_out", "scale": "none", "reduction": "sequence"}),
+        (RLConfig, {"advantage": "batch", "scale": "batch"}),
+        (PPOConfig, {"advantage": "gae", "scale": "batch"}),
+    ],
+)
+def test_a_completion_that_has_no_reward_is_as_if_it_were_not_there(kind, policy):
+    config = settings(kind, **policy)
+
+    def batch_of(rows):
+        arrays = arrays_of(rows, 64)
+        arrays["old_values"] = 0.1 + 0 * arrays["mask"]
+        (batch,) = minibatches(with_advantages(arrays, rows, config, 0.0), rows, config, 0, 0.0)
+        return {name: array for name, array in batch.items() if array.dtype == np.float32}
+
+    found, without = batch_of([ROWS[0]._replace(reward=9.0, unjudged=True), *ROWS[1:]]), batch_of(ROWS[1:])
+    for name in found:
+        weight = 3 / 4 if "weights" in name else 1  # sums of which are divided by the rows
+        np.testing.assert_allclose(weight * found[name][1:], without[name], rtol=1e-6, err_msg=name)
+    assert not any(array[0].any() for name, array in found.items() if "weights" in name or name == "advantages")
+    none = batch_of([row._replace(unjudged=True) for row in ROWS])
+    assert not any(array.any() for name, array in none.items() if "weights" in name or name == "advantages")
 
 
 def test_every_update_sees_each_row_once_in_steps_whose_weights_are_means():

@@ -96,11 +96,13 @@ def test_equal_rewards_teach_nothing_and_refilling_finds_nothing(grpo, capsys):
     assert capsys.readouterr().out.count("taught nothing") == 1
 
 
-def test_completions_that_are_all_cut_and_masked_move_nothing(grpo, base, capsys):
-    """No update, and it is said, though the optimizer has weight decay."""
-    config = grpo(
-        rollout={"max_new_tokens": 2, "temperature": 0.05}, policy=PolicyConfig(overlong="mask", beta=0.1, updates=2)
-    )
+@pytest.mark.parametrize(
+    ("kind", "own"), [(GRPOConfig, {}), (PPOConfig, {"advantage": "gae", "scale": "batch"})], ids=["grpo", "ppo"]
+)
+def test_completions_that_are_all_cut_and_masked_move_nothing(grpo, base, capsys, kind, own):
+    """No update, of the value model neither, and it is said, though the optimizer has weight decay."""
+    policy = PolicyConfig(overlong="mask", beta=0.1, updates=2, **own)
+    config = grpo(kind, rollout={"max_new_tokens": 2, "temperature": 0.05}, policy=policy)
     optimizer = dataclasses.replace(config.optimizer, weight_decay=0.1)
     config = dataclasses.replace(config, optimizer=optimizer, training=dataclasses.replace(config.training, steps=4))
     steps = steps_of(config)
@@ -133,15 +135,20 @@ def workers():
 
 
 @pytest.mark.parametrize("reward", ["raises", pytest.param("hangs", marks=pytest.mark.slow)])
-def test_a_reward_that_fails_stops_the_run_or_is_counted(grpo, reward):
+def test_a_reward_that_fails_stops_the_run_or_is_counted(grpo, base, tmp_path, reward):
     before = workers()  # of other tests
-    with pytest.raises(UserError, match=r"own.py:\w+: .*prompts.jsonl:\d+: .*rewards.on_error count"):
+    with pytest.raises(UserError, match=r"own.py:\w+: .*prompts.jsonl:\d+: .*rewards.on_error skip"):
         stages.start(grpo(reward=reward, rewards={"seconds": 2.0}))
     with pytest.raises(UserError, match=r"prompts\.jsonl:1"):
         stages.start(grpo(AgentConfig, data={"seq_len": 16}))
     steps = steps_of(grpo(reward=reward, rewards={"seconds": 2.0, "on_error": "count"}, training={"steps": 1}))
     assert not set(workers()) - set(before)
     assert steps[0][f"rewards/{reward}/failures"] == 8 and steps[0]["reward"] == 0
+    if reward == "raises":
+        config = grpo(reward=reward, rewards={"on_error": "skip"}, run=tmp_path / "skips")
+        steps = steps_of(config)
+        assert [row["rewards/raises/failures"] for row in steps] == [8, 8] and steps[-1]["skipped/nothing"] == 2
+        assert weights_of(config.run) == weights_of(base)
 
 
 def test_completions_that_end_at_once(grpo, base, tmp_path):
