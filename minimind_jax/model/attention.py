@@ -114,10 +114,12 @@ def attention(
     path: Path,
     platform: Platform,
 ) -> Array:
-    """softmax(q k^T / sqrt(H)) v over the keys a query may see, (B, T, N, H); 0 for a query that sees none.
+    """softmax(q k^T / sqrt(H)) v over the keys a query may see, (B, T, N, H).
 
-    Query t sees keys s <= t of its own segment, and nothing in segment 0 (padding); all of a row is one segment when
-    segment_ids_BT is None. Query head n uses key/value head n // G, G = N / K. path: one that `choose_path` gave.
+    Query t sees keys s <= t of its own segment; all of a row is one segment when segment_ids_BT is None. What queries
+    in segment 0 (padding) read means nothing: 0, or from fused operations what padding says to padding, as clearing it
+    would take as long as writing it. Query head n uses key/value head n // G, G = N / K. path: one that `choose_path`
+    gave.
     """
     if path == "grouped":
         return _grouped(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, platform)

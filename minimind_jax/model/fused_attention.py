@@ -1,8 +1,8 @@
 """Attention in one fused operation of a GPU or TPU, and its place on a mesh.
 
-All take padding (segment 0) for a document like any other, so that every query sees at least itself, and `on_mesh`
-clears what comes out for it. All need rows of certain lengths; the causal mask hides the keys appended for
-that from every query that counts, and where there is none, as among the patches of an image, a segment of their own.
+All take padding (segment 0) for a document like any other, so that every query sees at least itself. All need rows of
+certain lengths; the causal mask hides the keys appended for that from every query that counts, and where there is none,
+as among the patches of an image, a segment of their own.
 """
 
 import functools
@@ -31,22 +31,18 @@ def on_mesh(fused: FusedAttention, mesh: AbstractMesh) -> FusedAttention:
     """`fused` as attention within documents (see `attention`), each device having its own rows and heads.
 
     The compiler cannot cut one operation, so that is said here: rows over data x fsdp, and over expert where they
-    divide, heads over tensor. Queries in segment 0 give 0.
+    divide, heads over tensor.
     """
-
-    def attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
-        out_BTNH = fused(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-        return out_BTNH if segment_ids_BT is None else jnp.where((segment_ids_BT > 0)[:, :, None, None], out_BTNH, 0)
 
     def attend_cut(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
         rows = (*ROW_AXES, "expert")
         if q_BTNH.shape[0] % math.prod(mesh.shape[axis] for axis in rows):
             rows = ROW_AXES
         heads, ids = PartitionSpec(rows, None, "tensor"), PartitionSpec(rows)
-        cut = jax.shard_map(attend, in_specs=(heads, heads, heads, ids), out_specs=heads, check_vma=False)
+        cut = jax.shard_map(fused, in_specs=(heads, heads, heads, ids), out_specs=heads, check_vma=False)
         return cut(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
-    return attend if mesh.empty or mesh.size == 1 else attend_cut
+    return fused if mesh.empty or mesh.size == 1 else attend_cut
 
 
 def cudnn(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_ids_BT: Array | None, is_causal: bool = True) -> Array:
@@ -99,7 +95,7 @@ class Documents(NamedTuple):
     read one after another. An entry belongs to any row that is not before it.
 
     starts_BM: place of the first token, counted from the beginning of the entry's row. lengths_BM: tokens.
-    is_left_BT: tokens of documents without an entry; the last entry before them has them as well.
+    is_left_BT: tokens in an entry of more than one document, which is the last of its row.
     """
 
     starts_BM: Array
@@ -113,12 +109,13 @@ def list_documents(segment_ids_BT: Array, room: int) -> Documents:
     B, T = segment_ids_BT.shape
     is_first_BT = jnp.diff(segment_ids_BT, axis=1, prepend=-1) != 0
     document_BT = jnp.cumsum(is_first_BT, dtype=jnp.int32).reshape(B, T) - 1
-    entry_BT = jnp.minimum(document_BT, room * jnp.arange(1, B + 1, dtype=jnp.int32)[:, None] - 1)
+    last_B1 = room * jnp.arange(1, B + 1, dtype=jnp.int32)[:, None] - 1
+    entry_BT = jnp.minimum(document_BT, last_B1)
     lengths_E = jnp.zeros(B * room, jnp.int32).at[entry_BT].add(1)
     starts_BM = (jnp.cumsum(lengths_E) - lengths_E).reshape(B, room) - T * jnp.arange(B, dtype=jnp.int32)[:, None]
     lengths_BM = lengths_E.reshape(B, room)
     starts_BM, lengths_BM = (jnp.where(lengths_BM > 0, x, -1) for x in (starts_BM, lengths_BM))
-    return Documents(starts_BM, lengths_BM, entry_BT < document_BT)
+    return Documents(starts_BM, lengths_BM, (entry_BT == last_B1) & (document_BT[:, -1:] > last_B1))
 
 
 def _by_entries(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, documents: Documents) -> Array:
@@ -142,11 +139,11 @@ def _packed_forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, documents):
     inputs = q_BTNH, k_BTKH, v_BTKH
     packed_BTNH, pull_back = jax.vjp(functools.partial(_by_entries, documents=documents), *inputs)
 
-    def mend(row, is_left_T11, masked_TNH, _, out_BTNH):
-        return out_BTNH.at[row].set(jnp.where(is_left_T11, masked_TNH, out_BTNH[row]))
+    def mend(row, choose, masked_TNH, _, out_BTNH):
+        return out_BTNH.at[row].set(choose(masked_TNH, out_BTNH[row]))
 
     out_BTNH = _over_rows(mend, inputs, segment_ids_BT, documents, packed_BTNH)
-    # What was mended serves the gradient as well, which is 0 there: one array less is kept.
+    # Only the gradient of what is mended itself is another with this, and is mended, too: one array less is kept.
     pull_back = jax.tree.map(lambda leaf: out_BTNH if leaf is packed_BTNH else leaf, pull_back)
     return out_BTNH, (inputs, segment_ids_BT, documents, pull_back)
 
@@ -154,21 +151,20 @@ def _packed_forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, documents):
 def _packed_backward(saved, grad_BTNH):
     inputs, segment_ids_BT, documents, pull_back = saved
 
-    def mend(row, is_left_T11, _, pull_row_back, grads):
-        of_row = pull_row_back(jnp.where(is_left_T11, grad_BTNH[row], 0))
-        return tuple(grad.at[row].add(own[0]) for grad, own in zip(grads, of_row, strict=True))
+    def mend(row, choose, _, pull_row_back, grads):
+        of_row = pull_row_back(grad_BTNH[row])
+        return tuple(grad.at[row].set(choose(own[0], grad[row])) for grad, own in zip(grads, of_row, strict=True))
 
-    grads = pull_back(jnp.where(documents.is_left_BT[:, :, None, None], 0, grad_BTNH))
-    return *_over_rows(mend, inputs, segment_ids_BT, documents, grads), None, None
+    return *_over_rows(mend, inputs, segment_ids_BT, documents, pull_back(grad_BTNH)), None, None
 
 
 _packed.defvjp(_packed_forward, _packed_backward)
 
 
 def _over_rows(step, inputs, segment_ids_BT, documents: Documents, carry):
-    """`carry` after `step(row, its tokens that are left as (T, 1, 1), its attention by the mask (T, N, H) and the
-    gradient of that, carry)` for every row that has any. In most batches the loop has no round, and unlike a branch it
-    leaves arrays where they are."""
+    """`carry` after `step(row, a choice between two (T, ...) by what is left, the row's attention by the mask (T, N, H)
+    and the gradient of that, carry)` for every row in which something is left. In most batches the loop has no round,
+    and unlike a branch it leaves arrays where they are."""
     has_left_B = jnp.any(documents.is_left_BT, axis=1)
     rows_B = jnp.argsort(~has_left_B)
 
@@ -178,8 +174,8 @@ def _over_rows(step, inputs, segment_ids_BT, documents: Documents, carry):
         def attend(*qkv):
             return cudnn(*qkv, segment_ids_BT[row][None])[0]
 
-        masked_TNH, pull_row_back = jax.vjp(attend, *(x[row][None] for x in inputs))
-        return step(row, documents.is_left_BT[row, :, None, None], masked_TNH, pull_row_back, carry)
+        choose = functools.partial(jnp.where, documents.is_left_BT[row, :, None, None])
+        return step(row, choose, *jax.vjp(attend, *(x[row][None] for x in inputs)), carry)
 
     return jax.lax.fori_loop(0, jnp.sum(has_left_B), run, carry)
 

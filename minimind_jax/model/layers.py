@@ -18,6 +18,8 @@ from minimind_jax.model.kv_cache import LayerCache
 from minimind_jax.model.linear import multiply
 from minimind_jax.model.lora import Adapter
 
+MANY_TOKENS = 4096  # from which on a GPU multiplies with gate and up at once
+
 # (queries BTNH, keys BTKH, values BTKH, cache of the layer) -> (what the queries read BTNH, the cache with these in it)
 Attend = Callable[[Array, Array, Array, LayerCache | None], tuple[Array, LayerCache | None]]
 
@@ -158,8 +160,18 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: Array, context: Context, dropout_key: Array | None) -> tuple[Array, Array]:
         keys = _split_key(dropout_key, 3)
-        gated_BTF = jax.nn.silu(self.gate_proj(x_BTD, context, keys[0])) * self.up_proj(x_BTD, context, keys[1])
-        return self.down_proj(gated_BTF, context, keys[2]), jnp.zeros((), jnp.float32)
+        gate_BTF, up_BTF = self._gate_and_up(x_BTD, context, keys)
+        return self.down_proj(jax.nn.silu(gate_BTF) * up_BTF, context, keys[2]), jnp.zeros((), jnp.float32)
+
+    def _gate_and_up(self, x_BTD: Array, context: Context, keys: tuple[Array | None, ...]) -> tuple[Array, Array]:
+        """As one product where many tokens are trained on a GPU: it reads x once, and XLA then computes the gradients
+        of both in one pass over what they are made of. Its kernel is a copy, which few tokens are not worth."""
+        gate, up = self.gate_proj, self.up_proj
+        if context.platform != "gpu" or x_BTD[..., 0].size < MANY_TOKENS or gate.rank or up.rank:
+            return gate(x_BTD, context, keys[0]), up(x_BTD, context, keys[1])
+        kernel_DgF = jnp.stack([gate.kernel[...], up.kernel[...]], axis=1).astype(x_BTD.dtype)
+        both_BTgF = jnp.einsum("BTD,DgF->BTgF", x_BTD, kernel_DgF)
+        return both_BTgF[:, :, 0], both_BTgF[:, :, 1]
 
 
 class Experts(nnx.Module):

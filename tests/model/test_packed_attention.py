@@ -68,7 +68,7 @@ def test_documents_of_any_number_by_the_packed_layout_are_the_reference_s(monkey
     @functools.partial(jax.jit, static_argnums=0)
     def gradient(attend, ids_BT, *qkv):
         def total(*qkv):
-            out_BTNH = attend(*qkv, ids_BT)
+            out_BTNH = attend(*qkv, ids_BT) * (ids_BT > 0)[:, :, None, None]
             return jnp.sum(out_BTNH * weights_BTNH), out_BTNH
 
         return jax.grad(total, argnums=(0, 1, 2), has_aux=True)(*qkv)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from minimind_jax.model import layers
 from minimind_jax.model.config import PRESETS, ComputeConfig, ModelConfig
 from minimind_jax.model.transformer import LanguageModel, count_parameters, scan_unroll
 
@@ -261,6 +262,26 @@ def test_bfloat16_stays_near_float32():
     logits_BTV, output = jax.jit(low.apply)(params, tokens)
     assert output.hidden_BTD.dtype == jnp.bfloat16 and logits_BTV.dtype == jnp.float32
     assert float(jnp.max(jnp.abs(logits_BTV - exact_BTV)) / jnp.max(jnp.abs(exact_BTV))) < 0.05
+
+
+def test_gate_and_up_as_one_product_change_no_value_and_no_gradient(monkeypatch):
+    """As a GPU multiplies with many tokens, and with few."""
+    config = ModelConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    )
+    model = LanguageModel(config, ComputeConfig(dtype="float32", attention="reference"), platform="gpu")
+    params, tokens_BT = model.init(jax.random.key(0)), jax.random.randint(jax.random.key(1), (2, 20), 0, 32)
+
+    def compute(many):
+        monkeypatch.setattr(layers, "MANY_TOKENS", many)
+        total = lambda params: jnp.sum(jnp.sin(model.apply(params, tokens_BT)[0]))  # noqa: E731
+        lowered = jax.jit(jax.value_and_grad(total)).lower(params)
+        return lowered.compile()(params), lowered.as_text().count("dot_general")
+
+    (one, one_products), (two, two_products) = compute(40), compute(41)
+    assert one_products == two_products - 3  # forward, and backward for x and for the kernels
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(np.asarray(b)).max())
 
 
 def test_a_model_is_hashable_and_a_static_argument():

@@ -66,6 +66,7 @@ def test_flash_attention_is_the_formula_in_value_and_gradient(T, N, K, H, path, 
 
     def total(path, *inputs):
         out_BTNH = attention(*inputs, segment_ids_BT=segment_ids_BT, path=path, platform="gpu")
+        out_BTNH = out_BTNH if segment_ids_BT is None else out_BTNH * (segment_ids_BT > 0)[:, :, None, None]
         return jnp.sum(out_BTNH * weights_BTNH), out_BTNH
 
     gradient = jax.jit(jax.grad(total, argnums=(1, 2, 3), has_aux=True), static_argnums=0)
