@@ -56,7 +56,6 @@ class StoredCache:
 
 
 def cache_root(data: FilesConfig) -> Path:
-    """Folder that holds the caches."""
     return cache_home(data.cache_dir) / "tokens"
 
 

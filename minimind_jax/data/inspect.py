@@ -53,7 +53,6 @@ class Inspection:
 
 
 def run(config: InspectConfig) -> None:
-    """Inspects the files that `config` names."""
     reading = dataclasses.asdict(reading_of(config))
     data, marker = AnyConfig(seq_len=config.seq_len, **reading), Marker(tokens=config.image_tokens)
     if config.html:

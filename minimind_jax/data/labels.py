@@ -132,7 +132,6 @@ def _given(record: Record, label_field: str) -> Given:
 
 
 def _field(record: Record, label_field: str) -> str:
-    """Where the record has its labels."""
     wanted = (*LABEL_FIELDS, *NAME_FIELDS) if label_field == LABEL_FIELDS[0] else (label_field,)
     there = [name for name in wanted if name in record.value]
     if not there:

@@ -86,8 +86,15 @@ def _predict_pictures(config: PredictConfig) -> None:
 
 
 def _answers(labels: Labels, top: int, logits: Callable, parsed: list[Any]) -> Iterator[dict[str, Any]]:
-    for found, likely in zip(*classify_logits(logits(parsed), labels.several), strict=True):
-        yield _answer(labels.names, found, likely, labels.several, top)
+    for is_found, likely in zip(*classify_logits(logits(parsed), labels.several), strict=True):
+        order = np.argsort(-likely, kind="stable")
+        chances = {labels.names[i]: round(float(likely[i]), 6) for i in order}
+        if labels.several:
+            yield {"predicted": [labels.names[i] for i in order if is_found[i]], "probabilities": chances}
+            continue
+        found = [{"label": name, "probability": chance} for name, chance in islice(chances.items(), top)]
+        answer = {"predicted": found[0]["label"], "probability": found[0]["probability"]}
+        yield {**answer, "top": found} if top > 1 else answer
 
 
 def _fields(labels: Labels, top: int) -> Sequence[str]:
@@ -113,18 +120,6 @@ def score(config: ScoreConfig) -> None:
 def _check_output(config: PredictConfig | ScoreConfig, pictures: bool = False) -> None:
     if config.output:
         check_output(Path(config.output), expand_paths(config.input, pictures), tables=True)
-
-
-def _answer(names: Sequence[str], found: np.ndarray, likely: np.ndarray, several: bool, top: int) -> dict[str, Any]:
-    order = np.argsort(-likely, kind="stable")
-    if several:
-        return {
-            "predicted": [names[i] for i in order if found[i]],
-            "probabilities": {names[i]: round(float(likely[i]), 6) for i in order},
-        }
-    found = [{"label": names[i], "probability": round(float(likely[i]), 6)} for i in order[:top]]
-    answer = {"predicted": found[0]["label"], "probability": found[0]["probability"]}
-    return {**answer, "top": found} if top > 1 else answer
 
 
 def _input_lines(reading: Reading, told: Counter, field: str) -> Iterator[Record]:

@@ -159,7 +159,6 @@ def _find_run(name: str) -> RunFolder:
 
 
 def _read_settings(stages: Stages, run: RunFolder) -> tuple[StageKind, RunConfig]:
-    """The run's stage, and its settings."""
     stage = run.read_environment().get("run", {}).get("stage")
     if stage not in stages:
         raise UserError(

@@ -99,8 +99,7 @@ def report_text(
 ) -> str:
     """report.md as text. kind: of the run's stage, if that is known."""
     watch = Watch.of_run(config, val)
-    recorded, own = run.read_environment(), not_default(config, _unset(kind) if kind else {})
-    facts = {key.replace("_", " "): value for key, value in recorded.get("run", {}).items()}
+    own, facts = not_default(config, _unset(kind) if kind else {}), _start_and_machine(run.read_environment())
     unit = "pictures" if " pictures" in facts.get("batch", "") else "tokens"
     sections = [
         f"# Run {run.path.name}",
@@ -109,7 +108,7 @@ def report_text(
         "## Result",
         _table(results(train, val, watch, unit) | _model_step(rows, watch)),
         "## Run",
-        _table({**_started(recorded), **facts, **_machine(recorded)}),
+        _table(facts),
     ]
     if is_there(run.results_file):
         sections += ["## Held-out results", read_text(run.results_file, "remove it").strip()]
@@ -177,12 +176,18 @@ def not_default(config: dict, defaults: dict) -> dict:
     return found
 
 
-def _started(recorded: dict) -> dict[str, str]:
-    """When the run was last started, and with which command."""
-    found = {"date": recorded["date"]} if "date" in recorded else {}
-    if words := recorded.get("command"):
-        found["command"] = f"`{shlex.join([Path(words[0]).name, *words[1:]])}`"
-    return found
+def _start_and_machine(recorded: dict) -> dict[str, str]:
+    """How and on what the run was last started, as far as it is recorded: other versions may have told less."""
+    parts = {"platform": "{}", "python": "Python {}", "backend": "JAX on {}"}
+    words, versions = recorded.get("command"), recorded.get("versions", {})
+    found = {
+        "date": recorded.get("date"),
+        "command": words and f"`{shlex.join([Path(words[0]).name, *words[1:]])}`",
+        **{key.replace("_", " "): value for key, value in recorded.get("run", {}).items()},
+        "system": ", ".join(form.format(recorded[key]) for key, form in parts.items() if key in recorded),
+        "versions": ", ".join(f"{package} {version}" for package, version in versions.items()),
+    }
+    return {key: told for key, told in found.items() if told}
 
 
 def results(train: list[dict], val: list[dict], watch: Watch, unit: str) -> dict[str, str]:
@@ -219,14 +224,6 @@ def _model_step(rows: list[dict], watch: Watch) -> dict[str, str]:
     """Of a run that ended when it got no better."""
     step = rows[-1].get("model_step")
     return {} if step is None else {"the model": f"of step {step:,}, whose {watch.told()}"}
-
-
-def _machine(recorded: dict) -> dict[str, str]:
-    """As far as it is recorded; what is told there by other versions may lack some of it."""
-    parts = {"platform": "{}", "python": "Python {}", "backend": "JAX on {}"}
-    system = ", ".join(form.format(recorded[key]) for key, form in parts.items() if key in recorded)
-    versions = ", ".join(f"{package} {version}" for package, version in recorded.get("versions", {}).items())
-    return {key: told for key, told in {"system": system, "versions": versions}.items() if told}
 
 
 def _validation(val: list[dict], figures: Sequence[str]) -> str:

@@ -66,12 +66,13 @@ class Server:
         self.worker.check()
         tell_ignored(body)
         served = self.models.get(body.model, "generate")
-        asked = await self._in_time(http, self._aside(body, served, ask, self.config))
-        if asked is None:
+        found = await self._in_time(http, self._aside(body, served, ask, self.config))
+        if found is None:
             return Response(status_code=499)
+        requests, choices = found
         watch = Watch(self.metrics, served.name)
-        ticket = await self.worker.ask(served.engine, asked.requests)
-        answers = Answers(self.worker, ticket, asked.choices, self.config.max_seconds, watch, http.state.told)
+        ticket = await self.worker.ask(served.engine, requests)
+        answers = Answers(self.worker, ticket, choices, self.config.max_seconds, watch, http.state.told)
         made = shape(body, served)
         if body.stream:
             return EventStream(made.events(answers), answers.close)

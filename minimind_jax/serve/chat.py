@@ -1,6 +1,5 @@
 """/v1/chat/completions: from the request to the engine, and from the answers to OpenAI's objects."""
 
-import dataclasses
 import secrets
 import time
 from collections.abc import Iterator
@@ -20,14 +19,7 @@ from minimind_jax.serve.protocol import ChatRequest, NamedTool
 from minimind_jax.serve.splitter import AnswerSplitter, Part
 from minimind_jax.serve.stream import Shape, event
 
-
-@dataclasses.dataclass
-class Asked:
-    """What the engine is to do, and the choices that its answers become."""
-
-    served: Served
-    requests: list[Request]
-    choices: list[Choice]
+Asked = tuple[list[Request], list[Choice]]  # what the engine is to do, and the choices that its answers become
 
 
 def new_id(kind: str) -> str:
@@ -64,7 +56,7 @@ def ask(body: ChatRequest, served: Served, config: ServeConfig) -> Asked:
     splitters = [AnswerSplitter(opens, calls=bool(talk.tools)) for _ in range(count)]
     named = isinstance(choice, NamedTool)
     choices = [Choice(n, prompt, splitter, parallel, not named) for n, splitter in enumerate(splitters)]
-    return Asked(served, requests, choices)
+    return requests, choices
 
 
 def _name(tool: dict[str, Any]) -> Any:

@@ -35,7 +35,7 @@ def ask(body: CompletionRequest, served: Served, config: ServeConfig) -> Asked:
         more = {**extras_of(body, served), "top_logprobs": body.logprobs or 0}
         choices += [Choice(len(choices) + n, prompt) for n in range(count)]
         requests += requests_of(served, prompt, sampling, count, bind, **more)
-    return Asked(served, requests, choices)
+    return requests, choices
 
 
 def prompts_of(body: CompletionRequest, served: Served) -> list[list[int]]:

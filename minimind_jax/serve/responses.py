@@ -38,7 +38,6 @@ def ask(body: ResponsesRequest, served: Served, config: ServeConfig) -> Asked:
 
 
 def as_chat(body: ResponsesRequest) -> ChatRequest:
-    """The request of chat that asks for the same."""
     values: Json = {name: getattr(body, name) for name in _SAME}
     values["messages"] = messages_of(body.input, body.instructions)
     values["max_completion_tokens"] = body.max_output_tokens
@@ -130,7 +129,6 @@ class Items:
         yield f"{self._of_text}.delta", {**self._place(0), "delta": text, **more}
 
     def close(self, status: str = "completed") -> Iterator[tuple[str, Json]]:
-        """Ends the open item."""
         if not self._kind:
             return
         more = {"logprobs": []} if self._kind == "message" else {}

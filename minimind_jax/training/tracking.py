@@ -125,7 +125,8 @@ class MetricsWriter(contextlib.AbstractContextManager):
     def write(self, step: int, tell: bool = True, /, **values: Any) -> None:
         """One row: numbers (null where not finite), or anything else JSON holds; only numbers go to the loggers, and
         only if they are to be told."""
-        row = {"step": step, **{key: _finite(value) for key, value in values.items()}}
+        lost = {key: None for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)}
+        row = {"step": step, **values, **lost}
         self.rows.append(row)
         if self._file is None:
             return
@@ -138,10 +139,6 @@ class MetricsWriter(contextlib.AbstractContextManager):
 
 def _line(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _tensorboard(run: RunFolder, project: str, start_step: int, settings: dict):
