@@ -70,7 +70,7 @@ class SamplingConfig(SamplingSettings):
     repetition_penalty: float = 1.0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatConfig(SamplingSettings):
     """A conversation with a model in the terminal.
 
@@ -85,7 +85,7 @@ class ChatConfig(SamplingSettings):
     dtype: of weights and activations; `auto` is bfloat16 on GPU and TPU, float32 on CPU.
     """
 
-    model: str = ""
+    model: str = setting()
     adapters: tuple[str, ...] = ()
     system: str = ""
     tools: tuple[str, ...] = ()
@@ -96,11 +96,10 @@ class ChatConfig(SamplingSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        _require_model(self)
         object.__setattr__(self, "system", readable(self.system))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateConfig(ReadingConfig, SamplingSettings):
     """Answers to prompts on the command line, or to every record of a file.
 
@@ -127,7 +126,7 @@ class GenerateConfig(ReadingConfig, SamplingSettings):
     dtype: of weights and activations; `auto` is bfloat16 on GPU and TPU, float32 on CPU.
     """
 
-    model: str = ""
+    model: str = setting()
     prompt: tuple[str, ...] = setting((), is_text=True)
     input: tuple[str, ...] = ()
     image: tuple[str, ...] = setting((), is_text=True, repeats=True)
@@ -146,7 +145,6 @@ class GenerateConfig(ReadingConfig, SamplingSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        _require_model(self)
         object.__setattr__(self, "input", (self.input,) if isinstance(self.input, str) else tuple(self.input))
         object.__setattr__(self, "system", readable(self.system))
         for name in ("prompt", "image", "choices"):
@@ -183,8 +181,3 @@ def _set_texts(config, name):
     """A field of texts as a tuple; one text may be given by itself."""
     value = getattr(config, name)
     object.__setattr__(config, name, tuple(map(readable, [value] if isinstance(value, str) else value)))
-
-
-def _require_model(config):
-    if not config.model:
-        raise ValueError("model is empty; give a Hugging Face folder or the name of a run: --model runs/sft/model")

@@ -123,7 +123,7 @@ class PolicyConfig(Settings):
     epsilon_low: float = setting(0.2, must=at_least(0))
     epsilon_high: float = setting(0.2, must=at_least(0))
     cap: float = setting(0.0, must=at_least(0))
-    dual_clip: float = setting(0.0, must=at_least(0))
+    dual_clip: float = setting(0.0, must=Rule(lambda ratio: ratio == 0 or ratio > 1, "0, or above 1 such as 3"))
     reduction: Literal["token", "sequence", "prompt", "constant"] = "token"
     updates: int = setting(1, must=at_least(1))
     minibatches: int = setting(1, must=at_least(1))
@@ -145,8 +145,6 @@ class PolicyConfig(Settings):
             raise ValueError(f"policy.dual_clip is set, and is of the loss clip, not of {self.loss}")
         if self.loss == "sapo" and (self.cap or self.level != "token"):
             raise ValueError("policy.cap and policy.level are set, and the loss sapo has none; leave them out")
-        if self.dual_clip and self.dual_clip <= 1:
-            raise ValueError(f"policy.dual_clip is {self.dual_clip}; it is above 1, such as 3")
         if self.loss == "clip" and 0 < self.cap <= 1 + self.epsilon_high:
             raise ValueError(
                 f"policy.cap is {self.cap}, and ratios are clipped at 1 + policy.epsilon_high {self.epsilon_high} "

@@ -320,14 +320,12 @@ class LoRAConfig(Settings):
     alpha: float | None = setting(None, must=ABOVE_0)
     rslora: bool = False
     dropout: float = setting(0.0, must=BELOW_1)
-    targets: tuple[str, ...] = ("all-linear",)
+    targets: tuple[str, ...] = setting(("all-linear",), must=Rule(bool, "names of projections, or all-linear"))
     ranks: tuple[str, ...] = ()
     base_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def __post_init__(self):
         super().__post_init__()
-        if self.rank and not self.targets:
-            raise ValueError("lora.targets is empty; name a projection, or all-linear")
         self.own_ranks()
 
     def own_ranks(self) -> dict[str, int]:

@@ -43,7 +43,7 @@ class ServeConfig(Settings):
     dtype: of weights and activations; `auto` is bfloat16 on GPU and TPU, float32 on CPU.
     """
 
-    model: tuple[str, ...] = ()
+    model: tuple[str, ...] = setting((), must=Rule(bool, "a model's folder or a run, as in --model runs/assistant"))
     adapters: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: int = setting(8000, must=Rule(lambda port: 0 <= port < 65536, "between 0 (any) and 65535"))
@@ -77,11 +77,8 @@ class ServeConfig(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.model:
-            raise ValueError("model is empty; give a Hugging Face folder or the name of a run: --model runs/assistant")
-        if self.tools and not self.web:
-            raise ValueError("tools are carried out for the chat page, which is off; add --web, or drop --tools")
-        if self.open and not self.web:
-            raise ValueError("open shows the chat page, which is off; add --web, or drop --open")
+        for name in ("tools", "open"):
+            if getattr(self, name) and not self.web:
+                raise ValueError(f"{name} is for the chat page, which is off; add --web, or drop --{name}")
         if "*" in self.cors_origins:
             raise ValueError("cors_origins holds *, by which any page on the web could use the models; name origins")

@@ -270,12 +270,7 @@ class TeacherConfig(Settings):
     alpha: float = setting(0.5, must=SHARE)
     temperature: float = setting(1.5, must=ABOVE_0)
     divergence: Literal["forward", "reverse", "jsd"] = "forward"
-    jsd_beta: float = setting(0.5, must=SHARE)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.divergence == "jsd" and not 0 < self.jsd_beta < 1:
-            raise ValueError(f"teacher.jsd_beta is {self.jsd_beta}; for jsd it must be between 0 and 1")
+    jsd_beta: float = setting(0.5, must=Rule(lambda share: 0 < share < 1, "above 0 and below 1"))
 
 
 @dataclasses.dataclass(frozen=True)

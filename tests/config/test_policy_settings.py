@@ -13,7 +13,7 @@ WRONG = {
     "the loss cispo needs the highest ratio": {"loss": "cispo"},
     "of the loss clip, not of cispo": {"loss": "cispo", "cap": 5.0, "dual_clip": 3.0},
     "the loss sapo has none": {"loss": "sapo", "level": "sequence"},
-    "it is above 1, such as 3": {"dual_clip": 0.5},
+    "or above 1 such as 3": {"dual_clip": 0.5},
     "it is above that, such as 4": {"cap": 1.2, "epsilon_high": 0.28},
     "set policy.kl_estimator k1": {"beta": 0.1, "kl_placement": "reward"},
     "has no gradient as a loss": {"beta": 0.1, "kl_estimator": "k1"},

@@ -271,7 +271,7 @@ def test_a_seed_has_64_bits():
 
 def test_a_class_without_usable_defaults():
     assert load_settings(ChatConfig, ["--model", "m", "--stop", ","]) == ChatConfig(model="m", stop=(",",))
-    assert "model is empty" in message(cls=ChatConfig)
+    assert "--model is missing" in message(cls=ChatConfig)
 
 
 def test_arguments_that_are_no_settings():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from templates import DEEPSEEK, QWEN3, with_template
 
-from minimind_jax.config.generation import ChatConfig, GenerateConfig
+from minimind_jax.config.generation import GenerateConfig
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.jsonl import Record, iter_records
 from minimind_jax.data.kinds import parse_conversation
@@ -308,14 +308,11 @@ def test_bytes_that_are_no_text_become_replacement_characters(config, capsys):
         ({"model": "m", "prompt": "a", "raw": True, "thinking": True}, "raw leaves the chat template out"),
         ({"model": "m", "prompt": "a", "batch_size": 0}, "batch_size is 0"),
         ({"model": "m", "prompt": "a", "top_p": 2.0}, "top_p is 2.0"),
-        ({"prompt": "a"}, "model is empty"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         GenerateConfig(**settings)
-    with pytest.raises(ValueError, match="model is empty"):
-        ChatConfig()
 
 
 @pytest.mark.parametrize(
