@@ -1,6 +1,7 @@
 """Speed of a whole GRPO step: the stage of `minimind grpo`, MiniMind's trainer/train_grpo.py and TRL's GRPOTrainer.
 
     python scripts/bench_grpo.py --minimind CHECKOUT --one_core --folder FOLDER
+    python scripts/bench_grpo.py --sides ours --tokenizer FOLDER --folder FOLDER        # without torch
 
 The same random weights and prompts for all, and a reward that costs nothing: each side runs its own trainer, unchanged,
 and waits before each step to be asked for it; sides are asked in turn. Each samples at its own trainer's settings: ours
@@ -167,7 +168,8 @@ def serve_trl(settings: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minimind", type=Path, help="a checkout of jingyaogong/minimind", required=True)
+    parser.add_argument("--minimind", type=Path, help="a checkout of jingyaogong/minimind")
+    parser.add_argument("--tokenizer", help="folder with tokenizer.json; MiniMind's own by default")
     parser.add_argument("--python", default=sys.executable, help="that has torch, transformers and trl")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--one_core", action="store_true", help="count processor seconds on one core")
@@ -182,9 +184,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.one_core:
         bench.use_one_core()
+    if not args.minimind and ("minimind" in args.sides or not args.tokenizer):
+        parser.error("--minimind is missing; ours and TRL's side can do with --tokenizer")
+    tokenizer = args.tokenizer or str(args.minimind / "model")
     settings = {name: getattr(args, name) for name in ("hidden_size", "prompts", "completions", "new_tokens")}
     more = {"seq_len": args.seq_len, "folder": str(args.folder.resolve()), "ours": args.ours}
-    settings |= more | {"tokenizer": str(args.minimind / "model")}
+    settings |= more | {"tokenizer": tokenizer}
     args.folder.mkdir(parents=True)
     write_start(settings)
     told, script = json.dumps(settings), str(Path(__file__).resolve())

@@ -4,6 +4,7 @@
     python scripts/bench_train.py --minimind CHECKOUT --compile                        # torch.compile on its side
     python scripts/bench_train.py --minimind CHECKOUT --data sft.jsonl --kind conversation --seq_len 768
     python scripts/bench_train.py --hidden_size 768 --moe                              # ours alone
+    python scripts/bench_train.py --hidden_size 768 --documents 8 --compute '{"attention": "grouped"}'
 
 Prints one JSON line: tokens per second of each side (all positions of the rows, and useful ones, which are not
 padding), ours / theirs pair by pair, the MFU of all positions on one device whose peak is known, and the seconds of
@@ -50,10 +51,10 @@ def our_batches(settings: dict, config: PretrainConfig):
         yield from batches.iterate(0, 10**6)
     tokens = np.random.default_rng(0).integers(3, 6400, (rows, length), dtype=np.int32)
     positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
-    ones = np.ones_like(tokens)
+    segment_ids = (1 + positions * settings["documents"] // length).astype(np.int32)
     names = ("tokens", "targets", "positions", "segment_ids", "loss_weights")
     while True:
-        yield dict(zip(names, (tokens, tokens, positions, ones, ones.astype(np.float32)), strict=True))
+        yield dict(zip(names, (tokens, tokens, positions, segment_ids, np.ones(tokens.shape, np.float32)), strict=True))
 
 
 def serve_ours(settings: dict) -> None:
@@ -63,6 +64,7 @@ def serve_ours(settings: dict) -> None:
         data=DataConfig(train=data, val_fraction=0, seq_len=settings["seq_len"], packing=packing,
                         cache_dir=settings["cache"]),
         training=TrainingConfig(batch_tokens=settings["rows"] * settings["seq_len"]),
+        compute=ComputeConfig(**settings["compute"]),
     )  # fmt: skip
     config = filled(config)
     model = LanguageModel(_model_config(settings), config.compute)
@@ -91,6 +93,11 @@ def main() -> None:
     parser.add_argument("--minimind", type=Path, help="a checkout of jingyaogong/minimind; without it ours alone")
     parser.add_argument("--minimind_python", default=sys.executable)
     parser.add_argument("--compile", action="store_true", help="torch.compile on MiniMind's side")
+    parser.add_argument("--both", action="store_true", help="MiniMind without and with torch.compile")
+    parser.add_argument(
+        "--compute", type=json.loads, default={}, help="JSON of our `compute` settings that are not auto"
+    )
+    parser.add_argument("--documents", type=int, default=1, help="of a row of random tokens, on our side")
     parser.add_argument("--hidden_size", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--moe", action="store_true")
@@ -109,7 +116,7 @@ def main() -> None:
     tokenizer = args.tokenizer or (str(args.minimind / "model") if args.minimind else None)
     if args.data and not tokenizer:
         parser.error("--data needs --tokenizer or --minimind")
-    names = ("hidden_size", "layers", "moe", "rows", "seq_len", "kind", "compile")
+    names = ("hidden_size", "layers", "moe", "rows", "seq_len", "kind", "compile", "compute", "documents")
     shown = {name: getattr(args, name) for name in names}
     data = str(Path(args.data).resolve()) if args.data else None
     with tempfile.TemporaryDirectory() as cache:
@@ -117,6 +124,9 @@ def main() -> None:
         sides = {"ours": bench.ours("bench_train.py", settings)}
         if args.minimind:
             sides["minimind"] = bench.minimind(args.minimind, args.minimind_python, settings)
+        if args.minimind and args.both:
+            compiled = {**settings, "compile": True}
+            sides["minimind compiled"] = bench.minimind(args.minimind, args.minimind_python, compiled)
         first, answers = bench.interleave(sides, args.pairs, train=args.steps)
         for side in sides.values():
             side.close()

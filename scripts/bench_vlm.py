@@ -1,6 +1,7 @@
 """Speed of the step that trains a model that sees, ours and MiniMind-V's in turn, on the same rows.
 
     python scripts/bench_vlm.py --minimind_v CHECKOUT --pictures emoji_i2t.parquet --texts sft.jsonl
+    python scripts/bench_vlm.py --tokenizer FOLDER --pictures emoji_i2t.parquet --texts sft.jsonl        # ours alone
 
 Cases: `mixed`, rows of pictures and of words alone by turns, and `texts`, words alone, to which MiniMind-V's way of
 storing them adds a black picture of 8 x 8. Both read one Parquet file inside the time; ours packs, MiniMind-V pads. The
@@ -162,7 +163,8 @@ def serve_minimind_v(settings: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minimind_v", type=Path, required=True, help="a checkout of jingyaogong/minimind-v")
+    parser.add_argument("--minimind_v", type=Path, help="a checkout of jingyaogong/minimind-v; without it ours alone")
+    parser.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json; MiniMind-V's own by default")
     parser.add_argument("--python", default=sys.executable, help="that has torch, transformers and datasets")
     parser.add_argument("--pictures", type=Path, required=True, help="a Parquet file in MiniMind-V's format")
     parser.add_argument("--texts", type=Path, required=True, help="JSON lines of conversations")
@@ -177,26 +179,31 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1, help="of one measurement")
     parser.add_argument("--one_core", action="store_true", help="count processor seconds on one core")
     args = parser.parse_args()
+    if not args.minimind_v and not args.tokenizer:
+        parser.error("--minimind_v or --tokenizer is missing")
     if args.one_core:
         bench.use_one_core()
     names = ("cases", "train", "hidden_size", "layers", "tower_layers", "rows", "seq_len")
     settings = {name: getattr(args, name) for name in names}
-    script = str(Path(__file__).resolve())
+    script, tokenizer = str(Path(__file__).resolve()), args.tokenizer or args.minimind_v / "model"
     with tempfile.TemporaryDirectory() as folder:
         write_records(args.pictures, args.texts, Path(folder))
-        told = json.dumps({**settings, "folder": folder, "tokenizer": str(args.minimind_v.resolve() / "model")})
+        told = json.dumps({**settings, "folder": folder, "tokenizer": str(tokenizer.resolve())})
         commands = {
             "ours": [sys.executable, "-c", bench.START, script, "--serve", "ours", told],  # with huge pages
             "minimind_v": [args.python, script, "--serve", "minimind_v", told],
         }
+        if not args.minimind_v:
+            del commands["minimind_v"]
         sides = {name: bench.Side(commands[name], None if name == "ours" else args.minimind_v) for name in commands}
         for case in args.cases:
             first, answers = bench.interleave(sides, args.pairs, **{case: args.steps})
             rates = bench.rates(answers, "useful")
-            ours, theirs = (
+            ours, *theirs = (
                 sum(a["useful"] for a in found) / sum(a["seconds"] for a in found) for found in answers.values()
             )
-            rates["all of ours / theirs"] = round(ours / theirs, 3)  # rows differ in length, which pairs show
+            if theirs:
+                rates["all of ours / theirs"] = round(ours / theirs[0], 3)  # rows differ in length, which pairs show
             bench.print_result(
                 "vlm", {**settings, "case": case}, **{"first seconds": first, "useful per second": rates}
             )
