@@ -90,7 +90,7 @@ def test_labels_of_any_alphabet_are_drawn_without_a_warning(names, tmp_path):
     table = describe(found).splitlines()
     assert len(table) == 4 + len(names)
     for name in names:
-        shown = name.replace("\n", " ").replace("|", "\\|").strip("\x00")
+        shown = name.replace("\\", "\\\\").replace("\n", " ").replace("|", "\\|").strip("\x00")
         assert any(f"| {shown} |" in row for row in table)
 
 
