@@ -108,10 +108,13 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="folder with tokenizer.json; MiniMind's own by default")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="of one measurement")
+    parser.add_argument("--one_core", action="store_true", help="count processor seconds on one core")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         return serve_ours(json.loads(args.serve))
+    if args.one_core:
+        bench.use_one_core()
 
     tokenizer = args.tokenizer or (str(args.minimind / "model") if args.minimind else None)
     if args.data and not tokenizer:

@@ -253,10 +253,6 @@ class LanguageModel:
             return cached_attention(q_BTNH, layer, positions_BT, self.platform, rows_B), layer
 
         context = self._context(positions_BT, length_B[:, None], None, attend, adapter_B)
-        if T == 1 and self.platform == "cpu":
-            # XLA computes cosines again wherever they are read, in every layer and for every head, but not a product.
-            identity = jnp.eye(context.cos_BTh.shape[-1])
-            context = context._replace(cos_BTh=context.cos_BTh @ identity, sin_BTh=context.sin_BTh @ identity)
         return self._read_into(cache, params, x_BTD, context)
 
     @in_full_precision
@@ -322,6 +318,9 @@ class LanguageModel:
 
     def _context(self, positions_BT, length_BT, is_token_BT, attend: Attend, adapter_B=None) -> Context:
         cos_BTh, sin_BTh = rope.rope_tables(self.config, positions_BT, length_BT)
+        if self.platform == "cpu":
+            # XLA computes cosines again wherever they are read, in every layer and for every head, but not a product.
+            cos_BTh, sin_BTh = (table_BTh @ jnp.eye(table_BTh.shape[-1]) for table_BTh in (cos_BTh, sin_BTh))
         return Context(cos_BTh, sin_BTh, is_token_BT, attend, self.compute.experts, self.platform, adapter_B)
 
     def _attend_row(self, x_BTD: Array, segment_ids_BT: Array | None):
