@@ -1,11 +1,11 @@
-"""Causal attention within documents, grouped-query, softmax in float32: one function, five paths.
+"""Causal attention within documents, grouped-query, softmax in float32: one function, six paths.
 
 `reference` is the plain formula over a full boolean mask. `grouped` is the fast one on a CPU and lean anywhere: the G
 query heads that share a key/value head become rows of one matrix product per (batch, key/value head), rows ordered by
 time (R = T * G, row t * G + g), so that a block of queries is a contiguous slice; it is multiplied only with the keys
 that the causal mask lets it see. The backward pass computes the softmax again from its logarithmic sums instead of
 keeping it, as FlashAttention does (arXiv 2205.14135), so that only the scores of one block are ever held. `cudnn`,
-`cudnn_packed` and `splash` are fused operations of GPUs and TPUs, in `fused_attention`.
+`cudnn_packed`, `tokamax` and `splash` are fused operations of GPUs and TPUs, in `fused_attention`.
 """
 
 import functools
@@ -26,15 +26,16 @@ from minimind_jax.model.kv_cache import LayerCache
 # Values of the forward pass that recomputation policies keep, because making them again is most of attention's work.
 # (cuDNN's have no name: with such a policy its forward pass runs twice.)
 SAVED_NAMES = ("attention_out", "attention_log_sums", fused.SPLASH_SAVED_NAME)
-Path = Literal["auto", "reference", "grouped", "cudnn", "cudnn_packed", "splash"]
-FUSED: dict[Path, Platform] = {"cudnn": "gpu", "cudnn_packed": "gpu", "splash": "tpu"}  # functions of `fused_attention`
+Path = Literal["auto", "reference", "grouped", "cudnn", "cudnn_packed", "tokamax", "splash"]
+# Functions of `fused_attention`, and where they run.
+FUSED: dict[Path, Platform] = {"cudnn": "gpu", "cudnn_packed": "gpu", "tokamax": "gpu", "splash": "tpu"}
 
 BLOCK = 256  # most queries whose scores `grouped` holds at once
 FEW_KEYS = 256  # scores of so many stay in a TPU's own memory between two products, where splash would only fill up
 
 
-# Compiled for it and compared with the plain formula through what it is asked, but not computed on a card yet.
-UNTRIED = "not cudnn_packed, which needs no mask of documents but has not run on a GPU yet"
+# Compiled for it and compared with the plain formula through what they are asked, but not computed on a card yet.
+UNTRIED = "not cudnn_packed or tokamax, which need no mask of documents but have not run on a GPU yet"
 
 
 class Choice(NamedTuple):
@@ -82,7 +83,7 @@ def choose_full_path(
     Raises UserError as `choose_path`.
     """
     choice = choose_path(path, query_shape, query_shape[2], dtype, platform, None, deterministic)
-    if choice.path in ("cudnn", "cudnn_packed"):  # the same where there are no documents
+    if FUSED.get(choice.path) == "gpu":  # which are the same where there are no documents
         return Choice("cudnn")
     if choice.path == "grouped":  # which is for tokens that see what is before them
         return choice._replace(path="reference")
@@ -93,16 +94,14 @@ def choose_full_path(
 
 def _obstacle(path: Path, query_shape, kv_heads, dtype, mesh, deterministic) -> str | None:
     """Why a fused path cannot be taken on its platform."""
-    if deterministic and FUSED[path] == "gpu":
+    if deterministic and path in ("cudnn", "cudnn_packed"):
         return "compute.deterministic is set, and its gradient is summed in the order in which threads come"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16, not {jnp.dtype(dtype).name}"
     tensor = 1 if mesh is None or mesh.empty else mesh.shape["tensor"]
     if kv_heads % tensor:
         return f"{kv_heads} key/value heads do not divide by mesh.tensor {tensor}"
-    if path == "splash":
-        return None
-    return {"cudnn": fused.cudnn_obstacle, "cudnn_packed": fused.cudnn_packed_obstacle}[path](query_shape[-1])
+    return None if path == "splash" else getattr(fused, f"{path}_obstacle")(query_shape[-1])
 
 
 def attention(

@@ -281,8 +281,8 @@ class ComputeConfig:
         temporaries, and on an H100 two fifths more time); the long program compiles longer.
     attention: the attention path; `auto` is cuDNN's flash attention on a GPU (`cudnn`), splash attention on a TPU
         (`splash`), and elsewhere, or where these cannot run, `grouped`: blocks of queries below the causal diagonal.
-        `cudnn_packed` (Hopper and newer) needs no mask of documents, and no GPU has run it yet. `reference` is the
-        plain formula.
+        `cudnn_packed` (Hopper and newer) and `tokamax` (Hopper, data-centre Blackwell; an extra) need no mask of
+        documents, and no GPU has run them yet. `reference` is the plain formula.
     experts: the path of a mixture of experts; `auto` is `blocked` on CPU, `tiled` on GPU and `ragged` on TPU, all
         sorting the tokens by expert, and `reference` (every expert on every token) for few tokens.
     deterministic: training steps on a GPU add up in a fixed order, so that a resumed run is bit for bit the one that
@@ -293,7 +293,7 @@ class ComputeConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: Literal["none", "full", "dots"] = "none"
     scan_unroll: int | None = None
-    attention: Literal["auto", "reference", "grouped", "cudnn", "cudnn_packed", "splash"] = "auto"
+    attention: Literal["auto", "reference", "grouped", "cudnn", "cudnn_packed", "tokamax", "splash"] = "auto"
     experts: Literal["auto", "reference", "ragged", "tiled", "blocked"] = "auto"
     deterministic: bool = False
 

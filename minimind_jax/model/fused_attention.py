@@ -6,6 +6,7 @@ as among the patches of an image, a segment of their own.
 """
 
 import functools
+import importlib.util
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -187,6 +188,35 @@ def cudnn_packed_obstacle(head_dim: int) -> str | None:
         return f"jax {jax.__version__} reads wrong keys in cuDNN's packed layout; install jax 0.11.2 or newer"
     if not _private_cudnn().check_compute_capability("9.0"):
         return "it needs an NVIDIA GPU of compute capability 9.0 or more (Hopper)"
+    return cudnn_obstacle(head_dim)
+
+
+def tokamax(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_ids_BT: Array | None) -> Array:
+    """Flash attention of the tokamax library (NVIDIA's Hopper and Blackwell for data centres), (B, T, N, H): no mask,
+    forward nothing is computed of documents before a block's own. A document's tokens are in one run."""
+    if segment_ids_BT is None:
+        return cudnn(q_BTNH, k_BTKH, v_BTKH, None)
+    # Imported here because it is optional. The public function has no first keys.
+    from tokamax._src.ops.attention import base, pallas_mosaic_gpu
+
+    mask = base.Mask(k_start=first_keys(segment_ids_BT)[:, None], is_causal=True)
+    return pallas_mosaic_gpu.PallasMosaicGpuFlashAttention()(q_BTNH, k_BTKH, v_BTKH, mask=mask)
+
+
+def first_keys(segment_ids_BT: Array) -> Array:
+    """Where each token's document begins, int32 (B, T): the first key that it sees. Causality hides those behind it."""
+    is_first_BT = jnp.diff(segment_ids_BT, axis=1, prepend=-1) != 0
+    return jax.lax.cummax(jnp.where(is_first_BT, jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32), 0), axis=1)
+
+
+def tokamax_obstacle(head_dim: int) -> str | None:
+    """Why `tokamax` cannot do it on the GPU at hand."""
+    if importlib.util.find_spec("tokamax") is None:
+        return "it needs a package (Python 3.12 or newer): pip install 'minimind-jax[tokamax]'"
+    from tokamax._src import gpu_utils
+
+    if not (gpu_utils.is_sm90() or gpu_utils.is_sm100()):
+        return "it needs an NVIDIA GPU of compute capability 9 or 10 at hand"
     return cudnn_obstacle(head_dim)
 
 

@@ -62,6 +62,17 @@ def test_one_gpu_runs_cudnn_and_holds_no_scores():
     assert documents[0]["temporaries"] < 0.75 * packed["temporaries"]
 
 
+def test_gpus_run_tokamax_over_documents_without_a_mask():
+    cases = [({}, SHAPE, True, "tokamax"), (ALL_THREE, SHAPE, True, "tokamax")]
+    whole, part = compile_cases("cuda", "h100", "8", cases)
+    if "missing" in whole:
+        pytest.skip(f"no tokamax for {whole['missing']}: pip install 'minimind-jax[tokamax]'")
+    for case in (whole, part):
+        assert case["kernels"] == ["mosaic_gpu_v2"] * 3  # forward, queries' gradient, keys' and values'
+    B, T, N, _, _ = SHAPE
+    assert max(case["temporaries"] for case in (whole, part)) < 0.15 * 4 * (B / 8) * N * T * T  # of a device
+
+
 def test_eight_gpus_each_run_cudnn_on_their_own_part():
     cases = [({"data": 8}, (64, *SHAPE[1:]), True), (FSDP_8, SHAPE, True), (ALL_THREE, SHAPE, True)]
     whole, *parts, documents = compile_cases("cuda", "h100", "8", [*cases, (ALL_THREE, SHAPE, True, "cudnn_packed")])

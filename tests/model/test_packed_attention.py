@@ -1,8 +1,10 @@
-"""Attention over documents without a mask: what JAX hands to cuDNN's packed layout, computed from just that by XLA,
-against the plain formula. `test_attention_compiled` compiles it, `training/test_gpu.py` runs it where there is a GPU.
+"""Attention over documents without a mask: what JAX hands to cuDNN's packed layout, and what tokamax is told, computed
+from just that by XLA, against the plain formula. `test_attention_compiled` compiles both, `training/test_gpu.py` runs
+them where there is a GPU.
 """
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -57,9 +59,10 @@ def random_packing(seed, T):
     return jnp.asarray(np.stack(rng.permutation(rows)).astype(np.int32))
 
 
-def test_documents_of_any_number_by_the_packed_layout_are_the_reference_s(monkeypatch):
-    T, N, K, H = 99, 4, 2, 8
-    packed = fused.on_mesh(packed_by_xla(monkeypatch), jax.sharding.AbstractMesh((), ()))
+def agree_with_the_reference(attend, packings):
+    """Value and gradient of `attend(q, k, v, segment ids)`, compiled once."""
+    T, N, K, H = packings[0].shape[1], 4, 2, 8
+    attend = fused.on_mesh(attend, jax.sharding.AbstractMesh((), ()))
     weights_BTNH = np.float32(np.random.default_rng(1).standard_normal((6, T, N, H)))
 
     def reference(*qkv_ids):
@@ -73,15 +76,37 @@ def test_documents_of_any_number_by_the_packed_layout_are_the_reference_s(monkey
 
         return jax.grad(total, argnums=(0, 1, 2), has_aux=True)(*qkv)
 
-    rows_with_left = set()
-    for seed in range(8):
-        ids_BT, rng = random_packing(seed, T), np.random.default_rng(seed)
+    for seed, ids_BT in enumerate(packings):
+        rng = np.random.default_rng(seed)
         qkv = [jnp.asarray(np.float32(2 * rng.standard_normal((6, T, heads, H)))) for heads in (N, K, K)]
-        actual, expected = gradient(packed, ids_BT, *qkv), gradient(reference, ids_BT, *qkv)
+        actual, expected = gradient(attend, ids_BT, *qkv), gradient(reference, ids_BT, *qkv)
         for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(np.asarray(b)).max())
-        rows_with_left.add(int(fused.list_documents(ids_BT, fused.LEAST_ROOM).is_left_BT.any(axis=1).sum()))
-    assert len(rows_with_left) > 2  # there is room for all, or for all but those of one row, or of several
+
+
+def test_documents_of_any_number_by_the_packed_layout_are_the_reference_s(monkeypatch):
+    packings = [random_packing(seed, 99) for seed in range(8)]
+    agree_with_the_reference(packed_by_xla(monkeypatch), packings)
+    left = [int(fused.list_documents(ids_BT, fused.LEAST_ROOM).is_left_BT.any(axis=1).sum()) for ids_BT in packings]
+    assert len(set(left)) > 2  # rows with documents that have no room: none, one, several
+
+
+def test_documents_of_any_number_by_their_first_keys_are_the_reference_s():
+    def by_first_keys(*qkv_ids):
+        starts_BT, place = fused.first_keys(qkv_ids[3]), jnp.arange(qkv_ids[3].shape[1])
+        sees_BTT = (starts_BT[:, :, None] <= place) & (place <= place[:, None])
+        return jax.nn.dot_product_attention(*qkv_ids[:3], mask=sees_BTT[:, None])
+
+    agree_with_the_reference(by_first_keys, [random_packing(seed, 99) for seed in range(4)])
+
+
+def test_tokamax_is_told_the_documents(monkeypatch):
+    """By what the library itself computes with XLA where it has no GPU."""
+    pytest.importorskip("tokamax", reason="needs tokamax: pip install 'minimind-jax[tokamax]'")
+    from tokamax._src.ops.attention import base, pallas_mosaic_gpu
+
+    monkeypatch.setattr(pallas_mosaic_gpu, "PallasMosaicGpuFlashAttention", base.DotProductAttention)
+    agree_with_the_reference(fused.tokamax, [random_packing(seed, 99) for seed in range(2)])
 
 
 def test_the_packed_layout_needs_a_jax_and_a_gpu_that_have_it_right(monkeypatch):
@@ -97,3 +122,12 @@ def test_the_packed_layout_needs_a_jax_and_a_gpu_that_have_it_right(monkeypatch)
     assert choose_full_path("cudnn_packed", SHAPE, jnp.dtype("bfloat16"), "gpu") == Choice("cudnn")
     with pytest.raises(UserError, match=r"this is a tpu"):
         choose_path(*asked[:-1], "tpu")
+
+
+def test_tokamax_is_a_package_and_needs_a_gpu():
+    told = (
+        r"compute capability 9 or 10" if importlib.util.find_spec("tokamax") else r"pip install 'minimind-jax\[tokamax"
+    )
+    for deterministic in (False, True):  # each of its sums is one thread's
+        with pytest.raises(UserError, match=told):
+            choose_path("tokamax", SHAPE, 4, jnp.bfloat16, "gpu", deterministic=deterministic)
