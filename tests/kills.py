@@ -75,7 +75,7 @@ def keep_programs_of_all():
 
 
 def finish(process, config):
-    process.join(120)
+    process.join(300)
     assert process.exitcode == 0, Path(f"{config.run}.log").read_text("utf-8")[-3000:]
 
 

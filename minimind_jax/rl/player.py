@@ -21,6 +21,7 @@ from minimind_jax.rl.rollout import Rollout, Row, describe, groups_of, judged, s
 from minimind_jax.rl.tasks import Tasks, drawn_tasks, refilling_tasks, thinks
 from minimind_jax.seeds import named_seed
 from minimind_jax.sharding import announce
+from minimind_jax.training.stop import Notice
 
 
 class Policy(Protocol):
@@ -57,7 +58,7 @@ class Player:
         self.config, self.tokenizer, self.tasks, self.rewards = config, tokenizer, tasks, rewards
         self._policy, self._environment, self._process = policy, environment, process
         self.settle: Callable[[], object] = lambda: None
-        self._began = 0.0
+        self._began, self._notice = 0.0, Notice()
         rollout = config.rollout
         self._sampling = SamplingConfig(
             max_new_tokens=rollout.max_new_tokens, temperature=rollout.temperature, top_k=rollout.top_k,
@@ -111,9 +112,9 @@ class Player:
         completions = self.config.rollout.completions
         episodes = self.play(writer, is_stopping, tasks, name, completions, self._sampling, first)
         started = time.perf_counter()
-        failures = self.rewards(episodes)
+        failures = self.rewards(episodes or ())
         told["time/rewards"] = told.get("time/rewards", 0.0) + time.perf_counter() - started
-        rows, counts = shared(self._process[0], [Row.of(episode) for episode in episodes], failures)
+        rows, counts = shared(self._process[0], episodes, failures)
         told.update(Counter(told) + counts)
         return rows, episodes
 
@@ -126,8 +127,9 @@ class Player:
         completions: int,
         sampling: SamplingConfig,
         first: int = 0,
-    ) -> list[Episode]:
-        """This process's episodes of all tasks. name: of their draws. first: group."""
+    ) -> list[Episode] | None:
+        """This process's episodes of all tasks, None where it gave up, which `shared` tells the others. name: of their
+        draws. first: group."""
         config, (index, count) = self.config, self._process
         starts = []
         for place in range(index, len(tasks), count):
@@ -139,10 +141,13 @@ class Player:
                 starts.append(Start(first + place, task, prompt, thinking, seed))
         agent = getattr(config, "agent", None)
         limits = {"turns": agent.turns, "seconds": agent.seconds} if agent else {}
-        return play(
-            writer, starts, self._environment, self.tokenizer, sampling=sampling, seq_len=config.data.seq_len,
-            tell=announce, is_stopping=is_stopping, **limits,
-        )  # fmt: skip
+        try:
+            return play(
+                writer, starts, self._environment, self.tokenizer, sampling=sampling, seq_len=config.data.seq_len,
+                tell=announce, is_stopping=lambda: is_stopping() or self._notice(), **limits,
+            )  # fmt: skip
+        except GaveUp:
+            return None
 
     # Held-out tasks ---------------------------------------------------------------------------------------------------
 
@@ -175,9 +180,9 @@ class Player:
             found["drawn_success"] = statistics.fmean(row.rewards["success"] for group in drawn for row in group)
         return found
 
-    def _judged(self, episodes: Sequence[Episode]) -> list[Row]:
+    def _judged(self, episodes: Sequence[Episode] | None) -> list[Row]:
         """Rows of all processes, whose rewards say whether each is a success, too."""
-        self.rewards(episodes)
-        for episode in episodes:
+        self.rewards(episodes or ())
+        for episode in episodes or ():
             episode.rewards = episode.rewards | {"success": float(self.rewards.success(episode))}
-        return shared(self._process[0], [Row.of(episode) for episode in episodes], {})[0]
+        return shared(self._process[0], episodes, {})[0]

@@ -1,7 +1,10 @@
 """What runs in the process of a reward function that may hang: one of ours, or the user's own in the form it has."""
 
+import atexit
+import functools
 import inspect
 import pickle
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,12 +32,19 @@ def load(names: list[str]) -> dict[str, tuple[Schema, Any]]:
 
 def _served(name: str, function: Function) -> tuple[Schema, Any]:
     def of_file(file: str) -> list[Value]:
+        _remove_at_end(Path(file).parent)
         episodes = pickle.loads(Path(file).read_bytes())
         for episode in episodes:
             episode.state = _state(episode.state)
         return [checked(value) for value in function(episodes)]
 
     return {"function": {"name": name, "parameters": {}}}, of_file
+
+
+@functools.cache
+def _remove_at_end(folder: Path) -> None:
+    """This process ends by itself only where the one that asks was killed, and removes nothing any more."""
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def _state(kept: bytes) -> Any:

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -83,13 +84,17 @@ class Rewards(contextlib.AbstractContextManager):
             raise UserError(f"rewards.success {success} is none of rewards.use: {', '.join(self.names)}")
         self._success = known[success]
         with contextlib.ExitStack() as left:
-            self._file = Path(left.enter_context(tempfile.TemporaryDirectory())) / "episodes"
             self._functions = [self._started(entry, max_new_tokens, left) for entry in self._entries]
             self._threads = left.enter_context(concurrent.futures.ThreadPoolExecutor(len(self._entries)))
             self._left = left.pop_all()
 
     def __exit__(self, *error: object) -> None:
         self._left.close()
+
+    @functools.cached_property
+    def _file(self) -> Path:
+        """What functions in other processes read; where this one is killed, those remove its folder."""
+        return Path(self._left.enter_context(tempfile.TemporaryDirectory(prefix="minimind-rewards-"))) / "episodes"
 
     def _started(self, entry: Entry, max_new_tokens: int, left: contextlib.ExitStack) -> Function | Toolbox:
         if not entry.is_apart:

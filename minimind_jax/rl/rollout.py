@@ -13,6 +13,7 @@ import jax
 
 from minimind_jax.agreement import exchange
 from minimind_jax.rl.episode import Episode
+from minimind_jax.rl.play import GaveUp
 
 
 class Row(NamedTuple):
@@ -51,12 +52,18 @@ class Rollout(NamedTuple):
     told: dict[str, float]  # numbers by the names of metrics
 
 
-def shared(process: int, rows: Sequence[Row], counts: Mapping[str, float]) -> tuple[list[Row], Counter[str]]:
+def shared(
+    process: int, episodes: Sequence[Episode] | None, counts: Mapping[str, float]
+) -> tuple[list[Row], Counter[str]]:
     """The rows of all processes, in the order of their groups, and the sums of what they counted. process: its index,
-    the same on those that have the same rows (see `sharding.data_process`)."""
+    the same on those that have the same rows (see `sharding.data_process`). Raises GaveUp, on all, where one of them
+    has no episodes, for it gave up."""
+    rows = None if episodes is None else [Row.of(episode) for episode in episodes]
     told = [[process, rows, counts]]
     if jax.process_count() > 1:  # alone, a large rollout takes seconds to be written and read
         told = [json.loads(text) for text in exchange(json.dumps(*told))]
+    if any(theirs is None for _, theirs, _ in told):
+        raise GaveUp
     parts = {index: (theirs, counted) for index, theirs, counted in reversed(told)}
     found = [Row(*row) for theirs, _ in parts.values() for row in theirs]
     return sorted(found, key=lambda row: row.group), sum((Counter(own) for _, own in parts.values()), Counter())

@@ -197,6 +197,7 @@ class Loop:
         """The state after one more step, which the device may still be doing."""
         made = self.recipe.source.next(step, state.all_params())
         if made is None:
+            self.stop.agree()
             self.stop_if_asked(state, step)
         batch, told = made
         # Rows of other processes are as full as ours, nearly: asking them would cost a message a step.

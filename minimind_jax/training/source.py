@@ -46,7 +46,7 @@ class Source(Protocol):
 
     def next(self, step: int, params: Params) -> tuple[Batch, Mapping[str, float]] | None:
         """The batch of a step, this process's rows of it; and numbers to be logged with the step's metrics. None for
-        the first step of a stride, where it gave up since the run is to stop.
+        the first step of a stride, where it gave up since the run is to stop; on all processes then.
 
         params: all of the model's, on the mesh, as the steps before left them. They are given to the step afterwards,
             which overwrites them: a source that needs them later copies them.

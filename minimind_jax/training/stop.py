@@ -3,13 +3,17 @@
 import contextlib
 import os
 import signal
+import time
 
 import jax
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from minimind_jax.signals import SIGNALS, handling, say, silence_lost_outputs
 
 ENDED_AT_ONCE = 1  # exit code of a run that was asked three times
+_NOTICE = "RECEIVED_PREEMPTION_NOTICE"  # where JAX's preemption service tells all processes that one was asked
+_LOOK_EVERY = 1.0  # seconds between two looks there
 
 
 class Interrupted(SystemExit):
@@ -40,11 +44,15 @@ class StopRequest(contextlib.ExitStack):
     def should_stop(self, number: int) -> bool:
         """Whether to save and stop now. number: of the question; all processes must ask the same ones, without a gap,
         for they agree on the next."""
-        if not self._is_alone and multihost_utils.reached_preemption_sync_point(number):
-            self.signal = signal.SIGTERM
+        if self.signal is None and not self._is_alone and multihost_utils.reached_preemption_sync_point(number):
+            self.agree()
         if self.signal is not None:
             silence_lost_outputs()
         return self.signal is not None
+
+    def agree(self) -> None:
+        """All processes call it: they have given up what they were at, since one was asked."""
+        self.signal = self.signal or signal.SIGTERM
 
     def exit(self) -> Interrupted:
         return Interrupted(128 + self.signal)
@@ -70,3 +78,18 @@ class StopRequest(contextlib.ExitStack):
         self._heard += 1
         if self._heard == len(words):
             os._exit(ENDED_AT_ONCE)
+
+
+class Notice:
+    """Of several processes, whether one was asked to stop. They hear of it at different times, and agree by themselves
+    on what they give up then."""
+
+    def __init__(self):
+        self._client, self._looked, self._heard = distributed.global_state.client, 0.0, False
+
+    def __call__(self) -> bool:
+        if self._client and not self._heard and time.monotonic() > self._looked + _LOOK_EVERY:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # there is none
+                self._heard = bool(self._client.key_value_try_get(_NOTICE))
+            self._looked = time.monotonic()
+        return self._heard

@@ -53,6 +53,14 @@ CONFIGS = {
 }
 
 
+# Of runs of two processes: nothing is evaluated and few sequences are written, since whoever starts traces all anew.
+LESS = {
+    "rollout": RolloutConfig(prompts=4, completions=2, max_new_tokens=12),
+    "training": {"eval_every": 0},
+    "data": {"val_fraction": 0.0},
+}
+
+
 @pytest.fixture(scope="session")
 def talker(world, base, tmp_path_factory):
     """A model that has learned to answer in a word or two, and so to end."""
@@ -136,26 +144,41 @@ def test_twenty_kills(config_of, start, stage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_being_asked_to_stop_within_a_long_rollout_saves_and_exits_within_seconds(config_of, start, tmp_path, number):
-    """Its environment hangs; nothing is left behind, and the run goes on as if nothing had been."""
-    whole, stopped = (config_of("agent", name, 4) for name in ("whole", "stopped"))
-    finish(start("agent", whole), whole)
+@pytest.mark.parametrize(
+    ("count", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM), (2, signal.SIGINT)]
+)
+def test_being_asked_to_stop_within_a_long_rollout_saves_and_exits_within_seconds(
+    config_of, start, tmp_path, count, number
+):
+    """Its environment hangs; nothing is left behind, and the run goes on as if nothing had been. Of two processes the
+    second alone is asked, and both stop."""
+    whole, stopped = (config_of("agent", name, 4, **(LESS if count > 1 else {})) for name in ("whole", "stopped"))
+
+    def start_all(config):
+        return [start("agent", config, cluster=each) for each in (cluster_of(count) if count > 1 else [None])]
+
+    def finish_all(config):
+        for process in start_all(config):
+            finish(process, config)
+
+    finish_all(whole)
     run, hang = RunFolder(stopped.run), tmp_path / "hang"
-    process = start("agent", stopped)
-    wait_for_step(run, 5, process)
+    processes = start_all(stopped)
+    wait_for_step(run, 5, processes[0])
     hang.touch()
     time.sleep(4)  # longer than `play.PATIENCE`
-    workers, asked = children(process), time.monotonic()
-    os.kill(process.pid, number)
-    process.join(30)
-    assert process.exitcode == 128 + number, Path(f"{stopped.run}.log").read_text("utf-8")[-3000:]
-    assert time.monotonic() - asked < 10
+    workers = [worker for process in processes for worker in children(process)]
+    asked, code = time.monotonic(), 128 + (number if count == 1 else signal.SIGTERM)  # which the others are told of
+    os.kill(processes[-1].pid, number)
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == code, Path(f"{stopped.run}.log").read_text("utf-8")[-3000:]
+    assert time.monotonic() - asked < 10 * count
     assert_gone(workers, 10)
     saved = run.checkpoint_steps()[-1]
     assert saved in (8, 12) and comparable(run)[-1]["step"] == saved
     hang.unlink()
-    finish(start("agent", stopped), stopped)
+    finish_all(stopped)
     check_same(RunFolder(whole.run), run)
 
 
@@ -188,12 +211,9 @@ def test_two_processes_do_what_one_does(config_of, tmp_path, mesh):
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "kills"), [("grpo", 8), ("ppo", 6), ("agent", 6)])
 def test_two_processes_killed_again_and_again(config_of, start, stage, kills):
-    """Twenty kills in all. Nothing is evaluated and few sequences are written, since whoever starts traces his programs
-    anew: 7 CPU seconds of each process for a kill."""
-    rng, few = random.Random(stage), {"prompts": 4, "completions": 2, "max_new_tokens": 12}
-    less = {"rollout": RolloutConfig(**few), "training": {"eval_every": 0}, "data": {"val_fraction": 0.0}}
-    whole, killed = (config_of(stage, name, kills + 1, **less) for name in ("whole", "killed"))
-    run = RunFolder(killed.run)
+    """Twenty kills in all, each of 7 CPU seconds of each process."""
+    whole, killed = (config_of(stage, name, kills + 1, **LESS) for name in ("whole", "killed"))
+    run, rng = RunFolder(killed.run), random.Random(stage)
 
     def start_two(config):
         return [start(stage, config, cluster=each) for each in cluster_of(2)]

@@ -1,6 +1,9 @@
 """Rewards: entries of rewards.use, their weighted sum, and functions of a user's that are at fault."""
 
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -215,6 +218,23 @@ def test_failures_are_counted_and_the_next_call_works(capfd):
         assert one.rewards == {"length": 1, "sleeps": None, "crashes": None, "jealous": 1, "picky": -0.5}
     told = capfd.readouterr().err
     assert all(told.count(f"{name}: f.jsonl:1: ") == 1 for name in names) and "rewards/picky/failures counts" in told
+
+
+def test_nothing_is_left_of_a_process_that_is_killed(tmp_path):
+    """In the folder for what is read elsewhere, which others remove."""
+    code = (
+        "import sys, time; sys.path += sys.argv[1:]; from test_rewards import USER, episode, rewards\n"
+        "give = rewards(f'{USER}:says')\ngive([episode('5')])\nprint('rewarded', flush=True); time.sleep(60)"
+    )
+    here = Path(__file__).resolve().parent
+    command, place = [sys.executable, "-c", code, here, here.parents[1]], {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, env=place, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"rewarded\n" and list(tmp_path.iterdir())
+        process.kill()
+    deadline = time.monotonic() + 10
+    while list(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_function_fails_on_is_skipped_where_it_counts(capfd):
