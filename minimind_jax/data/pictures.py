@@ -87,8 +87,8 @@ def refuse_pictures(record: Record, reading: Reading = READING) -> None:
     """Raises UserError for a record that shows some, where words alone are read: an answer would not be about them."""
     if has_pictures(record.value, reading):
         raise UserError(
-            f"{record.where}: it shows pictures, and words alone are read here; ignore_fields leaves their field out "
-            f"({', '.join(IMAGES)})"
+            f"{record.where}: it shows pictures, and words alone are read here; `minimind evaluate images` asks about "
+            f"pictures, ignore_fields leaves a field of them out ({', '.join(IMAGES)})"
         )
 
 

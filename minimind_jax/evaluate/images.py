@@ -185,25 +185,18 @@ class PixelFile:
 
 
 class Asker:
-    """Asks a model questions about pictures."""
+    """Asks a model questions about pictures. pictures: of the questions, which another asker of them may be given."""
 
     def __init__(
-        self,
-        model: LanguageModel,
-        params: Params,
-        tokenizer: Tokenizer,
-        max_new_tokens: int,
-        batch_size: int,
-        pictures: PixelFile | None = None,
+        self, model: LanguageModel, params: Params, tokenizer: Tokenizer, max_new_tokens: int, batch_size: int
     ):
-        """max_new_tokens: of what it writes. pictures: of the questions, where another has read these. Raises UserError
-        for a model of texts."""
+        """max_new_tokens: of what it writes. Raises UserError for a model of texts."""
         if model.config.vision is None:
             raise UserError(BLIND)
         self.engine = Engine(model, params, tokenizer, slots=batch_size)
         self.scorer = LikelihoodScorer(model, params, batch_size)
         self.sampling = SamplingConfig(max_new_tokens=max_new_tokens, temperature=0.0)
-        self.pictures = pictures or PixelFile()
+        self.pictures = PixelFile()
 
     @classmethod
     def load(cls, name: str, max_new_tokens: int, batch_size: int) -> "Asker":

@@ -43,7 +43,8 @@ def judge_seeing(run: Run, held_out: Batches) -> None:
     after, guessed = ask(questions, pictures), others and ask(questions, others)
     start = LanguageModel(run.model.config, run.config.compute)
     params = jax.device_put(start_params(run))
-    ask_before = Asker(start, params, run.tokenizer, MAX_NEW_TOKENS, batch_size=16, pictures=ask.pictures)
+    ask_before = Asker(start, params, run.tokenizer, MAX_NEW_TOKENS, batch_size=16)
+    ask_before.pictures = ask.pictures
     before = ask_before(questions, pictures)
     result = ImageResult("answers", questions, after, guessed)
     write_text(
