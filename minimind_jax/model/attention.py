@@ -39,7 +39,7 @@ UNTRIED = "not cudnn_packed or tokamax, which need no mask of documents but have
 
 
 class Choice(NamedTuple):
-    """path: the one taken. reason: why not the best one of this platform, None where it is taken or there is none."""
+    """path: the one taken. reason: why not the best one of this platform, or what makes it slow; None for nothing."""
 
     path: Path
     reason: str | None = None
@@ -68,6 +68,9 @@ def choose_path(
             obstacle = _obstacle(path, query_shape, kv_heads, dtype, mesh, deterministic)
         if obstacle is not None:
             raise UserError(f"compute.attention {path} cannot run here: {obstacle}; auto takes a path that can")
+    if path == "cudnn_packed":
+        room = fused.document_room(query_shape[1])
+        return Choice(path, f"room for {room} documents a row on average; rows with more also take cudnn's mask")
     return Choice("grouped" if path == "auto" else path)
 
 

@@ -81,14 +81,19 @@ def cudnn_packed(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_ids_BT: Ar
     """cuDNN's flash attention over each document apart (NVIDIA's Hopper and newer), (B, T, N, H): no mask, and nothing
     is computed of what other documents say. A document's tokens are in one run.
 
-    There is room for T / 128 documents a row, on average over a device's rows (see `list_documents`). Where there are
-    more, those left over are computed by `cudnn` with its mask in the same program, so in such a batch both run.
+    There is room for `document_room` documents a row, on average over a device's rows (see `list_documents`). Rows
+    with documents left over are computed by `cudnn` and its mask as well, in the same program.
     """
     if segment_ids_BT is None:
         return cudnn(q_BTNH, k_BTKH, v_BTKH, None)
     T = q_BTNH.shape[1]
     *inputs, ids_BT = (_lengthen(x, T % 2) for x in (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT))
-    return _packed(*inputs, ids_BT, list_documents(ids_BT, max(LEAST_ROOM, T // DOCUMENT_TOKENS)))[:, :T]
+    return _packed(*inputs, ids_BT, list_documents(ids_BT, document_room(T)))[:, :T]
+
+
+def document_room(length: int) -> int:
+    """Documents that `cudnn_packed` has room for in a row of so many tokens, on average."""
+    return max(LEAST_ROOM, length // DOCUMENT_TOKENS)
 
 
 class Documents(NamedTuple):

@@ -118,7 +118,7 @@ def test_the_packed_layout_needs_a_jax_and_a_gpu_that_have_it_right(monkeypatch)
     with pytest.raises(UserError, match=r"compute capability 9\.0"):
         choose_path(*asked)
     monkeypatch.setattr(fused._private_cudnn(), "check_compute_capability", lambda least: True)
-    assert choose_path(*asked) == Choice("cudnn_packed")
+    assert choose_path(*asked).path == "cudnn_packed" and "room for 8 documents a row" in choose_path(*asked).reason
     assert choose_full_path("cudnn_packed", SHAPE, jnp.dtype("bfloat16"), "gpu") == Choice("cudnn")
     with pytest.raises(UserError, match=r"this is a tpu"):
         choose_path(*asked[:-1], "tpu")
