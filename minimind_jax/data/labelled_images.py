@@ -13,7 +13,7 @@ from minimind_jax.data.images import open_image
 from minimind_jax.data.jsonl import READING, Reading, Record, expand_paths, is_picture
 from minimind_jax.data.labels import Classes, read_labels
 from minimind_jax.data.pictures import PictureFile, as_text, file_of, pack, tell_of
-from minimind_jax.data.values import field_names, is_absent, kind_of
+from minimind_jax.data.values import field_names, is_absent, kind_of, meant
 from minimind_jax.errors import UserError
 from minimind_jax.texts import listed
 
@@ -71,7 +71,7 @@ def picture_of(record: Record, field: str = "text", ignored: Collection[str] = (
         found = f"{place} is {kind_of(value)}" if place in record.value else f"the fields {field_names(record.value)}"
         raise UserError(
             f"{record.where}: expected a field `image` with the path of a picture, found {found} (data.text_field, of "
-            "tools --text_field, names another)"
+            f"tools --text_field, names another{meant(record.value, FIELDS)})"
         )
     texts = [name for name in TEXT if name not in (place, *ignored) and not is_absent(record.value.get(name))]
     if texts:

@@ -89,7 +89,8 @@ def evaluate_perplexity(
     files = expand_paths(config.files)  # a file that is missing is told before the model is loaded
     kind = config.kind or detect_kind(files, reading)
     if "concat" not in KINDS[kind].packings:
-        raise UserError(f"{config.files[0]}: {KINDS[kind].noun}; perplexity is of texts or conversations")
+        way_out = "; evaluate images gives their bits per byte" * (kind == "images")
+        raise UserError(f"{config.files[0]}: {KINDS[kind].noun}; perplexity is of texts or conversations{way_out}")
     network, params = load_model(folder, rope_scaling=rope_scaling)
     limit = network.config.max_position_embeddings
     seq_len = min(DEFAULT_SEQ_LEN, limit) if config.seq_len is None else config.seq_len

@@ -122,6 +122,13 @@ def test_rows_without_a_token_to_predict_are_left_out(folder):
     assert evaluate(folder, 32, "question.jsonl", **options).tokens >= 3
 
 
+def test_records_with_images_say_who_measures_them(folder):
+    talk = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "A cat."}]
+    (folder / "seen.jsonl").write_text(json.dumps({"image": "a.png", "conversations": talk}) + "\n")
+    with pytest.raises(UserError, match="conversations with images; .*; evaluate images gives their bits per byte"):
+        evaluate(folder, 32, "seen.jsonl", kind=None)
+
+
 def test_a_missing_file_is_told_before_a_row_length_and_the_default_fits_the_model(folder):
     with pytest.raises(UserError, match=r"gone\.jsonl: no such file"):
         evaluate(folder, 512, "gone.jsonl", kind=None)

@@ -301,6 +301,7 @@ def test_what_is_refused(shapes, tmp_path, trained, capsys, monkeypatch):
         "a picture .image. and a text": {"image": str(broken), "text": "a", "label": "b"},
         "has 2 pictures": {"image": ["a", "b"], "label": "c"},
         "expected a field `image`": {"label": "c"},
+        "names another: Image": {"Image": str(broken), "label": "c"},
     }
     for match, row in rows.items():
         refused(match, data={"train": (str(write_lines(tmp_path / "rows.jsonl", [row])),)})
