@@ -125,7 +125,7 @@ def test_rows_without_a_token_to_predict_are_left_out(folder):
 def test_records_with_images_say_who_measures_them(folder):
     talk = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "A cat."}]
     (folder / "seen.jsonl").write_text(json.dumps({"image": "a.png", "conversations": talk}) + "\n")
-    with pytest.raises(UserError, match="conversations with images; .*; evaluate images gives their bits per byte"):
+    with pytest.raises(UserError, match=r"conversations with images; .*; evaluate images gives their bits per byte"):
         evaluate(folder, 32, "seen.jsonl", kind=None)
 
 
