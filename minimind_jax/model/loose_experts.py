@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,11 @@ from minimind_jax.model.tiles import make_tiles
 # Experts of all layers together, up to which each has arrays of its own. Each is a branch of the program: 512 of them
 # take some 5 s to compile.
 APART = 256
-WIDE = 2**20  # numbers in a kernel; of an expert so wide each half is worth a core
+
+# A tile of no more rows is multiplied as one of so many, where a kernel has so many numbers: 16 rows choose one of four
+# experts by fours, and tiles of 8 are half padding then. An expert of 768 to 2,432 and back takes 1.6 ms with 4 rows,
+# and 1.9 with 8.
+SMALL, WIDE = 4, 2**20
 
 
 @jax.tree_util.register_dataclass
@@ -25,25 +28,18 @@ class LooseKernels:
     One TransposedKernel an expert, which is read where it lies: out of a stack XLA on a CPU copies an expert's kernel
     before the product, and an einsum over the stack takes 117 ms a layer (one row, 4 experts, 768 to 2,432 and back)
     where these take 0.7. Or the stack, for many experts.
-
-    An expert is also the sum of two with half its hidden units each. A wide one is kept as these, because XLA runs a
-    product with one row on one core, and so few products as an expert has one after another: two halves run at once.
     """
 
-    kernels: tuple[tuple[TransposedKernel, ...], ...] | Array
+    kernels: tuple[TransposedKernel, ...] | Array
 
     def __getitem__(self, _) -> "LooseKernels":
         return self  # as nnx.Param reads its array
 
     @classmethod
-    def of(cls, kernel_EIO: Array, layers: int, is_down: bool) -> "LooseKernels":
-        """layers: of the model. is_down: the hidden units are what goes in, not what comes out."""
-        E, *sizes = kernel_EIO.shape
-        if E * layers > APART:
-            return cls(kernel_EIO)
-        parts = 2 if math.prod(sizes) >= WIDE else 1
-        cut = functools.partial(jnp.array_split, indices_or_sections=parts, axis=0 if is_down else 1)
-        return cls(tuple(tuple(TransposedKernel(part.T) for part in cut(kernel_IO)) for kernel_IO in kernel_EIO))
+    def of(cls, kernel_EIO: Array, layers: int) -> "LooseKernels":
+        """layers: of the model."""
+        is_apart = len(kernel_EIO) * layers <= APART
+        return cls(tuple(TransposedKernel(kernel_IO.T) for kernel_IO in kernel_EIO) if is_apart else kernel_EIO)
 
     @property
     def count(self) -> int:
@@ -60,16 +56,14 @@ def apply_loose(x_PD: Array, sizes_E: Array, gates: LooseKernels, ups: LooseKern
     tiles = make_tiles(sizes_E, P, _tile_size(P, E))
 
     def choose(tile, x_SD):
-        expert = tiles.experts_N[tile]
+        expert, is_small = tiles.experts_N[tile], False
         if not isinstance(gates.kernels, tuple):
             return _expert([stack[expert] for stack in stacks], x_SD)
         experts = list(zip(*stacks, strict=True))
-        is_small = False
-        branches = [functools.partial(_sum_parts, own, tiles.size) for own in experts]
-        if tiles.size > 1 and len(gates.kernels[0]) > 1:  # wide: a tile of few rows is multiplied as half a tile
-            half = tiles.size // 2
-            is_small = tiles.stops_N[tile] - tiles.firsts_N[tile] <= half
-            branches += [functools.partial(_sum_parts, own, half) for own in experts]
+        branches = [functools.partial(_expert, own) for own in experts]
+        if tiles.size > SMALL and gates.kernels[0].kernel_OI.size >= WIDE:
+            is_small = tiles.stops_N[tile] - tiles.firsts_N[tile] <= SMALL
+            branches += [functools.partial(_small, own) for own in experts]
         return jax.lax.switch(expert + E * is_small, branches, x_SD)
 
     if P == 1:
@@ -85,10 +79,9 @@ def apply_loose(x_PD: Array, sizes_E: Array, gates: LooseKernels, ups: LooseKern
     return jax.lax.fori_loop(0, tiles.needed, body, jnp.zeros_like(padded_PD))[:P]
 
 
-def _sum_parts(kernels, rows, x_SD):
-    """Of an expert's parts, for the first `rows`; zeros behind them."""
-    out_sD = sum(_expert(part, x_SD[:rows]) for part in zip(*kernels, strict=True))
-    return jnp.pad(out_sD, ((0, len(x_SD) - rows), (0, 0)))
+def _small(kernels, x_SD):
+    """Of the first rows; zeros behind them."""
+    return jnp.zeros_like(x_SD).at[:SMALL].set(_expert(kernels, x_SD[:SMALL]))
 
 
 def _expert(kernels, x_SD):

@@ -395,8 +395,7 @@ def _lay_out(model: LanguageModel, params: Params) -> Params:
             return leaf
         if "experts" not in names:
             return TransposedKernel(leaf.T)
-        loose = functools.partial(LooseKernels.of, leaf, len(params["layers"]), is_down="down_proj" in names)
-        return loose() if model.compute.experts == "auto" else leaf
+        return LooseKernels.of(leaf, len(params["layers"])) if model.compute.experts == "auto" else leaf
 
     return jax.tree_util.tree_map_with_path(arrange, params) if model.platform == "cpu" else params
 

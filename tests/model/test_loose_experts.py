@@ -31,12 +31,7 @@ def random_case(experts, k, tokens, seed):
     return jnp.asarray(x_MD), moe.Routing(chosen, weights, jnp.zeros(())), tuple(map(jnp.asarray, kernels))
 
 
-def lay_out(kernels):
-    gate, up, down = kernels
-    return LooseKernels.of(gate, 1, False), LooseKernels.of(up, 1, False), LooseKernels.of(down, 1, True)
-
-
-@pytest.mark.parametrize("apart", [0, 256], ids=["stack", "halves"])
+@pytest.mark.parametrize("apart", [0, 256], ids=["stack", "apart"])
 @pytest.mark.parametrize(
     ("experts", "k", "tokens"),
     [(4, 1, 1), (4, 1, 3), (4, 1, 16), (4, 2, 64), (8, 2, 5), (8, 8, 17), (32, 4, 1), (32, 8, 16), (4, 1, 300)],
@@ -47,9 +42,8 @@ def test_rows_get_what_the_reference_gives(monkeypatch, experts, k, tokens, apar
     apply = jax.jit(moe.apply_experts, static_argnums=(3, 4))
     for seed in range(3):
         x_MD, routing, kernels = random_case(experts, k, tokens, seed)
-        loose = lay_out(kernels)
+        loose = tuple(LooseKernels.of(kernel, 1) for kernel in kernels)
         assert isinstance(loose[0].kernels, tuple) == bool(apart)
-        assert not apart or len(loose[0].kernels[0]) == 2
         expected = apply(x_MD, routing, kernels, "reference", False)
         np.testing.assert_allclose(apply(x_MD, routing, loose, "auto", False), expected, atol=1e-5)
 
@@ -61,21 +55,17 @@ def test_experts_of_other_devices_add_nothing(monkeypatch, apart):
     total = 0
     for first in (0, 4):
         own = routing._replace(experts_Mk=routing.experts_Mk - first)
-        loose = lay_out([kernel[first : first + 4] for kernel in kernels])
+        loose = tuple(LooseKernels.of(kernel[first : first + 4], 1) for kernel in kernels)
         total += moe.apply_experts(x_MD, own, loose, "auto", is_part=True)
     np.testing.assert_allclose(total, moe.apply_experts(x_MD, routing, kernels, "reference"), atol=1e-5)
 
 
-@pytest.mark.parametrize(("experts", "width"), [(4, 8), (4, 12), (160, 8)])
-def test_a_mixture_generates_what_its_stack_scores(monkeypatch, experts, width):
-    """Prompts of unequal length, then a token of each row; 160 experts of 2 layers are too many to stand apart, and
-    those of width 12 are taken for wide ones, in halves."""
-    monkeypatch.setattr(loose_experts, "WIDE", 32 * 12)
-    model, params = make_model(num_experts=experts, num_experts_per_tok=2, moe_intermediate_size=width)
+@pytest.mark.parametrize("experts", [4, 160])
+def test_a_mixture_generates_what_its_stack_scores(experts):
+    """Prompts of unequal length, then a token of each row; 160 experts of 2 layers are too many to stand apart."""
+    model, params = make_model(num_experts=experts, num_experts_per_tok=2, moe_intermediate_size=8)
     laid_out = model.unstack(params)
-    kernels = laid_out["layers"][0]["mlp"]["experts"]["up_proj"]["kernel"].kernels
-    assert isinstance(kernels, tuple) == (experts == 4)
-    assert experts > 4 or len(kernels[0]) == (2 if width == 12 else 1)
+    assert isinstance(laid_out["layers"][0]["mlp"]["experts"]["up_proj"]["kernel"].kernels, tuple) == (experts == 4)
     tokens_BT = jax.random.randint(jax.random.key(1), (3, 9), 0, 60)
     lengths_B = jnp.array([8, 3, 5])
 
