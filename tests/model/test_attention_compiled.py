@@ -59,7 +59,7 @@ def test_one_gpu_runs_cudnn_and_holds_no_scores():
         assert sorted(case["kernels"]) == sorted([*CUDNN, *CUDNN_MASKED, CUDNN_MASKED[0]])
     log_sums = 4 * B * (T // 128) * N * T  # one of each token, for each document of a row that there is room for
     assert documents[0]["temporaries"] < plain["temporaries"] + log_sums + 2.2 * (2 * 2 * T * T)
-    assert documents[0]["temporaries"] < 0.75 * packed["temporaries"]
+    assert documents[0]["temporaries"] < 0.6 * packed["temporaries"]
 
 
 def test_gpus_run_tokamax_over_documents_without_a_mask():
