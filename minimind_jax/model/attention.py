@@ -86,8 +86,9 @@ def choose_full_path(
     Raises UserError as `choose_path`.
     """
     choice = choose_path(path, query_shape, query_shape[2], dtype, platform, None, deterministic)
-    if FUSED.get(choice.path) == "gpu":  # which are the same where there are no documents
-        return Choice("cudnn")
+    if FUSED.get(choice.path) == "gpu":  # which all are cuDNN's where there are no documents
+        obstacle = _obstacle("cudnn", query_shape, query_shape[2], dtype, None, deterministic)
+        return Choice("cudnn") if obstacle is None else Choice("reference", f"not cudnn: {obstacle}")
     if choice.path == "grouped":  # which is for tokens that see what is before them
         return choice._replace(path="reference")
     if choice.path == "splash" and path == "auto" and query_shape[1] <= FEW_KEYS:

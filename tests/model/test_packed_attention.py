@@ -131,3 +131,10 @@ def test_tokamax_is_a_package_and_needs_a_gpu():
     for deterministic in (False, True):  # each of its sums is one thread's
         with pytest.raises(UserError, match=told):
             choose_path("tokamax", SHAPE, 4, jnp.bfloat16, "gpu", deterministic=deterministic)
+
+
+def test_patches_are_not_cudnn_s_either_where_sums_have_a_fixed_order(monkeypatch):
+    monkeypatch.setattr(fused, "tokamax_obstacle", lambda head_dim: None)
+    for deterministic, path in ((False, "cudnn"), (True, "reference")):
+        assert choose_path("tokamax", SHAPE, 4, jnp.bfloat16, "gpu", deterministic=deterministic).path == "tokamax"
+        assert choose_full_path("tokamax", SHAPE, jnp.dtype("bfloat16"), "gpu", deterministic).path == path
