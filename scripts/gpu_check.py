@@ -132,11 +132,14 @@ def parts_without(data: Path) -> list[Part]:
 def run_part(part: Part, limit: float, log: Path, environment: dict) -> tuple[dict, list[dict]]:
     """How it went, and the JSON lines it printed."""
     started = time.monotonic()
-    with open(log, "w+", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            part.command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=HERE.parent,
-            start_new_session=True,
-        )  # fmt: skip
+    with open(log, "w+", encoding="utf-8", errors="replace") as file:
+        try:
+            process = subprocess.Popen(
+                part.command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=HERE.parent,
+                start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:  # a Python that is not there
+            return {"part": part.name, "status": "failed", "seconds": 0, "limit": round(limit), "why": str(error)}, []
         try:
             status = "passed" if process.wait(timeout=limit) == 0 else "failed"
         except subprocess.TimeoutExpired:
@@ -148,7 +151,8 @@ def run_part(part: Part, limit: float, log: Path, environment: dict) -> tuple[di
     went = {"part": part.name, "status": status, "seconds": round(time.monotonic() - started), "limit": round(limit)}
     if status == "failed":
         went["why"] = next((line for line in reversed(lines) if line.strip()), "it printed nothing")
-    return went, [{"part": part.name, **json.loads(line)} for line in lines if line.startswith('{"benchmark"')]
+    whole = [line for line in lines if line.startswith('{"benchmark"') and line.endswith("}")]
+    return went, [{"part": part.name, **json.loads(line)} for line in whole]
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -177,7 +181,7 @@ def main() -> int:
     args = parser.parse_args()
     out = args.out.resolve()
     args.minimind = args.minimind and args.minimind.resolve()
-    data = out / "data"
+    data = out / "gpu_check_data"  # which is removed: no name that a folder of the user's has
     on_gpu, without = parts_with_gpu(args, data), parts_without(data)
     if os.environ.get("DRY_RUN"):
         list_parts("with a GPU", on_gpu, WITH_GPU)

@@ -47,6 +47,15 @@ def test_what_a_part_prints_is_found_and_why_it_failed(tmp_path):
     assert (went["status"], went["why"]) == ("failed", "no such kernel") and len(found) == 1
 
 
+def test_a_part_that_cannot_be_started_or_prints_no_text_stops_nothing(tmp_path):
+    missing = gpu_check.Part("part", 30, [str(tmp_path / "python")])
+    went, found = gpu_check.run_part(missing, 30, tmp_path / "log", dict(os.environ))
+    assert went["status"] == "failed" and "No such file" in went["why"] and not found
+    code = "import sys; sys.stdout.buffer.write(b'\\xff\\n{\"benchmark\": \"cut o'); raise SystemExit('odd')"
+    went, found = run(tmp_path, code)
+    assert (went["status"], found) == ("failed", [])
+
+
 def test_a_part_out_of_time_ends_with_all_that_it_started(tmp_path):
     child = tmp_path / "child"
     code = f"""
