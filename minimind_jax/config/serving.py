@@ -43,7 +43,7 @@ class ServeConfig(Settings):
     dtype: of weights and activations; `auto` is bfloat16 on GPU and TPU, float32 on CPU.
     """
 
-    model: tuple[str, ...] = setting((), must=Rule(bool, "a model's folder or a run, as in --model runs/assistant"))
+    model: tuple[str, ...] = setting(must=Rule(bool, "a model's folder or a run, as in --model runs/assistant"))
     adapters: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: int = setting(8000, must=Rule(lambda port: 0 <= port < 65536, "between 0 (any) and 65535"))

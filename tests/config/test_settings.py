@@ -13,6 +13,7 @@ import yaml
 from minimind_jax.cli import COMMANDS
 from minimind_jax.config.fields import Settings, at_least, fields_of, help_text, setting
 from minimind_jax.config.generation import ChatConfig, GenerateConfig
+from minimind_jax.config.serving import ServeConfig
 from minimind_jax.config.settings import (
     Setting,
     find_config,
@@ -271,7 +272,7 @@ def test_a_seed_has_64_bits():
 
 def test_a_class_without_usable_defaults():
     assert load_settings(ChatConfig, ["--model", "m", "--stop", ","]) == ChatConfig(model="m", stop=(",",))
-    assert "--model is missing" in message(cls=ChatConfig)
+    assert "--model is missing" in message(cls=ChatConfig) and "--model is missing" in message(cls=ServeConfig)
 
 
 def test_arguments_that_are_no_settings():
