@@ -88,13 +88,14 @@ def judged(rows: Sequence[Row]) -> Sequence[Row]:
 
 def describe(rows: Sequence[Row]) -> dict[str, float]:
     """What is told of completions, under TRL's names."""
-    rewards, groups = [row.reward for row in judged(rows)], groups_of(judged(rows)).values()
+    kept, groups = judged(rows), groups_of(rows).values()
+    rewards, is_compared = [row.reward for row in kept], max(map(len, groups)) > 1
     lengths = [row.written for row in rows]
     ended = [row.written for row in rows if row.finish == "stop"] or [0]
-    spreads = [_spread([row.reward for row in group]) for group in groups]
+    spreads = [_spread([row.reward for row in group]) for group in groups_of(kept).values()]
     told = {
         "reward": statistics.fmean(rewards),
-        "reward_std": statistics.fmean(spreads) if max(map(len, groups)) > 1 else _spread(rewards),
+        "reward_std": statistics.fmean(spreads) if is_compared else _spread(rewards),
         "completions/mean_length": statistics.fmean(lengths),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
@@ -103,7 +104,7 @@ def describe(rows: Sequence[Row]) -> dict[str, float]:
         "completions/min_terminated_length": min(ended),
         "completions/max_terminated_length": max(ended),
     }
-    if max(map(len, groups)) > 1:
+    if is_compared:
         told["frac_reward_zero_std"] = statistics.fmean(map(teaches_nothing, groups))
     for name in rows[0].rewards:
         values = [row.rewards[name] for row in rows if row.rewards[name] is not None] or [0.0]

@@ -5,7 +5,7 @@ import pytest
 
 from minimind_jax.config.rl import CriticConfig, PolicyConfig, PPOConfig, RLConfig, RolloutConfig
 from minimind_jax.rl.batches import arrays_of, minibatches, with_advantages
-from minimind_jax.rl.rollout import Row
+from minimind_jax.rl.rollout import Row, describe
 
 SAMPLED = ([1, 1, 1], [1, 0, 1], [1], [1, 1, 0, 0])  # behind a prompt of two tokens; 0 is what an environment said
 REWARDS = (1.0, 0.0, 0.5, 2.0)
@@ -113,3 +113,12 @@ def test_columns_of_prompts_alone_have_no_targets():
         assert long[name][long["mask"] > 0].tolist() == short[name][short["mask"] > 0].tolist()
     columns = long["tokens"].shape[1] - long["mask"].shape[1] + np.nonzero(long["mask"])[1]
     assert columns.tolist() == (np.nonzero(short["mask"])[1] + 40).tolist()
+
+
+@pytest.mark.parametrize(
+    ("lost", "reward", "taught"), [([0], 2.5 / 3, 0.5), ([0, 3], 0.25, 0), ([0, 1, 2, 3], 0.875, 0)]
+)
+def test_what_is_told_is_of_the_completions_that_have_a_reward(lost, reward, taught):
+    """Also where of each prompt one is left, which has nothing to be compared with."""
+    told = describe([row._replace(unjudged=n in lost) for n, row in enumerate(ROWS)])
+    assert told["reward"] == pytest.approx(reward) and told["frac_reward_zero_std"] == 1 - taught
