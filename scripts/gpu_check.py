@@ -28,9 +28,10 @@ PYTHONS = {  # variable -> modules of this Python that would do as well, what in
     "MINIMIND_TPU_PYTHON": (("libtpu",), "tpu"),
 }
 BIG = ["--hidden_size", "768", "--rows", "32", "--seq_len", "2048", "--steps", "10"]  # the 63.9M model, or the mixture
-SMALL_STEP = (  # that is compiled in a minute on two cores
-    "--model.hidden_size 256 --model.num_hidden_layers 4 --data.seq_len 512 --training.batch_tokens 8192 "
-    "--training.accumulation_steps 1 --optimizer.name adamw"
+SMALL_STEP = (  # that a busy machine compiles in a minute
+    "--model.hidden_size 128 --model.num_hidden_layers 2 --model.num_attention_heads 2 --model.num_key_value_heads 1 "
+    "--model.vocab_size 1024 --data.seq_len 256 --training.batch_tokens 2048 --training.accumulation_steps 1 "
+    "--optimizer.name adamw"
 ).split()
 RUN = HERE.parent / "runs" / "gpu_check_quickstart"
 
@@ -53,7 +54,7 @@ def pytest(*arguments: str) -> list[str]:
 
 
 def data_part(data: Path) -> Part:
-    return Part("data", 30, script("gpu_check_data.py", str(data)))
+    return Part("data", 40, script("gpu_check_data.py", str(data)))
 
 
 def quickstart(data: Path, *settings: str) -> list[str]:
@@ -117,15 +118,15 @@ def parts_without(data: Path) -> list[Part]:
     fused = pytest("tests/model/test_attention_compiled.py", "-k", "one_gpu")
     splash = ["--splash", "--lengths", "2048", "--widths", "96", "--blocks", "512", "--steps", "--", *SMALL_STEP]
     return [
-        Part("paths", 70, script("bench_paths.py", "--documents", "8")),
-        Part("H100: kernels of attention", 90, fused, compiler(cuda)[1]),
-        compiled("H100: steps", cuda, 120, "--device", "h100", "--steps", "--", *SMALL_STEP),
-        *(
-            compiled(f"{device}: splash and steps", tpu, 100, "--device", device, *splash)
-            for device in ("tpu-v5e", "tpu-v6e", "tpu-v4")
-        ),
+        Part("paths", 110, script("bench_paths.py", "--documents", "8")),
+        Part("H100: kernels of attention", 110, fused, compiler(cuda)[1]),
+        compiled("H100: steps", cuda, 110, "--device", "h100", "--steps", "--", *SMALL_STEP),
         data_part(data),
         Part("quickstart, shortened", 110, quickstart(data, *short)),
+        *(
+            compiled(f"{device}: splash and steps", tpu, 150, "--device", device, *splash)
+            for device in ("tpu-v5e", "tpu-v6e", "tpu-v4")
+        ),
     ]
 
 
@@ -179,6 +180,7 @@ def main() -> int:
     parser.add_argument("--minimind", type=Path, help="a checkout of jingyaogong/minimind; without it ours alone")
     parser.add_argument("--minimind_python", default=sys.executable)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with the part that runs
     out = args.out.resolve()
     args.minimind = args.minimind and args.minimind.resolve()
     data = out / "gpu_check_data"  # which is removed: no name that a folder of the user's has

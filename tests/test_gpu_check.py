@@ -30,8 +30,6 @@ def test_a_dry_run_lists_the_parts_with_their_limits_and_all_paths_of_the_code()
         assert f"train, experts {path}\n" in on_gpu
     lines = [line for line in done.stdout.splitlines() if not line.startswith("#")]
     assert all(0 < int(line.split()[0]) <= 180 for line in lines if line.strip() and "minutes" not in line)
-    limits = [int(line.split()[0]) for line in without.splitlines()[1:]]
-    assert sum(limits) <= gpu_check.WITHOUT, "each part has its time where none is done sooner"
 
 
 def run(tmp_path, code: str, limit: float = 30):
