@@ -114,7 +114,10 @@ def parts_without(data: Path) -> list[Part]:
         return Part(name, limit, [python, str(HERE / "bench_compile.py"), *arguments], missing)
 
     cuda, tpu = PYTHONS
-    short = ["--pretrain.training.steps", "20", "--sft.training.steps", "10"]
+    short = (
+        "--pretrain.training.steps 20 --pretrain.samples.from_data 0 --pretrain.model.num_hidden_layers 1 "
+        "--sft.training.steps 10 --sft.samples.from_data 0"
+    ).split()
     fused = pytest("tests/model/test_attention_compiled.py", "-k", "one_gpu")
     splash = ["--splash", "--lengths", "2048", "--widths", "96", "--blocks", "512", "--steps", "--", *SMALL_STEP]
     return [
@@ -122,7 +125,7 @@ def parts_without(data: Path) -> list[Part]:
         Part("H100: kernels of attention", 110, fused, compiler(cuda)[1]),
         compiled("H100: steps", cuda, 110, "--device", "h100", "--steps", "--", *SMALL_STEP),
         data_part(data),
-        Part("quickstart, shortened", 110, quickstart(data, *short)),
+        Part("quickstart, shortened", 180, quickstart(data, *short)),
         *(
             compiled(f"{device}: splash and steps", tpu, 150, "--device", device, *splash)
             for device in ("tpu-v5e", "tpu-v6e", "tpu-v4")

@@ -16,8 +16,8 @@ def write_table(file: Path, found: list[dict], went: list[dict]) -> None:
 
 
 def _about(kind: str, line: dict) -> str:
-    where = [str(line[name]) for name in ("machine", "libtpu", "jax-cuda12-plugin") if name in line]
-    return f"### {kind}\n\n{', '.join([*where, 'jax ' + line['jax'], line['date']])}\n\n"
+    compilers = [f"{name} {line[name]}" for name in ("jax", "libtpu", "jax-cuda12-plugin") if name in line]
+    return f"### {kind}\n\n{', '.join([*filter(None, [line.get('machine')]), *compilers, line['date']])}\n\n"
 
 
 def _parts(went: list[dict]) -> str:
@@ -51,8 +51,8 @@ def _rates(line: dict) -> list[dict]:
 
 
 def _plain(line: dict) -> dict:
-    """What a line holds, but for what all lines say."""
-    hidden = ("benchmark", "date", "machine", "jax", "libtpu", "jax-cuda12-plugin")
+    """What a line holds, but for what all lines say and what is long."""
+    hidden = ("benchmark", "date", "machine", "jax", "libtpu", "jax-cuda12-plugin", "settings")
     return {name: _cell(value) for name, value in line.items() if name not in hidden}
 
 
