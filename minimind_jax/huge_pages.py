@@ -1,6 +1,7 @@
 """Memory for the large arrays of a computation on the CPU: in huge pages, and kept."""
 
 import contextlib
+import ctypes
 import functools
 import os
 import sys
@@ -36,6 +37,16 @@ def use_huge_pages() -> None:
         stream.flush()
     with contextlib.suppress(OSError):  # then it runs as it is
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def give_back() -> None:
+    """Gives the system the memory that the heap holds free.
+
+    After a run's first step: what was taken beside it, such as rows read ahead, lies behind the step's buffers or comes
+    to lie in their place, so that the second step may take as much again; from then on its place is its own.
+    """
+    if _is_possible():
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _is_possible() -> bool:

@@ -77,3 +77,27 @@ def test_memory_is_taken_from_the_system_once():
             [sys.executable, "-c", FAULTS], env={**env, "MINIMIND_HUGE_PAGES": name}, check=True, stdout=subprocess.PIPE
         )
         assert int(out.stdout) in bounds
+
+
+GIVEN_BACK = """
+from minimind_jax.huge_pages import give_back, use_huge_pages
+use_huge_pages()
+import numpy as np
+
+def held():
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+
+large, behind = np.full(2**25, 1.0), np.full(2**18, 1.0)
+del large
+before = held()
+give_back()
+print(before - held())
+"""
+
+
+@pytest.mark.skipif(not huge_pages._is_possible(), reason="no glibc that reads GLIBC_TUNABLES")
+def test_memory_below_what_is_in_use_is_given_back():
+    env = {name: value for name, value in os.environ.items() if name not in ("GLIBC_TUNABLES", "MINIMIND_HUGE_PAGES")}
+    out = subprocess.run([sys.executable, "-c", GIVEN_BACK], env=env, check=True, stdout=subprocess.PIPE).stdout
+    assert int(out) > 200_000  # of 262,144 kB

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from minimind_jax import huge_pages
 from minimind_jax.agreement import check_agreement, ending_alone
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.errors import UserError
@@ -178,11 +179,15 @@ class Loop:
         """From `step`, whose state this is, to the end, or until patience is lost. Returns where it has come to."""
         self.observe(state, step)
         source, total_steps, patience = self.recipe.source, self.timetable.total_steps, self.config.training.patience
+        first = step
         source.begin(step, total_steps, self.is_stopping)
         while step < total_steps and not 0 < patience <= self.watch.since_best():
             if step % source.stride == 0:
                 self.stop_if_asked(state, step)
             state, step = self.train_step(state, step), step + 1
+            if step == first + 1:
+                jax.block_until_ready(state.step)
+                huge_pages.give_back()
             self.checkpoints.poll()
             if self.timetable.saves(step):
                 self.save(state, step)
