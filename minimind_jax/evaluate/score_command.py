@@ -187,6 +187,8 @@ def _write(
                     write({**(_without_bytes(record.value) if pictures else record.value), **answer})
                 count += len(chunk)
                 advance(len(chunk))
+        if bad and not count:
+            raise bad[0]
         if file:
             file.finish()
     tell(told)

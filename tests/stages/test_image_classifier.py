@@ -305,9 +305,10 @@ def test_what_is_refused(shapes, tmp_path, trained, capsys, monkeypatch):
     }
     for match, row in rows.items():
         refused(match, data={"train": (str(write_lines(tmp_path / "rows.jsonl", [row])),)})
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{photos / KINDS[2] / 'nothing.png'}\n"))
-    with pytest.raises(UserError, match=r"standard input:1: the picture .*nothing\.png cannot be read"):
-        run_predict(PredictConfig(model=str(trained.path)))
+    for on_error in ("stop", "skip"):  # where none is left, too
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"{photos / KINDS[2] / 'nothing.png'}\n"))
+        with pytest.raises(UserError, match=r"standard input:1: the picture .*nothing\.png cannot be read"):
+            run_predict(PredictConfig(model=str(trained.path), on_error=on_error))
     with pytest.raises(UserError, match="only minimind classify predict asks"):
         Scorer(str(trained.path))
     with pytest.raises(UserError, match="SigLIP models are for"):
