@@ -242,7 +242,7 @@ def test_values_beyond_float16_are_refused(make_model, tmp_path):
 
 
 def test_tokenizer_larger_than_the_model_is_refused(make_model, tokenizer, tmp_path):
-    with pytest.raises(UserError, match=r"tokens, the model's vocab_size is 100"):
+    with pytest.raises(UserError, match="tokens, more than the model's vocabulary of 100"):
         save_hf(tmp_path / "model", *make_model("dense", vocab_size=100), tokenizer)
 
 

@@ -296,6 +296,7 @@ def check_engine(model_folder, schemas, calls):
     assert found[-1] == answers(model_folder, [(None, "no", 20, 0)])[0]  # the free one is as it is alone
 
 
+@pytest.mark.slow
 def test_a_random_model_answers_in_form(model_folder):
     check_engine(model_folder, 18, 8)
 

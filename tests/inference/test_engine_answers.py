@@ -148,6 +148,7 @@ def test_buffers_that_grow_do_not_change_the_answer(dense, monkeypatch):
     assert [a.ids for a in growing.generate(PROMPTS, sampling)] == [a.ids for a in whole]
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_the_warm_up(dense):
     engine, shown = Engine(dense.model, dense.params, slots=6, context=200), []
     engine.warm_up(lambda done, total: shown.append((done, total)))

@@ -406,6 +406,7 @@ def test_a_cut_prompt_keeps_its_frame_and_its_end(config, generator):
         assert request.ids == encode_prompt(generator.tokenizer, request.conversation.messages)
 
 
+@pytest.mark.slow
 def test_what_was_compiled_is_kept_for_the_next_call(model_folder, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     subprocess.run(

@@ -142,7 +142,8 @@ def test_the_loss_of_a_student(kind):
     assert float(count) == weights.sum()
 
 
-@pytest.mark.parametrize("columns", [4, 7])  # 7: three pieces of 6, the last one filled up
+# 7: three pieces of 6, the last one filled up
+@pytest.mark.parametrize("columns", [pytest.param(4, marks=pytest.mark.slow), 7])
 def test_pieces_of_the_rows_change_nothing(monkeypatch, columns):
     teacher, batch = TEACHERS["dense"], make_batch()
     params = {**STUDENT.init(jax.random.key(0)), TEACHER: teacher.init(jax.random.key(1))}

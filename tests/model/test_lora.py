@@ -117,6 +117,7 @@ def test_unstacked_adapters_are_neither_merged_nor_taken_off(function):
         function(model.unstack(params))
 
 
+@pytest.mark.slow
 def test_remat_and_scan_give_the_same_gradients():
     model, params, _ = make()
     own = split(params, lambda path: path[-1] in ("lora_a", "lora_b"))

@@ -142,7 +142,8 @@ def test_episodes_are_those_that_an_engine_plays(url, policy_at, model, tokenize
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 
-@pytest.mark.parametrize("ahead", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", [0, 1])
 def test_a_run_learns_from_a_server_what_it_learns_by_itself(url, folder, make, tmp_path, ahead):
     prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": f"the {n} cat"} for n in range(24)])
     loop = {"steps": 4, "eval_every": 2, "eval_rows": 2, "batch_tokens": None}
@@ -340,6 +341,7 @@ def test_nobody_there_and_no_address_are_said(policy_at, params):
         policy_at("http://127.0.0.1:9", patience=1).load(params[0])
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_ends_the_run_and_does_not_hang_it(server, policy_at, params):
     """The last one, for the server is gone then."""
     writer = policy_at(server.url).load(params[0])

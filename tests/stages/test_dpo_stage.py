@@ -35,7 +35,7 @@ def test_dpo_learns_what_is_preferred(dpo_config, adapters):
     assert "| step | loss | chosen nll | rewards/margins | rewards/accuracies |" in report
 
 
-@pytest.mark.parametrize("loss", ["ipo", "simpo", "orpo"])
+@pytest.mark.parametrize("loss", ["ipo", "orpo", pytest.param("simpo", marks=pytest.mark.slow)])
 def test_other_losses_learn_it_too(dpo_config, loss):
     beta = {"ipo": 0.1, "simpo": 2.5, "orpo": 0.5}[loss]
     config = dataclasses.replace(dpo_config, preference=PreferenceConfig(loss=loss, beta=beta))
@@ -47,6 +47,7 @@ def test_dpo_resumes_exactly(dpo_config, tmp_path):
     assert_resumes_exactly(dataclasses.replace(dpo_config, checkpoint=KEEP_ALL), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_reference_computed_before_changes_nothing(dpo_config, tmp_path):
     start(dpo_config)
     before = dataclasses.replace(
@@ -61,7 +62,7 @@ def test_a_reference_computed_before_changes_nothing(dpo_config, tmp_path):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize("damage", ["other rows", "cut off"])
+@pytest.mark.parametrize("damage", ["other rows", pytest.param("cut off", marks=pytest.mark.slow)])
 def test_a_reference_of_other_rows_is_computed_again(damage, dpo_config, tmp_path):
     config = dataclasses.replace(
         dpo_config, preference=PreferenceConfig(precompute_reference=True), checkpoint=CheckpointConfig(0)
@@ -92,6 +93,7 @@ def test_settings_that_change_the_base_are_named(dpo_config):
         start(dataclasses.replace(dpo_config, lora=dataclasses.replace(ADAPTERS, alpha=16)))
 
 
+@pytest.mark.slow
 def test_dpo_over_an_adapter_measures_from_where_it_starts(lora, world, dpo_config):
     first = start(with_chats(lora, world))
     config = dataclasses.replace(dpo_config, init_from=str(first), lora=ADAPTERS)

@@ -55,7 +55,10 @@ def score(model, files, output):
     return sum(1 for _ in iter_records([Path(output)]))
 
 
-@pytest.mark.parametrize("adapters", [LoRAConfig(), ADAPTERS], ids=["all", "lora"])
+@pytest.mark.parametrize(
+    "adapters",
+    [pytest.param(LoRAConfig(), id="all"), pytest.param(ADAPTERS, id="lora", marks=pytest.mark.slow)],
+)
 def test_a_reward_model_scores_as_it_was_trained(make, files, adapters, tmp_path):
     config = make(RewardConfig, tmp_path / "reward", "pairs", lora=adapters, rate=3e-3)
     run = RunFolder(start(config))
