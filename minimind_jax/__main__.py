@@ -7,10 +7,13 @@ import sys
 from minimind_jax import signals
 from minimind_jax.huge_pages import use_huge_pages
 
+# Whose steps take the same memory again and again. Rollouts and updates would each keep what the other cannot use.
+STEADY = ("pretrain", "sft", "dpo", "distill", "reward", "classify", "vlm-pretrain", "vlm-sft", "demo")
+
 
 def program(*arguments: str) -> int:
     """Runs `minimind` with these arguments and those of the command line; returns the exit status."""
-    use_huge_pages()
+    use_huge_pages(keep=next(iter([*arguments, *sys.argv[1:]]), "") in STEADY)
     try:
         status = signals.exit_status(lambda: _main([*arguments, *sys.argv[1:]]))
     finally:  # all is saved and said; one more Ctrl-C must not change how the process ends

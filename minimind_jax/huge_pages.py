@@ -6,18 +6,15 @@ import functools
 import os
 import sys
 
-# glibc's malloc. Threads that share one heap, of which nothing is given back, get the pages that they had before.
-TUNABLES = {
-    "glibc.malloc.hugetlb": 1,  # where Linux leaves the choice to programs ("madvise"); since 2.35
-    "glibc.malloc.mmap_max": 0,
-    "glibc.malloc.trim_threshold": 2**40,
-    "glibc.malloc.arena_max": 1,
-}
+# glibc's malloc. Huge pages where Linux leaves the choice to programs ("madvise"); since 2.35.
+TUNABLES = {"glibc.malloc.hugetlb": 1}
+# Threads that share one heap, of which nothing is given back, get the pages that they had before.
+KEEPING = {"glibc.malloc.mmap_max": 0, "glibc.malloc.trim_threshold": 2**40, "glibc.malloc.arena_max": 1}
 
 
 @functools.cache  # or a second call would start it anew once more
-def use_huge_pages() -> None:
-    """Starts this program anew, as the same process, with TUNABLES in GLIBC_TUNABLES.
+def use_huge_pages(keep: bool) -> None:
+    """Starts this program anew, as the same process, with TUNABLES, and with keep KEEPING, in GLIBC_TUNABLES.
 
     XLA takes and gives back the buffers of every step, gigabytes, and the system maps and clears them each time: a step
     of the 29M model takes 15 % longer with pages of 4 KiB, and 20 % longer where memory is not kept. glibc reads the
@@ -27,7 +24,8 @@ def use_huge_pages() -> None:
     if os.environ.get("MINIMIND_HUGE_PAGES") == "0" or not _is_possible():
         return
     given = [each for each in os.environ.get("GLIBC_TUNABLES", "").split(":") if each]
-    names, ours = {each.partition("=")[0] for each in given}, [f"{name}={value}" for name, value in TUNABLES.items()]
+    tunables = TUNABLES | KEEPING if keep else TUNABLES
+    names, ours = {each.partition("=")[0] for each in given}, [f"{name}={value}" for name, value in tunables.items()]
     missing = [each for each in ours if each.partition("=")[0] not in names]
     if not missing:
         os.environ["GLIBC_TUNABLES"] = ":".join(each for each in given if each not in ours)

@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 START = """
 import runpy, sys
 from minimind_jax.huge_pages import use_huge_pages
-use_huge_pages()
+use_huge_pages(keep=%s)
 sys.argv = sys.argv[1:]
 sys.path.insert(0, sys.argv[0].rpartition("/")[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -67,9 +67,9 @@ class Side:
         self._process.wait()
 
 
-def ours(script: str, settings: dict) -> Side:
-    """A benchmark's own script, started again to serve our side; with huge pages, as `minimind` runs."""
-    return Side([sys.executable, "-c", START, str(HERE / script), "--serve", json.dumps(settings)])
+def ours(script: str, settings: dict, keep: bool = False) -> Side:
+    """A benchmark's own script, started again to serve our side; keep: memory, as the commands that train."""
+    return Side([sys.executable, "-c", START % keep, str(HERE / script), "--serve", json.dumps(settings)])
 
 
 def minimind(checkout: Path, python: str, settings: dict) -> Side:

@@ -97,5 +97,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    use_huge_pages()
+    use_huge_pages(keep=True)
     main()

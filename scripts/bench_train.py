@@ -124,7 +124,7 @@ def main() -> None:
     data = str(Path(args.data).resolve()) if args.data else None
     with tempfile.TemporaryDirectory() as cache:
         settings = {**shown, "data": data, "tokenizer": tokenizer, "cache": cache}
-        sides = {"ours": bench.ours("bench_train.py", settings)}
+        sides = {"ours": bench.ours("bench_train.py", settings, keep=True)}
         if args.minimind:
             sides["minimind"] = bench.minimind(args.minimind, args.minimind_python, settings)
         if args.minimind and args.both:

@@ -190,7 +190,7 @@ def main() -> None:
         write_records(args.pictures, args.texts, Path(folder))
         told = json.dumps({**settings, "folder": folder, "tokenizer": str(tokenizer.resolve())})
         commands = {
-            "ours": [sys.executable, "-c", bench.START, script, "--serve", "ours", told],  # with huge pages
+            "ours": [sys.executable, "-c", bench.START % True, script, "--serve", "ours", told],
             "minimind_v": [args.python, script, "--serve", "minimind_v", told],
         }
         if not args.minimind_v:

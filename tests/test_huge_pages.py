@@ -7,12 +7,14 @@ import sys
 import pytest
 
 from minimind_jax import huge_pages
+from minimind_jax.__main__ import STEADY
+from minimind_jax.stages import KINDS
 
 PRINT = """
 import os, sys
 from minimind_jax.huge_pages import use_huge_pages
-use_huge_pages()
-use_huge_pages()
+use_huge_pages(keep=True)
+use_huge_pages(keep=True)
 environ = open("/proc/self/environ").read().replace("\\0glibc.", ":glibc.")  # which some glibc cut when they read it
 started = dict(each.split("=", 1) for each in environ.split("\\0") if each)
 print(started.get("GLIBC_TUNABLES"), *sys.argv[1:], os.environ.get("GLIBC_TUNABLES"))
@@ -25,7 +27,7 @@ def run(**environment):
     return subprocess.run(command, env={**env, **environment}, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-OURS = ":".join(f"{name}={value}" for name, value in huge_pages.TUNABLES.items())
+OURS = ":".join(f"{name}={value}" for name, value in (huge_pages.TUNABLES | huge_pages.KEEPING).items())
 
 
 @pytest.mark.skipif(not huge_pages._is_possible(), reason="no glibc that reads GLIBC_TUNABLES")
@@ -42,6 +44,19 @@ def test_what_the_user_sets_stays():
     assert run(MINIMIND_HUGE_PAGES="0") == "None a b --c None\n"
 
 
+def test_memory_is_kept_by_the_stages_without_rollouts(monkeypatch):
+    kept = {kind.name for kind in KINDS if kind.is_run and not hasattr(kind.config(), "rollout")}
+    assert kept | {"demo"} == set(STEADY)
+    started = []
+    monkeypatch.setattr(os, "execv", lambda *_: started.append(os.environ["GLIBC_TUNABLES"]))
+    monkeypatch.setattr(huge_pages, "_is_possible", lambda: True)
+    monkeypatch.delenv("MINIMIND_HUGE_PAGES", raising=False)
+    for keep in (True, False):
+        monkeypatch.setenv("GLIBC_TUNABLES", "")
+        huge_pages.use_huge_pages.__wrapped__(keep)
+    assert started == [OURS, "glibc.malloc.hugetlb=1"]
+
+
 def test_nothing_happens_without_a_new_glibc(monkeypatch):
     for version in ("glibc 2.25", "musl 1.2", None):
         monkeypatch.setattr(os, "confstr", lambda _, version=version: version)
@@ -51,7 +66,7 @@ def test_nothing_happens_without_a_new_glibc(monkeypatch):
 FAULTS = """
 import resource, threading
 from minimind_jax.huge_pages import use_huge_pages
-use_huge_pages()
+use_huge_pages(keep=True)
 import numpy as np
 
 def step():
@@ -81,7 +96,7 @@ def test_memory_is_taken_from_the_system_once():
 
 GIVEN_BACK = """
 from minimind_jax.huge_pages import give_back, use_huge_pages
-use_huge_pages()
+use_huge_pages(keep=True)
 import numpy as np
 
 def held():
