@@ -103,7 +103,9 @@ def as_written(node: yaml.Node, file: str) -> str | list | None:
     if isinstance(node, yaml.SequenceNode):
         return [as_written(item, file) for item in node.value]
     if not isinstance(node, yaml.ScalarNode):
-        raise UserError(f"{file}:{node.start_mark.line + 1}: not a value: expected a word, a number or a list of them")
+        where = f"{file}:{node.start_mark.line + 1}"
+        told = "expected a word, a number or a list of them (a file with `stages:` is for minimind pipeline)"
+        raise UserError(f"{where}: not a value: {told}")
     return None if node.tag == "tag:yaml.org,2002:null" else node.value
 
 

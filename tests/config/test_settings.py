@@ -107,6 +107,11 @@ def test_a_prompt_with_a_comma_stays_whole():
     assert config.samples.prompts == ("Hello, who are you?", "[1, 2]")
 
 
+def test_a_pipeline_s_file_is_told_from_a_stage_s(config_file):
+    with pytest.raises(UserError, match=r":2: not a value: .*`stages:` is for minimind pipeline"):
+        load_settings(SFTConfig, ["--config", config_file("stages:\n  - sft: {run: a}\n")])
+
+
 @pytest.mark.parametrize(
     "text, expected", [("5e-4", 5e-4), ("1e-3", 1e-3), (".5", 0.5), ("3", 3.0), ("'2e-4'", 2e-4), ("1.5E-4", 1.5e-4)]
 )
