@@ -3,9 +3,13 @@
 # others; where there is no GPU, what can be compiled for one and for TPUs, in twelve minutes.
 #
 #   scripts/gpu_check.sh [--out FOLDER] [--minimind CHECKOUT] [--minimind_python PYTHON]
+#   scripts/gpu_check.sh --minutes 9.5       # where a call may take ten minutes: as much of it as there is time for,
+#   scripts/gpu_check.sh --minutes 5 --go_on # and what is left, beside the results that are there
+#   scripts/gpu_check.sh --parts train generate
 #
-# FOLDER (runs/gpu_check) gets results.jsonl, results.md for docs/performance.md, and a log of each part. CHECKOUT: of
-# jingyaogong/minimind, to be measured beside ours, by a PYTHON that has torch with CUDA, transformers and datasets.
+# FOLDER (runs/gpu_check) gets results.jsonl and results.md for docs/performance.md, both as each part ends, and a log of
+# each. CHECKOUT: of jingyaogong/minimind, to be measured beside ours, by a PYTHON that has torch with CUDA, transformers
+# and datasets.
 # MINIMIND_CUDA_PYTHON, MINIMIND_TPU_PYTHON: Pythons with those compilers, where this one has not.   DRY_RUN=1: list parts
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -7,6 +7,7 @@ import sys
 import time
 import typing
 
+import jax.numpy as jnp
 import pytest
 
 from minimind_jax.model import attention, moe
@@ -17,19 +18,83 @@ import gpu_check
 from gpu_check_table import write_table
 
 
-def test_a_dry_run_lists_the_parts_with_their_limits_and_all_paths_of_the_code():
+@pytest.fixture
+def listed(monkeypatch, capsys):
+    """What a dry run says, and its exit status."""
+
+    def listed(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gpu_check.py", *map(str, arguments)])
+        monkeypatch.setenv("DRY_RUN", "1")
+        status, printed = gpu_check.main(), capsys.readouterr()
+        return printed.out + printed.err, status
+
+    return listed
+
+
+def test_the_script_finds_its_python():
     environment = {**os.environ, "DRY_RUN": "1", "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
     done = subprocess.run([ROOT / "scripts/gpu_check.sh"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    on_gpu, without = done.stdout.split("# without one")
+    assert done.returncode == 0 and "s  GPU tests\n" in done.stdout, done.stderr
+
+
+def test_a_dry_run_lists_the_parts_with_their_limits_and_all_paths_of_the_code(listed):
+    told, status = listed("--minimind", ROOT)
+    assert status == 0, told
+    on_gpu, without = told.split("# without one")
     assert "ends after 15 minutes" in on_gpu and "ends after 12 minutes" in without
+    usual = attention.choose_path("auto", (32, 2048, 8, 96), 4, jnp.bfloat16, "gpu").path  # which `train` takes
     for path in typing.get_args(attention.Path):
-        wanted = path not in ("auto", "reference") and attention.FUSED.get(path, "gpu") == "gpu"
+        wanted = path not in ("auto", "reference", usual) and attention.FUSED.get(path, "gpu") == "gpu"
         assert (f"train, attention {path}\n" in on_gpu) == wanted
-    for path in set(typing.get_args(moe.Path)) - {"auto", "reference"}:
+    usual = moe.choose_path("auto", 65_536, "gpu")
+    for path in set(typing.get_args(moe.Path)) - {"auto", "reference", usual}:
         assert f"train, experts {path}\n" in on_gpu
-    lines = [line for line in done.stdout.splitlines() if not line.startswith("#")]
-    assert all(0 < int(line.split()[0]) <= 180 for line in lines if line.strip() and "minutes" not in line)
+    limits = [int(line.split()[0]) for line in on_gpu.splitlines() if not line.startswith("#")]
+    assert min(limits) > 0 and sum(limits) <= 15 * 60  # or the last ones never run
+    assert all(0 < int(line.split()[0]) <= 180 for line in without.splitlines()[1:])
+
+
+def test_parts_are_chosen_by_name_or_by_what_has_no_result_yet(listed, tmp_path):
+    told, status = listed("--parts", "generate", "paths", "--minutes", "2.5")
+    assert status == 0 and told.count(" s  ") == 3 and "75 s  generate" in told and "after 2.5 minutes" in told
+    told, status = listed("--parts", "train", "speed")
+    assert status == 2 and "no part is called speed; there are: GPU tests; paths; train;" in told
+    lines = [{"part": name, "status": status, **more} for name, status, more in (
+        ("GPU tests", "passed", {}), ("paths", "failed", {}), ("train", "out of time", {"cut": "by the time of all"}),
+        ("generate", "skipped", {}), ("data", "out of time", {}),
+    )]  # fmt: skip
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    left = listed("--out", tmp_path, "--go_on")[0].split("# without one")[0]
+    assert [f" s  {name}\n" in left for name in ("GPU tests", "paths", "train", "generate", "data")] == [
+        False, False, True, True, False,
+    ]  # fmt: skip
+    assert " s  train\n" in listed("--out", tmp_path)[0]  # anew
+
+
+def test_what_there_is_no_time_for_is_run_when_it_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "LEAST", 1)
+
+    def part(name, seconds, limit):
+        line = json.dumps({"benchmark": "paths", "date": "2026-11-29", "path": name})
+        return gpu_check.Part(
+            name, limit, [sys.executable, "-c", f"import time; time.sleep({seconds}); print({line!r})"]
+        )
+
+    parts = [part("quick", 0, 30), part("slow", 60, 30), part("late", 0, 30)]
+    went = gpu_check.run_parts(parts, 3.0, tmp_path, [])
+    assert [told["status"] for told in went] == ["passed", "out of time", "skipped"]
+    kept = gpu_check.read_results(tmp_path / "results.jsonl")
+    left = gpu_check.chosen(parts, None, kept)
+    assert [part.name for part in left] == ["slow", "late"]
+    anew = {part.name for part in left}
+    quick = [part(name, 0, 30) for name in ("slow", "late")]
+    went = gpu_check.run_parts(quick, 60.0, tmp_path, [line for line in kept if line["part"] not in anew])
+    assert [told["status"] for told in went] == ["passed", "passed"]
+    written = gpu_check.read_results(tmp_path / "results.jsonl")
+    assert [line["path"] for line in written if "path" in line] == ["quick", "slow", "late"]
+    assert [line["part"] for line in written if "status" in line] == ["quick", "slow", "late"]
+    table = (tmp_path / "results.md").read_text()
+    assert table.count("passed") == 3 and "out of time" not in table
 
 
 def run(tmp_path, code: str, limit: float = 30):
