@@ -2,6 +2,7 @@
 tokens and images over what the devices can do at most."""
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator
 
@@ -15,7 +16,8 @@ from minimind_jax.model.image_model import ImageModel
 from minimind_jax.model.transformer import LanguageModel
 
 # Dense bfloat16 FLOP/s of one device, from the makers' data sheets; the consumer cards' with float32 accumulation.
-# The first entry that is part of the device kind (lower case) counts, so longer names come before shorter ones.
+# The first entry that is part of the device kind (lower case) counts, so longer names come before shorter ones; what a
+# digit follows is another device: an RTX A1000 is no A100.
 PEAK_FLOPS = {
     "b200": 2250e12,
     "gh200": 989e12,
@@ -92,8 +94,9 @@ def flops_per_image(vision: Vision, width: int, passes: int) -> float:
     whose features are kept); 6 for the projector."""
     tower, patches = vision.tower, vision.tower.grid**2
     layer = 4 * tower.hidden_size**2 + 2 * tower.hidden_size * tower.intermediate_size
-    matrices = tower.num_hidden_layers * layer + 3 * tower.patch_size**2 * tower.hidden_size
-    seen = 2 * patches * matrices + 4 * patches**2 * tower.hidden_size * tower.num_hidden_layers
+    layers = tower.num_hidden_layers + 1 + vision.feature_layer  # what the projector does not read is not computed
+    matrices = layers * layer + 3 * tower.patch_size**2 * tower.hidden_size
+    seen = 2 * patches * matrices + 4 * patches**2 * tower.hidden_size * layers
     projector = vision.image_tokens * width * (tower.hidden_size * vision.pixel_shuffle**2 + width)
     return passes * seen + 6 * projector
 
@@ -102,10 +105,10 @@ def peak_flops(compute: ComputeConfig) -> float | None:
     """bfloat16 FLOP/s of all devices together; None where it is not known or the run computes in float32."""
     devices = jax.devices()
     kind = devices[0].device_kind.lower()
-    if compute.dtype == "float32" or devices[0].platform == "cpu":
-        return None
+    if compute.dtype == "float32" or devices[0].platform == "cpu" or re.search("laptop|max-q", kind):
+        return None  # a laptop's card of the same name is half as fast, or as fast as it may be warm
     for name, peak in PEAK_FLOPS.items():
-        if name in kind:
+        if re.search(rf"{name}(?!\d)", kind):
             # A device of TPU v2 and v3 is one of a chip's two cores; from v4 on it is a chip.
             return peak * len(devices)
     return None

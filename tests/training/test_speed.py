@@ -1,6 +1,8 @@
 """FLOPs of tokens and images, and the share of the devices' peak that they come to."""
 
+import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,6 +35,32 @@ MODEL = LanguageModel(
 
 
 @pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA RTX A6000", 155e12),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA Tesla V100", None),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+    ],
+)
+def test_a_device_whose_name_begins_as_another_s_has_no_peak_of_its(monkeypatch, kind, peak):
+    devices = [SimpleNamespace(device_kind=kind, platform="gpu")] * 2
+    monkeypatch.setattr(speed.jax, "devices", lambda: devices)
+    assert speed.peak_flops(ComputeConfig()) == (peak and 2 * peak)
+    assert speed.peak_flops(ComputeConfig(dtype="float32")) is None
+
+
+@pytest.mark.parametrize(
     ("train", "cached", "share", "passes"),
     [
         ("tower", False, 1, 3),
@@ -57,3 +85,9 @@ def test_images_and_layers_that_are_frozen_count_as_what_they_are(monkeypatch, t
     flops = 52 * flops_per_token(MODEL.config, 32, share) + 3 * flops_per_image(VISION, 16, passes)
     seconds = 2 * 52 / numbers["tokens_per_second"]
     assert numbers["mfu"] == pytest.approx(2 * flops / seconds / 1e6, abs=1e-4)
+
+
+def test_layers_of_a_tower_that_no_projector_reads_count_nothing():
+    last, one_before = (flops_per_image(dataclasses.replace(VISION, feature_layer=n), 16, 1) for n in (-1, -2))
+    layer = 4 * (2 * (4 * 16**2 + 2 * 16 * 24) + 4 * 4 * 16)
+    assert last - one_before == layer
