@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import math
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -16,7 +17,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from minimind_jax.private import private_module
 from minimind_jax.sharding import ROW_AXES
+from minimind_jax.shell import install_command
 
 # Splash attention's output and logarithmic sums, for policies of recomputation.
 SPLASH_SAVED_NAME = "splash_attention"
@@ -201,11 +204,9 @@ def tokamax(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_ids_BT: Array |
     forward nothing is computed of documents before a block's own. A document's tokens are in one run."""
     if segment_ids_BT is None:
         return cudnn(q_BTNH, k_BTKH, v_BTKH, None)
-    # Imported here because it is optional. The public function has no first keys.
-    from tokamax._src.ops.attention import base, pallas_mosaic_gpu
-
-    mask = base.Mask(k_start=first_keys(segment_ids_BT)[:, None], is_causal=True)
-    return pallas_mosaic_gpu.PallasMosaicGpuFlashAttention()(q_BTNH, k_BTKH, v_BTKH, mask=mask)
+    masks, kernels, _ = _private_tokamax()
+    mask = masks.Mask(k_start=first_keys(segment_ids_BT)[:, None], is_causal=True)
+    return kernels.PallasMosaicGpuFlashAttention()(q_BTNH, k_BTKH, v_BTKH, mask=mask)
 
 
 def first_keys(segment_ids_BT: Array) -> Array:
@@ -215,21 +216,28 @@ def first_keys(segment_ids_BT: Array) -> Array:
 
 
 def tokamax_obstacle(head_dim: int) -> str | None:
-    """Why `tokamax` cannot do it on the GPU at hand."""
+    """Why `tokamax` cannot do it on the GPU at hand or compiled for."""
     if importlib.util.find_spec("tokamax") is None:
-        return "it needs a package (Python 3.12 or newer): pip install 'minimind-jax[tokamax]'"
-    from tokamax._src import gpu_utils
-
+        return f"it needs a package (Python 3.12 or newer): {install_command('tokamax')}"
+    _, _, gpu_utils = _private_tokamax()
     if not (gpu_utils.is_sm90() or gpu_utils.is_sm100()):
-        return "it needs an NVIDIA GPU of compute capability 9 or 10 at hand"
+        return "it needs an NVIDIA GPU of compute capability 9 or 10"
     return cudnn_obstacle(head_dim)
 
 
-def _private_cudnn():
-    # Imported here because no other platform needs it. JAX's public attention has no packed layout.
-    from jax._src.cudnn import fused_attention_stablehlo
+def _private_cudnn() -> ModuleType:
+    """JAX's public attention has no packed layout. Imported here because no other platform needs it."""
+    names = "check_compute_capability", "dot_product_attention", "MaskType.PADDING_CAUSAL"
+    return private_module("jax._src.cudnn.fused_attention_stablehlo", *names)
 
-    return fused_attention_stablehlo
+
+def _private_tokamax() -> tuple[ModuleType, ModuleType, ModuleType]:
+    """Its public attention has no first keys. Imported here because it is optional."""
+    return (
+        private_module("tokamax._src.ops.attention.base", "Mask"),
+        private_module("tokamax._src.ops.attention.pallas_mosaic_gpu", "PallasMosaicGpuFlashAttention"),
+        private_module("tokamax._src.gpu_utils", "is_sm90", "is_sm100"),
+    )
 
 
 def splash(

@@ -41,7 +41,8 @@ def make_plan(asked: PlanConfig) -> dict:
     if asked.images is not None and not (is_seeing and tokens):
         raise UserError("--images N is of stages that see (vlm-pretrain, vlm-sft), and goes with --tokens N or --data")
     package = devices.installed_compiler(device)
-    made = compiler.compile_only_devices(device, topology) if package else compiler.emulated_devices(topology.count)
+    make = compiler.compile_only_devices if package else compiler.emulated_devices
+    made = make(device, topology)
     mesh = make_mesh(planned.config.mesh, made)
     parts = count_parts(planned.config, mesh)
     training = dataclasses.replace(planned.config.training, accumulation_steps=parts)

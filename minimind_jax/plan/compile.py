@@ -3,13 +3,13 @@
 The order in a process: `prepare_process` before JAX computes, `compile_only_devices`, `trace_step`, `compile_step`.
 """
 
+import importlib.util
 import os
 import re
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 
 from minimind_jax.config.stages import RunConfig, SeeingConfig
@@ -17,6 +17,7 @@ from minimind_jax.errors import UserError, first_line
 from minimind_jax.losses.language_model import make_language_model_loss
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.plan.devices import Device, Topology
+from minimind_jax.private import private_module
 from minimind_jax.runs.adapters import frozen_dtype
 from minimind_jax.runs.vision import with_trained_parts
 from minimind_jax.training.state import Parameters
@@ -67,10 +68,7 @@ def prepare_process() -> None:
 def compile_only_devices(device: Device, topology: Topology) -> list:
     """Devices that can be compiled for and nothing else. Raises UserError with the compiler's own words."""
     jax.config.update("jax_enable_compilation_cache", False)  # a kept program can only be read where its device is
-    if device.platform == "cuda":  # which JAX asks what cuDNN can do there
-        fused_attention_stablehlo.check_compute_capability = lambda least: (
-            device.target.capability >= tuple(map(int, least.split(".")))
-        )
+    _answer_for(device)
     try:
         return list(topologies.get_topology_desc(topology.name, platform=device.platform, **topology.options).devices)
     except Exception as error:  # RuntimeError, NotImplementedError, JaxRuntimeError: each plugin has its own
@@ -78,11 +76,25 @@ def compile_only_devices(device: Device, topology: Topology) -> list:
         raise UserError(f"the compiler does not take {asked}: {first_line(error)}") from error
 
 
-def emulated_devices(count: int) -> list:
+def emulated_devices(device: Device, topology: Topology) -> list:
     """Devices of this machine's CPU, where no compiler is installed for the true ones: what lies where is the same."""
-    if count > 1:
-        jax.config.update("jax_num_cpu_devices", count)
-    return jax.devices("cpu")[:count]
+    _answer_for(device)
+    if topology.count > 1:
+        jax.config.update("jax_num_cpu_devices", topology.count)
+    return jax.devices("cpu")[: topology.count]
+
+
+def _answer_for(device: Device) -> None:
+    """From now on the device's GPU is at hand wherever JAX and tokamax ask what kernels can do there. Raises UserError
+    where they ask in another way."""
+    if device.platform != "cuda":
+        return
+    inner = private_module("jax._src.cudnn.fused_attention_stablehlo", "check_compute_capability")
+    inner.check_compute_capability = lambda least: device.target.capability >= tuple(map(int, least.split(".")))
+    if importlib.util.find_spec("tokamax"):
+        inner = private_module("tokamax._src.gpu_utils", "_compute_capability", "has_mosaic_gpu_support")
+        inner._compute_capability = lambda _=None: float("{}.{}".format(*device.target.capability))
+        inner.has_mosaic_gpu_support = lambda _=None: device.target.capability >= (8, 0)
 
 
 def abstract_batch(config: RunConfig, model: LanguageModel | None = None):

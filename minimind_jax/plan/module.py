@@ -17,7 +17,7 @@ COLLECTIVES = (
     *("collective-permute", "collective-broadcast"),
 )
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16}  # the others say their bits: f32, f8e4m3fn
-ATTENTION_CALLS = ("__cudnn$fmha", "tpu_custom_call")
+ATTENTION_CALLS = ("__cudnn$fmha", "tpu_custom_call", "mosaic_gpu")
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")

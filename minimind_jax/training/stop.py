@@ -6,9 +6,9 @@ import signal
 import time
 
 import jax
-from jax._src import distributed
 from jax.experimental import multihost_utils
 
+from minimind_jax.private import private_module
 from minimind_jax.signals import SIGNALS, handling, say, silence_lost_outputs
 
 ENDED_AT_ONCE = 1  # exit code of a run that was asked three times
@@ -82,10 +82,13 @@ class StopRequest(contextlib.ExitStack):
 
 class Notice:
     """Of several processes, whether one was asked to stop. They hear of it at different times, and agree by themselves
-    on what they give up then."""
+    on what they give up then. Raises UserError where JAX has no way to ask it."""
 
     def __init__(self):
-        self._client, self._looked, self._heard = distributed.global_state.client, 0.0, False
+        self._client, self._looked, self._heard = None, 0.0, False
+        if jax.process_count() > 1:
+            inner = private_module("jax._src.distributed", "global_state.client.key_value_try_get")
+            self._client = inner.global_state.client
 
     def __call__(self) -> bool:
         if self._client and not self._heard and time.monotonic() > self._looked + _LOOK_EVERY:

@@ -126,7 +126,7 @@ def test_the_packed_layout_needs_a_jax_and_a_gpu_that_have_it_right(monkeypatch)
 
 def test_tokamax_is_a_package_and_needs_a_gpu():
     told = (
-        r"compute capability 9 or 10" if importlib.util.find_spec("tokamax") else r"pip install 'minimind-jax\[tokamax"
+        r"compute capability 9 or 10" if importlib.util.find_spec("tokamax") else r"3.12 or newer.*install 'tokamax>="
     )
     for deterministic in (False, True):  # each of its sums is one thread's
         with pytest.raises(UserError, match=told):

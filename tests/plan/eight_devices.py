@@ -43,13 +43,12 @@ def needs(mesh: MeshConfig, devices: list, device) -> dict:
 
 
 def main(arguments: list[str]) -> None:
-    device = find_device(arguments[0]) if arguments else None
-    if device is None:
-        devices = compiler.emulated_devices(8)
-    else:
-        devices = compiler.compile_only_devices(device, parse_topology(device, arguments[1]))
+    name, topology = arguments or ("tpu-v5e", "2x4")
+    make = compiler.compile_only_devices if arguments else compiler.emulated_devices
+    device = find_device(name)
+    devices = make(device, parse_topology(device, topology))
     meshes = {"fsdp": MeshConfig(data=1, fsdp=8)} | ({} if arguments else {"data": MeshConfig(data=8)})
-    print(json.dumps({name: needs(mesh, devices, device) for name, mesh in meshes.items()}))
+    print(json.dumps({name: needs(mesh, devices, device if arguments else None) for name, mesh in meshes.items()}))
 
 
 if __name__ == "__main__":

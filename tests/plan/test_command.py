@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from minimind_jax.cli import main
@@ -14,6 +15,7 @@ from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.plan import devices
 from minimind_jax.plan.compile import needed_memory
 from minimind_jax.plan.estimate import advice, cost, estimate_memory, fit
+from minimind_jax.private import private_module
 
 TINY = "--model.hidden_size 64 --model.num_hidden_layers 2 --model.num_attention_heads 4 --model.vocab_size 512".split()
 
@@ -21,6 +23,8 @@ TINY = "--model.hidden_size 64 --model.num_hidden_layers 2 --model.num_attention
 @pytest.fixture(autouse=True)
 def no_compiler(monkeypatch):
     monkeypatch.setattr(devices, "installed_compiler", lambda device: None)
+    cudnn = private_module("jax._src.cudnn.fused_attention_stablehlo")  # asked in other tests of this process, too
+    monkeypatch.setattr(cudnn, "check_compute_capability", cudnn.check_compute_capability)
     for name in ("JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
 
@@ -112,6 +116,22 @@ def test_logits_are_counted_in_the_pieces_that_the_loss_makes(rows, vocab, tenso
     shape = dataclasses.replace(ModelSettings().resolve(), vocab_size=vocab)
     mesh = {"data": 1, "fsdp": fsdp, "tensor": tensor, "expert": 1}
     assert estimate_memory(config, shape, mesh, 0, 0).logits == pytest.approx(logits, rel=0.02)
+
+
+def test_attention_is_that_of_the_device_planned_for_and_not_of_this_machine(capsys, monkeypatch):
+    def told(device, path):
+        return plan(capsys, "--device", device, "--tokens", "1e9", "--compute.attention", path)
+
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    status, printed = told("h100", "cudnn_packed")
+    assert status == 0 and "path cudnn_packed (room for 8 documents" in printed.out and "NOT INSTALLED" in printed.out
+    status, printed = told("a100", "cudnn_packed")
+    assert status == 2 and "compute capability 9.0 or more (Hopper)" in printed.err
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+    status, printed = told("h100", "cudnn_packed")
+    assert status == 2 and "install jax 0.11.2 or newer" in printed.err
+    status, printed = told("h100", "splash")
+    assert status == 2 and "this is a gpu" in printed.err
 
 
 def test_mistakes_are_told(capsys):

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from pairs import free_port
 
 from minimind_jax.signals import SIGNALS
 from minimind_jax.training.stop import ENDED_AT_ONCE, StopRequest
@@ -19,6 +20,24 @@ from minimind_jax.training.stop import StopRequest
 with StopRequest():
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+"""
+
+# One process that JAX takes for several, whose preemption service hears of the signal.
+NOTICED = """
+import os, signal, sys, time
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 1, 0)
+jax.process_count = lambda: 2
+from minimind_jax.training.stop import Notice
+notice = Notice()
+assert not notice()
+os.kill(os.getpid(), signal.SIGTERM)
+deadline = time.monotonic() + 60
+while not notice() and time.monotonic() < deadline:
+    time.sleep(0.1)
+print("heard" if notice() else "not heard", flush=True)
+os._exit(0)
 """
 
 SAVES = """
@@ -49,6 +68,13 @@ def test_two_signals_ask_and_the_handlers_come_back(number, capsys):
     assert [f"{number.name}: saving" in told[0], f"{number.name}: still saving" in told[1]] == [True, True]
     assert "twice more" in told[0] and "once more" in told[1] and len(told) == 2
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_signal_to_one_of_several_processes_is_heard_where_jax_writes_it_down():
+    """In a place that has no public name."""
+    command = [sys.executable, "-c", NOTICED, str(free_port())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "heard\n", done.stderr[-2000:]
 
 
 def test_an_ignored_hangup_stays_ignored():
