@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from minimind_jax.config.sections import ReadingConfig
 from minimind_jax.config.tools import ConvertDataConfig
 from minimind_jax.data.formats import recognise
-from minimind_jax.data.jsonl import Reading, Record, expand_paths, iter_records, reading_of, tell, tell_left_out
+from minimind_jax.data.jsonl import Record, expand_paths, iter_records, tell, tell_left_out
 from minimind_jax.data.kinds import KINDS, KindName, Wanted, kind_of_record
 from minimind_jax.data.labels import LABEL_FIELDS, Classes
 from minimind_jax.data.written import check_output
@@ -21,7 +22,7 @@ from minimind_jax.signals import telling
 def run(config: ConvertDataConfig) -> None:
     """Writes the records of the files as JSON lines in our own format, and says what was left out. Raises UserError for
     a broken record that is not to be skipped, and for an output that is there already or cannot be written."""
-    renamed, reading, kind = parse_renamed(config.rename), reading_of(config), config.kind
+    renamed, kind = parse_renamed(config.rename), config.kind
     files, target = expand_paths(config.files), Path(config.output)
     if target.suffix != ".jsonl":
         raise UserError(f"output {target}: expected a name ending in .jsonl")
@@ -33,7 +34,7 @@ def run(config: ConvertDataConfig) -> None:
             raise error
         errors.append(error)
 
-    wanted = Wanted(reading, Classes.any(reading.text_field or "text", config.label_field), "--on_error")
+    wanted = Wanted(config, Classes.any(config.text_field or "text", config.label_field), "--on_error")
     told: Counter = Counter()
     found: Counter = Counter()
     partial = target.with_name(f"{target.name}.partial")
@@ -42,15 +43,15 @@ def run(config: ConvertDataConfig) -> None:
             telling(lambda: f"{target} was not written; give the command again"),
             open(partial, "w", encoding="utf-8") as file,
         ):
-            for record in iter_records(files, on_bad, reading, told):
+            for record in iter_records(files, on_bad, config, told):
                 try:
                     record = _renamed(record, renamed)
-                    kind = kind or _kind(record, reading)
+                    kind = kind or _kind(record, config)
                     row = KINDS[kind].as_record(KINDS[kind].parse(record, wanted))
                 except UserError as error:
                     on_bad(error)
                     continue
-                known = recognise(record.value, kind, reading.ignore_fields)
+                known = recognise(record.value, kind, config.ignore_fields)
                 found[known.name if known else kind] += 1
                 file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         if not found:
@@ -90,6 +91,6 @@ def _renamed(record: Record, names: dict[str, str]) -> Record:
     return dataclasses.replace(record, value=value)
 
 
-def _kind(record: Record, reading: Reading) -> KindName:
+def _kind(record: Record, reading: ReadingConfig) -> KindName:
     found = kind_of_record(record, reading)
     return "labelled" if found == "text" and record.value.keys() & set(LABEL_FIELDS[:2]) else found

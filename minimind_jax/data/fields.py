@@ -12,8 +12,8 @@ class Fields:
     """A record while it is read: what it holds, and what nobody has understood yet."""
 
     def __init__(self, record: Record, ignore: Iterable[str]):
-        self.record = record
-        self.here = Place(record.where, str(record.file), record.told, frozenset(ignore))
+        self.record, self.tell = record, record.tell
+        self.here = Place(record.where, record.tell, frozenset(ignore))
         self.left = {name: value for name, value in record.value.items() if not is_absent(value)}
         self.leave_out(*self.here.ignore)
 
@@ -47,9 +47,6 @@ class Fields:
         for name in names:
             if self.left.pop(name, None) is not None:
                 self.tell(f"`{name}` is ignored")
-
-    def tell(self, note: str) -> None:
-        self.here.tell(note)
 
     def finish(self, name: str, hint: str) -> None:
         """Raises UserError for a field that was not understood. hint: what the record may be instead."""

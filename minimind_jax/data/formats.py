@@ -11,8 +11,9 @@ import shlex
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
+from minimind_jax.config.sections import ReadingConfig
 from minimind_jax.data.fields import Fields
-from minimind_jax.data.jsonl import Reading, Record
+from minimind_jax.data.jsonl import Record
 from minimind_jax.data.messages import REASONING, Conversation, Message, messages_in, read_messages
 from minimind_jax.data.preferences import Preference, count_shared, make_preference, shared_key, turns_of
 from minimind_jax.data.tools import read_tools
@@ -299,7 +300,7 @@ def recognise(value: dict[str, Any], gives: Gives | None = None, ignore: Sequenc
     return None
 
 
-def detect(value: dict[str, Any], reading: Reading) -> Gives | None:
+def detect(value: dict[str, Any], reading: ReadingConfig) -> Gives | None:
     """What a record gives; None if it is of no known format."""
     found = recognise(value, ignore=reading.ignore_fields)
     if found:
@@ -307,7 +308,7 @@ def detect(value: dict[str, Any], reading: Reading) -> Gives | None:
     return "text" if any(name in value for name in text_fields(reading)) else None
 
 
-def read_record(record: Record, gives: Gives, reading: Reading, keeps: bool = False) -> Conversation | Preference:
+def read_record(record: Record, gives: Gives, reading: ReadingConfig, keeps: bool = False) -> Conversation | Preference:
     """A record of any format as a conversation or a pair.
 
     keeps: fields that are not understood stay with the record, as where answers are added to it, and are no error.
@@ -326,12 +327,12 @@ def read_record(record: Record, gives: Gives, reading: Reading, keeps: bool = Fa
     return read
 
 
-def text_fields(reading: Reading) -> tuple[str, ...]:
+def text_fields(reading: ReadingConfig) -> tuple[str, ...]:
     """Where a text may stand."""
     return (reading.text_field,) if reading.text_field else TEXT
 
 
-def read_text(record: Record, reading: Reading) -> tuple[str, str]:
+def read_text(record: Record, reading: ReadingConfig) -> tuple[str, str]:
     """The text of a record and the name of its field; its other fields are told as left out. Raises UserError."""
     names = text_fields(reading)
     name = next((n for n in names if record.value.get(n) is not None), None)
@@ -350,7 +351,7 @@ def leave_out_others(record: Record, read: Collection[str]) -> None:
     """Tells that the fields beside a text that are not `read` are left out."""
     for name, value in record.value.items():
         if name not in read and not is_absent(value):
-            record.told[str(record.file), f"`{name[:40]}` is ignored"] += 1
+            record.tell(f"`{name[:40]}` is ignored")
 
 
 def _missing(value: dict[str, Any], gives: Gives) -> str:

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from minimind_jax.config.sections import AnyConfig, DataConfig
+from minimind_jax.config.sections import AnyConfig, DataConfig, ReadingConfig
 from minimind_jax.config.tools import InspectConfig
 from minimind_jax.data.epoch import plan_epoch
 from minimind_jax.data.images import open_image
 from minimind_jax.data.inspect_page import Shown, write_page
-from minimind_jax.data.jsonl import READING, Reading, expand_paths, iter_records, reading_of
+from minimind_jax.data.jsonl import READING, expand_paths, iter_records, reading_of
 from minimind_jax.data.kinds import KINDS, KindName, kind_of_record
 from minimind_jax.data.packing import PackingPlan
 from minimind_jax.data.pictures import MARKER, Marker, PictureFile
@@ -53,8 +53,8 @@ class Inspection:
 
 
 def run(config: InspectConfig) -> None:
-    reading = dataclasses.asdict(reading_of(config))
-    data, marker = AnyConfig(seq_len=config.seq_len, **reading), Marker(tokens=config.image_tokens)
+    data = AnyConfig(seq_len=config.seq_len, **dataclasses.asdict(reading_of(config)))
+    marker = Marker(tokens=config.image_tokens)
     if config.html:
         check_output(Path(config.html), expand_paths(config.files), complete=None)
     tokenizer = Tokenizer.load(config.tokenizer)
@@ -82,7 +82,7 @@ def inspect(
     """
     console = console or Console()
     files = expand_paths(paths)
-    kind = kind or detect_kind(files, reading_of(data))
+    kind = kind or detect_kind(files, data)
     skipping = dataclasses.replace(data, on_error="skip")
     cache = build_cache(kind, files, tokenizer, skipping, seed, report_skipped=False, marker=marker)
     packings = {}
@@ -99,7 +99,7 @@ def inspect(
     return found
 
 
-def detect_kind(files: list[Path], reading: Reading = READING) -> KindName:
+def detect_kind(files: list[Path], reading: ReadingConfig = READING) -> KindName:
     """`text`, `conversation`, `preference` or `images`, from the first readable record. Raises UserError if it is
     none."""
     broken: list[UserError] = []

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from minimind_jax.config.sections import ReadingConfig
 from minimind_jax.data import text_files
 from minimind_jax.data.values import decode_record
 from minimind_jax.errors import UserError
@@ -34,23 +35,12 @@ SUFFIXES = (*JSON, *TABLES, ".parquet", *DOCUMENTS)
 EXPECTED = ".jsonl, .json, .csv, .tsv, .parquet, .txt, .md (all but .parquet may be compressed: .gz, .zst)"
 READ_BYTES = 1 << 24  # of a table at once: pictures make rows of any size
 NO_DATA = ("readme", "license", "dataset_info", "dataset_infos", "changelog")  # beside data in a folder, they are none
+READING = ReadingConfig()
 
 
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """How files and records are read."""
-
-    encoding: str = "utf-8"  # of text files
-    text_field: str = ""  # where a text stands; empty for the usual names
-    ignore_fields: tuple[str, ...] = ()  # of records and messages that are left out
-
-
-READING = Reading()
-
-
-def reading_of(settings: Any) -> Reading:
-    """The reading that settings with these fields ask for."""
-    return Reading(settings.encoding, settings.text_field, tuple(settings.ignore_fields))
+def reading_of(config: ReadingConfig) -> ReadingConfig:
+    """How settings read, without their others."""
+    return ReadingConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(ReadingConfig)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +55,10 @@ class Record:
     line: int
     value: dict[str, Any]
     told: Counter = dataclasses.field(default_factory=Counter, compare=False, repr=False)
+
+    def tell(self, note: str) -> None:
+        """Counts what is left out or guessed of this record."""
+        self.told[str(self.file), note] += 1
 
 
 def expand_paths(paths: Iterable[str | Path], pictures: bool = False) -> list[Path]:
@@ -160,7 +154,7 @@ def _ends_in(file: Path, endings: str | tuple[str, ...]) -> bool:
 def iter_records(
     paths: Iterable[str | Path],
     on_bad: Callable[[UserError], None] | None = None,
-    reading: Reading = READING,
+    reading: ReadingConfig = READING,
     told: Counter | None = None,
     pictures: bool = False,
 ) -> Iterator[Record]:
@@ -185,7 +179,7 @@ def iter_records(
             raise UserError(f"{file}: the file is empty; expected records")
 
 
-def iter_lines(file: Path, reading: Reading = READING) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
+def iter_lines(file: Path, reading: ReadingConfig = READING) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
     """(line number from 1, record) of one file: JSON text without blank lines; a dict of CSV, Parquet, documents and
     pictures."""
     if is_picture(file):

@@ -11,9 +11,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from minimind_jax.config.sections import ReadingConfig
 from minimind_jax.data import documents
 from minimind_jax.data.formats import TEXT, detect, read_record, read_text, renaming
-from minimind_jax.data.jsonl import READING, Reading, Record
+from minimind_jax.data.jsonl import READING, Record
 from minimind_jax.data.labelled_images import parse_labelled_picture
 from minimind_jax.data.labels import LABEL_FIELDS, Classes, parse_labelled
 from minimind_jax.data.messages import Conversation, Message, check_closed, is_trained
@@ -43,13 +44,13 @@ BEGINNING = 40  # characters of a text, of which the last word is left out
 class Wanted(NamedTuple):
     """What a record is read for."""
 
-    reading: Reading = READING  # of its file
+    reading: ReadingConfig = READING  # of its file
     classes: Classes | None = None  # of labelled records
     flag: str = "--data.on_error"  # what skips broken records
     marker: Marker = MARKER  # of the model that looks at pictures
 
 
-def parse_text(record: Record, flag: str = "--data.on_error", reading: Reading = READING) -> str:
+def parse_text(record: Record, flag: str = "--data.on_error", reading: ReadingConfig = READING) -> str:
     """The text of a pretraining record {"text": str}. Raises UserError, which names the flag that skips records."""
     text, name = read_text(record, reading)
     if not text.strip():
@@ -57,7 +58,7 @@ def parse_text(record: Record, flag: str = "--data.on_error", reading: Reading =
     return text
 
 
-def parse_conversation(record: Record, for_training: bool = True, reading: Reading = READING) -> Conversation:
+def parse_conversation(record: Record, for_training: bool = True, reading: ReadingConfig = READING) -> Conversation:
     """The conversation of a record of any format (see `formats`), as {"conversations": [message, ...]}, MiniMind's.
     Raises UserError, also for a conversation in which the assistant says nothing that is trained, unless it is only to
     be answered or scored (for_training False); fields that nobody understands are then no error, but pictures are."""
@@ -74,7 +75,7 @@ def parse_conversation(record: Record, for_training: bool = True, reading: Readi
     return conversation
 
 
-def parse_preference(record: Record, reading: Reading = READING) -> Preference:
+def parse_preference(record: Record, reading: ReadingConfig = READING) -> Preference:
     """The pair of a record of any format, as {"chosen": [message, ...], "rejected": [message, ...]}. Raises UserError,
     also for a pair that is the same on both sides, without a question, or in which a side has no answer of its own."""
     pair = read_record(record, "preference", reading)
@@ -90,7 +91,7 @@ def parse_image_conversation(record: Record, wanted: Wanted) -> ImageConversatio
     return place_pictures(record, talk, pictures, wanted.marker)
 
 
-def kind_of_record(record: Record, reading: Reading = READING) -> KindName:
+def kind_of_record(record: Record, reading: ReadingConfig = READING) -> KindName:
     """What a record says: a text, a conversation (with images), or a pair. Raises UserError if it is none of these."""
     found = detect(record.value, reading)
     if found is None:

@@ -1,18 +1,18 @@
 """Labelled pictures: {"image": path, "label": str} or a list of labels, or files in folders named after their label."""
 
-import functools
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from minimind_jax.config.sections import ReadingConfig
 from minimind_jax.data.documents import Document
 from minimind_jax.data.formats import IMAGES, TEXT
 from minimind_jax.data.images import open_image
-from minimind_jax.data.jsonl import READING, Reading, Record, expand_paths, is_picture
+from minimind_jax.data.jsonl import READING, Record, expand_paths, is_picture
 from minimind_jax.data.labels import Classes, read_labels
-from minimind_jax.data.pictures import PictureFile, as_text, file_of, pack, tell_of
+from minimind_jax.data.pictures import PictureFile, as_text, file_of, pack
 from minimind_jax.data.values import field_names, is_absent, kind_of, meant
 from minimind_jax.errors import UserError
 from minimind_jax.texts import listed
@@ -50,12 +50,12 @@ class LabelledPicture(NamedTuple):
         return Document(ids, trained, [0], self.values, (pack(self.picture),), (0,))
 
 
-def parse_labelled_picture(record: Record, classes: Classes, reading: Reading = READING) -> LabelledPicture:
+def parse_labelled_picture(record: Record, classes: Classes, reading: ReadingConfig = READING) -> LabelledPicture:
     """The picture, which is looked at, and its labels; other fields are told as left out. Raises UserError, also for a
     label that is not among the classes, where those are known."""
     picture = picture_of(record, classes.text_field, reading.ignore_fields)
     given = read_labels(record, classes, _place(record, classes.text_field))
-    open_image(picture, record.where, functools.partial(tell_of, record))
+    open_image(picture, record.where, record.tell)
     return LabelledPicture(picture, given.labels, classes.values(given.labels))
 
 

@@ -10,8 +10,9 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minimind_jax.config.sections import ReadingConfig
 from minimind_jax.data.formats import TEXT, leave_out_others
-from minimind_jax.data.jsonl import READING, Reading, Record, is_picture, iter_records
+from minimind_jax.data.jsonl import READING, Record, is_picture, iter_records
 from minimind_jax.data.values import checked_text, decode_json, field_names, meant
 from minimind_jax.errors import UserError
 
@@ -181,7 +182,7 @@ def find_classes(
     label_field: str,
     skip: bool = False,
     tell: Callable[[str], None] = lambda note: None,
-    reading: Reading = READING,
+    reading: ReadingConfig = READING,
     check: Callable[[Record, str], Any] = parse_unlabelled,
     pictures: bool = False,
 ) -> Classes:

@@ -8,7 +8,6 @@ text `<image>` marks its place; or a part of a message, as OpenAI and others wri
 import base64
 import binascii
 import dataclasses
-import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,9 +16,10 @@ from urllib.parse import unquote
 
 import numpy as np
 
+from minimind_jax.config.sections import ReadingConfig
 from minimind_jax.data.formats import IMAGES, MESSAGES
 from minimind_jax.data.images import open_image
-from minimind_jax.data.jsonl import PICTURES, READING, Reading, Record
+from minimind_jax.data.jsonl import PICTURES, READING, Record
 from minimind_jax.data.messages import CONTENT, OTHER_ROLES, ROLES, Conversation, Message, messages_in
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.data.values import is_absent, kind_of
@@ -76,14 +76,14 @@ class ImageConversation:
         return {**record, "images": [as_text(picture) for picture in self.pictures]} if self.pictures else record
 
 
-def has_pictures(value: dict[str, Any], reading: Reading = READING) -> bool:
+def has_pictures(value: dict[str, Any], reading: ReadingConfig = READING) -> bool:
     """Whether a record's fields or messages have pictures."""
     if any(not is_absent(value.get(name)) for name in IMAGES if name not in reading.ignore_fields):
         return True
     return any(is_picture(part) for turn in _turns_of(value)[1] for part in _parts(turn))
 
 
-def refuse_pictures(record: Record, reading: Reading = READING) -> None:
+def refuse_pictures(record: Record, reading: ReadingConfig = READING) -> None:
     """Raises UserError for a record that shows some, where words alone are read: an answer would not be about them."""
     if has_pictures(record.value, reading):
         raise UserError(
@@ -92,7 +92,7 @@ def refuse_pictures(record: Record, reading: Reading = READING) -> None:
         )
 
 
-def take_pictures(record: Record, reading: Reading = READING) -> tuple[Record, list[PictureFile]]:
+def take_pictures(record: Record, reading: ReadingConfig = READING) -> tuple[Record, list[PictureFile]]:
     """The record as one of words alone, with `<image>` for pictures that are parts of messages; and its pictures, in
     order. Raises UserError with file and line."""
     value, beside, within = dict(record.value), [], []
@@ -116,7 +116,7 @@ def take_pictures(record: Record, reading: Reading = READING) -> tuple[Record, l
 def check_pictures(record: Record, pictures: Sequence[PictureFile]) -> None:
     """Looks at each. Raises UserError for one that cannot be read."""
     for where, picture in named(record.where, pictures):
-        open_image(picture, where, functools.partial(tell_of, record))
+        open_image(picture, where, record.tell)
 
 
 def named(where: str, pictures: Sequence[PictureFile]) -> list[tuple[str, PictureFile]]:
@@ -137,14 +137,14 @@ def place_pictures(
     places = sum(messages[n]["content"].count(PLACE) for n in shown)
     if not pictures:
         if places:
-            tell_of(record, f"`{PLACE}` without a picture is read as a word")
+            record.tell(f"`{PLACE}` without a picture is read as a word")
         return ImageConversation(talk, (), marker)
     looks = (open_image(picture, where) for where, picture in named(record.where, pictures))
     if not places and all(max(look.size) <= BLANK and not look.getbbox() for look in looks):
-        tell_of(record, f"a picture of {BLANK} x {BLANK} pixels and no `{PLACE}` in the text: words alone")
+        record.tell(f"a picture of {BLANK} x {BLANK} pixels and no `{PLACE}` in the text: words alone")
         return ImageConversation(talk, (), marker)
     if not places and shown:
-        tell_of(record, f"no `{PLACE}` in the text: the pictures stand in front of the first question")
+        record.tell(f"no `{PLACE}` in the text: the pictures stand in front of the first question")
     texts = with_markers([messages[n]["content"] for n in shown], len(pictures), marker, record.where)
     for n, content in zip(shown, texts, strict=True):
         messages[n] = {**messages[n], "content": content}
@@ -172,11 +172,6 @@ def pack(picture: PictureFile) -> bytes:
 def unpack(stored: bytes) -> PictureFile:
     """What `pack` was given."""
     return Path(os.fsdecode(stored[1:])) if stored[:1] == b"\0" else stored[1:]
-
-
-def tell_of(record: Record, note: str) -> None:
-    """Whoever reads the records prints it."""
-    record.told[str(record.file), note] += 1
 
 
 def _turns_of(value: dict[str, Any]) -> tuple[str | None, list[Any]]:

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from minimind_jax.config.sections import ReadingConfig
 from minimind_jax.data.fields import Fields
 from minimind_jax.data.formats import INSTRUCTION, MESSAGES, question, text_fields, with_system
-from minimind_jax.data.jsonl import Reading, Record
+from minimind_jax.data.jsonl import Record
 from minimind_jax.data.messages import Conversation, messages_in, read_messages
 from minimind_jax.data.pictures import refuse_pictures
 from minimind_jax.data.preferences import turns_of
@@ -42,7 +43,7 @@ def own_thinking(asked: Conversation, where: str) -> bool | None:
     return bool(said[0]) if said else None
 
 
-def read_prompt(record: Record, reading: Reading, raw: bool = False) -> Prompt:
+def read_prompt(record: Record, reading: ReadingConfig, raw: bool = False) -> Prompt:
     """The question of a record: messages (a last answer is left out), an instruction, a prompt or a text.
 
     raw: a text is one, also if it spells messages. Raises UserError for a record that has none, and for pictures, which

@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from minimind_jax.config.sections import ReadingConfig
 from minimind_jax.data.documents import Document
-from minimind_jax.data.jsonl import READING, Reading, is_picture, iter_lines, parse_line
+from minimind_jax.data.jsonl import READING, is_picture, iter_lines, parse_line
 from minimind_jax.data.kinds import KINDS, KindName, Wanted
 from minimind_jax.data.labelled_images import Wordless
 from minimind_jax.data.labels import Classes
@@ -47,7 +48,7 @@ class Encoder:
     dice: Dice | None
     skip: bool
     classes: Classes | None = None
-    reading: Reading = READING
+    reading: ReadingConfig = READING
     marker: Marker = MARKER
 
     @functools.cached_property
@@ -186,7 +187,7 @@ def process_count(asked: int, total_bytes: int) -> int:
     return min(cores, 1 + total_bytes // BYTES_PER_PROCESS)
 
 
-def read_chunks(files: list[Path], advance: Callable[[int], None], reading: Reading = READING) -> Iterator[list[Line]]:
+def read_chunks(files: list[Path], advance: Callable[[int], None], reading: ReadingConfig) -> Iterator[list[Line]]:
     """Lines of all files in groups of about CHUNK_BYTES; `advance` hears of the bytes of the files that are read."""
     number, lines, size = 0, [], 0
     for file in files:

@@ -5,7 +5,6 @@ Also the calls that a model has written into its answer.
 
 import json
 import re
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -141,7 +140,7 @@ def parse_calls(answer: str) -> tuple[str, list[Call]]:
 
 def _parsed(text: str) -> list[Call]:
     try:
-        calls = calls_in_text(text.strip(), Place("tool_call", "", Counter()))
+        calls = calls_in_text(text.strip(), Place("tool_call"))
     except UserError as error:
         return [Call("", {}, str(error).partition(";")[0])]  # what comes behind it is for the owner of a file
     except RecursionError:

@@ -19,15 +19,11 @@ IGNORABLE = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a record, a field or a message stands, for errors, and what is told of it."""
+    """Where a record, a field or a message stands, for errors."""
 
     text: str  # file, line and field
-    file: str
-    told: Counter  # counts of what was left out, by (file, note)
+    tell: Callable[[str], None] = lambda note: None  # hears what is left out of it
     ignore: frozenset[str] = frozenset()  # more fields to leave out
-
-    def tell(self, note: str) -> None:
-        self.told[self.file, note] += 1
 
     def at(self, more: str) -> "Place":
         return dataclasses.replace(self, text=self.text + more)

@@ -18,14 +18,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minimind_jax.config.generation import SamplingConfig
+from minimind_jax.config.sections import ReadingConfig
 from minimind_jax.config.tools import EvaluateImagesConfig
 from minimind_jax.convert.load import load_tokenizer
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.images import Picture, open_picture
-from minimind_jax.data.jsonl import Reading, Record, expand_paths, iter_records, reading_of, tell
+from minimind_jax.data.jsonl import Record, expand_paths, iter_records, tell
 from minimind_jax.data.kinds import parse_conversation
 from minimind_jax.data.messages import Conversation
-from minimind_jax.data.pictures import marker_of, named, place_pictures, take_pictures, tell_of
+from minimind_jax.data.pictures import marker_of, named, place_pictures, take_pictures
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.data.written import check_output
 from minimind_jax.errors import UserError, disk_errors
@@ -141,10 +142,10 @@ def evaluate_images(config: EvaluateImagesConfig) -> list[ImageResult]:
     """
     if config.output:
         check_output(Path(config.output), expand_paths(config.files))
-    reading, told = reading_of(config), Counter()
+    told = Counter()
     ask = Asker.load(config.model, config.max_new_tokens, config.batch_size)
-    records = iter_records(config.files, reading=reading, told=told)
-    questions = ask.questions(itertools.islice(records, config.max_records or None), reading, told)
+    records = iter_records(config.files, reading=config, told=told)
+    questions = ask.questions(itertools.islice(records, config.max_records or None), config, told)
     tell(told)
     if not questions:
         raise UserError(f"{', '.join(config.files)}: no record asks about a picture (`image`, `images` or parts)")
@@ -207,7 +208,7 @@ class Asker:
     def questions(
         self,
         records: Iterable[Record],
-        reading: Reading,
+        reading: ReadingConfig,
         told: Counter,
         on_bad: Callable[[UserError], None] | None = None,
     ) -> list[Question]:
@@ -284,7 +285,7 @@ def shuffled(pictures: Sequence[tuple[bytes, ...]], seed: int) -> list[tuple[byt
 
 
 def parse_record(
-    record: Record, tokenizer: Tokenizer, vision: Vision, reading: Reading, keep: Callable[[Picture], bytes]
+    record: Record, tokenizer: Tokenizer, vision: Vision, reading: ReadingConfig, keep: Callable[[Picture], bytes]
 ) -> Question:
     """A question with choices (see `choices.parse_question`), or a conversation whose last message is the right answer;
     with pictures as training reads them, which are given to `keep`. Raises UserError with file and row."""
@@ -303,7 +304,7 @@ def parse_record(
     if any(marker.text in answer for answer in answers):
         raise UserError(f"{record.where}: an answer has {marker.text}, which stands for pictures")
     with_images = place_pictures(record, talk, files, marker)
-    open_it = functools.partial(open_picture, tower=vision.tower, tell=functools.partial(tell_of, record))
+    open_it = functools.partial(open_picture, tower=vision.tower, tell=record.tell)
     pictures = tuple(keep(open_it(file, where=where)) for where, file in named(record.where, with_images.pictures))
     messages = with_images.conversation.messages
     prompt = encode_prompt(tokenizer, messages, talk.tools, False)

@@ -85,9 +85,9 @@ def evaluate_perplexity(
     Raises UserError: no such model or file, a broken record, no document that is long enough, nothing to predict in the
     rows, or seq_len above the model's context.
     """
-    folder, reading, max_rows = resolve_model_folder(config.model), reading_of(config), config.max_rows
+    folder, max_rows = resolve_model_folder(config.model), config.max_rows
     files = expand_paths(config.files)  # a file that is missing is told before the model is loaded
-    kind = config.kind or detect_kind(files, reading)
+    kind = config.kind or detect_kind(files, config)
     if "concat" not in KINDS[kind].packings:
         way_out = "; evaluate images gives their bits per byte" * (kind == "images")
         raise UserError(f"{config.files[0]}: {KINDS[kind].noun}; perplexity is of texts or conversations{way_out}")
@@ -103,7 +103,7 @@ def evaluate_perplexity(
         cache_dir=cache_dir,
         system_prompt_probability=0.0,
         empty_think_removal=0.0,
-        **dataclasses.asdict(reading),
+        **dataclasses.asdict(reading_of(config)),
     )
     tokenizer = load_tokenizer(folder)
     cache = build_cache(kind, data.train, tokenizer, data, seed=0)

@@ -12,17 +12,16 @@ from typing import Any
 
 import numpy as np
 
+from minimind_jax.config.sections import ReadingConfig
 from minimind_jax.config.tools import PredictConfig, ScoreConfig
 from minimind_jax.convert.hf import Labels
 from minimind_jax.convert.hf_image_classifier import is_picture_classifier
 from minimind_jax.data.images import read_image
 from minimind_jax.data.jsonl import (
     DOCUMENTS,
-    Reading,
     Record,
     expand_paths,
     iter_records,
-    reading_of,
     tell,
     tell_left_out,
 )
@@ -30,7 +29,6 @@ from minimind_jax.data.kinds import parse_conversation
 from minimind_jax.data.labelled_images import picture_of
 from minimind_jax.data.labels import parse_unlabelled
 from minimind_jax.data.messages import Conversation
-from minimind_jax.data.pictures import tell_of
 from minimind_jax.data.text_files import encoding_hint, is_foreign_utf8
 from minimind_jax.data.written import TABLES, check_output, json_line, table_line
 from minimind_jax.errors import UserError
@@ -63,7 +61,7 @@ def predict(config: PredictConfig) -> None:
     def parse(record: Record) -> str:
         text = parse_unlabelled(record, config.text_field or "text")
         if record.file.name.endswith(DOCUMENTS) and "\n" in text.strip():
-            record.told[str(record.file), "read as one text (its lines are texts on the standard input)"] += 1
+            record.tell("read as one text (its lines are texts on the standard input)")
         return text
 
     answers = functools.partial(_answers, scorer.labels, config.top, scorer.texts)
@@ -74,11 +72,11 @@ def predict(config: PredictConfig) -> None:
 def _predict_pictures(config: PredictConfig) -> None:
     if config.seq_len is not None:
         raise UserError(f"seq_len {config.seq_len} is for texts, and {config.model} classifies pictures; leave it out")
-    scorer, reading = PictureScorer(config.model), reading_of(config)
+    scorer = PictureScorer(config.model)
 
     def parse(record: Record) -> np.ndarray:
-        picture = picture_of(record, config.text_field or "text", reading.ignore_fields)
-        return read_image(picture, scorer.tower, record.where, functools.partial(tell_of, record))
+        picture = picture_of(record, config.text_field or "text", config.ignore_fields)
+        return read_image(picture, scorer.tower, record.where, record.tell)
 
     answers = functools.partial(_answers, scorer.labels, config.top, scorer.pixels)
     _write(config, parse, answers, _fields(scorer.labels, config.top), pictures=True)
@@ -107,7 +105,7 @@ def score(config: ScoreConfig) -> None:
     scorer = Scorer(config.model)
     if (labels := len(scorer.labels.names)) != 1:
         raise UserError(f"{config.model} is a classifier ({labels} labels); use minimind classify predict")
-    parse = functools.partial(parse_conversation, for_training=False, reading=reading_of(config))
+    parse = functools.partial(parse_conversation, for_training=False, reading=config)
 
     def answers(parsed: list[Conversation]) -> Iterator[dict[str, Any]]:
         scores = scorer.conversations([(conversation.messages, conversation.tools) for conversation in parsed])
@@ -122,7 +120,7 @@ def _check_output(config: PredictConfig | ScoreConfig, pictures: bool = False) -
         check_output(Path(config.output), expand_paths(config.input, pictures), tables=True)
 
 
-def _input_lines(reading: Reading, told: Counter, field: str) -> Iterator[Record]:
+def _input_lines(reading: ReadingConfig, told: Counter, field: str) -> Iterator[Record]:
     place = "standard input"
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding=reading.encoding, errors="surrogateescape")
@@ -148,14 +146,14 @@ def _write(
     `parse` makes of them; with an output all are parsed before the first is answered. pictures: files may be records,
     and pictures that stand in a table are left out of what is written. Raises UserError for a broken record, unless
     these are to be skipped and there are others."""
-    told, reading, paths, output = Counter(), reading_of(config), config.input, config.output
+    told, paths, output = Counter(), config.input, config.output
     field = "image" if pictures else "text"
     bad: list[UserError] = []
     on_bad = bad.append if config.on_error == "skip" else None
 
     def parsed(told: Counter) -> Iterator[tuple[Record, Any]]:
         bad.clear()
-        lines = iter_records(paths, on_bad, reading, told, pictures) if paths else _input_lines(reading, told, field)
+        lines = iter_records(paths, on_bad, config, told, pictures) if paths else _input_lines(config, told, field)
         for record in lines:
             try:
                 yield record, parse(record)
@@ -164,7 +162,7 @@ def _write(
                     raise
                 on_bad(error)
 
-    total, columns = None, [reading.text_field or field]
+    total, columns = None, [config.text_field or field]
     if output and paths:
         total, columns = 0, {}
         for record, _ in parsed(Counter()):
@@ -183,7 +181,7 @@ def _write(
                     found = list(answers([each for _, each in chunk]))
                 for (record, _), answer in zip(chunk, found, strict=True):
                     for name in record.value.keys() & {*fields}:
-                        told[str(record.file), f"the earlier `{name}` is replaced"] += 1
+                        record.tell(f"the earlier `{name}` is replaced")
                     write({**(_without_bytes(record.value) if pictures else record.value), **answer})
                 count += len(chunk)
                 advance(len(chunk))

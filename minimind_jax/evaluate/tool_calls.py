@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minimind_jax.config.generation import SamplingConfig
+from minimind_jax.config.sections import ReadingConfig
 from minimind_jax.config.tools import ToolCallsConfig
 from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.formats import read_record
-from minimind_jax.data.jsonl import Reading, Record, expand_paths, iter_records, reading_of, tell
+from minimind_jax.data.jsonl import Record, expand_paths, iter_records, tell
 from minimind_jax.data.messages import Message, is_trained
 from minimind_jax.data.prompts import read_prompt
 from minimind_jax.data.tools import Call, called, calls_in_text, comparable, parse_calls
@@ -106,12 +107,11 @@ def evaluate_tool_calls(config: ToolCallsConfig) -> tuple[dict[str, list[bool]],
 
 def _questions(config: ToolCallsConfig) -> tuple[list[Question], Counter[str]]:
     questions, notes, told = [], Counter(), Counter()
-    reading = reading_of(config)
-    for record in itertools.islice(iter_records(config.files, reading=reading, told=told), config.max_records or None):
-        found = questions_of(record, reading)
+    for record in itertools.islice(iter_records(config.files, reading=config, told=told), config.max_records or None):
+        found = questions_of(record, config)
         questions += found
         if found and record.value.get("chat_template_kwargs"):
-            told[str(record.file), "`chat_template_kwargs` is ignored: --thinking holds for all records"] += 1
+            record.tell("`chat_template_kwargs` is ignored: --thinking holds for all records")
         notes["records"] += 1
         notes["of them offer no tools, or hold nothing to check, and are left out"] += not found
     tell(told)
@@ -121,7 +121,7 @@ def _questions(config: ToolCallsConfig) -> tuple[list[Question], Counter[str]]:
     return questions, notes
 
 
-def questions_of(record: Record, reading: Reading) -> list[Question]:
+def questions_of(record: Record, reading: ReadingConfig) -> list[Question]:
     """The questions of a conversation with tools, in order. Raises UserError for a broken record."""
     if "gt" in record.value:
         return _with_truth(record, reading)
@@ -144,7 +144,7 @@ def _numbers_due(before: Sequence[Message], answer: str) -> tuple[Decimal, ...]:
     return tuple(number for number in said if any(same_number(number, other) for other in given))
 
 
-def _with_truth(record: Record, reading: Reading) -> list[Question]:
+def _with_truth(record: Record, reading: ReadingConfig) -> list[Question]:
     truth = record.value["gt"]
     if not isinstance(truth, list) or not truth or not all(isinstance(text, str | int | float) for text in truth):
         raise UserError(f"{record.where}: gt is {kind_of(truth)}; expected a list of texts")
@@ -153,7 +153,7 @@ def _with_truth(record: Record, reading: Reading) -> list[Question]:
         return []
     asked = record.where, conversation.messages, conversation.tools
     if str(truth[0]).lstrip().startswith("{"):
-        place = Place(f"{record.where}: gt", "", Counter())
+        place = Place(f"{record.where}: gt")
         return [Question(*asked, [called(call) for text in truth for call in calls_in_text(str(text), place)])]
     numbers = tuple(numbers_in(" ".join(map(str, truth))))
     return [Question(*asked, None, numbers, acts=True)] if numbers else []

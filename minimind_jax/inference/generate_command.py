@@ -1,7 +1,6 @@
 """`minimind generate`: answers to prompts on the command line, or to every record of a file."""
 
 import dataclasses
-import functools
 import json
 import sys
 from collections import Counter, deque
@@ -13,7 +12,7 @@ from minimind_jax.config.generation import GenerateConfig
 from minimind_jax.convert.load import folders_of
 from minimind_jax.data.documents import begun, encode_prompt
 from minimind_jax.data.images import Picture, open_picture
-from minimind_jax.data.jsonl import Record, expand_paths, iter_records, reading_of, tell
+from minimind_jax.data.jsonl import Record, expand_paths, iter_records, tell
 from minimind_jax.data.messages import Conversation
 from minimind_jax.data.pictures import (
     PLACE,
@@ -24,7 +23,6 @@ from minimind_jax.data.pictures import (
     names_picture,
     place_pictures,
     take_pictures,
-    tell_of,
     without_bytes,
 )
 from minimind_jax.data.prompts import own_thinking, read_prompt, shortened
@@ -165,7 +163,7 @@ def _shown(
 ) -> Iterator[tuple[Prompt, Answer]]:
     """The answers, and how many records have one, unless that is seen on the terminal anyway; `done` had one before."""
     show = bool(config.output) or not sys.stdout.isatty()
-    total = sum(1 for _ in iter_records(config.input, lambda error: None, reading_of(config))) if show else None
+    total = sum(1 for _ in iter_records(config.input, lambda error: None, config)) if show else None
     with progress("answering", total, show=show) as advance:
         advance(done)
         for answered in answers:
@@ -176,7 +174,7 @@ def _shown(
 def _requests(engine: Engine, config: GenerateConfig, changed: Counter) -> Iterator[Prompt]:
     """The prompts in order; changed: counts of those that were skipped or cut, for being too long."""
     told: Counter = Counter()
-    for record in iter_records(config.input, reading=reading_of(config), told=told):
+    for record in iter_records(config.input, reading=config, told=told):
         try:
             yield _request(engine, config, record)
         except TooLong:
@@ -191,7 +189,7 @@ def _requests(engine: Engine, config: GenerateConfig, changed: Counter) -> Itera
 def _check_lengths(engine: Engine, config: GenerateConfig) -> None:
     """Raises UserError, before anything is generated, that names all prompts which are too long."""
     found: list[str] = []
-    for record in iter_records(config.input, lambda error: None, reading_of(config)):
+    for record in iter_records(config.input, lambda error: None, config):
         try:
             _request(engine, config, record)
         except TooLong as error:
@@ -343,20 +341,18 @@ def _thinking(config: GenerateConfig, asked: Conversation, source: Record | Prom
 
 def _prompt(engine: Engine, config: GenerateConfig, record: Record) -> Prompt:
     """The conversation to be answered (None for raw text) and the prompt's token ids."""
-    tokenizer, reading = engine.tokenizer, reading_of(config)
-    marker = marker_of(tokenizer, engine.model.config.vision)
+    tokenizer, marker = engine.tokenizer, marker_of(engine.tokenizer, engine.model.config.vision)
     words, pictures = record, ()
-    if has_pictures(record.value, reading):
+    if has_pictures(record.value, config):
         if marker is None or config.raw:
             why = BLIND if marker is None else "raw continues text alone"
             raise UserError(f"{record.where}: it shows pictures, and {why}; or list their field in ignore_fields")
-        words, pictures = take_pictures(record, reading)
-    text, conversation, others = read_prompt(words, reading, config.raw)
+        words, pictures = take_pictures(record, config)
+    text, conversation, others = read_prompt(words, config, config.raw)
     for name in others if marker else ():
         if names_picture(others[name]):
-            tell_of(
-                record, f"the picture in `{name}` is not looked at; call the field `image`, or list it in ignore_fields"
-            )
+            way_out = "call the field `image`, or list it in ignore_fields"
+            record.tell(f"the picture in `{name}` is not looked at; {way_out}")
     if config.raw:
         if conversation is not None:
             raise UserError(f"{record.where}: a conversation needs the chat template; drop raw")
@@ -371,5 +367,4 @@ def _prompt(engine: Engine, config: GenerateConfig, record: Record) -> Prompt:
         conversation = with_images.conversation
     asked = (conversation.messages, conversation.tools, _thinking(config, conversation, record))
     ids, opens_thinking = encode_prompt(tokenizer, *asked), tokenizer.prompt_opens_thinking(*asked)
-    tell = functools.partial(tell_of, record)
-    return Prompt(record.where, record.value, conversation, ids, others, opens_thinking, with_images, tell)
+    return Prompt(record.where, record.value, conversation, ids, others, opens_thinking, with_images, record.tell)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.convert.peft import rank_table
-from minimind_jax.data.jsonl import Record, expand_paths, iter_records, reading_of
+from minimind_jax.data.jsonl import Record, expand_paths, iter_records
 from minimind_jax.data.kinds import KINDS, Wanted
 from minimind_jax.data.labels import Classes
 from minimind_jax.errors import UserError
@@ -58,7 +58,7 @@ def check_records(stage: Stage, sample: int | None = None) -> None:
     """Reads the stage's records, or the first `sample` of each file. Raises UserError for files that are not there, and
     for a broken record unless the stage skips those."""
     parse, paths, on_error = _reader(stage)
-    reading = reading_of(stage.config.data if stage.kind.is_run else stage.config)
+    reading = stage.config.data if stage.kind.is_run else stage.config
     pictures = stage.kind.is_run and stage.config.of_pictures
     for file in expand_paths(paths, pictures):
         try:
@@ -73,13 +73,13 @@ def _reader(stage: Stage) -> tuple[Callable[[Record], object], tuple[str, ...], 
     """How a record of the stage is read, its files, and what it does with a broken one."""
     config = stage.config
     if not stage.kind.is_run:
-        return functools.partial(text_of, reading=reading_of(config)), config.data, config.on_error
+        return functools.partial(text_of, reading=config), config.data, config.on_error
     if not config.data.train:
         raise UserError("data.train is empty; give it files, folders or globs")
-    reading, paths = reading_of(config.data), (*config.data.train, *config.data.val)
+    paths = (*config.data.train, *config.data.val)
     has_labels = stage.kind.has_head and not stage.kind.labels
     classes = Classes.any(config.text_field, config.classify.label_field) if has_labels else None
-    parse = functools.partial(KINDS[stage.kind.of(config).records].parse, wanted=Wanted(reading, classes))
+    parse = functools.partial(KINDS[stage.kind.of(config).records].parse, wanted=Wanted(config.data, classes))
     return parse, paths, config.data.on_error
 
 

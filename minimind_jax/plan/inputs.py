@@ -13,7 +13,7 @@ from minimind_jax.config import settings
 from minimind_jax.config.stages import RunConfig, SeeingConfig
 from minimind_jax.convert.peft import rank_table
 from minimind_jax.data.cache_folder import cache_root, stored_caches
-from minimind_jax.data.jsonl import expand_paths, reading_of
+from minimind_jax.data.jsonl import expand_paths
 from minimind_jax.data.kinds import KINDS, KindName
 from minimind_jax.data.pictures import MARKER, Marker
 from minimind_jax.data.tokenise import Encoder, read_chunks
@@ -184,10 +184,9 @@ def count_tokens(files: Sequence[Path], kind: KindName, config: RunConfig, marke
     if folder is None:
         count = round(size / BYTES_PER_TOKEN)
         return Tokens(count, f"about {count:,} tokens, guessed from the size at {BYTES_PER_TOKEN} bytes a token")
-    reading = reading_of(config.data)
-    encoder = Encoder(kind, str(folder), None, skip=True, reading=reading, marker=marker)
+    encoder = Encoder(kind, str(folder), None, skip=True, reading=config.data, marker=marker)
     found = images = read = 0
-    for lines in itertools.islice(read_chunks(files, lambda _: None, reading), SAMPLE_CHUNKS):
+    for lines in itertools.islice(read_chunks(files, lambda _: None, config.data), SAMPLE_CHUNKS):
         chunk = encoder.encode(lines)
         found, images = found + len(chunk.arrays["tokens"]), images + len(chunk.sizes["content_offsets"])
         read += sum(len(line[3]) + 1 for line in lines)

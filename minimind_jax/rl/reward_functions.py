@@ -6,7 +6,6 @@ A record that a function cannot judge raises ValueError; an argument that makes 
 import functools
 import itertools
 import re
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -182,5 +181,5 @@ def _due(task: Task) -> list[Call]:
     texts = truths(task)
     if not texts[0].lstrip().startswith("{"):
         return []
-    place = Place(f"{task.where}: what is due", "", Counter())
+    place = Place(f"{task.where}: what is due")
     return [called(call) for text in texts for call in calls_in_text(text, place)]

@@ -11,7 +11,7 @@ import numpy as np
 from minimind_jax.config.rl import RLConfig
 from minimind_jax.data.batches import split_records
 from minimind_jax.data.documents import encode_prompt
-from minimind_jax.data.jsonl import iter_records, reading_of, tell
+from minimind_jax.data.jsonl import iter_records, tell
 from minimind_jax.data.messages import EMPTY_ANSWERS, Message
 from minimind_jax.data.prompts import own_thinking, read_prompt, shortened
 from minimind_jax.data.template import Dice
@@ -67,7 +67,7 @@ def _read(
 ) -> tuple[list[Task], list[str]]:
     if not files:
         raise UserError(f"{name} is empty; give files of prompts: --{name} FILE.jsonl")
-    reading, told, counts = reading_of(config.data), Counter(), Counter()
+    told, counts = Counter(), Counter()
     dice = Dice(config.seed, 0, config.data.system_prompt_probability, 0.0)
     tasks: list[Task] = []
 
@@ -76,9 +76,9 @@ def _read(
             raise error
         counts["broken records are skipped"] += 1
 
-    for number, record in enumerate(iter_records(files, skip, reading, told)):
+    for number, record in enumerate(iter_records(files, skip, config.data, told)):
         try:
-            asked, _ = dice.roll(number)(read_prompt(record, reading).as_conversation())
+            asked, _ = dice.roll(number)(read_prompt(record, config.data).as_conversation())
             offered = asked.tools or list(tools) or None
             thinking = own_thinking(asked, record.where)
             task = Task(record.where, asked.messages, offered, dict(record.value), thinking)

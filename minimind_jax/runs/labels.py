@@ -9,7 +9,6 @@ import numpy as np
 
 from minimind_jax.config.classify import ClassifyConfig
 from minimind_jax.convert.hf import Labels, load_labels
-from minimind_jax.data.jsonl import reading_of
 from minimind_jax.data.labelled_images import check_folders, picture_of
 from minimind_jax.data.labels import Classes, find_classes, label_changes
 from minimind_jax.data.rows import Pieces
@@ -39,12 +38,12 @@ def labels_of_run(kind: StageKind, run: RunFolder) -> Labels | None:
 def labels_of_data(config: ClassifyConfig, run: RunFolder, has_begun: bool) -> tuple[Labels, Classes]:
     """The labels of the data, in the order of a run that `has_begun` with them; kept in its folder. Told."""
     fields, skips = (config.text_field, config.classify.label_field), config.data.on_error == "skip"
-    reading, noun, how = reading_of(config.data), "text", {}
+    noun, how = "text", {}
     if config.of_pictures:
         check_folders((*config.data.train, *config.data.val), announce)
-        check = functools.partial(picture_of, ignored=reading.ignore_fields)
+        check = functools.partial(picture_of, ignored=config.data.ignore_fields)
         noun, how = "picture", {"check": check, "pictures": True}
-    classes = find_classes(config.data.train, *fields, skips, announce, reading, **how)
+    classes = find_classes(config.data.train, *fields, skips, announce, config.data, **how)
     labels = keep_labels(run, Labels(classes.names, classes.several), has_begun)
     announce(f"{len(labels.names)} labels{f', any number of them a {noun}' if classes.several else ''}")
     return labels, dataclasses.replace(classes, names=labels.names)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from minimind_jax.config.stages import SeeingConfig, WriterConfig
 from minimind_jax.data.images import open_picture
-from minimind_jax.data.jsonl import iter_records, reading_of
+from minimind_jax.data.jsonl import iter_records
 from minimind_jax.data.kinds import KINDS, KindName, Wanted
 from minimind_jax.data.pictures import MARKER, PLACE, ImageConversation, Marker, PictureFile, find_file, with_markers
 from minimind_jax.errors import UserError
@@ -50,8 +50,8 @@ def questions(config: WriterConfig, kind: KindName, marker: Marker | None = None
         return [Question(prompt, pictures) for prompt in samples.prompts]
     if not samples.from_data:
         return []
-    wanted = Wanted(reading_of(data), marker=marker or MARKER)
-    records = iter_records(data.val or data.train, lambda error: None)
+    wanted = Wanted(data, marker=marker or MARKER)
+    records = iter_records(data.val or data.train, lambda error: None, data)
     for record in itertools.islice(records, LOOKED_AT):
         try:
             parsed = KINDS[kind].parse(record, wanted)

@@ -8,7 +8,7 @@ import jax
 
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.data.batches import Batches
-from minimind_jax.data.jsonl import Reading, Record, expand_paths, iter_lines, parse_line, reading_of, tell
+from minimind_jax.data.jsonl import Record, expand_paths, iter_lines, parse_line, tell
 from minimind_jax.errors import UserError
 from minimind_jax.evaluate.images import Answers, Asker, ImageResult, PixelFile, shuffled
 from minimind_jax.evaluate.share import Share
@@ -29,10 +29,9 @@ def judge_seeing(run: Run, held_out: Batches) -> None:
     """Asks the model that the run has written, and the one that it started from, and writes what they say."""
     ask = Asker.load(str(run.folder.path), MAX_NEW_TOKENS, batch_size=16)
     numbers = sorted(held_out.cache.records[held_out.epoch(0).documents].tolist())[:ASKED]
-    reading = reading_of(run.config.data)
     told: Counter = Counter()
     bad: list[UserError] = []  # that end in a question, a call or a thought, or whose pictures are gone by now
-    questions = ask.questions(_records(run.config, numbers, reading), reading, told, bad.append)
+    questions = ask.questions(_records(run.config, numbers), run.config.data, told, bad.append)
     tell(told)
     if bad:
         print(f"held-out records that are not asked: {len(bad):,}, the first: {bad[0]}")
@@ -53,10 +52,10 @@ def judge_seeing(run: Run, held_out: Batches) -> None:
     print(f"held-out pictures: {Share.of(result.exact(after)).describe()} answered as in the data")
 
 
-def _records(config: RunConfig, numbers: Sequence[int], reading: Reading) -> Iterator[Record]:
+def _records(config: RunConfig, numbers: Sequence[int]) -> Iterator[Record]:
     """Those of the files that the held-out ones are of, by their numbers in them."""
     files = expand_paths(config.data.val or config.data.train)
-    lines = ((file, line, raw) for file in files for line, raw in iter_lines(file, reading))
+    lines = ((file, line, raw) for file in files for line, raw in iter_lines(file, config.data))
     wanted, told = {*numbers}, Counter()
     for number, (file, line, raw) in enumerate(itertools.islice(lines, max(numbers) + 1)):
         if number in wanted:

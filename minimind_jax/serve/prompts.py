@@ -2,7 +2,6 @@
 
 import functools
 import re
-from collections import Counter
 from typing import Any, NamedTuple
 
 from minimind_jax.data.documents import encode_prompt
@@ -41,7 +40,7 @@ def read_talk(served: Served, messages: list[Json], tools: list[Json] | None, th
     pass for a picture. Once more when parts of messages are joined, and the JSON of calls is read, for then others
     may be spelled; the engine refuses a marker among them.
     """
-    of_messages, of_tools = (Place(name, name, Counter()) for name in ("messages", "tools"))
+    of_messages, of_tools = map(Place, ("messages", "tools"))
     marker = marker_of(served.tokenizer, served.vision)
     apart = functools.partial(_apart, pattern=_special(served.tokenizer))
     shown, pictures = open_images(apart(messages), served.vision, marker, content_of, log.once)

@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from minimind_jax.config.sections import FilesConfig
+from minimind_jax.config.sections import FilesConfig, ReadingConfig
 from minimind_jax.config.stages import TokenizerConfig
 from minimind_jax.data.cache_folder import cache_root, file_identities
 from minimind_jax.data.formats import detect
-from minimind_jax.data.jsonl import READING, Reading, Record, expand_paths, iter_records, reading_of
+from minimind_jax.data.jsonl import READING, Record, expand_paths, iter_records
 from minimind_jax.data.kinds import KINDS, Wanted
 from minimind_jax.data.template import render
 from minimind_jax.data.tokenizer import TOKENIZER_FILES, StreamDecoder, Tokenizer, train_bpe
@@ -60,7 +60,7 @@ def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
     _check_replaceable(output)
     if not config.data:
         raise UserError("data is empty; expected files, folders or globs of records, as in --data pretrain.jsonl")
-    files, reading = expand_paths(config.data), reading_of(config)
+    files = expand_paths(config.data)
     origin = _origin(config, files)
     if (output / "tokenizer.json").is_file() and not config.overwrite:
         _check_origin(output, origin)
@@ -80,10 +80,10 @@ def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
         workplace.rmdir()  # it can be written; made again after the training, so that a kill leaves nothing
     try:
         with progress("counting records"):
-            total, records = _draw(files, config.max_records, skip, reading)
+            total, records = _draw(files, config.max_records, skip, config)
         drawn = min(total, config.max_records or total)
         with progress("training the tokenizer", drawn) as advance:
-            texts = _texts(records, reading, skip, advance, told)
+            texts = _texts(records, config, skip, advance, told)
             tokenizer = train_bpe(texts, workplace / "new", config.vocab_size)
         _report(config, tokenizer, told, total, list(skipped))
         _self_test(tokenizer)
@@ -128,7 +128,7 @@ def _check_replaceable(output: Path) -> None:
 
 
 def _draw(
-    files: list[Path], limit: int, on_bad: Callable[[UserError], None], reading: Reading = READING
+    files: list[Path], limit: int, on_bad: Callable[[UserError], None], reading: ReadingConfig = READING
 ) -> tuple[int, Iterator[Record]]:
     """How many records there are, and up to `limit` of them (0 for all): as many of each file as there are, and spread
     over it from its beginning to its end, so that nothing is left out.
@@ -168,7 +168,7 @@ def _spread(count: int, share: int, rng: random.Random) -> set[int]:
 
 def _texts(
     records: Iterator[Record],
-    reading: Reading,
+    reading: ReadingConfig,
     on_bad: Callable[[UserError], None],
     advance: Callable[[int], None],
     told: Counter[str],
@@ -194,7 +194,7 @@ def _cut_words(text: str) -> list[str]:
     return [piece for piece in _LONG_WORD.split(text) if piece]
 
 
-def text_of(record: Record, reading: Reading = READING) -> str:
+def text_of(record: Record, reading: ReadingConfig = READING) -> str:
     """What the tokenizer learns from of a text, a conversation or a pair. Raises UserError."""
     kind = KINDS[detect(record.value, reading) or "text"]
     return kind.words(kind.parse(record, Wanted(reading, flag="--on_error")))

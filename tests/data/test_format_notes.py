@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from format_helpers import ANSWER, SYSTEM, TALK, TOOLS, USER, answers, conversation, pair, record
 
-from minimind_jax.config.sections import DataConfig
-from minimind_jax.data.jsonl import READING, Reading, told_lines
+from minimind_jax.config.sections import DataConfig, ReadingConfig
+from minimind_jax.data.jsonl import READING, told_lines
 from minimind_jax.data.kinds import parse_conversation, parse_preference, parse_text
 from minimind_jax.data.prompts import read_prompt
 from minimind_jax.data.token_cache import build_cache
@@ -145,14 +145,14 @@ def test_texts_under_their_usual_names(name):
 
 
 def test_a_setting_names_the_text():
-    reading = Reading(text_field="Beschreibung")
+    reading = ReadingConfig(text_field="Beschreibung")
     assert parse_text(record({"text": "other", "Beschreibung": "t"}), reading=reading) == "t"
     with pytest.raises(UserError, match=r"missing field `Beschreibung`.*found the fields text"):
         parse_text(record({"text": "t"}), reading=reading)
 
 
 def test_what_is_left_out_is_told_with_counts():
-    reading = Reading(ignore_fields=("note", "mood"))
+    reading = ReadingConfig(ignore_fields=("note", "mood"))
     read = record({"note": "x", "id": 3, "messages": [{**USER, "name": "Ann"}, {**ANSWER, "mood": "x"}]})
     assert parse_conversation(read, reading=reading).as_record() == {"conversations": TALK}
     parse_conversation(read, reading=reading)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from worlds import write_lines
 
-from minimind_jax.config.sections import DataConfig, ImagesConfig
+from minimind_jax.config.sections import DataConfig, ImagesConfig, ReadingConfig
 from minimind_jax.config.tools import ConvertDataConfig, InspectConfig
 from minimind_jax.data import convert_command, inspect
 from minimind_jax.data.batches import Batches
 from minimind_jax.data.epoch import describe_cuts
 from minimind_jax.data.images import read_image
-from minimind_jax.data.jsonl import READING, Reading, iter_records
+from minimind_jax.data.jsonl import READING, iter_records
 from minimind_jax.data.kinds import parse_conversation
 from minimind_jax.data.packing import Order, plan_whole
 from minimind_jax.data.pictures import Marker, find_file
@@ -330,4 +330,4 @@ def test_who_answers_or_scores_words_refuses_pictures(data):
         for record in (parts, field):
             with pytest.raises(UserError, match=r"talk.jsonl:1: it shows pictures, and words alone are read here"):
                 read(record, READING)
-        read(field, Reading(ignore_fields=("image",)))
+        read(field, ReadingConfig(ignore_fields=("image",)))

@@ -7,7 +7,7 @@ import pytest
 
 from minimind_jax.config.sections import ReadingConfig
 from minimind_jax.data import text_files
-from minimind_jax.data.jsonl import Reading, expand_paths, iter_records, tell_left_out
+from minimind_jax.data.jsonl import expand_paths, iter_records, tell_left_out
 from minimind_jax.errors import UserError
 
 ROWS = [{"text": "one, {two}", "n": 1}, {"text": "两行\n]", "n": {"a": [1]}}, {"text": "three", "n": None}]
@@ -18,7 +18,7 @@ def lines(rows):
 
 
 def read(file, encoding="utf-8"):
-    return [(record.line, record.value) for record in iter_records([file], reading=Reading(encoding))]
+    return [(record.line, record.value) for record in iter_records([file], reading=ReadingConfig(encoding=encoding))]
 
 
 PRETTY = "".join(json.dumps(row, ensure_ascii=False, indent=2) + "\n" for row in ROWS)
@@ -135,7 +135,7 @@ def test_a_file_is_a_document(tmp_path):
         {"text": "---\ntitle: x\n---\n# Head\n"},
         {"text": "three"},
     ]
-    assert [r.value for r in iter_records([tmp_path / "a.txt"], reading=Reading(text_field="t"))] == [
+    assert [r.value for r in iter_records([tmp_path / "a.txt"], reading=ReadingConfig(text_field="t"))] == [
         {"t": "one\n\ntwo\n"}
     ]
 
@@ -239,6 +239,6 @@ def test_utf_16_with_and_without_a_mark(tmp_path, ending, mark, written, encodin
     file = tmp_path / f"a.{ending}"
     text = {"csv": "text,n\nab c,1\n", "txt": "ab c", "jsonl": '{"text": "ab c"}\n'}[ending]
     file.write_bytes((mark + text).encode(written))
-    assert [r.value["text"] for r in iter_records([file], reading=Reading(encoding=encoding))] == ["ab c"]
+    assert [r.value["text"] for r in iter_records([file], reading=ReadingConfig(encoding=encoding))] == ["ab c"]
     with pytest.raises(UserError, match=r"data\.encoding utf-16"):
         list(iter_records([file]))

@@ -201,3 +201,10 @@ def test_samples_ask_what_the_data_asks(tmp_path):
         own = dataclasses.replace(config, samples=SampleConfig(prompts=("mine",), from_data=2))
         assert questions(own, kind) == [("mine", ())]
         assert questions(dataclasses.replace(config, samples=SampleConfig()), kind) == []
+
+
+def test_samples_read_the_data_as_the_run_does(tmp_path):
+    file = tmp_path / "chats.jsonl"
+    file.write_text('{"instruction": "谁？", "output": "我。", "note": 1}\n', "gb18030")
+    data = DataConfig(train=(str(file),), encoding="gb18030", ignore_fields=("note",))
+    assert questions(SFTConfig(data=data, samples=SampleConfig(from_data=1)), "conversation") == [("谁？", ())]
