@@ -39,7 +39,7 @@ from minimind_jax.inference.image_encoder import BLIND
 from minimind_jax.inference.likelihood import LikelihoodScorer
 from minimind_jax.inference.load import load_model
 from minimind_jax.inference.request import Request
-from minimind_jax.inference.text import ThinkSplitter
+from minimind_jax.inference.splitter import parted
 from minimind_jax.model.config import Vision
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.progress import progress
@@ -252,10 +252,7 @@ class Asker:
         texts = []
         with progress("answering", len(questions)) as advance:
             for answer in self.engine.answers(asked):
-                splitter = ThinkSplitter(inside=questions[len(texts)].opens_thinking)
-                splitter.push(answer.text)
-                splitter.finish()
-                texts.append(splitter.answer)
+                texts.append(parted(answer.text, questions[len(texts)].opens_thinking).content)
                 advance(1)
         return Answers(texts, log_probs)
 

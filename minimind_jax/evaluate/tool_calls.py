@@ -24,7 +24,7 @@ from minimind_jax.inference.answer_file import PartialFile
 from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.load import load_engine
 from minimind_jax.inference.request import Request
-from minimind_jax.inference.text import ThinkSplitter
+from minimind_jax.inference.splitter import parted
 from minimind_jax.inference.tool_use import carry_out
 from minimind_jax.progress import progress
 from minimind_jax.tools.answers import numbers_in, same_number, says
@@ -202,10 +202,8 @@ def _generate(
     with progress("answering", len(fitting)) as advance:
         requests = (Request(tuple(ids[n]), sampling) for n in fitting)
         for n, said in zip(fitting, engine.answers(requests), strict=True):
-            splitter = ThinkSplitter(engine.tokenizer.prompt_opens_thinking(*prompts[n], config.thinking))
-            splitter.push(said.text)
-            splitter.finish()
-            texts[n] = splitter.answer.strip()
+            opens_thinking = engine.tokenizer.prompt_opens_thinking(*prompts[n], config.thinking)
+            texts[n] = parted(said.text, opens_thinking).content.strip()
             notes["answers were cut off (--max_new_tokens)"] += said.finish_reason == "length"
             advance(1)
     return texts

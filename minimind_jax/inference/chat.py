@@ -19,7 +19,7 @@ from minimind_jax.inference.adapters import OFF
 from minimind_jax.inference.engine import Engine, Piece
 from minimind_jax.inference.image_encoder import BLIND
 from minimind_jax.inference.load import load_engine
-from minimind_jax.inference.text import ThinkSplitter
+from minimind_jax.inference.splitter import AnswerSplitter, Part
 from minimind_jax.inference.tool_use import carry_out
 from minimind_jax.inference.typed import typed_messages, typed_path
 from minimind_jax.tools.toolbox import Observation, Toolbox
@@ -265,29 +265,35 @@ def _answer(conversation: Dialogue, text: str, console: Console, config: ChatCon
 
 def _stream(conversation: Dialogue, console: Console, show_speed: bool) -> str:
     """Streams an answer to the messages, thinking dim, and ends it early at Ctrl-C; the answer, if it is whole."""
-    splitter = ThinkSplitter(inside=conversation.opens_thinking())
+    splitter, said = AnswerSplitter(conversation.opens_thinking()), []
     clock, note = Clock(), ""
     try:
         for piece in conversation.answer():
             clock.count(len(piece.tokens))
-            _show(splitter.push(piece.text), console)
+            _show(splitter.push(piece.text), said, console)
             if piece.answer.finish_reason == "length":
                 note = " (cut off: max_new_tokens or the context is used up)"
     except KeyboardInterrupt:
         note = " (stopped)"
-    _show(splitter.finish(), console)
-    conversation.keep(splitter.answer, splitter.thinking)
+    _show(splitter.finish(), said, console)
+    answer = "".join(part.content for part in said)
+    conversation.keep(answer, "".join(part.reasoning for part in said))
     if conversation.pictures:
         note += f" (nothing was said; the next question shows its pictures: {len(conversation.pictures)})"
     console.print()
     if show_speed or note:
         console.print(f"{clock if show_speed else ''}{note}".strip(), style="dim", soft_wrap=True)
-    return "" if note else splitter.answer
+    return "" if note else answer
 
 
-def _show(parts: list[tuple[bool, str]], console: Console) -> None:
-    for is_thinking, text in parts:
-        console.print(text, end="", style="dim italic" if is_thinking else None, soft_wrap=True)
+def _show(parts: list[Part], said: list[Part], console: Console) -> None:
+    """Shows what is said next, a line below the thinking before it."""
+    for part in parts:
+        if part.content and said and said[-1].reasoning:
+            console.print("\n")
+        said.append(part)
+        style = "dim italic" if part.reasoning else None
+        console.print(part.reasoning or part.content, end="", style=style, soft_wrap=True)
 
 
 class Clock:

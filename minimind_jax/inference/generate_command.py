@@ -36,7 +36,7 @@ from minimind_jax.inference.grammar import choice, json_schema, regex
 from minimind_jax.inference.image_encoder import BLIND
 from minimind_jax.inference.load import load_engine
 from minimind_jax.inference.request import Answer, Constraint, Request
-from minimind_jax.inference.text import ThinkSplitter
+from minimind_jax.inference.splitter import parted
 from minimind_jax.progress import first_awaited, progress
 from minimind_jax.texts import read_object
 
@@ -213,12 +213,10 @@ def _result(config: GenerateConfig, request: Prompt, text: str = "", reason: str
     """The line that is written: the record with its answer, or as a conversation that ends with it."""
     if not config.as_conversations:
         return {**without_bytes(request.record), "completion": text, "finish_reason": reason}
-    splitter = ThinkSplitter(inside=request.opens_thinking)
-    splitter.push(text)
-    splitter.finish()
-    reply = {"role": "assistant", "content": splitter.answer.strip()}
-    if splitter.thinking.strip():
-        reply["reasoning_content"] = splitter.thinking.strip()
+    said = parted(text, request.opens_thinking)
+    reply = {"role": "assistant", "content": said.content.strip()}
+    if said.reasoning.strip():
+        reply["reasoning_content"] = said.reasoning.strip()
     asked = request.conversation
     told = dataclasses.replace(asked, messages=[*asked.messages, reply])
     told = told if request.with_images is None else dataclasses.replace(request.with_images, conversation=told)

@@ -1,4 +1,4 @@
-"""The text of one answer as its tokens arrive: whole characters, nothing after a stop string, thinking set apart."""
+"""The text of one answer as its tokens arrive: whole characters, and nothing after a stop string."""
 
 from collections.abc import Iterable
 
@@ -58,49 +58,6 @@ class AnswerText:
         self._held, self._shown = self._held[end:], self._shown[end:]
         self.text += given
         return given
-
-
-class ThinkSplitter:
-    """Parts a streamed answer into thinking, between <think> and </think>, and the answer proper.
-
-    inside: the prompt ends in an open think block, so the answer begins with thinking.
-    thinking, answer: all text of each kind so far, without the tags.
-    """
-
-    OPEN, CLOSE = "<think>", "</think>"
-
-    def __init__(self, inside: bool):
-        self._inside = inside
-        self._held = ""
-        self.thinking = ""
-        self.answer = ""
-
-    def push(self, text: str) -> list[tuple[bool, str]]:
-        """The parts of the text that are final, in order, each with whether it is thinking."""
-        held, parts = self._held + text, []
-        while True:
-            tag = self.CLOSE if self._inside else self.OPEN
-            before, found, after = held.partition(tag)
-            if not found:
-                break
-            parts.append(self._give(before))
-            self._inside, held = not self._inside, after
-        end = len(held) - possible_start(held, (tag,))
-        parts.append(self._give(held[:end]))
-        self._held = held[end:]
-        return [part for part in parts if part[1]]
-
-    def finish(self) -> list[tuple[bool, str]]:
-        """What was held back as the possible start of a tag."""
-        held, self._held = self._held, ""
-        return [self._give(held)] if held else []
-
-    def _give(self, text: str) -> tuple[bool, str]:
-        if self._inside:
-            self.thinking += text
-        else:
-            self.answer += text
-        return self._inside, text
 
 
 def possible_start(text: str, stop: tuple[str, ...]) -> int:

@@ -19,8 +19,9 @@ from minimind_jax.data.messages import ROLES, Message
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.data.tools import parse_calls
 from minimind_jax.errors import UserError, first_line
+from minimind_jax.inference.grammar import OPEN_THINK
 from minimind_jax.inference.request import Answer, Request
-from minimind_jax.inference.text import ThinkSplitter
+from minimind_jax.inference.splitter import parted
 from minimind_jax.rl.environment import Environment
 from minimind_jax.rl.episode import Episode, Task, Turn
 from minimind_jax.seeds import named_seed
@@ -207,12 +208,8 @@ class _Table:
     def _turn(self, before: Sequence[int], ids: Sequence[int], has_ended: bool) -> Turn:
         decode = self.tokenizer.decode
         text = decode(ids[:-1] if has_ended else ids)
-        splitter = ThinkSplitter(
-            decode(before[-_TAIL:], skip_special_tokens=False).rstrip().endswith(ThinkSplitter.OPEN)
-        )
-        splitter.push(text)
-        splitter.finish()
-        answer, calls = parse_calls(splitter.answer)
+        is_thinking = decode(before[-_TAIL:], skip_special_tokens=False).rstrip().endswith(OPEN_THINK)
+        answer, calls = parse_calls(parted(text, is_thinking).content)
         finish = "stop" if has_ended else "length"
         return Turn(text, answer, tuple(calls), (), len(before), len(before) + len(ids), finish)
 

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 from fastapi import Request as HttpRequest
 
 from minimind_jax.inference.request import Token
+from minimind_jax.inference.splitter import AnswerSplitter, Part
 from minimind_jax.serve.errors import too_slow
 from minimind_jax.serve.metrics import Watch
-from minimind_jax.serve.splitter import AnswerSplitter, Part
 from minimind_jax.serve.worker import News, Ticket, Worker
 
 KEEP_ALIVE_SECONDS = 15.0

@@ -8,6 +8,7 @@ from typing import Any
 from minimind_jax import __version__
 from minimind_jax.config.serving import ServeConfig
 from minimind_jax.inference.request import Request
+from minimind_jax.inference.splitter import AnswerSplitter, Part
 from minimind_jax.serve import logprobs
 from minimind_jax.serve.answers import Answers, Choice
 from minimind_jax.serve.drawing import count_of, extras_of, requests_of, sampling_of
@@ -16,7 +17,6 @@ from minimind_jax.serve.forms import form_of, with_calls
 from minimind_jax.serve.models import Served
 from minimind_jax.serve.prompts import prompt_ids, read_talk, thinks
 from minimind_jax.serve.protocol import ChatRequest, NamedTool
-from minimind_jax.serve.splitter import AnswerSplitter, Part
 from minimind_jax.serve.stream import Shape, event
 
 Asked = tuple[list[Request], list[Choice]]  # what the engine is to do, and the choices that its answers become

@@ -5,6 +5,7 @@ from typing import Any
 
 from minimind_jax.config.serving import ServeConfig
 from minimind_jax.data.documents import begun
+from minimind_jax.inference.splitter import Part
 from minimind_jax.serve import logprobs
 from minimind_jax.serve.answers import Answers, Choice
 from minimind_jax.serve.chat import Asked, heading
@@ -13,7 +14,6 @@ from minimind_jax.serve.errors import refused
 from minimind_jax.serve.forms import form_of
 from minimind_jax.serve.models import Served
 from minimind_jax.serve.protocol import CompletionRequest
-from minimind_jax.serve.splitter import Part
 from minimind_jax.serve.stream import Shape, event
 
 DEFAULT_TOKENS = 16  # OpenAI's

@@ -10,13 +10,13 @@ from typing import Any
 from minimind_jax.config.serving import ServeConfig
 from minimind_jax.data.values import kind_of
 from minimind_jax.errors import UserError
+from minimind_jax.inference.splitter import Part, joined
 from minimind_jax.serve import chat
 from minimind_jax.serve.answers import Answers, Choice
 from minimind_jax.serve.chat import Asked, new_id
 from minimind_jax.serve.errors import ApiError, error_object, refused
 from minimind_jax.serve.models import Served
 from minimind_jax.serve.protocol import ChatRequest, Json, ResponsesRequest
-from minimind_jax.serve.splitter import Part, joined
 from minimind_jax.serve.stream import Shape, event
 
 _SAME = (

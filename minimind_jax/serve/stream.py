@@ -9,10 +9,10 @@ from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from minimind_jax.inference.splitter import Part
 from minimind_jax.serve.answers import Answers, Choice
 from minimind_jax.serve.errors import error_object
 from minimind_jax.serve.log import logger
-from minimind_jax.serve.splitter import Part
 
 DONE = "data: [DONE]\n\n"
 KEEP_ALIVE = ": keep-alive\n\n"

@@ -1,12 +1,8 @@
-"""Streamed text: stop strings and think tags that arrive in pieces, characters that arrive in bytes."""
-
-import itertools
+"""Streamed text: stop strings that arrive in pieces, characters that arrive in bytes."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from minimind_jax.inference.text import AnswerText, ThinkSplitter
+from minimind_jax.inference.text import AnswerText
 
 
 def test_a_stop_string_across_tokens_is_never_shown(tokenizer):
@@ -61,39 +57,3 @@ def test_no_piece_has_half_a_character(tokenizer):
     assert "".join(pieces) == sentence
     assert not any("�" in piece for piece in pieces)
     assert len([piece for piece in pieces if piece]) > 3
-
-
-@given(
-    st.lists(st.sampled_from(["<think>", "</think>", "<", "thi", "nk>", "a", "\n", "</", "好"])),
-    st.booleans(),
-    st.data(),
-)
-def test_how_text_is_cut_into_pieces_does_not_change_its_parts(words, inside, data):
-    text = "".join(words)
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)))))
-    bounds = [0, *cuts, len(text)]
-    parts = {}
-    for name, pieces in (("whole", [text]), ("cut", [text[a:b] for a, b in itertools.pairwise(bounds)])):
-        splitter = ThinkSplitter(inside)
-        shown = [part for piece in pieces for part in splitter.push(piece)] + splitter.finish()
-        assert "".join(t for is_thinking, t in shown if is_thinking) == splitter.thinking
-        assert "".join(t for is_thinking, t in shown if not is_thinking) == splitter.answer
-        parts[name] = splitter.thinking, splitter.answer
-    assert parts["whole"] == parts["cut"]
-
-
-@pytest.mark.parametrize(
-    "inside, text, thinking, answer",
-    [
-        (True, "so\n</think>\n\nYes.", "so\n", "\n\nYes."),
-        (False, "<think>\nhm\n</think>\nNo <b.", "\nhm\n", "\nNo <b."),
-        (False, "plain", "", "plain"),
-        (True, "cut off </thi", "cut off </thi", ""),
-    ],
-)
-def test_thinking_is_set_apart(inside, text, thinking, answer):
-    splitter = ThinkSplitter(inside)
-    for character in text:
-        splitter.push(character)
-    splitter.finish()
-    assert (splitter.thinking, splitter.answer) == (thinking, answer)

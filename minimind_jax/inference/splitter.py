@@ -5,10 +5,8 @@ import re
 from typing import NamedTuple
 
 from minimind_jax.data.tools import ends_in_string, parse_calls
+from minimind_jax.inference.grammar import CLOSE_CALL, CLOSE_THINK, OPEN_CALL, OPEN_THINK
 from minimind_jax.inference.text import possible_start
-
-OPEN_THINK, CLOSE_THINK = "<think>", "</think>"
-OPEN_CALL, CLOSE_CALL = "<tool_call>", "</tool_call>"
 
 
 class CallPart(NamedTuple):
@@ -115,6 +113,13 @@ class AnswerSplitter:
         shown = text.rstrip(edge) if trims else text
         self._space = text[len(shown) :]
         parts.append(Part(**{self.state: shown}))
+
+
+def parted(text: str, thinking: bool) -> Part:
+    """The thinking and the words of a whole answer, calls being words. thinking: see `AnswerSplitter`."""
+    splitter = AnswerSplitter(thinking)
+    parts = [*splitter.push(text), *splitter.finish()]
+    return Part("".join(part.reasoning for part in parts), "".join(part.content for part in parts))
 
 
 def joined(parts: list[Part]) -> list[Part]:

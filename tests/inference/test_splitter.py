@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minimind_jax.serve.splitter import AnswerSplitter, CallPart, Part, joined
+from minimind_jax.inference.splitter import AnswerSplitter, CallPart, Part, joined, parted
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "好"}}\n</tool_call>'
 ADD = Part(call=CallPart("add", '{"a": 1, "b": "好"}'))
@@ -59,6 +59,9 @@ def test_words_without_tags_are_given_as_they_are(text):
 )
 def test_what_is_thinking_words_and_calls(text, settings, parts):
     assert split(text, **settings) == parts
+    if not settings.get("calls"):
+        words = (part.content for part in parts)
+        assert parted(text, **{"thinking": False, **settings}) == (parts[0].reasoning, "".join(words), None)
 
 
 @pytest.mark.parametrize("text", ["<think> </think>", "</tool_call>", '"</tool_call>\\" <tool_call>{}\n'])
