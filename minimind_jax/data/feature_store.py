@@ -20,8 +20,7 @@ from rich.filesize import decimal
 
 from minimind_jax.data import cache_folder
 from minimind_jax.data.formats import VERSION as FORMATS_VERSION
-from minimind_jax.data.pictures import StoredPictures
-from minimind_jax.data.pixels import shown
+from minimind_jax.data.pixels import picture_place, shown
 from minimind_jax.data.rows import Batch, Pieces
 from minimind_jax.data.token_cache import TokenCache, explained_disk_errors
 from minimind_jax.errors import UserError
@@ -165,15 +164,20 @@ def hash_of(digests: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
 
 
-def picture_digests(pictures: StoredPictures, root: Path) -> list[bytes]:
+def picture_digests(cache: TokenCache, root: Path) -> list[bytes]:
     """Of each picture a hash of its bytes; those of files are remembered in `root` as long as these are not touched.
 
-    Raises UserError for a file that is gone.
+    Raises UserError for a file that is there no more, before a run comes to it.
     """
     digests, files = [], {}
-    for number in range(len(pictures.marker_starts)):
-        picture = pictures.picture(number)
+    for number in range(len(cache.pictures.marker_starts)):
+        picture = cache.pictures.picture(number)
         if isinstance(picture, Path):
+            if not picture.exists():
+                raise UserError(
+                    f"{picture_place(cache, number)}: the picture {picture} is gone since its record was read; put it "
+                    "back, or have the records read anew by removing their cache (`minimind data cache`)"
+                )
             files[number], picture = picture, b""
         digests.append(hashlib.blake2b(picture, digest_size=DIGEST).digest())
     try:

@@ -9,7 +9,7 @@ import base64
 import binascii
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -30,7 +30,6 @@ PARTS = ("image", "image_url", "input_image")
 PLACE = "<image>"
 SHOWN_BY = tuple(role for role in (*ROLES, *OTHER_ROLES) if OTHER_ROLES.get(role, role) in ("user", "tool"))
 BLANK = 8  # pixels a side of MiniMind-V's black stand-in for the picture of a record of words alone
-LONGEST_PATH = 4097  # bytes, packed: contents that are longer need not be looked at to know that they are none
 
 PictureFile = bytes | Path
 
@@ -315,12 +314,6 @@ class StoredPictures:
         """Of each picture of a document where its markers begin, and itself."""
         numbers = range(self.offsets[document], self.offsets[document + 1])
         return [(int(self.marker_starts[n]), self.picture(n)) for n in numbers]
-
-    def files(self) -> Iterator[tuple[int, Path]]:
-        """Those that are files, with their numbers among all."""
-        for number in np.flatnonzero(np.diff(self.content_offsets) <= LONGEST_PATH):
-            if isinstance(picture := self.picture(number), Path):
-                yield int(number), picture
 
     def picture(self, number: int) -> PictureFile:
         """One of them, by its number among all."""

@@ -9,7 +9,6 @@ import numpy as np
 from minimind_jax.data.images import read_image
 from minimind_jax.data.rows import Batch, Pieces
 from minimind_jax.data.token_cache import TokenCache
-from minimind_jax.errors import UserError
 from minimind_jax.model.config import TowerConfig
 
 DECODERS = 8  # threads at most; decoders work without Python's lock
@@ -48,16 +47,6 @@ def shown(cache: TokenCache, pieces: Pieces) -> Iterator[tuple[int, int, int]]:
             if starts[number] < stop:
                 yield row, used[row], number
                 used[row] += 1
-
-
-def check_files(cache: TokenCache) -> None:
-    """Raises UserError for a picture of a cache whose file is there no more, before a run comes to it."""
-    for number, file in cache.pictures.files():
-        if not file.exists():
-            raise UserError(
-                f"{picture_place(cache, number)}: the picture {file} is gone since its record was read; put it back, "
-                "or have the records read anew by removing their cache (`minimind data cache`)"
-            )
 
 
 def picture_place(cache: TokenCache, number: int) -> str:

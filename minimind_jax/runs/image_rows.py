@@ -13,7 +13,7 @@ from minimind_jax.convert.load import folders_of
 from minimind_jax.data.batches import Batches
 from minimind_jax.data.cache_folder import cache_root
 from minimind_jax.data.feature_store import Features, FeatureStore, hash_of, picture_digests
-from minimind_jax.data.pixels import Pixels, check_files
+from minimind_jax.data.pixels import Pixels
 from minimind_jax.data.rows import Batch, Pieces
 from minimind_jax.data.token_cache import TokenCache
 from minimind_jax.model.vision import VISION
@@ -55,8 +55,7 @@ def _open(
     found: dict[Path, tuple[TokenCache, list[bytes]]] = {}
     for batches in filter(None, rows):
         if (cache := batches.cache).folder not in found:
-            check_files(cache)
-            found[cache.folder] = cache, picture_digests(cache.pictures, cache_root(run.config.data))
+            found[cache.folder] = cache, picture_digests(cache, cache_root(run.config.data))
         batches.pictures = hash_of(found[cache.folder][1])
     return rows, list(found.values())
 

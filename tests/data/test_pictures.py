@@ -14,12 +14,13 @@ from minimind_jax.config.tools import ConvertDataConfig, InspectConfig
 from minimind_jax.data import convert_command, inspect
 from minimind_jax.data.batches import Batches
 from minimind_jax.data.epoch import describe_cuts
+from minimind_jax.data.feature_store import picture_digests
 from minimind_jax.data.images import read_image
 from minimind_jax.data.jsonl import READING, iter_records
 from minimind_jax.data.kinds import parse_conversation
 from minimind_jax.data.packing import Order, plan_whole
 from minimind_jax.data.pictures import Marker, find_file
-from minimind_jax.data.pixels import Pixels, check_files
+from minimind_jax.data.pixels import Pixels
 from minimind_jax.data.prompts import read_prompt
 from minimind_jax.data.token_cache import build_cache
 from minimind_jax.data.tokenizer import Tokenizer
@@ -236,10 +237,10 @@ def test_files_that_are_gone_are_told_before_a_run_comes_to_them(data, tokenizer
     inside = asked([{"type": "image", "image": url}])
     files = asked("<image><image>", images=["photos/1.png", "photos/2.png"])
     cache = built(data(asked("words"), inside, files, shuffle=False), tokenizer)
-    check_files(cache)
+    assert len(set(picture_digests(cache, tmp_path))) == 3
     (tmp_path / "photos" / "2.png").unlink()
     with pytest.raises(UserError, match=r"record 3, image 2: the picture .*2\.png is gone .*minimind data cache"):
-        check_files(cache)
+        picture_digests(cache, tmp_path)
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
