@@ -98,7 +98,7 @@ def test_metrics_are_written_now_and_then(bucket, monkeypatch):
 
 
 def test_a_model_is_replaced_whole_and_comes_back(bucket, tmp_path):
-    tokenizer = train_bpe(["a b c"] * 50, tmp_path / "tokenizer", 300, show_progress=False)
+    tokenizer = train_bpe(["a b c"] * 50, tmp_path / "tokenizer", 300)
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = ModelConfig(vocab_size=300, intermediate_size=64, **small)
     params = LanguageModel(config).init(jax.random.key(0))

@@ -101,7 +101,7 @@ def world(compilation_cache, tmp_path_factory) -> World:
     for name, records in (("text.jsonl", texts), ("chat.jsonl", chats)):
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         (folder / name).write_text("".join(lines), "utf-8")
-    train_bpe([record["text"] for record in texts], folder / "tokenizer", 304, show_progress=False)
+    train_bpe([record["text"] for record in texts], folder / "tokenizer", 304)
     return World(folder)
 
 

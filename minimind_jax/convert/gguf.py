@@ -29,9 +29,9 @@ from minimind_jax.convert.load import (
 )
 from minimind_jax.convert.ollama import is_as_written, modelfile
 from minimind_jax.convert.peft import load_peft, low_rank_pairs
-from minimind_jax.convert.replace import replacing_files
 from minimind_jax.convert.vision_weights import PROJECTOR, TOWER
 from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.data.written import replacing_files
 from minimind_jax.errors import UserError
 from minimind_jax.folders import ADAPTER_CONFIG, is_adapter
 from minimind_jax.model.config import ModelConfig, RopeScaling, union_of_ids, yarn_attention_factor

@@ -1,5 +1,4 @@
-"""Writing a model into a folder, or as a file: it takes an older one's place when it is complete; what is no model's
-stays."""
+"""Writing a model into a folder: it takes an older one's place when it is complete; what is no model's stays."""
 
 import contextlib
 import os
@@ -68,32 +67,6 @@ def _replacing(folder: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{folder}: the model could not be written: {reason}{_kept(folder)}") from error
-
-
-@contextlib.contextmanager
-def replacing_files(*files: Path) -> Iterator[list[Path]]:
-    """Names to write to, beside `files`, whose places they take at the end, in that order, or vanish if the body fails.
-    Raises UserError when they cannot be written."""
-    partial = [file.with_name(f".{file.name}.partial") for file in files]
-    kept = "; the older one there is unchanged" if files[0].exists() else ""
-    try:
-        with telling(lambda: f"{files[0]} was not written{kept}; give the command again"):
-            for file in files:
-                file.parent.mkdir(parents=True, exist_ok=True)
-            yield partial
-            for file in partial:
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-            with uninterrupted():
-                for written, file in zip(partial, files, strict=True):
-                    os.replace(written, file)
-    except OSError as error:
-        reason = error.strerror or f"{error} (is the disk full?)"  # NumPy counts what it could write
-        raise UserError(f"{files[0]}: could not be written: {reason}{kept}") from error
-    finally:
-        for file in partial:
-            with contextlib.suppress(OSError):  # its folder is a file: the user has been told
-                file.unlink(missing_ok=True)
 
 
 def _kept(folder: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from minimind_jax.convert.hf_weights import DTYPES, StoredTensor, cast, read_safetensors
-from minimind_jax.convert.replace import replacing_files
+from minimind_jax.data.written import replacing_files
 from minimind_jax.errors import UserError
 from minimind_jax.shell import needing
 

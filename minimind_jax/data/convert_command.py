@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -14,9 +13,8 @@ from minimind_jax.data.formats import recognise
 from minimind_jax.data.jsonl import Record, expand_paths, iter_records, tell, tell_left_out
 from minimind_jax.data.kinds import KINDS, KindName, Wanted, kind_of_record
 from minimind_jax.data.labels import LABEL_FIELDS, Classes
-from minimind_jax.data.written import check_output
+from minimind_jax.data.written import check_output, replacing_files
 from minimind_jax.errors import UserError
-from minimind_jax.signals import telling
 
 
 def run(config: ConvertDataConfig) -> None:
@@ -37,32 +35,22 @@ def run(config: ConvertDataConfig) -> None:
     wanted = Wanted(config, Classes.any(config.text_field or "text", config.label_field), "--on_error")
     told: Counter = Counter()
     found: Counter = Counter()
-    partial = target.with_name(f"{target.name}.partial")
-    try:
-        with (
-            telling(lambda: f"{target} was not written; give the command again"),
-            open(partial, "w", encoding="utf-8") as file,
-        ):
-            for record in iter_records(files, on_bad, config, told):
-                try:
-                    record = _renamed(record, renamed)
-                    kind = kind or _kind(record, config)
-                    row = KINDS[kind].as_record(KINDS[kind].parse(record, wanted))
-                except UserError as error:
-                    on_bad(error)
-                    continue
-                known = recognise(record.value, kind, config.ignore_fields)
-                found[known.name if known else kind] += 1
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    with replacing_files(target) as (partial,), open(partial, "w", encoding="utf-8") as file:
+        for record in iter_records(files, on_bad, config, told):
+            try:
+                record = _renamed(record, renamed)
+                kind = kind or _kind(record, config)
+                row = KINDS[kind].as_record(KINDS[kind].parse(record, wanted))
+            except UserError as error:
+                on_bad(error)
+                continue
+            known = recognise(record.value, kind, config.ignore_fields)
+            found[known.name if known else kind] += 1
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         if not found:
             raise UserError(
                 f"no usable record in {', '.join(config.files)}; the first was skipped because of {errors[0]}"
             )
-        os.replace(partial, target)
-    except OSError as error:
-        raise UserError(f"output {target} cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
     tell(told)
     tell_left_out(config.files)
     if errors:

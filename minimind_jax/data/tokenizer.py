@@ -329,9 +329,7 @@ class StreamDecoder:
         return self._decoder.decode(b"", final=True)
 
 
-def train_bpe(
-    texts: Iterable[str], folder: str | Path, vocab_size: int = 6400, show_progress: bool = False
-) -> Tokenizer:
+def train_bpe(texts: Iterable[str], folder: str | Path, vocab_size: int = 6400) -> Tokenizer:
     """Trains a byte-level BPE with MiniMind's 36 reserved tokens and writes it to `folder`.
 
     GPT-2's splitting pattern, no normaliser, no added prefix space, all 256 bytes in the alphabet: every text survives
@@ -344,7 +342,7 @@ def train_bpe(
         vocab_size=vocab_size,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         special_tokens=list(RESERVED_TOKENS),
-        show_progress=show_progress,
+        show_progress=False,
     )
     backend.train_from_iterator(texts, trainer=trainer)
     folder = Path(folder)

@@ -1,15 +1,17 @@
-"""Records as they are written: JSON lines, tables, and where they can go."""
+"""Files as they are written: where they can go, in an older one's place when they are whole; records as lines."""
 
+import contextlib
 import csv
 import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from minimind_jax.errors import UserError
+from minimind_jax.signals import telling, uninterrupted
 
 TABLES = {".csv": ",", ".tsv": "\t"}  # the separator of files whose names end so
 NOT_WRITTEN = (".parquet", ".gz", ".zst")  # names that promise a form which is not written
@@ -40,6 +42,32 @@ def check_output(
         raise UserError(f"output {output} is one of the files of input; choose another place")
     if complete is not None and output.exists():
         raise UserError(f"output {output} is there already{complete}")
+
+
+@contextlib.contextmanager
+def replacing_files(*files: Path) -> Iterator[list[Path]]:
+    """Names to write to, beside `files`, whose places they take at the end, in that order, or vanish if the body fails.
+    Raises UserError when they cannot be written."""
+    partial = [file.with_name(f".{file.name}.partial") for file in files]
+    kept = "; the older one there is unchanged" if files[0].exists() else ""
+    try:
+        with telling(lambda: f"{files[0]} was not written{kept}; give the command again"):
+            for file in files:
+                file.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            for file in partial:
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+            with uninterrupted():
+                for written, file in zip(partial, files, strict=True):
+                    os.replace(written, file)
+    except OSError as error:
+        reason = error.strerror or f"{error} (is the disk full?)"  # NumPy counts what it could write
+        raise UserError(f"{files[0]}: could not be written: {reason}{kept}") from error
+    finally:
+        for file in partial:
+            with contextlib.suppress(OSError):  # its folder is a file: the user has been told
+                file.unlink(missing_ok=True)
 
 
 def table_line(columns: Iterable[str], separator: str) -> Callable[[dict[str, Any]], str]:

@@ -14,10 +14,10 @@ class AnswerText:
     stopped_by: the stop string that was completed, None before. text: all that was given out.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Iterable[str] = (), skip_special_tokens: bool = True):
-        self._decoder = StreamDecoder(tokenizer, skip_special_tokens)
+    def __init__(self, tokenizer: Tokenizer, stop: Iterable[str] = ()):
+        self._decoder = StreamDecoder(tokenizer)
         self._stop = tuple(stop)
-        hidden = tokenizer.special_ids if skip_special_tokens and self._stop else ()
+        hidden = tokenizer.special_ids if self._stop else ()
         self._hidden = {token: tokenizer.byte_pieces[token].decode("utf-8", "replace") for token in hidden}
         self._held = ""
         self._shown = ""  # of each character held: "1" if it is to be shown

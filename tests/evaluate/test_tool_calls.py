@@ -187,7 +187,7 @@ def model(folder, records, texts=(), context=512):
     """A model of random weights whose tokenizer knows the records' words."""
     write_lines(folder / "chat.jsonl", records)
     texts = [render(record["conversations"], TOOLS) for record in RECORDS] + list(texts)
-    tokenizer = train_bpe(texts * 4, folder / "tokenizer", 800, show_progress=False)
+    tokenizer = train_bpe(texts * 4, folder / "tokenizer", 800)
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=context,
@@ -266,7 +266,7 @@ def taught(compilation_cache, tmp_path_factory):
     write_lines(folder / "chat.jsonl", RECORDS)
     write_lines(folder / "agent.jsonl", [AGENT])
     texts = [render(record["conversations"], TOOLS) for record in RECORDS]
-    tokenizer = train_bpe(texts * 4, folder / "tokenizer", 800, show_progress=False)
+    tokenizer = train_bpe(texts * 4, folder / "tokenizer", 800)
     shape = ModelSettings(
         vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,

@@ -77,7 +77,7 @@ def test_a_stored_teacher_needs_the_same_pieces_in_every_epoch(changes, message,
 
 def test_a_teacher_with_another_vocabulary_is_refused(make, world, base, tmp_path):
     copy = shutil.copytree(RunFolder(base).model, tmp_path / "teacher")
-    train_bpe(["another text altogether"] * 3, tmp_path / "tokenizer", 300, show_progress=False)
+    train_bpe(["another text altogether"] * 3, tmp_path / "tokenizer", 300)
     shutil.copy(tmp_path / "tokenizer" / "tokenizer.json", copy / "tokenizer.json")
     config = make(DistillConfig, tmp_path / "student", "sft", teacher=TeacherConfig(model=str(copy)))
     with pytest.raises(UserError, match=r"has another vocabulary .*minimind generate"):
