@@ -17,6 +17,7 @@ import typing
 from pathlib import Path
 from typing import NamedTuple
 
+from gpu_check_data import PICTURES
 from gpu_check_table import write_table
 
 from minimind_jax.model import attention, moe
@@ -56,6 +57,12 @@ def pytest(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *arguments]
 
 
+def lacking(*modules: str) -> str:
+    """What to do where this Python has not all of them; empty where it has."""
+    missing = ", ".join(module for module in modules if importlib.util.find_spec(module) is None)
+    return missing and f"no {missing}: {sys.executable} -m pip install -e '.[test]'"
+
+
 def data_part(data: Path, limit: int) -> Part:
     return Part("data", limit, script("gpu_check_data.py", str(data)), makes=data)
 
@@ -85,10 +92,11 @@ def parts_with_gpu(args: argparse.Namespace, data: Path) -> list[Part]:
     gpu_tests = "tests/training/test_gpu.py"
     rollouts = ["--hidden_size", "768", "--cases", "full", "unequal", "--pairs", "2"]
     grpo = ["--sides", "ours", "--tokenizer", tokenizer, "--folder", str(data / "grpo"), "--hidden_size", "768"]
-    pictures = ["--tokenizer", tokenizer, "--pictures", str(data / "pictures.parquet"), "--hidden_size", "768"]
+    pictures = ["--pictures", str(data / "pictures.parquet"), "--texts", str(data / "chats.jsonl")]
+    pictures += ["--tokenizer", tokenizer, "--hidden_size", "768"]
     cases = [f"{how} {rows}" for how in ("greedy", "sampled") for rows in (1, 64, 256)]
     return [
-        Part("GPU tests", 130, pytest(gpu_tests, "-k", "not deterministic")),
+        Part("GPU tests", 130, pytest(gpu_tests, "-k", "not deterministic"), lacking("pytest")),
         Part("paths", 75, script("bench_paths.py")),
         train("train", 110 if beside else 50, {}, *both),
         *(train(f"train, attention {path}", 35, {"attention": path}) for path in paths(attention.Path, "gpu", "cudnn")),
@@ -96,11 +104,11 @@ def parts_with_gpu(args: argparse.Namespace, data: Path) -> list[Part]:
         Part("generate", 75, script("bench_decode.py", "--hidden_size", "768", *beside, "--cases", *cases)),
         data_part(data, 15),
         quickstart("quickstart", 65, data),
-        Part("resume to the bit", 40, pytest(gpu_tests, "-k", "deterministic")),
+        Part("resume to the bit", 40, pytest(gpu_tests, "-k", "deterministic"), lacking("pytest")),
         train("train, deterministic", 35, {"deterministic": True}),
         Part("rollout", 30, script("bench_rollout.py", *rollouts, *beside)),
         Part("GRPO step", 30, script("bench_grpo.py", *grpo)),
-        Part("step that sees", 30, script("bench_vlm.py", *pictures, "--texts", str(data / "chats.jsonl"))),
+        Part("step that sees", 30, script("bench_vlm.py", *pictures), lacking(*PICTURES)),
         *(train(f"train, experts {path}", 30, {"experts": path}, "--moe") for path in paths(moe.Path, "gpu", "tiled")),
     ]
 
@@ -130,7 +138,7 @@ def parts_without(data: Path) -> list[Part]:
     splash = ["--splash", "--lengths", "2048", "--widths", "96", "--blocks", "512", "--steps", "--", *SMALL_STEP]
     return [
         Part("paths", 110, script("bench_paths.py", "--documents", "8")),
-        Part("H100: kernels of attention", 110, fused, compiler(cuda)[1]),
+        Part("H100: kernels of attention", 110, fused, compiler(cuda)[1] or lacking("pytest")),
         compiled("H100: steps", cuda, 110, "--device", "h100", "--steps", "--", *SMALL_STEP),
         data_part(data, 40),
         quickstart("quickstart, shortened", 180, data, *short),

@@ -10,6 +10,7 @@
 # FOLDER (runs/gpu_check) gets results.jsonl and results.md for docs/performance.md, both as each part ends, and a log of
 # each. CHECKOUT: of jingyaogong/minimind, to be measured beside ours, by a PYTHON that has torch with CUDA, transformers
 # and datasets.
+# Tests and pictures want the extra `test`: pip install -e '.[cuda12,test]'.
 # MINIMIND_CUDA_PYTHON, MINIMIND_TPU_PYTHON: Pythons with those compilers, where this one has not.   DRY_RUN=1: list parts
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -3,6 +3,7 @@
 python scripts/gpu_check_data.py FOLDER
 """
 
+import importlib.util
 import io
 import json
 import random
@@ -12,7 +13,8 @@ from pathlib import Path
 from minimind_jax.demo import corpus
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220), "yellow": (235, 220, 60)}
-CHATS, PICTURES = 400, 400
+COUNT = 400  # of conversations, and of pictures
+PICTURES = ("pyarrow", "PIL")  # what pictures need
 
 
 def turns(question: str, answer: str) -> list[dict]:
@@ -22,7 +24,7 @@ def turns(question: str, answer: str) -> list[dict]:
 def write_texts(folder: Path) -> None:
     told = list(corpus.docstrings())
     texts = [{"text": text} for text in [*corpus.topics(), *told]]
-    pairs = [text.split("\n\n", 1) for text in told[:: max(1, len(told) // CHATS)]]
+    pairs = [text.split("\n\n", 1) for text in told[:: max(1, len(told) // COUNT)]]
     chats = [{"conversations": turns(f"What is {name}?", text[:200])} for name, text in pairs]
     for name, records in (("texts", texts), ("chats", chats)):
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -36,7 +38,7 @@ def write_pictures(file: Path) -> None:
     from PIL import Image
 
     talks, images = [], []
-    for number in range(PICTURES):
+    for number in range(COUNT):
         name, colour = random.Random(number).choice(list(COLOURS.items()))
         picture = io.BytesIO()
         Image.new("RGB", (256, 256), colour).save(picture, "JPEG")
@@ -48,7 +50,8 @@ def write_pictures(file: Path) -> None:
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_texts(folder)
-    write_pictures(folder / "pictures.parquet")
+    if all(map(importlib.util.find_spec, PICTURES)):
+        write_pictures(folder / "pictures.parquet")
 
 
 if __name__ == "__main__":

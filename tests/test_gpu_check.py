@@ -54,6 +54,15 @@ def test_a_dry_run_lists_the_parts_with_their_limits_and_all_paths_of_the_code(l
     assert all(0 < int(line.split()[0]) <= 180 for line in without.splitlines()[1:])
 
 
+def test_a_part_whose_packages_are_missing_says_what_installs_them(listed, monkeypatch):
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("MINIMIND_CUDA_PYTHON", raising=False)
+    told, _ = listed("--parts", "GPU tests", "step that sees", "train", "H100: steps")
+    install = f"{sys.executable} -m pip install -e '.[test]'"
+    assert f"GPU tests  (no pytest: {install})" in told and f"(no pyarrow, PIL: {install})" in told
+    assert "s  train\n" in told and ".venv-cuda12/bin/pip install -e '.[cuda12]', then MINIMIND_CUDA_PYTHON=" in told
+
+
 def test_parts_are_chosen_by_name_or_by_what_has_no_result_yet(listed, tmp_path):
     told, status = listed("--parts", "generate", "paths", "--minutes", "2.5")
     assert status == 0 and told.count(" s  ") == 3 and "75 s  generate" in told and "after 2.5 minutes" in told
