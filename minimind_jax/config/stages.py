@@ -115,6 +115,15 @@ class RunConfig(Settings):
         """Rows of one optimizer step over all micro-batches and devices; of much data while batch_tokens is null."""
         return (self.training.batch_tokens or self.figures.batch_tokens) // self.data.seq_len
 
+    def trained_share(self, layers: int) -> float:
+        """Of the so many layers of a language model, how many have gradients of their own."""
+        return 0.0 if self.lora.rank else 1.0
+
+    @property
+    def tower_passes(self) -> int:
+        """What a step computes of a tower, in forward passes; backward counts as two."""
+        return 0
+
 
 @dataclasses.dataclass(frozen=True)
 class WriterConfig(RunConfig):
@@ -307,6 +316,16 @@ class SeeingConfig(WriterConfig):
             raise ValueError("data.cache_features is for a tower that stays as it is, and vision.train is tower")
         if self.data.cache_features and self.data.redraw_each_epoch:
             raise ValueError("data.cache_features is for one rendering of the data; leave data.redraw_each_epoch out")
+
+    def trained_share(self, layers: int) -> float:
+        few = {"projector": 0.0, "ends": min(1.0, 2 / layers)}
+        return few.get(self.vision.train, 1.0) * super().trained_share(layers)
+
+    @property
+    def tower_passes(self) -> int:
+        if self.data.cache_features:
+            return 0
+        return 3 if self.vision.train == "tower" and not self.lora.rank else 1
 
 
 @dataclasses.dataclass(frozen=True)

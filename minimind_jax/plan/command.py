@@ -16,7 +16,7 @@ from minimind_jax.plan import compile as compiler
 from minimind_jax.plan import devices, estimate, inputs
 from minimind_jax.plan.module import ATTENTION_CALLS, read_module
 from minimind_jax.sharding import make_mesh
-from minimind_jax.training.speed import flops_per_image, flops_per_token, tower_passes, trained_share
+from minimind_jax.training.speed import flops_per_image, flops_per_token
 from minimind_jax.training.step import count_parts
 
 
@@ -53,7 +53,8 @@ def make_plan(asked: PlanConfig) -> dict:
     traced, state = compiler.trace_step(config, dataclasses.replace(model, compute=compute), mesh)
     params, opt_state, whole = compiler.state_bytes(state)
 
-    formula = flops_per_token(model.config, config.data.seq_len, trained_share(config, model))
+    share = config.trained_share(model.config.num_hidden_layers)
+    formula = flops_per_token(model.config, config.data.seq_len, share)
     tokens = tokens or inputs.Tokens(10**9, "no data is there; for a billion tokens (--data FILE, --tokens N)")
     plan = {
         "model": _model_facts(planned, model),
@@ -132,7 +133,7 @@ def _image_facts(config: SeeingConfig, model: LanguageModel, asked: int | None, 
         "train": "adapters" if model.adapter else config.vision.train,
         "attention_path": "none" if config.data.cache_features else choice.path,
         "attention_reason": "it looks once, before the first step" if config.data.cache_features else choice.reason,
-        "flops": flops_per_image(vision, model.config.hidden_size, tower_passes(config, model)),
+        "flops": flops_per_image(vision, model.config.hidden_size, config.tower_passes),
         "count": tokens.count * room // config.data.seq_len if known is None else known,
         "is_known": known is not None,
     }

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from minimind_jax.config.stages import RunConfig, SeeingConfig
+from minimind_jax.config.stages import RunConfig
 from minimind_jax.data.rows import Batch
 from minimind_jax.model.config import ComputeConfig, ModelConfig, Vision
 from minimind_jax.model.image_model import ImageModel
@@ -73,21 +73,6 @@ def flops_per_token(config: ModelConfig, seq_len: int, trained: float = 1.0, *, 
     return matrices + 6 * config.num_hidden_layers * heads_width * seq_len
 
 
-def trained_share(config: RunConfig, model: LanguageModel) -> float:
-    """Of the language model's layers, how many have gradients of their own."""
-    if model.adapter is not None:
-        return 0.0
-    part = config.vision.train if isinstance(config, SeeingConfig) else "all"
-    return {"projector": 0.0, "ends": min(1.0, 2 / model.config.num_hidden_layers)}.get(part, 1.0)
-
-
-def tower_passes(config: RunConfig, model: LanguageModel) -> int:
-    """As of `flops_per_image`."""
-    if not isinstance(config, SeeingConfig) or config.data.cache_features:
-        return 0
-    return 3 if config.vision.train == "tower" and not model.adapter else 1
-
-
 def flops_per_image(vision: Vision, width: int, passes: int) -> float:
     """FLOPs of an image on its way to its tokens, of the language model's width: 2 for each number of the tower's
     matrices and each patch and 4 P^2 W a layer for attention, `passes` times (3 of a tower that is trained, 0 of one
@@ -126,10 +111,10 @@ class Speed:
         self._started = time.perf_counter() - seconds_before
         self._peak = peak_flops(model.compute) if isinstance(model, LanguageModel) else None  # others are not counted
         if self._peak:
-            share, seq_len, vision = trained_share(config, model), config.data.seq_len, model.config.vision
-            self._per_token = flops_per_token(model.config, seq_len, share, has_words=has_words)
-            self._per_image = vision and flops_per_image(vision, model.config.hidden_size, tower_passes(config, model))
-            self._vision = vision
+            shape, share = model.config, config.trained_share(model.config.num_hidden_layers)
+            self._per_token = flops_per_token(shape, config.data.seq_len, share, has_words=has_words)
+            self._vision = shape.vision
+            self._per_image = self._vision and flops_per_image(self._vision, shape.hidden_size, config.tower_passes)
         self._since: float | None = None  # start of the window that `read` ends
         self._tokens = self._flops = self._window_steps = 0
         self._steps, self._active = 0, 0.0  # of the windows before it
