@@ -29,6 +29,7 @@ from minimind_jax.texts import listed
 COMPRESSIONS = ("", ".gz", ".zst")
 JSON = tuple(kind + packed for kind in (".jsonl", ".json", ".ndjson") for packed in COMPRESSIONS)
 TABLES = tuple(kind + packed for kind in (".csv", ".tsv") for packed in COMPRESSIONS)
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.zst", ".7z", ".rar")  # which hold files, and are not looked into
 DOCUMENTS = tuple(kind + packed for kind in (".txt", ".md") for packed in COMPRESSIONS)
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")  # that `images` decodes
 SUFFIXES = (*JSON, *TABLES, ".parquet", *DOCUMENTS)
@@ -45,14 +46,15 @@ def reading_of(config: ReadingConfig) -> ReadingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One JSON object. line counts from 1 (in Parquet: the row); where is `file:line`, as error messages name it.
+    """One JSON object. line counts from 1 (in Parquet: the row), see `iter_lines`; where is `file:line`, as error
+    messages name it.
 
     told: counts of what is left out or guessed, by (file, note), which whoever reads the records prints.
     """
 
     where: str
     file: Path
-    line: int
+    line: int | str
     value: dict[str, Any]
     told: Counter = dataclasses.field(default_factory=Counter, compare=False, repr=False)
 
@@ -86,11 +88,11 @@ def _expand(given: str | Path, pictures: bool) -> list[Path]:
         found = _data_of(_files_below(path), pictures)
         if not found:
             shown = any(map(is_picture, _files_below(path)))
-            hint = "; it holds pictures, which classify reads with --vision.tower" * shown
+            hint = "; it holds pictures, which classify reads with --vision.tower" * shown or _unpacked(path)
             raise UserError(f"{given}: no data in this folder; expected files ending in {expected}{hint}")
     elif path.is_file():
         if not _ends_in(path, suffixes):
-            raise UserError(f"{given}: unknown file type; expected a name ending in {expected}")
+            raise UserError(f"{given}: unknown file type; expected a name ending in {expected}{_unpacked(path)}")
         return [path]
     elif path.exists():
         raise UserError(f"{given}: neither a file nor a folder (data is read more than once, so a pipe will not do)")
@@ -104,6 +106,12 @@ def _expand(given: str | Path, pictures: bool) -> list[Path]:
         if not file.is_file():
             raise UserError(f"{file}: a link that leads nowhere, or no file; remove it, or name the files you mean")
     return found
+
+
+def _unpacked(path: Path) -> str:
+    """What to do about an archive, or a folder of some."""
+    files = _files_below(path) if path.is_dir() else [path]
+    return "; unpack archives, and name their folder" * any(_ends_in(file, ARCHIVES) for file in files)
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -179,9 +187,9 @@ def iter_records(
             raise UserError(f"{file}: the file is empty; expected records")
 
 
-def iter_lines(file: Path, reading: ReadingConfig = READING) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
-    """(line number from 1, record) of one file: JSON text without blank lines; a dict of CSV, Parquet, documents and
-    pictures."""
+def iter_lines(file: Path, reading: ReadingConfig = READING) -> Iterator[tuple[int | str, bytes | dict[str, Any]]]:
+    """(line from 1 or what says more, record) of one file: JSON text without blank lines; a dict of CSV, Parquet,
+    documents and pictures."""
     if is_picture(file):
         yield 1, {"image": str(file.absolute())}
         return
@@ -193,14 +201,16 @@ def iter_lines(file: Path, reading: ReadingConfig = READING) -> Iterator[tuple[i
     try:
         with _open(file) as stream:
             if _ends_in(file, TABLES):
-                yield from text_files.csv_rows(stream, file, reading.encoding)
+                found = text_files.csv_rows(stream, file, reading.encoding)
             elif _ends_in(file, DOCUMENTS):
-                yield 1, {reading.text_field or "text": text_files.document(stream, file, reading.encoding)}
+                found = [(1, {reading.text_field or "text": text_files.document(stream, file, reading.encoding)})]
             else:
-                for line, raw in text_files.json_values(stream, file, reading.encoding):
-                    yield line, raw
+                found = text_files.json_values(stream, file, reading.encoding)
+            for line, raw in found:
+                yield line, raw
     except (EOFError, OSError, zlib.error) as error:
-        raise UserError(f"{file}:{line + 1}: cannot be read: {error}") from error
+        next_line = line + 1 if isinstance(line, int) else line
+        raise UserError(f"{file}:{next_line}: cannot be read: {error}") from error
 
 
 @functools.cache  # once, however often the file is read
@@ -214,7 +224,7 @@ def _tell_wrong_encoding(file: Path, encoding: str) -> None:
             )
 
 
-def parse_line(raw: bytes | dict[str, Any], file: Path, line: int, told: Counter | None = None) -> Record:
+def parse_line(raw: bytes | dict[str, Any], file: Path, line: int | str, told: Counter | None = None) -> Record:
     """A line as `iter_lines` gives it -> Record. Raises UserError if it is not UTF-8, not JSON or not an object."""
     where = f"{file}:{line}"
     told = Counter() if told is None else told
@@ -270,10 +280,36 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
     try:
         table = pyarrow.parquet.ParquetFile(file, memory_map=True)
         row_bytes = file.stat().st_size / max(1, table.metadata.num_rows)
+        names = _label_names(table.schema_arrow.metadata or {})
         for batch in table.iter_batches(batch_size=max(1, min(1024, int(READ_BYTES / max(1, row_bytes))))):
-            yield from batch.to_pylist()
+            for row in batch.to_pylist():
+                yield {**row, **{column: _called(row[column], names[column]) for column in row.keys() & names}}
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not a readable Parquet file: {error}") from error
+
+
+def _label_names(metadata: dict[bytes, bytes]) -> dict[str, tuple[str, ...]]:
+    """Of columns whose numbers have names, as Hugging Face's datasets write them beside a table (ClassLabel)."""
+
+    def names(feature: Any) -> tuple[str, ...]:
+        if isinstance(feature, list):  # how earlier versions say that there are several
+            return names(feature[0])
+        if not isinstance(feature, dict):
+            return ()
+        return tuple(feature["names"]) if feature.get("_type") == "ClassLabel" else names(feature.get("feature"))
+
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features") or {}
+        return {column: found for column, feature in features.items() if (found := names(feature))}
+    except (ValueError, TypeError, AttributeError, LookupError):  # of somebody else
+        return {}
+
+
+def _called(value: Any, names: tuple[str, ...]) -> Any:
+    """What the numbers of a column are called; -1 stands there for no label."""
+    if isinstance(value, list):
+        return [_called(each, names) for each in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
 
 
 def _pyarrow(file: Path):

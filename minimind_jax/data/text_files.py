@@ -92,8 +92,9 @@ def _undecodable(error: UnicodeError, file: Path, encoding: str) -> UserError:
 # JSON
 
 
-def json_values(stream: BinaryIO, file: Path, encoding: str) -> Iterator[tuple[int, bytes | dict[str, str]]]:
-    """(line from 1, JSON text in UTF-8) of each value: of a line, or of an array or a series of pretty-printed ones.
+def json_values(stream: BinaryIO, file: Path, encoding: str) -> Iterator[tuple[int | str, bytes | dict[str, str]]]:
+    """(its line from 1, JSON text in UTF-8) of each value: of a line, or of an array or a series of pretty-printed
+    ones; with its number among all, as in "1, record 2", where others stand in its line or the array begins there.
 
     Lines are told from the rest by the first that is not blank. Raises UserError for text that cannot be split.
     """
@@ -139,16 +140,20 @@ def _is_spread(first: bytes) -> bool:
     return False
 
 
-def _spread_values(lines: Iterator[tuple[int, bytes]], file: Path) -> Iterator[tuple[int, bytes | dict[str, str]]]:
-    """The elements of JSON arrays, or JSON values one after another, each with the line that it begins in."""
+def _spread_values(
+    lines: Iterator[tuple[int, bytes]], file: Path
+) -> Iterator[tuple[int | str, bytes | dict[str, str]]]:
+    """The elements of JSON arrays, or JSON values one after another, each with where it begins (see `json_values`)."""
     text = _TextAhead(lines, file)
-    in_array = False
+    in_array, taken = False, 0  # the last line that something begins in
     while character := text.next_character():
+        line, is_first, taken = text.line, text.line > taken, text.line
         if character == ("]" if in_array else "["):
             in_array = not in_array
             text.at += 1
         else:
-            yield text.line, text.take_value()
+            value = text.take_value()
+            yield line if is_first else f"{line}, record {text.count}", value
     if in_array and not text.ends_broken:  # an error of the record that is not there: the others can be kept
         yield text.line, {_BROKEN: f"the file ends in the middle of a JSON array, behind record {text.count}: {_CUT}"}
 

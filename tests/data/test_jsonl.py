@@ -154,6 +154,47 @@ def test_parquet_strings_that_are_no_utf_8(tmp_path):
         list(iter_records([tmp_path / "a.parquet"]))
 
 
+def test_numbers_of_labels_are_called_as_the_data_set_calls_them(tmp_path):
+    """As Hugging Face's datasets write a table; the lists of versions before 4, too."""
+    pyarrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+    label = {"names": ["负面", "positive"], "_type": "ClassLabel"}
+    features = {
+        "text": {"dtype": "string", "_type": "Value"},
+        "label": label,
+        "topics": {"feature": label, "_type": "List"},
+        "more": [label],
+        "deep": {"n": label},
+        "n": {"dtype": "int64", "_type": "Value"},
+    }
+    rows = [
+        {"text": "a", "label": 1, "topics": [0, 1], "more": [], "deep": {"n": 1}, "n": 1},
+        {"text": "b", "label": -1, "topics": None, "more": [1], "deep": {"n": 0}, "n": 0},
+        {"text": "c", "label": 0, "topics": [-1], "more": [2], "deep": None, "n": None},
+    ]
+    table = pyarrow.Table.from_pylist(rows)
+
+    def read(metadata):
+        parquet.write_table(table.replace_schema_metadata(metadata), tmp_path / "a.parquet")
+        return [record.value for record in iter_records([tmp_path / "a.parquet"])]
+
+    assert read({"huggingface": json.dumps({"info": {"features": features}})}) == [
+        {**rows[0], "label": "positive", "topics": ["负面", "positive"]},
+        {**rows[1], "label": None, "more": ["positive"]},
+        {**rows[2], "label": "负面", "topics": [None], "more": [None]},
+    ]
+    for other in (b"[]", b'"x"', b"{", b"\xff", b'{"info": {"features": [1]}}', b'{"info": {"features": {"n": {}}}}'):
+        assert read({"huggingface": other}) == rows
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar.gz", "shards/000.tar"])
+def test_archives_are_to_be_unpacked(tmp_path, name):
+    file = write(tmp_path, name)
+    with pytest.raises(UserError, match="unpack archives, and name their folder"):
+        expand_paths([file])
+    with pytest.raises(UserError, match=r"no data in this folder; .*unpack archives, and name their folder"):
+        expand_paths([tmp_path], pictures=True)
+
+
 @pytest.mark.parametrize("name", ["a.jsonl.zst", "a.parquet"])
 def test_a_missing_package_is_named_with_the_command(tmp_path, monkeypatch, name):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)  # what an import of an absent package meets

@@ -23,7 +23,11 @@ def read(file, encoding="utf-8"):
 
 PRETTY = "".join(json.dumps(row, ensure_ascii=False, indent=2) + "\n" for row in ROWS)
 FORMS = {
-    "array in a line": (json.dumps(ROWS), [1, 1, 1]),
+    "array in a line": (json.dumps(ROWS), ["1, record 1", "1, record 2", "1, record 3"]),
+    "array, two in a line": (
+        "[\n" + json.dumps(ROWS[0]) + ", " + json.dumps(ROWS[1:])[1:],
+        [2, "2, record 2", "2, record 3"],
+    ),
     "pretty array": (json.dumps(ROWS, indent=2), [2, 6, 14]),
     "array, a row a line": ("[\n" + ",\n".join(map(json.dumps, ROWS)) + "\n]\n", [2, 3, 4]),
     "pretty objects": (PRETTY, [1, 5, 13]),
@@ -53,9 +57,11 @@ def test_json_is_told_by_what_it_holds(tmp_path, form, ending, block, monkeypatc
         ('[\n {"text": "a"},\n 5\n]\n', r"a\.json:3: a JSON int; expected an object"),
         ('[\n {"text": NaN}\n]\n', r"a\.json:2: not readable JSON: NaN"),
         ("[]", r"a\.json: the file is empty"),
+        ('[{"text": "a"}, 5]', r"a\.json:1, record 2: a JSON int; expected an object"),
+        ('[{"text": "a"},{"text": "b"},{"n": NaN}]', r"a\.json:1, record 3: not readable JSON: NaN"),
     ],
 )  # fmt: skip
-def test_broken_arrays_name_the_line(tmp_path, text, message):
+def test_broken_arrays_name_the_line_and_the_record_of_several_in_one(tmp_path, text, message):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(UserError, match=message):
         read(tmp_path / "a.json")
@@ -76,7 +82,8 @@ def test_the_records_before_a_broken_end_of_an_array_are_kept(tmp_path, end):
         errors: list = []
         assert [r.value["text"] for r in iter_records([file], errors.append)] == ["a", "b"]
         assert len(errors) == 1
-        with pytest.raises(UserError, match=rf"json:{4 if len(between) > 1 else 1}: .*record [23]"):
+        place = "4" if len(between) > 1 else "1, record 3" if end else "1"
+        with pytest.raises(UserError, match=rf"json:{place}: .*record [23]"):
             read(file)
     file.write_text('[{"text": "a"},{"text": b},{"text": "c"}]')
     with pytest.raises(UserError, match="this is record 2 of the file"):
