@@ -18,7 +18,7 @@ import numpy as np
 
 from minimind_jax.config.sections import ReadingConfig
 from minimind_jax.data.formats import IMAGES, MESSAGES
-from minimind_jax.data.images import open_image
+from minimind_jax.data.images import NAMED, open_image
 from minimind_jax.data.jsonl import PICTURES, READING, Record
 from minimind_jax.data.messages import CONTENT, OTHER_ROLES, ROLES, Conversation, Message, messages_in
 from minimind_jax.data.tokenizer import Tokenizer
@@ -258,7 +258,13 @@ def find_file(address: str, folder: Path, where: str) -> PictureFile:
     if colon and scheme.lower() == "data":
         return read_data_url(address, where)
     if not rest.startswith("//"):
-        return folder.absolute() / os.path.expanduser(address)
+        file = folder.absolute() / os.path.expanduser(address)
+        if os.path.exists(address) and not os.path.exists(file):
+            raise UserError(
+                f"{where}: {address[:NAMED]} is there in the current folder, and not in {folder}, that of the data "
+                "file, where paths begin; write the path from there, or a whole one"
+            )
+        return file
     if scheme.lower() != "file":
         raise UserError(f"{where} is an address ({address[:60]}); download the picture and give its path")
     return folder.absolute() / unquote(rest[2:])

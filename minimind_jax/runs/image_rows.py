@@ -20,6 +20,7 @@ from minimind_jax.model.vision import VISION
 from minimind_jax.progress import progress
 from minimind_jax.runs.parts import Run, open_rows
 from minimind_jax.runs.vision import TOWER
+from minimind_jax.sharding import announce
 
 AT_ONCE = 16  # pictures that the tower looks at
 
@@ -57,7 +58,23 @@ def _open(
         if (cache := batches.cache).folder not in found:
             found[cache.folder] = cache, picture_digests(cache, cache_root(run.config.data))
         batches.pictures = hash_of(found[cache.folder][1])
+    _tell_shared(*([*_digests(batches, found)] for batches in filter(None, rows)))
     return rows, list(found.values())
+
+
+def _digests(batches: Batches, found: dict[Path, tuple[TokenCache, list[bytes]]]) -> Iterator[bytes]:
+    """Those of the pictures of some rows, out of all in their cache."""
+    cache, digests = found[batches.cache.folder]
+    for document in batches.epoch(0).documents:
+        yield from digests[slice(*cache.pictures.offsets[document : document + 2])]
+
+
+def _tell_shared(trained: list[bytes], held_out: Sequence[bytes] = ()) -> None:
+    if again := sum(map(set(trained).__contains__, held_out)):
+        announce(
+            f"warning: {again:,} of {len(held_out):,} pictures that are held out are among those that are trained on; "
+            "what is measured on them says little about new pictures (data.val names others)"
+        )
 
 
 def _look(

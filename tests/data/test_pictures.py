@@ -203,6 +203,15 @@ def test_addresses_of_files_are_as_people_write_them(data, tmp_path, monkeypatch
     assert read_image(found, TOWER, "").max() == 7
 
 
+def test_a_path_from_the_current_folder_is_told_where_paths_begin(data, tmp_path, monkeypatch):
+    data()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"here: photos/1\.png is there in the current folder, and not in \S+elsewhere"):
+        find_file("photos/1.png", tmp_path / "elsewhere", "here")
+    assert find_file("photos/none.png", tmp_path / "elsewhere", "here") == tmp_path / "elsewhere/photos/none.png"
+
+
 def test_a_small_picture_is_one_unless_it_is_black(data, tokenizer):
     url = base64.b64encode(content(9, side=8)).decode()
     assert built(data(asked("what?", image=f"DATA:image/png;base64,{url}")), tokenizer).pictures.counts(64) == [1]

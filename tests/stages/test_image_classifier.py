@@ -229,7 +229,7 @@ def content(image):
     return stream.getvalue()
 
 
-def test_records_of_every_form_and_several_labels(shapes, trained, tmp_path):
+def test_records_of_every_form_and_several_labels(shapes, trained, tmp_path, capsys):
     rng, kinds = random.Random(3), KINDS * 2
     for n, kind in enumerate(kinds):
         drawn(kind, rng).save(tmp_path / f"{n} [a].png")
@@ -241,6 +241,7 @@ def test_records_of_every_form_and_several_labels(shapes, trained, tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet needs pyarrow")
     table = [{"image": {"bytes": content(drawn(r["label"], rng)), "path": None}, "label": r["label"]} for r in rows]
+    table[0]["image"]["bytes"] = (tmp_path / rows[0]["image"]).read_bytes()
     parquet.write_table(pyarrow.Table.from_pylist(table), files[-1])
     answers = [predicted(trained.path, tmp_path / f"{n}.jsonl", file) for n, file in enumerate(files)]
     assert [row["predicted"] for row in answers[0]] == [row["predicted"] for row in answers[1]]
@@ -249,6 +250,11 @@ def test_records_of_every_form_and_several_labels(shapes, trained, tmp_path):
     run = RunFolder(start(settings(shapes, tmp_path, data=data, training={"steps": 1})))
     assert load_labels(run.model).names == tuple(sorted(KINDS))
     assert json.loads((run.path / "results.json").read_text("utf-8"))["texts"] == 16
+    again = sum((tmp_path / r["image"]).read_bytes() in [t["image"]["bytes"] for t in table] for r in rows)
+    told = capsys.readouterr().out
+    assert (
+        again and f"warning: {2 * again} of 16 pictures that are held out are among those that are trained on" in told
+    )
     several = [{"image": row["image"], "label": row["label"].split()} for row in rows]
     config = settings(
         shapes, tmp_path, data={"train": (str(write_lines(tmp_path / "b.jsonl", several)),)}, training={"steps": 2},
