@@ -45,7 +45,7 @@ class SamplingSettings(Settings):
     frequency_penalty: float = setting(0.0, must=PENALTY)
     stop: tuple[str, ...] = setting((), is_text=True, must=Rule(all, "strings that are not empty"))
     ignore_eos: bool = False
-    seed: int = setting(0, must=Rule(lambda seed: abs(seed) <= 2**62, "between -2**62 and 2**62"))
+    seed: int = setting(0, must=Rule(lambda seed: -(2**63) <= seed < 2**63, "between -2**63 and 2**63 - 1"))
 
     def __post_init__(self):
         _set_texts(self, "stop")

@@ -1,7 +1,7 @@
 """Conversations that show pictures, as a chat template takes them: the pictures' markers stand among the words, where
 training and the template of the exported model put them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from minimind_jax.data.pictures import SHOWN_BY, Marker, check_part, is_picture,
 from minimind_jax.data.values import kind_of
 from minimind_jax.errors import UserError
 from minimind_jax.inference.image_encoder import BLIND
-from minimind_jax.model.config import Vision
+from minimind_jax.model.config import TowerConfig, Vision
 
 MOST_PIXELS = 2**28  # of all pictures together, as many as are decoded within seconds
 
@@ -35,11 +35,9 @@ def open_images(
     Raises UserError: a picture that cannot be read, one that the user does not show, too many pixels of all together,
     or for a model of texts.
     """
-    pictures: list[Picture] = []
-    pixels = 0
+    shown: dict[str, Any] = {}
 
     def word(part: Any, role: Any, place: str) -> Any:
-        nonlocal pixels
         check_part(part, place)
         if not is_picture(part):
             _check_text(part.get("text") if isinstance(part, dict) else part, marker, place)
@@ -48,14 +46,7 @@ def open_images(
             raise UserError(f"{place} is a picture, and {BLIND}")
         if role not in SHOWN_BY:
             raise UserError(f"{place} is a picture in a message of {role}; it is the user who shows pictures")
-        source = _fetched(unwrap(source_in(part)), fetch, place)
-        if not isinstance(source, Picture):
-            pixels += count_pixels(source, place)
-            if pixels > MOST_PIXELS:
-                told = f"{MOST_PIXELS:,} are read; make them smaller, or ask about fewer"
-                raise UserError(f"{place}: with this picture they have {pixels:,} pixels together; at most {told}")
-            source = open_picture(source, vision.tower, place, tell)
-        pictures.append(source)
+        shown[place] = part
         return {"type": "text", "text": marker.all}
 
     found = []
@@ -69,7 +60,27 @@ def open_images(
         else:
             _check_text(content, marker, place)
         found.append(message)
-    return found, tuple(pictures)
+    return found, open_parts(shown, vision.tower, fetch, tell) if shown else ()
+
+
+def open_parts(
+    parts: Mapping[str, Any], tower: TowerConfig, fetch: Fetch, tell: Callable[[str], None] = lambda note: None
+) -> tuple[Picture, ...]:
+    """The pictures that parts of a request are, by their places. All are measured before one is decoded.
+
+    Raises UserError: a picture that cannot be read, or too many pixels of all together.
+    """
+    sources, pixels = {}, 0
+    for place, part in parts.items():
+        source = sources[place] = _fetched(unwrap(source_in(part)), fetch, place)
+        pixels += 0 if isinstance(source, Picture) else count_pixels(source, place)
+        if pixels > MOST_PIXELS:
+            told = f"{MOST_PIXELS:,} are read; make them smaller, or ask about fewer"
+            raise UserError(f"{place}: with this picture they have {pixels:,} pixels together; at most {told}")
+    return tuple(
+        source if isinstance(source, Picture) else open_picture(source, tower, place, tell)
+        for place, source in sources.items()
+    )
 
 
 def _fetched(source: Any, fetch: Fetch, place: str) -> Picture | bytes | Path:

@@ -42,7 +42,7 @@ class Scorer:
                 f"{folder} is a language model; `minimind classify` and `minimind reward` make models that score"
             )
         if is_picture_classifier(folder):
-            raise UserError(f"{folder} is a classifier of pictures, which only minimind classify predict asks yet")
+            raise UserError(f"{folder} is a classifier of pictures; ask minimind classify predict or serve")
         self.labels: Labels = labels
         self.model, self.params = load_model(folder, has_head=True)
         if SCORE not in self.params or self.params[SCORE]["kernel"].shape[1] != len(labels.names):

@@ -28,7 +28,7 @@ from minimind_jax.seeds import named_seed
 from minimind_jax.tools.toolbox import Observation
 
 PATIENCE = 2.0  # seconds that others wait for an environment, so that who writes beside whom is not left to the clock
-_SEEDS = 2**62  # of a SamplingConfig
+_SEEDS = 2**62  # within what a SamplingConfig takes
 _TAIL = 8  # tokens of a prompt among which its open think block is
 
 

@@ -66,7 +66,7 @@ class Server:
         self.worker.check()
         tell_ignored(body)
         served = self.models.get(body.model, "generate")
-        found = await self._in_time(http, self._aside(body, served, ask, self.config))
+        found = await self._in_time(http, self.aside(body, served, ask, self.config))
         if found is None:
             return Response(status_code=499)
         requests, choices = found
@@ -88,7 +88,7 @@ class Server:
         tell_ignored(body)
         served = self.models.get(body.model, kind)
         is_own_task = inspect.iscoroutinefunction(work)
-        found = work(body, served, *more) if is_own_task else self._aside(body, served, work, *more)
+        found = work(body, served, *more) if is_own_task else self.aside(body, served, work, *more)
         found = await self._in_time(http, found)
         return Response(status_code=499) if found is None else JSONResponse(found)
 
@@ -99,7 +99,7 @@ class Server:
         except TimeoutError:
             raise too_slow(self.config.max_seconds) from None
 
-    async def _aside(self, body: Body, served: Served, work: Callable[..., Any], *more: Any) -> Any:
+    async def aside(self, body: Body, served: Served, work: Callable[..., Any], *more: Any) -> Any:
         """What a function makes of a request, in a thread: with pictures in one of a few, for each may take much memory
         while it is decoded. Raises ApiError 429 where too many wait for that."""
         run = asyncio.get_running_loop().run_in_executor
@@ -158,7 +158,6 @@ def _add_models(app: FastAPI, server: Server) -> None:
 
 
 def _model_object(served: Served) -> dict[str, Any]:
-    reads = ["text", "image"] if served.vision else ["text"]
     return {
         "id": served.name,
         "object": "model",
@@ -168,7 +167,7 @@ def _model_object(served: Served) -> dict[str, Any]:
         "parent": None,
         "max_model_len": served.context,
         "task": served.kind,
-        "architecture": {"input_modalities": reads, "output_modalities": ["text"] if served.engine else []},
+        "architecture": {"input_modalities": served.reads, "output_modalities": ["text"] if served.engine else []},
     }
 
 
@@ -189,11 +188,11 @@ def _add_requests(app: FastAPI, server: Server) -> None:
         add(server.respond, *row)
     for row in (
         ("/v1/embeddings", EmbeddingRequest, scoring.embeddings, "generate", worker),
-        ("/classify", ClassifyRequest, scoring.classify, "classify", worker),
+        ("/classify", ClassifyRequest, scoring.classify, "classify", worker, server.aside),
         ("/score", ScoreRequest, scoring.score, "score", worker),
-        ("/tokenize", TokenizeRequest, tokens.tokenize, "", thinking),
-        ("/detokenize", DetokenizeRequest, tokens.detokenize, ""),
-        ("/apply-template", TemplateRequest, tokens.apply_template, "", thinking),
+        ("/tokenize", TokenizeRequest, tokens.tokenize, "text", thinking),
+        ("/detokenize", DetokenizeRequest, tokens.detokenize, "text"),
+        ("/apply-template", TemplateRequest, tokens.apply_template, "text", thinking),
     ):
         add(server.compute, *row)
 

@@ -15,7 +15,7 @@ from minimind_jax.serve.drawing import count_of, extras_of, requests_of, samplin
 from minimind_jax.serve.errors import refused
 from minimind_jax.serve.forms import form_of, with_calls
 from minimind_jax.serve.models import Served
-from minimind_jax.serve.prompts import prompt_ids, read_talk, thinks
+from minimind_jax.serve.prompts import begun, prompt_ids, read_talk, thinks
 from minimind_jax.serve.protocol import ChatRequest, NamedTool
 from minimind_jax.serve.stream import Shape, event
 
@@ -43,7 +43,8 @@ def ask(body: ChatRequest, served: Served, config: ServeConfig) -> Asked:
     if isinstance(choice, NamedTool) and choice.called not in [_name(tool) for tool in tools]:
         raise refused(f"tool_choice: there is no tool {choice.called[:60]!r}", "tool_choice")
     talk = read_talk(served, body.messages, tools, thinks(body, config.thinking))
-    prompt = prompt_ids(served.tokenizer, talk)
+    talk, words = begun(talk) if body.continue_final_message else (talk, "")
+    prompt = prompt_ids(served.tokenizer, talk) + served.tokenizer.encode(words)
     opens = served.tokenizer.prompt_opens_thinking(talk.messages, talk.tools, talk.thinking)
     sampling = sampling_of(body, served, prompt, wanted)
     parallel = body.parallel_tool_calls is not False

@@ -13,7 +13,7 @@ from minimind_jax.serve.errors import refused
 from minimind_jax.serve.models import Served
 from minimind_jax.serve.protocol import WITHOUT_A_WORD, Body, Drawing, Sampling
 
-MOST_SEED = 2**62  # of a SamplingConfig
+MOST_SEED = 2**63 - 1  # of a SamplingConfig
 _SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 

@@ -13,6 +13,7 @@ import psutil
 from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.config.serving import ServeConfig
 from minimind_jax.convert.hf import load_labels
+from minimind_jax.convert.hf_image_classifier import is_picture_classifier
 from minimind_jax.convert.load import read_config
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
@@ -21,7 +22,7 @@ from minimind_jax.inference.constrain import Grammars
 from minimind_jax.inference.embed import Embedder
 from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.load import load_engine
-from minimind_jax.inference.score import Scorer
+from minimind_jax.inference.score import PictureScorer, Scorer
 from minimind_jax.model.config import ComputeConfig, Vision
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.serve import log
@@ -37,7 +38,7 @@ class Served:
     name: str
     folder: Path
     engine: Engine | None = None
-    scorer: Scorer | None = None
+    scorer: Scorer | PictureScorer | None = None
     grammars: Grammars | None = None
     adapter: str = ""  # of the engine's, that answers; "" the model itself
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))  # seconds since 1970
@@ -48,13 +49,20 @@ class Served:
         return (self.engine or self.scorer).tokenizer
 
     @property
-    def context(self) -> int:
-        return self.engine.context if self.engine else self.scorer.max_tokens
+    def context(self) -> int | None:
+        """None of a model of pictures alone."""
+        return self.engine.context if self.engine else getattr(self.scorer, "max_tokens", None)
 
     @property
     def vision(self) -> Vision | None:
         """None of a model that reads words alone."""
         return self.engine.model.config.vision if self.engine else None
+
+    @property
+    def reads(self) -> list[str]:
+        if isinstance(self.scorer, PictureScorer):
+            return ["image"]
+        return ["text", "image"] if self.vision else ["text"]
 
     @property
     def vocabulary(self) -> int:
@@ -99,8 +107,9 @@ class Models:
                 each.grammars.close()
 
     def get(self, name: str | None, kind: str = "") -> Served:
-        """The model of that name, which must be of the kind; without a name the first of it. Raises ApiError."""
-        fitting = [each for each in self if kind in ("", each.kind)]
+        """The model of that name, which must be of the kind or read it; without a name the first of those. Raises
+        ApiError."""
+        fitting = [each for each in self if kind in ("", each.kind, *each.reads)]
         if not name and fitting:
             return fitting[0]
         found = self._by_name.get(name)
@@ -120,7 +129,8 @@ def load_models(config: ServeConfig) -> Models:
         name, path = _named(entry)
         folder = resolve_model_folder(path)
         if not is_adapter(folder) and load_labels(folder) is not None:
-            served.append(Served(name, folder, scorer=Scorer(path)))
+            scorer = PictureScorer(path) if is_picture_classifier(folder) else Scorer(path)
+            served.append(Served(name, folder, scorer=scorer))
             continue
         adapters = () if any(each.engine for each in served) else config.adapters
         served += _language_models(name, folder, path, adapters, config)

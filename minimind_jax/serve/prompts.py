@@ -50,6 +50,14 @@ def read_talk(served: Served, messages: list[Json], tools: list[Json] | None, th
     return Talk(again, apart(schemas), thinking, pictures)
 
 
+def begun(talk: Talk) -> tuple[Talk, str]:
+    """The conversation before its last message, and the words of that, which begin the answer. Raises ApiError."""
+    *before, last = talk.messages
+    if not before or last["role"] != "assistant" or last.get("tool_calls") or last.get("reasoning_content"):
+        raise refused("continue_final_message: the last message must be words of the assistant alone", "messages")
+    return talk._replace(messages=before, thinking=False), last["content"]
+
+
 def prompt_ids(tokenizer: Tokenizer, talk: Talk) -> list[int]:
     return encode_prompt(tokenizer, talk.messages, talk.tools, talk.thinking)
 

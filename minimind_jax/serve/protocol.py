@@ -80,7 +80,7 @@ class Sampling(Body):
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    seed: Annotated[int, Field(ge=-(2**62), le=2**62)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool | None = None
 
 
@@ -146,7 +146,10 @@ class Messages(Thinking):
 
 
 class ChatRequest(Drawing, Messages):
+    """continue_final_message: vLLM's; the last message is the beginning of the answer."""
+
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    continue_final_message: bool | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
@@ -198,7 +201,9 @@ class EmbeddingRequest(Body):
 
 
 class ClassifyRequest(Body):
-    input: Texts
+    """input: of a classifier of pictures data URLs, or parts of messages that are pictures."""
+
+    input: Text | Json | Annotated[list[Text | Json], Field(min_length=1)]
 
 
 class ScoreRequest(Body):

@@ -1,14 +1,17 @@
 """/v1/embeddings, /classify and /score: what is computed without a word being made."""
 
 import base64
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from minimind_jax.evaluate.classification import classify_logits
-from minimind_jax.inference.score import Scorer
-from minimind_jax.serve import log
+from minimind_jax.inference.image_prompts import open_parts
+from minimind_jax.inference.score import PictureScorer, Scorer
+from minimind_jax.serve import log, pictures
 from minimind_jax.serve.chat import new_id
 from minimind_jax.serve.completions import token_lists
 from minimind_jax.serve.errors import refused
@@ -17,7 +20,7 @@ from minimind_jax.serve.prompts import read_talk
 from minimind_jax.serve.protocol import ClassifyRequest, EmbeddingRequest, Json, ScoreRequest
 from minimind_jax.serve.worker import Worker
 
-TOGETHER = 8  # texts between which answers go on
+TOGETHER = 8  # texts or pictures between which answers go on
 
 
 async def embeddings(body: EmbeddingRequest, served: Served, worker: Worker) -> Json:
@@ -31,11 +34,8 @@ async def embeddings(body: EmbeddingRequest, served: Served, worker: Worker) -> 
     if longest := max((len(ids) for ids in prompts if len(ids) > served.context), default=0):
         message = f"This model's maximum context length is {served.context} tokens. However, an input has {longest}."
         raise refused(message, "input", "context_length_exceeded")
-    parts = [
-        await worker.run(served.embedder.embed, served.engine.params, prompts[n : n + TOGETHER])
-        for n in range(0, len(prompts), TOGETHER)
-    ]
-    vectors_ND = np.concatenate(parts)
+    embed = functools.partial(served.embedder.embed, served.engine.params)
+    vectors_ND = await _in_turns(embed, prompts, worker)
     if body.normalize:
         vectors_ND /= np.maximum(np.linalg.norm(vectors_ND, axis=1, keepdims=True), 1e-12)
     shown = vectors_ND.tolist()
@@ -45,10 +45,14 @@ async def embeddings(body: EmbeddingRequest, served: Served, worker: Worker) -> 
     return {"object": "list", "model": served.name, "data": data, "usage": _usage(prompts)}
 
 
-async def classify(body: ClassifyRequest, served: Served, worker: Worker) -> Json:
-    """Labels and probabilities. Long texts lose their end, as in training."""
-    scorer, texts = served.scorer, [body.input] if isinstance(body.input, str) else body.input
-    logits, usage = await _scored(scorer, scorer.tokenizer.encode_batch(texts), slice(scorer.max_tokens), worker)
+async def classify(body: ClassifyRequest, served: Served, worker: Worker, aside: Callable[..., Any]) -> Json:
+    """Labels and probabilities. Long texts lose their end, as in training. aside: has a function read the request."""
+    scorer = served.scorer
+    if isinstance(scorer, PictureScorer):
+        pixels = await aside(body, served, _pixels)
+        logits, usage = await _in_turns(scorer.pixels, pixels, worker), _usage([])
+    else:
+        logits, usage = await _scored(scorer, await aside(body, served, _tokens), slice(scorer.max_tokens), worker)
     names, several = scorer.labels.names, scorer.labels.several
     data = [
         {
@@ -61,6 +65,18 @@ async def classify(body: ClassifyRequest, served: Served, worker: Worker) -> Jso
         for n, (found, likely) in enumerate(zip(*classify_logits(logits, several), strict=True))
     ]
     return {**_base("classify-", served), "data": data, "usage": usage}
+
+
+def _pixels(body: ClassifyRequest, served: Served) -> list[np.ndarray]:
+    parts = pictures.shown_in(body, served)
+    return [picture.pixels for picture in open_parts(parts, served.scorer.tower, pictures.content_of, log.once)]
+
+
+def _tokens(body: ClassifyRequest, served: Served) -> list[list[int]]:
+    texts = body.input if isinstance(body.input, list) else [body.input]
+    if wrong := [n for n, text in enumerate(texts) if not isinstance(text, str)]:
+        raise refused(f"input[{wrong[0]}] is no text, and this model classifies texts", "input")
+    return served.tokenizer.encode_batch(texts)
 
 
 async def score(body: ScoreRequest, served: Served, worker: Worker) -> Json:
@@ -93,8 +109,13 @@ async def _scored(scorer: Scorer, prompts: Sequence[list[int]], kept: slice, wor
     if any(len(ids) > scorer.max_tokens for ids in prompts):
         log.once(f"texts longer than {scorer.max_tokens} tokens are cut, as in training")
     cut = [ids[kept] for ids in prompts]
-    rows = [await worker.run(scorer.score_ids, cut[n : n + TOGETHER]) for n in range(0, len(cut), TOGETHER)]
-    return np.concatenate(rows), _usage(cut)
+    return await _in_turns(scorer.score_ids, cut, worker), _usage(cut)
+
+
+async def _in_turns(work: Callable[[list[Any]], np.ndarray], items: list[Any], worker: Worker) -> np.ndarray:
+    """What the work makes of some items at a time, with answers going on between."""
+    rows = [await worker.run(work, items[n : n + TOGETHER]) for n in range(0, len(items), TOGETHER)]
+    return np.concatenate(rows)
 
 
 def _base(kind: str, served: Served) -> Json:

@@ -175,6 +175,24 @@ def test_earlier_thoughts_are_read_under_both_names(http):
         assert "<think>\nHm.\n</think>\n\nYes." in rendered
 
 
+def test_an_answer_goes_on_behind_the_words_that_it_is_to_begin_with(chat, alone, server):
+    begun = [*ASK, {"role": "assistant", "content": [{"type": "text", "text": "A cat is "}]}]
+    for thinking in (False, True):
+        more = {"continue_final_message": True, "add_generation_prompt": False, "enable_thinking": thinking}
+        found = chat(begun, temperature=0, extra_body={**more, "return_token_ids": True})
+        tokenizer = server.engine.tokenizer
+        ids = encode_prompt(tokenizer, ASK, None, False) + tokenizer.encode("A cat is ")
+        assert found.prompt_token_ids == ids
+        assert found.choices[0].message.content == alone(ids, temperature=0.0).text
+    with pytest.raises(openai.BadRequestError, match="the last message must be words of the assistant"):
+        chat(extra_body={"continue_final_message": True})
+
+
+def test_seeds_are_all_that_64_bits_hold(chat):
+    said = [chat(seed=seed).choices[0].message.content for seed in (2**63 - 1, -(2**63), 2**63 - 1)]
+    assert said[0] == said[2] != said[1]
+
+
 def test_text_is_continued_as_a_document_of_training(client, alone, server):
     tokenizer = server.engine.tokenizer
     found = client.completions.create(model="tiny", prompt=["The cat", "你好"], max_tokens=8, seed=1, n=2, echo=True)

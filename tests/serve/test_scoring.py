@@ -84,6 +84,8 @@ def test_scores_are_the_reward_models(heads, folders):
         ("/classify", {"input": TEXTS, "model": "reward"}),
         ("/classify", {"input": ""}),
         ("/classify", {"input": [5]}),
+        ("/classify", {"input": ["a", {"type": "text", "text": "a"}]}),
+        ("/classify", {"input": {}}),
         ("/score", {"text_1": ["a", "b", "c"], "text_2": ["a", "b"]}),
         ("/score", {"text_1": "a"}),
         ("/score", {"messages": [[]]}),
@@ -95,6 +97,13 @@ def test_what_cannot_be_scored_is_refused(heads, path, body):
     found = heads.post(path, json=body)
     assert found.status_code == 400
     assert found.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("picture", [{"image_url": {"url": "data:,"}}, {"type": "image", "image": "data:,"}])
+def test_classifiers_of_texts_are_shown_no_pictures(heads, picture):
+    for value in (picture, ["a cat", picture]):
+        found = heads.post("/classify", json={"input": value})
+        assert (found.status_code, found.json()["error"]["code"]) == (400, "images_not_supported")
 
 
 def test_there_is_no_language_model_here(heads):

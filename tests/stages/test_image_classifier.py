@@ -315,7 +315,7 @@ def test_what_is_refused(shapes, tmp_path, trained, capsys, monkeypatch):
         monkeypatch.setattr("sys.stdin", io.StringIO(f"{photos / KINDS[2] / 'nothing.png'}\n"))
         with pytest.raises(UserError, match=r"standard input:1: the picture .*nothing\.png cannot be read"):
             run_predict(PredictConfig(model=str(trained.path), on_error=on_error))
-    with pytest.raises(UserError, match="only minimind classify predict asks"):
+    with pytest.raises(UserError, match="is a classifier of pictures; ask minimind classify predict or serve"):
         Scorer(str(trained.path))
     with pytest.raises(UserError, match="SigLIP models are for"):
         load_engine(str(trained.path))
