@@ -6,6 +6,7 @@ rows and of tokens read, and for the size of the cache, and for nothing that a r
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from minimind_jax.inference.sampling import NO_TOKEN, Counts, Sampled, SamplingValues, sample
 from minimind_jax.model.kv_cache import KVCache
-from minimind_jax.model.transformer import LanguageModel, Params, cast_matrices
+from minimind_jax.model.transformer import FIXED_ORDER, LanguageModel, Params, cast_matrices
 from minimind_jax.sharding import ROW_AXES, current_mesh, row_shards
 
 
@@ -25,6 +26,16 @@ class Settings(NamedTuple):
     values: SamplingValues  # of sampling
     ends_BE: jax.Array  # tokens that end the row, -1 where there are fewer
     adapter_B: jax.Array  # number of the row's adapter, -1 for none
+
+
+FIXED: dict[Callable, Callable] = {}  # programs, and the same as `compute.deterministic` wants them compiled
+
+
+def _program(function: Callable, **names: Any) -> Callable:
+    """`jax.jit`, with a twin in FIXED."""
+    program = jax.jit(function, **names)
+    FIXED[program] = jax.jit(function, compiler_options=FIXED_ORDER, **names)
+    return program
 
 
 @functools.partial(jax.jit, static_argnames=("model", "places"))
@@ -42,13 +53,13 @@ def empty(model: LanguageModel, rows: int, slots: int) -> KVCache:
     return _cut(model.new_cache(rows, slots))
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@functools.partial(_program, static_argnames="model")
 def look(model: LanguageModel, params: Params, pixels_NHWC: jax.Array) -> jax.Array:
     """What the tower and the projector make of pictures: image tokens (N, image_tokens, D)."""
     return _whole(model.project(params, model.features(params, pixels_NHWC)))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "from_start"), donate_argnames=("cache",))
+@functools.partial(_program, static_argnames=("model", "from_start"), donate_argnames=("cache",))
 def read(
     model: LanguageModel,
     params: Params,
@@ -76,7 +87,7 @@ def read(
     return _whole(model.logits(params, last_B1D)[:, 0]), _cut(cache)
 
 
-@jax.jit
+@_program
 def choose(
     logits_BV: jax.Array, positions_B: jax.Array, settings: Settings, counts: Counts, allowed_BW: jax.Array
 ) -> Sampled:
@@ -84,7 +95,7 @@ def choose(
     return _whole(sample(logits_BV, positions_B, settings.values, counts, allowed_BW))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "most"), donate_argnames=("cache",))
+@functools.partial(_program, static_argnames=("model", "most"), donate_argnames=("cache",))
 def make(
     model: LanguageModel,
     params: Params,

@@ -35,11 +35,16 @@ def load_engine(name: str, dtype: str = "auto", adapters: Sequence[str] = (), **
 
 
 def load_model(
-    folder: str | Path, dtype: str = "auto", rope_scaling: RopeScaling | None = None, has_head: bool = False
+    folder: str | Path,
+    dtype: str = "auto",
+    rope_scaling: RopeScaling | None = None,
+    has_head: bool = False,
+    deterministic: bool = False,
 ) -> tuple[LanguageModel, Params]:
     """A model and its parameters, matrices in the compute dtype; an adapter is merged in.
 
-    rope_scaling: replaces the folder's, when given. has_head: it may be a classifier or reward model.
+    rope_scaling: replaces the folder's, when given. has_head: it may be a classifier or reward model. deterministic:
+    as of `ComputeConfig`.
     Raises UserError.
     """
     config, params = load_merged(folder)
@@ -50,5 +55,5 @@ def load_model(
         )
     if rope_scaling is not None:
         config = dataclasses.replace(config, rope_scaling=rope_scaling)
-    model = LanguageModel(config, ComputeConfig(dtype=dtype))
+    model = LanguageModel(config, ComputeConfig(dtype=dtype, deterministic=deterministic))
     return model, jax.tree.map(jnp.asarray, cast_matrices(params, model.dtype))

@@ -22,7 +22,7 @@ from minimind_jax.inference.buckets import bucket, round_up
 from minimind_jax.inference.image_encoder import ImageEncoder
 from minimind_jax.inference.sampling import Counts, Sampled, SamplingValues
 from minimind_jax.inference.scheduler import Copy, Task
-from minimind_jax.model.transformer import LanguageModel, Params
+from minimind_jax.model.transformer import LanguageModel, Params, compiler_options
 from minimind_jax.model.vision import VISION
 from minimind_jax.sharding import row_shards
 
@@ -65,6 +65,7 @@ class Programs:
         self.model, self.is_fixed, self._sizes, self._mesh = model, is_fixed, sizes, _mesh_of(params)
         self._adapters = {"": -1, **{name: number for number, name in enumerate(adapters)}}
         self._place = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
+        self._twins = decode.FIXED if compiler_options(model.compute, model.platform) else {}
         self.limits = LIMITS.get(model.platform, OTHER_LIMITS)
         self.rows, self.length, self._cache = 0, 0, None
         self._settings: dict[int, tuple[list[Task], decode.Settings]] = {}
@@ -242,7 +243,7 @@ class Programs:
 
     def _run(self, program: Callable, *args: Any, **settings: Any) -> Any:
         with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
-            return program(*args, **settings)
+            return self._twins.get(program, program)(*args, **settings)
 
     def _put(self, arrays: Any) -> Any:
         """Arrays of the host on the devices, where they stay for several calls."""

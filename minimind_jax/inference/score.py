@@ -19,6 +19,7 @@ from minimind_jax.inference.buckets import bucket, by_length
 from minimind_jax.inference.load import load_model
 from minimind_jax.model.heads import SCORE, scores
 from minimind_jax.model.image_model import ImageModel
+from minimind_jax.model.transformer import compiler_options
 
 BATCH_TOKENS = 1 << 14  # scored at once, padding included
 MAX_ROWS = 64
@@ -30,11 +31,11 @@ class Scorer:
 
     name: a folder, or a run whose model/ is meant. max_tokens: longer texts are cut at their end, longer conversations
     at their beginning; None takes the length that the model was trained with, which its tokenizer_config.json says.
-    cut: how many were, so far.
+    deterministic: as of `ComputeConfig`. cut: how many were, so far.
     Raises UserError when it is no such model, or max_tokens is above its context.
     """
 
-    def __init__(self, name: str, max_tokens: int | None = None):
+    def __init__(self, name: str, max_tokens: int | None = None, deterministic: bool = False):
         folder = resolve_model_folder(name)
         labels = None if is_adapter(folder) else load_labels(folder)
         if labels is None:
@@ -44,7 +45,7 @@ class Scorer:
         if is_picture_classifier(folder):
             raise UserError(f"{folder} is a classifier of pictures; ask minimind classify predict or serve")
         self.labels: Labels = labels
-        self.model, self.params = load_model(folder, has_head=True)
+        self.model, self.params = load_model(folder, has_head=True, deterministic=deterministic)
         if SCORE not in self.params or self.params[SCORE]["kernel"].shape[1] != len(labels.names):
             raise UserError(f"{folder}: config.json names {len(labels.names)} labels, and the weights hold others")
         self.tokenizer = load_tokenizer(folder)
@@ -53,13 +54,13 @@ class Scorer:
             raise UserError(f"seq_len {max_tokens} is above the model's context of {context} tokens")
         self.max_tokens, self.cut = min(max_tokens or labels.max_tokens or context, context), 0
 
-        @jax.jit
         def last_scores(params, tokens_BT, lengths_B):
             output = self.model.read_rows(params, self.model.embed(params, tokens_BT), lengths_B=lengths_B)
             last_B1D = jnp.take_along_axis(output.hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)
             return scores(params, last_B1D[:, 0])
 
-        self._last_scores = last_scores
+        options = compiler_options(self.model.compute, self.model.platform)
+        self._last_scores = jax.jit(last_scores, compiler_options=options)
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """(texts, labels) logits, as transformers' pipeline computes them: no special tokens are added."""

@@ -285,9 +285,9 @@ class ComputeConfig:
         documents, and no GPU has run them yet. `reference` is the plain formula.
     experts: the path of a mixture of experts; `auto` is `blocked` on CPU, `tiled` on GPU and `ragged` on TPU, all
         sorting the tokens by expert, and `reference` (every expert on every token) for few tokens.
-    deterministic: training steps on a GPU add up in a fixed order, so that a resumed run is bit for bit the one that
-        was not cut off, as it is on a CPU and a TPU anyway. Slower: `auto` attention is `grouped`, and no kernel is
-        chosen by trying (docs/performance.md says the price).
+    deterministic: training steps and rollouts on a GPU add up in a fixed order, so that a resumed run is bit for bit
+        the one that was not cut off, as it is on a CPU and a TPU anyway. Slower: `auto` attention is `grouped`, and no
+        kernel is chosen by trying (docs/performance.md says the price).
     """
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

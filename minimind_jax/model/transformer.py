@@ -26,6 +26,10 @@ from minimind_jax.model.vision import VISION, features, init_vision, project, ro
 
 Params = dict[str, Any]
 
+# Of a GPU's compiler: no sums in the order in which threads come, and kernels chosen by rule and not by time, which
+# another process would measure otherwise.
+FIXED_ORDER = {"xla_gpu_deterministic_ops": True}
+
 
 class ModelOutput(NamedTuple):
     """hidden_BTD: after the last norm, in the compute dtype. router_loss: float32 scalar, 0 for a dense model."""
@@ -38,6 +42,11 @@ def full_precision(compute: ComputeConfig) -> contextlib.AbstractContextManager:
     """In which products of float32 are those of float32, where `compute` asks for that dtype by name: devices multiply
     it in TF32 (GPU) or bfloat16 (TPU) unless they are told. Nothing changes on a CPU."""
     return jax.default_matmul_precision("highest") if compute.dtype == "float32" else contextlib.nullcontext()
+
+
+def compiler_options(compute: ComputeConfig, platform: str) -> dict[str, bool] | None:
+    """Of `jax.jit`: what `compute.deterministic` asks of a GPU's compiler. Others do it so anyway."""
+    return FIXED_ORDER if compute.deterministic and platform in ("gpu", "cuda") else None
 
 
 def in_full_precision(method):

@@ -38,13 +38,13 @@ def talk(episode: Episode) -> list[dict[str, Any]]:
     return [*episode.task.messages, *written(episode, thoughts=False)]
 
 
-def model(folder: str, label: str = "") -> Function:
+def model(folder: str, label: str = "", *, deterministic: bool = False) -> Function:
     """The score of a reward model of ours for the conversation without thoughts; of a classifier of ours the
     probability of the label for the last answer, 0 for an empty one. On this process's devices. Raises UserError for
     another model, and for a label that it has not."""
     from minimind_jax.inference.score import Scorer
 
-    scorer = Scorer(folder)
+    scorer = Scorer(folder, deterministic=deterministic)
     names = scorer.labels.names
     column = _column(f"model({folder}, {label})", label, names)
     said: list[int] = []

@@ -70,11 +70,11 @@ class Entry(NamedTuple):
 class Rewards(contextlib.AbstractContextManager):
     """The reward functions of a run, and the processes of those that may take their time.
 
-    max_new_tokens: of a completion. names: of the functions, in their order.
+    max_new_tokens: of a completion. deterministic: `compute.deterministic`. names: of the functions, in their order.
     Raises UserError for an entry that names no function, or gives it wrong arguments.
     """
 
-    def __init__(self, config: RewardsConfig, max_new_tokens: int, seed: int):
+    def __init__(self, config: RewardsConfig, max_new_tokens: int, seed: int, deterministic: bool = False):
         self._config, self._seed = config, seed
         self._said: set[Entry] = set()  # whose first failure was told
         self._entries = entries(config.use)
@@ -83,8 +83,9 @@ class Rewards(contextlib.AbstractContextManager):
         if (success := config.success.strip() or self.names[0]) not in known:
             raise UserError(f"rewards.success {success} is none of rewards.use: {', '.join(self.names)}")
         self._success = known[success]
+        of_run = {"max_new_tokens": max_new_tokens, "deterministic": deterministic}
         with contextlib.ExitStack() as left:
-            self._functions = [self._started(entry, max_new_tokens, left) for entry in self._entries]
+            self._functions = [self._started(entry, of_run, left) for entry in self._entries]
             self._threads = left.enter_context(concurrent.futures.ThreadPoolExecutor(len(self._entries)))
             self._left = left.pop_all()
 
@@ -96,9 +97,9 @@ class Rewards(contextlib.AbstractContextManager):
         """What functions in other processes read; where this one is killed, those remove its folder."""
         return Path(self._left.enter_context(tempfile.TemporaryDirectory(prefix="minimind-rewards-"))) / "episodes"
 
-    def _started(self, entry: Entry, max_new_tokens: int, left: contextlib.ExitStack) -> Function | Toolbox:
+    def _started(self, entry: Entry, of_run: dict[str, Any], left: contextlib.ExitStack) -> Function | Toolbox:
         if not entry.is_apart:
-            return bound(entry.text, max_new_tokens)
+            return bound(entry.text, **of_run)
         tools = Toolbox(
             [entry.text], seconds=self._config.seconds, memory_mib=_UNLIMITED, characters=_UNLIMITED, workers=1,
             loader="minimind_jax.rl.reward_worker:load", start_seconds=max(60.0, self._config.seconds),
@@ -214,15 +215,14 @@ def _parameters(name: str) -> dict[str, inspect.Parameter]:
     return {key: each for key, each in found.items() if key != "episode" and each.kind is not each.KEYWORD_ONLY}
 
 
-def bound(text: str, max_new_tokens: int = 0) -> Function:
-    """One of our functions with its arguments, `NAME` or `NAME(ARGUMENTS)`. Raises UserError for wrong ones."""
+def bound(text: str, **of_run: Any) -> Function:
+    """One of our functions with its arguments, `NAME` or `NAME(ARGUMENTS)`. of_run: what the run tells those that ask
+    for it. Raises UserError for wrong arguments."""
     name, arguments = _NAMED.fullmatch(text).groups()
-    given = _arguments(name, (arguments or "").strip())
+    given, function = _arguments(name, (arguments or "").strip()), {**EACH, **MADE}[name]
+    given |= {key: of_run[key] for key in inspect.signature(function).parameters.keys() & of_run.keys()}
     if name in MADE:
-        return MADE[name](**given)
-    function = EACH[name]
-    if "max_new_tokens" in inspect.signature(function).parameters:
-        given["max_new_tokens"] = max_new_tokens
+        return function(**given)
 
     def one(episode: Episode) -> Any:
         try:

@@ -13,7 +13,7 @@ from minimind_jax.config.rl import RLConfig
 from minimind_jax.data.rows import Batch
 from minimind_jax.losses.policy import token_log_probs
 from minimind_jax.losses.value import values
-from minimind_jax.model.transformer import LanguageModel, Params, full_precision
+from minimind_jax.model.transformer import LanguageModel, Params, compiler_options, full_precision
 from minimind_jax.sharding import data_process, shard_batch
 from minimind_jax.training.step import count_parts
 
@@ -52,7 +52,8 @@ class Scorer:
                     found["old_values"] = values(critic, params["critic"], batch)
             return found
 
-        self._score = jax.jit(score) if needs_old or reference or critic else None
+        options = compiler_options(model.compute, model.platform)
+        self._score = jax.jit(score, compiler_options=options) if needs_old or reference or critic else None
 
     def __call__(self, params: Params, arrays: Batch) -> Batch:
         """arrays: of all rows of a rollout, on all processes; each device scores its own."""

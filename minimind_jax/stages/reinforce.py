@@ -59,7 +59,8 @@ def _recipe(run: Run, opened: contextlib.ExitStack) -> Recipe:
     if config.has_critic:
         critic = LanguageModel(run.model.config, run.model.compute)
         parameters = with_critic(run, parameters, critic)
-    rewards = opened.enter_context(Rewards(config.rewards, config.rollout.max_new_tokens, config.seed))
+    told = config.rollout.max_new_tokens, config.seed, config.compute.deterministic
+    rewards = opened.enter_context(Rewards(config.rewards, *told))
     player = Player(config, run.tokenizer, tasks, policy_of(run, process[1]), environment, rewards, process)
     scorer = Scorer(config, run.mesh, run.model, reference, critic)
     own, rollout = config.policy, config.rollout

@@ -17,7 +17,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.losses import Batch, LossFn, Metric, Metrics, together
 from minimind_jax.model.config import ComputeConfig
 from minimind_jax.model.lora import join
-from minimind_jax.model.transformer import Params, full_precision
+from minimind_jax.model.transformer import Params, compiler_options, full_precision
 from minimind_jax.seeds import named_key
 from minimind_jax.sharding import ROW_AXES, batch_sharding, param_shardings, row_shards
 from minimind_jax.training.optimizer import make_clip, make_optimizer, make_rates
@@ -193,11 +193,9 @@ def make_eval_step(
 
 
 def _options(compute: ComputeConfig | None, mesh: Mesh | None) -> dict[str, bool] | None:
-    """What `compute.deterministic` asks of a GPU's compiler: no sums in the order in which threads come, and kernels
-    chosen by rule and not by time, which another process would measure otherwise. Others do it so anyway."""
+    """`transformer.compiler_options` of where a step is done."""
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    wanted = compute is not None and compute.deterministic and platform in ("gpu", "cuda")
-    return {"xla_gpu_deterministic_ops": True} if wanted else None
+    return compiler_options(compute or ComputeConfig(), platform)
 
 
 def _traced(function: Callable, compute: ComputeConfig | None, mesh: Mesh | None = None) -> Callable:

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +132,17 @@ def test_answers_do_not_depend_on_what_was_written_before():
         assert policy.load(params) is engine
         assert write(engine, requests) == fresh
         write(engine, groups(seed=3))
+
+
+def test_the_compiler_of_a_gpu_is_told_of_deterministic_in_all_that_writes_and_scores(tmp_path):
+    flags = f"{os.environ['XLA_FLAGS']} --xla_dump_to={tmp_path} --xla_dump_hlo_as_text"
+    script = Path(__file__).with_name("fixed_order.py")
+    environ = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "XLA_FLAGS": flags}
+    subprocess.run([sys.executable, script], env={**os.environ, **environ}, check=True)
+    told = {file.name.split(".")[1]: file.read_text() for file in tmp_path.glob("*.debug_options")}
+    programs = {"jit_read", "jit_choose", "jit_make", "jit_score"}
+    assert programs <= told.keys()
+    assert {name for name, text in told.items() if "xla_gpu_deterministic_ops: true" in text} == programs
 
 
 # Over a mesh, and in two processes: this file is run with what it is to do --------------------------------------------
