@@ -11,7 +11,7 @@ from minimind_jax.data.messages import Conversation, messages_in, read_messages
 from minimind_jax.data.pictures import refuse_pictures
 from minimind_jax.data.preferences import turns_of
 from minimind_jax.data.tokenizer import Tokenizer
-from minimind_jax.data.values import checked_text
+from minimind_jax.data.values import checked_text, field_names
 from minimind_jax.errors import UserError
 
 
@@ -56,7 +56,8 @@ def read_prompt(record: Record, reading: ReadingConfig, raw: bool = False) -> Pr
     if isinstance(asked := fields.left.get("prompt"), str) and not raw:
         turns = turns_of(asked)
         fields.left["prompt"] = [turn for turn in turns if turn["content"]] if turns else messages_in(asked)
-    names = [name for name in (*own, "prompt", *text_fields(reading)) if isinstance(fields.left.get(name), str)]
+    texts = (*own, "prompt", *text_fields(reading), "problem")  # the last is of MATH and NVIDIA's sets
+    names = [name for name in texts if isinstance(fields.left.get(name), str)]
     if fields.has(*MESSAGES) and not (own and names):
         fields.leave_out("prompt")
         conversation = _without_answer(with_system(fields, *fields.messages(*MESSAGES)), record)
@@ -74,7 +75,10 @@ def read_prompt(record: Record, reading: ReadingConfig, raw: bool = False) -> Pr
             messages, _ = read_messages([{"role": "user", "content": text}], fields.place(name))
             text, conversation = None, with_system(fields, messages, None)
     else:
-        raise UserError(f"{record.where}: expected a field `prompt` or `text` (a string), or `conversations`")
+        raise UserError(
+            f"{record.where}: expected a field `prompt` or `text` (a string), or `conversations` (data.text_field, of "
+            f"tools --text_field, names another field); found the fields {field_names(record.value)}"
+        )
     answers = ("completion", "output", "response", "prompt", "text", *MESSAGES)
     return Prompt(text, conversation, {name: value for name, value in fields.left.items() if name not in answers})
 

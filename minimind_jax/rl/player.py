@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
+import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from minimind_jax.config.generation import SamplingConfig
@@ -158,7 +159,8 @@ class Player:
 
     def __call__(self, params: Params, is_stopping: Callable[[], bool]) -> dict[str, float] | None:
         """Judges the policy, as a `training.source.Evaluation`: `reward`, `success` and `length` of greedy completions,
-        and pass@k of drawn ones, each of which is the share of the tasks that one of k solves."""
+        and pass@k of drawn ones, each of which is the share of the tasks that one of k solves. Completions that have no
+        reward are left out; NaN is of none."""
         tasks = self.tasks.held_out[: self.config.training.eval_rows or None]
         self.settle()
         play = functools.partial(self.play, self._policy.load(params), is_stopping, tasks, "held out")
@@ -167,17 +169,18 @@ class Player:
         try:
             rows = self._judged(play(1, greedy))
             if count:
-                drawn = groups_of(self._judged(play(count, self._sampling))).values()
+                drawn = judged(self._judged(play(count, self._sampling)))
         except GaveUp:
             return None
         found = {
-            "reward": statistics.fmean(row.reward for row in judged(rows)),
-            "success": statistics.fmean(row.rewards["success"] for row in rows),
-            "length": statistics.fmean(row.written for row in rows),
+            "reward": _mean(row.reward for row in judged(rows)),
+            "success": _mean(row.rewards["success"] for row in judged(rows)),
+            "length": _mean(row.written for row in rows),
         }
-        if drawn:
-            found[f"pass@{count}"] = statistics.fmean(any(row.rewards["success"] for row in group) for group in drawn)
-            found["drawn_success"] = statistics.fmean(row.rewards["success"] for group in drawn for row in group)
+        if count:
+            groups = groups_of(drawn).values()
+            found[f"pass@{count}"] = _mean(any(row.rewards["success"] for row in group) for group in groups)
+            found["drawn_success"] = _mean(row.rewards["success"] for row in drawn)
         return found
 
     def _judged(self, episodes: Sequence[Episode] | None) -> list[Row]:
@@ -186,3 +189,8 @@ class Player:
         for episode in episodes or ():
             episode.rewards = episode.rewards | {"success": float(self.rewards.success(episode))}
         return shared(self._process[0], episodes, {})[0]
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return statistics.fmean(values) if values else math.nan

@@ -132,13 +132,14 @@ def minimind(episode: Episode) -> float:
 def truths(task: Task) -> list[str]:
     """What the answer to a record should be: several texts mean all of them.
 
-    From its field `answer`, `gt`, `ground_truth`, `reward_model.ground_truth` (verl's) or `solution`, of which the
-    first that there is counts. Raises ValueError where there is none.
+    From its field `answer`, `gt`, `ground_truth`, `reward_model.ground_truth` (verl's), `expected_answer` (NVIDIA's),
+    `label` (OpenRLHF's) or `solution`, of which the first that there is counts. Raises ValueError where there is none.
     """
     nested = task.fields.get("reward_model")
     verl = nested.get("ground_truth") if isinstance(nested, dict) else None
     found = {name: task.fields.get(name) for name in ("answer", "gt", "ground_truth")}
-    found |= {"reward_model.ground_truth": verl, "solution": task.fields.get("solution")}
+    found["reward_model.ground_truth"] = verl
+    found |= {name: task.fields.get(name) for name in ("expected_answer", "label", "solution")}
     name = next((name for name, value in found.items() if not is_absent(value)), None)
     if name is None:
         raise ValueError(f"the record has none of the fields {', '.join(found)} to check an answer against")

@@ -81,21 +81,18 @@ def teaches_nothing(group: Sequence[Row]) -> bool:
     return len({row.reward for row in group if not row.unjudged}) <= 1
 
 
-def judged(rows: Sequence[Row]) -> Sequence[Row]:
-    """Those that have a reward; all of them where none has."""
-    return [row for row in rows if not row.unjudged] or rows
+def judged(rows: Sequence[Row]) -> list[Row]:
+    """Those that have a reward."""
+    return [row for row in rows if not row.unjudged]
 
 
 def describe(rows: Sequence[Row]) -> dict[str, float]:
-    """What is told of completions, under TRL's names."""
-    kept, groups = judged(rows), groups_of(rows).values()
-    rewards, is_compared = [row.reward for row in kept], max(map(len, groups)) > 1
+    """What is told of completions, under TRL's names; of rewards nothing where there are none."""
+    groups = groups_of(rows).values()
+    rewards, is_compared = [row.reward for row in judged(rows)], max(map(len, groups)) > 1
     lengths = [row.written for row in rows]
     ended = [row.written for row in rows if row.finish == "stop"] or [0]
-    spreads = [_spread([row.reward for row in group]) for group in groups_of(kept).values()]
     told = {
-        "reward": statistics.fmean(rewards),
-        "reward_std": statistics.fmean(spreads) if is_compared else _spread(rewards),
         "completions/mean_length": statistics.fmean(lengths),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
@@ -106,9 +103,13 @@ def describe(rows: Sequence[Row]) -> dict[str, float]:
     }
     if is_compared:
         told["frac_reward_zero_std"] = statistics.fmean(map(teaches_nothing, groups))
+    if rewards:
+        spreads = [_spread([row.reward for row in group]) for group in groups_of(judged(rows)).values()]
+        told["reward"] = statistics.fmean(rewards)
+        told["reward_std"] = statistics.fmean(spreads) if is_compared else _spread(rewards)
     for name in rows[0].rewards:
-        values = [row.rewards[name] for row in rows if row.rewards[name] is not None] or [0.0]
-        told |= {f"rewards/{name}/mean": statistics.fmean(values), f"rewards/{name}/std": _spread(values)}
+        if values := [row.rewards[name] for row in rows if row.rewards[name] is not None]:
+            told |= {f"rewards/{name}/mean": statistics.fmean(values), f"rewards/{name}/std": _spread(values)}
     if any(row.turns > 1 or row.calls for row in rows):
         calls = sum(row.calls for row in rows)
         told |= {

@@ -29,6 +29,8 @@ BROKEN = "<tool_call>[1]</tool_call>"
         {"ground_truth": 5},
         {"reward_model": {"style": "rule", "ground_truth": "5"}},
         {"solution": r"so \boxed{5}"},
+        {"expected_answer": "5", "solution": "other words"},
+        {"label": 5},
         {"answer": "2+3 = 5\n#### 5", "solution": "other words"},
         {"answer": None, "gt": [], "ground_truth": "5"},
     ],
@@ -42,7 +44,10 @@ def test_the_answer_is_checked_against_what_the_record_says(fields):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({}, "none of the fields answer, gt, ground_truth, reward_model.ground_truth, solution"),
+        (
+            {},
+            "none of the fields answer, gt, ground_truth, reward_model.ground_truth, expected_answer, label, ",
+        ),
         ({"answer": True}, "answer is a boolean"),
         ({"gt": [["5"]]}, "gt is a list"),
         ({"answer": {"a": 1}}, "answer is an object"),

@@ -116,9 +116,11 @@ def test_columns_of_prompts_alone_have_no_targets():
 
 
 @pytest.mark.parametrize(
-    ("lost", "reward", "taught"), [([0], 2.5 / 3, 0.5), ([0, 3], 0.25, 0), ([0, 1, 2, 3], 0.875, 0)]
+    ("lost", "reward", "taught"), [([0], 2.5 / 3, 0.5), ([0, 3], 0.25, 0), ([0, 1, 2, 3], None, 0)]
 )
 def test_what_is_told_is_of_the_completions_that_have_a_reward(lost, reward, taught):
-    """Also where of each prompt one is left, which has nothing to be compared with."""
+    """Also where of each prompt one is left, which has nothing to be compared with; and nothing where there is none,
+    though other functions have had something to say."""
     told = describe([row._replace(unjudged=n in lost) for n, row in enumerate(ROWS)])
-    assert told["reward"] == pytest.approx(reward) and told["frac_reward_zero_std"] == 1 - taught
+    assert told.get("reward") == (reward and pytest.approx(reward)) and told["frac_reward_zero_std"] == 1 - taught
+    assert ("reward" in told) == ("reward_std" in told)

@@ -145,8 +145,11 @@ def test_a_reward_that_fails_stops_the_run_or_is_counted(grpo, base, tmp_path, r
     assert not set(workers()) - set(before)
     assert steps[0][f"rewards/{reward}/failures"] == 8 and steps[0]["reward"] == 0
     if reward == "raises":
-        config = grpo(reward=reward, rewards={"on_error": "skip"}, run=tmp_path / "skips")
+        data = {"val": (write_lines(tmp_path / "val.jsonl", [{"prompt": "the cat"}]),)}
+        config = grpo(reward=reward, rewards={"on_error": "skip"}, run=tmp_path / "skips", data=data)
         steps = steps_of(config)
+        assert not any("reward" in row for row in steps)
+        assert {row["val_reward"] for row in rows_of(config.run) if "val_reward" in row} == {None}
         assert [row["rewards/raises/failures"] for row in steps] == [8, 8] and steps[-1]["skipped/nothing"] == 2
         assert weights_of(config.run) == weights_of(base)
 

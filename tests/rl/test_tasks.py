@@ -40,6 +40,8 @@ FORMATS = {
         "answer": "2",
     },
     "GSM8K": {"question": "the cat", "answer": "2"},
+    "MATH": {"problem": "the cat", "level": "Level 5", "type": "Algebra", "answer": "2"},
+    "OpenRLHF": {"input": "the cat", "answer": "2"},
     "verl": {"prompt": [{"role": "user", "content": "the cat"}], "answer": "2", "extra_info": {"split": "train"}},
 }
 
