@@ -10,9 +10,10 @@ from jax.sharding import Mesh
 from minimind_jax.config.sections import ModelSettings
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.convert.hf import Labels, check_vocabulary, load_hf, load_labels
+from minimind_jax.convert.hf_config import checked_ids
 from minimind_jax.convert.hf_image_classifier import load_picture_head
 from minimind_jax.convert.hf_vision import open_tower
-from minimind_jax.convert.load import folders_of, load_merged, read_config
+from minimind_jax.convert.load import folders_of, load_generation_settings, load_merged, read_config
 from minimind_jax.convert.load import load_tokenizer as load_model_tokenizer
 from minimind_jax.data.batches import Batches, open_data
 from minimind_jax.data.epoch import Annotate
@@ -121,7 +122,9 @@ def _architecture(config: RunConfig, tokenizer: Tokenizer, start: Path | None) -
     has, or adapters are asked for over more words than it has.
     """
     found = None if start is None else read_config(start)
-    ends = union_of_ids(tokenizer.end_ids, found and found.eos_token_id)
+    theirs = {} if start is None else load_generation_settings(start) or {}  # which may name more than config.json
+    theirs = checked_ids(theirs.get("eos_token_id"), f"{start}: generation_config.json")
+    ends = union_of_ids(tokenizer.end_ids, found and found.eos_token_id, theirs)
     ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id, "eos_token_id": ends}
     if found:
         architecture = with_settings(dataclasses.replace(found, **ids), config.model, start)

@@ -41,12 +41,14 @@ def serve(names: list[str], characters: int, loader: str) -> None:
         print(json.dumps({"fault": str(error)}), file=answers, flush=True)
         return
     print(json.dumps({"schemas": [schema for schema, _ in tools.values()]}), file=answers, flush=True)
-    nowhere = open(os.devnull, "w")
+    nowhere, own = open(os.devnull, "w"), os.getpid()
     for line in calls:
         name, arguments, seed, seconds = json.loads(line)
         faulthandler.dump_traceback_later(seconds + 1, exit=True, file=nowhere)
         answer = _answer(*tools[name], arguments, seed, characters)
         faulthandler.cancel_dump_traceback_later()
+        if os.getpid() != own:  # the tool has forked, and this is the copy: only one is to answer
+            os._exit(0)
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -84,6 +84,15 @@ def test_a_turn_s_end_ends_answers_here_and_in_transformers(make, foreign, chats
     assert answer[0, len(ids) :].tolist() == ours.ids
 
 
+def test_what_ends_answers_where_the_model_is_served_ends_them_in_training(make, foreign, chats, tmp_path):
+    """As of Qwen3, whose generation_config.json alone names a second token."""
+    source = shutil.copytree(foreign, tmp_path / "source")
+    file = source / "generation_config.json"
+    file.write_text(json.dumps({**read(source, file.name), "eos_token_id": [0, 5]}))
+    run = assembled("sft", make(SFTConfig, tmp_path / "run", chats, init_from=str(source)))
+    assert set(run.model.config.end_ids) == set(load_engine(str(source)).eos_ids) == {0, 2, 5}
+
+
 def test_an_adapter_ends_its_answers_and_merges_in_the_base_s_precision(make, foreign, chats, tmp_path):
     half = from_hf(foreign, tmp_path / "half", dtype="float16") and tmp_path / "half"
     config = make(

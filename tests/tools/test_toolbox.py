@@ -188,6 +188,12 @@ def test_what_a_tool_has_started_ends_with_it(users, tmp_path):
     wait_for_the_end_of([int((tmp_path / "pid").read_text())])
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_of_a_tool_that_goes_on_twice_one_answers(users):
+    assert ask(users, "fork").text == "one"
+    assert [users.call("greet", {"name": str(n)}).text for n in range(4)] == [f"hello {n}" for n in range(4)]
+
+
 def test_a_seed_decides_what_is_drawn(users):
     one, two, other = (users.call("draw", {}, seed=seed).text for seed in (1, 1, 2))
     assert one == two != other

@@ -75,6 +75,12 @@ def crash() -> str:
     os._exit(1)
 
 
+def fork() -> str:
+    """Goes on twice."""
+    os.fork()
+    return "one"
+
+
 def fault() -> str:
     """Reads where there is nothing."""
     return ctypes.string_at(0)
