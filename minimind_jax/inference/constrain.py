@@ -110,8 +110,11 @@ class Grammars:
 
 
 def _said(error: str) -> str:
-    """llguidance's words without the grammar that it repeats."""
-    line = first_line(Exception(error))[:300]
+    """llguidance's words without the grammar that it repeats; of a pattern, which it is and why."""
+    line, lines = first_line(Exception(error))[:300], [line.strip() for line in error.splitlines()]
+    if line == "regex parse error:":
+        why = next((line for line in lines if line.startswith("error: ")), "")
+        return f"the pattern {lines[1][:200]}: {why.removeprefix('error: ')}"
     return "no text fits" if line.startswith("NoExtension") else line
 
 
@@ -156,7 +159,7 @@ class GrammarConstraint:
         self._tail = b""
         self._call_length: int | None = None
         self.cut = False
-        self.notes: list[str] = matcher.get_grammar_warnings()
+        self.notes: list[str] = [*form.notes, *matcher.get_grammar_warnings()]
 
     def mask(self) -> np.ndarray:
         """uint32 (ceil(V / 32),), bit i % 32 of word i // 32: the tokens that may come next."""

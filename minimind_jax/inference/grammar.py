@@ -7,6 +7,7 @@ then no text can hold it; where it is none, it is spelled.
 import importlib
 import json
 import random
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -24,17 +25,12 @@ _AS_JSON_DUMPS = {
 }
 _FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 _SAYS_MORE = {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref", "if", "not"}
-_ANY_OBJECT = {
-    "type": "object",
-    "additionalProperties": {"$ref": "#/$defs/any"},
-    "$defs": {
-        "any": {
-            "type": ["string", "number", "boolean", "null", "object", "array"],
-            "items": {"$ref": "#/$defs/any"},
-            "additionalProperties": {"$ref": "#/$defs/any"},
-        }
-    },
-}
+_MERGED = {"$ref", "enum", "const", "allOf", "anyOf", "oneOf"}  # which say what a schema without a type is
+_KINDS = ("string", "number", "boolean", "null", "object", "array")
+_ANY = {"$ref": "#/$defs/x-any"}
+_ANY_VALUE = {"type": [*_KINDS], "items": _ANY, "additionalProperties": _ANY}
+# What Rust's `regex` does not have: look-around, references, edges of words, control letters.
+_BEYOND_REGEX = re.compile(r"(?<!\\)(?:\\\\)*(?:\(\?<?[=!]|\\[1-9bBck])")
 SPECIAL = b"\xff"  # llguidance's sign that a token is no text
 _WALK = 24  # tokens
 _STACK = 1 << 20  # bytes: a grammar that fits into it fits into the stack of any thread
@@ -48,6 +44,7 @@ class Form(NamedTuple):
     parts: tuple[dict[str, Any], ...] = ()  # grammars that these name
     calls: bool = False  # tools may be called
     is_free: bool = False  # it is words that may end anywhere, until a call begins
+    notes: tuple[str, ...] = ()  # what of a schema is left out
 
 
 Tag = Callable[[str], int | None]  # the token that a tag is, or None
@@ -65,63 +62,77 @@ def llguidance() -> ModuleType:
 
 def json_object() -> Form:
     """Any JSON object."""
-    return json_schema(_ANY_OBJECT)
+    return json_schema({"type": "object"})
 
 
 def json_schema(schema: Mapping[str, Any], name: str = "json", lenient: bool = False) -> Form:
     """JSON that a schema accepts, on one line.
 
     Where the schema says nothing of it, objects with properties have no others, and numbers stay between -1e15 and
-    1e15, without an exponent. lenient: keywords that llguidance does not know are left out, with a note; else they
-    are an error of the constraint.
+    1e15, without an exponent. lenient: keywords and patterns that llguidance does not know are left out, with a note;
+    else they are an error of the constraint.
     """
+    left_out: list[str] = []
     options = {**_AS_JSON_DUMPS, "lenient": lenient, "coerce_one_of": lenient}
     try:
         text = json.dumps(schema, ensure_ascii=False)
-        tame = _tame(schema, closes=not any(f'"{key}"' in text for key in ("allOf", "unevaluatedProperties")))
+        closes = not any(f'"{key}"' in text for key in ("allOf", "unevaluatedProperties"))
+        tame = _tame(schema, closes, left_out if lenient else None)
     except RecursionError:
         raise UserError("the schema is nested too deeply") from None
     if "json-schema.org" not in str(tame.get("$schema")):
         tame.pop("$schema", None)  # the name of a vocabulary elsewhere, which nobody fetches
-    return Form(f"@{name}", parts=({"name": name, "json_schema": {**tame, "x-guidance": options}},))
+    if isinstance(tame.get("$defs", {}), Mapping):
+        tame["$defs"] = {**tame.get("$defs", {}), "x-any": _between(_ANY_VALUE)}
+    parts = ({"name": name, "json_schema": {**tame, "x-guidance": options}},)
+    return Form(f"@{name}", parts=parts, notes=tuple(left_out))
 
 
-def _tame(schema: Any, closes: bool) -> Any:
+def _tame(schema: Any, closes: bool, left_out: list[str] | None) -> Any:
     """The schema as a model needs it that is not sure of itself; whatever the result accepts, the schema accepts.
 
     A number such as 1e999 is JSON, and none that a program can hold. Objects are open by JSON Schema's default, which
     few mean. A format that is not known to llguidance says nothing of the text (JSON Schema: an annotation).
-    closes: objects may be closed; parts of one that is put together may not.
+    closes: objects may be closed; parts of one that is put together may not. left_out: takes the patterns that
+    cannot be followed; None leaves them in.
     """
     if not isinstance(schema, Mapping):
-        return schema
+        return _ANY if schema is True and closes else schema
     schema, known = dict(schema), schema.get("properties")
     for key in schema.keys() & {"items", "additionalProperties"}:
-        schema[key] = _tame(schema[key], closes)
+        schema[key] = _tame(schema[key], closes, left_out)
     for key in schema.keys() & {"properties", "patternProperties", "$defs", "definitions"}:
         if isinstance(schema[key], Mapping):
-            schema[key] = {name: _tame(inner, closes) for name, inner in schema[key].items()}
+            schema[key] = {name: _tame(inner, closes, left_out) for name, inner in schema[key].items()}
     for key in schema.keys() & {"prefixItems", "anyOf", "oneOf", "allOf"}:
         if isinstance(schema[key], list):
-            schema[key] = [_tame(inner, closes and not known) for inner in schema[key]]
+            schema[key] = [_tame(inner, closes and not known, left_out) for inner in schema[key]]
     if schema.get("uniqueItems") is False:
         del schema["uniqueItems"]
     if schema.get("format") not in _FORMATS:
         schema.pop("format", None)
-    kinds = schema.get("type")
-    if "number" in (kinds if isinstance(kinds, list) else [kinds]) and not schema.keys() & {"enum", "const"}:
+    if left_out is not None and _BEYOND_REGEX.search(str(schema.get("pattern", ""))):
+        left_out.append(f"the pattern {schema.pop('pattern')}")
+    if closes and "type" not in schema and not schema.keys() & _MERGED:
+        schema["type"] = [*_KINDS]
+    kinds = schema["type"] if isinstance(schema.get("type"), list) else [schema.get("type")]
+    if "number" in kinds and not schema.keys() & {"enum", "const"}:
         schema = _between(schema)
     if closes and isinstance(known, Mapping) and not schema.keys() & _SAYS_MORE:
         required = schema.get("required") or []
         if isinstance(required, list) and all(name in known for name in required):
             schema["additionalProperties"] = False
+    if closes and not schema.keys() & _MERGED:
+        for kind, key in (("array", "items"), ("object", "additionalProperties")):
+            if kind in kinds:
+                schema.setdefault(key, _ANY)
     return schema
 
 
 def _between(schema: dict[str, Any]) -> dict[str, Any]:
     """A schema of numbers with bounds on both sides, where those it has leave room for that."""
+    own = [value for key, value in schema.items() if key.lower().endswith("imum")]
     for side, bound in (("minimum", -(10**15)), ("maximum", 10**15)):
-        own = [value for key, value in schema.items() if key.lower().endswith("imum")]
         if side not in schema and f"exclusive{side.title()}" not in schema:
             if all(isinstance(value, int | float) and abs(value) < 10**15 for value in own):
                 schema = {**schema, side: bound}
@@ -166,12 +177,13 @@ def tool_calls(
     kept = [tool for tool in offered if name in ("", tool["name"])]
     if not kept:
         return Form("WORDS", _words(OPEN_CALL), is_free=True)
-    rules, parts = [], []
+    rules, parts, notes = [], [], []
     for index, tool in enumerate(kept):
         form = json_schema(_arguments(tool), f"arguments{index}", lenient=True)
         begin = json.dumps({"name": tool["name"]}, ensure_ascii=False)[:-1] + ', "arguments": '
         rules.append(f"{json.dumps(begin)} {form.rule} {json.dumps('}')}")
         parts += form.parts
+        notes += form.notes
     line_break = json.dumps("\n")
     lines = [
         f"call: {_shown(OPEN_CALL, tag)} inside",
@@ -179,9 +191,10 @@ def tool_calls(
         f"more: ({line_break}? call)* {line_break}?" if parallel else "more:",
     ]
     if required:
-        return Form("call more", "\n".join(lines), tuple(parts), calls=True)
+        return Form("call more", "\n".join(lines), tuple(parts), calls=True, notes=tuple(notes))
     lines += [_until("words_and_tag", OPEN_CALL, tag), _words(OPEN_CALL)]
-    return Form("WORDS | words_and_tag inside more", "\n".join(lines), tuple(parts), calls=True, is_free=True)
+    rule = "WORDS | words_and_tag inside more"
+    return Form(rule, "\n".join(lines), tuple(parts), calls=True, is_free=True, notes=tuple(notes))
 
 
 def _arguments(tool: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -189,7 +202,7 @@ def _arguments(tool: Mapping[str, Any]) -> Mapping[str, Any]:
     schema = tool.get("parameters") or {"properties": {}}
     if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
         raise UserError(f"the tool {tool['name'][:60]!r}: parameters must be a JSON schema of an object")
-    return _ANY_OBJECT if schema.keys() <= {"type", "description", "title"} else {"type": "object", **schema}
+    return {"type": "object", **schema}
 
 
 def whole(form: Form, tag: Tag, thinking: Literal["no", "open", "may"] = "no") -> str:

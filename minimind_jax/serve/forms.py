@@ -72,4 +72,4 @@ def with_calls(
         return Asked(calls, "tools")
     said = words.form
     rule, rules = f"({calls.rule}) | ({said.rule})", f"{calls.rules}\n{said.rules}"
-    return Asked(Form(rule, rules, calls.parts + said.parts, calls=True), words.where)
+    return Asked(Form(rule, rules, calls.parts + said.parts, calls=True, notes=calls.notes), words.where)

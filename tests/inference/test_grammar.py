@@ -97,6 +97,20 @@ TAMED = [
     ({"type": "array", "items": {"type": "integer"}, "uniqueItems": False}, "[1, 1]", '["a"]'),
     ({"$schema": "https://example.com/own", "type": "boolean"}, "true", "1"),
     ({"type": "number"}, "-12.5", "1e5"),
+    ({"type": "number"}, "-12.5", "9" * 16),
+    ({"type": "number", "minimum": -5}, "5", "9" * 16),
+    ({}, '{"a": [1.5, null, {"b": "c"}]}', "1e999"),
+    ({"title": "Any", "default": None}, "[1]", "[1e999]"),
+    ({"type": "object"}, '{"a": 1}', '{"a": {"b": 1e999}}'),
+    ({"type": "array"}, "[[1], true]", "[1e999]"),
+    ({"type": "array", "prefixItems": [{"type": "null"}]}, "[null, 1]", "[null, 1e999]"),
+    ({"properties": {"a": True}, "required": ["a"]}, '{"a": {"b": 1}}', '{"a": 1e999}'),
+    ({"properties": {"a": {"description": "b"}}}, '{"a": 1}', '{"a": 1e999}'),
+    ({"anyOf": [{"description": "b"}, {"type": "null"}]}, "2", "1e999"),
+    ({"minLength": 2}, '"ab"', '"a"'),
+    ({"additionalProperties": True, "type": "object"}, '{"a": 1}', '{"a": 1e999}'),
+    ({"enum": [1, "a"]}, "1", "2"),
+    ({"$ref": "#/$defs/a", "$defs": {"a": {}}}, "1", "1e999"),
     ({"type": "number", "minimum": 3}, "4.5", "2"),
     ({"type": "number", "maximum": 10**18}, "1000000000000000", '"a"'),
     ({"type": "object", "properties": {"a": {}}}, '{"a": [1]}', '{"b": 1}'),
@@ -141,6 +155,34 @@ def test_what_a_tool_wants_beyond_that_is_left_out_and_noted(own):
     assert ["uniqueItems" in note for note in constraint.notes] == [True]
     _, [call] = parse_calls(text_of(tokenizer, drawn(tokenizer, constraint, 1, 80)[0]))
     assert all(isinstance(number, int) for number in call.arguments["ids"])
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$", r"^(?<=a)b", r"^(a|b)\1$", r"\bword\b", r"a\\\bb"]
+)  # fmt: skip
+def test_a_pattern_that_cannot_be_followed_is_left_to_the_tool_and_refused_of_a_form(own, pattern):
+    tokenizer, grammars = own
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": pattern}}, "required": ["a"]}
+    form = tool_calls([{"name": "f", "parameters": schema}], grammars.tag, required=True, parallel=False)
+    constraint = grammars.constraint(form, 80)
+    assert [pattern in note for note in constraint.notes] == [True]
+    _, [call] = parse_calls(text_of(tokenizer, drawn(tokenizer, constraint, 1, 80)[0]))
+    assert isinstance(call.arguments["a"], str)
+    with pytest.raises(UserError, match=r"not supported"):
+        grammars.constraint(json_schema(schema))
+
+
+def test_patterns_that_only_look_so_are_followed(own):
+    tokenizer, grammars = own
+    schema = {"type": "object", "properties": {"a": {"pattern": r"^(?:\\b|[(]?!)$", "type": "string"}}}
+    form = json_schema(schema, lenient=True)
+    assert not form.notes
+    assert follows(grammars.constraint(form), tokenizer, r'{"a": "\\b"}')
+    assert not follows(grammars.constraint(form), tokenizer, r'{"a": "b"}')
+
+
+def test_a_schema_that_fits_leaves_nothing_to_note(own):
+    _, grammars = own
     assert grammars.constraint(json_schema({"type": "string"})).notes == []
 
 
