@@ -8,7 +8,17 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from minimind_jax.data.values import Place, check_json, decode_json, is_absent, json_list, kind_of, loads, without_nulls
+from minimind_jax.data.values import (
+    Place,
+    check_json,
+    decode_json,
+    is_absent,
+    is_deep,
+    json_list,
+    kind_of,
+    loads,
+    without_nulls,
+)
 from minimind_jax.errors import UserError
 
 
@@ -71,15 +81,18 @@ def calls_of(left: dict[str, Any], role: str, place: Place) -> list[dict[str, An
 
 def calls_in_text(text: str, place: Place) -> list[dict[str, Any]]:
     value = loads(text, f"{place.text} (a function call)")
-    return read_calls(value if isinstance(value, list) else [value], place)
+    return read_calls(value if isinstance(value, list) else [value], place, is_written=True)
 
 
 _CALL_FIELDS = {"name", "arguments", "parameters", "function", "id", "type", "index", "call_id"}
 
 
-def read_calls(value: Any, place: Place) -> list[dict[str, Any]]:
-    """Tool calls with their arguments: {} where they are empty or missing. Raises UserError."""
-    is_text = isinstance(value, str)
+def read_calls(value: Any, place: Place, is_written: bool = False) -> list[dict[str, Any]]:
+    """Tool calls with their arguments: {} where they are empty or missing. Raises UserError.
+
+    is_written: as JSON, whose nulls are meant; those of a table stand for what is not there.
+    """
+    is_written = is_written or isinstance(value, str)
     calls = json_list(value, place.text)
     result = []
     for index, call in enumerate(calls):
@@ -95,7 +108,7 @@ def read_calls(value: Any, place: Place) -> list[dict[str, Any]]:
         function["arguments"] = _arguments(arguments, f"{here.text}.arguments")
         result.append({**call, "function": function} if call.get("function") else function)
     check_json(result, place.text)
-    return result if is_text else _pruned(result, place, "of tool calls, ")
+    return result if is_written else _pruned(result, place, "of tool calls, ")
 
 
 def _arguments(value: Any, place: str) -> dict[str, Any] | str:
@@ -143,9 +156,10 @@ def _parsed(text: str) -> list[Call]:
         calls = calls_in_text(text.strip(), Place("tool_call"))
     except UserError as error:
         return [Call("", {}, str(error).partition(";")[0])]  # what comes behind it is for the owner of a file
-    except RecursionError:
+    found = [called(call) for call in calls]
+    if is_deep([call.arguments for call in found]):
         return [Call("", {}, "tool_call is nested too deeply")]
-    return [called(call) for call in calls] or [Call("", {}, "tool_call is an empty list")]
+    return found or [Call("", {}, "tool_call is an empty list")]
 
 
 def called(call: dict[str, Any]) -> Call:
@@ -156,14 +170,15 @@ def called(call: dict[str, Any]) -> Call:
 
 
 def comparable(call: Call, tools: Sequence[dict[str, Any]]) -> str:
-    """What is compared of a call: JSON without arguments at their defaults, and whatever the white space. 5 is 5.0."""
+    """What is compared of a call: JSON without nulls and defaults, whatever the white space. 5 is 5.0."""
     schemas = [tool.get("function") or tool for tool in tools]
     own = next((schema for schema in schemas if schema["name"] == call.name), {})
     for name in ("parameters", "properties"):
         own = found if isinstance(found := own.get(name), dict) else {}
     defaults = {name: told["default"] for name, told in own.items() if isinstance(told, dict) and "default" in told}
-    kept = {name: value for name, value in call.arguments.items() if name not in defaults or value != defaults[name]}
     try:
+        given = without_nulls(call.arguments)
+        kept = {name: value for name, value in given.items() if name not in defaults or value != defaults[name]}
         return json.dumps([call.name, _plain_value(kept)], sort_keys=True)
     except RecursionError:
         return "nested too deeply to be compared"

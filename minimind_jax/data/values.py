@@ -10,6 +10,7 @@ from typing import Any
 from minimind_jax.errors import UserError
 
 # What says something about a record or a message and is no part of it: left out, and told once a file with a count.
+MOST_LEVELS = 64  # of what a model or a client writes: each takes some of the stack of whoever reads it
 IGNORABLE = frozenset(
     "id,prompt_id,source,dataset,category,lang,language,score,token_count,timestamp,model,name,uuid,index,idx,url,date,"
     "created_at,conversation_id,dialog_id,tool_call_id,finish_reason,license,split,subset,task,num_turns,num_tokens,"
@@ -70,6 +71,15 @@ class Place:
 def is_absent(value: Any) -> bool:
     """None, and what is empty: Arrow gives every struct the keys of all rows, CSV every row all columns."""
     return value is None or (isinstance(value, str | list | tuple | dict) and not value)
+
+
+def is_deep(value: Any) -> bool:
+    """Whether an object or list is nested deeper than MOST_LEVELS."""
+    level = [value]
+    for _ in range(MOST_LEVELS):
+        inside = (item for each in level for item in (each.values() if isinstance(each, dict) else each))
+        level = [item for item in inside if isinstance(item, dict | list)]
+    return bool(level)
 
 
 def without_nulls(value: Any) -> Any:

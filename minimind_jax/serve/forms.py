@@ -12,6 +12,9 @@ from minimind_jax.serve import log
 from minimind_jax.serve.errors import refused
 from minimind_jax.serve.protocol import Drawing, Json, NamedTool, ToolChoice
 
+# By which other servers are asked for a form (llama.cpp, SGLang, ollama) or OpenAI's once was for tools.
+_ELSEWHERE = ("grammar", "json_schema", "regex", "ebnf", "structural_tag", "format", "functions")
+
 
 class Asked(NamedTuple):
     """A form, and the field that asks for it."""
@@ -39,8 +42,11 @@ def form_of(body: Drawing) -> Asked | None:
     if body.structured_outputs:
         given = body.structured_outputs.model_dump(by_alias=True)
         asked |= {f"structured_outputs.{name}": value for name, value in given.items()}
-    if body.response_format and body.response_format.type != "text":
-        asked[f"response_format.{body.response_format.type}"] = body.response_format.schema or True
+    if (form := body.response_format) and form.type != "text":
+        asked[f"response_format.{form.type}"] = True if form.schema is None else form.schema
+    if elsewhere := next((name for name in _ELSEWHERE if (body.model_extra or {}).get(name)), None):
+        words = "the form of an answer is asked for by response_format or structured_outputs, tools by tools"
+        raise refused(f"{elsewhere} is not followed: {words}", elsewhere)
     asked = {name: value for name, value in asked.items() if value not in (None, False)}
     if len(asked) > 1:
         raise refused(f"{' and '.join(asked)} both say the answer's form; keep one", next(iter(asked)))
@@ -48,9 +54,9 @@ def form_of(body: Drawing) -> Asked | None:
 
 
 def _made(name: str, value: Any) -> Form:
-    if name.endswith("json_object"):
+    if value is True:
         return grammar.json_object()
-    if name.endswith(("json", "json_schema")):
+    if name.endswith(("json", "json_schema", "json_object")):
         schema = loads(value, name) if isinstance(value, str) else value
         if not isinstance(schema, dict):
             raise refused(f"{name} is not a JSON schema, an object", name)

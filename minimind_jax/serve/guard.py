@@ -37,6 +37,7 @@ class Guard:
         begin, status = time.monotonic(), 499  # the client had gone before there was an answer
         request_id = f"req_{secrets.token_hex(8)}"
         told = scope.setdefault("state", {})["told"] = {}  # what the handler adds to the line
+        inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope  # of which uvicorn sends no body
 
         async def send_on(message: Message) -> None:
             nonlocal status
@@ -48,7 +49,7 @@ class Guard:
         try:
             try:
                 self._check(scope)
-                await self._app(scope, self._bounded(receive), send_on)
+                await self._app(inner, self._bounded(receive), send_on)
             except ApiError as error:
                 response = JSONResponse(error_object(error), error.status_code, error.headers)
                 await response(scope, receive, send_on)

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from minimind_jax.data.documents import encode_prompt
@@ -11,15 +12,19 @@ from minimind_jax.data.pictures import marker_of
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.data.tools import read_tools
 from minimind_jax.data.values import Place
+from minimind_jax.errors import UserError
 from minimind_jax.inference.image_prompts import open_images
 from minimind_jax.serve import log
 from minimind_jax.serve.errors import refused
 from minimind_jax.serve.models import Served
 from minimind_jax.serve.pictures import content_of
-from minimind_jax.serve.protocol import Json, Thinking
+from minimind_jax.serve.protocol import Json, Reasoning, Thinking
 
 _FIELDS = {"role", "content", "name", "tool_calls", "function_call", "tool_call_id", *REASONING}
-_SWITCHES = ("open_thinking", "enable_thinking", "thinking")
+_SWITCHES = ("open_thinking", "enable_thinking", "thinking", "think")
+_CALL_FIELDS = {"id", "type", "index", "name", "arguments", "function"}
+# Words of errors that are for the owner of a file.
+_OF_FILES = re.compile(r",? or list it in data\.ignore_fields.*|; only the assistant's is trained")
 _NO_EFFORT = ("none", "minimal", "off", "disabled")
 
 
@@ -44,8 +49,11 @@ def read_talk(served: Served, messages: list[Json], tools: list[Json] | None, th
     marker = marker_of(served.tokenizer, served.vision)
     apart = functools.partial(_apart, pattern=_special(served.tokenizer))
     shown, pictures = open_images(apart(messages), served.vision, marker, content_of, log.once)
-    read, _ = read_messages([_known(message, index) for index, message in enumerate(shown)], of_messages)
-    schemas = read_tools([_function(tool, index) for index, tool in enumerate(tools)], of_tools) if tools else None
+    try:
+        read, _ = read_messages([_known(message, index) for index, message in enumerate(shown)], of_messages)
+        schemas = read_tools([_function(tool, index) for index, tool in enumerate(tools)], of_tools) if tools else None
+    except UserError as error:
+        raise UserError(_OF_FILES.sub("", str(error))) from error
     again = _apart(without_marks(read), _special(served.tokenizer, marker and marker.text))
     return Talk(again, apart(schemas), thinking, pictures)
 
@@ -80,20 +88,34 @@ def thinks(request: Thinking, default: bool) -> bool:
                 if not isinstance(value, bool):
                     raise refused(f"{name} must be true or false", name)
                 return value
-    effort = request.reasoning_effort or inside.get("reasoning_effort")
+    reasoning = request.reasoning or Reasoning()
+    if reasoning.enabled is not None:
+        return reasoning.enabled
+    effort = request.reasoning_effort or reasoning.effort or inside.get("reasoning_effort")
     return default if effort is None else effort not in _NO_EFFORT
 
 
 def _known(message: Json, index: int) -> Json:
     """The message without what no model is told, its parts being text."""
-    for name in message.keys() - _FIELDS:
-        if message[name] not in (None, [], {}):
-            log.once(f"messages: field {name[:40]!r} is ignored")
-    kept = {name: value for name, value in message.items() if name in _FIELDS}
+    kept = _only(message, _FIELDS, "messages")
+    if message.get("role") in ("assistant", "tool") and message.get("content") is None:  # OpenAI's own may have none
+        kept["content"] = message.get("refusal") or ""
+    if isinstance(calls := kept.get("tool_calls"), list):
+        kept["tool_calls"] = [_only(call, _CALL_FIELDS, "tool_calls") for call in calls]
     if isinstance(kept.get("content"), list):
         where = f"messages[{index}].content"
         kept["content"] = [_text_of(part, f"{where}[{n}]") for n, part in enumerate(kept["content"])]
     return kept
+
+
+def _only(value: Any, fields: Collection[str], where: str) -> Any:
+    """An object with these fields alone; what else says something is told of."""
+    if not isinstance(value, dict):
+        return value
+    for name in value.keys() - fields:
+        if value[name] not in (None, [], {}):
+            log.once(f"{where}: field {name[:40]!r} is ignored")
+    return {name: item for name, item in value.items() if name in fields}
 
 
 def _text_of(part: Any, where: str) -> str:
@@ -114,7 +136,9 @@ def _function(tool: Json, index: int) -> Json:
         raise refused(f"tools[{index}] has the type {kind!r}; this server has tools of type function", "tools")
     if "function" in tool or "name" not in tool:
         return tool
-    return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
+    names = {"input_schema": "parameters", "inputSchema": "parameters"}  # Anthropic's and MCP's
+    function = {names.get(name, name): value for name, value in tool.items() if name != "type"}
+    return {"type": "function", "function": function}
 
 
 def _special(tokenizer: Tokenizer, marker: str | None = None) -> re.Pattern:

@@ -103,12 +103,19 @@ class Drawing(Sampling):
     return_token_ids: bool | None = None
 
 
+class Reasoning(BaseModel):
+    enabled: bool | None = None
+    effort: str | None = None
+
+
 class Thinking(BaseModel):
     """All names of the switch that lets a model think before it answers."""
 
     enable_thinking: bool | None = None
     open_thinking: bool | None = None
     thinking: bool | Json | None = None
+    think: bool | None = None
+    reasoning: Reasoning | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: Json | None = None
 
@@ -171,10 +178,6 @@ class TextSettings(BaseModel):
     format: ResponseFormat | None = None
 
 
-class Reasoning(BaseModel):
-    effort: str | None = None
-
-
 class ResponsesRequest(Sampling, Thinking):
     input: str | Annotated[list[Json], Field(min_length=1)]
     instructions: str | None = None
@@ -183,7 +186,6 @@ class ResponsesRequest(Sampling, Thinking):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextSettings | None = None
-    reasoning: Reasoning | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     previous_response_id: str | None = None
     conversation: Any = None

@@ -7,11 +7,10 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
-from minimind_jax.data.values import check_json, decode_json
+from minimind_jax.data.values import MOST_LEVELS, check_json, decode_json, is_deep
 from minimind_jax.errors import UserError
 from minimind_jax.serve.errors import ApiError, refused
 
-MOST_LEVELS = 64
 _HALVES = re.compile(rb"\\u[dD][89a-fA-F]")  # what may be half of a surrogate pair
 
 
@@ -52,15 +51,6 @@ def read_json(body: bytes) -> dict[str, Any]:
         raise refused(f"the request is not JSON that can be read: {error}") from error
     if not isinstance(value, dict):
         raise refused("the request is not a JSON object")
-    if _levels(value) > MOST_LEVELS:
+    if is_deep(value):
         raise refused(f"the request is nested deeper than {MOST_LEVELS} levels")
     return value
-
-
-def _levels(value: Any) -> int:
-    count, level = 0, [value]
-    while level and count <= MOST_LEVELS:
-        inside = (item for each in level for item in (each.values() if isinstance(each, dict) else each))
-        level = [item for item in inside if isinstance(item, dict | list)]
-        count += 1
-    return count

@@ -21,7 +21,8 @@ from minimind_jax.serve.stream import Shape, event
 
 _SAME = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed"),
-    *("tools", "parallel_tool_calls", "enable_thinking", "open_thinking", "thinking", "chat_template_kwargs"),
+    *("tools", "parallel_tool_calls", "enable_thinking", "open_thinking", "thinking", "think", "chat_template_kwargs"),
+    *("reasoning", "reasoning_effort"),
 )
 _STORED = ("previous_response_id", "conversation", "background")
 
@@ -42,7 +43,6 @@ def as_chat(body: ResponsesRequest) -> ChatRequest:
     values["messages"] = messages_of(body.input, body.instructions)
     values["max_completion_tokens"] = body.max_output_tokens
     values["tool_choice"] = body.tool_choice.model_dump() if hasattr(body.tool_choice, "called") else body.tool_choice
-    values["reasoning_effort"] = body.reasoning_effort or (body.reasoning and body.reasoning.effort)
     if body.text and body.text.format:
         values["response_format"] = body.text.format.model_dump(by_alias=True)
     return ChatRequest.model_validate({name: value for name, value in values.items() if value is not None})

@@ -102,7 +102,8 @@ def fitted(schema: Schema, value: Any, where: str = "arguments") -> Any:
     if kind == "object" and "properties" in schema:
         known = schema["properties"]
         nulls = {name: None for name in schema["required"] if known[name].get("nullable")}  # which may be left out
-        value = {**nulls, **value}
+        said = {n: item for n, item in value.items() if item is not None or known.get(n, {}).get("nullable")}
+        value = {**nulls, **said}
         for name in schema["required"]:
             if name not in value:
                 raise ValueError(f"the argument {name} is missing")

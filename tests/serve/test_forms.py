@@ -53,10 +53,16 @@ def test_a_schema_is_kept(client, chat):
         )
 
 
+def is_finite(text):
+    return json.dumps(json.loads(text), allow_nan=False)
+
+
 @pytest.mark.parametrize(
     "form, fits",
     [
         ({"response_format": {"type": "json_object"}}, lambda text: isinstance(json.loads(text), dict)),
+        ({"response_format": {"type": "json_object", "schema": {"enum": [1, 2]}}}, lambda text: text in "12"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"maxLength": 3}}}}, is_finite),
         ({"guided_json": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3}}, json.loads),
         ({"guided_json": '{"enum": [1, 2]}'}, lambda text: json.loads(text) in (1, 2)),
         ({"guided_regex": "[a-c]{3}[0-9]"}, lambda text: re.fullmatch("[a-c]{3}[0-9]", text)),
@@ -92,6 +98,9 @@ def test_a_form_holds_behind_the_thinking(chat):
         ({"guided_choice": []}, "guided_choice"),
         ({"structured_outputs": {"xml": "a"}}, "structured_outputs"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "keep one"),
+        ({"guided_json": {"pattern": "(?!a)b", "type": "string"}}, r"the pattern \(\?!a\)b: look-around"),
+        *(({name: "a"}, f"{name} is not followed") for name in ("grammar", "json_schema", "regex", "ebnf", "format")),
+        ({"functions": [{"name": "f", "parameters": {}}]}, "functions is not followed: .* tools by tools"),
     ],
 )
 def test_a_form_that_makes_no_sense_is_refused(chat, body, words):
@@ -124,6 +133,32 @@ def test_a_call_that_must_be_made_is_made(chat):
         named = chat(tools=[ADD, TELL], tool_choice={"type": "function", "function": {"name": "tell"}}, seed=seed)
         assert {call.function.name for call in named.choices[0].message.tool_calls} == {"tell"}
         assert named.choices[0].finish_reason in ("stop", "length")
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"properties": {"a": {}, "b": True, "c": {"description": "anything"}}, "required": ["a", "b", "c"]},
+        {"type": "object", "if": {"required": ["a"]}, "then": {"required": ["b"]}},
+        {"properties": {"a": {"type": "string", "pattern": "^(?!x)"}}, "required": ["a"]},
+    ],
+)
+def test_a_call_is_json_that_a_program_can_hold_whatever_its_schema_leaves_open(chat, parameters):
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    for seed in range(6):
+        (call,) = chat(
+            tools=[tool], tool_choice="required", seed=seed, max_tokens=160, temperature=1.5, parallel_tool_calls=False
+        ).choices[0].message.tool_calls  # fmt: skip
+        is_finite(call.function.arguments)
+        assert {*parameters.get("required", ())} <= json.loads(call.function.arguments).keys()
+
+
+@pytest.mark.parametrize("name", ["parameters", "input_schema", "inputSchema"])
+def test_tools_of_other_protocols_have_their_schemas(chat, http, name):
+    schema = {"type": "object", "properties": {"b": {"enum": [3]}}, "required": ["b"]}
+    body = {"messages": ASK, "tools": [{"name": "f", "description": "d", name: schema}], "tool_choice": "required"}
+    message = http.post("/v1/chat/completions", json={**body, "max_tokens": 60}).json()["choices"][0]["message"]
+    assert {call["function"]["arguments"] for call in message["tool_calls"]} == {'{"b": 3}'}
 
 
 def test_calls_stream_by_index_with_whole_ids(chat):

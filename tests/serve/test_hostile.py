@@ -208,6 +208,37 @@ def test_fields_that_nobody_knows_change_nothing(http):
     assert found["choices"] == told["choices"]
 
 
+def test_a_history_that_other_servers_wrote_is_read(http):
+    """Answers without words, calls and results with more than we know, as OpenAI and others write them."""
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    ours = [
+        *ASK["messages"], {"role": "assistant", "content": "no"}, {"role": "assistant", "content": ""},
+        {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": ""},
+    ]  # fmt: skip
+    theirs = [
+        *ASK["messages"], {"role": "assistant", "content": None, "refusal": "no"}, {"role": "assistant"},
+        {"role": "assistant", "tool_calls": [{**call, "extra_content": {"google": {"thought_signature": "x"}}}]},
+        {"role": "tool", "content": None, "tool_call_id": "c1"},
+    ]  # fmt: skip
+    first, second = (http.post("/apply-template", json={"messages": messages}).json() for messages in (ours, theirs))
+    assert first["prompt"] == second["prompt"]
+
+
+def test_errors_say_nothing_of_training(http):
+    messages = [{"role": "assistant", "content": "a", "reasoning": "b", "reasoning_content": "c"}]
+    for wrong in (messages, [{"role": "user", "content": "a", "reasoning": "b"}]):
+        message = refusal(http.post(CHAT, json={"messages": wrong}))["message"]
+        assert "messages[0]" in message and "train" not in message and "ignore_fields" not in message
+
+
+def test_a_head_is_that_of_the_page_that_would_come(http):
+    for path, status in (("/health", 200), ("/v1/models", 200), ("/v1/nothing", 404), (CHAT, 405)):
+        got, found = http.get(path), http.head(path)
+        assert (found.status_code, found.content, found.headers["content-length"]) == (
+            status, b"", got.headers["content-length"]
+        )  # fmt: skip
+
+
 def test_tokens_there_and_back(http):
     text = "The cat 你好 <|im_end|>\n"
     found = http.post("/tokenize", json={"content": text, "return_token_strs": True}).json()

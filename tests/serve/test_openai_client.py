@@ -142,6 +142,9 @@ def test_max_tokens_is_kept_and_bounded_by_the_context(chat, server):
         {"open_thinking": True},
         {"thinking": {"type": "enabled"}},
         {"reasoning_effort": "high"},
+        {"reasoning": {"effort": "high"}},
+        {"reasoning": {"enabled": True, "max_tokens": 100}},
+        {"think": True},
         {"chat_template_kwargs": {"enable_thinking": True}},
         {"chat_template_kwargs": {"open_thinking": True}},
     ],
@@ -155,7 +158,8 @@ def test_thinking_is_switched_under_all_its_names(chat, http, switch):
 
 
 def test_thinking_is_off_unless_it_is_asked_for(http, chat):
-    for switch in ({}, {"enable_thinking": False}, {"reasoning_effort": "none"}, {"thinking": {"type": "disabled"}}):
+    off = {"reasoning_effort": "none"}, {"thinking": {"type": "disabled"}}, {"reasoning": {"enabled": False}}
+    for switch in ({}, {"enable_thinking": False}, {"think": False}, *off):
         rendered = http.post("/apply-template", json={"messages": ASK, **switch}).json()["prompt"]
         assert rendered.endswith("<think>\n\n</think>\n\n")
     assert chat().choices[0].message.reasoning is None

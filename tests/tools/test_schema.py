@@ -147,5 +147,15 @@ def test_what_may_be_null_may_be_left_out():
     assert fitted(schema_of(find)["function"]["parameters"], {}) == {"word": None}
 
 
+def test_a_null_that_does_not_fit_is_as_if_it_were_left_out():
+    def count(word: str, most: int = 3, least: int | None = 1) -> int:
+        """Counts."""
+
+    schema = schema_of(count)["function"]["parameters"]
+    assert fitted(schema, {"word": "a", "most": None, "least": None}) == {"word": "a", "least": None}
+    with pytest.raises(ValueError, match="word is missing"):
+        fitted(schema, {"word": None})
+
+
 def test_a_whole_number_may_have_any_length():
     assert fitted({"type": "number"}, 10**400) == 10**400
