@@ -1,7 +1,6 @@
 """Command lines that are printed for a user to paste: of this program, names quoted, and installs that work."""
 
 import contextlib
-import importlib.metadata
 import os
 import re
 import shlex
@@ -40,7 +39,9 @@ def with_program(text: str) -> str:
 
 def install_command(extra: str) -> str:
     """What installs the packages of one of our extras, by their own names: this package need not be in any index."""
-    pairs = [text.partition(";") for text in importlib.metadata.requires("minimind-jax") or []]
+    from importlib import metadata  # here: a tenth of the time that --help takes
+
+    pairs = [text.partition(";") for text in metadata.requires("minimind-jax") or []]
     is_of_it = re.compile(rf"extra\s*==\s*['\"]{re.escape(extra)}['\"]").search
     wanted = [shlex.quote(name.strip()) for name, _, mark in pairs if is_of_it(mark)]
     return " ".join([shlex.quote(_shortest(Path(sys.executable))), "-m pip install", *wanted])
