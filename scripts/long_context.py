@@ -9,6 +9,7 @@ A run that is there is evaluated and not trained again.
 """
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -17,6 +18,9 @@ import numpy as np
 from minimind_jax.config.sections import CheckpointConfig, DataConfig, ModelSettings, OptimizerConfig, TrainingConfig
 from minimind_jax.config.stages import PretrainConfig, TokenizerConfig
 from minimind_jax.config.tools import PerplexityConfig
+from minimind_jax.convert.hf import load_hf, save_hf
+from minimind_jax.data.documents import encode_text
+from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.demo import corpus
 from minimind_jax.evaluate.perplexity import evaluate_perplexity
 from minimind_jax.model.config import RopeScaling
@@ -69,6 +73,20 @@ def train_model(run: Path, train: Path, epochs: float) -> Path:
     )  # fmt: skip
 
 
+def long_enough(file: Path, tokenizer: Tokenizer) -> None:
+    """Leaves out texts of fewer than LONG tokens, so that every piece but the last of a text is full."""
+    lines = file.read_text("utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if len(encode_text(tokenizer, json.loads(line)["text"]).ids) >= LONG]
+    file.write_text("".join(kept), "utf-8")
+
+
+def with_scaling(run: Path, scaling: RopeScaling | None, folder: Path) -> Path:
+    """The folder of the run's model with another scaling of its rotary embedding."""
+    config, params = load_hf(run / "model")
+    scaled = dataclasses.replace(config, rope_scaling=scaling)
+    return save_hf(folder, scaled, params, Tokenizer.load(run), "float32")
+
+
 def draw(curves: dict[str, np.ndarray], file: Path, window: int = 64) -> None:
     """Perplexity of each stretch of `window` positions."""
     import matplotlib
@@ -97,10 +115,12 @@ def main() -> None:
 
     train, held_out = write_texts(args.run / "data")
     model = train_model(args.run, train, args.epochs)
+    long_enough(held_out, Tokenizer.load(model))
     curves = {}
     for name, scaling in SCALINGS.items():
-        config = PerplexityConfig(model=str(model), files=(str(held_out),), seq_len=LONG, kind="text")
-        found = evaluate_perplexity(config, min_document_tokens=LONG, rope_scaling=scaling)
+        scaled = with_scaling(model, scaling, args.run / "scaled")
+        config = PerplexityConfig(model=str(scaled), files=(str(held_out),), seq_len=LONG, kind="text")
+        found = evaluate_perplexity(config)
         windows = found.nll_by_position_T.reshape(-1, 64).sum(1), found.tokens_by_position_T.reshape(-1, 64).sum(1)
         curves[name] = windows[0] / windows[1]
         beyond = found.nll_by_position_T[TRAINED:].sum() / found.tokens_by_position_T[TRAINED:].sum()

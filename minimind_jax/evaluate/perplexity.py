@@ -1,9 +1,7 @@
 """How well a model predicts text or the assistant's words of conversations."""
 
 import dataclasses
-import functools
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +14,15 @@ from minimind_jax.data.batches import Batches
 from minimind_jax.data.inspect import detect_kind
 from minimind_jax.data.jsonl import expand_paths, reading_of
 from minimind_jax.data.kinds import KINDS
-from minimind_jax.data.token_cache import TokenCache, build_cache
+from minimind_jax.data.token_cache import build_cache
 from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
 from minimind_jax.inference.load import load_model
 from minimind_jax.losses.vocabulary import token_scores
-from minimind_jax.model.config import RopeScaling
 from minimind_jax.model.transformer import full_precision
 from minimind_jax.progress import tracked
 
-DEFAULT_SEQ_LEN = 512
+DEFAULT_SEQ_LEN, ROWS = 512, 8  # rows that are read at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,24 +63,15 @@ def run(config: PerplexityConfig) -> None:
     )
 
 
-def evaluate_perplexity(
-    config: PerplexityConfig,
-    *,
-    min_document_tokens: int = 0,
-    rows_per_step: int = 8,
-    rope_scaling: RopeScaling | None = None,
-    cache_dir: str = "",
-) -> Perplexity:
+def evaluate_perplexity(config: PerplexityConfig) -> Perplexity:
     """Evaluates a model on records of the format that pretraining or fine-tuning reads.
 
     Documents longer than seq_len tokens are cut into pieces from their start on (conversations at turns), each
     predicted from itself alone; the first token of a next piece is predicted from all of the piece before it.
     Conversations are taken as they are, without the random changes of training.
 
-    min_document_tokens: shorter documents are left out; at seq_len, every piece but the last of a document is full,
-    which is what a comparison of context lengths needs. rope_scaling: replaces the model's own, when given.
-    Raises UserError: no such model or file, a broken record, no document that is long enough, nothing to predict in the
-    rows, or seq_len above the model's context.
+    Raises UserError: no such model or file, a broken record, nothing to predict in the rows, or seq_len above the
+    model's context.
     """
     folder, max_rows = resolve_model_folder(config.model), config.max_rows
     files = expand_paths(config.files)  # a file that is missing is told before the model is loaded
@@ -91,7 +79,7 @@ def evaluate_perplexity(
     if "concat" not in KINDS[kind].packings:
         way_out = "; evaluate images gives their bits per byte" * (kind == "images")
         raise UserError(f"{config.files[0]}: {KINDS[kind].noun}; perplexity is of texts or conversations{way_out}")
-    network, params = load_model(folder, rope_scaling=rope_scaling)
+    network, params = load_model(folder)
     limit = network.config.max_position_embeddings
     seq_len = min(DEFAULT_SEQ_LEN, limit) if config.seq_len is None else config.seq_len
     if seq_len > limit:
@@ -100,15 +88,13 @@ def evaluate_perplexity(
         train=config.files,
         seq_len=seq_len,
         packing="best_fit",
-        cache_dir=cache_dir,
         system_prompt_probability=0.0,
         empty_think_removal=0.0,
         **dataclasses.asdict(reading_of(config)),
     )
     tokenizer = load_tokenizer(folder)
     cache = build_cache(kind, data.train, tokenizer, data, seed=0)
-    select = functools.partial(_long_enough, config.files, min_document_tokens)
-    batches = Batches(cache, data, rows_per_step, seed=0, token_bytes=tokenizer.token_bytes(), select=select)
+    batches = Batches(cache, data, ROWS, seed=0, token_bytes=tokenizer.token_bytes())
 
     @jax.jit
     def sums(params, batch):
@@ -132,13 +118,3 @@ def evaluate_perplexity(
             "assistant's count); give other records, a larger seq_len, or more max_rows"
         )
     return Perplexity(nll_T, tokens_T, byte_count)
-
-
-def _long_enough(files: Sequence[str], min_tokens: int, cache: TokenCache) -> np.ndarray:
-    documents = np.flatnonzero(np.asarray(cache.lengths) >= min_tokens)
-    if not len(documents):
-        raise UserError(
-            f"no document has the {min_tokens} tokens that min_document_tokens asks for; the longest of "
-            f"{', '.join(files)} has {int(np.max(cache.lengths))}"
-        )
-    return documents

@@ -1,6 +1,5 @@
 """Models from their folders, ready to compute with."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from minimind_jax.folders import resolve_model_folder
 from minimind_jax.inference.adapters import load_adapters
 from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.generation_config import read_generation_config
-from minimind_jax.model.config import ComputeConfig, RopeScaling
+from minimind_jax.model.config import ComputeConfig
 from minimind_jax.model.heads import SCORE
 from minimind_jax.model.transformer import LanguageModel, Params, cast_matrices
 
@@ -35,17 +34,11 @@ def load_engine(name: str, dtype: str = "auto", adapters: Sequence[str] = (), **
 
 
 def load_model(
-    folder: str | Path,
-    dtype: str = "auto",
-    rope_scaling: RopeScaling | None = None,
-    has_head: bool = False,
-    deterministic: bool = False,
+    folder: str | Path, dtype: str = "auto", has_head: bool = False, deterministic: bool = False
 ) -> tuple[LanguageModel, Params]:
     """A model and its parameters, matrices in the compute dtype; an adapter is merged in.
 
-    rope_scaling: replaces the folder's, when given. has_head: it may be a classifier or reward model. deterministic:
-    as of `ComputeConfig`.
-    Raises UserError.
+    has_head: it may be a classifier or reward model. deterministic: as of `ComputeConfig`. Raises UserError.
     """
     config, params = load_merged(folder)
     if SCORE in params and not has_head:
@@ -53,7 +46,5 @@ def load_model(
             f"{folder} is a classifier or reward model and has no words to say; use minimind classify predict, or "
             "minimind score"
         )
-    if rope_scaling is not None:
-        config = dataclasses.replace(config, rope_scaling=rope_scaling)
     model = LanguageModel(config, ComputeConfig(dtype=dtype, deterministic=deterministic))
     return model, jax.tree.map(jnp.asarray, cast_matrices(params, model.dtype))

@@ -12,9 +12,9 @@ from minimind_jax.data.documents import encode_conversation, encode_text
 from minimind_jax.data.messages import Conversation
 from minimind_jax.data.tokenizer import Tokenizer, train_bpe
 from minimind_jax.errors import UserError
-from minimind_jax.evaluate.perplexity import evaluate_perplexity
+from minimind_jax.evaluate import perplexity
 from minimind_jax.inference.load import load_model
-from minimind_jax.model.config import ModelConfig, RopeScaling
+from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.transformer import LanguageModel
 
 TEXTS = ["The cat sat on the mat.", "你好，世界！今天天气很好。" * 3, "A longer line about a dog and a log, 🐶. " * 6]
@@ -40,19 +40,22 @@ def folder(tmp_path_factory):
     return path
 
 
-OPTIONS = {"min_document_tokens", "rope_scaling", "rows_per_step"}
+@pytest.fixture(autouse=True)
+def few_rows_at_once(monkeypatch, folder):
+    monkeypatch.setattr(perplexity, "ROWS", 2)
+    monkeypatch.setenv("MINIMIND_CACHE", str(folder / "cache"))
 
 
 def evaluate(folder, seq_len=SEQ_LEN, file="text.jsonl", **given):
-    options = {"rows_per_step": 2} | {name: given.pop(name) for name in OPTIONS & given.keys()}
     settings = {"kind": "text", "seq_len": seq_len} | given
-    config = PerplexityConfig(model=str(folder / "model"), files=(str(folder / file),), **settings)
-    return evaluate_perplexity(config, cache_dir=str(folder / "cache"), **options)
+    return perplexity.evaluate_perplexity(
+        PerplexityConfig(model=str(folder / "model"), files=(str(folder / file),), **settings)
+    )
 
 
-def by_hand(folder, text, scaling=None):
+def by_hand(folder, text):
     """-log p of each predicted token of a text, in float64, its pieces of SEQ_LEN apart from each other."""
-    model, params = load_model(folder / "model", rope_scaling=scaling)
+    model, params = load_model(folder / "model")
     ids = encode_text(Tokenizer.load(folder / "model"), text).ids
     nll = []
     for start in range(0, len(ids) - 1, SEQ_LEN):
@@ -76,28 +79,14 @@ def test_every_token_of_every_document_counts_once(folder):
     np.testing.assert_allclose(result.nll_by_position_T, at_position, rtol=1e-4)
 
 
-def test_short_documents_can_be_left_out(folder):
-    result = evaluate(folder, min_document_tokens=SEQ_LEN)
-    nll = np.concatenate([piece for text in TEXTS if len(by_hand(folder, text)) > 1 for piece in by_hand(folder, text)])
-    assert 0 < len(nll) == result.tokens < evaluate(folder).tokens
-    assert result.nll == pytest.approx(nll.mean(), rel=1e-5)
-
-
-def test_a_rope_scaling_replaces_the_model_s(folder):
-    scaling = RopeScaling("linear", 4.0, 32)
-    nll = np.concatenate([piece for text in TEXTS for piece in by_hand(folder, text, scaling)])
-    assert evaluate(folder, rope_scaling=scaling).nll == pytest.approx(nll.mean(), rel=1e-5)
-    assert abs(evaluate(folder).nll - nll.mean()) > 1e-4
-
-
 def test_of_conversations_only_the_assistant_s_words_count(folder):
     messages = [{"role": "user", "content": "What is a cat?"}, {"role": "assistant", "content": "A small animal."}]
     (folder / "talk.jsonl").write_text(json.dumps({"conversations": messages}) + "\n")
-    result = evaluate(folder, file="talk.jsonl", kind="conversation", rows_per_step=1)
+    result = evaluate(folder, file="talk.jsonl", kind="conversation")
     document = encode_conversation(Tokenizer.load(folder / "model"), Conversation(messages))
     assert result.tokens == document.trained.sum() < len(document.ids) / 2
     (folder / "talk.json").write_text(json.dumps([{"messages": messages, "id": 1}], indent=1))
-    found = evaluate(folder, file="talk.json", kind=None, rows_per_step=1)
+    found = evaluate(folder, file="talk.json", kind=None)
     assert (found.tokens, found.nll) == (result.tokens, result.nll)
 
 
@@ -105,7 +94,6 @@ def test_of_conversations_only_the_assistant_s_words_count(folder):
     "options, message, error",
     [
         ({"seq_len": 512}, "seq_len 512 is above the model's context of 128", UserError),
-        ({"min_document_tokens": 10_000}, "the longest of .*text.jsonl has", UserError),
         ({"max_rows": -1}, "max_rows is -1; it must be at least 0", ValueError),  # as all settings are
     ],
 )
@@ -118,7 +106,7 @@ def test_rows_without_a_token_to_predict_are_left_out(folder):
     """Of a question of seventy rows the answer is found, however few rows are asked for."""
     messages = [{"role": "user", "content": "What is a cat? " * 200}, {"role": "assistant", "content": "A cat."}]
     (folder / "question.jsonl").write_text(json.dumps({"conversations": messages}) + "\n")
-    options = {"kind": "conversation", "rows_per_step": 1, "max_rows": 1}
+    options = {"kind": "conversation", "max_rows": 1}
     assert evaluate(folder, 32, "question.jsonl", **options).tokens >= 3
 
 

@@ -16,7 +16,6 @@ from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.load import load_engine, load_model
 from minimind_jax.inference.request import Request
 from minimind_jax.inference.sampling import SamplingConfig
-from minimind_jax.model.config import RopeScaling
 
 GOLDEN = ("dense", "dense_untied", "dense_headdim", "moe_k1_norm", "moe_k1_nonorm", "moe_k2")
 GREEDY = SamplingConfig(max_new_tokens=24, temperature=0, ignore_eos=True)
@@ -173,14 +172,6 @@ def test_nothing_is_compiled_after_the_warm_up(dense):
 def test_buckets_are_few():
     assert [bucket(n, 16, 1024) for n in (1, 16, 17, 1000, 1024, 1025, 2049)] == [16, 16, 32, 1024, 1024, 2048, 3072]
     assert len({bucket(n, 16, 1024) for n in range(1, 8193)}) == 7 + 7
-
-
-@pytest.mark.parametrize("scaling", ["linear", "yarn", "dynamic"])
-def test_a_rope_scaling_given_at_loading_changes_the_model(golden_folder, scaling):
-    folder = golden_folder("dense")
-    plain, scaled = load_model(folder)[0], load_model(folder, rope_scaling=RopeScaling(scaling, 4.0, 64))[0]
-    assert plain.config.rope_scaling is None
-    assert scaled.config.rope_scaling.rope_type == scaling
 
 
 @pytest.mark.parametrize(
