@@ -14,6 +14,7 @@ from minimind_jax.runs.frozen import TOKENS, Answers, Asked
 from minimind_jax.runs.parts import Run, on_mesh, open_rows, run_parameters
 from minimind_jax.runs.stage import on_rows
 from minimind_jax.training.source import Recipe
+from minimind_jax.training.speed import forward_flops
 
 TEACHER = "teacher"  # the key of its parameters
 
@@ -43,7 +44,8 @@ def recipe(run: Run) -> Recipe:
         run.model, None if wanted.top_k else ask, alpha=wanted.alpha, temperature=wanted.temperature,
         divergence=wanted.divergence, jsd_beta=wanted.jsd_beta, words=words,
     )  # fmt: skip
-    return on_rows(run, loss_fn, parameters, open_rows(run, annotate))
+    asked = 0.0 if wanted.top_k else forward_flops(teacher.config, run.config.data.seq_len)
+    return on_rows(run, loss_fn, parameters, open_rows(run, annotate))._replace(flops_beside=asked)
 
 
 def _teacher(run: Run) -> LanguageModel:

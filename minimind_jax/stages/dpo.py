@@ -10,6 +10,7 @@ from minimind_jax.runs.frozen import Answers, Asked, Reference, pairs
 from minimind_jax.runs.parts import Run, open_rows, run_parameters
 from minimind_jax.runs.stage import on_rows
 from minimind_jax.training.source import Recipe
+from minimind_jax.training.speed import forward_flops
 
 
 def recipe(run: Run) -> Recipe:
@@ -28,7 +29,8 @@ def recipe(run: Run) -> Recipe:
         run.model, wanted.loss, beta=wanted.beta, label_smoothing=wanted.label_smoothing, gamma=wanted.gamma,
         sft_weight=sft_weight, reference=reference,
     )  # fmt: skip
-    return on_rows(run, loss_fn, parameters, open_rows(run, annotate))
+    asked = forward_flops(run.model.config, run.config.data.seq_len) if reference else 0.0
+    return on_rows(run, loss_fn, parameters, open_rows(run, annotate))._replace(flops_beside=asked)
 
 
 def _log_probs(run: Run) -> Asked:

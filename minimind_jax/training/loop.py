@@ -98,7 +98,7 @@ def train(
         silent = unwatched(config.training, recipe.evaluation is not None)
         for warning in filter(None, [*start.warnings, few_steps(total_steps, config), silent]):
             progress.say(f"[bold red]warning:[/] {warning}")
-        speed = Speed(model, config, start.record.get("seconds", 0.0), has_words)
+        speed = Speed(model, config, start.record.get("seconds", 0.0), has_words, recipe.flops_beside)
         journal = Journal(config, timetable, writer, progress, speed, start.record, checkpoints, skip)
         loop = Loop(
             config, recipe, mesh, program, sample_fn, timetable, checkpoints, watch, journal, profiler, stop, start.base

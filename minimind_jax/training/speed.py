@@ -73,6 +73,11 @@ def flops_per_token(config: ModelConfig, seq_len: int, trained: float = 1.0, *, 
     return matrices + 6 * config.num_hidden_layers * heads_width * seq_len
 
 
+def forward_flops(config: ModelConfig, seq_len: int) -> float:
+    """Those of `flops_per_token` without the backward pass, of a model that the loss only asks."""
+    return flops_per_token(config, seq_len) / 3
+
+
 def flops_per_image(vision: Vision, width: int, passes: int) -> float:
     """FLOPs of an image on its way to its tokens, of the language model's width: 2 for each number of the tower's
     matrices and each patch and 4 P^2 W a layer for attention, `passes` times (3 of a tower that is trained, 0 of one
@@ -103,16 +108,22 @@ class Speed:
     """Wall-clock numbers of a run: pauses (evaluation, samples, saves) and the first step, which compiles, left out.
 
     seconds_before: duration of the run up to the checkpoint it goes on from. has_words: as of `flops_per_token`.
+    flops_beside: of a token, in other models.
     """
 
     def __init__(
-        self, model: LanguageModel | ImageModel, config: RunConfig, seconds_before: float, has_words: bool = True
+        self,
+        model: LanguageModel | ImageModel,
+        config: RunConfig,
+        seconds_before: float,
+        has_words: bool = True,
+        flops_beside: float = 0.0,
     ):
         self._started = time.perf_counter() - seconds_before
         self._peak = peak_flops(model.compute) if isinstance(model, LanguageModel) else None  # others are not counted
         if self._peak:
             shape, share = model.config, config.trained_share(model.config.num_hidden_layers)
-            self._per_token = flops_per_token(shape, config.data.seq_len, share, has_words=has_words)
+            self._per_token = flops_per_token(shape, config.data.seq_len, share, has_words=has_words) + flops_beside
             self._vision = shape.vision
             self._per_image = self._vision and flops_per_image(self._vision, shape.hidden_size, config.tower_passes)
         self._since: float | None = None  # start of the window that `read` ends
