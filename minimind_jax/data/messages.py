@@ -25,6 +25,7 @@ CONTENT = ("content", "value", "text")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 SWITCHES = ("train", "training", "loss", "weight")  # whether a message is trained
 EMPTY_ANSWERS = "empty answers of the assistant are not trained"
+OPEN_THINK, CLOSE_THINK = "<think>", "</think>"
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 Message = dict[str, Any]
@@ -82,8 +83,8 @@ def check_closed(messages: list[Message], where: str) -> None:
     where: file and line.
     """
     for index, message in enumerate(messages):
-        if is_trained(message) and message["content"].lstrip().startswith("<think>"):
-            if "</think>" not in message["content"]:
+        if is_trained(message) and message["content"].lstrip().startswith(OPEN_THINK):
+            if CLOSE_THINK not in message["content"]:
                 raise UserError(
                     f"{where}: message {index + 1}: its <think> is never closed; close it, remove the message, or give "
                     "it the weight 0"
@@ -236,11 +237,11 @@ def _reasoning(left: dict[str, Any], thoughts: str, place: Place) -> str:
 
 def _without_inline_copy(content: str, reasoning: str, place: Place) -> str:
     """The content without the <think> block that says what `reasoning_content` says already."""
-    opening, closed, rest = content.partition("</think>")
-    inner = opening.split("<think>")[-1].strip()
-    if not closed or ("<think>" not in opening and inner not in ("", reasoning.strip())):
+    opening, closed, rest = content.partition(CLOSE_THINK)
+    inner = opening.split(OPEN_THINK)[-1].strip()
+    if not closed or (OPEN_THINK not in opening and inner not in ("", reasoning.strip())):
         return content
-    if (inner and inner != reasoning.strip()) or opening.partition("<think>")[0].strip() not in ("", inner):
+    if (inner and inner != reasoning.strip()) or opening.partition(OPEN_THINK)[0].strip() not in ("", inner):
         raise UserError(
             f"{place.text}: the <think> block in the content and the field with the reasoning differ; keep one of them"
         )

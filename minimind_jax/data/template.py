@@ -33,8 +33,7 @@ _MARK = "\udfff\ud800"
 _MARKED = CHAT_TEMPLATE.replace(r"assistant\n<think>\n' + reasoning", r"assistant\n' + mark + '<think>\n' + reasoning")
 _MARKED = _MARKED.replace("\n        {{- '<|im_end|>\\n' }}", "\n        {{- '<|im_end|>\\n' + mark }}")
 
-OPEN_THINK = "<think>\n"
-EMPTY_THINK = "<think>\n\n</think>\n\n"
+OPENED_THINK, EMPTY_THINK = "<think>\n", "<think>\n\n</think>\n\n"  # what a generation prompt ends in
 
 SYSTEM_PROMPTS = (
     "你是一个乐于助人的中文助手，回答要准确、简洁。",
@@ -90,8 +89,8 @@ def render_segments(
         if message["role"] == "assistant":
             segments.append(Segment(pending, False, turn))
             answer, pending, *pieces = pieces
-            opening = EMPTY_THINK if answer.startswith(EMPTY_THINK) else OPEN_THINK
-            parts = [opening] * (keep_empty_think or opening == OPEN_THINK) + [answer.removeprefix(opening)]
+            opening = EMPTY_THINK if answer.startswith(EMPTY_THINK) else OPENED_THINK
+            parts = [opening] * (keep_empty_think or opening == OPENED_THINK) + [answer.removeprefix(opening)]
             segments += [Segment(text, message.get("train", True), turn) for text in parts]
         elif index and messages[index - 1]["role"] == "assistant":
             turn += 1

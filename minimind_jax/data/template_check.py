@@ -4,11 +4,9 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from minimind_jax.data.messages import Message
+from minimind_jax.data.messages import CLOSE_THINK, OPEN_THINK, Message
 from minimind_jax.data.template import TEMPLATE_FILE, Segment, text_of
 from minimind_jax.errors import TemplateFault, UserError
-
-OPEN_TAG, CLOSE_TAG = "<think>", "</think>"
 
 FORGOTTEN = "the chat template leaves out the thinking of earlier answers, of which only the words are trained"
 
@@ -57,10 +55,10 @@ def check_spoken(messages: Sequence[Message]) -> None:
     a content, or between two."""
     for index, message in enumerate(messages):
         content = text_of(message)
-        if message["role"] != "assistant" or CLOSE_TAG not in content or "reasoning_content" in message:
+        if message["role"] != "assistant" or CLOSE_THINK not in content or "reasoning_content" in message:
             continue
         thought, answer = _split_thought(content)
-        if OPEN_TAG in thought or CLOSE_TAG in answer:
+        if OPEN_THINK in thought or CLOSE_THINK in answer:
             raise UserError(
                 f"message {index + 1}: words of its content stand before its thinking or between two pieces of it, and "
                 "the chat template leaves them out; put the thinking into reasoning_content"
@@ -107,8 +105,8 @@ def _thoughts(message: Message) -> list[tuple[str, list[Any]]]:
 
 def _split_thought(content: str) -> tuple[str, str]:
     """Thinking that stands in a content, which a template may write in another frame, and the answer."""
-    before, found, answer = content.partition(CLOSE_TAG)
-    return (before.strip().removeprefix(OPEN_TAG), answer) if found else ("", content)
+    before, found, answer = content.partition(CLOSE_THINK)
+    return (before.strip().removeprefix(OPEN_THINK), answer) if found else ("", content)
 
 
 def _function(call: dict[str, Any]) -> dict[str, Any]:

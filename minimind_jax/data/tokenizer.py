@@ -18,6 +18,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from minimind_jax.data.messages import CLOSE_THINK, OPEN_THINK
 from minimind_jax.data.template import (
     CHAT_TEMPLATE,
     Segment,
@@ -27,7 +28,7 @@ from minimind_jax.data.template import (
     template_with_images,
     template_without_images,
 )
-from minimind_jax.data.template_check import CLOSE_TAG, FORGOTTEN, OPEN_TAG, check_complete, raise_as_what_it_is
+from minimind_jax.data.template_check import FORGOTTEN, check_complete, raise_as_what_it_is
 from minimind_jax.data.template_spans import foreign_segments
 from minimind_jax.data.token_bytes import bytes_of_tokens
 from minimind_jax.errors import TemplateFault, UserError
@@ -261,7 +262,7 @@ class Tokenizer:
             for prompts in (True, False)
         )
         added = prompt.removeprefix(before)
-        return added.rfind(OPEN_TAG) > added.rfind(CLOSE_TAG)
+        return added.rfind(OPEN_THINK) > added.rfind(CLOSE_THINK)
 
     def prompt_segments(
         self,

@@ -42,7 +42,7 @@ from minimind_jax.inference.request import Request
 from minimind_jax.inference.splitter import parted
 from minimind_jax.model.config import Vision
 from minimind_jax.model.transformer import LanguageModel, Params
-from minimind_jax.progress import progress
+from minimind_jax.progress import progress, tracked
 from minimind_jax.texts import cell
 
 TASK = "answers"  # of conversations
@@ -249,11 +249,8 @@ class Asker:
             Request(tuple(question.prompt), self.sampling, images=tuple(map(picture, own)))
             for question, own in zip(questions, pictures, strict=True)
         )
-        texts = []
-        with progress("answering", len(questions)) as advance:
-            for answer in self.engine.answers(asked):
-                texts.append(parted(answer.text, questions[len(texts)].opens_thinking).content)
-                advance(1)
+        answers = zip(questions, tracked(self.engine.answers(asked), "answering", len(questions)), strict=True)
+        texts = [parted(answer.text, question.opens_thinking).content for question, answer in answers]
         return Answers(texts, log_probs)
 
 

@@ -26,7 +26,7 @@ from minimind_jax.inference.load import load_engine
 from minimind_jax.inference.request import Request
 from minimind_jax.inference.splitter import parted
 from minimind_jax.inference.tool_use import carry_out
-from minimind_jax.progress import progress
+from minimind_jax.progress import tracked
 from minimind_jax.tools.answers import numbers_in, same_number, says
 from minimind_jax.tools.toolbox import Toolbox
 
@@ -195,17 +195,14 @@ def _generate(
     texts: list[str | None] = [None] * len(prompts)
     ids = [encode_prompt(engine.tokenizer, *prompt, config.thinking) for prompt in prompts]
     fitting = [n for n in range(len(ids)) if engine.room(len(ids[n])) >= config.max_new_tokens]
-    notes["prompts leave no room for --max_new_tokens in the model's context and are given up"] += len(ids) - len(
-        fitting
-    )
+    without_room = len(ids) - len(fitting)
+    notes["prompts leave no room for --max_new_tokens in the model's context and are given up"] += without_room
     sampling = SamplingConfig(max_new_tokens=config.max_new_tokens, temperature=0.0)
-    with progress("answering", len(fitting)) as advance:
-        requests = (Request(tuple(ids[n]), sampling) for n in fitting)
-        for n, said in zip(fitting, engine.answers(requests), strict=True):
-            opens_thinking = engine.tokenizer.prompt_opens_thinking(*prompts[n], config.thinking)
-            texts[n] = parted(said.text, opens_thinking).content.strip()
-            notes["answers were cut off (--max_new_tokens)"] += said.finish_reason == "length"
-            advance(1)
+    requests = (Request(tuple(ids[n]), sampling) for n in fitting)
+    for n, said in zip(fitting, tracked(engine.answers(requests), "answering", len(fitting)), strict=True):
+        opens_thinking = engine.tokenizer.prompt_opens_thinking(*prompts[n], config.thinking)
+        texts[n] = parted(said.text, opens_thinking).content.strip()
+        notes["answers were cut off (--max_new_tokens)"] += said.finish_reason == "length"
     return texts
 
 

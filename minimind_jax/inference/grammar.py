@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
+from minimind_jax.data.messages import CLOSE_THINK, OPEN_THINK
 from minimind_jax.errors import UserError
 
-OPEN_THINK, CLOSE_THINK, OPEN_CALL, CLOSE_CALL = "<think>", "</think>", "<tool_call>", "</tool_call>"
+OPEN_CALL, CLOSE_CALL = "<tool_call>", "</tool_call>"
 
 # A model that draws at random never ends a run of white space, so there is at most the blank that json.dumps writes.
 _AS_JSON_DUMPS = {

@@ -4,8 +4,9 @@ import json
 import re
 from typing import NamedTuple
 
+from minimind_jax.data.messages import CLOSE_THINK, OPEN_THINK
 from minimind_jax.data.tools import ends_in_string, parse_calls
-from minimind_jax.inference.grammar import CLOSE_CALL, CLOSE_THINK, OPEN_CALL, OPEN_THINK
+from minimind_jax.inference.grammar import CLOSE_CALL, OPEN_CALL
 from minimind_jax.inference.text import possible_start
 
 

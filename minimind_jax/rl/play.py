@@ -15,11 +15,10 @@ from typing import Any, NamedTuple, Protocol
 
 from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.data.documents import encode_replies
-from minimind_jax.data.messages import ROLES, Message
+from minimind_jax.data.messages import OPEN_THINK, ROLES, Message
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.data.tools import parse_calls
 from minimind_jax.errors import UserError, first_line
-from minimind_jax.inference.grammar import OPEN_THINK
 from minimind_jax.inference.request import Answer, Request
 from minimind_jax.inference.splitter import parted
 from minimind_jax.rl.environment import Environment

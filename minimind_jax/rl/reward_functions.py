@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from minimind_jax.data.messages import CLOSE_THINK, OPEN_THINK
 from minimind_jax.data.tools import Call, called, calls_in_text, comparable
 from minimind_jax.data.values import Place, decode_json, is_absent, kind_of
 from minimind_jax.errors import UserError, first_line
@@ -17,8 +18,6 @@ from minimind_jax.rl.episode import Episode, Task
 from minimind_jax.shell import needing
 from minimind_jax.texts import read_object
 from minimind_jax.tools.answers import is_right
-
-_OPEN, _CLOSE = "<think>", "</think>"
 
 
 def answer(episode: Episode) -> float:
@@ -70,8 +69,10 @@ def thinking(episode: Episode) -> float:
 
 
 def _is_formed(text: str, is_open: bool) -> bool:
-    thoughts, _, rest = text.partition(_CLOSE) if is_open else ("-", "", text)
-    return bool(thoughts.strip() and rest.strip()) and not any(tag in thoughts + rest for tag in (_OPEN, _CLOSE))
+    thoughts, _, rest = text.partition(CLOSE_THINK) if is_open else ("-", "", text)
+    return bool(thoughts.strip() and rest.strip()) and not any(
+        tag in thoughts + rest for tag in (OPEN_THINK, CLOSE_THINK)
+    )
 
 
 def state(episode: Episode, name: str) -> float | None:
@@ -116,11 +117,11 @@ def minimind(episode: Episode) -> float:
     costs nothing (`repetition` and `thinking` mend that). Source: MiniMind's train_grpo.py.
     """
     text = episode.text
-    thoughts, closed, rest = text.partition(_CLOSE)
+    thoughts, closed, rest = text.partition(CLOSE_THINK)
     reward = 0.5 if 20 <= len(text.strip()) <= 800 else -0.5
     if closed:
         reward += 1.0 if 20 <= len(thoughts.strip()) <= 300 else -0.5
-        reward += 0.25 if text.count(_CLOSE) == 1 else -0.25
+        reward += 0.25 if text.count(CLOSE_THINK) == 1 else -0.25
     words = re.findall(r"\w+|[^\w\s]", (rest.strip() if closed else text).lower())
     grams = list(zip(words, words[1:], words[2:], strict=False))
     return reward - (min(0.5, (len(grams) - len(set(grams))) / len(grams)) if grams else 0.0)

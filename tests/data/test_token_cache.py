@@ -153,7 +153,7 @@ def test_another_tokenizer_or_setting_makes_another_cache(tmp_path, tokenizer, d
     ("name", "value"),
     [
         ("EMPTY_THINK", "<think></think>"),
-        ("OPEN_THINK", "<think> "),
+        ("OPENED_THINK", "<think> "),
         ("_MARKED", template._MARKED.replace("# Tools", "Tools")),
         ("SYSTEM_PROMPTS", (*template.SYSTEM_PROMPTS[:-1], "Talk.")),
         ("SYSTEM_PROMPTS", template.SYSTEM_PROMPTS[::-1]),
