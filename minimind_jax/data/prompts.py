@@ -11,7 +11,7 @@ from minimind_jax.data.messages import Conversation, messages_in, read_messages
 from minimind_jax.data.pictures import refuse_pictures
 from minimind_jax.data.preferences import turns_of
 from minimind_jax.data.tokenizer import Tokenizer
-from minimind_jax.data.values import checked_text, field_names
+from minimind_jax.data.values import checked_text, field_names, meant
 from minimind_jax.errors import UserError
 
 
@@ -58,11 +58,12 @@ def read_prompt(record: Record, reading: ReadingConfig, raw: bool = False) -> Pr
         fields.left["prompt"] = [turn for turn in turns if turn["content"]] if turns else messages_in(asked)
     texts = (*own, "prompt", *text_fields(reading), "problem")  # the last is of MATH and NVIDIA's sets
     names = [name for name in texts if isinstance(fields.left.get(name), str)]
-    if fields.has(*MESSAGES) and not (own and names):
+    if isinstance(fields.left.get("prompt"), list | dict):
+        fields.leave_out(*MESSAGES)  # which may lack what Open-R1 puts before its prompts
+        conversation = _without_answer(with_system(fields, *fields.messages("prompt")), record)
+    elif fields.has(*MESSAGES) and not (own and names):
         fields.leave_out("prompt")
         conversation = _without_answer(with_system(fields, *fields.messages(*MESSAGES)), record)
-    elif isinstance(fields.left.get("prompt"), list | dict):
-        conversation = _without_answer(with_system(fields, *fields.messages("prompt")), record)
     elif fields.has(*INSTRUCTION, "input") and not names[:1] == ["prompt"]:
         conversation = with_system(fields, question(fields), None)
     elif names or any(isinstance(record.value.get(name), str) for name in ("prompt", "text")):
@@ -77,7 +78,8 @@ def read_prompt(record: Record, reading: ReadingConfig, raw: bool = False) -> Pr
     else:
         raise UserError(
             f"{record.where}: expected a field `prompt` or `text` (a string), or `conversations` (data.text_field, of "
-            f"tools --text_field, names another field); found the fields {field_names(record.value)}"
+            f"tools --text_field, names another field{meant(record.value, texts)}); found the fields "
+            f"{field_names(record.value)}"
         )
     answers = ("completion", "output", "response", "prompt", "text", *MESSAGES)
     return Prompt(text, conversation, {name: value for name, value in fields.left.items() if name not in answers})

@@ -79,6 +79,8 @@ def _read(
     for number, record in enumerate(iter_records(files, skip, config.data, told)):
         try:
             asked, _ = dice.roll(number)(read_prompt(record, config.data).as_conversation())
+            if (last := asked.messages[-1])["role"] == "user" and not last["content"].strip():
+                raise UserError(f"{record.where}: the question is empty; expected text")
             offered = asked.tools or list(tools) or None
             thinking = own_thinking(asked, record.where)
             task = Task(record.where, asked.messages, offered, dict(record.value), thinking)

@@ -51,10 +51,10 @@ _FRACTION = re.compile(r"(?<![\d./])-?\d{1,50}/\d{1,50}(?![\d/])")
 def is_right(answer: str, expected: Sequence[str], question: str = "") -> bool:
     """Whether an answer is the expected one; of several, which must be numbers, it has to say each.
 
-    One number (or fraction) is compared with the final answer that is marked (see `marked`), or with the last number
-    said: whoever lists many has only said the last. A text is compared with what is marked or with the whole answer,
-    apart from case, white space and punctuation around it. Of several numbers, at most as many others may be said,
-    which are not in the question. Raises ValueError for several texts.
+    One number, or fraction, is compared with the final answer that is marked (see `marked`), or with the last one said:
+    whoever lists many has only said the last. 1/2 is 0.5, and says neither 1 nor 2. A text is compared with what is
+    marked or with the whole answer, apart from case, white space and punctuation around it. Of several numbers, at most
+    as many others may be said, which are not in the question. Raises ValueError for several texts.
     """
     if len(expected) == 1:
         return _is_one(answer, marked(expected[0]) or expected[0])
@@ -68,14 +68,13 @@ def is_right(answer: str, expected: Sequence[str], question: str = "") -> bool:
 
 def _is_one(answer: str, expected: str) -> bool:
     final = marked(answer)
-    said = (final or answer)[-_MAX_CHARACTERS:]
-    if (number := _number(expected)) is not None:
-        found = numbers_in(said)
-        return bool(found) and same_number(number, found[0 if final else -1])
-    if _FRACTION.fullmatch(_slashed(expected).strip()):
-        found = _fractions(said)
-        return bool(found) and found[0 if final else -1] in _fractions(expected)
-    return _plain(said) == _plain(expected)
+    said, due = (final or answer)[-_MAX_CHARACTERS:], [_number(expected)]
+    if _FRACTION.fullmatch(_slashed(expected).strip(" $")):
+        due = _quantities(expected)
+    if due == [None] or not due:
+        return _plain(said) == _plain(expected)
+    found = _quantities(said)
+    return bool(found) and _same(due[0], found[0 if final else -1])
 
 
 def marked(text: str) -> str:
@@ -106,9 +105,19 @@ def _slashed(text: str) -> str:
     return re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
 
 
-def _fractions(text: str) -> list[Fraction]:
-    pairs = [found.split("/") for found in _FRACTION.findall(_slashed(text))]
-    return [Fraction(int(above), int(below)) for above, below in pairs if int(below)]
+def _quantities(text: str) -> list[Decimal | Fraction]:
+    """The numbers and the fractions of a text, in order."""
+    plain, found, start = _slashed(text), [], 0
+    for match in _FRACTION.finditer(plain):
+        above, below = map(int, match[0].split("/"))
+        found += [*numbers_in(plain[start : match.start()]), *([Fraction(above, below)] if below else [])]
+        start = match.end()
+    return found + numbers_in(plain[start:])
+
+
+def _same(expected: Decimal | Fraction, found: Decimal | Fraction) -> bool:
+    is_plain = isinstance(expected, Decimal) and isinstance(found, Decimal)
+    return same_number(expected, found) if is_plain else Fraction(expected) == Fraction(found)
 
 
 def _plain(text: str) -> str:

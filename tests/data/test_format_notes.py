@@ -105,13 +105,16 @@ def test_the_question_stands_once_in_texts(prompt, chosen, rejected):
         ({"prompt": "\n\nHuman: q\n\nAssistant:"}, [USER], {}),
         ({"prompt": "q", "chat_template_kwargs": {"enable_thinking": True}}, [USER], {"enable_thinking": True}),
         ({"prompt": "other", "messages": TALK}, [USER], {}),
+        ({"prompt": [SYSTEM, USER], "messages": TALK}, [SYSTEM, USER], {}),
     ],
 )
 def test_prompts_are_read_as_they_are_trained(value, messages, variables):
     given = record(value)
     text, conversation, others = read_prompt(given, READING)
     assert (text, conversation.messages, conversation.variables, others) == (None, messages, variables, {})
-    assert ("`prompt` is ignored" in str(told_lines(given.told))) == ("messages" in value)
+    told = str(told_lines(given.told))
+    assert ("`prompt` is ignored" in told) == (value["prompt"] == "other")
+    assert ("`messages` is ignored" in told) == isinstance(value["prompt"], list)
     if "messages" not in value:
         assert read_prompt(given, READING, raw=True).text == value["prompt"]
 

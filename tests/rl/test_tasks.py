@@ -54,6 +54,12 @@ def test_prompts_of_all_formats_are_the_same_task(config, tokenizer, record, cap
     assert "not trained" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("record", [{"prompt": " "}, {"messages": [{"role": "user", "content": ""}]}], ids=str)
+def test_a_question_of_nothing_is_refused(config, tokenizer, record):
+    with pytest.raises(UserError, match=r"prompts.jsonl:1: .*empty"):
+        read_tasks(config([record]), tokenizer)
+
+
 def test_some_are_held_out_and_all_are_asked_before_one_comes_again(config, tokenizer):
     records = [{"prompt": f"cat {n}", "answer": n} for n in range(40)]
     tasks = read_tasks(config(records), tokenizer)

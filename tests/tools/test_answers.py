@@ -115,6 +115,13 @@ def test_the_final_answer_that_is_marked(text, found):
         ("12/6", "2/6", False),
         ("2/0", "2/6", False),
         ("2/6", r"\boxed{\dfrac{2}{6}}", True),
+        ("还剩 2/6。", "6", False),
+        ("The answer is 1/2.", "1", False),
+        ("48/2 = 24", "24", True),
+        (r"\boxed{\frac{1}{2}}", "0.5", True),
+        ("0.50", r"$\frac{1}{2}$", True),
+        ("0.33", "1/3", False),
+        ("on 16/9/2020", "2020", True),
     ],
 )
 def test_whether_an_answer_is_right(answer, expected, right):
