@@ -24,6 +24,7 @@ from minimind_jax.inference.splitter import parted
 from minimind_jax.rl.environment import Environment
 from minimind_jax.rl.episode import Episode, Task, Turn
 from minimind_jax.seeds import named_seed
+from minimind_jax.texts import one_line
 from minimind_jax.tools.toolbox import Observation
 
 PATIENCE = 2.0  # seconds that others wait for an environment, so that who writes beside whom is not left to the clock
@@ -124,7 +125,7 @@ def play(
     if table.errors:
         error = table.errors[min(table.errors)]
         raised = [f" ({frame.filename}:{frame.lineno})" for frame in traceback.extract_tb(error.__traceback__)[-1:]]
-        said = f"{type(error).__name__}: {first_line(error)}{''.join(raised)}"
+        said = f"{type(error).__name__}: {one_line(first_line(error))}{''.join(raised)}"
         what = f"of {len(starts):,} episodes ended by an error of their environment, the first: {said}"
         if len(table.errors) == len(starts) and len(first) > 1:
             raise UserError(f"all {what}") from error

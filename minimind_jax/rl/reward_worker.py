@@ -84,6 +84,8 @@ def own(name: str) -> Function:
             import asyncio  # here: a fifth of the time that the process takes to start
 
             found = asyncio.run(found)
+        if isinstance(found, dict | set):  # of which a list would be the keys
+            raise TypeError(f"gave a {type(found).__name__}; expected a list of numbers")
         values = found.tolist() if hasattr(found, "tolist") else list(found)
         if len(values) != len(episodes):
             raise ValueError(f"gave {len(values)} values for {len(episodes)} completions")

@@ -20,6 +20,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.rl import judges, reward_functions
 from minimind_jax.rl.episode import Episode, Function, Task, Value, checked
 from minimind_jax.seeds import named_seed
+from minimind_jax.texts import one_line
 from minimind_jax.tools.toolbox import Toolbox
 from minimind_jax.values import convert
 
@@ -145,7 +146,7 @@ class Rewards(contextlib.AbstractContextManager):
     def _failures(self, entry: Entry, values: Sequence[Value], episodes: Sequence[Episode]) -> int:
         failed = [n for n, value in enumerate(values) if isinstance(value, str)]
         if failed and entry not in self._said:
-            where, words = episodes[failed[0]].task.where, values[failed[0]]
+            where, words = episodes[failed[0]].task.where, one_line(values[failed[0]])  # of a model's text, perhaps
             told = f"rewards.use {entry.text}: {where}: {words} ({len(failed)} of {len(episodes)} completions)"
             if self._config.on_error == "stop":
                 raise UserError(

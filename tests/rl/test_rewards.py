@@ -162,6 +162,7 @@ def test_a_function_that_fails_on_all(name, words):
     with pytest.raises(BaseException, match=words):
         own(f"{USER}:{name}")([episode("5"), episode("6")])
     assert own(f"{USER}:nothing")([episode("5")] * 2) == ["TypeError: 'NoneType' object is not iterable"] * 2
+    assert own(f"{USER}:numbered")([episode("5")] * 2) == ["TypeError: gave a dict; expected a list of numbers"] * 2
 
 
 def test_values_that_are_no_rewards():
@@ -247,6 +248,12 @@ def test_what_a_function_fails_on_is_skipped_where_it_counts(capfd):
         assert not any(each.unjudged for each in texts)
     told = capfd.readouterr().err
     assert told.count("they are not trained on") == told.count("they go without it") == 1
+
+
+def test_what_a_terminal_would_obey_is_not_told_to_it():
+    with rewards(f"{USER}:escapes") as give, pytest.raises(UserError, match=r"no number in \[2J \[31mb") as caught:
+        give([episode("\x1b[31mb")])
+    assert "\x1b" not in str(caught.value)
 
 
 def test_a_pattern_that_explodes_is_ended():
