@@ -160,6 +160,22 @@ def _part(tensor: StoredTensor, index: tuple, shape: tuple[int, ...]) -> StoredT
     return StoredTensor(shape, tensor.dtype, lambda inner: tensor.read(index)[inner])
 
 
+def finite(place: str, read: Callable[[Any], np.ndarray]) -> Callable[[Any], np.ndarray]:
+    """`read`, which raises UserError for NaN and infinity: a model with one of them answers nothing, and has no loss
+    from the first step on. place: file and tensor."""
+
+    def checked(index: Any) -> np.ndarray:
+        array = read(index)
+        if not np.isfinite(array).all():
+            raise UserError(
+                f"{place} holds numbers that are infinite or none (NaN): its training went wrong, or the file is "
+                "damaged; take an earlier checkpoint of it, or download it again"
+            )
+        return array
+
+    return checked
+
+
 def cast(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
     """`array` as a contiguous array of `dtype`; UserError if float16 cannot hold it."""
     with np.errstate(over="ignore"):
@@ -220,7 +236,10 @@ def read_safetensors_file(path: Path) -> dict[str, StoredTensor]:
             dtype = described.get_dtype()
             if dtype not in _SAFETENSORS_DTYPES:
                 raise UserError(f"{path}: {name} is stored as {dtype}; only F32, BF16 and F16 are supported")
-            result[name] = StoredTensor(tuple(described.get_shape()), _SAFETENSORS_DTYPES[dtype], described.__getitem__)
+            read = finite(f"{path}: {name}", described.__getitem__)
+            result[name] = StoredTensor(tuple(described.get_shape()), _SAFETENSORS_DTYPES[dtype], read)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a complete safetensors file ({error}); download or export it again") from error
+        raise UserError(
+            f"{path}: not a complete safetensors file ({error}); export or download it again (in a clone: git lfs pull)"
+        ) from error
     return result

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from minimind_jax.convert.hf_weights import DTYPES, StoredTensor, cast, read_safetensors
+from minimind_jax.convert.hf_weights import DTYPES, StoredTensor, cast, finite, read_safetensors
 from minimind_jax.data.written import replacing_files
 from minimind_jax.errors import UserError
 from minimind_jax.shell import needing
@@ -82,6 +82,8 @@ def _stored(name: str, tensor: Any, path: Path) -> StoredTensor:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise UserError(f"{path}: {name} is {dtype}; only {', '.join(DTYPES)} are supported")
-    return StoredTensor(
-        tuple(tensor.shape), dtype, lambda index: tensor[index].float().numpy().astype(DTYPES[dtype], copy=False)
-    )
+
+    def read(index: Any) -> np.ndarray:
+        return tensor[index].float().numpy().astype(DTYPES[dtype], copy=False)
+
+    return StoredTensor(tuple(tensor.shape), dtype, finite(f"{path}: {name}", read))

@@ -279,6 +279,24 @@ def test_layers_beyond_the_configuration_are_an_error(make_model, tmp_path):
         load_hf(tmp_path / "model")
 
 
+@pytest.mark.parametrize("form", ["safetensors", "torch"])
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_numbers_that_are_none_are_an_error(make_model, tmp_path, number, dtype, form):
+    """Such a model answered nothing, without a word."""
+    folder, name = save_hf(tmp_path / "model", *make_model("dense"), dtype=dtype), "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][2, 3] = number
+    save_file(tensors, folder / "model.safetensors")
+    if form == "torch":
+        torch = pytest.importorskip("torch")
+        tensors = {key: torch.tensor(value.astype(np.float32)) for key, value in tensors.items()}
+        torch.save(tensors, folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=rf"model\.(safetensors|bin): {name} holds numbers that are infinite or none"):
+        load_hf(folder)
+
+
 def test_damaged_and_absent_files_are_named(make_model, tmp_path):
     config, params = make_model("dense")
     folder = save_hf(tmp_path / "model", config, params, max_shard_bytes=20_000)

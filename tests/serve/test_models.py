@@ -64,7 +64,7 @@ def test_an_adapter_that_would_spoil_the_answers_of_others_is_refused(folder, ad
     tensors = load_file(place / "adapter_model.safetensors")
     next(iter(tensors.values()))[0, 0] = number
     save_file(tensors, place / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="poet holds numbers that are infinite"):
+    with pytest.raises(UserError, match=r"poet/adapter_model\.safetensors: .* holds numbers that are infinite"):
         load_engine(str(folder), adapters=[str(place)])
 
 
