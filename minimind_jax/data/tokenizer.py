@@ -71,11 +71,13 @@ class Tokenizer:
 
     folder: where it was loaded from. vocab_size: the largest id plus one. bos_id: None if it has no such token.
     eos_id, pad_id (the end token where there is no padding token). chat_template: Jinja, ours where the folder has none
-    or one that renders the same; own_template says so. fingerprint: changes with anything that changes token ids.
+    (has_template) or one that renders the same; own_template says so. fingerprint: changes with anything that changes
+    token ids.
     """
 
     def __init__(self, folder: Path, backend: tokenizers.Tokenizer, config: dict[str, Any], template: str | None):
         self.folder = folder
+        self.has_template = template is not None
         template = template and template_without_images(template)
         self.own_template = template is None or renders_as_ours(template)
         self.chat_template = CHAT_TEMPLATE if self.own_template else template
@@ -85,7 +87,10 @@ class Tokenizer:
         self.special_tokens = {name: _special(folder, config, name, vocabulary) for name in _USUAL_NAMES}
         self.bos_id, self.eos_id, self.pad_id = (vocabulary.get(token) for token in self.special_tokens.values())
         if self.eos_id is None:
-            raise UserError(f"{folder / 'tokenizer_config.json'}: eos_token is missing or not in tokenizer.json")
+            raise UserError(
+                f"{folder / 'tokenizer_config.json'}: eos_token is missing or not in tokenizer.json; name the token "
+                "that ends a text there"
+            )
         if self.pad_id is None:
             self.pad_id = self.eos_id
         parts = (backend.to_str(), self.chat_template, str((self.bos_id, self.eos_id, self.pad_id)))

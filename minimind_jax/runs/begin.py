@@ -24,7 +24,7 @@ from minimind_jax.paths import is_remote
 from minimind_jax.runs.effect import check_effect
 from minimind_jax.runs.kind import StageKind
 from minimind_jax.runs.labels import labels_of_data
-from minimind_jax.runs.parts import SHAPE_FIELDS, Run, assemble, say_if_endless
+from minimind_jax.runs.parts import SHAPE_FIELDS, Run, assemble, tell_template
 from minimind_jax.runs.settle import changed_data, settle
 from minimind_jax.sharding import announce, initialize_distributed, make_mesh
 from minimind_jax.training.origin import agreed_settings, check_start_models, check_words, find_models
@@ -100,7 +100,7 @@ def begin(kind: StageKind, config: RunConfig) -> Run | None:
 def _with_data(run: Run, found: Found) -> Run:
     """The run with what follows from its data: labels, and a value for everything that its settings leave open."""
     if KINDS[run.kind.records].rendered and not run.kind.has_head:
-        say_if_endless(run.tokenizer)
+        tell_template(run.tokenizer)
     if run.kind.labels:
         run = run.with_labels(Labels(run.kind.labels))
     elif run.kind.has_head:

@@ -151,8 +151,12 @@ def check_context(config: RunConfig, architecture: ModelConfig) -> None:
         )
 
 
-def say_if_endless(tokenizer: Tokenizer) -> None:
-    """Says so where the chat template writes nothing behind an answer that could end it."""
+def tell_template(tokenizer: Tokenizer) -> None:
+    """Says so where there is no chat template, and where it writes nothing behind an answer that could end it."""
+    if not tokenizer.has_template:
+        announce(
+            f"{tokenizer.folder} has no chat template; MiniMind's writes the conversations and goes with the model"
+        )
     if tokenizer.turn_end_id is None:
         announce(
             f"warning: the chat template of {tokenizer.folder} writes no token behind an answer that only ends answers "

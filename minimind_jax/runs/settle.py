@@ -39,6 +39,8 @@ def settle(run: Run) -> RunConfig:
         announce(f"{told}. From that follow, unless you set them: {follow}")
     run.folder.asked = {key: asked[key] for key in values | chances | found}
     run.folder.content = content_of(config)
+    if both := {*run.folder.content["data.train"]} & {*run.folder.content["data.val"]}:
+        announce(f"warning: {len(both)} of the files of data.val are in data.train, too, and tell nothing new")
     return config
 
 

@@ -24,7 +24,7 @@ from minimind_jax.rl.scoring import Scorer
 from minimind_jax.rl.source import Rollouts
 from minimind_jax.rl.tasks import read_tasks
 from minimind_jax.runs.frozen import Reference
-from minimind_jax.runs.parts import Run, on_mesh, run_parameters, say_if_endless
+from minimind_jax.runs.parts import Run, on_mesh, run_parameters, tell_template
 from minimind_jax.seeds import named_key
 from minimind_jax.sharding import announce, data_process
 from minimind_jax.training.defaults import filled
@@ -45,7 +45,7 @@ def recipe(run: Run) -> Recipe:
 
 def _recipe(run: Run, opened: contextlib.ExitStack) -> Recipe:
     config, parameters = run.config, run_parameters(run)
-    say_if_endless(run.tokenizer)
+    tell_template(run.tokenizer)
     process = data_process(run.mesh)
     check(config, process[1])
     environment = load_environment(config.agent, run.tokenizer) if isinstance(config, AgentConfig) else SingleTurn()

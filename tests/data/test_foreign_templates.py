@@ -9,7 +9,7 @@ from minimind_jax.data.documents import encode_prompt
 from minimind_jax.data.tokenise import Encoder
 from minimind_jax.data.tokenizer import Tokenizer, train_bpe
 from minimind_jax.errors import TemplateFault, UserError
-from minimind_jax.runs.parts import say_if_endless
+from minimind_jax.runs.parts import tell_template
 
 USER = {"role": "user", "content": "How many birds?"}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "count", "arguments": {"what": 'bird "s"'}}]}
@@ -45,8 +45,20 @@ def test_our_own_template_ends_with_one_token(small):
 def test_text_that_is_no_token_ends_nothing(make, capsys):
     tokenizer = make(CHATML.replace("<|im_end|>", "<end>"))
     assert (tokenizer.turn_end_id, tokenizer.end_ids) == (None, (0,))
-    say_if_endless(tokenizer)
+    tell_template(tokenizer)
     assert "the model will not learn to stop" in capsys.readouterr().out
+
+
+def test_a_folder_without_a_template_is_told(small, tmp_path, capsys):
+    for file in small.folder.iterdir():
+        words = json.loads(file.read_text()) if file.name == "tokenizer_config.json" else None
+        text = file.read_text() if words is None else json.dumps(words | {"chat_template": None})
+        if file.name != "chat_template.jinja":
+            (tmp_path / file.name).write_text(text)
+    tell_template(Tokenizer.load(tmp_path))
+    assert f"{tmp_path} has no chat template; MiniMind's writes the conversations" in capsys.readouterr().out
+    tell_template(small)
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
