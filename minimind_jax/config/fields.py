@@ -1,6 +1,5 @@
 """What a settings class holds: its fields under dotted keys, what is declared beside them, and the text of `--help`."""
 
-import codecs
 import dataclasses
 import functools
 import inspect
@@ -45,8 +44,8 @@ def at_least(minimum: float) -> Rule:
 
 def _is_encoding(name: str) -> bool:
     try:
-        return bool(codecs.lookup(name))
-    except LookupError:
+        return bool("a".encode(name))  # others turn bytes into bytes, as base64
+    except (LookupError, ValueError):
         return False
 
 

@@ -111,7 +111,7 @@ class ReadingConfig(Settings):
 class FilesConfig(ReadingConfig):
     """Where the records are and how they become rows of tokens.
 
-    train: files, folders or globs (.jsonl, .json, .csv, .tsv, .parquet, .txt, .md; .gz and .zst of these).
+    train: files, folders or globs (.jsonl, .json, .csv, .tsv, .txt, .md; .gz and .zst of these; .parquet, .arrow).
     val: held-out files; empty takes `val_fraction` of the training records instead.
     val_fraction: share of the training records held out when `val` is empty; 0 for no validation; null follows from
         how many there are.

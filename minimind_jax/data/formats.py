@@ -14,13 +14,13 @@ from typing import Any, Literal, NamedTuple
 from minimind_jax.config.sections import ReadingConfig
 from minimind_jax.data.fields import Fields
 from minimind_jax.data.jsonl import Record
-from minimind_jax.data.messages import REASONING, Conversation, Message, messages_in, read_messages
+from minimind_jax.data.messages import REASONING, Conversation, Message, is_message, messages_in, read_messages
 from minimind_jax.data.preferences import Preference, count_shared, make_preference, shared_key, turns_of
 from minimind_jax.data.tools import read_tools
 from minimind_jax.data.values import checked_text, field_names, is_absent, kind_of, meant, respelled, without_nulls
 from minimind_jax.errors import UserError
 
-VERSION = 2  # counts up when a record is read as something else than before; caches of tokens are made anew
+VERSION = 3  # counts up when a record is read as something else than before; caches of tokens are made anew
 
 Gives = Literal["text", "conversation", "preference"]
 
@@ -342,6 +342,11 @@ def read_text(record: Record, reading: ReadingConfig) -> tuple[str, str]:
         raise UserError(
             f"{record.where}: missing field `{names[0]}`; expected a string (data.text_field, of tools --text_field, "
             f"names another field{meant(record.value, names)}), found the fields {found}"
+        )
+    if name == "content" and not reading.text_field and is_message(record.value):
+        raise UserError(
+            f"{record.where}: a message by itself; a conversation is one record, a list of its messages in one line or "
+            '{"messages": [...]} (to take the text of each: data.text_field content, of tools --text_field)'
         )
     leave_out_others(record, {name})
     return checked_text(record.value[name], f"{record.where}: {name}"), name

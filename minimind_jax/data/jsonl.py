@@ -21,6 +21,7 @@ from typing import Any
 
 from minimind_jax.config.sections import ReadingConfig
 from minimind_jax.data import text_files
+from minimind_jax.data.messages import are_messages
 from minimind_jax.data.values import decode_record
 from minimind_jax.errors import UserError
 from minimind_jax.shell import needing
@@ -28,14 +29,24 @@ from minimind_jax.texts import listed
 
 COMPRESSIONS = ("", ".gz", ".zst")
 JSON = tuple(kind + packed for kind in (".jsonl", ".json", ".ndjson") for packed in COMPRESSIONS)
+ARROW = (".parquet", ".arrow")  # the latter as the library datasets saves them
 TABLES = tuple(kind + packed for kind in (".csv", ".tsv") for packed in COMPRESSIONS)
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.zst", ".7z", ".rar")  # which hold files, and are not looked into
 DOCUMENTS = tuple(kind + packed for kind in (".txt", ".md") for packed in COMPRESSIONS)
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")  # that `images` decodes
-SUFFIXES = (*JSON, *TABLES, ".parquet", *DOCUMENTS)
-EXPECTED = ".jsonl, .json, .csv, .tsv, .parquet, .txt, .md (all but .parquet may be compressed: .gz, .zst)"
+SUFFIXES = (*JSON, *TABLES, *ARROW, *DOCUMENTS)
+EXPECTED = ".jsonl, .json, .csv, .tsv, .txt, .md (which may be compressed: .gz, .zst), .parquet, .arrow"
+OFFICE = (".xlsx", ".xls", ".ods", ".docx", ".doc", ".odt", ".pdf")
+# What files begin with that are not what their names say: the ending that they need, if that helps, and what they are.
+SIGNATURES = {
+    b"\x1f\x8b": (".gz", "compressed by gzip, and needs a name that ends in .gz"),
+    b"\x28\xb5\x2f\xfd": (".zst", "compressed by zstd, and needs a name that ends in .zst"),
+    b"PK\x03\x04": ((), "a zip archive, as files of Excel and Word are; unpack it, or save the sheet as CSV (UTF-8)"),
+    b"version https://git-lfs": ((), "what Git has in place of a large file; fetch that with git lfs pull"),
+}
 READ_BYTES = 1 << 24  # of a table at once: pictures make rows of any size
-NO_DATA = ("readme", "license", "dataset_info", "dataset_infos", "changelog")  # beside data in a folder, they are none
+# Beside data in a folder, they are none.
+NO_DATA = ("readme", "license", "dataset_info", "dataset_infos", "dataset_dict", "state", "changelog")
 READING = ReadingConfig()
 
 
@@ -88,11 +99,11 @@ def _expand(given: str | Path, pictures: bool) -> list[Path]:
         found = _data_of(_files_below(path), pictures)
         if not found:
             shown = any(map(is_picture, _files_below(path)))
-            hint = "; it holds pictures, which classify reads with --vision.tower" * shown or _unpacked(path)
+            hint = "; it holds pictures, which classify reads with --vision.tower" * shown or _converted(path)
             raise UserError(f"{given}: no data in this folder; expected files ending in {expected}{hint}")
     elif path.is_file():
         if not _ends_in(path, suffixes):
-            raise UserError(f"{given}: unknown file type; expected a name ending in {expected}{_unpacked(path)}")
+            raise UserError(f"{given}: unknown file type; expected a name ending in {expected}{_converted(path)}")
         return [path]
     elif path.exists():
         raise UserError(f"{given}: neither a file nor a folder (data is read more than once, so a pipe will not do)")
@@ -100,18 +111,24 @@ def _expand(given: str | Path, pictures: bool) -> list[Path]:
         found = _data_of(sorted(map(Path, glob.glob(str(path), recursive=True))), pictures)
         if not found:
             raise UserError(f"{given}: no file matches; expected files ending in {expected}")
+    elif "://" in str(given):
+        raise UserError(f"{given}: data is read from this machine's disks; download it, and give the file")
     else:
-        raise UserError(f"{given}: no such file (looked in {Path.cwd()}); check the name")
+        problem = "a link that leads nowhere" if path.is_symlink() else f"no such file (looked in {Path.cwd()})"
+        raise UserError(f"{given}: {problem}; check the name")
     for file in found:
         if not file.is_file():
             raise UserError(f"{file}: a link that leads nowhere, or no file; remove it, or name the files you mean")
     return found
 
 
-def _unpacked(path: Path) -> str:
-    """What to do about an archive, or a folder of some."""
+def _converted(path: Path) -> str:
+    """What to do about an archive or a file of an office's program, or a folder of some."""
     files = _files_below(path) if path.is_dir() else [path]
-    return "; unpack archives, and name their folder" * any(_ends_in(file, ARCHIVES) for file in files)
+    if any(_ends_in(file, ARCHIVES) for file in files):
+        return "; unpack archives, and name their folder"
+    is_office = any(_ends_in(file, OFFICE) for file in files)
+    return "; save a sheet of Excel as CSV (UTF-8), the text of Word and PDF files as .txt" * is_office
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -145,7 +162,7 @@ def _data_of(files: list[Path], pictures: bool = False) -> list[Path]:
     shown = [file for file in files if _ends_in(file, PICTURES)]
     files = [file for file in files if _ends_in(file, SUFFIXES)]
     data = [file for file in files if file.name.lower().split(".")[0] not in NO_DATA]
-    if not any(_ends_in(file, (*JSON, *TABLES, ".parquet")) for file in data):
+    if not any(_ends_in(file, (*JSON, *TABLES, *ARROW)) for file in data):
         return shown if pictures and shown else files
     return data
 
@@ -193,8 +210,9 @@ def iter_lines(file: Path, reading: ReadingConfig = READING) -> Iterator[tuple[i
     if is_picture(file):
         yield 1, {"image": str(file.absolute())}
         return
-    if _ends_in(file, ".parquet"):
-        yield from enumerate(_parquet_rows(file), start=1)
+    _check_signature(file)
+    if _ends_in(file, ARROW):
+        yield from enumerate(_arrow_rows(file), start=1)
         return
     _tell_wrong_encoding(file, reading.encoding)
     line = 0
@@ -246,6 +264,7 @@ def parse_line(raw: bytes | dict[str, Any], file: Path, line: int | str, told: C
         raise UserError(f"{where}: JSON nested too deeply") from error
     except ValueError as error:  # NaN, a number too large, a field given twice
         raise UserError(f"{where}: not readable JSON: {error}") from error
+    value = {"messages": value} if are_messages(value) else value
     if not isinstance(value, dict):
         raise UserError(f'{where}: a JSON {type(value).__name__}; expected an object, as in {{"text": ...}}')
     return Record(where, file, line, value, told)
@@ -275,9 +294,13 @@ def _open(file: Path) -> io.BufferedIOBase:
     return open(file, "rb")
 
 
-def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+def _arrow_rows(file: Path) -> Iterator[dict[str, Any]]:
     pyarrow = _pyarrow(file)
     try:
+        if _ends_in(file, ".arrow"):
+            for batch in pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))):
+                yield from batch.to_pylist()
+            return
         table = pyarrow.parquet.ParquetFile(file, memory_map=True)
         row_bytes = file.stat().st_size / max(1, table.metadata.num_rows)
         names = _label_names(table.schema_arrow.metadata or {})
@@ -285,7 +308,17 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
             for row in batch.to_pylist():
                 yield {**row, **{column: _called(row[column], names[column]) for column in row.keys() & names}}
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not a readable Parquet file: {error}") from error
+        kind = file.suffix[1:].capitalize()
+        raise UserError(f"{file}: not a readable {kind} file: {error}") from error
+
+
+def _check_signature(file: Path) -> None:
+    """Raises UserError for a file that begins as none does that its name promises."""
+    with contextlib.suppress(OSError), open(file, "rb") as stream:  # which is told where it is read
+        start = stream.read(max(map(len, SIGNATURES)))
+        for signature, (endings, what) in SIGNATURES.items():
+            if start.startswith(signature) and not _ends_in(file, endings):
+                raise UserError(f"{file}: this is {what}")
 
 
 def _label_names(metadata: dict[bytes, bytes]) -> dict[str, tuple[str, ...]]:

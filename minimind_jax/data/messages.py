@@ -121,6 +121,15 @@ def _is_pair(turn: Any) -> bool:
     return isinstance(turn, dict) and turn.keys() - {"source"} == {"user", "assistant"}
 
 
+def is_message(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("role") in ROLES
+
+
+def are_messages(value: Any) -> bool:
+    """Whether a value is a conversation by itself: the list of its messages, as nanochat has them."""
+    return isinstance(value, list) and bool(value) and all(map(is_message, value))
+
+
 def messages_in(value: Any) -> Any:
     """The messages that a cell of a table holds as JSON, or The Cauldron's pairs; any other value as it is."""
     if isinstance(value, list) and value and all(map(_is_pair, value)):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from minimind_jax.data.messages import are_messages, is_message
 from minimind_jax.errors import UserError
 
 MAX_LINE = 1 << 28  # bytes; more is no record but a file without line ends, and would fill the memory
@@ -130,7 +131,7 @@ def _is_spread(first: bytes) -> bool:
     """Whether a file's first line is the beginning of an array of objects, or of an object that later lines end."""
     start = first.strip().decode("utf-8", "replace")
     if start[:1] == "[":
-        return start[1:].lstrip()[:1] in ("", "{", "]")
+        return start[1:].lstrip()[:1] in ("", "{", "]") and not _is_conversation(start)
     if start[:1] != "{" or start[-1] not in "{[:,":
         return False
     try:
@@ -138,6 +139,15 @@ def _is_spread(first: bytes) -> bool:
     except (ValueError, RecursionError) as error:
         return getattr(error, "pos", 0) >= len(start)  # right so far, and more has to come
     return False
+
+
+def _is_conversation(line: str) -> bool:
+    """Whether a line is the list of a conversation's messages."""
+    try:
+        first, _ = json.JSONDecoder().raw_decode(line, line.index("{"))  # a large array is known by that alone
+        return is_message(first) and are_messages(json.loads(line))
+    except (ValueError, RecursionError):
+        return False
 
 
 def _spread_values(

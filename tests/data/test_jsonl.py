@@ -39,6 +39,17 @@ def write_parquet(folder):
     return folder / "a.parquet"
 
 
+def write_arrow(folder):
+    """As `save_to_disk` of the library datasets does, with what it writes beside."""
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.Table.from_pylist(ROWS)
+    write(folder / "saved", "state.json", b'{"_data_files": []}')
+    write(folder / "saved", "dataset_info.json", b"{}")
+    with pyarrow.ipc.new_stream(folder / "saved" / "data-00000-of-00001.arrow", table.schema) as stream:
+        stream.write_table(table, max_chunksize=2)
+    return expand_paths([folder / "saved"])[0]
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -46,11 +57,12 @@ def write_parquet(folder):
         lambda f: write(f, "a.jsonl.gz", gzip.compress(LINES)),
         write_zst,
         write_parquet,
+        write_arrow,
         lambda f: write(f, "a.jsonl", b"\xef\xbb\xbf" + LINES),
         lambda f: write(f, "a.jsonl", b"".join(b"\xef\xbb\xbf" + line for line in LINES.splitlines(keepends=True))),
         lambda f: write(f, "a.jsonl", LINES.replace(b"\n", b"\r\n").rstrip()),
     ],
-    ids=["plain", "gzip", "zstd", "parquet", "byte order mark", "in every line", "CRLF, no last newline"],
+    ids=["plain", "gzip", "zstd", "parquet", "arrow", "byte order mark", "in every line", "CRLF, no last newline"],
 )
 def test_every_format_gives_the_same_records(tmp_path, make):
     file = make(tmp_path)
@@ -254,14 +266,35 @@ def test_names_that_the_system_refuses(tmp_path):
         ("nowhere.jsonl", r"nowhere\.jsonl: no such file"),
         ("*.jsonl", r"\*\.jsonl: no file matches"),
         ("empty", r"empty: no data in this folder"),
-        ("notes.doc", r"notes\.doc: unknown file type; expected a name ending in \.jsonl"),
+        ("notes.doc", r"notes\.doc: unknown file type; expected a name ending in \.jsonl.*a sheet of Excel as CSV"),
+        ("link.txt", r"link\.txt: a link that leads nowhere"),
     ],
 )
 def test_paths_that_hold_nothing(tmp_path, path, message):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "link.txt").symlink_to("nowhere")
     (tmp_path / "notes.doc").write_text("x")
     with pytest.raises(UserError, match=message):
         expand_paths([tmp_path / path])
+
+
+def test_addresses_are_no_files():
+    with pytest.raises(UserError, match=r"s3://bucket/a\.jsonl: data is read from this machine's disks; download it"):
+        expand_paths(["s3://bucket/a.jsonl"])
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.csv", b"PK\x03\x04\x14\x00", "a zip archive, as files of Excel"),
+        ("a.jsonl", gzip.compress(LINES), r"needs a name that ends in \.gz"),
+        ("a.txt", b"\x28\xb5\x2f\xfd", r"needs a name that ends in \.zst"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "git lfs pull"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_told_by_what_it_is(tmp_path, name, data, message):
+    with pytest.raises(UserError, match=rf"{name}: this is .*{message}"):
+        list(iter_records([write(tmp_path, name, data)]))
 
 
 def test_broken_lines_can_be_skipped_and_seen(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from minimind_jax.config.sections import ReadingConfig
 from minimind_jax.data import text_files
+from minimind_jax.data.formats import read_text
 from minimind_jax.data.jsonl import expand_paths, iter_records, tell_left_out
 from minimind_jax.errors import UserError
 
@@ -88,6 +89,28 @@ def test_the_records_before_a_broken_end_of_an_array_are_kept(tmp_path, end):
     file.write_text('[{"text": "a"},{"text": b},{"text": "c"}]')
     with pytest.raises(UserError, match="this is record 2 of the file"):
         list(iter_records([file], errors.append))
+
+
+MESSAGES = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json"])
+def test_a_line_that_is_a_list_of_messages_is_a_conversation(tmp_path, ending):
+    """As nanochat has them. An array of other records is none, though it be in one line."""
+    file = tmp_path / f"a{ending}"
+    file.write_text(f"{json.dumps(MESSAGES)}\n" * 2)
+    assert read(file) == [(1, {"messages": MESSAGES}), (2, {"messages": MESSAGES})]
+    rows = [{"text": "a", "role": "user"}, {"text": "b"}]
+    file.write_text(json.dumps(rows))
+    assert [value for _, value in read(file)] == rows
+
+
+def test_a_message_by_itself_is_no_text(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(MESSAGES, indent=1))
+    first = next(iter_records([tmp_path / "a.json"]))
+    with pytest.raises(UserError, match=r"a\.json:2: a message by itself.*data\.text_field content"):
+        read_text(first, ReadingConfig())
+    assert read_text(first, ReadingConfig(text_field="content")) == ("1 + 1?", "content")
 
 
 TABLE = [("text", "label"), ('a "b", c; d', "x"), ("one\ntwo", "y|z"), ("tab\there", "x")]
@@ -208,8 +231,9 @@ def test_another_encoding_than_the_file_s_is_told(tmp_path):
     (tmp_path / "a.jsonl").write_text(lines(CHINESE), "utf-16")
     with pytest.raises(UserError, match="cannot be read as gbk"):
         read(tmp_path / "a.jsonl", "gbk")
-    with pytest.raises(ValueError, match=r"encoding is 'gkb'; it must be a name such as utf-8"):
-        ReadingConfig(encoding="gkb")
+    for name in ("gkb", "base64"):  # the latter is of bytes
+        with pytest.raises(ValueError, match=rf"encoding is '{name}'; it must be a name such as utf-8"):
+            ReadingConfig(encoding=name)
 
 
 @pytest.mark.parametrize("indent", [None, 0, 2])
