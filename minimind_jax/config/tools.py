@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from minimind_jax.config.fields import ABOVE_0, Rule, Settings, at_least, setting
+from minimind_jax.config.fields import ABOVE_0, ENCODING, Rule, Settings, at_least, setting
 from minimind_jax.config.sections import DType, ReadingConfig
 
 # What takes the settings of other commands ----------------------------------------------------------------------------
@@ -223,6 +223,7 @@ class ChoicesConfig(Settings):
     prompt: with {question}; empty takes 'Question: ... Answer:' or its Chinese.
     max_questions: of a task at most; 0 for all.
     batch_size: choices scored at once.
+    encoding: of files of text: utf-8, gb18030, gbk, big5, utf-16, latin-1, ...
     """
 
     files: tuple[str, ...] = setting(positional="FILE")
@@ -232,6 +233,7 @@ class ChoicesConfig(Settings):
     prompt: str = ""
     max_questions: int = setting(0, must=at_least(0))
     batch_size: int = setting(16, must=at_least(1))
+    encoding: str = setting("utf-8", late=True, must=ENCODING)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minimind_jax.config.sections import ReadingConfig
 from minimind_jax.config.tools import ChoicesConfig
 from minimind_jax.convert.load import load_tokenizer
 from minimind_jax.data.jsonl import Record, iter_records
@@ -124,8 +125,9 @@ def evaluate_choices(config: ChoicesConfig) -> list[ChoiceResult]:
     prompt = config.prompt.replace("\\n", "\n")
     if prompt and "{question}" not in prompt:
         raise UserError(f"prompt {prompt!r} has no {{question}}")
-    questions = _by_task(config.files)
-    examples = _by_task(config.shots_from) if config.shots_from else questions
+    reading = ReadingConfig(encoding=config.encoding)
+    questions = _by_task(config.files, reading)
+    examples = _by_task(config.shots_from, reading) if config.shots_from else questions
     folder = resolve_model_folder(config.model)
     scorer, tokenizer = LikelihoodScorer(*load_model(folder), config.batch_size), load_tokenizer(folder)
     questions = {task: asked[: config.max_questions or None] for task, asked in questions.items()}
@@ -157,9 +159,9 @@ def _requests(
     return requests
 
 
-def _by_task(files: Sequence[str]) -> dict[str, list[Question]]:
+def _by_task(files: Sequence[str], reading: ReadingConfig) -> dict[str, list[Question]]:
     found: dict[str, list[Question]] = {}
-    for question in map(parse_question, iter_records(files)):
+    for question in map(parse_question, iter_records(files, reading=reading)):
         found.setdefault(question.task, []).append(question)
     return found
 

@@ -108,6 +108,15 @@ def test_the_likeliest_choice_is_the_answer(folder, questions, monkeypatch, caps
     np.testing.assert_array_equal(one_by_one[0].right, results[0].right)
 
 
+def test_files_of_another_encoding_take_the_setting_that_their_error_names(folder, questions, tmp_path):
+    _, file = questions
+    other = tmp_path / "gb18030.jsonl"
+    other.write_text(Path(file).read_text("utf-8"), "gb18030")
+    with pytest.raises(UserError, match="--encoding"):
+        evaluate(folder, other)
+    assert repr(evaluate(folder, other, encoding="gb18030")) == repr(evaluate(folder, file))
+
+
 def test_questions_that_were_cut_are_counted(folder, tmp_path):
     rows = [{"question": "the cat " * count, "choices": ["sat", "ran"], "answer": 0} for count in (1, 100)]
     file = tmp_path / "long.jsonl"
