@@ -2,7 +2,6 @@
 
 import base64
 import functools
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from minimind_jax.evaluate.classification import classify_logits
 from minimind_jax.inference.image_prompts import open_parts
 from minimind_jax.inference.score import PictureScorer, Scorer
 from minimind_jax.serve import log, pictures
-from minimind_jax.serve.chat import new_id
+from minimind_jax.serve.chat import heading
 from minimind_jax.serve.completions import token_lists
 from minimind_jax.serve.errors import refused
 from minimind_jax.serve.models import Served
@@ -64,7 +63,7 @@ async def classify(body: ClassifyRequest, served: Served, worker: Worker, aside:
         }
         for n, (found, likely) in enumerate(zip(*classify_logits(logits, several), strict=True))
     ]
-    return {**_base("classify-", served), "data": data, "usage": usage}
+    return {**heading("classify-", served), "object": "list", "data": data, "usage": usage}
 
 
 def _pixels(body: ClassifyRequest, served: Served) -> list[np.ndarray]:
@@ -86,7 +85,7 @@ async def score(body: ScoreRequest, served: Served, worker: Worker) -> Json:
     prompts = [scorer.conversation_ids(talk.messages) for talk in talks]
     logits, usage = await _scored(scorer, prompts, slice(-scorer.max_tokens, None), worker)
     data = [{"index": n, "object": "score", "score": float(row[0])} for n, row in enumerate(logits)]
-    return {**_base("score-", served), "data": data, "usage": usage}
+    return {**heading("score-", served), "object": "list", "data": data, "usage": usage}
 
 
 def _conversations(body: ScoreRequest) -> list[list[Json]]:
@@ -116,10 +115,6 @@ async def _in_turns(work: Callable[[list[Any]], np.ndarray], items: list[Any], w
     """What the work makes of some items at a time, with answers going on between."""
     rows = [await worker.run(work, items[n : n + TOGETHER]) for n in range(0, len(items), TOGETHER)]
     return np.concatenate(rows)
-
-
-def _base(kind: str, served: Served) -> Json:
-    return {"id": new_id(kind), "object": "list", "created": int(time.time()), "model": served.name}
 
 
 def _usage(prompts: Sequence[Sequence[int]]) -> Json:
