@@ -31,6 +31,7 @@ class Turn(NamedTuple):
     start: int
     end: int
     finish: str  # `stop` or `length`
+    opened: bool = False  # a think block, by its prompt
 
 
 @dataclasses.dataclass

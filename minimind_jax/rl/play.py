@@ -211,7 +211,7 @@ class _Table:
         is_thinking = decode(before[-_TAIL:], skip_special_tokens=False).rstrip().endswith(OPEN_THINK)
         answer, calls = parse_calls(parted(text, is_thinking).content)
         finish = "stop" if has_ended else "length"
-        return Turn(text, answer, tuple(calls), (), len(before), len(before) + len(ids), finish)
+        return Turn(text, answer, tuple(calls), (), len(before), len(before) + len(ids), finish, is_thinking)
 
     def _go_on(self, seat: _Seat, reply: Reply) -> None:
         """Takes what the environment said; the next turn, or the end."""

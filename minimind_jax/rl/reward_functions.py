@@ -14,7 +14,7 @@ from minimind_jax.data.tools import Call, called, calls_in_text, comparable
 from minimind_jax.data.values import Place, decode_json, is_absent, kind_of
 from minimind_jax.errors import UserError, first_line
 from minimind_jax.paths import as_path
-from minimind_jax.rl.episode import Episode, Task
+from minimind_jax.rl.episode import Episode, Task, Turn
 from minimind_jax.shell import needing
 from minimind_jax.texts import read_object
 from minimind_jax.tools.answers import is_right
@@ -63,16 +63,21 @@ def overlong(episode: Episode, cache: int, *, max_new_tokens: int) -> float:
 
 
 def thinking(episode: Episode) -> float:
-    """1 where each turn keeps to the form, else 0: a think block that the prompt opened is closed once, with words in
-    it and words or a call behind it; where it opened none, none is opened or closed."""
-    return float(bool(episode.turns) and all(_is_formed(turn.text, episode.thinking) for turn in episode.turns))
+    """1 where each turn keeps to the form, else 0: a think block that the prompt opened, or the policy at once where it
+    was asked to think, is closed once, with words in it and words or a call behind it; else none is opened or closed.
+    """
+    return float(bool(episode.turns) and all(_is_formed(turn, episode.thinking) for turn in episode.turns))
 
 
-def _is_formed(text: str, is_open: bool) -> bool:
+def _is_formed(turn: Turn, is_asked: bool) -> bool:
+    text, is_open = turn.text, turn.opened
+    if is_asked and not is_open:  # Qwen3's own template leaves it to the policy
+        text, is_open = text.lstrip().removeprefix(OPEN_THINK), text.lstrip().startswith(OPEN_THINK)
+        if not is_open:
+            return False
     thoughts, _, rest = text.partition(CLOSE_THINK) if is_open else ("-", "", text)
-    return bool(thoughts.strip() and rest.strip()) and not any(
-        tag in thoughts + rest for tag in (OPEN_THINK, CLOSE_THINK)
-    )
+    again = any(tag in thoughts + rest for tag in (OPEN_THINK, CLOSE_THINK))
+    return bool(thoughts.strip() and rest.strip()) and not again
 
 
 def state(episode: Episode, name: str) -> float | None:

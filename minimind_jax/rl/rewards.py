@@ -79,6 +79,8 @@ class Rewards(contextlib.AbstractContextManager):
         self._config, self._seed = config, seed
         self._said: set[Entry] = set()  # whose first failure was told
         self._entries = entries(config.use)
+        if not any(entry.weight for entry in self._entries):
+            raise UserError(f"rewards.use {', '.join(config.use)}: all weights are 0, and so is every reward")
         self.names = [entry.name for entry in self._entries]
         known = {text: entry.name for entry in self._entries for text in (entry.name, entry.text)}
         if (success := config.success.strip() or self.names[0]) not in known:

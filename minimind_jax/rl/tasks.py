@@ -100,6 +100,9 @@ def _read(
     tell(Counter({key: count for key, count in told.items() if key[1] != EMPTY_ANSWERS}))  # they are left out
     if not tasks:
         raise UserError(f"{', '.join(map(str, files))}: no prompt is left to learn from")
+    asked, unasked = (encode_prompt(tokenizer, tasks[0].messages, tasks[0].tools, wanted) for wanted in (True, False))
+    if config.rollout.thinking and asked == unasked:
+        counts["prompts are the same, thinking or not: the chat template knows no rollout.thinking"] = len(tasks)
     return tasks, [f"{name}: {count:,} {note}" for note, count in counts.items() if count]
 
 

@@ -128,6 +128,23 @@ def test_thinking(texts, opened, value):
 
 
 @pytest.mark.parametrize(
+    ("text", "asked", "opened", "value"),
+    [
+        ("\n<think>\nso\n</think>\n\n5", True, False, 1),  # with Qwen3's own template
+        ("<think>so", True, False, 0),
+        ("so</think>5", True, False, 0),
+        ("<think></think>5", True, False, 0),
+        ("<think>so</think><think>5", True, False, 0),
+        ("5", True, False, 0),
+        ("so</think>5", False, True, 1),  # with a template that always opens a block
+        ("5", False, True, 0),
+    ],
+)
+def test_thinking_is_opened_by_prompt_or_policy(text, asked, opened, value):
+    assert functions.thinking(episode(text, thinking=asked, opened=opened)) == value
+
+
+@pytest.mark.parametrize(
     ("text", "value"),
     [
         ('{"a": 1}', 1),

@@ -97,6 +97,8 @@ def test_functions_of_a_user_that_cannot_be_called(name, words):
 
 
 def test_nothing_to_reward_is_refused():
+    with pytest.raises(UserError, match=r"rewards.use 0 \* answer: all weights are 0"):
+        rewards("0 * answer")
     with pytest.raises(UserError, match=r"rewards.use is empty"):
         rewards()
     with pytest.raises(UserError, match=r"rewards.success anwser is none of rewards.use: answer, length"):

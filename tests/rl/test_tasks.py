@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from templates import CHATML, with_template
 
 from minimind_jax.config.rl import GRPOConfig, PromptsConfig, RolloutConfig
 from minimind_jax.data.batches import split_records
@@ -86,12 +87,17 @@ def test_prompts_that_are_too_long(config, tokenizer, wanted, left):
     assert all(len(encode_prompt(tokenizer, task.messages, task.tools, True)) <= 48 for task in tasks.train)
 
 
-def test_thinking_is_drawn_for_a_group_or_said_by_its_record(config, tokenizer):
+def test_thinking_is_drawn_for_a_group_or_said_by_its_record(config, tokenizer, tmp_path):
     records = [{"prompt": "the cat"}, {"prompt": "the cat", "chat_template_kwargs": {"enable_thinking": False}}]
     made = config(records, 0.0, thinking=0.5)
     drawn, said = read_tasks(made, tokenizer).train
     assert {thinks(made, drawn, str(n)) for n in range(20)} == {True, False}
     assert not any(thinks(made, said, str(n)) for n in range(20))
+    assert not read_tasks(made, tokenizer).notes
+    plain = with_template(tokenizer.folder, tmp_path / "plain", CHATML)
+    assert read_tasks(made, plain).notes == [
+        "data.train: 2 prompts are the same, thinking or not: the chat template knows no rollout.thinking"
+    ]
 
 
 def test_an_agents_tools_are_offered_where_a_prompt_has_none(config, tokenizer):
