@@ -121,13 +121,13 @@ def test_the_page_needs_no_key_and_lets_no_script_in(guarded):
 
 def test_more_than_may_wait_are_told_to_come_again(guarded):
     headers = {"authorization": "Bearer first-key"}
+    client = openai.OpenAI(base_url=guarded.url, api_key="first-key", max_retries=0)  # which takes as long as an answer
     with httpx.Client(base_url=guarded.root, headers=headers) as http:
         with http.stream("POST", CHAT, json={**LONG, "stream": True}):
             wait_until(lambda: guarded.engine.running == 1, 10)
             found = http.post(CHAT, json={**LONG, "n": 5, "stream": True})
             assert (found.status_code, found.headers["retry-after"]) == (429, "1")
             assert found.json()["error"]["type"] == "rate_limit_error"
-            client = openai.OpenAI(base_url=guarded.url, api_key="first-key", max_retries=0)
             with pytest.raises(openai.RateLimitError):
                 client.chat.completions.create(model="tiny", n=5, **{"messages": LONG["messages"]})
     assert guarded.idle()

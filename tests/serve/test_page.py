@@ -409,3 +409,24 @@ def test_turns_that_no_longer_fit_are_left_out_and_told(page, model):
     answered(page, 2)
     expect(page.locator(".notes").last).to_contain_text("oldest turns (1)")
     assert [len(body["messages"]) for body in sent] == [1, 3, 1]
+
+
+def test_a_long_conversation_is_not_sent_hundreds_of_times(page, model, tmp_path):
+    said = [
+        {"id": str(n), "parent": str(n - 1) if n else None, "role": ("user", "assistant")[n % 2], "created": n + 1}
+        for n in range(400)
+    ]
+    whole = {"id": "long", "title": "long", "messages": [{**each, "content": "a cat " * 5} for each in said]}
+    file = tmp_path / "long.json"
+    file.write_text(json.dumps({"format": "minimind-conversations", "version": 1, "conversations": [whole]}), "utf-8")
+    page.set_input_files("#file", file)
+    page.locator("#list .title").click()
+    expect(page.locator("article.user")).to_have_count(200)
+    model.says = ["Yes."]
+    sent = sent_by(page)
+    ask(page, "still there?")
+    answered(page, 201)
+    expect(page.locator(".markdown").last).to_have_text("Yes.")
+    left = 201 - sum(message["role"] == "user" for message in sent[-1]["messages"])
+    expect(page.locator(".notes").last).to_contain_text(f"oldest turns ({left})")
+    assert len(sent) < 25

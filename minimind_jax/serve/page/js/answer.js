@@ -36,11 +36,14 @@ export async function answer(conversation, parent, asked, changed) {
   }
 }
 
-/** Streams one message. Turns that no longer fit the context are left out, oldest first: their number. */
+/**
+ * Streams one message. Turns that no longer fit the context are left out, oldest first: their number. An eighth of those
+ * that are left goes at a time: one by one a long conversation would be sent hundreds of times before it fits.
+ */
 async function speak(conversation, message, asked, changed) {
   const path = conversation.path(message.parent);
   const turns = path.filter((other) => other.role === "user").length;
-  for (let skipped = asked.skipped; ; skipped++) {
+  for (let skipped = asked.skipped; ; skipped += Math.max(1, Math.floor((turns - skipped) / 8))) {
     message.stats.skipped = skipped;
     try {
       await read(message, requestOf(path, conversation.record.settings, { ...asked, skipped }), asked.signal, changed);
