@@ -27,11 +27,13 @@ from minimind_jax.errors import UserError
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 SHOWN_ERRORS = 20
+MARKS = "⟦", "⟧"  # around trained tokens, where there is no colour
 TRAINED_STYLE = "bold green"
 
 # What moves the cursor, clears the screen or turns the order of the letters: C0 and C1, and the marks of direction.
 _CONTROLS = [*range(0x20), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
 _ESCAPES = {c: f"\\x{c:02x}" if c < 0x100 else f"\\u{c:04x}" for c in _CONTROLS if chr(c) not in "\n\t"}
+_UNMARKED = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in MARKS})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +115,24 @@ def printable(text: str) -> str:
     return text.translate(_ESCAPES)
 
 
-def trained_spans(ids: np.ndarray, trained: np.ndarray) -> list[tuple[np.ndarray, bool]]:
-    """Runs of tokens that are all trained or all not."""
+def pieces_of(tokenizer: Tokenizer, ids: np.ndarray, trained: np.ndarray) -> list[tuple[str, bool]]:
+    """Runs of tokens that are all trained or all not: `printable` text, in which ⟦ and ⟧ are spelled out too, and
+    whether they are."""
     bounds = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]
-    return [(ids[a:b], bool(trained[a])) for a, b in itertools.pairwise(bounds) if b > a]
+    runs = [(ids[a:b].tolist(), bool(trained[a])) for a, b in itertools.pairwise(bounds) if b > a]
+    decoded = [(tokenizer.decode(run, skip_special_tokens=False), is_trained) for run, is_trained in runs]
+    return [(printable(text).translate(_UNMARKED), is_trained) for text, is_trained in decoded]
+
+
+def styled(pieces: Iterable[tuple[str, bool]], console: Console | None = None) -> Text:
+    """Trained tokens are coloured, and in ⟦⟧ but for a terminal with colours."""
+    marks = ("", "") if console and console.is_terminal and not console.no_color else MARKS
+    shown = ((text.join(marks), TRAINED_STYLE) if is_trained else (text, "dim") for text, is_trained in pieces)
+    return Text.assemble(*shown)
+
+
+def print_legend(console: Console) -> None:
+    console.rule(Text("trained tokens look ").append_text(styled([("like this", True)], console)), align="left")
 
 
 def _first_records(cache: TokenCache, tokenizer: Tokenizer, count: int, shown: int) -> Iterator[Shown]:
@@ -126,25 +142,22 @@ def _first_records(cache: TokenCache, tokenizer: Tokenizer, count: int, shown: i
         trained = cache.is_trained(document, 0, shown)
         trained[0] = False  # nothing comes before the first token that could predict it
         trained &= cache.info["trained_tokens"] > 0  # of a prompt none is
-        spans = trained_spans(cache.ids(document, 0, shown), trained)
-        pieces = [(printable(tokenizer.decode(ids, skip_special_tokens=False)), learns) for ids, learns in spans]
+        pieces = pieces_of(tokenizer, cache.ids(document, 0, shown), trained)
         pictures = [] if cache.pictures is None else [picture for _, picture in cache.pictures.of(document)]
         yield Shown(int(cache.records[document]) + 1, length, pieces, pictures, max(0, length - shown))
 
 
 def _print_records(console: Console, records: Iterable[Shown], marker: Marker) -> None:
-    colours, count = console.is_terminal and not console.no_color, 0
+    count = 0
     for count, record in enumerate(records, 1):  # noqa: B007
-        text, images = Text(), _image_names(record.pictures)
-        for piece, is_trained in record.pieces:
-            piece = _with_images(piece, marker, images)
-            text.append(f"⟦{piece}⟧" if is_trained and not colours else piece, TRAINED_STYLE if is_trained else "dim")
+        images = _image_names(record.pictures)
+        text = styled(((_with_images(piece, marker, images), learns) for piece, learns in record.pieces), console)
         if record.left:
             text.append(f" … and {record.left:,} more tokens", "italic")
         console.rule(record.title, align="left")
         console.print(text, soft_wrap=True)
     if count:
-        console.rule(Text("trained", TRAINED_STYLE) if colours else "trained tokens are between ⟦ and ⟧", align="left")
+        print_legend(console)
 
 
 def _image_names(pictures: list[PictureFile]) -> Iterator[str]:

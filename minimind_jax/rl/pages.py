@@ -11,22 +11,20 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from minimind_jax.data.inspect import TRAINED_STYLE, printable, trained_spans
+from minimind_jax.data.inspect import pieces_of, print_legend, printable, styled
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.rl.episode import Episode, Turn
 from minimind_jax.texts import fenced
 from minimind_jax.training.run import write_text
 
 LONGEST = 300  # characters of a line on a call or a result
-MARKS = "⟦", "⟧"  # around trained tokens, where there is no colour
-_UNMARKED = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in MARKS})
 
 
 class Part(NamedTuple):
-    """The prompt, a turn, or what it was told. spans: its text, and whether it is trained. notes: lines on it."""
+    """The prompt, a turn, or what it was told. pieces: its text, and whether it is trained. notes: lines on it."""
 
     title: str
-    spans: list[tuple[str, bool]]
+    pieces: list[tuple[str, bool]]
     notes: list[str]
 
 
@@ -43,26 +41,21 @@ def write_page(path: Path, episodes: Sequence[Episode], tokenizer: Tokenizer) ->
     for number, episode in enumerate(episodes, 1):
         sections += [f"## {number}. {_title(episode)}", fenced("\n".join(_facts(episode)))]
         for part in parts(episode, tokenizer):
-            text = "".join(_marked(piece) if is_trained else piece for piece, is_trained in part.spans)
-            sections += [f"### {part.title}", fenced(text)]
+            sections += [f"### {part.title}", fenced(styled(part.pieces).plain)]
             sections += [fenced("\n".join(part.notes))] if part.notes else []
     write_text(path, "\n\n".join(sections) + "\n")
 
 
 def show(episode: Episode, tokenizer: Tokenizer, console: Console) -> None:
     """The episode in the terminal, its trained tokens coloured, or in ⟦⟧ where there are no colours."""
-    colours = console.is_terminal and not console.no_color
     console.rule(Text(_title(episode), "bold"), align="left")
     console.print(Text("\n".join(_facts(episode))), soft_wrap=True)
     for part in parts(episode, tokenizer):
         console.rule(Text(part.title), align="left", style="dim")
-        text = Text()
-        for piece, is_trained in part.spans:
-            text.append(_marked(piece) if is_trained and not colours else piece, TRAINED_STYLE if is_trained else "dim")
-        console.print(text, soft_wrap=True)
+        console.print(styled(part.pieces, console), soft_wrap=True)
         if part.notes:
             console.print(Text("\n".join(part.notes), "italic"), soft_wrap=True)
-    console.rule(Text("trained", TRAINED_STYLE) if colours else "what is trained is between ⟦ and ⟧", align="left")
+    print_legend(console)
 
 
 def parts(episode: Episode, tokenizer: Tokenizer) -> list[Part]:
@@ -73,17 +66,11 @@ def parts(episode: Episode, tokenizer: Tokenizer) -> list[Part]:
         turn = episode.turns[n // 2 - 1] if n and n % 2 == 0 else None
         if start < end or turn:
             title = f"Turn {n // 2}" if turn else "Told" if n else "Prompt"
-            spans = list(_spans(episode, tokenizer, start, end))
+            ids, sampled = np.array(episode.tokens[start:end], int), np.array(episode.sampled[start:end], bool)
+            pieces = pieces_of(tokenizer, ids, sampled)
             count = f"{end - start:,} tokens" + (f", {turn.finish}" if turn else "")
-            found.append(Part(f"{title} ({count})", spans, list(_notes(turn)) if turn else []))
+            found.append(Part(f"{title} ({count})", pieces, list(_notes(turn)) if turn else []))
     return found
-
-
-def _spans(episode: Episode, tokenizer: Tokenizer, start: int, end: int) -> Iterator[tuple[str, bool]]:
-    ids, sampled = np.array(episode.tokens[start:end], int), np.array(episode.sampled[start:end], bool)
-    for piece, is_trained in trained_spans(ids, sampled):
-        text = tokenizer.decode(piece.tolist(), skip_special_tokens=False)
-        yield printable(text).translate(_UNMARKED), is_trained
 
 
 def _notes(turn: Turn) -> Iterator[str]:
@@ -110,10 +97,6 @@ def _facts(episode: Episode) -> list[str]:
 
 def _title(episode: Episode) -> str:
     return f"Prompt {episode.group}, reward {episode.reward:.4f}, ended by {episode.finish or 'nothing yet'}"
-
-
-def _marked(text: str) -> str:
-    return text.join(MARKS)
 
 
 def _line(text: str) -> str:

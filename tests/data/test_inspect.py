@@ -15,8 +15,8 @@ from minimind_jax.data.inspect import (
     _print_packings,
     detect_kind,
     inspect,
+    pieces_of,
     printable,
-    trained_spans,
 )
 from minimind_jax.data.packing import PackingPlan
 from minimind_jax.data.tokenizer import train_bpe
@@ -138,14 +138,15 @@ def test_unknown_fields_and_unreadable_files_are_errors(tmp_path):
         detect_kind([write(tmp_path / "b.jsonl", ["no", "JSON"])])
 
 
-def test_trained_spans():
-    spans = trained_spans(np.arange(6), np.array([0, 0, 1, 1, 0, 1], bool))
-    assert [(ids.tolist(), trained) for ids, trained in spans] == [
-        ([0, 1], False),
-        ([2, 3], True),
-        ([4], False),
-        ([5], True),
-    ]
+def test_pieces_are_trained_or_not(tokenizer):
+    ids = np.array([id for letter in "abcdef" for id in tokenizer.encode(letter)])
+    pieces = pieces_of(tokenizer, ids, np.array([0, 0, 1, 1, 0, 1], bool))
+    assert pieces == [("ab", False), ("cd", True), ("e", False), ("f", True)]
+
+
+def test_a_text_s_own_marks_are_told_from_those_of_what_is_trained(tmp_path, tokenizer, data):
+    _, text = printed([write(tmp_path / "a.jsonl", [{"text": "The ⟦cat⟧ sleeps."}])], tokenizer, data)
+    assert "<|im_start|>⟦The \\u27e6cat\\u27e7 sleeps.<|im_end|>⟧" in text
 
 
 def test_what_a_record_tells_the_terminal_to_do_is_shown_and_not_done(tmp_path, tokenizer, data):
