@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,13 @@ def one_line(text: str) -> str:
 def cell(text: str) -> str:
     """A text as a cell of a table of Markdown."""
     return one_line(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Collection[str] = ()) -> str:
+    """A table of Markdown; its cells stand as they are (see `cell`). numbers: the columns that end at the right."""
+    head, *lines = (f"| {' | '.join(map(str, row))} |" for row in (columns, *rows))
+    marks = "|".join("---:" if column in numbers else "---" for column in columns)
+    return "\n".join([head, f"|{marks}|", *lines])
 
 
 def fenced(text: str, language: str = "") -> str:

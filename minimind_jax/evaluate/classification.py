@@ -10,7 +10,7 @@ import numpy as np
 
 from minimind_jax.convert.hf import Labels
 from minimind_jax.signals import uninterrupted
-from minimind_jax.texts import cell, one_line
+from minimind_jax.texts import cell, one_line, table
 
 BINS = 10  # of confidence
 FONTS = (  # of pictures: matplotlib's own, and those that have Chinese
@@ -180,14 +180,11 @@ def describe(result: ClassificationResult) -> str:
     known = sorted((row for row in rows if row["texts"]), key=lambda row: row["f1"])
     unknown = [row for row in rows if not row["texts"]]
     over = f" over the {len(known)} of {len(rows)} classes with held-out {result.noun}" if unknown else ""
-    lines = [
-        f"{len(result.truth):,} {result.noun}: accuracy {result.accuracy:.4f}, macro F1 {result.macro_f1:.4f}{over}, "
-        f"expected calibration error {result.calibration_error:.4f}",
-        "",
-        f"| class | {result.noun} | precision | recall | F1 |",
-        "|---|---:|---:|---:|---:|",
-    ]
+    columns, lines = ("class", result.noun, "precision", "recall", "F1"), []
     for row in [*known, *unknown]:
         figures = [f"{row[name]:.3f}" for name in ("precision", "recall", "f1")] if row["texts"] else ["", "", ""]
-        lines.append(f"| {cell(row['label'])} | {row['texts'] or 'none held out'} | {' | '.join(figures)} |")
-    return "\n".join(lines)
+        lines.append([cell(row["label"]), row["texts"] or "none held out", *figures])
+    return (
+        f"{len(result.truth):,} {result.noun}: accuracy {result.accuracy:.4f}, macro F1 {result.macro_f1:.4f}{over}, "
+        f"expected calibration error {result.calibration_error:.4f}\n\n{table(columns, lines, numbers=columns[1:])}"
+    )

@@ -43,7 +43,7 @@ from minimind_jax.inference.splitter import parted
 from minimind_jax.model.config import Vision
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.progress import progress, tracked
-from minimind_jax.texts import cell
+from minimind_jax.texts import cell, table
 
 TASK = "answers"  # of conversations
 DRAWS = 20  # of other places for pictures, of which one may be found to do
@@ -313,12 +313,12 @@ def parse_record(
 
 def describe(results: Sequence[ImageResult]) -> str:
     """Markdown: a line for each measure of each task."""
-    lines = ["| task | | questions | right | pictures shuffled | chance |", "|---|---|---:|---|---|---:|"]
+    columns, lines = ("task", "", "questions", "right", "pictures shuffled", "chance"), []
     for result in results:
         for name, own, other in _figures(result):
             chance = f"{result.chance:.1%}" if name == "likeliest choice" else ""
-            lines.append(f"| {cell(result.task)} | {name} | {len(result.questions):,} | {own} | {other} | {chance} |")
-    return "\n".join(lines)
+            lines.append((cell(result.task), name, f"{len(result.questions):,}", own, other, chance))
+    return table(columns, lines, numbers=("questions", "chance"))
 
 
 def _figures(result: ImageResult) -> list[tuple[str, str, str]]:

@@ -17,7 +17,7 @@ from minimind_jax.folders import holds_model
 from minimind_jax.runs.kind import StageKind, Stages
 from minimind_jax.shell import command
 from minimind_jax.signals import uninterrupted
-from minimind_jax.texts import fenced, is_there, read_text
+from minimind_jax.texts import fenced, is_there, read_text, table
 from minimind_jax.training.run import RunFolder, plain, write_text
 from minimind_jax.training.tracking import read_metrics
 from minimind_jax.training.watch import Watch
@@ -230,12 +230,9 @@ def _validation(val: list[dict], figures: Sequence[str]) -> str:
     """A table of every evaluation; the first line is the model that the run started from."""
     names = [name for name in ("loss", "bits_per_byte", *figures) if _any_has(val, f"val_{name}")]
     titles = ["step", *(name.replace("_", " ") for name in names)]
-    lines = [f"| {' | '.join(titles)} |", "|---:" * len(titles) + "|"]
-    for row in val:
-        numbers = [row.get(f"val_{name}") for name in names]
-        cells = [f"{row['step']:,}", *("" if n is None else f"{n:.4f}" for n in numbers)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    figures_of = ((row["step"], [row.get(f"val_{name}") for name in names]) for row in val)
+    rows = ([f"{step:,}", *("" if n is None else f"{n:.4f}" for n in found)] for step, found in figures_of)
+    return table(titles, rows, numbers=titles)
 
 
 def _samples(rows: list[dict]) -> list[str]:
@@ -256,5 +253,4 @@ def _next_steps(run: RunFolder, kind: StageKind | None) -> str:
 
 
 def _table(values: dict) -> str:
-    lines = [f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in values.items()]
-    return "\n".join(["| | |", "|---|---|", *lines])
+    return table(("", ""), ((key, str(value).replace("|", "\\|")) for key, value in values.items()))

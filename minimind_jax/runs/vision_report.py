@@ -15,7 +15,7 @@ from minimind_jax.evaluate.share import Share
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.runs.parts import Run, start_params
 from minimind_jax.seeds import named_seed
-from minimind_jax.texts import cell
+from minimind_jax.texts import cell, table
 from minimind_jax.training.run import RunFolder, write_text
 
 ASKED = 100  # held-out records at most, the first ones
@@ -68,16 +68,10 @@ def _figures(result: ImageResult, before: Answers) -> str:
     columns = {name: answers for name, answers in columns.items() if answers is not None}
     exact = [Share.of(result.exact(answers)).describe() for answers in columns.values()]
     bits = [f"{result.bits_per_byte(answers):.4f}" for answers in columns.values()]
-    return "\n".join(
-        [
-            f"{asked:,} held-out records were asked for their last answer anew, which is compared with theirs (in "
-            "brackets the interval of 95 %).",
-            "",
-            f"| | {' | '.join(columns)} |",
-            "|---" * (1 + len(columns)) + "|",
-            f"| the same answer | {' | '.join(exact)} |",
-            f"| bits per byte of theirs | {' | '.join(bits)} |",
-        ]
+    rows = ("the same answer", *exact), ("bits per byte of theirs", *bits)
+    return (
+        f"{asked:,} held-out records were asked for their last answer anew, which is compared with theirs (in "
+        f"brackets the interval of 95 %).\n\n{table(('', *columns), rows)}"
     )
 
 
@@ -87,13 +81,11 @@ def _shown(folder: RunFolder, result: ImageResult, before: Answers, pictures: Pi
 
     chosen = {question.pictures[0]: n for n, question in reversed([*enumerate(result.questions)])}
     folder.pictures.mkdir(exist_ok=True)
-    lines = ["| picture | asked | answer | before | after |", "|---|---|---|---|---|"]
+    rows = []
     for n in sorted(chosen.values())[:SHOWN]:
         question = result.questions[n]
         file = folder.pictures / f"{n + 1}.png"
         Image.fromarray(pictures.picture(question.pictures[0]).pixels).resize((SIDE, SIDE)).save(file)
         said = question.asked, question.answers[0], before.texts[n], result.own.texts[n]
-        lines.append(
-            f"| ![]({file.parent.name}/{file.name}) | {' | '.join(cell(text[:CHARACTERS]) for text in said)} |"
-        )
-    return "\n".join(lines)
+        rows.append([f"![]({file.parent.name}/{file.name})", *(cell(text[:CHARACTERS]) for text in said)])
+    return table(("picture", "asked", "answer", "before", "after"), rows)
