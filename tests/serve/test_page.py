@@ -15,11 +15,9 @@ from tests.serve.page_helpers import (
     CALL,
     HOSTILE,
     THINKING,
-    Process,
     Prompter,
     answered,
     ask,
-    free_port,
     opened,
     save_talker,
     sent_by,
@@ -27,7 +25,6 @@ from tests.serve.page_helpers import (
     stream,
     sync_api,
     talk_of,
-    unending,
 )
 
 expect = sync_api.expect
@@ -353,41 +350,6 @@ def test_a_long_answer_does_not_freeze_the_page(page):
     answered(page)
     expect(page.locator(".markdown")).to_contain_text("Paragraph 3999")
     assert page.evaluate("window.longest") < 3000
-
-
-@pytest.mark.slow
-def test_key_and_a_server_that_is_killed(browser, talker, request):
-    def start(port):
-        server = Process(str(talker), port, key="key of mine")
-        request.addfinalizer(server.kill)
-        return server
-
-    port = free_port()
-    server = start(port)
-    with opened(browser, server.url, wait=False) as page:
-        expect(page.locator("#question-text")).to_contain_text("API key")
-        page.fill("#question-input", "wrong")
-        page.click("#question-ok")
-        expect(page.locator("#question-text")).to_contain_text("not one of this server's")
-        page.fill("#question-input", "key of mine")
-        page.click("#question-ok")
-        expect(page.locator("#model option")).to_have_count(1)
-        unending(page)
-        ask(page, "say much")
-        expect(page.locator(".answer .markdown")).not_to_be_empty()
-        server.kill()
-        answered(page)
-        expect(page.locator(".notes")).to_contain_text("What came is kept")
-        kept = talk_of(page)
-        ask(page, "still there?")
-        expect(page.locator(".fault.box")).to_contain_text("minimind serve")
-        page.unroute_all()
-        start(port)
-        page.get_by_role("button", name="Try again").click()
-        answered(page, 2)
-        page.reload()
-        answered(page, 2)
-        assert talk_of(page)[:2] == kept
 
 
 def test_errors_of_the_server_are_shown_as_it_says_them(page):
