@@ -260,18 +260,14 @@ WORDS = {
     "model.hidden_size": 128, "model.intermediate_size": 384, "model.num_hidden_layers": 4,
     "model.num_attention_heads": 4, "model.num_key_value_heads": 2, "model.max_position_embeddings": 512,
 }  # fmt: skip
-SEEING = {
+SEEING = {  # with the empty thought behind which models are asked for answers
     **LINEAR, "vision.train": "tower", "data.seq_len": 192, "data.val_fraction": 0.01, "training.batch_tokens": 1536,
-    "optimizer.weight_decay": 0.01,
+    "optimizer.weight_decay": 0.01, "data.empty_think_removal": 0,
 }  # fmt: skip
 CAPTIONS = {
-    **SEEING, "data.empty_think_removal": 1, "training.steps": 900, "optimizer.learning_rate": 2e-3,
-    "optimizer.muon_learning_rate": 2e-2,
+    **SEEING, "training.steps": 900, "optimizer.learning_rate": 2e-3, "optimizer.muon_learning_rate": 2e-2,
 }  # fmt: skip
-TALKS = {  # with the empty thought behind which chats are asked for answers
-    **SEEING, "data.empty_think_removal": 0, "training.steps": 350, "optimizer.learning_rate": 5e-4,
-    "optimizer.muon_learning_rate": 5e-3,
-}  # fmt: skip
+TALKS = {**SEEING, "training.steps": 350, "optimizer.learning_rate": 5e-4, "optimizer.muon_learning_rate": 5e-3}
 
 
 def minimind(*words: Any) -> None:

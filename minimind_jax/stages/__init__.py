@@ -60,11 +60,11 @@ KINDS = (
     ),
     StageKind(
         "vlm-pretrain", settings.VLMPretrainConfig, "stages.vision:recipe",
-        records="images", needs_start=True, next=(SEE,), planned=("vlm_pretrain",),
+        records="images", needs_start=True, next=(CHAT, SEE), planned=("vlm_pretrain",),
     ),
     StageKind(
         "vlm-sft", settings.VLMSFTConfig, "stages.vision:recipe",
-        records="images", needs_start=True, next=(SEE,), planned=("vlm_sft", "vlm_nanovlm"),
+        records="images", needs_start=True, next=(CHAT, SEE), planned=("vlm_sft", "vlm_nanovlm"),
     ),
     StageKind("grpo", rl.GRPOConfig, "stages.reinforce:recipe", **REWARDED),
     StageKind("ppo", rl.PPOConfig, "stages.reinforce:recipe", **REWARDED),
