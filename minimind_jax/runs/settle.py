@@ -16,7 +16,15 @@ from minimind_jax.model.lora import without_adapters
 from minimind_jax.model.transformer import count_parameters
 from minimind_jax.runs.parts import Run
 from minimind_jax.sharding import announce, row_shards
-from minimind_jax.training.defaults import Amount, following, leaves_open, open_chances, share_held_out, with_values
+from minimind_jax.training.defaults import (
+    Amount,
+    following,
+    leaves_open,
+    of_much,
+    open_chances,
+    share_held_out,
+    with_values,
+)
 from minimind_jax.training.run import RunFolder, flat, plain
 
 
@@ -37,6 +45,9 @@ def settle(run: Run) -> RunConfig:
         config = with_values(config, found)
         follow = ", ".join(f"{key} {value:g}" for key, value in (chances | found).items())
         announce(f"{told}. From that follow, unless you set them: {follow}")
+    elif not KINDS[run.kind.records].packings:
+        found = of_much(config)
+        config = with_values(config, found)
     run.folder.asked = {key: asked[key] for key in values | chances | found}
     run.folder.content = content_of(config)
     if both := {*run.folder.content["data.train"]} & {*run.folder.content["data.val"]}:

@@ -132,14 +132,18 @@ def with_values(config: RunConfig, values: dict[str, Any]) -> RunConfig:
     return dataclasses.replace(config, **sections)
 
 
+def of_much(config: RunConfig) -> dict[str, Any]:
+    """The figures for much data, by dotted key, where `config` leaves something open but for what is held out: those of
+    a run that makes its data itself."""
+    rows = config.data.seq_len * config.training.accumulation_steps
+    values = following(config, Amount(*[10**12] * 4), 1, 1)
+    if config.training.batch_tokens is None:
+        values["training.batch_tokens"] = max(1, round(config.figures.batch_tokens / rows)) * rows
+        values.pop("training.accumulation_steps", None)
+    return values
+
+
 def filled(config: RunConfig) -> RunConfig:
     """`config` with the figures for much data where it leaves something open, as for a run whose data is not known."""
-    figures, rows = config.figures, config.data.seq_len * config.training.accumulation_steps
-    much = Amount(*[10**12] * 4)
-    values = following(config, much, 1, 1)
-    if config.training.batch_tokens is None:
-        values["training.batch_tokens"] = max(1, round(figures.batch_tokens / rows)) * rows
-        values.pop("training.accumulation_steps", None)
-    if config.data.val_fraction is None:
-        values["data.val_fraction"] = figures.val_fraction
-    return with_values(config, values)
+    held_out = {"data.val_fraction": config.figures.val_fraction} if config.data.val_fraction is None else {}
+    return with_values(config, of_much(config) | held_out)

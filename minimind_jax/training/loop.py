@@ -20,7 +20,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.sharding import data_process, shard_batch
 from minimind_jax.training.checkpoint import Checkpoints
-from minimind_jax.training.defaults import filled
+from minimind_jax.training.defaults import of_much, with_values
 from minimind_jax.training.facts import few_steps, run_facts, schedule_change
 from minimind_jax.training.journal import Journal, Step
 from minimind_jax.training.profile import Profiler
@@ -68,7 +68,7 @@ def train(
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(recipe.source))
-        config, stride = filled(config), recipe.source.stride
+        config, stride = with_values(config, of_much(config)), recipe.source.stride
         check_patience(config.training, recipe.evaluation is not None)
         total_steps = recipe.source.planned_steps(config.training)
         check_agreement({"the number of steps": total_steps})

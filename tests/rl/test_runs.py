@@ -11,7 +11,7 @@ import pytest
 import yaml
 from kills import finish
 from pairs import outputs, start_pair
-from run_helpers import rows_of
+from run_helpers import cut_back, rows_of
 from safetensors.numpy import load_file, save_file
 from templates import CHATML
 from worlds import ADAPTERS, write_lines
@@ -28,7 +28,7 @@ from minimind_jax.config.rl import (
     RewardsConfig,
     RolloutConfig,
 )
-from minimind_jax.config.sections import CheckpointConfig, MeshConfig
+from minimind_jax.config.sections import CheckpointConfig, MeshConfig, OptimizerConfig
 from minimind_jax.config.settings import load_settings
 from minimind_jax.convert.hf import save_hf
 from minimind_jax.convert.load import load_merged
@@ -342,6 +342,19 @@ def test_wrong_settings_are_refused_by_name(argument, said):
     with pytest.raises(UserError) as caught:
         load_settings(GRPOConfig, [f"--{key}", value])
     assert said in str(caught.value)
+
+
+def test_what_nobody_has_set_is_no_change(grpo, capsys):
+    """The same command again: in the middle of the run, and when it is done."""
+    config = grpo(prompts=2, data={"val_fraction": None}, checkpoint=CheckpointConfig(every=1))
+    config = dataclasses.replace(config, optimizer=OptimizerConfig())
+    folder = RunFolder(stages.start(config))
+    capsys.readouterr()
+    stages.start(config)
+    assert "is finished" in (told := capsys.readouterr().out) and "changed" not in told
+    cut_back(folder, 1)
+    stages.start(config)
+    assert "resumed" in (told := capsys.readouterr().out) and "changed" not in told
 
 
 def test_settings_without_effect_are_told(grpo, capsys):
