@@ -20,7 +20,7 @@ from minimind_jax.data.tools import read_tools
 from minimind_jax.data.values import checked_text, field_names, is_absent, kind_of, meant, respelled, without_nulls
 from minimind_jax.errors import UserError
 
-VERSION = 3  # counts up when a record is read as something else than before; caches of tokens are made anew
+VERSION = 2  # counts up when a record that was read is read as something else; caches of tokens are made anew
 
 Gives = Literal["text", "conversation", "preference"]
 
