@@ -308,8 +308,7 @@ def _arrow_rows(file: Path) -> Iterator[dict[str, Any]]:
             for row in batch.to_pylist():
                 yield {**row, **{column: _called(row[column], names[column]) for column in row.keys() & names}}
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        kind = file.suffix[1:].capitalize()
-        raise UserError(f"{file}: not a readable {kind} file: {error}") from error
+        raise UserError(f"{file}: not a readable {file.suffix[1:].capitalize()} file: {error}") from error
 
 
 def _check_signature(file: Path) -> None:

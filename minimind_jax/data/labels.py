@@ -100,16 +100,16 @@ def read_labels(record: Record, classes: Classes, place: str) -> Given:
 def parse_unlabelled(record: Record, text_field: str = "text") -> str:
     """The text of a record to classify; `text` stands for its other usual names, too. Raises UserError."""
     place = _text_place(record, text_field)
-    text = record.value.get(place)
-    if not isinstance(text, str):
+    if place not in record.value:
         raise UserError(
             f"{record.where}: expected a field `{text_field}` with the text, found the fields "
             f"{field_names(record.value)} (data.text_field, of tools --text_field, names another"
             f"{meant(record.value, TEXT)})"
         )
+    text = checked_text(record.value[place], f"{record.where}: {place}")
     if not text.strip():
         raise UserError(f"{record.where}: {place} is empty; remove the line (in training: --data.on_error skip)")
-    return checked_text(text, f"{record.where}: {place}")
+    return text
 
 
 def _text_place(record: Record, text_field: str) -> str:

@@ -14,7 +14,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.signals import telling, uninterrupted
 
 TABLES = {".csv": ",", ".tsv": "\t"}  # the separator of files whose names end so
-NOT_WRITTEN = (".parquet", ".gz", ".zst")  # names that promise a form which is not written
+NOT_WRITTEN = (".parquet", ".arrow", ".xlsx", ".xls", ".gz", ".zst")  # names that promise a form which is not written
 
 
 def check_output(

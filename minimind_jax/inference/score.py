@@ -10,7 +10,7 @@ import numpy as np
 
 from minimind_jax.convert.hf import Labels, load_labels
 from minimind_jax.convert.hf_image_classifier import is_picture_classifier, load_picture_classifier
-from minimind_jax.convert.load import load_tokenizer
+from minimind_jax.convert.load import load_tokenizer, read_config
 from minimind_jax.data.images import read_image
 from minimind_jax.data.pictures import PictureFile
 from minimind_jax.errors import UserError
@@ -39,6 +39,7 @@ class Scorer:
         folder = resolve_model_folder(name)
         labels = None if is_adapter(folder) else load_labels(folder)
         if labels is None:
+            read_config(folder)  # or it is another program's
             raise UserError(
                 f"{folder} is a language model; `minimind classify` and `minimind reward` make models that score"
             )

@@ -69,8 +69,11 @@ def begin(kind: StageKind, config: RunConfig) -> Run | None:
             f"--init_from {folder.path} to start from that model)"
         )
     folder.check_resume(config.resume)
-    hub.pin(folder.read_environment().get("hub", {}))
+    noted = folder.read_environment()
+    hub.pin(noted.get("hub", {}))
     found = Found.look(folder, config)
+    if found.has_begun and (stage := noted.get("run", {}).get("stage", kind.name)) != kind.name:
+        raise UserError(f"{folder.path} is a run of {stage}; choose another run name for {kind.name}")
     check_settings(folder, found, kind.fixed)
     if found.is_exported and not found.changed and config.resume != "never":
         _open(folder)

@@ -36,7 +36,13 @@ def settle(run: Run) -> RunConfig:
     """
     asked, found = flat(plain(run.config)), {}
     values = run.folder.settled(asked)
-    config = with_values(run.config, values)
+    try:
+        config = with_values(run.config, values)
+    except ValueError as error:
+        raise UserError(
+            f"{run.folder.path} goes on with the values that it has, and these settings do not fit them ({error}); set "
+            "them as they were, or choose another run name"
+        ) from error
     size = sum(file.stat().st_size for file in expand_paths(config.data.train, config.of_pictures))
     chances = open_chances(config, KINDS[run.kind.records].rendered, size)
     config = with_values(config, chances)

@@ -177,7 +177,7 @@ class RunFolder:
         return {
             key: before[key]
             for key, value in open_then.items()
-            if asked[key] == value and not (key in RUN_LENGTHS and has_length)
+            if key in before and key in asked and asked[key] == value and not (key in RUN_LENGTHS and has_length)
         }
 
     def write_environment(self, facts: dict) -> None:

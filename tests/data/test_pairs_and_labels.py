@@ -282,6 +282,8 @@ def test_numbers_are_called_what_stands_beside_them(beside, tmp_path):
         ([{"label": '{"fire": 1}'}], ":1: label is {'fire': 1}"),
         ([{"label": ""}], r":1: label is ''.*\[\]"),
         ([{"label": None}], ":1: label is None"),
+        ([{"text": None, "label": "a"}], ":1: text is null; expected a string"),
+        ([{"text": 7, "label": "a"}], ":1: text is a number; expected a string"),
         ([{"label": ["a", None]}], ":1: label is None"),
         ([{"label": 1.5}], ":1: label is 1.5"),
         ([{"label": {"name": "a"}}], ":1: label is {"),

@@ -3,11 +3,13 @@
 import sys
 from collections import Counter
 
+import pytest
 from run_helpers import with_chats
 
 from minimind_jax import folders, sharding
-from minimind_jax.config.stages import SFTConfig
+from minimind_jax.config.stages import PretrainConfig, SFTConfig
 from minimind_jax.data.batches import open_data
+from minimind_jax.errors import UserError
 from minimind_jax.runs.adapters import plan_adapters
 from minimind_jax.stages import start
 from minimind_jax.training.run import RunFolder
@@ -32,3 +34,20 @@ def test_what_a_run_is_made_of_is_found_once(make, world, tmp_path, monkeypatch)
                 monkeypatch.setattr(place, function.__name__, counted(function))
     start(with_chats(make(SFTConfig, tmp_path / "run", "sft", data={"train": ()}, training={"steps": 1}), world))
     assert counts == dict.fromkeys(ONCE, 1)
+
+
+def test_settings_that_a_run_cannot_go_on_with_are_refused(make, world, tmp_path, capsys):
+    """Its batch followed from the data, and rows of 48 do not divide it; another stage has other settings."""
+
+    def begin(config=SFTConfig, steps=2, seq_len=64):
+        data, training = {"train": (), "seq_len": seq_len}, {"steps": steps, "batch_tokens": None}
+        start(with_chats(make(config, tmp_path / "run", "sft", data=data, training=training), world))
+
+    begin(steps=1)
+    with pytest.raises(UserError, match=r"does not divide by data\.seq_len.*set them as they were"):
+        begin(seq_len=48)
+    with pytest.raises(UserError, match="run is a run of sft; choose another run name for pretrain"):
+        begin(PretrainConfig)
+    (tmp_path / "run" / "config.yaml").unlink()
+    begin()
+    assert "is finished; its model is" in capsys.readouterr().out

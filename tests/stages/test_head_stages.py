@@ -280,7 +280,7 @@ def test_the_trained_length_goes_with_the_model(make, files, tmp_path, capsys, m
     config_file.write_text(json.dumps({**json.loads(config_file.read_text("utf-8")), "model_max_length": 131072}))
     predict(tmp_path / "copy", [texts], str(tmp_path / "old.jsonl"))
     assert "does not say where longer texts were cut in its training" in capsys.readouterr().err
-    for name in ("table.parquet", "table.csv.gz"):
+    for name in ("table.parquet", "table.xlsx", "table.csv.gz"):
         with pytest.raises(UserError, match="JSON lines are written"):
             predict(run.path, [texts], str(tmp_path / name))
     with pytest.raises(UserError, match="seq_len 1000 is above the model's context"):
