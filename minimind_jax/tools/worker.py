@@ -46,9 +46,9 @@ def serve(names: list[str], characters: int, loader: str) -> None:
         name, arguments, seed, seconds = json.loads(line)
         faulthandler.dump_traceback_later(seconds + 1, exit=True, file=nowhere)
         answer = _answer(*tools[name], arguments, seed, characters)
-        faulthandler.cancel_dump_traceback_later()
         if os.getpid() != own:  # the tool has forked, and this is the copy: only one is to answer
             os._exit(0)
+        faulthandler.cancel_dump_traceback_later()
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -189,9 +189,9 @@ def test_what_a_tool_has_started_ends_with_it(users, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_of_a_tool_that_goes_on_twice_one_answers(users):
-    assert ask(users, "fork").text == "one"
-    assert [users.call("greet", {"name": str(n)}).text for n in range(4)] == [f"hello {n}" for n in range(4)]
+def test_of_a_tool_that_goes_on_twice_one_answers_and_the_other_ends(users, tmp_path):
+    assert ask(users, "fork", file=str(tmp_path / "pid")).text == "one"
+    wait_for_the_end_of([int((tmp_path / "pid").read_text())])
 
 
 def test_a_seed_decides_what_is_drawn(users):

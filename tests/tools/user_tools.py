@@ -75,9 +75,10 @@ def crash() -> str:
     os._exit(1)
 
 
-def fork() -> str:
+def fork(file: str) -> str:
     """Goes on twice."""
-    os.fork()
+    if pid := os.fork():
+        Path(file).write_text(str(pid))
     return "one"
 
 
