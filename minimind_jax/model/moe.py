@@ -313,8 +313,7 @@ def _tiled_backward(saved, grad_PD):
     grad_x_NSD, *grads = _expert_gradients(tiles.cut(x_PD), gates_NSF, ups_NSF, tiles.cut(grad_PD), *copies)
     # A product adds the tiles of an expert up in one order, which a scatter on a GPU does not.
     of_expert_NE = jax.nn.one_hot(tiles.experts_N, len(sizes_E), dtype=grad_PD.dtype)
-    sums = (jnp.einsum("NE,N...->E...", of_expert_NE, grad, preferred_element_type=jnp.float32) for grad in grads)
-    return tiles.join(grad_x_NSD), None, *(total.astype(grad_PD.dtype) for total in sums)
+    return tiles.join(grad_x_NSD), None, *(jnp.einsum("NE,N...->E...", of_expert_NE, grad) for grad in grads)
 
 
 _tiled.defvjp(_tiled_forward, _tiled_backward)

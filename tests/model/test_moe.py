@@ -64,6 +64,23 @@ def test_fast_paths_equal_the_reference_in_value_and_gradient(monkeypatch, path,
         np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max()) + 1e-9, rtol=1e-5)
 
 
+@pytest.mark.parametrize("path", ["blocked", "ragged", "tiled"])
+def test_bfloat16_runs_wherever_a_path_is_asked_for(path):
+    """A CPU has no product of bfloat16 that is written as float32 in every layout."""
+    config, x_MD, logits_ME, kernels = make_case(101, 2)
+
+    def total(path, x_MD, kernels):
+        out_MD = moe.apply_experts(x_MD, moe.route(config, logits_ME, jnp.ones(101)), kernels, path)
+        return jnp.sum(jnp.sin(out_MD.astype(jnp.float32)))
+
+    gradient = jax.jit(jax.grad(total, argnums=(1, 2)), static_argnums=0)
+    expected = gradient("reference", x_MD, kernels)
+    found = gradient(path, *jax.tree.map(lambda x: x.astype(jnp.bfloat16), (x_MD, kernels)))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == jnp.bfloat16
+        assert np.linalg.norm(np.float32(a) - b) < 0.03 * np.linalg.norm(b)
+
+
 @pytest.mark.parametrize("path", ["reference", "ragged", "tiled", "blocked"])
 def test_devices_with_a_part_of_the_experts_add_up_to_all_of_them(path):
     config, x_MD, logits_ME, kernels = make_case(96, 2)
