@@ -37,6 +37,11 @@ def judge_seeing(run: Run, held_out: Batches) -> None:
         print(f"held-out records that are not asked: {len(bad):,}, the first: {bad[0]}")
     if not questions:
         return
+    if run.config.data.empty_think_removal == 1:
+        print(
+            "held-out pictures are asked about behind an empty thought, as in chats, and this run has learned without "
+            "(data.empty_think_removal 1); its answers may be worse than what it sees"
+        )
     pictures = [question.pictures for question in questions]
     others = shuffled(pictures, named_seed(run.config.seed, "shuffled pictures"))
     after, guessed = ask(questions, pictures), others and ask(questions, others)

@@ -303,6 +303,15 @@ def test_a_picture_that_is_replaced_is_other_data(make, seen, tmp_path):
         check_same_data(before, data_record(open_pictures(run, 4, False)[0]))
 
 
+def test_a_run_that_never_saw_what_it_is_asked_behind_says_so(make, seen, capsys):
+    others = [json.loads(line) for line in (seen / "others.jsonl").read_text().splitlines()[:2]]
+    few = str(write_lines(seen / "two.jsonl", others))
+    start(make(steps=1, data={"val": (few,), "empty_think_removal": 1.0}))
+    assert (
+        "asked about behind an empty thought, as in chats, and this run has learned without" in capsys.readouterr().out
+    )
+
+
 def test_samples_show_pictures_that_are_named(make, seen):
     def sample(*prompts, images=("red.png", "blue.png")):
         samples = SeeingSampleConfig(prompts, images=[str(seen / name) for name in images], max_new_tokens=3)
