@@ -7,8 +7,8 @@ import sys
 from minimind_jax import signals
 from minimind_jax.huge_pages import use_huge_pages
 
-# Whose steps take the same memory again and again. Rollouts and updates would each keep what the other cannot use.
-STEADY = ("pretrain", "sft", "dpo", "distill", "reward", "classify", "vlm-pretrain", "vlm-sft", "demo")
+# Whose steps take the same memory again and again. Others keep what the next cannot use, as rollouts and updates do.
+STEADY = ("pretrain", "sft", "dpo", "reward", "vlm-pretrain", "vlm-sft", "demo")
 
 
 def program(*arguments: str) -> int:
