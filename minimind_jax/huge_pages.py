@@ -5,6 +5,7 @@ import ctypes
 import functools
 import os
 import sys
+from pathlib import Path
 
 # glibc's malloc. Huge pages where Linux leaves the choice to programs ("madvise"); since 2.35.
 TUNABLES = {"glibc.malloc.hugetlb": 1}
@@ -45,6 +46,34 @@ def give_back() -> None:
     """
     if _is_possible():
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def is_short(root: Path = Path("/")) -> bool:
+    """Whether less memory is left on this machine, or of what its container may have, than this process holds.
+
+    As small arrays come to lie where a step's buffers were, a later step takes new ones, and may hold them three times:
+    up to here that costs nothing, and beyond it `give_back` is what keeps the process alive. False where it isn't told.
+    """
+    try:
+        resident, of_files = map(int, (root / "proc/self/statm").read_text().split()[1:3])
+        held = (resident - of_files) * os.sysconf("SC_PAGE_SIZE")
+        told = (line.split() for line in (root / "proc/meminfo").read_text().splitlines())
+        left = next(int(size) * 1024 for name, size, *_ in told if name == "MemAvailable:")
+    except (AttributeError, LookupError, OSError, StopIteration, ValueError):  # no Linux
+        return False
+    return min(left, _left_in_container(root)) < held
+
+
+def _left_in_container(root: Path) -> float:
+    """Bytes that the control group (version 2) may still take, with the pages of files that it would give up."""
+    try:
+        groups = (line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines())
+        folder = root / "sys/fs/cgroup" / next(path.strip("/") for number, _, path in groups if number == "0")
+        told = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+        return limit - used + int(told["inactive_file"])
+    except (LookupError, OSError, StopIteration, ValueError):  # no control groups, or no limit ("max")
+        return float("inf")
 
 
 def _is_possible() -> bool:

@@ -116,3 +116,42 @@ def test_memory_below_what_is_in_use_is_given_back():
     env = {name: value for name, value in os.environ.items() if name not in ("GLIBC_TUNABLES", "MINIMIND_HUGE_PAGES")}
     out = subprocess.run([sys.executable, "-c", GIVEN_BACK], env=env, check=True, stdout=subprocess.PIPE).stdout
     assert int(out) > 200_000  # of 262,144 kB
+
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    ("left", "limit", "used", "of_files", "short"),
+    [
+        (4097, "max", 9000, 0, False),
+        (4095, "max", 9000, 0, True),
+        (9000, "8192", 4097, 0, True),
+        (9000, "8192", 4097, 2, False),
+        (9000, None, 0, 0, False),
+    ],
+)
+def test_memory_is_short_where_less_is_left_than_the_process_holds(tmp_path, left, limit, used, of_files, short):
+    """4,096 kB: of a machine, and of a container with a limit, whose pages of files are no loss."""
+    group = tmp_path / "sys/fs/cgroup/user.slice/a b"
+    for folder in (group, tmp_path / "proc/self"):
+        folder.mkdir(parents=True)
+    (tmp_path / "proc/self/statm").write_text(f"90000 {4096 * 1024 // PAGE + 100} 100 1 0 500 0\n")
+    (tmp_path / "proc/self/cgroup").write_text("1:name=systemd:/\n0::/user.slice/a b\n")
+    (tmp_path / "proc/meminfo").write_text(f"MemTotal: 16384 kB\nMemAvailable: {left} kB\nHugePages_Total: 0\n")
+    if limit:
+        (group / "memory.max").write_text(limit if limit == "max" else str(int(limit) * 1024))
+        (group / "memory.current").write_text(str(used * 1024))
+        (group / "memory.stat").write_text(f"anon 1\ninactive_file {of_files * 1024}\n")
+    assert huge_pages.is_short(tmp_path) == short
+
+
+def test_nothing_is_short_where_nothing_is_told(tmp_path):
+    assert not huge_pages.is_short(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_this_machine_tells(monkeypatch):
+    assert not huge_pages.is_short()
+    monkeypatch.setattr(os, "sysconf", lambda _: 2**40)
+    assert huge_pages.is_short()

@@ -187,6 +187,7 @@ class Loop:
             state, step = self.train_step(state, step), step + 1
             if step == first + 1:
                 jax.block_until_ready(state.step)
+            if step == first + 1 or huge_pages.is_short():
                 huge_pages.give_back()
             self.checkpoints.poll()
             if self.timetable.saves(step):

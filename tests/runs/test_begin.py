@@ -51,3 +51,9 @@ def test_settings_that_a_run_cannot_go_on_with_are_refused(make, world, tmp_path
     (tmp_path / "run" / "config.yaml").unlink()
     begin()
     assert "is finished; its model is" in capsys.readouterr().out
+
+
+def test_held_out_files_that_are_trained_on_are_told(make, world, tmp_path, capsys):
+    data = {"train": (), "val": (str(world.folder / "chat.jsonl"),)}
+    start(with_chats(make(SFTConfig, tmp_path / "run", "sft", data=data, training={"steps": 1}), world))
+    assert "warning: 1 of the files of data.val are in data.train, too" in capsys.readouterr().out

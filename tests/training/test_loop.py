@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from run_helpers import assembled, cut_back
 
+from minimind_jax import huge_pages
 from minimind_jax.config.sections import CheckpointConfig, ModelSettings, OptimizerConfig, SampleConfig, TrainingConfig
 from minimind_jax.convert.hf import load_hf
 from minimind_jax.convert.hf_config import from_hf_config, to_hf_config
@@ -132,6 +133,15 @@ def test_a_longer_run_that_is_cut_off_is_not_taken_for_the_finished_one(copy, mo
     assert "planned for 24 steps and is now for 26" in told and "goes from 3.00e-04 to 3.10e-04 at step 25" in told
     start(longer(config, optimizer=OptimizerConfig(learning_rate=1e-4)))
     assert [row["step"] for row in comparable(run) if "exported" in row] == [26]
+
+
+def test_memory_is_given_back_after_the_first_step_and_where_it_is_short(copy, monkeypatch):
+    _, config = copy
+    given = []
+    monkeypatch.setattr(huge_pages, "give_back", lambda: given.append("back"))
+    monkeypatch.setattr(huge_pages, "is_short", lambda: True)
+    start(longer(config))
+    assert len(given) == 2
 
 
 def test_a_finished_run_without_checkpoints_is_not_trained_over(copy, capsys):
