@@ -119,6 +119,12 @@ def test_judges_that_are_none_are_refused(entry, words, folders):
         rewards(entry.format(**folders))
 
 
+def test_a_model_that_another_program_runs_is_told_as_that(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "id2label": {"0": "good"}}')
+    with pytest.raises(UserError, match="model_type 'bert' is not supported"):
+        rewards(f"model({tmp_path})")
+
+
 # Models of others -----------------------------------------------------------------------------------------------------
 
 
