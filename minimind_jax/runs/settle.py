@@ -35,7 +35,9 @@ def settle(run: Run) -> RunConfig:
     A run that goes on keeps the values it was started with. Raises UserError for what is wrong with the data.
     """
     asked, found = flat(plain(run.config)), {}
-    values = run.folder.settled(asked)
+    values, is_packed = run.folder.settled(asked), bool(KINDS[run.kind.records].packings)
+    if not is_packed:
+        values.pop("training.batch_tokens", None)  # follows from other settings, anew where these change
     try:
         config = with_values(run.config, values)
     except ValueError as error:
@@ -46,12 +48,12 @@ def settle(run: Run) -> RunConfig:
     size = sum(file.stat().st_size for file in expand_paths(config.data.train, config.of_pictures))
     chances = open_chances(config, KINDS[run.kind.records].rendered, size)
     config = with_values(config, chances)
-    if KINDS[run.kind.records].packings and leaves_open(config):
+    if is_packed and leaves_open(config):
         found, told = _from_data(dataclasses.replace(run, config=config))
         config = with_values(config, found)
         follow = ", ".join(f"{key} {value:g}" for key, value in (chances | found).items())
         announce(f"{told}. From that follow, unless you set them: {follow}")
-    elif not KINDS[run.kind.records].packings:
+    elif not is_packed:
         found = of_much(config)
         config = with_values(config, found)
     run.folder.asked = {key: asked[key] for key in values | chances | found}
