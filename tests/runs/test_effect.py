@@ -100,7 +100,7 @@ ASKED_FOR = (
     *("training.profile_start", "training.stop_on_nan", "samples.", "optimizer.", "lora.", "tracking.project"),
     *("teacher.jsd_beta", "preference.gamma", "data.tokenizer_workers", "training.sample_every", "vision.train"),
 )
-NAMES = ("run", "resume", "teacher.model")  # read from the settings written down
+NAMES = ("run", "resume", "init_from", "teacher.model")  # read from the settings written down
 
 
 @pytest.mark.slow
