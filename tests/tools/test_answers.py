@@ -1,5 +1,6 @@
 """Numbers in words, compared as numbers."""
 
+import time
 from decimal import Decimal
 
 import pytest
@@ -137,6 +138,65 @@ def test_of_several_numbers_each_is_said_and_few_others():
     for several in (["Paris", "London"], ["1", "2/6"], []):
         with pytest.raises(ValueError, match="one text, or numbers"):
             is_right("Paris and London", several)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "right"),
+    [
+        *((chinese, digits, True) for chinese, digits in [
+            ("一共有一百二十三个。", "123"), ("两个", "2"), ("答案：二十", "20"), ("百分之五十", "50%"),
+            ("三分之二", "2/3"), ("一万两千", "12000"), ("两千三百", "2300"), ("一千零一", "1001"),
+            ("一亿两千万", "120000000"), ("3.5万", "35000"),
+            ("二〇二四", "2024"), ("负三点五", "-3.5"), ("答案是5", "五"), ("还剩十二元。", "12"),
+        ]),
+        *((words, digits, False) for words, digits in [
+            ("万一出错怎么办", "1"), ("千万别去", "10000000"), ("十分高兴", "10"), ("第一名", "1"),
+            ("我有七八个", "78"),
+            ("我一点也不知道", "1"), ("1万", "1"),
+        ]),
+        *((latex, expected, True) for latex, expected in [
+            (r"\boxed{\text{Paris}}", "Paris"), (r"\boxed{\textbf{(C)}}", "C"), (r"\boxed{x = 5}", "x=5"),
+            (r"\boxed{x=5}", "5"),
+            (r"\boxed{5\text{ cm}^2}", "5"), (r"\frac12", "1/2"), (r"\frac{1}{-2}", "-0.5"), (r"-1\frac{1}{2}", "-1.5"),
+            (r"\frac{1,000}{2}", "500"), (r"\boxed{\frac{2\pi}{3}}", r"\dfrac{2 \pi}{3}"), (r"\sqrt2", r"\sqrt{2}"),
+            (r"3 \times 10^{5}", "300000"), (r"10^{-3}", "0.001"), (r"\boxed{2^{10}}", "1024"), (r"50\%", "50"),
+            (r"45^\circ", "45"), (r"\left(1,2\right)", "(1, 2)"), (r"1,\!234", "1234"), ("1{,}234", "1234"),
+        ]),
+        (r"\frac{1}{0}", "0", False),
+        ("(1,2)", "(2,1)", False),
+        *((number, "1234.5", True) for number in ["1 234.5", "1\u202f234.5", "１，２３４．５", "1'234.50"]),
+        ("1 234", "234", False),
+        ("100 200 300", "300", False),
+        ("1½", "1.5", True),
+        ("2 1/2", "1/2", False),
+        (".5", "0.5", True),
+        (".5", "5", False),
+        ("3²", "9", True),
+        *((text, "-5", True) for text in ["(−5)", "- 5", "–5", "negative 5", "minus 5", "x = -5"]),
+        ("3–5", "-5", False),
+        ("10 minus 5 is 5", "5", True),
+        *((text, "5 km", True) for text in ["It is 5 km.", "5", "5 kilometres", r"\boxed{5\,\text{km}}"]),
+        *((text, "5 km", False) for text in ["5 cm", "6 km", "5 kg"]),
+        ("12", "12 Angry Men", False),
+        ("5", "5x", False),
+        ("90 degrees", "90°", True),
+        *((text, "50%", True) for text in ["0.5", "1/2", "50 percent", "50"]),
+        *((text, "50%", False) for text in ["0.5%", "5000%", "5"]),
+        ("The answer is 2+3 = 5", "5", True),
+        ("#### 48+24=72", "72", True),
+        ("The answer is 5, because 2+2=4", "5", True),
+        ("The answer is 5.00.", "5", True),
+    ],
+)  # fmt: skip
+def test_numbers_in_every_notation(answer, expected, right):
+    assert is_right(answer, [expected]) is right
+
+
+def test_a_long_text_is_read_at_once():
+    started = time.process_time()
+    for piece in ("1 ", "一", "1/", r"\frac{1}{", "2^", "10^", "点二", "{", "= ", "a b ", "-", "1,234 "):
+        is_right(piece * (100_000 // len(piece)), ["5 km"])
+    assert time.process_time() - started < 20
 
 
 PIECES = st.sampled_from(
