@@ -30,7 +30,6 @@ from minimind_jax.sharding import announce, data_process
 from minimind_jax.training.defaults import filled
 from minimind_jax.training.optimizer import Group
 from minimind_jax.training.source import Recipe
-from minimind_jax.training.speed import flops_per_token
 from minimind_jax.training.state import Parameters
 
 
@@ -77,7 +76,7 @@ def _recipe(run: Run, opened: contextlib.ExitStack) -> Recipe:
         parameters,
         player if tasks.held_out else None,
         skip_above={"approx_kl": own.max_kl} if own.max_kl else None,
-        flops_beside=flops_per_token(critic.config, config.data.seq_len, has_words=False) if critic else 0.0,
+        flops_beside=None,
     )
 
 

@@ -83,4 +83,4 @@ class Recipe(NamedTuple):
     judge: Callable[[], None] | None = None
     # limits of metrics above which an update is not made (see `step.Skip`)
     skip_above: Mapping[str, float] | None = None
-    flops_beside: float = 0.0  # of a token, in what other models make of it in the loss (see `speed`)
+    flops_beside: float | None = 0.0  # of a token, in other models that the loss asks; None for no MFU (see `speed`)

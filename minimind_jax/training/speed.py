@@ -108,7 +108,7 @@ class Speed:
     """Wall-clock numbers of a run: pauses (evaluation, samples, saves) and the first step, which compiles, left out.
 
     seconds_before: duration of the run up to the checkpoint it goes on from. has_words: as of `flops_per_token`.
-    flops_beside: of a token, in other models.
+    flops_beside: of a token, in other models; None for no MFU, as where steps wait for rollouts and rewards.
     """
 
     def __init__(
@@ -117,10 +117,11 @@ class Speed:
         config: RunConfig,
         seconds_before: float,
         has_words: bool = True,
-        flops_beside: float = 0.0,
+        flops_beside: float | None = 0.0,
     ):
         self._started = time.perf_counter() - seconds_before
-        self._peak = peak_flops(model.compute) if isinstance(model, LanguageModel) else None  # others are not counted
+        is_counted = isinstance(model, LanguageModel) and flops_beside is not None
+        self._peak = peak_flops(model.compute) if is_counted else None
         if self._peak:
             shape, share = model.config, config.trained_share(model.config.num_hidden_layers)
             self._per_token = flops_per_token(shape, config.data.seq_len, share, has_words=has_words) + flops_beside
