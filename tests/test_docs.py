@@ -76,11 +76,19 @@ def test_settings_named_in_the_documents_exist(file):
             assert f"{section}.{rest}" in keys, f"{file.name} names a setting {section}.{rest} that is not there"
 
 
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("file", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda f: f.name)
 def test_links_and_files_exist(file):
     text = file.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)\)", text):
-        assert (file.parent / target).exists(), f"{file.name} links to {target}"
+    for target, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", text):
+        linked = file.parent / target if target else file
+        assert linked.exists(), f"{file.name} links to {target}"
+        assert not anchor or anchor in anchors(linked), f"{file.name} links to {target}#{anchor}"
     for path in re.findall(r"`((?:docs|configs|scripts|tests|minimind_jax)/[\w/.-]+)`", text):
         assert (ROOT / path).exists() or path == "minimind_jax/configs/", f"{file.name} names {path}"
 
@@ -93,9 +101,11 @@ def test_readme_begins_with_the_two_commands_and_the_makefile_has_them():
         assert re.search(rf"^{target}:", makefile, re.M), f"the Makefile has no {target}"
 
 
-def test_both_readmes_show_the_same_commands():
-    english, chinese = (commands((ROOT / name).read_text(encoding="utf-8")) for name in ("README.md", "README_zh.md"))
-    assert english == chinese
+def test_both_readmes_show_the_same_commands_and_links():
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md"))
+    assert commands(english) == commands(chinese)
+    links = [re.findall(r"\]\(((?!README)[^)]+)\)", text) for text in (english, chinese)]
+    assert links[0] == links[1]
 
 
 def test_every_stage_has_a_script_and_a_config():

@@ -148,14 +148,14 @@ class Dialogue:
         room = self._engine.room(0)
         reserve = min(self._sampling.max_new_tokens, room // 2)  # for the answer
         for dropped, start in enumerate(turns):
-            length = len(self._prompt(messages[start:]))
-            if length + reserve <= room:
+            if (length := len(self._prompt(messages[start:]))) + reserve <= room:
                 self.messages, self.pictures = messages[start:], []
                 return dropped
         shown = f" and {len(self.pictures)} pictures, which /clear drops" if self.pictures else ""
         raise UserError(
             f"the message takes {length} tokens with its frame{shown}; "
-            f"at most {room - reserve} fit beside an answer in the model's context of {room}"
+            f"at most {room - reserve} fit beside an answer in the model's context of {room}; "
+            + (f"--max_new_tokens {room - length} leaves room" if length < room else "say less, or offer fewer tools")
         )
 
     def _spells_marker(self, text: str) -> bool:

@@ -132,6 +132,20 @@ def test_a_message_too_long_for_the_model_is_refused_and_the_chat_goes_on(genera
     assert "the message takes" in talk(generator, ["xyz " * 400, "hi"])
 
 
+def test_a_message_that_leaves_little_room_is_told_how_short_its_answer_has_to_be(generator):
+    def dialogue(tokens):
+        return Dialogue(generator, dataclasses.replace(CONFIG, max_new_tokens=tokens))
+
+    with pytest.raises(UserError, match="at most 320 fit") as told:
+        dialogue(600).ask("xyz " * 110)
+    named = int(re.search(r"--max_new_tokens (\d+) leaves room", str(told.value))[1])
+    dialogue(named).ask("xyz " * 110)
+    with pytest.raises(UserError, match=f"--max_new_tokens {named} leaves room"):
+        dialogue(named + 1).ask("xyz " * 110)
+    with pytest.raises(UserError, match="say less"):
+        dialogue(1).ask("xyz " * 400)
+
+
 def test_thinking_is_dim_and_kept_as_reasoning(generator, monkeypatch):
     monkeypatch.setattr(Dialogue, "answer", lambda self: iter(pieces("let me see\n</thi", "nk>\n\nA cat", ".")))
     console = Console(file=io.StringIO(), force_terminal=True, width=200, markup=False, emoji=False, highlight=False)
