@@ -77,6 +77,11 @@ class Batches:
         check_rows(self.epoch(0), self.role)
 
     @property
+    def keys(self) -> np.ndarray:
+        """(documents,) of `TokenCache.keys`, those that are meant; none in a cache of an earlier version."""
+        return self.cache.keys[self._select(self.cache)] if len(self.cache.keys) else self.cache.keys
+
+    @property
     def steps_per_epoch(self) -> int:
         return -(-self.plan.rows // self.rows_per_step)
 
@@ -248,8 +253,19 @@ def open_data(
         return train, make(cache, "validation data", 1) if has_held_out else None
 
     pair = on_all(open_own)
+    if pair[1] is not None and (told := _trained_on(*pair)):
+        announce(told)
     check_agreement({key: value for batches in pair if batches is not None for key, value in batches.agreed().items()})
     return pair
+
+
+def _trained_on(train: Batches, held_out: Batches) -> str:
+    """What is told of held-out records that say the same as some to train on; "" if there are none."""
+    known, asked = train.keys, held_out.keys
+    found = np.isin(asked, known).sum() if len(known) and len(asked) else 0
+    noun = KINDS[train.cache.kind].noun
+    told = f"warning: {found:,} of the {len(asked):,} held-out {noun} are trained on, too, and tell nothing of new ones"
+    return told * bool(found)
 
 
 def split_documents(cache: TokenCache, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -28,6 +28,7 @@ class Document:
     values: tuple[float, ...] = ()  # numbers that belong to it: of a pair its margin, of a labelled text its label
     pictures: tuple[bytes, ...] = ()  # as `pictures.pack` writes them
     picture_starts: Sequence[int] = ()  # offset of the first marker of each
+    key: int = 0  # the same for records that say the same (of a labelled one: whose texts do), else another
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> Document:

@@ -238,8 +238,12 @@ def _margin(fields: Fields) -> float:
             _check_number(fields, name, score)
         fields.tell("the margin is `score_chosen` less `score_rejected`")
         margin = scores[0] - scores[1]
+        if not margin:
+            fields.tell("the scores of `chosen` and `rejected` are equal, and the pair counts as others do")
     margin = 0.0 if margin is None else margin
     _check_number(fields, "margin", margin)
+    if margin < 0:
+        fields.tell("the margin is below 0, as if `rejected` were the better one: are they swapped?")
     return float(margin)
 
 

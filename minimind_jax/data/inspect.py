@@ -16,7 +16,7 @@ from minimind_jax.config.tools import InspectConfig
 from minimind_jax.data.epoch import plan_epoch
 from minimind_jax.data.images import open_image
 from minimind_jax.data.inspect_page import Shown, write_page
-from minimind_jax.data.jsonl import READING, expand_paths, iter_records, reading_of
+from minimind_jax.data.jsonl import READING, Record, expand_paths, iter_records, reading_of
 from minimind_jax.data.kinds import KINDS, KindName, kind_of_record
 from minimind_jax.data.packing import PackingPlan
 from minimind_jax.data.pictures import MARKER, Marker, PictureFile
@@ -27,6 +27,7 @@ from minimind_jax.errors import UserError
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 SHOWN_ERRORS = 20
+PROMPT_FIELDS = {"prompt", "problem", "answer", "gt", "ground_truth", "reward_model"}  # that prompts have, and others
 MARKS = "⟦", "⟧"  # around trained tokens, where there is no colour
 TRAINED_STYLE = "bold green"
 
@@ -84,6 +85,7 @@ def inspect(
     """
     console = console or Console()
     files = expand_paths(paths)
+    told = "" if kind else _as_prompts(files, data)
     kind = kind or detect_kind(files, data)
     skipping = dataclasses.replace(data, on_error="skip")
     cache = build_cache(kind, files, tokenizer, skipping, seed, report_skipped=False, marker=marker)
@@ -94,6 +96,8 @@ def inspect(
     found = Inspection(kind, cache, cache.lengths, packings)
     _print_records(console, _first_records(cache, tokenizer, rows, data.seq_len), marker)
     _print_counts(console, found, tokenizer, files)
+    if told:
+        console.print(told, highlight=False)
     _print_lengths(console, found.lengths)
     if packings:
         _print_packings(console, found, data.seq_len)
@@ -104,10 +108,20 @@ def inspect(
 def detect_kind(files: list[Path], reading: ReadingConfig = READING) -> KindName:
     """`text`, `conversation`, `preference` or `images`, from the first readable record. Raises UserError if it is
     none."""
+    return kind_of_record(_first(files, reading), reading)
+
+
+def _first(files: list[Path], reading: ReadingConfig) -> Record:
     broken: list[UserError] = []
     for record in iter_records(files, broken.append, reading):
-        return kind_of_record(record, reading)
+        return record
     raise UserError(f"{', '.join(map(str, files))}: no line is a JSON object; the first: {broken[0]}")
+
+
+def _as_prompts(files: list[Path], reading: ReadingConfig) -> str:
+    """What is told of records that grpo, ppo and agent would read otherwise."""
+    names = sorted(_first(files, reading).value.keys() & PROMPT_FIELDS)
+    return f"(with `{names[0]}`: --kind prompt shows them as grpo, ppo and agent ask them)" if names else ""
 
 
 def printable(text: str) -> str:

@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import os
+import re
 import sys
 import zlib
 from collections import Counter
@@ -22,7 +23,7 @@ from typing import Any
 from minimind_jax.config.sections import ReadingConfig
 from minimind_jax.data import text_files
 from minimind_jax.data.messages import are_messages
-from minimind_jax.data.values import decode_record
+from minimind_jax.data.values import decode_record, printed
 from minimind_jax.errors import UserError
 from minimind_jax.shell import needing
 from minimind_jax.texts import listed
@@ -42,11 +43,14 @@ SIGNATURES = {
     b"\x1f\x8b": (".gz", "compressed by gzip, and needs a name that ends in .gz"),
     b"\x28\xb5\x2f\xfd": (".zst", "compressed by zstd, and needs a name that ends in .zst"),
     b"PK\x03\x04": ((), "a zip archive, as files of Excel and Word are; unpack it, or save the sheet as CSV (UTF-8)"),
+    b"%PDF-": ((), "a PDF; save its text as .txt"),
+    b"{\\rtf": ((), "rich text, as Word saves it; save it as plain text (.txt)"),
     b"version https://git-lfs": ((), "what Git has in place of a large file; fetch that with git lfs pull"),
 }
 READ_BYTES = 1 << 24  # of a table at once: pictures make rows of any size
 # Beside data in a folder, they are none.
 NO_DATA = ("readme", "license", "dataset_info", "dataset_infos", "dataset_dict", "state", "changelog")
+_HELD_OUT = re.compile(r"(test|val|valid|validation|dev|eval)\b", re.IGNORECASE)  # as splits are called
 READING = ReadingConfig()
 
 
@@ -108,7 +112,10 @@ def _expand(given: str | Path, pictures: bool) -> list[Path]:
     elif path.exists():
         raise UserError(f"{given}: neither a file nor a folder (data is read more than once, so a pipe will not do)")
     elif glob.has_magic(str(given)):
-        found = _data_of(sorted(map(Path, glob.glob(str(path), recursive=True))), pictures)
+        pattern = str(path)
+        if path.parent.is_dir():  # [1] in its name is no pattern
+            pattern = os.path.join(glob.escape(str(path.parent)), path.name)
+        found = _data_of(sorted(map(Path, glob.glob(pattern, recursive=True))), pictures)
         if not found:
             raise UserError(f"{given}: no file matches; expected files ending in {expected}")
     elif "://" in str(given):
@@ -155,6 +162,10 @@ def tell_left_out(paths: Iterable[str | Path], pictures: bool = False) -> None:
     inside = [(files, set(_data_of(files, pictures))) for files in map(_files_below, folders)]
     if left := [str(file) for files, data in inside for file in files if file not in data]:
         print(f"in the folders, not read as data: {listed(left, 3)}", file=sys.stderr)
+    read = [str(file) for _, data in inside for file in sorted(data)]
+    aside = [name for name in read if _HELD_OUT.match(Path(name).name)]
+    if aside and len(aside) < len(read):
+        print(f"in the folders, read as all others: {listed(aside, 3)}; name the files that you mean", file=sys.stderr)
 
 
 def _data_of(files: list[Path], pictures: bool = False) -> list[Path]:
@@ -248,9 +259,12 @@ def parse_line(raw: bytes | dict[str, Any], file: Path, line: int | str, told: C
     told = Counter() if told is None else told
     if isinstance(raw, dict):
         text_files.check_row(raw, where)
+        text = " ".join(str(cell) for cell in raw.values() if isinstance(cell, str | list))
+        notes = [*text_files.spoiled(text), *(text_files.other_forms(text, where) if _ends_in(file, DOCUMENTS) else ())]
+        told.update((str(file), note) for note in notes)
         return Record(where, file, line, raw, told)
     try:
-        value = decode_record(raw.decode("utf-8"))
+        value = decode_record(text := raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         hint = text_files.encoding_hint(raw)
         raise UserError(f"{where}: not UTF-8 text (byte {error.start} of the line); {hint}") from error
@@ -258,7 +272,7 @@ def parse_line(raw: bytes | dict[str, Any], file: Path, line: int | str, told: C
         hint = "; the NUL bytes look like UTF-16, save the file as UTF-8, or set data.encoding utf-16"
         raise UserError(
             f"{where}: not JSON: {error.msg} at column {error.colno}; expected one object a line"
-            f"{hint if bytes(1) in raw else ''}"
+            f"{hint if bytes(1) in raw else printed(text)}"
         ) from error
     except RecursionError as error:
         raise UserError(f"{where}: JSON nested too deeply") from error
@@ -267,6 +281,8 @@ def parse_line(raw: bytes | dict[str, Any], file: Path, line: int | str, told: C
     value = {"messages": value} if are_messages(value) else value
     if not isinstance(value, dict):
         raise UserError(f'{where}: a JSON {type(value).__name__}; expected an object, as in {{"text": ...}}')
+    text = json.dumps(value, ensure_ascii=False) if "\\u" in text else text
+    told.update((str(file), note) for note in text_files.spoiled(text))
     return Record(where, file, line, value, told)
 
 

@@ -72,6 +72,11 @@ def parse_conversation(record: Record, for_training: bool = True, reading: Readi
         )
     if for_training:
         check_closed(conversation.messages, record.where)
+        roles = [message["role"] for message in conversation.messages if message["role"] != "system"]
+        if roles[0] == "assistant":
+            record.tell("the assistant speaks first, and these words are trained")
+        if roles[-1] == "user":
+            record.tell("the last message is the user's, and nothing answers it")
     return conversation
 
 
@@ -96,9 +101,10 @@ def kind_of_record(record: Record, reading: ReadingConfig = READING) -> KindName
     found = detect(record.value, reading)
     if found is None:
         names = renaming(record.value, (*TEXT, *LABEL_FIELDS))
+        asked = "; prompts for grpo, ppo and agent are shown by data inspect --kind prompt" * ("prompt" in record.value)
         raise UserError(
             f"{record.where}: no format that is read has the fields {field_names(record.value)}; docs/data.md lists "
-            f"all, --rename {names} gives fields the names of one (of data convert), --text_field names a text"
+            f"all, --rename {names} gives fields the names of one (of data convert), --text_field names a text{asked}"
         )
     return "images" if found == "conversation" and has_pictures(record.value) else found
 
@@ -138,6 +144,7 @@ class Kind:
     # are known
     rendered: bool = False
     has_values: bool = False  # numbers belong to each document
+    is_labelled: bool = False  # which say what it is
     # running text, which may be cut anywhere, and then keeps its end token as the last of a row of its own
     cut_freely: bool = False
     has_pictures: bool = False  # documents have pictures, of which markers among their tokens stand for
@@ -211,6 +218,7 @@ KINDS: dict[KindName, Kind] = {
         encode=lambda tokenizer, text, roll, tell: documents.encode_labelled(tokenizer, text),
         packings=("heads",),
         has_values=True,
+        is_labelled=True,
     ),
     "prompt": Kind(
         noun="prompts",
@@ -242,6 +250,7 @@ KINDS: dict[KindName, Kind] = {
         packings=("heads",),
         why_no_row="no picture is left",
         has_values=True,
+        is_labelled=True,
         has_pictures=True,
         in_files=True,
     ),

@@ -273,6 +273,9 @@ def _slips(names: Sequence[str], counts: Counter[str]) -> Iterator[str]:
         yield f"labels that differ only in case, spaces or zeros are classes of their own: {told}"
     if missing := [f"{name!r} x {counts[name]:,}" for name in names if name.casefold() in _MISSING]:
         yield f"labels that look like missing ones are classes like others: {', '.join(missing)}; remove those records"
+    single = [name for name in names if counts[name] == 1]
+    if single and counts.total() >= 5 * len(names):
+        yield f"labels of a single text, which may be slips: {', '.join(map(repr, single[:5]))}"
     parts = {name: _BETWEEN_LABELS.split(name) for name in names}
     uses = Counter(part for split in parts.values() for part in split)
     joined = [name for name, split in parts.items() if len(split) > 1 and all(uses[part] > 1 for part in split)]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from minimind_jax.data.tools import calls_in_text, calls_of, read_tools
-from minimind_jax.data.values import Place, checked_text, decode_json, field_names, is_absent, kind_of
+from minimind_jax.data.values import Place, checked_text, decode_json, field_names, is_absent, kind_of, printed
 from minimind_jax.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -95,7 +95,8 @@ def read_messages(turns: Any, place: Place) -> tuple[list[Message], list[dict[st
     """Messages of any dialect as ours, and the tools that a system message offers. Raises UserError with the place."""
     turns = messages_in(turns)
     if not isinstance(turns, list) or not turns:
-        raise UserError(f"{place.text} is {kind_of(turns)}; expected a list of messages")
+        hint = printed(turns) if isinstance(turns, str) else ""
+        raise UserError(f"{place.text} is {kind_of(turns)}; expected a list of messages{hint}")
     messages, tools = [], None
     for index, message in enumerate(turns):
         if type(message) is dict and message.keys() == _PLAIN_KEYS and message["role"] in ROLES:

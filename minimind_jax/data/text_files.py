@@ -27,6 +27,10 @@ _BROKEN = "\0broken"  # of an element of an array that is no JSON
 _CUT = "a file that was cut off is to be had whole, or goes without its last record (in training: --data.on_error skip)"
 csv.field_size_limit(MAX_LINE)
 _SPACE = re.compile(r"[\s,]*")
+# UTF-8 that was read as cp1252 or latin-1: of Western letters, of punctuation, of Russian and Chinese; and
+# cp1252 that was read as latin-1
+_TRAIL = "[" + bytes(range(0x80, 0xC0)).decode("cp1252", "ignore") + "\x80-\x9f]"
+_GARBLED = re.compile(f"[ÂÃ]{_TRAIL}|â[€\x80]|(?:[ÐÑ]{_TRAIL}|[ã-é]{_TRAIL}{{2}}){{2}}|[\x80-\x84\x86-\x9f]")
 
 
 def encoding_hint(raw: bytes) -> str:
@@ -34,6 +38,35 @@ def encoding_hint(raw: bytes) -> str:
     guess = _guess(raw)
     looks = f"it looks like {guess}: set data.encoding {guess}" if guess else "set data.encoding to what it is"
     return f"{looks} (of tools: --encoding), or save the file as UTF-8"
+
+
+def spoiled(text: str) -> Iterator[str]:
+    """What is told of text whose characters were read wrongly before it came here."""
+    if not text.isascii():
+        if _GARBLED.search(text):
+            yield "text looks as if it had been read in a wrong encoding, as Ã¼ for ü (the package ftfy mends it)"
+        if "\N{REPLACEMENT CHARACTER}" in text:
+            yield "characters were lost before, and U+FFFD stands for them"
+
+
+def other_forms(text: str, where: str) -> Iterator[str]:
+    """What is told of a document that has a form, which is trained on too. Raises UserError for JSON."""
+    text = text.lstrip()
+    if _is_json(text):
+        raise UserError(f"{where}: these are records of JSON in a file of text; give it a name that ends in .jsonl")
+    if re.match(r"<!doctype html|<html", text, re.IGNORECASE):
+        yield "this is HTML, whose tags are trained as all other text; save the text of the page"
+    if re.match(r"(1|WEBVTT)\s+(\d+\s+)?\d\d:\d\d[:.,\d]* --> ", text):
+        yield "these are subtitles, whose numbers and times are trained as all other text"
+
+
+def _is_json(text: str) -> bool:
+    """Whether a document is JSON, as far as its second value."""
+    try:
+        value, end = json.JSONDecoder().raw_decode(text) if text[:1] in ("{", "[") else (None, 0)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict | list) and text[end:].lstrip()[:1] in ("", "{", "[")
 
 
 def is_foreign_utf8(stream: BinaryIO, encoding: str, enough: int = 1 << 20) -> bool:
@@ -55,8 +88,8 @@ def _guess(raw: bytes) -> str | None:
     if raw[:2] in _UTF16_MARKS or raw.count(0) > len(raw) // 4:
         return "utf-16"
     runs = [len(run) for run in re.findall(rb"[\x80-\xff]+", raw)]
-    if 2 * sum(length == 1 for length in runs) > len(runs):  # single letters with accents between plain ones
-        return "latin-1"
+    if 0 < sum(runs) < 2 * len(runs):  # letters with accents between plain ones
+        return "cp1252" if re.search(rb"[\x80-\x9f]", raw) else "latin-1"
     for name in ("gb18030", "shift_jis"):
         text = raw.decode(name, "replace").rstrip("\N{REPLACEMENT CHARACTER}")  # which may end within a character
         foreign = [character for character in text if character > "\x7f"]

@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,6 +53,7 @@ class TokenCache:
     trained: np.ndarray | None  # (tokens,) 1 where a token is a target; None in a cache of plain text, where all are
     offsets: np.ndarray  # (documents + 1,) document d is tokens[offsets[d]:offsets[d + 1]]
     records: np.ndarray  # (documents,) number of the record in the files, counted from 0 over all of them
+    keys: np.ndarray  # (documents,) see `documents.Document`; none in a cache of an earlier version
     # turn_offsets, turn_starts: document d may be cut at turn_starts[turn_offsets[d]:turn_offsets[d + 1]], counted from
     # its first token
     turn_offsets: np.ndarray
@@ -185,6 +186,8 @@ def _layout(info: dict[str, Any]) -> dict[str, tuple[int, np.dtype]]:
         "turn_offsets": (documents + 1, np.int64),
         "turn_starts": (info["turns"], np.int32),
     }
+    if info.get("has_keys"):
+        counts["keys"] = (documents, np.uint64)
     if kind.rendered:
         counts["trained"] = (info["tokens"], np.uint8)
     if kind.has_values:
@@ -247,6 +250,7 @@ class _CacheWriter(contextlib.AbstractContextManager):
             **dict.fromkeys(("documents", "tokens", "turns", "trained_tokens", "skipped"), 0),
             "skipped_messages": [],
             "told": [],
+            "has_keys": True,
             **({"values_each": 0} if kind.has_values else {}),
             **({"images": 0, "image_bytes": 0, "image_tokens": encoder.marker.tokens} if kind.has_pictures else {}),
             "token_dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
@@ -254,13 +258,14 @@ class _CacheWriter(contextlib.AbstractContextManager):
             "pad_id": tokenizer.pad_id,
         }
         self._told: Counter = Counter()
+        self._keys, self._values = [], []
         self._types = {name: dtype for name, (_, dtype) in _layout(self.info).items()}
         self._files = {name: open(folder / f"{name}.bin", "wb") for name in self._types}
         for name in OFFSETS:
             self._append(name, np.zeros(1))
 
     def __exit__(self, *exception):
-        self.info["told"] = told_lines(self._told)
+        self.info["told"] = told_lines(self._told) + list(self._repeats())
         for file in self._files.values():
             _close_synced(file)
 
@@ -268,8 +273,23 @@ class _CacheWriter(contextlib.AbstractContextManager):
         if name in self._files:
             self._files[name].write(array.astype(self._types[name]).tobytes())
 
+    def _repeats(self) -> Iterator[str]:
+        """What is told of records that say the same."""
+        keys = np.concatenate([np.zeros(0, np.uint64), *self._keys])
+        unique, places = np.unique(keys, return_inverse=True)
+        repeats, noun = len(keys) - len(unique), KINDS[self.info["kind"]].noun
+        if KINDS[self.info["kind"]].is_labelled and repeats:
+            labelled = np.unique(np.column_stack([places, np.concatenate(self._values)]), axis=0)[:, 0]
+            if differ := int((np.unique(labelled, return_counts=True)[1] > 1).sum()):
+                yield f"{differ:,} of {len(unique):,} different {noun} have several records, and not all the same label"
+            repeats = len(keys) - len(labelled)
+        if repeats:
+            yield f"{repeats:,} of {len(keys):,} {noun} repeat others word for word, and are trained on each time"
+
     def add(self, chunk: Chunk) -> None:
         info = self.info
+        self._keys.append(chunk.arrays["keys"])
+        self._values.append(chunk.arrays["values"])
         for name, counted in OFFSETS.items():
             if counted in info:
                 self._append(name, info[counted] + np.cumsum(chunk.sizes[name]))
@@ -299,7 +319,7 @@ def _open_cache(folder: Path) -> TokenCache | None:
     names = ("picture_offsets", "picture_starts", "content_offsets", "content")
     pictures = StoredPictures(*map(arrays.pop, names)) if KINDS[info["kind"]].has_pictures else None
     known = {"values": values, "pictures": pictures, "info": info, "in_use": in_use}
-    return TokenCache(folder, info["kind"], **known, **{"trained": None, **arrays})
+    return TokenCache(folder, info["kind"], **known, **{"trained": None, "keys": np.zeros(0, np.uint64), **arrays})
 
 
 def _map(path: Path, count: int, dtype: np.dtype) -> np.ndarray | None:

@@ -7,6 +7,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -69,7 +70,10 @@ class Encoder:
         except UserError as error:  # of the template, which knows no files
             raise type(error)(f"{record.where}: {error}") from error
         record.told.update((str(file), note) for note in notes)
-        return document
+        # of what is rendered as it was before anything was drawn
+        said = repr(parsed).encode("utf-8", "surrogatepass") if kind.rendered else document.ids.tobytes()
+        digest = hashlib.blake2b(b"".join([said, *document.pictures]), digest_size=8).digest()
+        return dataclasses.replace(document, key=int.from_bytes(digest))
 
     def encode(self, lines: list[Line]) -> "Chunk":
         """The documents of the lines; a broken line raises its UserError, or is noted if this encoder skips."""
@@ -90,6 +94,7 @@ class Encoder:
             "tokens": _joined([d.ids for d in documents], np.int32),
             "trained": _joined([d.trained for d in documents], bool),
             "records": np.array(numbers, np.int64),
+            "keys": np.array([d.key for d in documents], np.uint64),
             "turn_starts": _joined(turns, np.int64),
             "values": np.array([d.values for d in documents], np.float32),
             "picture_starts": _joined([d.picture_starts for d in documents], np.int64),

@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import math
+import re
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from minimind_jax.errors import UserError
@@ -16,6 +17,7 @@ IGNORABLE = frozenset(
     "created_at,conversation_id,dialog_id,tool_call_id,finish_reason,license,split,subset,task,num_turns,num_tokens,"
     "prefix,parallel_tool_calls,__index_level_0__,Unnamed: 0".split(",")
 )
+COLUMNS = "; pandas wrote this by columns: to_json(FILE, orient='records', lines=True) writes records"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,7 @@ def without_nulls(value: Any) -> Any:
 def checked_text(value: Any, place: str) -> str:
     """`value`, a string of whole characters. Raises UserError, which names the place."""
     if not isinstance(value, str):
-        raise UserError(f"{place} is {kind_of(value)}; expected a string")
+        raise UserError(f"{place} is {kind_of(value)}; expected a string{COLUMNS * _is_column(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -152,9 +154,37 @@ def meant(value: dict[str, Any], names: Collection[str]) -> str:
 
 
 def field_names(value: dict[str, Any]) -> str:
-    """The first fields of an object, as one short line without control characters."""
+    """The first fields of an object, as one short line without control characters; where they seem to hold the records,
+    as in {"data": [...]}, with the way out."""
     names = [repr(name)[1:-1][:40] for name in list(value)[:8]]
-    return ", ".join(names + ["..."] * (len(value) > 8)) or "none"
+    found = ", ".join(names + ["..."] * (len(value) > 8)) or "none"
+    if any(map(_is_column, value.values())):
+        return found + COLUMNS
+    count, path = max(_records_in(value), key=lambda records: records[0], default=(0, ""))
+    code = f"import json; [print(json.dumps(r)) for r in json.load(open('FILE', encoding='utf-8')){path}]"
+    return found + f'; if {path} ({count:,} objects) are the records: python -c "{code}" > RECORDS.jsonl' * bool(count)
+
+
+def _records_in(value: dict[str, Any], path: str = "") -> Iterator[tuple[int, str]]:
+    """How many objects stand in lists, or under names, in an object, and where."""
+    if len(value) > 1 and all(isinstance(item, dict) for item in value.values()):
+        yield len(value), f"{path}.values()"
+    for name, item in value.items():
+        if isinstance(item, dict):
+            yield from _records_in(item, f"{path}[{name!r}]")
+        elif isinstance(item, list) and item and all(isinstance(each, dict) for each in item):
+            if "role" not in item[0] and not {"from", "value"} <= item[0].keys():  # messages are none
+                yield len(item), f"{path}[{name!r}]"
+
+
+def _is_column(value: Any) -> bool:
+    """Whether it is what pandas makes of a column, {"0": ..., "1": ...}."""
+    return isinstance(value, dict) and next(iter(value), None) == "0"
+
+
+def printed(text: str) -> str:
+    """What is said of text that is no JSON where Python has printed it; "" of others."""
+    return "; Python printed this, where json.dumps would have written JSON" * bool(re.match(r"\s*\[?\s*\{\s*'", text))
 
 
 def kind_of(value: Any) -> str:

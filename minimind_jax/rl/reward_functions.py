@@ -190,3 +190,7 @@ def _due(task: Task) -> list[Call]:
         return []
     place = Place(f"{task.where}: what is due")
     return [called(call) for text in texts for call in calls_in_text(text, place)]
+
+
+# What functions need of a record, which raises ValueError where it is not there; told before anything is written.
+NEEDED: dict[str, Callable[[Task], Any]] = {"answer": truths, "tools": _due}

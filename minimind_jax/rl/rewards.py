@@ -109,6 +109,24 @@ class Rewards(contextlib.AbstractContextManager):
         )  # fmt: skip
         return left.enter_context(tools)
 
+    def check(self, tasks: Sequence[Task]) -> list[str]:
+        """What is told of functions that cannot judge some of the tasks, for they lack what an answer is compared with.
+        Raises UserError where they can judge none, or rewards.on_error is `stop`."""
+        notes = []
+        for entry in self._entries:
+            needed = None if entry.own else reward_functions.NEEDED.get(_NAMED.fullmatch(entry.text)[1])
+            found = [(task, error) for task in tasks if needed and (error := _error(needed, task))]
+            if found:
+                task, error = found[0]
+                told = f"rewards.use {entry.text}: {task.where}: {error} ({len(found):,} of {len(tasks):,} prompts)"
+                if self._config.on_error == "stop" or len(found) == len(tasks):
+                    raise UserError(
+                        f"{told}; give each its answer, or use rewards that need none (docs/rl.md); where only some "
+                        "lack it, rewards.on_error skip leaves out their completions"
+                    )
+                notes.append(told)
+        return notes
+
     def __call__(self, episodes: Sequence[Episode]) -> dict[str, float]:
         """Fills `rewards`, `reward` and `unjudged` of the episodes; returns how many values each function failed to
         give. Raises UserError at the first that failed, where rewards.on_error is `stop`."""
@@ -163,6 +181,14 @@ class Rewards(contextlib.AbstractContextManager):
     def success(self, episode: Episode) -> bool:
         """Whether a rewarded episode counts as a success."""
         return (episode.rewards[self._success] or 0.0) >= 1
+
+
+def _error(needed: Callable[[Task], Any], task: Task) -> str:
+    try:
+        needed(task)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _portable(episode: Episode) -> Episode:

@@ -49,7 +49,7 @@ def read_tasks(config: RLConfig, tokenizer: Tokenizer, tools: Sequence[Schema] =
     train, notes = _read(config, tokenizer, config.data.train, "data.train", tools)
     if config.data.val:
         held_out, more = _read(config, tokenizer, config.data.val, "data.val", tools)
-        return Tasks(train, held_out, notes + more)
+        return Tasks(train, held_out, notes + more + _trained_on(train, held_out))
     fraction = config.data.val_fraction
     if fraction is None:
         fraction = share_held_out(len(train), config.figures)
@@ -59,7 +59,20 @@ def read_tasks(config: RLConfig, tokenizer: Tokenizer, tools: Sequence[Schema] =
                 "well the policy does"
             )
     kept, aside = ([train[n] for n in side] for side in split_records(np.arange(len(train)), fraction, config.seed))
-    return Tasks(kept, aside, notes)
+    return Tasks(kept, aside, notes + _trained_on(kept, aside))
+
+
+def _said(task: Task) -> str:
+    """What a prompt asks; without a system prompt, which may have been drawn."""
+    messages = [message for message in task.messages if message["role"] != "system"]
+    return json.dumps([messages, task.tools, task.thinking], sort_keys=True)
+
+
+def _trained_on(train: Sequence[Task], held_out: Sequence[Task]) -> list[str]:
+    known = set(map(_said, train))
+    count = sum(_said(task) in known for task in held_out)
+    asked = f"{count:,} of the {len(held_out):,} held-out prompts"
+    return [f"warning: {asked} are trained on, too, and tell nothing of new ones"] * bool(count)
 
 
 def _read(
@@ -99,7 +112,9 @@ def _read(
                 counts[f"prompts offer {missing}, which agent.tools does not have: a call of it fails"] += 1
     tell(Counter({key: count for key, count in told.items() if key[1] != EMPTY_ANSWERS}))  # they are left out
     if not tasks:
-        raise UserError(f"{', '.join(map(str, files))}: no prompt is left to learn from")
+        why = "".join(f"; {count:,} {note}" for note, count in counts.items() if count)
+        raise UserError(f"{', '.join(map(str, files))}: no prompt is left to learn from{why}")
+    counts["prompts repeat others word for word"] = len(tasks) - len(set(map(_said, tasks)))
     asked, unasked = (encode_prompt(tokenizer, tasks[0].messages, tasks[0].tools, wanted) for wanted in (True, False))
     if config.rollout.thinking and asked == unasked:
         counts["prompts are the same, thinking or not: the chat template knows no rollout.thinking"] = len(tasks)

@@ -24,7 +24,7 @@ from minimind_jax.paths import is_remote
 from minimind_jax.runs.effect import check_effect
 from minimind_jax.runs.kind import StageKind
 from minimind_jax.runs.labels import labels_of_data
-from minimind_jax.runs.parts import SHAPE_FIELDS, Run, assemble, tell_template
+from minimind_jax.runs.parts import SHAPE_FIELDS, Run, assemble, check_weights, tell_template
 from minimind_jax.runs.settle import changed_data, settle
 from minimind_jax.sharding import announce, initialize_distributed, make_mesh
 from minimind_jax.training.origin import agreed_settings, check_start_models, check_words, find_models
@@ -90,6 +90,8 @@ def begin(kind: StageKind, config: RunConfig) -> Run | None:
     check_start_models(folder, config, models)
     run = assemble(kind, config, folder, mesh, models)
     check_words(folder, run.tokenizer)
+    if not found.steps:
+        on_first(lambda: check_weights(models))
     _open(folder)
     if holds_model(folder.model) and not found.steps:
         raise UserError(

@@ -13,7 +13,7 @@ from minimind_jax.convert.hf import Labels, check_vocabulary, load_hf, load_labe
 from minimind_jax.convert.hf_config import checked_ids
 from minimind_jax.convert.hf_image_classifier import load_picture_head
 from minimind_jax.convert.hf_vision import open_tower
-from minimind_jax.convert.load import folders_of, load_generation_settings, load_merged, read_config
+from minimind_jax.convert.load import folders_of, load_generation_settings, load_merged, open_merged, read_config
 from minimind_jax.convert.load import load_tokenizer as load_model_tokenizer
 from minimind_jax.data.batches import Batches, open_data
 from minimind_jax.data.epoch import Annotate
@@ -96,6 +96,15 @@ def assemble(kind: StageKind, config: RunConfig, folder: RunFolder, mesh: Mesh, 
     check_context(config, architecture)
     model = LanguageModel(architecture, config.compute, adapters and make_adapter(adapters.table, adapters.dropout))
     return Run(kind, config, folder, mesh, models, tokenizer, model, adapters)
+
+
+def check_weights(models: Mapping[str, Path]) -> None:
+    """Reads all weights once, one tensor at a time, before the data are, which may take hours. Raises UserError for a
+    file that is damaged, numbers that are not finite, and tensors that are not those of its configuration."""
+    for key, folder in models.items():
+        tensors = open_tower(folder).tensors if key == TOWER else open_merged(folder)[1]
+        for tensor in tensors.values():
+            tensor.read(...)
 
 
 def without_others(run: Run, params: Params) -> Params:

@@ -61,6 +61,8 @@ def _recipe(run: Run, opened: contextlib.ExitStack) -> Recipe:
         parameters = with_critic(run, parameters, critic)
     told = config.rollout.max_new_tokens, config.seed, config.compute.deterministic
     rewards = opened.enter_context(Rewards(config.rewards, *told))
+    for note in rewards.check([*tasks.train, *tasks.held_out]):
+        announce(note)
     player = Player(config, run.tokenizer, tasks, policy_of(run, process[1]), environment, rewards, process)
     scorer = Scorer(config, run.mesh, run.model, reference, critic)
     own, rollout = config.policy, config.rollout

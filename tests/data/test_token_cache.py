@@ -95,7 +95,7 @@ def test_the_number_of_processes_does_not_change_the_files(tmp_path, tokenizer, 
         settings = dataclasses.replace(data, cache_dir=str(tmp_path / f"cache{workers}"), tokenizer_workers=workers)
         folders.append(build_cache("conversation", paths, tokenizer, settings, seed=1).folder)
     names = sorted(path.name for path in folders[0].glob("*.bin"))
-    assert len(names) == 6
+    assert len(names) == 7
     for name in names:
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
 

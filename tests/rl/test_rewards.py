@@ -261,3 +261,19 @@ def test_what_a_terminal_would_obey_is_not_told_to_it():
 def test_a_pattern_that_explodes_is_ended():
     with rewards(r"regex(^(a+)+$)", seconds=1.0) as give, pytest.raises(UserError, match="took longer than 1 seconds"):
         give([episode("a" * 60 + "b")])
+
+
+def test_prompts_without_what_an_answer_is_compared_with_are_told_before_anything_is_written():
+    right, wrong = (episode("4", where=f"f.jsonl:{line}", **own).task for line, own in ((1, {"answer": 4}), (2, {})))
+    with rewards("answer", "length(1, 9)") as give:
+        assert give.check([right]) == []
+        with pytest.raises(
+            UserError, match=r"answer: f\.jsonl:2: the record has none .*\(1 of 2 prompts\); give"
+        ):
+            give.check([right, wrong])
+    with rewards("tools", on_error="skip") as give:
+        assert "f.jsonl:2: the record has none" in give.check([right, wrong])[0]
+        with pytest.raises(UserError, match="1 of 1 prompts"):
+            give.check([wrong])
+    with rewards("length(1, 9)") as give:
+        assert give.check([wrong]) == []

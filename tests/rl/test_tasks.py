@@ -119,3 +119,16 @@ def test_variables_of_a_template_that_nobody_follows_are_refused(config, tokeniz
     records = [{"prompt": "the cat", "chat_template_kwargs": {"style": "brief"}}]
     with pytest.raises(UserError, match=r"prompts.jsonl:1: chat_template_kwargs has 'style'.*ignore_fields"):
         read_tasks(config(records), tokenizer)
+
+
+def test_prompts_that_repeat_are_told(config, tokenizer):
+    records = [{"prompt": f"cat {n % 6}", "answer": n} for n in range(12)]
+    notes = read_tasks(config(records), tokenizer).notes
+    assert "data.train: 6 prompts repeat others word for word" in notes
+    assert any("held-out prompts are trained on, too" in note for note in notes)
+    assert not read_tasks(config(records[:6]), tokenizer).notes
+
+
+def test_why_no_prompt_is_left_is_told(config, tokenizer):
+    with pytest.raises(UserError, match=r"no prompt is left to learn from; 1 prompts are too long and left out"):
+        read_tasks(config([{"prompt": "the cat " * 60}], long_prompts="skip"), tokenizer)

@@ -1,10 +1,14 @@
 """A run is begun once: what it is made of is found once and passed down."""
 
+import shutil
 import sys
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
 from run_helpers import with_chats
+from safetensors.numpy import load_file, save_file
 
 from minimind_jax import folders, sharding
 from minimind_jax.config.stages import PretrainConfig, SFTConfig
@@ -57,3 +61,18 @@ def test_held_out_files_that_are_trained_on_are_told(make, world, tmp_path, caps
     data = {"train": (), "val": (str(world.folder / "chat.jsonl"),)}
     start(with_chats(make(SFTConfig, tmp_path / "run", "sft", data=data, training={"steps": 1}), world))
     assert "warning: 1 of the files of data.val are in data.train, too" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("damage", "words"), [("nan", "infinite or none"), ("cut", "not a complete safetensors file")])
+def test_damaged_weights_are_told_before_the_data_are_read(make, base, tmp_path, damage, words):
+    model = shutil.copytree(Path(base) / "model", tmp_path / "model")
+    file = model / "model.safetensors"
+    if damage == "nan":
+        tensors = load_file(file)
+        tensors["model.norm.weight"][3] = np.nan
+        save_file(tensors, file, metadata={"format": "pt"})
+    else:
+        file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=words):
+        start(make(SFTConfig, tmp_path / "run", "no such file.jsonl", init_from=str(model)))
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,259 @@
+"""Files as people have them, which would go wrong without a word: records within records, other programs' formats, text
+that was spoiled before, records that repeat."""
+
+import json
+import re
+
+import pytest
+
+from minimind_jax.config.sections import DataConfig
+from minimind_jax.data.batches import open_data
+from minimind_jax.data.inspect import inspect
+from minimind_jax.data.jsonl import expand_paths, iter_records, tell_left_out
+from minimind_jax.data.kinds import kind_of_record, parse_conversation, parse_preference, parse_text
+from minimind_jax.data.labels import Classes, find_classes, parse_labelled
+from minimind_jax.data.prompts import read_prompt
+from minimind_jax.data.text_files import spoiled
+from minimind_jax.data.token_cache import build_cache
+from minimind_jax.data.tokenizer import Tokenizer
+from minimind_jax.errors import UserError
+from tests.data.format_helpers import ANSWER, TALK, USER, record
+
+CLASSES = Classes.any("text", "label")
+READERS = {
+    "text": parse_text,
+    "conversation": parse_conversation,
+    "preference": parse_preference,
+    "labelled": lambda given: parse_labelled(given, CLASSES),
+    "prompt": lambda given: read_prompt(given, DataConfig()),
+    "any": kind_of_record,
+}
+
+
+def write(file, text, encoding="utf-8"):
+    file.write_bytes(text.encode(encoding))
+    return file
+
+
+def lines(file, records):
+    return write(file, "".join(json.dumps(each) + "\n" for each in records))
+
+
+@pytest.fixture
+def tokenizer(world):
+    return Tokenizer.load(world.folder / "tokenizer")
+
+
+@pytest.fixture
+def data(tmp_path):
+    return DataConfig(cache_dir=str(tmp_path / "cache"), seq_len=64, tokenizer_workers=1)
+
+
+# Records within records
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+@pytest.mark.parametrize(
+    ("value", "path"),
+    [
+        ({"data": [{"a": 1}] * 3}, r"\['data'\] \(3 objects\)"),
+        ({"version": "1", "train": [{"a": 1}] * 3, "test": [{"a": 1}]}, r"\['train'\] \(3 objects\)"),
+        ({"nlu": {"examples": [{"a": 1}] * 3}}, r"\['nlu'\]\['examples'\] \(3 objects\)"),
+        ({"a7": {"q": 1}, "b9": {"q": 2}}, r"\.values\(\) \(2 objects\)"),
+    ],
+    ids=["data", "splits", "deeper", "by id"],
+)
+def test_records_within_a_record_are_found_and_the_way_out_is_told(read, value, path):
+    with pytest.raises(UserError, match=rf"if {path} are the records: python -c .*RECORDS\.jsonl"):
+        read(record(value))
+
+
+def test_the_way_out_works(tmp_path):
+    file = write(tmp_path / "a.json", json.dumps({"data": [{"text": "ü"}, {"text": "b"}]}))
+    (whole,) = iter_records([file])
+    with pytest.raises(UserError) as told:
+        parse_text(whole)
+    code = str(told.value).partition('python -c "')[2].partition('" >')[0].replace("FILE", str(file))
+    printed = []
+    exec(code, {"print": printed.append})
+    assert [json.loads(line) for line in printed] == [{"text": "ü"}, {"text": "b"}]
+
+
+def test_messages_are_not_taken_for_records():
+    with pytest.raises(UserError) as told:
+        parse_text(record({"talk": TALK, "id": 1}))
+    assert "are the records" not in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["text", "body2"])
+def test_a_table_by_columns(name):
+    with pytest.raises(UserError, match=r"pandas wrote this by columns: .*orient='records'"):
+        parse_labelled(record({name: {"0": "a", "1": "b"}, "label": {"0": "x", "1": "y"}}), CLASSES)
+
+
+# Other programs' formats
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.txt", "%PDF-1.4\n1 0 obj\n", "this is a PDF"),
+        ("a.txt", r"{\rtf1\ansi hello}", "this is rich text"),
+        ("a.txt", '{"text": "a"}\n{"text": "b"}\n', r"a\.txt:1: these are records of JSON .* ends in \.jsonl"),
+        ("a.md", '[\n {"text": "a"},\n {"text": "b"}\n]', r"a\.md:1: these are records of JSON"),
+        ("a.jsonl", "{'messages': [{'role': 'user'}]}\n", "not JSON: .*; Python printed this"),
+    ],
+)
+def test_files_that_are_not_what_their_names_say_are_refused(tmp_path, name, text, message):
+    with pytest.raises(UserError, match=message):
+        list(iter_records([write(tmp_path / name, text)]))
+
+
+def test_messages_that_python_printed():
+    with pytest.raises(UserError, match=r"messages is a string; expected a list of messages; Python printed this"):
+        parse_conversation(record({"messages": str(TALK)}))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("<!DOCTYPE html>\n<p>a</p>", "this is HTML"),
+        ("1\n00:00:01,000 --> 00:00:02,000\nHello\n", "these are subtitles"),
+        ("WEBVTT\n\n00:01.000 --> 00:02.000\nHello\n", "these are subtitles"),
+        ("[1] A note.\n", ""),
+        ('{"a": 1} is JSON.\n', ""),
+        ("1\nOnce upon a time\n", ""),
+    ],
+)
+def test_documents_with_a_form_of_their_own_are_told(tmp_path, text, told):
+    (found,) = iter_records([write(tmp_path / "a.txt", text)])
+    assert [note.startswith(told) for _, note in found.told] == [True] * bool(told)
+
+
+# Text that was spoiled before
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1"])
+@pytest.mark.parametrize("text", ["für", "“quoted”", "l’été", "привет", "你好", "Straße"])
+def test_text_that_was_read_in_a_wrong_encoding(text, encoding):
+    wrong = "".join(bytes([byte]).decode(encoding, "ignore") or chr(byte) for byte in text.encode())
+    assert any("wrong encoding" in note for note in spoiled(wrong))
+    assert not list(spoiled(text))
+
+
+def test_cp1252_that_was_read_as_latin_1():
+    assert list(spoiled("5 €".encode("cp1252").decode("latin-1")))
+
+
+@pytest.mark.parametrize(
+    "text", ["« déjà » vu", "NÃO", "é”…", "20 °C", "naïve – Ærø", "ESPAÑA", "a\x85b", "中文，好。"]
+)
+def test_right_text_is_not_told(text):
+    assert not list(spoiled(text))
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "txt"])
+def test_spoiled_records_are_counted(tmp_path, ending):
+    texts = ["gr\u00c3\u00bcn", "caf\ufffd", "fine"]
+    content = {
+        "jsonl": "".join(json.dumps({"text": text}) + "\n" for text in texts),  # escaped, as Python's json writes it
+        "csv": "text\n" + "\n".join(texts),
+        "txt": " ".join(texts),
+    }
+    found = list(iter_records([write(tmp_path / f"a.{ending}", content[ending])]))
+    assert sorted(found[0].told.values()) == [1, 1]
+
+
+@pytest.mark.parametrize(("text", "guess"), [("für Grüße", "latin-1"), ("für 5 € – “so”", "cp1252")])
+def test_the_encoding_that_is_proposed(tmp_path, text, guess):
+    with pytest.raises(UserError, match=f"looks like {guess}: set data.encoding {guess}"):
+        list(iter_records([write(tmp_path / "a.csv", f"text,label\r\n{text},a\r\n", "cp1252")]))
+
+
+# Records that repeat
+
+
+def chats(*words):
+    return [{"messages": [USER, {**ANSWER, "content": word}]} for word in words]
+
+
+def test_records_that_repeat_are_counted(tmp_path, tokenizer, data, capsys):
+    repeated = [*chats(*"abcd"), {"conversations": [USER, {"from": "gpt", "value": "a"}]}, *chats("b")]
+    cache = build_cache("conversation", [lines(tmp_path / "a.jsonl", repeated)], tokenizer, data, seed=1)
+    assert len(cache) == 6 and len(set(cache.keys.tolist())) == 4
+    assert "2 of 6 conversations repeat others word for word" in capsys.readouterr().err
+    build_cache("conversation", [lines(tmp_path / "b.jsonl", chats(*"abcd"))], tokenizer, data, seed=1)
+    assert "repeat" not in capsys.readouterr().err
+
+
+def test_texts_with_several_labels_are_counted(tmp_path, tokenizer, data, capsys):
+    rows = [("one", "a"), ("one", "b"), ("two", "a"), ("two", "a"), ("three", "b")]
+    file = lines(tmp_path / "a.jsonl", [{"text": text, "label": label} for text, label in rows])
+    build_cache("labelled", [file], tokenizer, data, seed=1, classes=Classes(("a", "b")))
+    told = capsys.readouterr().err
+    assert "1 of 3 different texts have several records, and not all the same label" in told
+    assert "1 of 5 texts repeat others word for word" in told
+
+
+@pytest.mark.parametrize("how", ["files", "share"])
+def test_held_out_records_that_are_trained_on_are_told(world, tmp_path, tokenizer, how, capsys):
+    train = lines(tmp_path / "train.jsonl", chats(*"abcdefgh") if how == "files" else chats(*"aabbccdd"))
+    val = (str(lines(tmp_path / "val.jsonl", chats(*"abz"))),) if how == "files" else ()
+    changes = {"train": (str(train),), "val": val, "val_fraction": None if val else 0.3}
+    config = world.sft(tmp_path / "run", data=changes)
+    _, held_out = open_data("conversation", config, tokenizer)
+    count = 2 if how == "files" else len(held_out.keys)
+    told = capsys.readouterr().out
+    assert how == "share" or f"warning: {count} of the 3 held-out conversations are trained on, too" in told
+    assert how == "files" or "held-out conversations are trained on, too" in told
+
+
+# Labels, pairs, conversations, prompts, folders
+
+
+def test_labels_of_a_single_text_are_told(tmp_path):
+    told = []
+    records = [{"text": "t", "label": label} for label in ["billing", "bug"] * 10 + ["biling"]]
+    find_classes([lines(tmp_path / "a.jsonl", records)], "text", "label", tell=told.append)
+    assert told == ["labels of a single text, which may be slips: 'biling'"]
+
+
+@pytest.mark.parametrize(("scores", "words"), [((1, 5), ["swapped"]), ((5, 5), ["are equal"]), ((5, 1), [])])
+def test_scores_that_do_not_prefer_the_chosen_answer_are_told(scores, words):
+    given = dict(zip(("score_chosen", "score_rejected"), scores, strict=True))
+    found = record({"prompt": "p", "chosen": "a", "rejected": "b", **given})
+    parse_preference(found)
+    assert re.findall("swapped|are equal", str(found.told)) == words
+
+
+@pytest.mark.parametrize(("talk", "count"), [(TALK, 0), ([ANSWER, *TALK], 1), ([*TALK, USER], 1), ([ANSWER, USER], 2)])
+def test_conversations_in_an_odd_order_are_told(talk, count):
+    found = record({"messages": talk})
+    parse_conversation(found)
+    assert len(found.told) == count
+
+
+def test_inspect_tells_how_prompts_are_shown(tmp_path, tokenizer, data, capsys):
+    file = lines(tmp_path / "a.jsonl", [{"prompt": "the cat", "answer": "4"}])
+    inspect([file], tokenizer, data)
+    assert "--kind prompt shows them as grpo, ppo and agent ask them" in capsys.readouterr().out
+    inspect([file], tokenizer, data, kind="prompt")
+    inspect([lines(tmp_path / "b.jsonl", chats("a"))], tokenizer, data)
+    assert "--kind prompt" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="data inspect --kind prompt"):
+        inspect([lines(tmp_path / "c.jsonl", [{"prompt": "the cat"}])], tokenizer, data)
+
+
+def test_a_folder_with_brackets_in_its_name_is_no_pattern(tmp_path):
+    folder = tmp_path / "data [1]"
+    folder.mkdir()
+    file = lines(folder / "a.jsonl", [{"text": "a"}])
+    assert expand_paths([f"{folder}/*.jsonl"]) == [file]
+
+
+def test_splits_that_are_read_with_the_rest_are_told(tmp_path, capsys):
+    for name in ("train.jsonl", "test.jsonl", "testimony.jsonl"):
+        lines(tmp_path / name, [{"text": "a"}])
+    tell_left_out([tmp_path])
+    told = capsys.readouterr().err
+    assert "read as all others: " in told and "test.jsonl;" in told and "testimony" not in told
