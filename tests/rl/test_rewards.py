@@ -267,9 +267,7 @@ def test_prompts_without_what_an_answer_is_compared_with_are_told_before_anythin
     right, wrong = (episode("4", where=f"f.jsonl:{line}", **own).task for line, own in ((1, {"answer": 4}), (2, {})))
     with rewards("answer", "length(1, 9)") as give:
         assert give.check([right]) == []
-        with pytest.raises(
-            UserError, match=r"answer: f\.jsonl:2: the record has none .*\(1 of 2 prompts\); give"
-        ):
+        with pytest.raises(UserError, match=r"answer: f\.jsonl:2: the record has none .*\(1 of 2 prompts\); give"):
             give.check([right, wrong])
     with rewards("tools", on_error="skip") as give:
         assert "f.jsonl:2: the record has none" in give.check([right, wrong])[0]
