@@ -50,7 +50,7 @@ SIGNATURES = {
 READ_BYTES = 1 << 24  # of a table at once: pictures make rows of any size
 # Beside data in a folder, they are none.
 NO_DATA = ("readme", "license", "dataset_info", "dataset_infos", "dataset_dict", "state", "changelog")
-_HELD_OUT = re.compile(r"(test|val|valid|validation|dev|eval)\b", re.IGNORECASE)  # as splits are called
+_HELD_OUT = re.compile(r"(test|val|valid|validation|dev|eval)(?![a-z])", re.IGNORECASE)  # as splits are called
 READING = ReadingConfig()
 
 

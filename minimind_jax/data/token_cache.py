@@ -289,7 +289,7 @@ class _CacheWriter(contextlib.AbstractContextManager):
     def add(self, chunk: Chunk) -> None:
         info = self.info
         self._keys.append(chunk.arrays["keys"])
-        self._values.append(chunk.arrays["values"])
+        self._values += [chunk.arrays["values"]] if len(chunk.arrays["keys"]) else []
         for name, counted in OFFSETS.items():
             if counted in info:
                 self._append(name, info[counted] + np.cumsum(chunk.sizes[name]))

@@ -166,10 +166,13 @@ def field_names(value: dict[str, Any]) -> str:
 
 
 def _records_in(value: dict[str, Any], path: str = "") -> Iterator[tuple[int, str]]:
-    """How many objects stand in lists, or under names, in an object, and where."""
+    """How many objects stand in lists, or under names, in an object, and where, as Python's code: of plain names, for a
+    shell will read it."""
     if len(value) > 1 and all(isinstance(item, dict) for item in value.values()):
         yield len(value), f"{path}.values()"
     for name, item in value.items():
+        if not re.fullmatch(r"[\w .-]{1,40}", name) or len(path) > 100:
+            continue
         if isinstance(item, dict):
             yield from _records_in(item, f"{path}[{name!r}]")
         elif isinstance(item, list) and item and all(isinstance(each, dict) for each in item):

@@ -1,6 +1,7 @@
 """Files as people have them, which would go wrong without a word: records within records, other programs' formats, text
 that was spoiled before, records that repeat."""
 
+import dataclasses
 import json
 import re
 
@@ -77,6 +78,21 @@ def test_the_way_out_works(tmp_path):
     printed = []
     exec(code, {"print": printed.append})
     assert [json.loads(line) for line in printed] == [{"text": "ü"}, {"text": "b"}]
+
+
+@pytest.mark.parametrize("name", ['"; rm -rf ~; "', "$(reboot)", "`reboot`", "a'b", "long" * 20])
+def test_what_a_shell_would_run_is_not_proposed_to_it(name):
+    with pytest.raises(UserError) as told:
+        parse_text(record({name: [{"a": 1}]}))
+    assert "python -c" not in str(told.value)
+
+
+def test_a_record_of_many_levels_is_refused_as_others_are():
+    value = {"a": 1}
+    for _ in range(900):
+        value = {"a": value}
+    with pytest.raises(UserError, match="found the fields a"):
+        parse_text(record(value))
 
 
 def test_messages_are_not_taken_for_records():
@@ -186,6 +202,15 @@ def test_records_that_repeat_are_counted(tmp_path, tokenizer, data, capsys):
     assert "repeat" not in capsys.readouterr().err
 
 
+def test_repeats_are_counted_where_whole_pieces_of_a_file_are_broken(tmp_path, tokenizer, data, monkeypatch, capsys):
+    monkeypatch.setattr("minimind_jax.data.tokenise.CHUNK_BYTES", 1)
+    records = [{"text": "one", "label": "a"}, {"text": "", "label": "a"}, {"text": "one", "label": "a"}]
+    skipping = dataclasses.replace(data, on_error="skip")
+    file = lines(tmp_path / "a.jsonl", records)
+    build_cache("labelled", [file], tokenizer, skipping, seed=1, classes=Classes(("a", "b")))
+    assert "1 of 2 texts repeat others word for word" in capsys.readouterr().err
+
+
 def test_texts_with_several_labels_are_counted(tmp_path, tokenizer, data, capsys):
     rows = [("one", "a"), ("one", "b"), ("two", "a"), ("two", "a"), ("three", "b")]
     file = lines(tmp_path / "a.jsonl", [{"text": text, "label": label} for text, label in rows])
@@ -252,8 +277,8 @@ def test_a_folder_with_brackets_in_its_name_is_no_pattern(tmp_path):
 
 
 def test_splits_that_are_read_with_the_rest_are_told(tmp_path, capsys):
-    for name in ("train.jsonl", "test.jsonl", "testimony.jsonl"):
+    for name in ("train.jsonl", "test.jsonl", "dev_2.jsonl", "testimony.jsonl"):
         lines(tmp_path / name, [{"text": "a"}])
     tell_left_out([tmp_path])
     told = capsys.readouterr().err
-    assert "read as all others: " in told and "test.jsonl;" in told and "testimony" not in told
+    assert "read as all others: " in told and "dev_2.jsonl" in told and "testimony" not in told
