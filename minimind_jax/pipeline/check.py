@@ -11,6 +11,7 @@ from minimind_jax.data.jsonl import Record, expand_paths, iter_records
 from minimind_jax.data.kinds import KINDS, Wanted
 from minimind_jax.data.labels import Classes
 from minimind_jax.errors import UserError
+from minimind_jax.folders import holds_model
 from minimind_jax.pipeline.ahead import maker_of, planned_architecture, planned_words
 from minimind_jax.pipeline.read import Stage
 from minimind_jax.runs.parts import assemble, check_context
@@ -27,7 +28,11 @@ SAMPLE = 50  # records of each file
 
 
 def check_stages(stages: Sequence[Stage]) -> None:
-    """Checks each stage that is not finished, with a sample of its records. Raises UserError, which names the stage."""
+    """Checks each stage that is not finished, with a sample of its records. Raises UserError, which names the stage, or
+    the pipeline's folder where that is a run or a model, whose name would mean the last stage from then on."""
+    home = stages[-1].home
+    if RunFolder(home).read_config() is not None or holds_model(home):
+        raise UserError(f"{home} is a run or a model, not the folder of a pipeline; choose another --name")
     for position, stage in enumerate(stages):
         if stage.is_finished:
             continue

@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from minimind_jax.config.fields import names_of
 from minimind_jax.config.sections import RUN_LENGTHS
 from minimind_jax.errors import UserError, disk_errors
-from minimind_jax.folders import resolve_run
+from minimind_jax.folders import PIPELINE, resolve_run
 from minimind_jax.hub import used_commits
 from minimind_jax.paths import absolute, as_path, is_remote, write_object
 from minimind_jax.texts import is_there, read_object, read_text
@@ -103,6 +103,8 @@ class RunFolder:
 
     def check_resume(self, resume: str) -> None:
         """Raises UserError when `resume` (auto, must, never) does not allow what is there, or no run wrote it."""
+        if is_there(self.path / PIPELINE):  # as a model it would mean the pipeline's last stage
+            raise UserError(f"{self.path} holds the runs of a pipeline; choose another run name")
         steps = self.checkpoint_steps()
         made_by_run = steps or self.metrics_file.is_file() or self.environment_file.is_file()
         written = (self.config_file, self.report_file, self.results_file, self.loss_picture)

@@ -219,6 +219,11 @@ def test_a_pipelines_folder_means_its_last_stage_and_changed_data_is_told(workpl
     run_pipeline(stages)
     for name in ("tiny", "runs/tiny", "runs/tiny/"):
         assert resolve_model_folder(name) == Path("runs/tiny/sft/model")
+    with pytest.raises(UserError, match="runs/tiny holds the runs of a pipeline; choose another run name"):
+        RunFolder(Path("runs/tiny")).check_resume("auto")
+    for name in ("tiny/pretrain", "tiny/sft/model"):
+        with pytest.raises(UserError, match=f"runs/{name} is a run or a model.* --name"):
+            run_pipeline(load_pipeline([*arguments, "--name", name]))
     with open("chats.jsonl", "a") as file:
         file.write(json.dumps({"conversations": [{"role": role, "content": "Hi"} for role in ("user", "assistant")]}))
     capsys.readouterr()
