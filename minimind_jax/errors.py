@@ -18,6 +18,18 @@ def first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
+def explained(what: str, *kinds: type[Exception], way_out: str = "") -> Iterator[None]:
+    """Makes errors of these kinds a UserError: what is wrong, why in the error's own words, and the way out. One that
+    is a UserError already stays as it is, unless that is among the kinds."""
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, UserError) and UserError not in kinds:
+            raise
+        raise UserError(f"{what}: {error}{way_out and f'; {way_out}'}") from error
+
+
+@contextlib.contextmanager
 def disk_errors(what: str, way_out: str) -> Iterator[None]:
     """Makes an error of the disk a UserError: what could not be done, why, and the way out."""
     try:

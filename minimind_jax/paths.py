@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-from minimind_jax.errors import UserError
+from minimind_jax.errors import UserError, explained
 from minimind_jax.shell import install_command
 
 UPLOAD_SECONDS = 30
@@ -75,12 +75,10 @@ def local_folder(folder: Path) -> Path:
         return folder
     copy = Path(tempfile.mkdtemp(prefix=f"minimind-{folder.name}-"))
     atexit.register(shutil.rmtree, copy, ignore_errors=True)
-    try:
+    with explained(f"{folder} could not be read", Exception):
         for file in folder.iterdir():
             if file.is_file():
                 file.copy(copy / file.name)
-    except Exception as error:
-        raise UserError(f"{folder} could not be read: {error}") from error
     return copy
 
 
@@ -93,23 +91,19 @@ def upload_folder(source: Path, folder: Path, last: str, stale: Sequence[Path]) 
     from etils import epath
 
     names = sorted((file.name for file in source.iterdir()), key=lambda name: (name == last, name))
-    try:
+    with explained(f"{folder} could not be written", Exception):  # every store has errors of its own
         (folder / last).unlink(missing_ok=True)
         for file in stale:
             file.unlink()
         for name in names:
             epath.Path(source / name).copy(folder / name, overwrite=True)
-    except Exception as error:  # every store has errors of its own
-        raise UserError(f"{folder} could not be written: {error}") from error
     local_folder.cache_clear()
 
 
 def write_object(path: Path, text: str) -> None:
     """Replaces an object in one step. Raises UserError when it cannot be written."""
-    try:
+    with explained(f"cannot write {path}", Exception):
         path.write_text(text)
-    except Exception as error:
-        raise UserError(f"cannot write {path}: {error}") from error
 
 
 class GrowingObject:

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minimind_jax.errors import UserError
+from minimind_jax.errors import UserError, explained
 from minimind_jax.model.config import ModelConfig, RopeScaling, id_tuple, union_of_ids, yarn_attention_factor
 from minimind_jax.values import convert, is_optional
 
@@ -159,12 +159,9 @@ def from_hf_config(values: Mapping[str, Any], where: str = "config.json") -> Mod
 
     Raises UserError: a key is missing, or the model has a feature that this project does not compute.
     """
-    try:
+    what, way_out = f"{where} does not describe a model", "put back the copy it came with"
+    with explained(what, ValueError, TypeError, AttributeError, ArithmeticError, way_out=way_out):
         return _from_hf_config(values, where)
-    except UserError:
-        raise
-    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"{where} does not describe a model: {error}; put back the copy it came with") from error
 
 
 def _from_hf_config(values: Mapping[str, Any], where: str) -> ModelConfig:
@@ -189,10 +186,8 @@ def _from_hf_config(values: Mapping[str, Any], where: str) -> ModelConfig:
     fields["rope_theta"], fields["rope_scaling"] = _read_rope(values, fields, where)
     if _is_extended_by_reader(fields["rope_scaling"]):  # see to_hf_config
         fields["max_position_embeddings"] = values.get(_CONTEXT_KEY) or _extended_context(fields["rope_scaling"])
-    try:
+    with explained(where, ValueError):
         return ModelConfig(**fields)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
 
 
 def _typed(name: str, value: Any, where: str) -> Any:

@@ -16,7 +16,7 @@ from minimind_jax.convert.hf_weights import StoredTensor, check_names_and_shapes
 from minimind_jax.convert.torch_file import read_weights
 from minimind_jax.convert.vision_weights import tower_names, tower_tensors
 from minimind_jax.data.tokenizer import Tokenizer
-from minimind_jax.errors import UserError
+from minimind_jax.errors import UserError, explained
 from minimind_jax.model.config import ModelConfig, TowerConfig, Vision
 from minimind_jax.model.transformer import Params
 from minimind_jax.model.vision import empty_tower
@@ -116,7 +116,7 @@ def read_seeing_config(values: Mapping[str, Any], folder: Path) -> ModelConfig:
     text = from_hf_config({**values["text_config"], "tie_word_embeddings": bool(tied)}, f"{where}: text_config")
     tower = _read_tower(values["vision_config"], folder)
     layer = values["vision_feature_layer"]
-    try:
+    with explained(where, ValueError):
         vision = Vision(
             tower,
             marker_id=_int(values.get("image_token_index", values.get("image_token_id"))),
@@ -126,8 +126,6 @@ def read_seeing_config(values: Mapping[str, Any], folder: Path) -> ModelConfig:
             feature_layer=layer if layer < 0 else layer - tower.num_hidden_layers - 1,
         )
         return dataclasses.replace(text, vision=vision)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
 
 
 def to_seeing_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -205,11 +203,9 @@ def _read_tower(values: Mapping[str, Any], folder: Path) -> TowerConfig:
     for name in ("image_size", "patch_size"):  # transformers 5 may write both sides
         if isinstance(found[name], list) and len(set(found[name])) == 1:
             found[name] = found[name][0]
-    try:
+    with explained(str(where), ValueError, TypeError):
         numbers = {name: value if name == "hidden_act" else _number(name, value) for name, value in found.items()}
         return TowerConfig(**numbers, **_read_pixels(folder, numbers["image_size"]))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{where}: {error}") from error
 
 
 def _read_pixels(folder: Path, image_size: int) -> dict[str, Any]:

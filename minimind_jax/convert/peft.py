@@ -16,7 +16,7 @@ from minimind_jax.convert.hf_weights import StoredTensor, read_safetensors_file
 from minimind_jax.convert.replace import replacing
 from minimind_jax.convert.vision_weights import PROJECTOR, TOWER, names_in_files, names_of_files
 from minimind_jax.data.tokenizer import Tokenizer
-from minimind_jax.errors import UserError
+from minimind_jax.errors import UserError, explained
 from minimind_jax.folders import ADAPTER_CONFIG
 from minimind_jax.hub import origin_of
 from minimind_jax.model.config import ModelConfig
@@ -98,11 +98,9 @@ def _matches(target: str, module: str) -> bool:
 
 def _check_targets(targets: Sequence[str], modules: Sequence[str], config: ModelConfig) -> None:
     for target in targets:
-        try:
+        with explained(f"lora: {target!r} is neither a name nor a regular expression", re.error):
             if target == ALL_LINEAR or any(_matches(target, module) for module in modules):
                 continue
-        except re.error as error:
-            raise UserError(f"lora: {target!r} is neither a name nor a regular expression: {error}") from error
         names = sorted({module.rpartition(".")[2] for module in modules})
         experts = "; the experts of a mixture have no adapters" if config.is_moe else ""
         raise UserError(
@@ -227,10 +225,8 @@ def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
     if not isinstance(patterns, dict):
         raise UserError(f"{file}: alpha_pattern is {patterns!r}; expected an object of numbers")
     for key in patterns:
-        try:
+        with explained(f"{file}: alpha_pattern {key!r} is not a regular expression", re.error):
             re.compile(key)
-        except re.error as error:
-            raise UserError(f"{file}: alpha_pattern {key!r} is not a regular expression: {error}") from error
     numbers = {name: config[name] for name in ("lora_alpha", "lora_dropout") if name in config}
     for name, value in {**numbers, **{f"alpha_pattern {key!r}": alpha for key, alpha in patterns.items()}}.items():
         if not isinstance(value, int | float):

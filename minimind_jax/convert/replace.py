@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from minimind_jax.data.tokenizer import TOKENIZER_FILES
-from minimind_jax.errors import UserError
+from minimind_jax.errors import UserError, explained
 from minimind_jax.folders import ADAPTER_CONFIG, holds_model
 from minimind_jax.paths import is_remote, upload_folder
 from minimind_jax.signals import telling, uninterrupted
@@ -180,14 +180,14 @@ def _stale(folder: Path, new: Collection[str]) -> list[Path]:
 def _uploading(folder: Path) -> Iterator[Path]:
     """An empty folder on this machine whose files take the place of the model in `folder`, in an object store."""
     check_replaceable(folder)
-    try:
-        with tempfile.TemporaryDirectory(prefix="minimind-") as name:
-            staged = Path(name)
-            yield staged
-            stale = _stale(folder, {file.name for file in staged.iterdir()})
-            upload_folder(staged, folder, last=_mark_in(staged), stale=stale)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: the model could not be written: {error}") from error
+    with (
+        explained(f"{folder}: the model could not be written", OSError, SafetensorError),
+        tempfile.TemporaryDirectory(prefix="minimind-") as name,
+    ):
+        staged = Path(name)
+        yield staged
+        stale = _stale(folder, {file.name for file in staged.iterdir()})
+        upload_folder(staged, folder, last=_mark_in(staged), stale=stale)
 
 
 def _mark_in(staged: Path) -> str:

@@ -15,7 +15,7 @@ from minimind_jax.convert.load import load_merged
 from minimind_jax.convert.minimind_v import MARKER, MARKER_ID, has_projector, with_tower
 from minimind_jax.convert.torch_file import read_torch, write_torch
 from minimind_jax.data.tokenizer import Tokenizer
-from minimind_jax.errors import UserError
+from minimind_jax.errors import UserError, explained
 from minimind_jax.model.config import ModelConfig
 from minimind_jax.model.heads import SCORE
 
@@ -98,7 +98,5 @@ def infer_config(stored: Mapping[str, StoredTensor], where: str, overrides: Mapp
         fields["intermediate_size"] = shape(f"{layer}.mlp.gate_proj.weight")[0]
     if "num_experts_per_tok" in overrides and "num_experts" not in fields:
         raise UserError(f"{where}: num_experts_per_tok is given, but the model has no experts; leave it out")
-    try:
+    with explained(where, TypeError, ValueError):
         return ModelConfig(**{**fields, **overrides})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {error}") from error

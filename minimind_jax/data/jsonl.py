@@ -24,7 +24,7 @@ from minimind_jax.config.sections import ReadingConfig
 from minimind_jax.data import text_files
 from minimind_jax.data.messages import are_messages
 from minimind_jax.data.values import decode_record, printed
-from minimind_jax.errors import UserError
+from minimind_jax.errors import UserError, explained
 from minimind_jax.shell import needing
 from minimind_jax.texts import listed
 
@@ -87,10 +87,9 @@ def expand_paths(paths: Iterable[str | Path], pictures: bool = False) -> list[Pa
     """
     files: list[Path] = []
     for given in paths:
-        try:
+        # A name too long, a folder that is closed to us, ~nobody.
+        with explained(f"{given}: cannot be read", OSError, RuntimeError):
             files += _expand(given, pictures)
-        except (OSError, RuntimeError) as error:  # a name too long, a folder that is closed to us, ~nobody
-            raise UserError(f"{given}: cannot be read: {error}") from error
     return files
 
 
@@ -312,7 +311,8 @@ def _open(file: Path) -> io.BufferedIOBase:
 
 def _arrow_rows(file: Path) -> Iterator[dict[str, Any]]:
     pyarrow = _pyarrow(file)
-    try:
+    what = f"{file}: not a readable {file.suffix[1:].capitalize()} file"
+    with explained(what, pyarrow.ArrowException, OSError, UnicodeDecodeError):
         if _ends_in(file, ".arrow"):
             for batch in pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))):
                 yield from batch.to_pylist()
@@ -323,8 +323,6 @@ def _arrow_rows(file: Path) -> Iterator[dict[str, Any]]:
         for batch in table.iter_batches(batch_size=max(1, min(1024, int(READ_BYTES / max(1, row_bytes))))):
             for row in batch.to_pylist():
                 yield {**row, **{column: _called(row[column], names[column]) for column in row.keys() & names}}
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not a readable {file.suffix[1:].capitalize()} file: {error}") from error
 
 
 def _check_signature(file: Path) -> None:

@@ -23,7 +23,7 @@ from minimind_jax.data.jsonl import PICTURES, READING, Record
 from minimind_jax.data.messages import CONTENT, OTHER_ROLES, ROLES, Conversation, Message, messages_in
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.data.values import is_absent, kind_of
-from minimind_jax.errors import UserError
+from minimind_jax.errors import UserError, explained
 from minimind_jax.model.config import Vision
 
 PARTS = ("image", "image_url", "input_image")
@@ -245,10 +245,8 @@ def read_data_url(url: str, where: str) -> bytes:
             f"{where}: a data URL that is not base64 ({url[:40]}); write data:image/png;base64, and its base64"
         )
     written = "".join(unquote(written).split())
-    try:
+    with explained(f"{where}: a data URL that is not base64", binascii.Error):
         return base64.b64decode(written + "=" * (-len(written) % 4), validate=True)
-    except binascii.Error as error:
-        raise UserError(f"{where}: a data URL that is not base64: {error}") from error
 
 
 def find_file(address: str, folder: Path, where: str) -> PictureFile:

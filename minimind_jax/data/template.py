@@ -20,7 +20,7 @@ import jinja2.sandbox
 import numpy as np
 
 from minimind_jax.data.messages import ROLES, Conversation, Message, without_marks
-from minimind_jax.errors import TemplateFault, UserError
+from minimind_jax.errors import TemplateFault, UserError, explained
 from minimind_jax.seeds import named_seed
 
 TEMPLATE_FILE = Path(__file__).with_name("chat_template.jinja")
@@ -176,10 +176,8 @@ def _raise_exception(message: str) -> None:
 
 def render_jinja(source: str, messages: Sequence[Message], tools: Sequence[Any] | None = None, **variables: Any) -> str:
     """A conversation through any Jinja chat template. Raises UserError with what the template complains about."""
-    try:
+    with explained("the chat template cannot render these messages", Exception):  # it is a program
         return _compile(source).render(messages=messages, tools=tools, **{"add_generation_prompt": False, **variables})
-    except Exception as error:  # a template is a program, which may fail in any way
-        raise UserError(f"the chat template cannot render these messages: {error}") from error
 
 
 def template_with_images(source: str, marker: str) -> str:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from minimind_jax.errors import UserError
+from minimind_jax.errors import UserError, explained
 
 # What says something about a record or a message and is no part of it: left out, and told once a file with a count.
 MOST_LEVELS = 64  # of what a model or a client writes: each takes some of the stack of whoever reads it
@@ -135,10 +135,8 @@ def decode_record(text: str) -> Any:
 
 def check_json(value: Any, place: str) -> None:
     """Raises UserError for what the template could not write: half a surrogate pair, a date or NaN out of Parquet."""
-    try:
+    with explained(f"{place} cannot be written as JSON", TypeError, ValueError, RecursionError):
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{place} cannot be written as JSON: {error}") from error
 
 
 def respelled(value: dict[str, Any], names: Collection[str]) -> dict[str, str]:

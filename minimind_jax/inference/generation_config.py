@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from minimind_jax.config.generation import FROM_MODEL, SamplingConfig
 from minimind_jax.convert.hf_config import checked_ids
-from minimind_jax.errors import UserError
+from minimind_jax.errors import explained
 from minimind_jax.texts import is_there, read_object
 
 # Keys without a say in what is generated here, and values of the others that change nothing.
@@ -41,8 +41,6 @@ def read_generation_config(*folders: Path) -> GenerationConfig:
     given = {name: values[name] for name in FROM_MODEL if values.get(name) is not None}
     if values.get("do_sample") is False:
         given["temperature"] = 0.0
-    try:
+    with explained(str(file), ValueError, TypeError):
         sampling = dataclasses.replace(SamplingConfig(), **given)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{file}: {error}") from error
     return GenerationConfig(sampling, frozenset(checked_ids(values.get("eos_token_id"), str(file))))

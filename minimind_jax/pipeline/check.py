@@ -10,7 +10,7 @@ from minimind_jax.convert.peft import rank_table
 from minimind_jax.data.jsonl import Record, expand_paths, iter_records
 from minimind_jax.data.kinds import KINDS, Wanted
 from minimind_jax.data.labels import Classes
-from minimind_jax.errors import UserError
+from minimind_jax.errors import UserError, explained
 from minimind_jax.folders import holds_model
 from minimind_jax.pipeline.ahead import maker_of, planned_architecture, planned_words
 from minimind_jax.pipeline.read import Stage
@@ -36,12 +36,10 @@ def check_stages(stages: Sequence[Stage]) -> None:
     for position, stage in enumerate(stages):
         if stage.is_finished:
             continue
-        try:
+        with explained(f"stage {stage.name}", UserError):
             check_records(stage, SAMPLE)
             if stage.kind.is_run:
                 _check_settings(stage, stages[:position])
-        except UserError as error:
-            raise UserError(f"stage {stage.name}: {error}") from error
 
 
 def watch_records(stages: Sequence[Stage]) -> threading.Thread:

@@ -12,7 +12,7 @@ from typing import Any
 from minimind_jax.data.messages import CLOSE_THINK, OPEN_THINK
 from minimind_jax.data.tools import Call, called, calls_in_text, comparable
 from minimind_jax.data.values import Place, decode_json, is_absent, kind_of
-from minimind_jax.errors import UserError, first_line
+from minimind_jax.errors import UserError, explained, first_line
 from minimind_jax.paths import as_path
 from minimind_jax.rl.episode import Episode, Task, Turn
 from minimind_jax.shell import needing
@@ -47,10 +47,8 @@ def repetition(episode: Episode, n: int = 3) -> float:
 
 def regex(episode: Episode, pattern: str) -> float:
     """1 where the pattern (Python's `re`) is found in the last turn, thoughts and calls included; else 0."""
-    try:
+    with explained(f"regex({pattern}): not a regular expression", re.error):
         return float(re.search(pattern, episode.text) is not None)
-    except re.error as error:
-        raise UserError(f"regex({pattern}): not a regular expression: {error}") from None
 
 
 def overlong(episode: Episode, cache: int, *, max_new_tokens: int) -> float:

@@ -1,10 +1,9 @@
 """Models that are not trained: the policy as it was at the start, and what a frozen model says of a run's data, asked
 once before the first step and kept in the run's folder."""
 
-import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from minimind_jax.agreement import ending_alone, first_says, on_first
 from minimind_jax.data.batches import Batches
 from minimind_jax.data.rows import Batch, Pieces
 from minimind_jax.data.token_cache import TokenCache
-from minimind_jax.errors import UserError
+from minimind_jax.errors import UserError, disk_errors
 from minimind_jax.model.lora import TRAINED, join, split, without_adapters
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.paths import is_remote
@@ -157,14 +156,16 @@ class Answers:
         size = sum(file.size for file in self.files.values()) / 2**20
         announce(f"asking the {self.asked.name} once for {self.asked.what} ({size:,.1f} MiB)")
         tables: dict[tuple[str, str], np.ndarray] = {}
+        what = f"{self.record.parent}: cannot write {size:,.1f} MiB"
+        way_out = f"make room{self.asked.way_out}, and run again"
 
-        @self._telling_when_full(size)
+        @disk_errors(what, way_out)
         def make_room() -> None:
             self.record.parent.mkdir(parents=True, exist_ok=True)
             self.record.unlink(missing_ok=True)
             tables.update({key: file.create() for key, file in self.files.items()})
 
-        @self._telling_when_full(size)
+        @disk_errors(what, way_out)
         def close() -> None:
             for key, table in tables.items():
                 self.files[key].close(table)
@@ -190,16 +191,6 @@ class Answers:
                 rows = places[..., 0].astype(np.int64) << 31 | places[..., 1]
                 for table, value in zip(tables, values, strict=True):
                     table[rows[rows >= 0]] = value[rows >= 0]
-
-    @contextlib.contextmanager
-    def _telling_when_full(self, size: float) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"{self.record.parent}: cannot write {size:,.1f} MiB: {error.strerror or error}; make room"
-                f"{self.asked.way_out}, and run again"
-            ) from error
 
 
 class _Table(NamedTuple):

@@ -9,7 +9,7 @@ from minimind_jax.data.images import open_picture
 from minimind_jax.data.jsonl import iter_records
 from minimind_jax.data.kinds import KINDS, KindName, Wanted
 from minimind_jax.data.pictures import MARKER, PLACE, ImageConversation, Marker, PictureFile, find_file, with_markers
-from minimind_jax.errors import UserError
+from minimind_jax.errors import UserError, explained
 from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.image_encoder import check_images
 from minimind_jax.inference.request import Request
@@ -108,8 +108,6 @@ def _request(run: Run, question: Question) -> Request:
         tower = run.model.config.vision.tower
         images = tuple(open_picture(picture, tower, "samples.images") for picture in question.pictures)
     request = Request(tuple(KINDS[run.kind.records].prompt(run.tokenizer, text)), images=images)
-    try:
+    with explained("samples.prompts", UserError):
         check_images(request, run.model.config.vision)
-    except UserError as error:
-        raise UserError(f"samples.prompts: {error}") from error
     return request

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
-from minimind_jax.errors import UserError
+from minimind_jax.errors import UserError, explained
 from minimind_jax.values import is_optional
 
 Schema = dict[str, Any]
@@ -26,11 +26,10 @@ def schema_of(function: Callable[..., Any]) -> Schema:
     none at all, *args, **kwargs, and a function that is asynchronous.
     """
     name = getattr(function, "__name__", "")
-    try:
+    what = f"the tool {name or function!r} has no signature that can be read"
+    with explained(what, TypeError, ValueError, NameError):
         hints = typing.get_type_hints(function)
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError, NameError) as error:
-        raise UserError(f"the tool {name or function!r} has no signature that can be read: {error}") from error
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
         raise UserError(f"the tool {name} is asynchronous; give a plain function")
     text = inspect.getdoc(function) or ""
