@@ -280,11 +280,8 @@ def _model_tensors(config: ModelConfig, tensors: Mapping[str, StoredTensor], dty
         elif expert[2] == "0":
             parts = [tensors[f"{expert[1]}.{e}.{expert[3]}.weight"] for e in range(config.num_experts)]
             shape = (len(parts), *tensor.shape)
-            yield plan_tensor(f"{name_of(f'{expert[1]}.{expert[3]}')}.weight", shape, dtype, _reading_stack(parts))
-
-
-def _reading_stack(parts: list[StoredTensor]) -> Callable[[Any], np.ndarray]:
-    return lambda index: np.stack([part.read(index) for part in parts])
+            name = f"{name_of(f'{expert[1]}.{expert[3]}')}.weight"
+            yield plan_tensor(name, shape, dtype, lambda index, parts=parts: np.stack([p.read(index) for p in parts]))
 
 
 def _names(config: ModelConfig) -> Callable[[str], str]:

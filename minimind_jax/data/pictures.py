@@ -100,7 +100,8 @@ def take_pictures(record: Record, reading: ReadingConfig = READING) -> tuple[Rec
             continue
         if beside:
             raise UserError(f"{record.where}: pictures in two fields, of {', '.join(IMAGES)}; keep one of them")
-        beside = [file_of(each, record, f"{name}[{n}]") for n, each in enumerate(_as_list(item))]
+        items = item if isinstance(item, list) else [item]
+        beside = [file_of(each, record, f"{name}[{n}]") for n, each in enumerate(items)]
     name, turns = _turns_of(value)
     if name:
         value[name] = [_without_parts(turn, record, within) for turn in turns]
@@ -177,10 +178,6 @@ def _turns_of(value: dict[str, Any]) -> tuple[str | None, list[Any]]:
     """The name of a record's field of messages, and these; None without one."""
     found = ((name, messages_in(value[name])) for name in (*MESSAGES, "prompt") if name in value)
     return next(((name, turns) for name, turns in found if isinstance(turns, list)), (None, []))
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def without_bytes(value: Any) -> Any:

@@ -95,10 +95,7 @@ def _without_answer(conversation: Conversation, record: Record) -> Conversation:
 
 
 def shortened(
-    messages: list[dict[str, Any]],
-    count: Callable[[list[dict[str, Any]]], int],
-    room: int,
-    tokenizer: Tokenizer,
+    messages: list[dict[str, Any]], count: Callable[[list[dict[str, Any]]], int], room: int, tokenizer: Tokenizer
 ) -> list[dict[str, Any]] | None:
     """Messages cut to `room` tokens: the oldest turns go first, then the beginning of the last question.
 

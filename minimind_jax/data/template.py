@@ -106,10 +106,6 @@ def text_of(message: Message) -> str:
     return "".join(part for part in parts if isinstance(part, str))
 
 
-def _tojson(value: Any, **kwargs: Any) -> str:
-    return json.dumps(value, **{"ensure_ascii": False, **kwargs})
-
-
 # Of a conversation it makes what the template writes, and whether its empty think blocks stay.
 Roll = Callable[[Conversation], tuple[Conversation, bool]]
 
@@ -164,7 +160,7 @@ def _compile(source: str) -> jinja2.Template:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = _tojson
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment.from_string(source)

@@ -17,14 +17,7 @@ from minimind_jax.config.tools import PredictConfig, ScoreConfig
 from minimind_jax.convert.hf import Labels
 from minimind_jax.convert.hf_image_classifier import is_picture_classifier
 from minimind_jax.data.images import read_image
-from minimind_jax.data.jsonl import (
-    DOCUMENTS,
-    Record,
-    expand_paths,
-    iter_records,
-    tell,
-    tell_left_out,
-)
+from minimind_jax.data.jsonl import DOCUMENTS, Record, expand_paths, iter_records, tell, tell_left_out
 from minimind_jax.data.kinds import parse_conversation
 from minimind_jax.data.labelled_images import picture_of
 from minimind_jax.data.labels import parse_unlabelled

@@ -211,10 +211,7 @@ class Engine:
         return self.context - prompt_tokens
 
     def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: SamplingConfig = DEFAULT,
-        images: Sequence[Sequence[Picture]] = (),
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig = DEFAULT, images: Sequence[Sequence[Picture]] = ()
     ) -> list[Answer]:
         """An answer to each prompt; the n-th draws with seed + n. images: of each prompt, where some show any.
         Raises as `encode` and `submit`."""

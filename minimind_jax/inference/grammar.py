@@ -19,11 +19,7 @@ from minimind_jax.errors import UserError
 OPEN_CALL, CLOSE_CALL = "<tool_call>", "</tool_call>"
 
 # A model that draws at random never ends a run of white space, so there is at most the blank that json.dumps writes.
-_AS_JSON_DUMPS = {
-    "item_separator": ", ?",
-    "key_separator": ": ?",
-    "whitespace_flexible": False,
-}
+_AS_JSON_DUMPS = {"item_separator": ", ?", "key_separator": ": ?", "whitespace_flexible": False}
 _FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 _SAYS_MORE = {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref", "if", "not"}
 _MERGED = {"$ref", "enum", "const", "allOf", "anyOf", "oneOf"}  # which say what a schema without a type is
@@ -158,11 +154,7 @@ def lark(text: str) -> Form:
 
 
 def tool_calls(
-    tools: Sequence[Mapping[str, Any]],
-    tag: Tag,
-    required: bool = False,
-    name: str = "",
-    parallel: bool = True,
+    tools: Sequence[Mapping[str, Any]], tag: Tag, required: bool = False, name: str = "", parallel: bool = True
 ) -> Form:
     """Words and then calls of the tools, as our template and many others write them, each with arguments that its
     schema accepts.

@@ -49,7 +49,8 @@ class ImageEncoder:
     def _due(self, task: Task, count: int) -> tuple[tuple[Picture, ...], slice]:
         """The pictures that some of the next tokens stand for, and which of all tokens of these they are."""
         start, size = len(task.row.held), self._image_tokens
-        before, own = (sum(map(is_seen, signs)) for signs in (task.signs[:start], task.signs[start : start + count]))
+        parts = task.signs[:start], task.signs[start : start + count]
+        before, own = (sum(isinstance(sign, bytes) for sign in signs) for signs in parts)
         first = before // size
         pictures = task.answer.request.images[first : -(-(before + own) // size)] if own else ()
         return pictures, slice(before - first * size, before - first * size + own)
@@ -95,8 +96,3 @@ def check_images(request: Request, vision: Vision | None) -> None:
             f"the prompt has {markers} markers of pictures (token {vision.marker_id}) and shows {len(images)} pictures "
             f"of {size} each; leave the marker out of texts"
         )
-
-
-def is_seen(sign: int | bytes) -> bool:
-    """Whether it stands for a picture (see `Task`)."""
-    return isinstance(sign, bytes)

@@ -55,22 +55,14 @@ class SamplingValues(NamedTuple):
     ) -> "SamplingValues":
         """Of the settings of each row, as NumPy. biases: pairs of a token and what is added to its logit."""
         rows = len(configs)
-
-        def column(name, dtype=np.float32):
-            return np.array([getattr(config, name) for config in configs], dtype)
-
+        names = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
         ids_BN, values_BN = np.full((rows, MAX_BIASES), NO_TOKEN), np.zeros((rows, MAX_BIASES), np.float32)
         for row, bias in enumerate(biases):
             for place, (token, value) in enumerate(bias):
                 ids_BN[row, place], values_BN[row, place] = token, value
         return cls(
-            temperature_B=column("temperature"),
+            **{f"{name}_B": np.array([getattr(config, name) for config in configs], np.float32) for name in names},
             top_k_B=np.array([min(config.top_k, NO_TOKEN) for config in configs], np.int32),
-            top_p_B=column("top_p"),
-            min_p_B=column("min_p"),
-            repetition_penalty_B=column("repetition_penalty"),
-            presence_penalty_B=column("presence_penalty"),
-            frequency_penalty_B=column("frequency_penalty"),
             seed_B2=np.stack([seed_words(config.seed) for config in configs]),
             bias_ids_BN=ids_BN,
             bias_values_BN=values_BN,

@@ -1,4 +1,5 @@
-"""Scores from a model with a head of them: a classifier's logits, a reward model's score."""
+"""What is computed of texts and pictures without a word being made: scores of a model with a head of them, a
+classifier's logits or a reward model's score; and of texts vectors."""
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -19,11 +20,12 @@ from minimind_jax.inference.buckets import bucket, by_length
 from minimind_jax.inference.load import load_model
 from minimind_jax.model.heads import SCORE, scores
 from minimind_jax.model.image_model import ImageModel
-from minimind_jax.model.transformer import compiler_options
+from minimind_jax.model.transformer import LanguageModel, Params, compiler_options
 
 BATCH_TOKENS = 1 << 14  # scored at once, padding included
 MAX_ROWS = 64
 MAX_PICTURES = 16  # scored at once
+EMBEDDED = 8  # texts read at once for their vectors
 
 
 class Scorer:
@@ -122,6 +124,26 @@ class PictureScorer:
             found.append(np.asarray(self._scores(self._params, pixels_NHWC))[: len(some)])
             advance(len(some))
         return np.concatenate(found)
+
+
+class Embedder:
+    """Texts as vectors: the means of a language model's last hidden states."""
+
+    def __init__(self, model: LanguageModel):
+        @jax.jit
+        def mean(params, tokens_BT, lengths_B):
+            hidden_BTD = model.read_rows(params, model.embed(params, tokens_BT), lengths_B=lengths_B).hidden_BTD
+            is_token_BT1 = (jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None])[..., None]
+            return jnp.sum(hidden_BTD.astype(jnp.float32), axis=1, where=is_token_BT1) / lengths_B[:, None]
+
+        self._mean, self._width = mean, model.config.hidden_size
+
+    def embed(self, params: Params, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """float32 (prompts, D): the mean over the tokens of what the last norm makes of them; no prompt is empty."""
+        found_ND = np.zeros((len(prompts), self._width), np.float32)
+        for chosen, tokens_BT, lengths_B in by_length(prompts, lambda width, left: EMBEDDED, multiple=256):
+            found_ND[chosen] = np.asarray(self._mean(params, tokens_BT, lengths_B))[: len(chosen)]
+        return found_ND
 
 
 def _rows(width: int, left: int) -> int:

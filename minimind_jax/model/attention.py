@@ -109,13 +109,7 @@ def _obstacle(path: Path, query_shape, kv_heads, dtype, mesh, deterministic) -> 
 
 
 def attention(
-    q_BTNH: Array,
-    k_BTKH: Array,
-    v_BTKH: Array,
-    *,
-    segment_ids_BT: Array | None = None,
-    path: Path,
-    platform: Platform,
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, *, segment_ids_BT: Array | None = None, path: Path, platform: Platform
 ) -> Array:
     """softmax(q k^T / sqrt(H)) v over the keys a query may see, (B, T, N, H).
 

@@ -279,11 +279,7 @@ class LanguageModel:
         return kernel.kernel_OI if isinstance(kernel, TransposedKernel) else kernel.T
 
     def apply(
-        self,
-        params: Params,
-        tokens_BT: Array,
-        positions_BT: Array | None = None,
-        segment_ids_BT: Array | None = None,
+        self, params: Params, tokens_BT: Array, positions_BT: Array | None = None, segment_ids_BT: Array | None = None
     ) -> tuple[Array, ModelOutput]:
         """`logits` of `read_rows`, and the latter's output."""
         output = self.read_rows(params, self.embed(params, tokens_BT), positions_BT, segment_ids_BT)

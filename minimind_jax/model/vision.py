@@ -124,12 +124,7 @@ def tower_path(tower: TowerConfig, compute: ComputeConfig, dtype: jnp.dtype, pla
 
 
 def features(
-    vision: Vision,
-    tower: Params,
-    pixels_NHWC: Array,
-    dtype: jnp.dtype,
-    platform: Platform,
-    path: Path = "reference",
+    vision: Vision, tower: Params, pixels_NHWC: Array, dtype: jnp.dtype, platform: Platform, path: Path = "reference"
 ) -> Array:
     """What the tower says of N images, (N, P, W) in `dtype`: for a projector to read.
 

@@ -135,8 +135,4 @@ class ChatShape(Shape):
 
 
 def _call(call: Any) -> dict[str, Any]:
-    return {
-        "id": new_id("call_"),
-        "type": "function",
-        "function": {"name": call.name, "arguments": call.arguments},
-    }
+    return {"id": new_id("call_"), "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

@@ -19,10 +19,9 @@ from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.folders import is_adapter, resolve_model_folder
 from minimind_jax.inference.constrain import Grammars
-from minimind_jax.inference.embed import Embedder
 from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.load import load_engine
-from minimind_jax.inference.score import PictureScorer, Scorer
+from minimind_jax.inference.score import Embedder, PictureScorer, Scorer
 from minimind_jax.model.config import ComputeConfig, Vision
 from minimind_jax.model.transformer import LanguageModel
 from minimind_jax.serve import log

@@ -32,7 +32,8 @@ async def fetch(body: Body, served: Served, config: ServeConfig) -> bool:
     if len(parts) > config.max_images:
         words = f"the request shows {len(parts)} pictures; this server looks at {config.max_images} (--max_images)"
         raise refused(words, field, "too_many_images")
-    remote = {place: url for place, part in parts.items() if _is_remote(url := unwrap(source_in(part)))}
+    addresses = {place: url for place, part in parts.items() if isinstance(url := unwrap(source_in(part)), str)}
+    remote = {place: url for place, url in addresses.items() if url.lower().startswith(("http:", "https:"))}
     if remote and not config.image_urls:
         words = "this server fetches no pictures from addresses (--image_urls has it do so); send a data URL"
         raise refused(f"{next(iter(remote))}: {words}", next(iter(remote)))
@@ -88,7 +89,3 @@ def _elsewhere(body: Body, field: str) -> Iterator[str]:
     for index, message in enumerate(messages if isinstance(messages, list) else ()):
         if isinstance(message, dict):
             yield from (f"{field}[{index}].{name}" for name in _FIELDS if message.get(name))
-
-
-def _is_remote(address: Any) -> bool:
-    return isinstance(address, str) and address.lower().startswith(("http:", "https:"))
