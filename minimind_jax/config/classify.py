@@ -6,8 +6,8 @@ import dataclasses
 from typing import ClassVar, Literal
 
 from minimind_jax.config import sections
-from minimind_jax.config.fields import BELOW_1, Settings, setting
 from minimind_jax.config.stages import Figures, RunConfig
+from minimind_jax.rules import BELOW_1, Settings, setting
 
 
 @dataclasses.dataclass(frozen=True)

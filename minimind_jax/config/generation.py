@@ -4,8 +4,8 @@ import dataclasses
 import re
 from typing import Literal
 
-from minimind_jax.config.fields import TEMPERATURE, TOP_P, Rule, Settings, at_least, setting
 from minimind_jax.config.sections import ReadingConfig
+from minimind_jax.rules import TEMPERATURE, TOP_P, Rule, Settings, at_least, setting
 
 # What a model's generation_config.json decides where the user does not.
 FROM_MODEL = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")

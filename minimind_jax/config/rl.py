@@ -6,8 +6,8 @@ import dataclasses
 from typing import ClassVar, Literal
 
 from minimind_jax.config import sections
-from minimind_jax.config.fields import ABOVE_0, SHARE, TOP_P, Rule, Settings, at_least, setting
 from minimind_jax.config.stages import Figures, RunConfig
+from minimind_jax.rules import ABOVE_0, SHARE, TOP_P, Rule, Settings, at_least, setting
 
 CRITIC = "critic"  # the branch of the value model among a run's parameters
 TEMPERATURE = Rule(lambda value: value > 0, "above 0: who only takes the likeliest token learns nothing")

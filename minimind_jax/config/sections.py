@@ -6,9 +6,9 @@ A stage's YAML file and the command line fill these in (see `settings.py`); the 
 import dataclasses
 from typing import Any, Literal
 
-from minimind_jax.config import fields
-from minimind_jax.config.fields import ABOVE_0, BELOW_1, SHARE, TEMPERATURE, TOP_P, Rule, Settings, at_least, setting
+from minimind_jax import rules
 from minimind_jax.model.config import PRESETS, ModelConfig, RopeScaling
+from minimind_jax.rules import ABOVE_0, BELOW_1, SHARE, TEMPERATURE, TOP_P, Rule, Settings, at_least, setting
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -102,7 +102,7 @@ class ReadingConfig(Settings):
     ignore_fields: fields of records and messages that are left out, where an unknown one is an error otherwise.
     """
 
-    encoding: str = setting("utf-8", late=True, must=fields.ENCODING)
+    encoding: str = setting("utf-8", late=True, must=rules.ENCODING)
     text_field: str = setting("", late=True)
     ignore_fields: tuple[str, ...] = setting((), late=True)
 

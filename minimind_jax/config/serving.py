@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from minimind_jax.config.fields import ABOVE_0, Rule, Settings, at_least, setting
+from minimind_jax.rules import ABOVE_0, Rule, Settings, at_least, setting
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from minimind_jax.config.fields import INT64, Field, fields_of, help_text, nested_class, type_name
+from minimind_jax.config.fields import Field, fields_of, help_text, nested_class, type_name
 from minimind_jax.errors import UserError
 from minimind_jax.paths import as_path
+from minimind_jax.rules import INT64
 from minimind_jax.texts import read_text
 from minimind_jax.values import convert
 

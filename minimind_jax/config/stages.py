@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from minimind_jax.config import sections
-from minimind_jax.config.fields import ABOVE_0, INT64, SHARE, Rule, Settings, at_least, setting
 from minimind_jax.model.config import ComputeConfig
+from minimind_jax.rules import ABOVE_0, INT64, SHARE, Rule, Settings, at_least, setting
 
 REFERENCE_FREE = ("simpo", "orpo")
 

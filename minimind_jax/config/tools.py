@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Literal
 
-from minimind_jax.config.fields import ABOVE_0, ENCODING, Rule, Settings, at_least, setting
 from minimind_jax.config.sections import DType, ReadingConfig
+from minimind_jax.rules import ABOVE_0, ENCODING, Rule, Settings, at_least, setting
 
 # What takes the settings of other commands ----------------------------------------------------------------------------
 

@@ -3,15 +3,16 @@
 
 import dataclasses
 import math
-import typing
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
+
+from minimind_jax.rules import ABOVE_0, BELOW_1, Settings, at_least, setting
 
 Platform = Literal["cpu", "gpu", "tpu"]  # where a network is computed, as JAX calls its backends
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
+class RopeScaling(Settings):
     """Scaling of the rotary position embedding, under the names Hugging Face uses.
 
     rope_type: `linear` divides positions by `factor`; `dynamic` (NTK) raises theta once a sequence is longer than
@@ -23,25 +24,22 @@ class RopeScaling:
     beta_fast, beta_slow: rotations per context that bound yarn's ramp.
     """
 
+    OWNER: ClassVar[str] = "rope_scaling."
+
     rope_type: Literal["linear", "dynamic", "yarn"]
-    factor: float
+    factor: float = setting(must=at_least(1))
     original_max_position_embeddings: int
-    attention_factor: float | None = None
+    attention_factor: float | None = setting(None, must=ABOVE_0)
     beta_fast: float = 32.0
     beta_slow: float = 1.0
 
     def __post_init__(self):
-        if self.rope_type not in ("linear", "dynamic", "yarn"):
-            raise ValueError(f"rope_scaling.rope_type is {self.rope_type!r}; it must be linear, dynamic or yarn")
-        if self.factor < 1:
-            raise ValueError(f"rope_scaling.factor is {self.factor}; it must be at least 1")
+        super().__post_init__()
         if self.attention_factor is None:  # resolved here, so that no reader of an export has to guess it
             derived = yarn_attention_factor(self.factor) if self.rope_type == "yarn" else 1.0
             object.__setattr__(self, "attention_factor", derived)
         if self.rope_type != "yarn" and self.attention_factor != 1:
             raise ValueError(f"rope_scaling.attention_factor is for yarn; leave it out with {self.rope_type}")
-        if not self.attention_factor > 0:
-            raise ValueError(f"rope_scaling.attention_factor is {self.attention_factor}; it must be above 0")
 
 
 def yarn_attention_factor(factor: float, multiplier: float = 1.0) -> float:
@@ -53,7 +51,7 @@ Activation = Literal["gelu", "gelu_pytorch_tanh"]
 
 
 @dataclasses.dataclass(frozen=True)
-class TowerConfig:
+class TowerConfig(Settings):
     """A SigLIP or SigLIP2 vision tower of fixed resolution, under its Hugging Face names, and the pixels that it reads:
     a picture resized to image_size x image_size, then (value * rescale_factor - image_mean) / image_std.
 
@@ -61,12 +59,14 @@ class TowerConfig:
     resample: the filter of the resizing, by Pillow's number: 2 is bilinear, 3 bicubic.
     """
 
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
+    OWNER: ClassVar[str] = "the tower's "
+
+    hidden_size: int = setting(must=at_least(1))
+    intermediate_size: int = setting(must=at_least(1))
+    num_hidden_layers: int = setting(must=at_least(1))
+    num_attention_heads: int = setting(must=at_least(1))
     image_size: int
-    patch_size: int
+    patch_size: int = setting(must=at_least(1))
     layer_norm_eps: float = 1e-6
     hidden_act: Activation = "gelu_pytorch_tanh"
     resample: int = 3
@@ -75,9 +75,7 @@ class TowerConfig:
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self):
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"the tower's {name} is {getattr(self, name)}; it must be at least 1")
+        super().__post_init__()
         if self.image_size < self.patch_size:
             raise ValueError(f"the tower's image_size {self.image_size} is below its patch_size {self.patch_size}")
         if self.hidden_size % self.num_attention_heads:
@@ -85,8 +83,6 @@ class TowerConfig:
                 f"the tower's hidden_size {self.hidden_size} does not divide by its num_attention_heads "
                 f"{self.num_attention_heads}"
             )
-        if self.hidden_act not in typing.get_args(Activation):
-            raise ValueError(f"the tower's hidden_act is {self.hidden_act!r}; it must be gelu_pytorch_tanh or gelu")
         if not all(std > 0 for std in self.image_std):
             raise ValueError(f"the tower's image_std is {self.image_std}; every channel's must be above 0")
 
@@ -97,7 +93,7 @@ class TowerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Vision:
+class Vision(Settings):
     """How a language model sees: a tower, and the projector that makes tokens of what it says of an image.
 
     marker_id: the token in whose place, `image_tokens` times, an image stands among the words.
@@ -116,14 +112,11 @@ class Vision:
     feature_layer: int = -1
 
     def __post_init__(self):
-        if self.projector not in ("llava", "minimind_v"):
-            raise ValueError(f"projector is {self.projector!r}; it must be llava or minimind_v")
+        super().__post_init__()
         if self.pixel_shuffle < 1 or self.tower.grid % self.pixel_shuffle:
             raise ValueError(
                 f"pixel_shuffle {self.pixel_shuffle} does not divide the {self.tower.grid} patches of an image's side"
             )
-        if self.projector_act not in typing.get_args(Activation):
-            raise ValueError(f"projector_act is {self.projector_act!r}; it must be gelu or gelu_pytorch_tanh")
         deepest = self.tower.num_hidden_layers if self.projector == "llava" else 1
         if not -deepest <= self.feature_layer <= -1:
             raise ValueError(f"feature_layer is {self.feature_layer}; it must be between -{deepest} and -1")
@@ -135,7 +128,7 @@ class Vision:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """Architecture of a Qwen3 (dense) or Qwen3-MoE (`num_experts` > 0) model; the defaults are MiniMind-3.
 
     Fields have their Hugging Face names. Derived when None: `head_dim` = hidden_size / num_attention_heads,
@@ -149,24 +142,24 @@ class ModelConfig:
     vision: of a model that reads images among its words.
     """
 
-    vocab_size: int = 6400
-    hidden_size: int = 768
-    intermediate_size: int | None = None
-    num_hidden_layers: int = 8
-    num_attention_heads: int = 8
+    vocab_size: int = setting(6400, must=at_least(1))
+    hidden_size: int = setting(768, must=at_least(1))
+    intermediate_size: int | None = setting(None, must=at_least(1))
+    num_hidden_layers: int = setting(8, must=at_least(1))
+    num_attention_heads: int = setting(8, must=at_least(1))
     num_key_value_heads: int = 4
-    head_dim: int | None = None
-    max_position_embeddings: int = 32768
-    rope_theta: float = 1e6
+    head_dim: int | None = setting(None, must=at_least(1))
+    max_position_embeddings: int = setting(32768, must=at_least(1))
+    rope_theta: float = setting(1e6, must=ABOVE_0)
     rope_scaling: RopeScaling | None = None
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: float = setting(1e-6, must=ABOVE_0)
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
     zero_init_outputs: bool = False
-    dropout: float = 0.0
+    dropout: float = setting(0.0, must=BELOW_1)
     num_experts: int = 0
     num_experts_per_tok: int = 1
-    moe_intermediate_size: int | None = None
+    moe_intermediate_size: int | None = setting(None, must=at_least(1))
     norm_topk_prob: bool = True
     router_gradient: Literal["straight_through", "none"] = "straight_through"
     router_aux_loss_coef: float = 5e-4
@@ -180,9 +173,7 @@ class ModelConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
-        for name in ("hidden_size", "num_attention_heads"):  # the others are derived from these
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        super().__post_init__()
         if self.hidden_size % self.num_attention_heads and self.head_dim is None:
             raise ValueError(
                 f"hidden_size {self.hidden_size} does not divide by num_attention_heads {self.num_attention_heads}; "
@@ -191,16 +182,6 @@ class ModelConfig:
         derive("head_dim", self.hidden_size // self.num_attention_heads)
         derive("intermediate_size", math.ceil(self.hidden_size * math.pi / 64) * 64)
         derive("moe_intermediate_size", self.intermediate_size)
-        self._check()
-
-    def _check(self):
-        sizes = ("vocab_size", "intermediate_size", "num_hidden_layers", "head_dim", "max_position_embeddings")
-        for field in (*sizes, "moe_intermediate_size"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1")
-        for field in ("rope_theta", "rms_norm_eps"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"{field} is {getattr(self, field)}; it must be above 0")
         if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} does not divide by "
@@ -212,10 +193,6 @@ class ModelConfig:
             raise ValueError(
                 f"num_experts_per_tok {self.num_experts_per_tok} is not between 1 and num_experts {self.num_experts}"
             )
-        if self.router_gradient not in ("straight_through", "none"):
-            raise ValueError(f"router_gradient is {self.router_gradient!r}; it must be straight_through or none")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.vision is not None and not 0 <= self.vision.marker_id < self.vocab_size:
             raise ValueError(f"the image's marker {self.vision.marker_id} is no token: vocab_size is {self.vocab_size}")
 
@@ -270,7 +247,7 @@ PRESETS: dict[str, dict] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class ComputeConfig:
+class ComputeConfig(Settings):
     """How the network is computed; none of it changes what a model is.
 
     dtype: of activations and matrix products; `auto` is bfloat16 on GPU and TPU, float32 on CPU. Parameters stay
@@ -292,11 +269,7 @@ class ComputeConfig:
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: Literal["none", "full", "dots"] = "none"
-    scan_unroll: int | None = None
+    scan_unroll: int | None = setting(None, must=at_least(0))
     attention: Literal["auto", "reference", "grouped", "cudnn", "cudnn_packed", "tokamax", "splash"] = "auto"
     experts: Literal["auto", "reference", "ragged", "tiled", "blocked"] = "auto"
     deterministic: bool = False
-
-    def __post_init__(self):
-        if self.scan_unroll is not None and self.scan_unroll < 0:
-            raise ValueError(f"compute.scan_unroll is {self.scan_unroll}; it must be at least 0")

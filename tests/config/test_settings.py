@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from minimind_jax.cli import COMMANDS
-from minimind_jax.config.fields import Settings, at_least, fields_of, help_text, setting
+from minimind_jax.config.fields import fields_of, help_text
 from minimind_jax.config.generation import ChatConfig, GenerateConfig
 from minimind_jax.config.serving import ServeConfig
 from minimind_jax.config.settings import (
@@ -25,6 +25,7 @@ from minimind_jax.config.settings import (
 from minimind_jax.config.stages import PretrainConfig, SFTConfig, TokenizerConfig
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import RopeScaling
+from minimind_jax.rules import Settings, at_least, setting
 
 
 @pytest.fixture

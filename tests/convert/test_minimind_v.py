@@ -127,7 +127,7 @@ def test_what_does_not_belong_together_is_refused(golden, tower, tokenizer, tmp_
     [
         ("config", {"model_type": "siglip2_vision_model"}, "NaFlex models, of no fixed resolution, are not read"),
         ("config", {"model_type": "clip_vision_model"}, "the tower's model_type is 'clip_vision_model'"),
-        ("config", {"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'; it must be gelu_pytorch_tanh or gelu"),
+        ("config", {"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'; it must be gelu or gelu_pytorch_tanh"),
         ("config", {"num_hidden_layers": 3}, r"missing tensors: .*encoder\.layers\.2"),
         ("config", {"image_size": "16"}, "'16' is no whole number"),
         ("preprocessor_config", {"size": {"height": 224, "width": 224}}, "the tower reads images of 16 x 16"),
