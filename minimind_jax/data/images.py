@@ -19,7 +19,7 @@ import numpy as np
 
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import TowerConfig
-from minimind_jax.shell import install_command
+from minimind_jax.shell import needing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -72,7 +72,7 @@ def open_image(source: bytes | Path, where: str, tell: Callable[[str], None] = l
         if image.format in ("GIF", "WEBP", "PNG", "TIFF") and getattr(image, "is_animated", False):
             what = "the pages of a TIFF file" if image.format == "TIFF" else "animated pictures"
             tell(f"of {what} only the first is seen")
-        return _in_colour(_upright(image), where)
+        return _in_colour(image, where)
     except UserError:
         raise
     except Exception as error:  # decoders raise whatever a damaged file makes them raise
@@ -118,16 +118,11 @@ def _place(source: bytes | Path, where: str) -> str:
     return where if isinstance(source, bytes) or source.name in where else f"{where}: {source}"
 
 
-def _upright(image: "Image") -> "Image":
-    """As the camera was held, which EXIF says."""
+def _in_colour(image: "Image", where: str) -> "Image":
+    """As the camera was held, which EXIF says, and in RGB; what is transparent is white, as transformers 5 makes it."""
     from PIL import ImageOps
 
-    return ImageOps.exif_transpose(image)
-
-
-def _in_colour(image: "Image", where: str) -> "Image":
-    """In RGB; what is transparent is white, as transformers 5 makes it."""
-    library = _import_pillow()
+    library, image = _import_pillow(), ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # grey in 16 bits, which Pillow would clip
         return library.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
@@ -140,8 +135,6 @@ def _in_colour(image: "Image", where: str) -> "Image":
 
 
 def _import_pillow() -> Any:
-    try:
+    with needing("pictures need Pillow", "vision"):
         from PIL import Image
-    except ImportError as error:
-        raise UserError(f"pictures need Pillow: {install_command('vision')}") from error
     return Image

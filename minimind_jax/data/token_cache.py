@@ -28,7 +28,7 @@ from minimind_jax.config.sections import FilesConfig
 from minimind_jax.data import cache_folder
 from minimind_jax.data.formats import VERSION as FORMATS_VERSION
 from minimind_jax.data.jsonl import expand_paths, reading_of, tell_left_out, told_lines
-from minimind_jax.data.kinds import KINDS, KindName
+from minimind_jax.data.kinds import KINDS, KindName, Wanted
 from minimind_jax.data.labelled_images import Wordless
 from minimind_jax.data.labels import Classes
 from minimind_jax.data.pictures import MARKER, Marker, StoredPictures
@@ -125,10 +125,9 @@ def build_cache(
     files = expand_paths(paths, pictures)
     if not files:
         raise UserError("no training data: data.train is empty; give it files, folders or globs")
-    encoder = Encoder(
-        kind, str(tokenizer.folder), _dice(kind, data, seed, epoch), data.on_error == "skip", classes, reading_of(data),
-        marker or MARKER,
-    )  # fmt: skip
+    wanted = Wanted(reading_of(data), classes, marker=marker or MARKER)
+    dice = _dice(kind, data, seed, epoch)
+    encoder = Encoder(kind, str(tokenizer.folder), dice, data.on_error == "skip", wanted)
     source = _source(files, encoder, tokenizer, cache_folder.cache_root(data))
     key = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_folder.cache_root(data) / key
@@ -168,11 +167,11 @@ def _source(files: list[Path], encoder: "Encoder", tokenizer: Tokenizer, root: P
         "tokenizer": tokenizer.fingerprint,
         "rendering": cache_folder.rendering(encoder.kind),
         "formats": FORMATS_VERSION,
-        "reading": dataclasses.asdict(encoder.reading),
+        "reading": dataclasses.asdict(encoder.wanted.reading),
         "dice": encoder.dice and dataclasses.asdict(encoder.dice),
-        **({"classes": dataclasses.asdict(encoder.classes)} if encoder.classes else {}),
+        **({"classes": dataclasses.asdict(encoder.wanted.classes)} if encoder.wanted.classes else {}),
         # by its first name, under which caches of before are found
-        **({"sight": list(encoder.marker)} if KINDS[encoder.kind].has_pictures else {}),
+        **({"sight": list(encoder.wanted.marker)} if KINDS[encoder.kind].has_pictures else {}),
     }
 
 
@@ -214,7 +213,7 @@ def _build(folder, files, encoder, tokenizer, source, asked_workers, progress) -
         bar = show_progress("tokenising, bytes", total, show=progress)
         with bar as advance, _CacheWriter(building, encoder, tokenizer) as writer:
             workers = process_count(asked_workers, total)
-            for chunk in encode_all(encoder, read_chunks(files, advance, encoder.reading), workers):
+            for chunk in encode_all(encoder, read_chunks(files, advance, encoder.wanted.reading), workers):
                 writer.add(chunk)
         if cache_folder.file_identities(files, folder.parent) != source["files"]:
             raise UserError("a data file changed while it was being tokenised; run again when it is complete")
@@ -244,7 +243,7 @@ class _CacheWriter(contextlib.AbstractContextManager):
     """Appends chunks to the files of a cache. info: what is in them so far."""
 
     def __init__(self, folder: Path, encoder: Encoder, tokenizer: Tokenizer):
-        kind = KINDS[encoder.kind]
+        kind, image_tokens = KINDS[encoder.kind], encoder.wanted.marker.tokens
         self.info: dict[str, Any] = {
             "kind": encoder.kind,
             **dict.fromkeys(("documents", "tokens", "turns", "trained_tokens", "skipped"), 0),
@@ -252,7 +251,7 @@ class _CacheWriter(contextlib.AbstractContextManager):
             "told": [],
             "has_keys": True,
             **({"values_each": 0} if kind.has_values else {}),
-            **({"images": 0, "image_bytes": 0, "image_tokens": encoder.marker.tokens} if kind.has_pictures else {}),
+            **({"images": 0, "image_bytes": 0, "image_tokens": image_tokens} if kind.has_pictures else {}),
             "token_dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
             "eos_id": tokenizer.eos_id,
             "pad_id": tokenizer.pad_id,

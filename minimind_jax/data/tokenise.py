@@ -25,11 +25,9 @@ import numpy as np
 
 from minimind_jax.config.sections import ReadingConfig
 from minimind_jax.data.documents import Document
-from minimind_jax.data.jsonl import READING, is_picture, iter_lines, parse_line
-from minimind_jax.data.kinds import KINDS, KindName, Wanted
+from minimind_jax.data.jsonl import is_picture, iter_lines, parse_line
+from minimind_jax.data.kinds import KINDS, WANTED, KindName, Wanted
 from minimind_jax.data.labelled_images import Wordless
-from minimind_jax.data.labels import Classes
-from minimind_jax.data.pictures import MARKER, Marker
 from minimind_jax.data.template import Dice, unchanged
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import TemplateFault, UserError
@@ -48,9 +46,7 @@ class Encoder:
     tokenizer_folder: str
     dice: Dice | None
     skip: bool
-    classes: Classes | None = None
-    reading: ReadingConfig = READING
-    marker: Marker = MARKER
+    wanted: Wanted = WANTED
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | Wordless:
@@ -60,7 +56,7 @@ class Encoder:
         """The document of a line; told gets what is told of it. Raises UserError with file and line."""
         number, file, line_number, raw = line
         record, kind = parse_line(raw, file, line_number, told), KINDS[self.kind]
-        parsed = kind.parse(record, Wanted(self.reading, self.classes, marker=self.marker))
+        parsed = kind.parse(record, self.wanted)
         notes: set[str] = set()
         roll = self.dice.roll(number) if self.dice else unchanged
         try:

@@ -14,7 +14,7 @@ from minimind_jax.config.stages import RunConfig, SeeingConfig
 from minimind_jax.convert.peft import rank_table
 from minimind_jax.data.cache_folder import cache_root, stored_caches
 from minimind_jax.data.jsonl import expand_paths
-from minimind_jax.data.kinds import KINDS, KindName
+from minimind_jax.data.kinds import KINDS, KindName, Wanted
 from minimind_jax.data.pictures import MARKER, Marker
 from minimind_jax.data.tokenise import Encoder, read_chunks
 from minimind_jax.data.tokenizer import Tokenizer
@@ -184,7 +184,7 @@ def count_tokens(files: Sequence[Path], kind: KindName, config: RunConfig, marke
     if folder is None:
         count = round(size / BYTES_PER_TOKEN)
         return Tokens(count, f"about {count:,} tokens, guessed from the size at {BYTES_PER_TOKEN} bytes a token")
-    encoder = Encoder(kind, str(folder), None, skip=True, reading=config.data, marker=marker)
+    encoder = Encoder(kind, str(folder), None, skip=True, wanted=Wanted(config.data, marker=marker))
     found = images = read = 0
     for lines in itertools.islice(read_chunks(files, lambda _: None, config.data), SAMPLE_CHUNKS):
         chunk = encoder.encode(lines)
