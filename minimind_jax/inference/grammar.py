@@ -113,7 +113,7 @@ def _tame(schema: Any, closes: bool, left_out: list[str] | None) -> Any:
     if closes and "type" not in schema and not schema.keys() & _MERGED:
         schema["type"] = [*_KINDS]
     kinds = schema["type"] if isinstance(schema.get("type"), list) else [schema.get("type")]
-    if "number" in kinds and not schema.keys() & {"enum", "const"}:
+    if any(kind in ("number", "integer") for kind in kinds) and not schema.keys() & {"enum", "const"}:
         schema = _between(schema)
     if closes and isinstance(known, Mapping) and not schema.keys() & _SAYS_MORE:
         required = schema.get("required") or []

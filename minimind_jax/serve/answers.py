@@ -28,6 +28,8 @@ class Choice:
     splitter: AnswerSplitter | None = None  # None where the text is shown as it is
     parallel_calls: bool = True
     names_calls: bool = True  # `tool_calls` is the finish_reason of an answer with calls
+    thinks: bool = False  # the next token is a thought's
+    thought_ids: tuple[int | None, int | None] = (None, None)  # that open and close a thought; None where it is spelled
     text: str = ""
     parts: list[Part] = dataclasses.field(default_factory=list)
     tokens: list[Token] = dataclasses.field(default_factory=list)
@@ -39,8 +41,7 @@ class Choice:
 
     def take(self, news: News) -> list[Part]:
         """The parts that are final with these news."""
-        if self.splitter and self.splitter.state == "reasoning":
-            self.reasoning_tokens += len(news.tokens)
+        self._count_thoughts(news.tokens)
         self.tokens += news.tokens
         self.new += news.tokens
         self.text += news.text
@@ -56,6 +57,15 @@ class Choice:
             self.stop_reason = news.stop_reason
             self.finish_reason = self._reason(news.finish_reason)
         return parts
+
+    def _count_thoughts(self, tokens: list[Token]) -> None:
+        begin, end = self.thought_ids
+        if self.splitter and end is None:
+            self.thinks = self.splitter.state == "reasoning"
+        for token in tokens:
+            self.thinks |= token.id == begin
+            self.reasoning_tokens += self.thinks
+            self.thinks &= token.id != end
 
     def _reason(self, reason: str) -> str:
         if self.calls and self.names_calls and reason != "length":
@@ -79,9 +89,10 @@ class Choice:
     def calls(self) -> list[Any]:
         return [part.call for part in self.parts if part.call]
 
-    def fresh(self) -> list[Token]:
-        """The tokens that no chunk has told of; they are told with this."""
-        tokens, self.new = self.new, []
+    def fresh(self, but: int = 0) -> list[Token]:
+        """The tokens that no chunk has told of; they are told with this, but for the last ones."""
+        count = len(self.new) - but
+        tokens, self.new = self.new[:count], self.new[count:]
         return tokens
 
 

@@ -64,11 +64,11 @@ class Server:
         ask: what the request asks of the engine, computed aside for it may take a while.
         """
         self.worker.check()
-        tell_ignored(body)
         served = self.models.get(body.model, "generate")
         found = await self._in_time(http, self.aside(body, served, ask, self.config))
         if found is None:
             return Response(status_code=499)
+        tell_ignored(body)  # not of what is refused
         requests, choices = found
         watch = Watch(self.metrics, served.name)
         ticket = await self.worker.ask(served.engine, requests)
@@ -85,11 +85,11 @@ class Server:
     async def compute(self, http: Request, body: Body, work: Callable[..., Any], kind: str, *more: Any) -> Response:
         """What a function makes of the request and of its model, which is of this kind."""
         self.worker.check()
-        tell_ignored(body)
         served = self.models.get(body.model, kind)
         is_own_task = inspect.iscoroutinefunction(work)
         found = work(body, served, *more) if is_own_task else self.aside(body, served, work, *more)
         found = await self._in_time(http, found)
+        tell_ignored(body)
         return Response(status_code=499) if found is None else JSONResponse(found)
 
     async def _in_time(self, http: Request, work: Coroutine[Any, Any, T]) -> T | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from minimind_jax import __version__
 from minimind_jax.config.serving import ServeConfig
+from minimind_jax.data.messages import CLOSE_THINK, OPEN_THINK
 from minimind_jax.inference.request import Request
 from minimind_jax.inference.splitter import AnswerSplitter, Part
 from minimind_jax.serve import logprobs
@@ -56,7 +57,8 @@ def ask(body: ChatRequest, served: Served, config: ServeConfig) -> Asked:
     requests = requests_of(served, prompt, sampling, count, bind, **more)
     splitters = [AnswerSplitter(opens, calls=bool(talk.tools)) for _ in range(count)]
     named = isinstance(choice, NamedTool)
-    choices = [Choice(n, prompt, splitter, parallel, not named) for n, splitter in enumerate(splitters)]
+    thoughts = opens, tuple(map(served.grammars.tag, (OPEN_THINK, CLOSE_THINK)))
+    choices = [Choice(n, prompt, splitter, parallel, not named, *thoughts) for n, splitter in enumerate(splitters)]
     return requests, choices
 
 
@@ -91,9 +93,9 @@ class ChatShape(Shape):
         end = {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
         return {"index": choice.index, "message": message, **end, **self._tokens(choice)}
 
-    def _tokens(self, choice: Choice) -> dict[str, Any]:
-        """Log-probabilities and ids of the tokens that are new, where they were asked for."""
-        tokens, body = choice.fresh(), self._body
+    def _tokens(self, choice: Choice, but: int = 0) -> dict[str, Any]:
+        """Log-probabilities and ids of the tokens that are new, but for the last ones, where they were asked for."""
+        tokens, body = choice.fresh(but), self._body
         found: dict[str, Any] = {"logprobs": None}
         if body.logprobs:
             found["logprobs"] = logprobs.of_chat(self._served.tokenizer, tokens, body.top_logprobs or 0)
@@ -107,10 +109,17 @@ class ChatShape(Shape):
     def grow(self, choice: Choice, parts: list[Part]) -> Iterator[str]:
         for part in parts:
             for delta in self._deltas(choice, part):
-                yield self._chunk(choice, delta, self._tokens(choice))
+                yield self._chunk(choice, delta, self._tokens(choice, self._ends(choice)))
         if choice.finish_reason:
             end = {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
             yield self._chunk(choice, {}, {**self._tokens(choice), **end})
+
+    def _ends(self, choice: Choice) -> int:
+        """How many of the new tokens end the answer and are no text of it. The last chunk tells of them, for clients
+        (guidance) take a chunk's tokens for its text."""
+        last = choice.new[-1:] if choice.finish_reason else []
+        special = self._served.tokenizer.special_ids
+        return sum(isinstance(choice.stop_reason, int) or token.id in special for token in last)
 
     def finish(self, answers: Answers) -> Iterator[str]:
         if self._body.stream_options and self._body.stream_options.include_usage:

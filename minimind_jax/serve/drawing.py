@@ -5,22 +5,28 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pydantic import BaseModel
+
 from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.config.serving import ServeConfig
 from minimind_jax.inference.request import Constraint, Request
 from minimind_jax.serve import log
 from minimind_jax.serve.errors import refused
 from minimind_jax.serve.models import Served
-from minimind_jax.serve.protocol import WITHOUT_A_WORD, Body, Drawing, Sampling
+from minimind_jax.serve.protocol import WITHOUT_A_WORD, Drawing, Sampling
 
 MOST_SEED = 2**63 - 1  # of a SamplingConfig
 _SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
-def tell_ignored(body: Body) -> None:
+def tell_ignored(body: BaseModel) -> None:
+    """Has the log say which fields of a body, and of what stands within it, change nothing."""
     for name, value in (body.model_extra or {}).items():
         if name not in WITHOUT_A_WORD and value not in (None, False, [], {}):
             log.once(f"{type(body).__name__}: field {name[:40]!r} is ignored")
+    for name in type(body).model_fields:
+        if isinstance(inner := getattr(body, name), BaseModel):
+            tell_ignored(inner)
 
 
 def sampling_of(body: Sampling, served: Served, prompt: Sequence[int], max_tokens: int | None) -> SamplingConfig:

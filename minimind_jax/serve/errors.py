@@ -61,8 +61,9 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
     elif isinstance(error, Busy):
         error = too_many(error)
     elif isinstance(error, HTTPException) and not isinstance(error, ApiError):
-        path = request.url.path[:200]
-        told = {404: f"there is no {path}", 405: f"{path} does not take {request.method}"}
+        path = request.url.path[:100]
+        speaks = "this server speaks OpenAI's protocol, and the base URL of its clients ends in /v1 (docs/serve.md)"
+        told = {404: f"there is no {path}; {speaks}", 405: f"{path} does not take {request.method}"}
         error = ApiError(error.status_code, told.get(error.status_code, str(error.detail)), **(error.headers or {}))
     status = 400 if isinstance(error, UserError) else getattr(error, "status_code", 500)
     return JSONResponse(error_object(error), status, getattr(error, "headers", None))

@@ -28,9 +28,14 @@ class Body(BaseModel):
     model: str | None = None
 
 
-class StreamOptions(BaseModel):
+class Part(BaseModel):
+    """What stands within a body."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+
+class StreamOptions(Part):
     include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
 
 
 class Structured(BaseModel):
@@ -45,19 +50,20 @@ class Structured(BaseModel):
     json_object: bool | None = None
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(Part):
     name: str | None = None
     schema_: Json | None = Field(None, alias="schema")
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Part):
     """Chat's `response_format`, and `text.format` of responses, which holds the schema itself."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
     schema_: Json | None = Field(None, alias="schema")
     name: str | None = None
+    strict: bool | None = None
 
     @model_validator(mode="after")
     def _has_schema(self):
@@ -103,7 +109,7 @@ class Drawing(Sampling):
     return_token_ids: bool | None = None
 
 
-class Reasoning(BaseModel):
+class Reasoning(Part):
     enabled: bool | None = None
     effort: str | None = None
 
@@ -120,11 +126,11 @@ class Thinking(BaseModel):
     chat_template_kwargs: Json | None = None
 
 
-class NamedFunction(BaseModel):
+class NamedFunction(Part):
     name: str
 
 
-class NamedTool(BaseModel):
+class NamedTool(Part):
     """A tool that must be called: chat says {"function": {"name"}}, responses {"name"}."""
 
     type: Literal["function"] = "function"
@@ -174,7 +180,7 @@ class CompletionRequest(Drawing):
     add_special_tokens: bool | None = None
 
 
-class TextSettings(BaseModel):
+class TextSettings(Part):
     format: ResponseFormat | None = None
 
 
