@@ -107,6 +107,12 @@ class PictureScorer:
         model, self._params = ImageModel(self.tower), jax.device_put(params)
         self._scores = jax.jit(lambda params, pixels_NHWC: scores(params, model.pooled(params, pixels_NHWC)))
 
+    def warm_up(self, most: int) -> None:
+        """Compiles what up to `most` pictures at once need."""
+        picture_HWC = np.zeros((self.tower.image_size, self.tower.image_size, 3), np.uint8)
+        for power in range(most.bit_length()):
+            self.pixels([picture_HWC] * (1 << power))
+
     def pictures(
         self, pictures: Iterable[tuple[PictureFile, str]], advance: Callable[[int], None] = lambda count: None
     ) -> np.ndarray:

@@ -13,12 +13,14 @@ import uvicorn
 
 from minimind_jax.config.serving import ServeConfig
 from minimind_jax.errors import UserError
+from minimind_jax.inference.score import PictureScorer
 from minimind_jax.paths import as_path
 from minimind_jax.serve import log
 from minimind_jax.serve.app import Server, make_app
 from minimind_jax.serve.browser import open_page
 from minimind_jax.serve.errors import ApiError
 from minimind_jax.serve.models import Models, load_models
+from minimind_jax.serve.scoring import TOGETHER
 from minimind_jax.serve.worker import Worker
 from minimind_jax.texts import read_text
 from minimind_jax.tools.toolbox import Toolbox
@@ -96,6 +98,9 @@ class Listening(uvicorn.Server):
     def _warm_up(self) -> None:
         for engine in self._models.engines:
             engine.warm_up(_report)
+        for served in self._models:
+            if isinstance(served.scorer, PictureScorer):
+                served.scorer.warm_up(TOGETHER)
         log.logger.info("ready: %s/v1", self.url)
         if self._settings.open and not open_page(self.url):
             log.logger.info("there is no browser here to open %s in", self.url)

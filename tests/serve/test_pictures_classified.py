@@ -57,6 +57,16 @@ def test_pictures_have_the_labels_that_the_classifier_gives_them(eyes, flowers):
         assert alone["probs"] == pytest.approx(found["data"][3]["probs"], abs=1e-6)
 
 
+def test_a_server_that_is_ready_compiles_nothing_more_for_pictures(flowers):
+    with running(model=(str(flowers),)) as server:
+        scorer = next(iter(server.models)).scorer
+        compiled = scorer._scores._cache_size()
+        for count in (1, 3, 11):
+            asked = {"input": URLS[:count]}
+            assert httpx.post(f"{server.root}/classify", json=asked, timeout=60).status_code == 200
+        assert scorer._scores._cache_size() == compiled == 4
+
+
 @pytest.mark.parametrize(
     "value, words",
     [
