@@ -20,7 +20,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 TOKENIZER_PATTERNS = ("*.json", "*.jinja", "merges.txt")
 WEIGHTS = "*.safetensors"
-TORCH_WEIGHTS = "pytorch_model.bin"  # fetched where a model has no others
+TORCH_WEIGHTS = "pytorch_model*.bin"  # fetched where a model has no others
 
 _pinned: dict[str, str] = {}
 _used: dict[str, str] = {}
@@ -80,7 +80,7 @@ def _fetch(name: str, commit: str | None, weights: bool) -> Path:
     if not offline and revision and _COMMIT.fullmatch(revision):  # its files never change
         with contextlib.suppress(OSError):
             folder = _snapshot(repository, revision, patterns, offline=True)
-            if not weights or any(folder.glob(WEIGHTS)) or (folder / TORCH_WEIGHTS).exists():
+            if not weights or any(folder.glob(WEIGHTS)) or any(folder.glob(TORCH_WEIGHTS)):
                 return folder
     if not offline:
         print(f"{name}: fetching from {_endpoint()}", file=sys.stderr, flush=True)

@@ -6,7 +6,9 @@ of our own, which other programs refuse.
 """
 
 import dataclasses
+import functools
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -218,6 +220,8 @@ def _read_pixels(folder: Path, image_size: int) -> dict[str, Any]:
     values = read_object(file) if is_there(file) else {}
     if not values and is_there(nested):
         file, values = nested, read_object(nested).get("image_processor") or {}
+    if not values:
+        _tell_guess(folder)
     kind = str(values.get("image_processor_type", "SiglipImageProcessor"))
     if not kind.startswith("SiglipImageProcessor"):
         raise UserError(f"{file}: image_processor_type is {kind!r}; it must be SiglipImageProcessor")
@@ -241,6 +245,16 @@ def _read_pixels(folder: Path, image_size: int) -> dict[str, Any]:
             raise UserError(f"{file}: {name} is {found[name]!r}; expected three numbers")
         found[name] = tuple(float(channel) for channel in channels)
     return found
+
+
+@functools.cache
+def _tell_guess(folder: Path) -> None:
+    print(
+        f"warning: {folder} does not say how its tower reads pictures (preprocessor_config.json, or image_processor in "
+        "processor_config.json): they are resized by a bicubic filter and normalised with mean and deviation 0.5, as "
+        "SigLIP's are; SigLIP2's filter is bilinear. Put the tower's own file there",
+        file=sys.stderr,
+    )
 
 
 def _number(name: str, value: Any) -> int | float:

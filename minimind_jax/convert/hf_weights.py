@@ -210,7 +210,12 @@ def read_safetensors(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of `model.safetensors` or of the shards that `model.safetensors.index.json` names."""
     if (folder / "model.safetensors").exists():
         return read_safetensors_file(folder / "model.safetensors")
-    index = folder / "model.safetensors.index.json"
+    return read_shards(folder / "model.safetensors.index.json", read_safetensors_file)
+
+
+def read_shards(index: Path, read: Callable[[Path], Mapping[str, "StoredTensor"]]) -> dict[str, "StoredTensor"]:
+    """The tensors of the files that an index names, beside it."""
+    folder = index.parent
     weight_map = read_object(index, "download it again").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise UserError(f"{index}: not an index of shards: weight_map is no object of file names; download it again")
@@ -218,11 +223,7 @@ def read_safetensors(folder: Path) -> dict[str, StoredTensor]:
     for file in sorted(set(weight_map.values())):
         if not (folder / file).exists():
             raise UserError(f"{folder / file}: no such file, but {index.name} names it; download it again")
-        result |= {
-            name: tensor
-            for name, tensor in read_safetensors_file(folder / file).items()
-            if weight_map.get(name) == file
-        }
+        result |= {name: tensor for name, tensor in read(folder / file).items() if weight_map.get(name) == file}
     return result
 
 

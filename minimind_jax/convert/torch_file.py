@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from minimind_jax.convert.hf_weights import DTYPES, StoredTensor, cast, finite, read_safetensors
+from minimind_jax.convert.hf_weights import DTYPES, StoredTensor, cast, finite, read_safetensors, read_shards
 from minimind_jax.data.written import replacing_files
 from minimind_jax.errors import UserError
 from minimind_jax.shell import needing
@@ -47,7 +47,11 @@ def read_weights(folder: Path) -> dict[str, StoredTensor]:
         return read_safetensors(folder)
     if (folder / "pytorch_model.bin").exists():  # how MiniMind writes its own architecture
         return read_torch(folder / "pytorch_model.bin")
-    raise UserError(f"{folder}: neither model.safetensors, model.safetensors.index.json nor pytorch_model.bin is there")
+    if (index := folder / "pytorch_model.bin.index.json").exists():
+        return read_shards(index, read_torch)
+    raise UserError(
+        f"{folder}: there are no weights: neither model.safetensors nor pytorch_model.bin, nor an index of their parts"
+    )
 
 
 def write_torch(path: str | Path, tensors: Mapping[str, np.ndarray], aliases: Mapping[str, str]):

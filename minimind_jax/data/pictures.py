@@ -9,6 +9,7 @@ import base64
 import binascii
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -252,6 +253,8 @@ def find_file(address: str, folder: Path, where: str) -> PictureFile:
     scheme, colon, rest = address.partition(":")
     if colon and scheme.lower() == "data":
         return read_data_url(address, where)
+    if colon and scheme.lower() == "file":  # file:///a, file://localhost/a and file:/a are one
+        return folder.absolute() / unquote(re.sub("^//(localhost(?=/))?", "", rest))
     if not rest.startswith("//"):
         file = folder.absolute() / os.path.expanduser(address)
         if os.path.exists(address) and not os.path.exists(file):
@@ -260,9 +263,7 @@ def find_file(address: str, folder: Path, where: str) -> PictureFile:
                 "file, where paths begin; write the path from there, or a whole one"
             )
         return file
-    if scheme.lower() != "file":
-        raise UserError(f"{where} is an address ({address[:60]}); download the picture and give its path")
-    return folder.absolute() / unquote(rest[2:])
+    raise UserError(f"{where} is an address ({address[:60]}); download the picture and give its path")
 
 
 def _without_parts(turn: Any, record: Record, within: list[PictureFile | None]) -> Any:

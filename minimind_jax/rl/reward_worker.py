@@ -84,7 +84,7 @@ def own(name: str) -> Function:
             import asyncio  # here: a fifth of the time that the process takes to start
 
             found = asyncio.run(found)
-        if isinstance(found, dict | set):  # of which a list would be the keys
+        if isinstance(found, dict | set | str) or not hasattr(found, "__iter__"):  # of a dict a list would be the keys
             raise TypeError(f"gave a {type(found).__name__}; expected a list of numbers")
         values = found.tolist() if hasattr(found, "tolist") else list(found)
         if len(values) != len(episodes):

@@ -41,7 +41,7 @@ def open_pictures(
         vision, function = run.model.config.vision, run.model.features
         shape, dtype = (tower.grid**2, tower.hidden_size), run.model.dtype
         described |= {"layer": vision.feature_layer, "is normed": vision.projector != "llava"}
-    files = sorted(folder.glob("*.safetensors")) or [folder / "pytorch_model.bin"]
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     seen = Features(FeatureStore(cache_root(run.config.data), files, described, shape, dtype), room)
     rows, digests = _open(run, seen, more)
     seen.look_at(digests, functools.partial(_look, function, folder))

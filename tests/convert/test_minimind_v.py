@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -145,6 +146,16 @@ def test_towers_that_are_not_computed_are_refused(file, changes, message, golden
     torch.save(torch_state(golden), tmp_path / "v.pth")
     with pytest.raises(UserError, match=message):
         from_torch(tmp_path / "v.pth", tmp_path / "model", None, vision=tmp_path)
+
+
+def test_a_tower_that_does_not_say_how_it_reads_pictures_is_told(golden, tower, tmp_path, capfd):
+    folder = shutil.copytree(tower, tmp_path / "tower")
+    open_tower(folder)
+    assert not capfd.readouterr().err
+    (folder / "preprocessor_config.json").unlink()
+    for _ in range(2):
+        assert open_tower(folder).config.resample == 3
+    assert capfd.readouterr().err.count("does not say how its tower reads pictures") == 1
 
 
 def test_a_processor_that_leaves_numbers_as_they_are(golden, tower, tmp_path):

@@ -8,6 +8,7 @@ import pickle
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -196,6 +197,18 @@ def test_minimind_folder_with_pytorch_model_bin(make_model, tmp_path):
     np.testing.assert_array_equal(
         tensors["embed"]["embedding"], np.asarray(params["embed"]["embedding"]).astype(np.float16)
     )
+    state = torch.load(tmp_path / "pytorch_model.bin")
+    (tmp_path / "pytorch_model.bin").unlink()
+    parts = {name: f"pytorch_model-0000{1 + n % 2}-of-00002.bin" for n, name in enumerate(state)}
+    for part in set(parts.values()):
+        torch.save({name: state[name] for name in parts if parts[name] == part}, tmp_path / part)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": parts}))
+    jax.tree.map(np.testing.assert_array_equal, load_hf(tmp_path)[1], tensors)
+    (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(
+        UserError, match=r"00002-of-00002\.bin: no such file, but pytorch_model\.bin\.index\.json names it"
+    ):
+        load_hf(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["dense", "dense_untied", "dense_head_dim", "moe_k2"])

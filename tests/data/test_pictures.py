@@ -193,7 +193,10 @@ def test_what_is_wrong_is_told_with_file_and_line(data, tokenizer, record, said)
 
 @pytest.mark.parametrize(
     "address",
-    ["~/photos/a%20b.png", "file://{}/photos/a%2520b.png", "FILE://{}/photos/a%2520b.png", "photos/a%20b.png"],
+    [
+        *("~/photos/a%20b.png", "file://{}/photos/a%2520b.png", "FILE://{}/photos/a%2520b.png", "photos/a%20b.png"),
+        *("file://localhost{}/photos/a%2520b.png", "file:{}/photos/a%2520b.png"),
+    ],
 )
 def test_addresses_of_files_are_as_people_write_them(data, tmp_path, monkeypatch, address):
     data()
