@@ -7,13 +7,14 @@ import sys
 from minimind_jax import signals
 from minimind_jax.huge_pages import use_huge_pages
 
-# Whose steps take the same memory again and again. Others keep what the next cannot use, as rollouts and updates do.
+# The steady stages (see `StageKind`), which nothing imports before the program starts anew, and a whole of them.
 STEADY = ("pretrain", "sft", "dpo", "reward", "vlm-pretrain", "vlm-sft", "demo")
 
 
 def program(*arguments: str) -> int:
     """Runs `minimind` with these arguments and those of the command line; returns the exit status."""
-    use_huge_pages(keep=next(iter([*arguments, *sys.argv[1:]]), "") in STEADY)
+    command = next(iter([*arguments, *sys.argv[1:]]), "")
+    use_huge_pages(keep=None if command == "pipeline" else command in STEADY)
     try:
         status = signals.exit_status(lambda: _main([*arguments, *sys.argv[1:]]))
     finally:  # all is saved and said; one more Ctrl-C must not change how the process ends

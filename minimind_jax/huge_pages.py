@@ -3,19 +3,29 @@
 import contextlib
 import ctypes
 import functools
+import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # glibc's malloc. Huge pages where Linux leaves the choice to programs ("madvise"); since 2.35.
 TUNABLES = {"glibc.malloc.hugetlb": 1}
 # Threads that share one heap, of which nothing is given back, get the pages that they had before.
-KEEPING = {"glibc.malloc.mmap_max": 0, "glibc.malloc.trim_threshold": 2**40, "glibc.malloc.arena_max": 1}
+ONE_HEAP = {"glibc.malloc.arena_max": 1}
+KEEPING = {"glibc.malloc.mmap_max": 0, "glibc.malloc.trim_threshold": 2**40, **ONE_HEAP}
+# mallopt's numbers, with what `KEEPING` says, and what glibc comes to by itself where large arrays are taken and freed.
+_MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -4, -3, -1
+_KEPT = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))
+_GIVEN_BACK = ((_MMAP_MAX, 65536), (_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**26))
+
+_may_be_kept = False  # this program was started with ONE_HEAP
 
 
 @functools.cache  # or a second call would start it anew once more
-def use_huge_pages(keep: bool) -> None:
-    """Starts this program anew, as the same process, with TUNABLES, and with keep KEEPING, in GLIBC_TUNABLES.
+def use_huge_pages(keep: bool | None) -> None:
+    """Starts this program anew, as the same process, with TUNABLES, and with keep KEEPING, in GLIBC_TUNABLES. keep:
+    None where its stages will say (see `kept`).
 
     XLA takes and gives back the buffers of every step, gigabytes, and the system maps and clears them each time: a step
     of the 29M model takes 15 % longer with pages of 4 KiB, and 20 % longer where memory is not kept. glibc reads the
@@ -25,10 +35,12 @@ def use_huge_pages(keep: bool) -> None:
     if os.environ.get("MINIMIND_HUGE_PAGES") == "0" or not _is_possible():
         return
     given = [each for each in os.environ.get("GLIBC_TUNABLES", "").split(":") if each]
-    tunables = TUNABLES | KEEPING if keep else TUNABLES
+    tunables = TUNABLES | (ONE_HEAP if keep is None else KEEPING if keep else {})
     names, ours = {each.partition("=")[0] for each in given}, [f"{name}={value}" for name, value in tunables.items()]
     missing = [each for each in ours if each.partition("=")[0] not in names]
     if not missing:
+        global _may_be_kept
+        _may_be_kept = keep is None and not names & KEEPING.keys() - ONE_HEAP.keys()
         os.environ["GLIBC_TUNABLES"] = ":".join(each for each in given if each not in ours)
         return
     os.environ["GLIBC_TUNABLES"] = ":".join([*given, *missing])
@@ -36,6 +48,23 @@ def use_huge_pages(keep: bool) -> None:
         stream.flush()
     with contextlib.suppress(OSError):  # then it runs as it is
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+@contextlib.contextmanager
+def kept(keep: bool) -> Iterator[None]:
+    """Memory is kept meanwhile, and all that is free is given back at the end, in a program that `use_huge_pages` left
+    the choice; else nothing happens."""
+    if not (keep and _may_be_kept):
+        yield
+        return
+    library = ctypes.CDLL(None)
+    for setting in _KEPT:
+        library.mallopt(*setting)
+    yield
+    for setting in _GIVEN_BACK:
+        library.mallopt(*setting)
+    gc.collect()  # a run's parts know one another
+    give_back()
 
 
 def give_back() -> None:

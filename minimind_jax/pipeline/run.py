@@ -9,6 +9,7 @@ from minimind_jax.agreement import ending_together, first_says, on_first
 from minimind_jax.config import settings
 from minimind_jax.config.fields import names_of
 from minimind_jax.folders import PIPELINE
+from minimind_jax.huge_pages import kept
 from minimind_jax.pipeline.check import check_stages, watch_records
 from minimind_jax.pipeline.read import Stage
 from minimind_jax.runs.settle import changed_data
@@ -34,7 +35,8 @@ def run_pipeline(stages: Sequence[Stage]) -> None:
             if not renewed:
                 watch_records([later for later in stages[number:] if not later.is_finished])
             if stage.kind.is_run:
-                start(stage.config)
+                with kept(stage.kind.is_steady):
+                    start(stage.config)
             else:
                 on_first(lambda stage=stage: _make_tokenizer(stage))
             renewed = renewed or stage.name

@@ -19,6 +19,7 @@ class StageKind:
     records: str = ""  # the kind of data it trains on (see `data.kinds`); empty where it is no run
     has_head: bool = False  # its model has a head of scores in place of one of words, and is the end of a pipeline
     labels: tuple[str, ...] = ()  # of that head; empty where they are those of the records
+    is_steady: bool = False  # its steps take the same memory again and again, which is kept; others could not use it
     needs_start: bool = False  # it trains no model from scratch
     fixed: tuple[str, ...] = ()  # settings of its own that a run cannot change once it has begun
     figures: tuple[str, ...] = ()  # metrics of its own in the report's table of evaluations

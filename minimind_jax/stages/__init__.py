@@ -31,15 +31,16 @@ KINDS = (
     StageKind("tokenizer", settings.TokenizerConfig, "stages.tokenizer:train_tokenizer"),
     StageKind(
         "pretrain", settings.PretrainConfig, "stages.next_token:recipe",
-        records="text", next=(CHAT, TUNE), planned=("pretrain",),
+        records="text", is_steady=True, next=(CHAT, TUNE), planned=("pretrain",),
     ),
     StageKind(
         "sft", settings.SFTConfig, "stages.next_token:recipe",
-        records="conversation", next=(CHAT, ASK, TUNE), planned=("sft", "lora"),
+        records="conversation", is_steady=True, next=(CHAT, ASK, TUNE), planned=("sft", "lora"),
     ),
     StageKind(
         "dpo", settings.DPOConfig, "stages.dpo:recipe",
-        records="preference", needs_start=True, fixed=("preference.loss", "preference.precompute_reference"),
+        records="preference", is_steady=True, needs_start=True,
+        fixed=("preference.loss", "preference.precompute_reference"),
         figures=("chosen_nll", "rewards/margins", "rewards/accuracies"),
         curves=("rewards/margins", "rewards/accuracies"), next=(CHAT, ASK, TUNE),
     ),
@@ -50,7 +51,7 @@ KINDS = (
     ),
     StageKind(
         "reward", settings.RewardConfig, "stages.reward:recipe",
-        records="preference", has_head=True, labels=("reward",), needs_start=True,
+        records="preference", is_steady=True, has_head=True, labels=("reward",), needs_start=True,
         figures=("margin", "accuracy"), curves=("margin", "accuracy"), next=(SCORE,),
     ),
     StageKind(
@@ -60,11 +61,11 @@ KINDS = (
     ),
     StageKind(
         "vlm-pretrain", settings.VLMPretrainConfig, "stages.vision:recipe",
-        records="images", needs_start=True, next=(CHAT, SEE), planned=("vlm_pretrain",),
+        records="images", is_steady=True, needs_start=True, next=(CHAT, SEE), planned=("vlm_pretrain",),
     ),
     StageKind(
         "vlm-sft", settings.VLMSFTConfig, "stages.vision:recipe",
-        records="images", needs_start=True, next=(CHAT, SEE), planned=("vlm_sft", "vlm_nanovlm"),
+        records="images", is_steady=True, needs_start=True, next=(CHAT, SEE), planned=("vlm_sft", "vlm_nanovlm"),
     ),
     StageKind("grpo", rl.GRPOConfig, "stages.reinforce:recipe", **REWARDED),
     StageKind("ppo", rl.PPOConfig, "stages.reinforce:recipe", **REWARDED),
