@@ -20,7 +20,7 @@ from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
 from minimind_jax.inference.buckets import bucket, round_up
 from minimind_jax.inference.image_encoder import check_images, signs_of
-from minimind_jax.inference.programs import MOST_STEPS, Programs
+from minimind_jax.inference.programs import MOST_STEPS, Programs, patience
 from minimind_jax.inference.request import Answer, Request, Token
 from minimind_jax.inference.sampling import MAX_BIASES, MAX_TOP, Sampled, SamplingConfig
 from minimind_jax.inference.scheduler import Scheduler, Task
@@ -36,7 +36,7 @@ SLOT_MULTIPLE = 128
 SHORTEST_CACHE = 256  # tokens
 FIRST_ROOM = 256  # new tokens a cache that grows holds at first
 AHEAD = 8  # times as many requests as slots are begun behind the first one that is not answered
-LATENCY = 0.04  # seconds that such a call takes at most, where someone reads along
+LATENCY = 0.04  # seconds that a call of several tokens takes at most, where someone reads along
 
 
 class Piece(NamedTuple):
@@ -179,7 +179,7 @@ class Engine:
         running, reading = self._scheduler.running, self._scheduler.reading
         if reading and (patient or not running or not self._has_read):
             self._has_read = True
-            width, most = self._programs.chunk(reading[0].unread, patient or not running)
+            width, most = self._programs.chunk(reading[0].unread, 0 if patient else len(running))
             chunks = [(task, min(task.unread, width)) for task in reading[:most]]
             return self._read(chunks, width, self._programs.rows_for(len(chunks), reading=True))
         self._has_read = False
@@ -391,7 +391,8 @@ class Engine:
         count = min(MOST_STEPS, max(task.answer.room for task in tasks))
         if patient:
             return count
-        return max(1, min(count, int(LATENCY / self._seconds) if self._seconds else 1))
+        latency = LATENCY * patience(len(tasks))
+        return max(1, min(count, int(latency / self._seconds) if self._seconds else 1))
 
 
 def _checked(answer: Answer) -> Answer:

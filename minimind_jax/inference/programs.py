@@ -35,8 +35,18 @@ MOST_READ = 1.75  # times the tokens of a prompt, with padding: rather several p
 STEP = 4  # from one number of rows of a program to the next, where all are compiled before the first request
 
 
+FEW_READERS = 16  # rows that are served at their best
+CROWD = 4  # times as long may a call take beside more: what the host does between two calls grows with the rows
+
+
+def patience(rows: int) -> int:
+    """How many times as long a call may take that keeps so many rows waiting."""
+    return CROWD if rows > FEW_READERS else 1
+
+
 class Limits(NamedTuple):
-    """Of tokens that are read at once. alone: padding counted. beside: while other rows run. widths: of programs."""
+    """Of tokens that are read at once. alone: padding counted. beside: while other rows run, a few. widths: of
+    programs."""
 
     alone: int
     beside: int
@@ -107,9 +117,10 @@ class Programs:
 
     # Sizes of programs ------------------------------------------------------------------------------------------------
 
-    def chunk(self, unread: int, is_alone: bool) -> tuple[int, int]:
-        """(tokens that are read of a prompt, of how many prompts), where the first has so many left."""
-        most = self.limits.alone if is_alone else self.limits.beside
+    def chunk(self, unread: int, running: int) -> tuple[int, int]:
+        """(tokens that are read of a prompt, of how many prompts), where the first has so many left and so many rows
+        wait for their next token meanwhile."""
+        most = self.limits.beside * patience(running) if running else self.limits.alone
         widths = [width for width in self.limits.widths if width <= most]
         width = max((width for width in widths if round_up(unread, width) <= MOST_READ * unread), default=widths[0])
         if not self.is_fixed:

@@ -20,6 +20,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.model import attention as attention_module
 from minimind_jax.model import fused_attention as fused
 from minimind_jax.model.attention import (
+    GROUP,
     UNTRIED,
     Choice,
     attention,
@@ -189,6 +190,24 @@ def test_one_query_goes_over_blocks_of_slots_and_stops_behind_the_last_one_seen(
         expected = np.einsum("NS,SNH->NH", weights / weights.sum(-1, keepdims=True), values)
         rounding = np.abs(scores).max() * 2**-23  # of a score in float32, and so of its weight
         np.testing.assert_allclose(out_BNH[row], expected, atol=4 * rounding)
+
+
+@pytest.mark.parametrize("lengths", ["unequal", "equal"])
+def test_many_rows_of_unequal_lengths_give_what_each_gives_alone(lengths):
+    slots, rows = 4 * CPU_BLOCK, 4 * GROUP
+    _, k, v = make_inputs(rows + 3, slots, 4, 2, 8)
+    q = make_inputs(rows, 1, 4, 2, 8, seed=5)[0]
+    last_B = np.random.default_rng(0).permutation(rows) * (slots - 1) // (rows - 1)
+    last_B = jnp.array(last_B if lengths == "unequal" else np.full(rows, slots // 2))
+    held_BS = jnp.zeros((rows + 3, slots), bool)
+    rows_B = jnp.array(np.random.default_rng(1).permutation(rows + 3)[:rows])
+    held_BS = held_BS.at[rows_B].set(jnp.arange(slots) <= last_B[:, None])
+    k, v = (jnp.where(held_BS[..., None, None], x, 1e9) for x in (k, v))  # what no query sees
+    together = cached_attention(q, make_cache(k, v), last_B[:, None], rows_B=rows_B)
+    for n, row in enumerate(rows_B):
+        of_row = make_cache(k[row : row + 1], v[row : row + 1])
+        alone = cached_attention(q[n : n + 1], of_row, last_B[n : n + 1, None])
+        np.testing.assert_allclose(together[n], alone[0], atol=1e-6)
 
 
 def abstract_mesh(**sizes):
