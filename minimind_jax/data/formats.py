@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
 from minimind_jax.config.sections import ReadingConfig
+from minimind_jax.data.exports import chatgpt_messages, gemini_messages
 from minimind_jax.data.fields import Fields
 from minimind_jax.data.jsonl import Record
 from minimind_jax.data.messages import REASONING, Conversation, Message, is_message, messages_in, read_messages
@@ -74,6 +75,10 @@ def _chat(fields: Fields) -> Conversation:
     if isinstance(prompt, str) and prompt.strip() in questions:
         fields.leave_out("prompt")
     return with_system(fields, messages, tools)
+
+
+def _exported(messages_of: Callable[[Fields], list[Message]]) -> Callable[[Fields], Conversation]:
+    return lambda fields: with_system(fields, messages_of(fields), None)
 
 
 def question(fields: Fields) -> list[Message]:
@@ -281,6 +286,8 @@ FORMATS = (
     Format("instruction and output", "conversation", ((*INSTRUCTION, "input"), ANSWER), _alpaca),
     Format("prompt and completion", "conversation", (("prompt",), ("completion",)), _completion),
     Format("prompt and response", "conversation", (("prompt",), ("response", "output", "answer")), _response),
+    Format("ChatGPT's export", "conversation", (("mapping",), ("current_node",)), _exported(chatgpt_messages)),
+    Format("Gemini", "conversation", (("contents",),), _exported(gemini_messages)),
 )
 
 EXPECTED = {

@@ -25,6 +25,7 @@ CONTENT = ("content", "value", "text")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 SWITCHES = ("train", "training", "loss", "weight")  # whether a message is trained
 EMPTY_ANSWERS = "empty answers of the assistant are not trained"
+OF_PEOPLE = "; of people who talk with each other, write user for the one who asks, and assistant for who answers"
 OPEN_THINK, CLOSE_THINK = "<think>", "</think>"
 TEXT_PARTS = ("text", "input_text", "output_text")
 
@@ -192,13 +193,14 @@ def _role(given: Any, message: Message, place: Place) -> str:
         found = field_names(message)
         raise UserError(
             f"{place.text}: missing field `role`; expected one of {', '.join(ROLES)}, found the fields {found}"
+            f"{OF_PEOPLE * ('author' in message)}"
         )
     if given in ROLES:
         return given
     if isinstance(given, str) and given in OTHER_ROLES:
         return OTHER_ROLES[given]
     lower = isinstance(given, str) and (given.lower() in ROLES or given.lower() in OTHER_ROLES)
-    hint = " (in lower case)" if lower else ""
+    hint = " (in lower case)" if lower else OF_PEOPLE * ("role" not in message)
     raise UserError(f"{place.text}: unknown role {reprlib.repr(given)}; expected one of {', '.join(ROLES)}{hint}")
 
 

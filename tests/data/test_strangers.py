@@ -282,3 +282,73 @@ def test_splits_that_are_read_with_the_rest_are_told(tmp_path, capsys):
     tell_left_out([tmp_path])
     told = capsys.readouterr().err
     assert "read as all others: " in told and "dev_2.jsonl" in told and "testimony" not in told
+
+
+# Exports of other programs
+
+
+def node(parent, role, *parts, recipient="all", **content):
+    message = {
+        "author": {"role": role},
+        "recipient": recipient,
+        "content": {"content_type": "text", "parts": list(parts)},
+    }
+    message["content"] |= content
+    return {"parent": parent, "message": message}
+
+
+def export(**nodes):
+    return {
+        "title": "t",
+        "mapping": {"root": {"parent": None, "message": None}, **nodes},
+        "current_node": list(nodes)[-1],
+    }
+
+
+def test_the_branch_of_a_chatgpt_conversation_that_was_shown_last_is_read():
+    given = record(
+        export(
+            hidden=node("root", "system", ""),
+            asked=node("hidden", "user", "2 + 2?"),
+            first=node("asked", "assistant", "5"),
+            code=node("asked", "assistant", "print(2 + 2)", recipient="python"),
+            ran=node("code", "tool", "4"),
+            thought=node("ran", "assistant", content_type="thoughts", thoughts=[{"summary": "easy"}]),
+            again=node("thought", "assistant", "4"),
+        )
+    )
+    read = parse_conversation(given).messages
+    assert [(message["role"], message["content"]) for message in read] == [("user", "2 + 2?"), ("assistant", "4")]
+    told = " ".join(note for _, note in given.told)
+    assert "from and to tools are left out" in told
+    assert "thoughts are left out" in told
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({"mapping": {"a": {"parent": "b", "message": None}}, "current_node": "a"}, "no node 'b'"),
+        ({"mapping": {"a": {"parent": "a", "message": None}}, "current_node": "a"}, "no node 'a'"),
+        ({"mapping": [1], "current_node": "a"}, "no node 'a'"),
+        (export(a=node("root", "system", "be kind")), "no words of user or assistant"),
+        ({"contents": "hi"}, "expected a list of messages"),
+        ({"contents": ["hi"]}, r"contents\[0\] is"),
+        ({"contents": [{"role": "user"}]}, "content"),
+        ({"contents": [{"role": "user", "parts": [{"inlineData": {"data": "x"}}]}]}, "inlineData"),
+        ({"messages": [{"from": "Anna", "text": "hi"}]}, "of people who talk"),
+        ({"messages": [{"author": {"name": "Anna"}, "content": "hi"}]}, "of people who talk"),
+    ],
+)
+def test_an_export_that_cannot_be_read_says_why(value, said):
+    with pytest.raises(UserError, match=said):
+        parse_conversation(record(value))
+
+
+def test_contents_of_gemini_are_messages():
+    turns = [{"role": "user", "parts": [{"text": "2 + "}, {"text": "2?"}]}, {"role": "model", "parts": {"text": "4"}}]
+    read = parse_conversation(record({"systemInstruction": {"parts": [{"text": "count"}]}, "contents": turns})).messages
+    assert [(message["role"], message["content"]) for message in read] == [
+        ("system", "count"),
+        ("user", "2 + 2?"),
+        ("assistant", "4"),
+    ]
