@@ -50,7 +50,8 @@ def read_weights(folder: Path) -> dict[str, StoredTensor]:
     if (index := folder / "pytorch_model.bin.index.json").exists():
         return read_shards(index, read_torch)
     raise UserError(
-        f"{folder}: there are no weights: neither model.safetensors nor pytorch_model.bin, nor an index of their parts"
+        f"{folder}: there are no weights: neither model.safetensors nor pytorch_model.bin, nor an index of their parts "
+        "(model.safetensors.index.json)"
     )
 
 

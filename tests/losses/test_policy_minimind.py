@@ -38,7 +38,9 @@ def dense(fixtures_dir):
     config = ModelConfig(**json.loads((fixtures_dir / "dense.json").read_text()))
     params = params_from_hf(config, load_file(fixtures_dir / "dense.safetensors"))
     params = jax.tree.map(np.float64, params)
-    return LanguageModel(config, ComputeConfig(dtype="float64", scan_unroll=1)), params
+    compute = ComputeConfig(scan_unroll=1)
+    object.__setattr__(compute, "dtype", "float64")  # which is no setting
+    return LanguageModel(config, compute), params
 
 
 def make_batch(stored, name):
