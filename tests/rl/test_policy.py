@@ -102,7 +102,14 @@ def gaps(model, params, written, temperature):
     return np.concatenate(own) - np.concatenate([log_probs for _, _, log_probs in written])
 
 
-@pytest.mark.parametrize("name, temperature", [("dense", 0.7), ("mixture", 1.3), ("adapters", 1.0)])
+@pytest.mark.parametrize(
+    "name, temperature",
+    [
+        ("dense", 0.7),
+        pytest.param("mixture", 1.3, marks=pytest.mark.slow),
+        pytest.param("adapters", 1.0, marks=pytest.mark.slow),
+    ],
+)
 def test_log_probabilities_are_those_that_the_trainer_finds(name, temperature):
     """Over shared prompts, prompts read in parts, and second turns that follow what the cache holds."""
     model = model_of(name)

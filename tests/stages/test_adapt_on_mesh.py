@@ -33,6 +33,8 @@ from minimind_jax.stages.distill import TEACHER
 from minimind_jax.training.state import Parameters, create_state, fingerprint
 from minimind_jax.training.step import make_program
 
+pytestmark = pytest.mark.slow  # a minute; `test_sharding.py` does it for plain training
+
 SIZES = ModelConfig(
     vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     intermediate_size=48, initializer_range=0.1,

@@ -36,6 +36,7 @@ def test_distill_resumes_exactly(make, world, base, tmp_path):
     assert_resumes_exactly(with_chats(config, world), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_teacher_asked_once_teaches_the_same(make, world, base, tmp_path):
     """All words stored: the losses of one that is asked at every step. Few: near them, and a run goes on exactly."""
     teacher = start(with_chats(make(SFTConfig, tmp_path / "teacher", "sft", training={"steps": 20}), world))
