@@ -19,14 +19,13 @@ def chatgpt_messages(fields: Fields) -> list[Message]:
     turns: list[Message] = []
     seen: set[str] = set()
     while node is not None:
-        if not isinstance(nodes, dict) or not isinstance(nodes.get(node), dict) or node in seen:
+        if not isinstance(node, str) or not _object(_object(nodes).get(node)) or node in seen:
             raise UserError(
                 f"{where}: there is no node {node!r} on the way to the first; export the conversation again"
             )
         seen.add(node)
-        message, node = nodes[node].get("message"), nodes[node].get("parent")
-        if message:
-            turns += _said(message, fields)
+        message, node = _object(nodes[node].get("message")), nodes[node].get("parent")
+        turns += _said(message, fields)
     if not turns:
         raise UserError(f"{where}: no words of user or assistant; expected a conversation of ChatGPT's export")
     fields.tell("of ChatGPT's export, title, times and all else beside the messages are ignored")
@@ -35,10 +34,10 @@ def chatgpt_messages(fields: Fields) -> list[Message]:
 
 def _said(message: dict[str, Any], fields: Fields) -> list[Message]:
     """The message as others write it; nothing if it is not what one of both says to the other."""
-    role, content = (message.get("author") or {}).get("role"), message.get("content") or {}
-    parts = content.get("parts") or []
+    role, content = _object(message.get("author")).get("role"), _object(message.get("content"))
+    parts = content.get("parts") if isinstance(content.get("parts"), list) else []
     texts = [part for part in parts if isinstance(part, str) and part.strip()]
-    hidden = (message.get("metadata") or {}).get("is_visually_hidden_from_conversation")
+    hidden = _object(message.get("metadata")).get("is_visually_hidden_from_conversation")
     if role not in ("user", "assistant") or message.get("recipient", "all") != "all" or hidden:
         if texts or content.get("text"):
             fields.tell("of ChatGPT's export, hidden messages and those from and to tools are left out")
@@ -46,6 +45,10 @@ def _said(message: dict[str, Any], fields: Fields) -> list[Message]:
     if len(texts) < len([part for part in parts if part]) or content.get("content_type") not in (None, "text"):
         fields.tell("of ChatGPT's export, pictures, files and thoughts are left out")
     return [{"role": role, "content": "\n".join(texts)}] if texts else []
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def gemini_messages(fields: Fields) -> list[Message]:

@@ -330,6 +330,12 @@ def test_the_branch_of_a_chatgpt_conversation_that_was_shown_last_is_read():
         ({"mapping": {"a": {"parent": "b", "message": None}}, "current_node": "a"}, "no node 'b'"),
         ({"mapping": {"a": {"parent": "a", "message": None}}, "current_node": "a"}, "no node 'a'"),
         ({"mapping": [1], "current_node": "a"}, "no node 'a'"),
+        ({"mapping": {"a": {"parent": None, "message": "hi"}}, "current_node": ["a"]}, "no node"),
+        ({"mapping": {"a": {"parent": None, "message": "hi"}}, "current_node": "a"}, "no words"),
+        (
+            {"mapping": {"a": {"parent": None, "message": {"author": "me", "content": "x"}}}, "current_node": "a"},
+            "no words",
+        ),
         (export(a=node("root", "system", "be kind")), "no words of user or assistant"),
         ({"contents": "hi"}, "expected a list of messages"),
         ({"contents": ["hi"]}, r"contents\[0\] is"),
