@@ -111,9 +111,8 @@ def _expand(given: str | Path, pictures: bool) -> list[Path]:
     elif path.exists():
         raise UserError(f"{given}: neither a file nor a folder (data is read more than once, so a pipe will not do)")
     elif glob.has_magic(str(given)):
-        pattern = str(path)
-        if path.parent.is_dir():  # [1] in its name is no pattern
-            pattern = os.path.join(glob.escape(str(path.parent)), path.name)
+        base = next(folder for folder in path.parents if folder.is_dir())  # [1] in its name is no pattern
+        pattern = os.path.join(glob.escape(str(base)), *path.parts[len(base.parts) :])
         found = _data_of(sorted(map(Path, glob.glob(pattern, recursive=True))), pictures)
         if not found:
             raise UserError(f"{given}: no file matches; expected files ending in {expected}")

@@ -271,9 +271,11 @@ def test_inspect_tells_how_prompts_are_shown(tmp_path, tokenizer, data, capsys):
 
 def test_a_folder_with_brackets_in_its_name_is_no_pattern(tmp_path):
     folder = tmp_path / "data [1]"
-    folder.mkdir()
-    file = lines(folder / "a.jsonl", [{"text": "a"}])
-    assert expand_paths([f"{folder}/*.jsonl"]) == [file]
+    (folder / "below").mkdir(parents=True)
+    files = [lines(folder / name, [{"text": "a"}]) for name in ("a.jsonl", "below/b.jsonl")]
+    assert expand_paths([f"{folder}/*.jsonl"]) == files[:1]
+    assert expand_paths([f"{folder}/*/*.jsonl"]) == files[1:]
+    assert sorted(expand_paths([f"{folder}/**/*.jsonl"])) == files
 
 
 def test_splits_that_are_read_with_the_rest_are_told(tmp_path, capsys):
