@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from minimind_jax.huge_pages import give_back
+
 # Tests compile many tiny programs once each: compiled plainly they take a third of the time and less memory. Read when
 # JAX is first imported, and by the processes that tests start.
 PLAIN = ["backend_optimization_level=0", "cpu_parallel_codegen_split_count=1"]
@@ -24,20 +26,28 @@ gc.set_threshold(100_000, 50, 100)
 for number, usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, usual)
-COMPILED_MEGABYTES = 1000  # a process that holds more drops its compiled programs, of which a session makes thousands
+COMPILED_MEGABYTES = 1000  # a process that has grown by more drops its compiled programs, of which it makes thousands
 
 pytest_plugins = ["worlds"]  # a tiny world to train in
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope="session")
+def megabytes_left():
+    """[resident when programs were last dropped]: what libraries hold, a gigabyte and more, stays whatever is done."""
+    return [0]
+
+
 @pytest.fixture(scope="module", autouse=True)
-def bounded_memory():
+def bounded_memory(megabytes_left):
     """Compiled programs take a megabyte or two each for as long as JAX keeps them; they come back from its cache."""
     yield
-    if "jax" in sys.modules and _resident_megabytes() > COMPILED_MEGABYTES:
+    if "jax" in sys.modules and _resident_megabytes() > megabytes_left[0] + COMPILED_MEGABYTES:
         sys.modules["jax"].clear_caches()
         gc.collect()
+        give_back()
+        megabytes_left[0] = _resident_megabytes()
 
 
 def _resident_megabytes() -> int:

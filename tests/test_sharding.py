@@ -65,10 +65,8 @@ MESHES = {
 }
 # The other pairs are slow.
 FAST = [
-    ("dense", "fsdp 8"),
     ("dense", "data 2 fsdp 2 tensor 2"),
     ("moe k 1", "data 2 expert 4"),
-    ("moe k 2", "data 8"),
     ("moe k 2", "fsdp 2 tensor 2 expert 2"),
 ]
 PIECES_ON = ("data 2 fsdp 2 tensor 2", "fsdp 4 expert 2")

@@ -294,11 +294,11 @@ def test_the_command_writes_runs_checkpoints_and_adapters(chat_runs, tmp_path, c
     assert "holds no adapter" in said.err
 
 
-def test_without_the_package_the_command_says_what_to_install(chat_runs, tmp_path, capsys, monkeypatch):
+def test_without_the_package_the_command_says_what_to_install(saved, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.delitem(sys.modules, "minimind_jax.convert.gguf")
     monkeypatch.delattr("minimind_jax.convert.gguf")
-    assert main(["convert", "to-gguf", str(chat_runs / "dense"), str(tmp_path / "out")]) == 2
+    assert main(["convert", "to-gguf", str(saved("dense")), str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert "GGUF files need another package" in said
     assert "pip install" in said

@@ -110,6 +110,7 @@ def ask(seen):
     return ask
 
 
+@pytest.mark.slow
 def test_choices_are_those_of_whole_passes(seen, ask):
     colours, counts = evaluate(seen, "choices.jsonl")
     assert (colours.task, counts.task) == ("colour", "choices")

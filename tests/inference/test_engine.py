@@ -29,6 +29,8 @@ CONFIG = ModelConfig(
 MODEL = LanguageModel(CONFIG)
 GREEDY = SamplingConfig(max_new_tokens=12, temperature=0.0)
 DRAWN = SamplingConfig(max_new_tokens=12, temperature=0.9, top_k=20, seed=5)
+# Two sizes, of which each is compiled once.
+MANY, FEW = {"slots": 5, "context": 200}, {"slots": 2, "context": 300}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def finish(engine, *answers):
 
 def test_greedy_answers_to_prompts_of_unequal_length_are_the_networks(params, check_greedy):
     prompts = prompts_of(32)
-    for engine in (Engine(MODEL, params), Engine(MODEL, params, slots=5, context=200)):
+    for engine in (Engine(MODEL, params), Engine(MODEL, params, **MANY)):
         for prompt, answer in zip(prompts, engine.generate(prompts, GREEDY), strict=True):
             check_greedy(prompt, answer)
             assert len(answer.ids) == 12 and answer.finish_reason == "length"
@@ -74,7 +76,7 @@ def test_greedy_answers_to_prompts_of_unequal_length_are_the_networks(params, ch
 
 def test_a_seeded_answer_is_the_same_alone_and_among_others(params):
     prompts = prompts_of(20, seed=1)
-    engine = Engine(MODEL, params, slots=7, context=200)
+    engine = Engine(MODEL, params, **MANY)
     together = engine.generate(prompts, DRAWN)
     for n in (0, 6, 19):
         own = dataclasses.replace(DRAWN, seed=DRAWN.seed + n)
@@ -83,7 +85,7 @@ def test_a_seeded_answer_is_the_same_alone_and_among_others(params):
 
 
 def test_a_second_turn_reads_only_what_is_new(params, check_greedy):
-    engine = Engine(MODEL, params, slots=2, context=300)
+    engine = Engine(MODEL, params, **FEW)
     [prompt] = prompts_of(1, longest=100)
     [first] = engine.generate([prompt], GREEDY)
     longer = [*prompt, *first.ids, 9, 10, 11]
@@ -93,7 +95,7 @@ def test_a_second_turn_reads_only_what_is_new(params, check_greedy):
 
 
 def test_cancelling_frees_the_row_at_once_and_leaves_the_others_alone(params, check_greedy):
-    engine = Engine(MODEL, params, slots=2, context=300, queue=2)
+    engine = Engine(MODEL, params, **FEW, queue=2)
     prompts = prompts_of(4, seed=2)
     ask = [Request(tuple(prompt), dataclasses.replace(GREEDY, max_new_tokens=100)) for prompt in prompts]
     first, second = (engine.submit(request) for request in ask[:2])
@@ -129,7 +131,7 @@ def test_the_cache_has_room_for_a_long_prompt_that_passes_others(params, check_g
 
 def test_streams_beside_each_other_lose_nothing(params):
     long, short = (SamplingConfig(max_new_tokens=n, temperature=0.0, ignore_eos=True) for n in (40, 5))
-    engine = Engine(MODEL, params, slots=2)
+    engine = Engine(MODEL, params, **FEW)
     first, second = engine.stream([5, 6, 7], long), engine.stream([8, 9], short)
     ids = [token.id for token in next(second).tokens]
     assert sum(len(piece.tokens) for piece in first) == 40  # the second has ended meanwhile
@@ -138,7 +140,7 @@ def test_streams_beside_each_other_lose_nothing(params):
 
 def test_a_row_that_ends_hands_on_its_place_at_once(params, check_greedy):
     """Not at the end of a call that makes many tokens of the others."""
-    engine = Engine(MODEL, params, slots=2, context=100)
+    engine = Engine(MODEL, params, **FEW)
     short, long = (SamplingConfig(count, temperature=0.0, ignore_eos=True) for count in (4, 30))
     first, other, waiting = (
         engine.submit(Request((n, n + 1, n + 2), s)) for n, s in ((5, short), (9, long), (3, short))
@@ -200,7 +202,7 @@ class Multiples:
 
 
 def test_constrained_answers_hold_what_is_allowed_beside_free_ones(params, check_greedy):
-    engine = Engine(MODEL, params, slots=4, context=200)
+    engine = Engine(MODEL, params, **MANY)
     prompts = prompts_of(3, seed=6)
     rules = [Multiples(7, 5), None, Multiples(3, 50)]
     answers = [
@@ -239,7 +241,7 @@ class Faulty(Multiples):
 
 @pytest.mark.parametrize("at", ["mask", "accept", "nothing"])
 def test_a_constraint_that_fails_ends_its_own_answer_alone(params, check_greedy, at):
-    engine = Engine(MODEL, params, slots=3, context=200)
+    engine = Engine(MODEL, params, **MANY)
     free, bad = (engine.submit(Request((5, 6, 7), GREEDY, constraint=rule)) for rule in (None, Faulty(1, 50, at)))
     finish(engine, free, bad)
     assert (
@@ -271,7 +273,7 @@ def test_the_likeliest_tokens_are_told_where_they_are_asked_for(params):
 
 
 def test_other_weights_forget_what_was_read(params):
-    engine, [prompt] = Engine(MODEL, params, slots=2, context=200), prompts_of(1, seed=7)
+    engine, [prompt] = Engine(MODEL, params, **FEW), prompts_of(1, seed=7)
     [before] = engine.generate([prompt], GREEDY)
     other = jax.tree.map(lambda leaf: leaf * 1.01, params)
     open_answer = engine.submit(Request(tuple(prompt), GREEDY))
@@ -287,7 +289,7 @@ def test_other_weights_forget_what_was_read(params):
 
 def test_long_prompts_are_read_in_parts_between_the_steps_of_others(params, check_greedy, monkeypatch):
     monkeypatch.setattr(engine_module, "LATENCY", 0)
-    engine = Engine(MODEL, params, slots=2, context=300)
+    engine = Engine(MODEL, params, **FEW)
     engine._programs.limits = Limits(32, 16, (16,))
     short = Request((5, 6, 7), dataclasses.replace(GREEDY, max_new_tokens=100))
     long = Request(tuple(np.random.default_rng(8).integers(3, 160, 250).tolist()), GREEDY)
@@ -304,7 +306,7 @@ def test_long_prompts_are_read_in_parts_between_the_steps_of_others(params, chec
 
 
 def test_an_interrupted_call_leaves_an_engine_that_works(params, check_greedy, monkeypatch):
-    engine, [prompt] = Engine(MODEL, params, slots=2, context=200), prompts_of(1, seed=9)
+    engine, [prompt] = Engine(MODEL, params, **FEW), prompts_of(1, seed=9)
     answer = engine.submit(Request(tuple(prompt), GREEDY))
     engine.step()
 
@@ -321,7 +323,7 @@ def test_an_interrupted_call_leaves_an_engine_that_works(params, check_greedy, m
 
 
 def test_an_interrupt_while_rows_are_given_leaves_an_engine_that_works(params, check_greedy, monkeypatch):
-    engine, prompts = Engine(MODEL, params, slots=2, context=200), prompts_of(3, seed=9)
+    engine, prompts = Engine(MODEL, params, **FEW), prompts_of(3, seed=9)
     answers = [engine.submit(Request(tuple(prompt), GREEDY)) for prompt in prompts]
 
     def interrupted():

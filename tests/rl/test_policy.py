@@ -102,14 +102,8 @@ def gaps(model, params, written, temperature):
     return np.concatenate(own) - np.concatenate([log_probs for _, _, log_probs in written])
 
 
-@pytest.mark.parametrize(
-    "name, temperature",
-    [
-        ("dense", 0.7),
-        pytest.param("mixture", 1.3, marks=pytest.mark.slow),
-        pytest.param("adapters", 1.0, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name, temperature", [("dense", 0.7), ("mixture", 1.3), ("adapters", 1.0)])
 def test_log_probabilities_are_those_that_the_trainer_finds(name, temperature):
     """Over shared prompts, prompts read in parts, and second turns that follow what the cache holds."""
     model = model_of(name)
@@ -189,11 +183,12 @@ def same_as_alone(name, parts):
 
 MESHES = [
     ("adapters", {"data": 2, "fsdp": 2, "tensor": 2}),
-    pytest.param("dense", {"data": 1, "fsdp": 8}, marks=pytest.mark.slow),
-    pytest.param("mixture", {"data": 2, "tensor": 2, "expert": 2}, marks=pytest.mark.slow),
+    ("dense", {"data": 1, "fsdp": 8}),
+    ("mixture", {"data": 2, "tensor": 2, "expert": 2}),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, axes", MESHES)
 def test_eight_devices_write_what_one_does(name, axes):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"

@@ -97,7 +97,11 @@ def test_equal_rewards_teach_nothing_and_refilling_finds_nothing(grpo, capsys):
 
 
 @pytest.mark.parametrize(
-    ("kind", "own"), [(GRPOConfig, {}), (PPOConfig, {"advantage": "gae", "scale": "batch"})], ids=["grpo", "ppo"]
+    ("kind", "own"),
+    [
+        pytest.param(GRPOConfig, {}, id="grpo"),
+        pytest.param(PPOConfig, {"advantage": "gae", "scale": "batch"}, id="ppo", marks=pytest.mark.slow),
+    ],
 )
 def test_completions_that_are_all_cut_and_masked_move_nothing(grpo, base, capsys, kind, own):
     """No update, of the value model neither, and it is said, though the optimizer has weight decay."""

@@ -47,6 +47,7 @@ def test_a_model_from_scratch_has_as_many_words_as_its_tokenizer(config):
     assert assembled("sft", sized(scratch, 320)).model.config.vocab_size == 320
 
 
+@pytest.mark.slow
 def test_added_tokens_are_trained_resumed_exactly_and_exported(config, base, tmp_path):
     config = sized(config, 306)
     assert_resumes_exactly(config, tmp_path)

@@ -38,6 +38,7 @@ def adapters(folder, tmp_path_factory):
     return made
 
 
+@pytest.mark.slow
 def test_adapters_answer_under_their_names_as_their_merged_models_do(folder, adapters):
     with running(model=(f"tiny={folder}",), adapters=tuple(map(str, adapters.values()))) as server:
         client = client_of(server)

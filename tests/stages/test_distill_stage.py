@@ -28,6 +28,7 @@ def test_a_student_learns_from_its_teacher(make, world, base, tmp_path):
     load_hf(RunFolder(run).model)
 
 
+@pytest.mark.slow
 def test_distill_resumes_exactly(make, world, base, tmp_path):
     config = make(
         DistillConfig, tmp_path / "student", "sft", teacher=TeacherConfig(model=base, divergence="jsd"),

@@ -21,7 +21,10 @@ def dpo_config(make, tmp_path):
     return make(DPOConfig, tmp_path / "dpo", "pairs", data={"system_prompt_probability": 0.0}, rate=2e-3)
 
 
-@pytest.mark.parametrize("adapters", [LoRAConfig(), ADAPTERS], ids=["all", "lora"])
+@pytest.mark.parametrize(
+    "adapters",
+    [pytest.param(LoRAConfig(), id="all"), pytest.param(ADAPTERS, id="lora", marks=pytest.mark.slow)],
+)
 def test_dpo_learns_what_is_preferred(dpo_config, adapters):
     config = dataclasses.replace(dpo_config, lora=adapters)
     rows = rows_of(start(config))
@@ -35,7 +38,7 @@ def test_dpo_learns_what_is_preferred(dpo_config, adapters):
     assert "| step | loss | chosen nll | rewards/margins | rewards/accuracies |" in report
 
 
-@pytest.mark.parametrize("loss", ["ipo", "orpo", pytest.param("simpo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("loss", ["orpo", *(pytest.param(loss, marks=pytest.mark.slow) for loss in ("ipo", "simpo"))])
 def test_other_losses_learn_it_too(dpo_config, loss):
     beta = {"ipo": 0.1, "simpo": 2.5, "orpo": 0.5}[loss]
     config = dataclasses.replace(dpo_config, preference=PreferenceConfig(loss=loss, beta=beta))
@@ -62,7 +65,8 @@ def test_a_reference_computed_before_changes_nothing(dpo_config, tmp_path):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize("damage", ["other rows", pytest.param("cut off", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["other rows", "cut off"])
 def test_a_reference_of_other_rows_is_computed_again(damage, dpo_config, tmp_path):
     config = dataclasses.replace(
         dpo_config, preference=PreferenceConfig(precompute_reference=True), checkpoint=CheckpointConfig(0)

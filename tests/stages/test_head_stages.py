@@ -158,6 +158,7 @@ def test_what_a_model_sees_with_is_left_out_with_a_word(make, base, tmp_path, ca
         jax.tree.map(np.testing.assert_array_equal, loaded[name], params[name])
 
 
+@pytest.mark.slow
 def test_reward_resumes_exactly(make, tmp_path):
     config = make(RewardConfig, tmp_path / "reward", "pairs", checkpoint=KEEP_ALL)
     assert_resumes_exactly(config, tmp_path)
@@ -203,6 +204,7 @@ def test_a_classifier_is_transformers_own(make, tmp_path):
     np.testing.assert_allclose(Scorer(str(run.path)).texts(texts), theirs, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_labels_belong_to_the_run(make, files, tmp_path):
     """What the data says later changes no export, and is refused when the run goes on."""
     data = shutil.copy(files["labels"], tmp_path / "data.jsonl")
@@ -303,6 +305,7 @@ def test_several_labels(make, tmp_path):
     assert set(answer["probabilities"]) == {"birds", "cat", "dogs"}
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_with_its_best_model(make, tmp_path):
     rng = random.Random(0)
     noise = [{"text": f"cat {n} dogs {rng.random()}", "label": rng.choice("ab")} for n in range(120)]
@@ -321,6 +324,7 @@ def test_patience_ends_a_run_with_its_best_model(make, tmp_path):
     assert start(config) == run.path
 
 
+@pytest.mark.slow
 def test_classify_resumes_exactly(make, tmp_path):
     config = make(ClassifyConfig, tmp_path / "classify", "labels", checkpoint=KEEP_ALL, lora=ADAPTERS)
     assert_resumes_exactly(config, tmp_path)

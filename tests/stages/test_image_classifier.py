@@ -135,6 +135,7 @@ def stored(config):
     return {cache.kind: cache for cache in stored_caches(cache_root(config.data))}
 
 
+@pytest.mark.slow
 def test_a_frozen_tower_looks_once_at_every_picture(shapes, tmp_path, monkeypatch):
     looked = []
     shown = pixels.read_image

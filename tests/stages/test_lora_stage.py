@@ -32,6 +32,7 @@ def test_lora_trains_saves_and_holds_adapters_only(lora, world, base, capsys):
     assert rows_of(run.path)[-1]["exported"] == "adapters in float32"
 
 
+@pytest.mark.slow
 def test_lora_resumes_exactly(lora, world, tmp_path):
     config = dataclasses.replace(
         with_chats(lora, world), checkpoint=KEEP_ALL, lora=dataclasses.replace(ADAPTERS, dropout=0.2)
@@ -53,6 +54,7 @@ def test_a_base_that_changed_is_told(lora, world, base, tmp_path):
         start(longer)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_further_or_merged(lora, world, make, tmp_path):
     first = RunFolder(start(with_chats(lora, world)))
     config = dataclasses.replace(with_chats(lora, world), run=str(tmp_path / "more"), init_from=str(first.path))

@@ -303,6 +303,7 @@ def test_a_picture_that_is_replaced_is_other_data(make, seen, tmp_path):
         check_same_data(before, data_record(open_pictures(run, 4, False)[0]))
 
 
+@pytest.mark.slow
 def test_a_run_that_never_saw_what_it_is_asked_behind_says_so(make, seen, capsys):
     others = [json.loads(line) for line in (seen / "others.jsonl").read_text().splitlines()[:2]]
     few = str(write_lines(seen / "two.jsonl", others))

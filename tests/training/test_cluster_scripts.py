@@ -29,9 +29,10 @@ def test_a_process_that_imports_a_script_starts_no_run(script, monkeypatch):
 
 # Those that see need a tower besides; those that learn from reward tokenise prompts one by one.
 OTHER = ("tokenizer", "pretrain", "vlm-pretrain", "vlm-sft", "grpo", "ppo", "agent")
-ADAPTING = [pytest.param(stage, marks=pytest.mark.slow) for stage in STAGES if stage not in OTHER]
+ADAPTING = [stage for stage in STAGES if stage not in OTHER]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", *ADAPTING])
 def test_slurm_runs_a_stage_with_two_tokenising_processes(stage, world, files, request, tmp_path):
     (tmp_path / "srun").write_text(SRUN)

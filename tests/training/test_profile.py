@@ -3,11 +3,13 @@
 import gzip
 
 import jax
+import pytest
 
 from minimind_jax.stages import start
 from minimind_jax.training.run import RunFolder
 
 
+@pytest.mark.slow
 def test_a_trace_of_some_steps_names_the_blocks(world, tmp_path, capsys):
     config = world.pretrain(tmp_path / "run", training={"steps": 6, "profile_steps": 2, "profile_start": 2})
     jax.clear_caches()  # what a cache kept from another test may lack its names
