@@ -263,9 +263,8 @@ def _trained_on(train: Batches, held_out: Batches) -> str:
     """What is told of held-out records that say the same as some to train on; "" if there are none."""
     known, asked = train.keys, held_out.keys
     found = np.isin(asked, known).sum() if len(known) and len(asked) else 0
-    noun = KINDS[train.cache.kind].noun
-    told = f"warning: {found:,} of the {len(asked):,} held-out {noun} are trained on, too, and tell nothing of new ones"
-    return told * bool(found)
+    what = f"{len(asked):,} held-out {KINDS[train.cache.kind].noun}"
+    return f"warning: {found:,} of the {what} are trained on, too, and tell nothing of new ones" * bool(found)
 
 
 def split_documents(cache: TokenCache, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -20,9 +20,7 @@ def chatgpt_messages(fields: Fields) -> list[Message]:
     seen: set[str] = set()
     while node is not None:
         if not isinstance(node, str) or not _object(_object(nodes).get(node)) or node in seen:
-            raise UserError(
-                f"{where}: there is no node {node!r} on the way to the first; export the conversation again"
-            )
+            raise UserError(f"{where}: no node {node!r} on the way to the first; export the conversation again")
         seen.add(node)
         message, node = _object(nodes[node].get("message")), nodes[node].get("parent")
         turns += _said(message, fields)

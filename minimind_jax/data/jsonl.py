@@ -51,6 +51,12 @@ READ_BYTES = 1 << 24  # of a table at once: pictures make rows of any size
 # Beside data in a folder, they are none.
 NO_DATA = ("readme", "license", "dataset_info", "dataset_infos", "dataset_dict", "state", "changelog")
 _HELD_OUT = re.compile(r"(test|val|valid|validation|dev|eval)(?![a-z])", re.IGNORECASE)  # as splits are called
+# What makes records of lines that are a text alone, or a question and its answer.
+_CODE = "import json; [print(json.dumps({%s})) for r in map(json.loads, open('FILE', encoding='utf-8'))]"
+_AS_RECORDS = {
+    kind: f'; python -c "{_CODE % fields}" > RECORDS.jsonl writes such'
+    for kind, fields in ((str, "'text': r"), ((str, str), "'prompt': r[0], 'response': r[1]"))
+}
 READING = ReadingConfig()
 
 
@@ -278,7 +284,8 @@ def parse_line(raw: bytes | dict[str, Any], file: Path, line: int | str, told: C
         raise UserError(f"{where}: not readable JSON: {error}") from error
     value = {"messages": value} if are_messages(value) else value
     if not isinstance(value, dict):
-        raise UserError(f'{where}: a JSON {type(value).__name__}; expected an object, as in {{"text": ...}}')
+        hint = _AS_RECORDS.get(tuple(map(type, value)) if isinstance(value, list) else type(value), "")
+        raise UserError(f'{where}: a JSON {type(value).__name__}; expected an object, as in {{"text": ...}}{hint}')
     text = json.dumps(value, ensure_ascii=False) if "\\u" in text else text
     told.update((str(file), note) for note in text_files.spoiled(text))
     return Record(where, file, line, value, told)

@@ -5,6 +5,7 @@ A new kind is a row here and a file of its own. Which fields of whose records ar
 """
 
 import dataclasses
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -80,6 +81,8 @@ def parse_conversation(record: Record, for_training: bool = True, reading: Readi
             record.tell("the assistant speaks first, and these words are trained")
         if roles[-1] == "user":
             record.tell("the last message is the user's, and nothing answers it")
+        if any(a == b == "user" for a, b in itertools.pairwise(roles)):
+            record.tell("the user speaks twice in a row, and only the answer to both is trained")
     return conversation
 
 

@@ -136,6 +136,8 @@ def place_pictures(
         raise UserError(f"{record.where}: the text has {marker.text}, which stands for pictures; write {PLACE} there")
     messages, shown = list(talk.messages), [n for n, m in enumerate(talk.messages) if m["role"] in SHOWN_BY]
     places = sum(messages[n]["content"].count(PLACE) for n in shown)
+    if any(PLACE in message["content"] for message in messages if message["role"] not in SHOWN_BY):
+        record.tell(f"`{PLACE}` in what others than the user say is read as a word")
     if not pictures:
         if places:
             record.tell(f"`{PLACE}` without a picture is read as a word")

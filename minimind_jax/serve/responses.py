@@ -97,9 +97,7 @@ def messages_of(items: str | list[Json], instructions: str | None) -> list[Json]
                 raise refused(f"{place} is {kind_of(output)}; expected a text or a list of parts", place)
             messages.append({"role": "tool", "content": output})
         elif kind == "item_reference":
-            words = (
-                "refers to what this server has not stored; send the item itself, which clients do with store: false"
-            )
+            words = "refers to what this server has not stored; send the item itself, as clients do with store: false"
             raise refused(f"input[{index}] {words}", f"input[{index}]")
         else:
             raise refused(f"input[{index}] has the type {str(kind)[:40]!r}, which this model cannot read", "input")

@@ -232,6 +232,7 @@ def test_a_system_turn_and_answers_keep_the_word(data, tokenizer):
     talk = [{"role": "system", "content": "<image>"}, {"role": "user", "content": "<image>"}]
     cache = built(data({"messages": [*talk, {**ANSWER, "content": "<image>"}], "image": "photos/1.png"}), tokenizer)
     assert (cache.ids(0, 0, 99) == MARKER).sum() == 4
+    assert any("`<image>` in what others than the user say is read as a word" in line for line in cache.info["told"])
     assert built(data(asked("an <image> tag")), tokenizer).pictures.counts(64).tolist() == [0]
 
 

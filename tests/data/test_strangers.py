@@ -80,6 +80,29 @@ def test_the_way_out_works(tmp_path):
     assert [json.loads(line) for line in printed] == [{"text": "ü"}, {"text": "b"}]
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [('"ü"', {"text": "ü"}), ('["a", "b"]', {"prompt": "a", "response": "b"})],
+    ids=["a text", "a question and its answer"],
+)
+def test_lines_that_are_no_objects_are_made_into_some(tmp_path, line, expected):
+    file = write(tmp_path / "a.jsonl", f"{line}\n")
+    with pytest.raises(UserError, match=r"expected an object, .* > RECORDS\.jsonl writes such") as told:
+        list(iter_records([file]))
+    code = str(told.value).partition('python -c "')[2].partition('" >')[0].replace("FILE", str(file))
+    printed = []
+    exec(code, {"print": printed.append})
+    assert [json.loads(line) for line in printed] == [expected]
+
+
+def test_two_questions_in_a_row_are_told():
+    twice, once = record({"messages": [USER, USER, ANSWER]}), record({"messages": [USER, ANSWER, USER, ANSWER]})
+    for each in (twice, once):
+        parse_conversation(each)
+    (said,) = (note for _, note in twice.told)
+    assert said.startswith("the user speaks twice in a row") and not once.told
+
+
 @pytest.mark.parametrize("name", ['"; rm -rf ~; "', "$(reboot)", "`reboot`", "a'b", "long" * 20])
 def test_what_a_shell_would_run_is_not_proposed_to_it(name):
     with pytest.raises(UserError) as told:
