@@ -19,7 +19,7 @@ from minimind_jax.inference.request import Busy
 from minimind_jax.tools.toolbox import Toolbox
 
 _TRY_SECONDS, _TRY_MIB = 3.0, 512
-_FARTHEST = 1024  # tokens to an end that is looked for; other answers wait meanwhile
+_NEAR, _FARTHEST = 256, 1024  # tokens to an end that is looked for; other answers wait meanwhile
 _AT_ONCE, _WAIT_SECONDS = 4, 1.0  # so that hostile grammars leave threads to those who ask for none
 
 
@@ -235,8 +235,8 @@ class _Steps:
         self._singles = {piece: i for i, piece in enumerate(words.pieces) if len(piece) == 1 and i not in words.marks}
         self._quote = self._singles.get(b'"')
         self._brackets = [self._singles[piece] for piece in (b"}", b"]") if piece in self._singles]
-        self._opening = {self._singles[piece] for piece in (b"{", b"[") if piece in self._singles}
-        self._signs = {token for piece, token in self._singles.items() if piece < b"0"}
+        self._plain = {i for piece, i in self._singles.items() if piece.isascii() and piece not in (b"{", b"[")}
+        self._signs = {i for i in self._plain if not self._pieces[i].isalnum()}
         self._width = -(-len(words.pieces) // 32)
 
     def mask(self, matcher: Any) -> np.ndarray:
@@ -252,35 +252,35 @@ class _Steps:
 
     def way_out(self, matcher: Any, most: int) -> list[int]:
         """Tokens from here to an end, end-of-text included; none if no end was found within `most`, or far."""
-        matcher, rng, way = matcher.deep_copy(), random.Random(0), []
+        start, matcher, rng, way = matcher, matcher.deep_copy(), random.Random(0), []
         before = tried = frozenset(self._singles.values())
-        while len(way) < min(most, _FARTHEST) and not matcher.is_stopped():
+        while len(way) < min(max(most, _NEAR), _FARTHEST) and not matcher.is_stopped():
             mask = self.mask(matcher)
             singles = {token for token in self._singles.values() if has(mask, token)}
             way.append(self._next(mask, singles, before, tried, rng))
-            if way[-1] in self.ends:
-                break
             matcher.consume_token(way[-1])
-            before, tried = singles, {*way[-16:]}
-        is_end = matcher.is_stopped() or (way and way[-1] in self.ends)
-        return way if is_end and not matcher.is_error() else []
+            before, tried = singles, {*way[-64:]}
+        for place in reversed(range(len(way) - 1) if len(way) <= _NEAR else ()):  # what was tried in vain is left out
+            shorter = way[:place] + way[place + 1 :]
+            way = shorter if self._ends(start, shorter) else way
+        return way if len(way) <= most and self._ends(start, way) else []
+
+    def _ends(self, matcher: Any, way: list[int]) -> bool:
+        matcher = matcher.deep_copy()
+        return matcher.try_consume_tokens(way) == len(way) and matcher.is_stopped()
 
     def _next(self, mask: np.ndarray, singles: set[int], before: set[int], tried: set[int], rng: random.Random) -> int:
         """singles: allowed tokens of one byte; before: those a step earlier. tried: on the way."""
-        for tokens in (self.ends, self._marks):
-            if found := [token for token in tokens if has(mask, token)]:
-                return found[0]
-        if closing := [token for token in self._brackets if token in singles]:
-            in_string = len(closing) == len(self._brackets)  # which brackets do not end
-            return self._quote if in_string and self._quote in singles else closing[0]
+        if found := [token for tokens in (self.ends, self._marks) for token in tokens if has(mask, token)]:
+            return found[0]
+        if 0 < len(closing := [token for token in self._brackets if token in singles]) < len(self._brackets):
+            return closing[0]  # in a string all brackets may come, and end nothing
         if self._quote in singles:
             return self._quote
         # Out of a repetition leads what has just become possible, or what is no letter; what opens a bracket leads in.
-        singles = singles - self._opening or singles
-        for tokens in (singles - before, singles & self._signs - tried, singles - tried, singles):
-            if tokens:
-                return rng.choice(sorted(tokens))
-        return tokens_of(mask)[0]
+        singles = singles & self._plain or singles or {*tokens_of(mask)}
+        ranks = singles - before, singles & self._signs - tried, singles - tried, singles
+        return rng.choice(sorted(next(filter(None, ranks))))
 
 
 def tokens_of(mask: np.ndarray) -> list[int]:

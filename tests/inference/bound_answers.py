@@ -28,6 +28,15 @@ TOOLS = [
     {"name": "free", "parameters": {"type": "object", "additionalProperties": {"type": "number"}}},
 ]
 SCHEMAS = {
+    "wanting": {  # whose strings want something before they may end
+        "type": "object",
+        "properties": {
+            "mail": {"type": "string", "pattern": r"^[^\s@]+@[^\s@]+\.[^\s@]+$"},
+            "last": {"type": "string", "pattern": "[0-9]$"},
+            "any": {"type": "string", "pattern": "@"},
+        },
+        "additionalProperties": False,
+    },
     "ticket": {
         "type": "object",
         "properties": {
