@@ -69,7 +69,7 @@ def test_talk_is_streamed_and_kept(page, model):
     page.fill("[name=system]", "Be brief.")
     page.fill("[name=temperature]", "0")
     page.fill("[name=seed]", "7")
-    page.click("#settings button[value=ok]")
+    page.press("[name=seed]", "Enter")
     ask(page, "first")
     answered(page)
     expect(page.locator(".speed")).to_contain_text("tokens")
@@ -220,13 +220,17 @@ def test_list_search_rename_delete_export_import(page, model, browser, address, 
     expect(page.locator("#list .title")).to_have_text(["one"])
     page.get_by_role("button", name="Rename").click()
     page.fill("#question-input", "fruit")
-    page.click("#question-ok")
+    page.press("#question-input", "Enter")
     page.fill("#search", "")
     expect(page.locator("#list .title")).to_have_text(["two", "fruit"])
     with page.expect_download() as download:
         page.click("#export")
     file = tmp_path / "talks.json"
     download.value.save_as(file)
+    page.get_by_role("button", name="Delete").first.click()
+    page.keyboard.press("Enter")  # of a careless hand: deletes nothing
+    expect(page.locator("#question")).to_be_hidden()
+    expect(page.locator("#list .title")).to_have_text(["two", "fruit"])
     page.get_by_role("button", name="Delete").first.click()
     page.click("#question-ok")
     expect(page.locator("#list .title")).to_have_text(["fruit"])

@@ -56,7 +56,7 @@ export function ask({ title, text = "", input = "", value = "", ok = say("ok") }
   Object.assign(field, { hidden: !input, type: input || "text", value, required: Boolean(input) });
   dialog.returnValue = "";
   dialog.showModal();
-  if (input) field.select();
+  if (input) field.focus(), field.select();
   return new Promise((resolve) => {
     dialog.onclose = () => resolve(dialog.returnValue !== "ok" ? null : input ? field.value : true);
   });

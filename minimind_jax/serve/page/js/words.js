@@ -68,7 +68,7 @@ const WORDS = {
   unreachable: ["The server cannot be reached.", "无法连接服务器。"],
   odd: ["The server answered with status {status}.", "服务器返回状态 {status}。"],
   doRestart: ["Is `minimind serve` still running? Start it again, then try again; the conversation is kept here.", "`minimind serve` 还在运行吗？请重新启动后重试；对话已保存在这里。"],
-  doKey: ["The server asks for a key (its option --api_key). It is kept until this tab is closed.", "服务器需要密钥（其选项 --api_key）。密钥保留到关闭此标签页为止。"],
+  doKey: ["The server asks for a key (one of those it was started with). It is kept until this tab is closed.", "服务器需要密钥（启动时设置的密钥之一）。密钥保留到关闭此标签页为止。"],
   doModel: ["Choose another model above.", "请在上方选择其他模型。"],
   doShorter: ["Shorten the message, lower the tokens of an answer, or begin a new conversation.", "请缩短消息、减小回答的 token 数，或新建对话。"],
   doWait: ["The server is busy or still loading. Wait a little, then try again.", "服务器繁忙或仍在加载，请稍后重试。"],
