@@ -127,8 +127,8 @@ class GenerateConfig(ReadingConfig, SamplingSettings):
     """
 
     model: str = setting()
-    prompt: tuple[str, ...] = setting((), is_text=True)
-    input: tuple[str, ...] = ()
+    prompt: tuple[str, ...] = setting((), is_text=True, repeats=True)
+    input: tuple[str, ...] = setting((), repeats=True)
     image: tuple[str, ...] = setting((), is_text=True, repeats=True)
     output: str = ""
     as_conversations: bool = False

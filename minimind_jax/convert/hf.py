@@ -149,9 +149,9 @@ def _fit_tokenizer_config(file: Path, context: int, labels: Labels | None):
     """Undoes what transformers 5 writes when it saves a tokenizer anew and 4 cannot load (a class that 4 does not have,
     and a list where 4 wants a dict), and says where texts are cut: at their end, as transformers' pipeline does with
     truncation; conversations at their beginning. A language model reads its whole context, though its tokenizer may
-    come from a classifier of short texts."""
+    come from a classifier of short texts, and is padded on the left: what it writes follows the last token of a row."""
     given = read_object(file)
-    values = dict(given)
+    values = {**given, "padding_side": "right" if labels else "left"}
     if values.get("tokenizer_class") == "TokenizersBackend":
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
         if isinstance(values.get("extra_special_tokens"), list):

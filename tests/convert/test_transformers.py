@@ -67,6 +67,10 @@ def test_transformers_loads_it_and_computes_the_same(model, tokenizer, tmp_path)
         assert ours.ids == generated.tolist()
         assert ours.text == their_tokenizer.decode(generated, skip_special_tokens=True)
         print(f"greedy text equal: {ours.text!r}")
+    assert len({len(tokenizer.encode(prompt)) for prompt in PROMPTS}) > 1
+    inputs = their_tokenizer(PROMPTS, padding=True, return_tensors="pt")
+    generated = theirs.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)[:, inputs["input_ids"].shape[1] :]
+    assert their_tokenizer.batch_decode(generated, skip_special_tokens=True) == [ours.text for ours in answers]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

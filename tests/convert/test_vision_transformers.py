@@ -152,6 +152,11 @@ def test_the_processor_and_the_template_place_images_and_the_text_is_ours(export
     generated = theirs.generate(**inputs, do_sample=False, max_new_tokens=6, eos_token_id=None)[0, len(ids) :]
     assert greedy(LanguageModel(config), params, ids, ours, 6) == generated.tolist()
 
+    longer = prompt.replace("What?", "What is in these two?")
+    inputs = processor(text=[prompt, longer], images=[pictures, pictures], padding=True, return_tensors="pt")
+    together = theirs.generate(**inputs, do_sample=False, max_new_tokens=6, eos_token_id=None)
+    assert inputs["input_ids"].shape[1] > len(ids) and together[0, -6:].tolist() == generated.tolist()
+
 
 def test_a_folder_written_by_transformers_comes_back(exported, theirs, tmp_path):
     """Without a processor beside it, of which the settings are then SigLIP's."""

@@ -139,9 +139,12 @@ def test_pictures_that_fill_the_context_are_counted(config):
         run(config({"prompt": "What?", "images": ["1.png"] * 160}))
 
 
-def test_pictures_of_the_command_line_add_up_and_are_names_of_files():
-    argv = "--model m --prompt a --image 1.png --image".split()
-    assert load_settings(GenerateConfig, [*argv, "a, b.png", "[c].png"]).image == ("1.png", "a, b.png", "[c].png")
+def test_prompts_and_pictures_of_the_command_line_add_up_and_pictures_are_names_of_files():
+    argv = "--model m --prompt a --prompt b --image 1.png --image".split()
+    config = load_settings(GenerateConfig, [*argv, "a, b.png", "[c].png"])
+    assert (config.prompt, config.image) == (("a", "b"), ("1.png", "a, b.png", "[c].png"))
+    config = load_settings(GenerateConfig, "--model m --input 1.jsonl --input 2.jsonl".split())
+    assert config.input == ("1.jsonl", "2.jsonl")
 
 
 @pytest.mark.parametrize(
