@@ -31,7 +31,7 @@ SCHEMAS = {
     "wanting": {  # whose strings want something before they may end
         "type": "object",
         "properties": {
-            "mail": {"type": "string", "pattern": r"^[^\s@]+@[^\s@]+\.[^\s@]+$"},
+            "mail": {"type": "string", "pattern": r"^[^ @]+@[^ @]+\.[^ @]+$"},
             "last": {"type": "string", "pattern": "[0-9]$"},
             "any": {"type": "string", "pattern": "@"},
         },
