@@ -86,11 +86,11 @@ class Rollouts:
         return None
 
     def facts(self, steps: int) -> dict[str, str]:
-        rollout, tasks = self.config.rollout, len(self.player.tasks.train)
+        own, n, warmup = self.config.rollout, len(self.player.tasks.train), self.config.critic.warmup
         each = f", {self.stride} steps each" if self.stride > 1 else ""
+        each += f"; the first {warmup} train the value model alone" if self.config.has_critic and warmup else ""
         return {
-            "training data": f"{tasks:,} prompts; a rollout is {rollout.prompts} of them, {rollout.completions} "
-            "completions each",
+            "training data": f"{n:,} prompts; a rollout is {own.prompts} of them, {own.completions} completions each",
             "rewards": ", ".join(self.config.rewards.use),
             "steps": f"{steps:,} ({steps // self.stride:,} rollouts{each})",
         }

@@ -1,11 +1,14 @@
 """Rollouts as batches: advantages by the settings, not by the numbers of the day, and the batches of each step."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from minimind_jax.config.rl import CriticConfig, PolicyConfig, PPOConfig, RLConfig, RolloutConfig
 from minimind_jax.rl.batches import arrays_of, minibatches, with_advantages
 from minimind_jax.rl.rollout import Row, describe
+from minimind_jax.rl.source import Rollouts
 
 SAMPLED = ([1, 1, 1], [1, 0, 1], [1], [1, 1, 0, 0])  # behind a prompt of two tokens; 0 is what an environment said
 REWARDS = (1.0, 0.0, 0.5, 2.0)
@@ -124,3 +127,15 @@ def test_what_is_told_is_of_the_completions_that_have_a_reward(lost, reward, tau
     told = describe([row._replace(unjudged=n in lost) for n, row in enumerate(ROWS)])
     assert told.get("reward") == (reward and pytest.approx(reward)) and told["frac_reward_zero_std"] == 1 - taught
     assert ("reward" in told) == ("reward_std" in told)
+
+
+@pytest.mark.parametrize(
+    ("kind", "warmup", "told"), [(PPOConfig, 2, True), (PPOConfig, 0, False), (RLConfig, 2, False)]
+)
+def test_rollouts_that_leave_the_policy_alone_are_told_before_the_first_step(kind, warmup, told):
+    """A short run of PPO may be nothing else."""
+    advantage = {"advantage": "gae", "scale": "batch"} if kind is PPOConfig else {}
+    config = settings(kind, CriticConfig(warmup=warmup), **advantage)
+    player = SimpleNamespace(tasks=SimpleNamespace(train=[0] * 19))
+    facts = Rollouts.facts(SimpleNamespace(config=config, stride=config.stride, player=player), 2 * config.stride)
+    assert ("the first 2 train the value model alone" in facts["steps"]) == told
