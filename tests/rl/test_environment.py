@@ -200,7 +200,7 @@ HOSTILE = {
 def hostile(small):
     settings = AgentSettings(
         tools=("all", f"{Path(__file__).parent.parent / 'tools' / 'user_tools.py'}"),
-        tool_seconds=0.4, tool_memory=64, observation_tokens=60,
+        tool_seconds=2, tool_memory=64, observation_tokens=60,
     )  # fmt: skip
     environment = ToolUse(settings, small)
     yield environment
