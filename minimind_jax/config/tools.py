@@ -174,7 +174,7 @@ class ScoreConfig(ReadingConfig):
     """
 
     model: str = setting()
-    input: tuple[str, ...] = setting()
+    input: tuple[str, ...] = setting(repeats=True)
     output: str = ""
     on_error: Literal["stop", "skip"] = "stop"
 
@@ -189,7 +189,7 @@ class PredictConfig(ScoreConfig):
     seq_len: longer texts are cut there; null as the run was trained.
     """
 
-    input: tuple[str, ...] = ()
+    input: tuple[str, ...] = setting((), repeats=True)
     top: int = setting(1, must=at_least(1))
     seq_len: int | None = setting(None, must=at_least(4))
 

@@ -284,7 +284,8 @@ def parse_line(raw: bytes | dict[str, Any], file: Path, line: int | str, told: C
         raise UserError(f"{where}: not readable JSON: {error}") from error
     value = {"messages": value} if are_messages(value) else value
     if not isinstance(value, dict):
-        hint = _AS_RECORDS.get(tuple(map(type, value)) if isinstance(value, list) else type(value), "")
+        kind = tuple(map(type, value)) if isinstance(value, list) else type(value)
+        hint = _AS_RECORDS.get(kind, "") if _ends_in(file, ".jsonl") else ""  # the command reads lines
         raise UserError(f'{where}: a JSON {type(value).__name__}; expected an object, as in {{"text": ...}}{hint}')
     text = json.dumps(value, ensure_ascii=False) if "\\u" in text else text
     told.update((str(file), note) for note in text_files.spoiled(text))

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from minimind_jax.config import classify, rl
+from minimind_jax.config import rl
 from minimind_jax.config import stages as settings
+from minimind_jax.config.classify import ClassifyConfig
 from minimind_jax.runs.kind import StageKind
 
 CHAT = ("chat --model {model}", "talk to it")
@@ -55,7 +56,7 @@ KINDS = (
         figures=("margin", "accuracy"), curves=("margin", "accuracy"), next=(SCORE,),
     ),
     StageKind(
-        "classify", classify.ClassifyConfig, "stages.classify:recipe",
+        "classify", ClassifyConfig, "stages.classify:recipe",
         records="labelled", has_head=True, needs_start=True, fixed=("vision.",),
         figures=("accuracy",), curves=("accuracy",), next=(PREDICT,),
     ),

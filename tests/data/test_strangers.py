@@ -93,6 +93,9 @@ def test_lines_that_are_no_objects_are_made_into_some(tmp_path, line, expected):
     printed = []
     exec(code, {"print": printed.append})
     assert [json.loads(line) for line in printed] == [expected]
+    with pytest.raises(UserError, match="expected an object") as told:  # an array of them has no such lines
+        list(iter_records([write(tmp_path / "a.json", f"[{line}, {line}]")]))
+    assert "RECORDS" not in str(told.value)
 
 
 def test_two_questions_in_a_row_are_told():

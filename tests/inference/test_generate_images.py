@@ -9,6 +9,7 @@ import pytest
 
 from minimind_jax.config.generation import GenerateConfig
 from minimind_jax.config.settings import load_settings
+from minimind_jax.config.tools import PredictConfig, ScoreConfig
 from minimind_jax.data.images import read_image
 from minimind_jax.data.jsonl import iter_records
 from minimind_jax.data.kinds import KINDS, Wanted
@@ -143,8 +144,12 @@ def test_prompts_and_pictures_of_the_command_line_add_up_and_pictures_are_names_
     argv = "--model m --prompt a --prompt b --image 1.png --image".split()
     config = load_settings(GenerateConfig, [*argv, "a, b.png", "[c].png"])
     assert (config.prompt, config.image) == (("a", "b"), ("1.png", "a, b.png", "[c].png"))
-    config = load_settings(GenerateConfig, "--model m --input 1.jsonl --input 2.jsonl".split())
-    assert config.input == ("1.jsonl", "2.jsonl")
+
+
+@pytest.mark.parametrize("command", [GenerateConfig, ScoreConfig, PredictConfig])
+def test_files_that_a_command_reads_add_up(command):
+    config = load_settings(command, "--model m --input 1.jsonl --input 2.jsonl 3.jsonl".split())
+    assert config.input == ("1.jsonl", "2.jsonl", "3.jsonl")
 
 
 @pytest.mark.parametrize(
