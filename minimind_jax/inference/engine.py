@@ -391,6 +391,8 @@ class Engine:
         count = min(MOST_STEPS, max(task.answer.room for task in tasks))
         if patient:
             return count
+        if not all(task.answer.tokens for task in tasks):  # of a prompt that another row held
+            return 1
         latency = LATENCY * patience(len(tasks))
         return max(1, min(count, int(latency / self._seconds) if self._seconds else 1))
 

@@ -22,7 +22,6 @@ from minimind_jax.errors import UserError
 from minimind_jax.model import fused_attention as fused
 from minimind_jax.model.config import Platform
 from minimind_jax.model.kv_cache import LayerCache
-from minimind_jax.sharding import current_mesh
 
 # Values of the forward pass that recomputation policies keep, because making them again is most of attention's work.
 # (cuDNN's have no name: with such a policy its forward pass runs twice.)
@@ -32,8 +31,6 @@ Path = Literal["auto", "reference", "grouped", "cudnn", "cudnn_packed", "tokamax
 FUSED: dict[Path, Platform] = {"cudnn": "gpu", "cudnn_packed": "gpu", "tokamax": "gpu", "splash": "tpu"}
 
 BLOCK = 256  # most queries whose scores `grouped` holds at once
-GROUP = 8  # rows of a cache that go through its blocks together, as far as the longest of them, on a CPU
-WORTH = 0.75  # of the blocks of all rows is left, or they are not picked out by groups
 FEW_KEYS = 256  # scores of so many stay in a TPU's own memory between two products, where splash would only fill up
 
 
@@ -149,9 +146,6 @@ def cached_attention(
 
     rows_B: the rows of the cache that the queries belong to; see `LayerCache.of_rows`."""
     if platform == "cpu":
-        B, T, *_ = q_BTNH.shape
-        if T == 1 and B >= 4 * GROUP and B % GROUP == 0 and current_mesh() is None:
-            return _by_length(q_BTNH, cache, positions_BT, rows_B)
         return _by_blocks(q_BTNH, cache, positions_BT, rows_B)
     take_rows = cache.of_rows(rows_B)
     k_BKHS, v_BKSH = (take_rows(x).astype(q_BTNH.dtype) for x in cache.join())
@@ -194,38 +188,26 @@ def _reference(q_BTNH, k_BKHS, v_BKSH, mask_BTS, platform):
     return _in_float32("BKGTS,BKSH->BTKGH", probs_BKGTS, v_BKSH, platform).astype(q_BTNH.dtype).reshape(B, T, N, H)
 
 
-def _by_length(q_B1NH, cache: LayerCache, positions_B1, rows_B):
-    """`_by_blocks`, where lengths differ much with GROUP rows of like length at a time, as in one call all go as far as
-    the longest. 64 rows of 20 to 300 tokens: 0.83 of the time of a step (29.0M); of equal ones it would be 1.2."""
-    order_B = jnp.argsort(positions_B1[:, 0])
-    rows = jnp.arange(len(order_B)) if rows_B is None else rows_B
-    groups = tuple(x[order_B].reshape(-1, GROUP, *x.shape[1:]) for x in (q_B1NH, positions_B1, rows))
-    blocks_g = jnp.max(groups[1], axis=(1, 2)) // cache.v_CBKsH.shape[3] + 1
-
-    def in_groups():
-        outs = jax.lax.map(lambda group: _by_blocks(group[0], cache, *group[1:]), groups)
-        return outs.reshape(q_B1NH.shape)[jnp.argsort(order_B)]
-
-    is_worth_it = jnp.sum(blocks_g) < WORTH * len(blocks_g) * jnp.max(blocks_g)
-    return jax.lax.cond(is_worth_it, in_groups, lambda: _by_blocks(q_B1NH, cache, positions_B1, rows_B))
-
-
 def _by_blocks(q_BTNH, cache: LayerCache, positions_BT, rows_B):
     """`_reference` on a CPU: block by block, up to the last slot that a query sees, so that time follows the tokens
     and not the size of the cache. Sums so far are rescaled when a larger score is found (arXiv 2205.14135). The queries
-    that share a key are the rows of one product (R = T * G)."""
+    that share a key are the rows of one product (R = T * G). XLA copies a block before it multiplies it: plainly in one
+    thread, but in all of them where something is computed on the way, so keys and values not seen become 0."""
     B, T, N, H = q_BTNH.shape
     C, _, K, size, _ = cache.v_CBKsH.shape
     take_rows = cache.of_rows(rows_B)
     q_BTKGH = q_BTNH.astype(jnp.float32).reshape(B, T, K, N // K, H) / math.sqrt(H)
     q_BKRH = q_BTKGH.transpose(0, 2, 1, 3, 4).reshape(B, K, -1, H)
     last_B1R1 = jnp.repeat(positions_BT, N // K, axis=1)[:, None, :, None]
+    last_B111 = jnp.max(last_B1R1, axis=2, keepdims=True)
 
     def add_block(index, state):
         out_BKRH, total_BKR1, largest_BKR1 = state
         k_BKHs, v_BKsH = (take_rows(jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False)) for x in cache)
-        mask_B1Rs = index * size + jnp.arange(size) <= last_B1R1
-        scores_BKRs = jnp.where(mask_B1Rs, jnp.einsum("BKRH,BKHs->BKRs", q_BKRH, k_BKHs), -1e30)
+        slots_s = index * size + jnp.arange(size)
+        k_BKHs = jnp.where(slots_s <= last_B111, k_BKHs, 0)
+        v_BKsH = jnp.where(slots_s[:, None] <= last_B111, v_BKsH, 0)
+        scores_BKRs = jnp.where(slots_s <= last_B1R1, jnp.einsum("BKRH,BKHs->BKRs", q_BKRH, k_BKHs), -1e30)
         new_largest_BKR1 = jnp.maximum(largest_BKR1, jnp.max(scores_BKRs, axis=-1, keepdims=True))
         weights_BKRs, kept_BKR1 = jnp.exp(scores_BKRs - new_largest_BKR1), jnp.exp(largest_BKR1 - new_largest_BKR1)
         new_out_BKRH = jnp.einsum("BKRs,BKsH->BKRH", weights_BKRs, v_BKsH)

@@ -20,7 +20,6 @@ from minimind_jax.errors import UserError
 from minimind_jax.model import attention as attention_module
 from minimind_jax.model import fused_attention as fused
 from minimind_jax.model.attention import (
-    GROUP,
     UNTRIED,
     Choice,
     attention,
@@ -194,7 +193,7 @@ def test_one_query_goes_over_blocks_of_slots_and_stops_behind_the_last_one_seen(
 
 @pytest.mark.parametrize("lengths", ["unequal", "equal"])
 def test_many_rows_of_unequal_lengths_give_what_each_gives_alone(lengths):
-    slots, rows = 4 * CPU_BLOCK, 4 * GROUP
+    slots, rows = 4 * CPU_BLOCK, 32
     _, k, v = make_inputs(rows + 3, slots, 4, 2, 8)
     q = make_inputs(rows, 1, 4, 2, 8, seed=5)[0]
     last_B = np.random.default_rng(0).permutation(rows) * (slots - 1) // (rows - 1)
@@ -207,7 +206,7 @@ def test_many_rows_of_unequal_lengths_give_what_each_gives_alone(lengths):
     for n, row in enumerate(rows_B):
         of_row = make_cache(k[row : row + 1], v[row : row + 1])
         alone = cached_attention(q[n : n + 1], of_row, last_B[n : n + 1, None])
-        np.testing.assert_allclose(together[n], alone[0], atol=1e-6)
+        np.testing.assert_allclose(together[n], alone[0], rtol=1e-6, atol=1e-6)  # values up to 5: a few roundings
 
 
 def abstract_mesh(**sizes):
