@@ -43,7 +43,8 @@ def read_tools(value: Any, place: Place, bare: bool = False) -> list[dict[str, A
         tools = _pruned(tools, place, "of tools, ")
     for index, tool in enumerate(tools):
         function = tool.get("function") or tool
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or not name.strip():
             raise UserError(f"{place.text}[{index}]: missing field `name`; expected a function's JSON schema")
     if bare:
         tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]

@@ -22,7 +22,7 @@ from minimind_jax.rl.batches import arrays_of, minibatches, with_advantages
 from minimind_jax.rl.pages import show, write_page
 from minimind_jax.rl.play import GaveUp, Writer
 from minimind_jax.rl.player import Played, Player
-from minimind_jax.rl.rollout import Rollout, Row
+from minimind_jax.rl.rollout import Rollout, Row, judged
 from minimind_jax.rl.scoring import Scorer
 from minimind_jax.sharding import announce, data_process
 
@@ -158,12 +158,15 @@ class Rollouts:
 
     def _warn(self, rollout: Rollout, number: int) -> None:
         """Of the first rollout that teaches nothing, even where others were asked for."""
-        is_compared = self.config.policy.advantage in ("group", "leave_one_out")
-        if is_compared and rollout.told["frac_reward_zero_std"] == 1 and not self._has_warned:
+        advantage, rewards, which = self.config.policy.advantage, {row.reward for row in judged(rollout.rows)}, ""
+        is_nothing = rewards == {0} if advantage == "gae" else len(rewards) == 1  # a value, at least, may be learned
+        if advantage in ("group", "leave_one_out"):
+            is_nothing, which = rollout.told["frac_reward_zero_std"] == 1, " of each prompt"
+        if is_nothing and not self._has_warned:
+            refill = ", policy.refill; frac_reward_zero_std tells how often that is so" if which else ""
             announce(
-                f"warning: rollout {number} taught nothing, for all completions of each prompt got the same reward; "
-                "frac_reward_zero_std tells how often that is so (easier or harder prompts, finer rewards, "
-                "policy.refill)"
+                f"warning: rollout {number} taught nothing, for all completions{which} got the same reward (easier or "
+                f"harder prompts, finer rewards{refill})"
             )
             self._has_warned = True
 

@@ -45,6 +45,7 @@ from minimind_jax.errors import UserError
         ({"messages": TALK, **answers("a", "b")}, "field 'chosen' .*`minimind dpo`"),
         ({"messages": TALK, "functions": [{"name": "g"}], "tools": TOOLS}, "`tools` and `functions` .* differ"),
         ({"messages": TALK, "tools": {"tools": TOOLS}}, r"tools\[0\]: missing field `name`"),
+        ({"messages": TALK, "tools": [{"name": " "}]}, r"tools\[0\]: missing field `name`"),
         ({"messages": [USER, {**ANSWER, "content": "<think>hm"}]}, "message 2: its <think> is never closed"),
         ({"messages": [USER, {**ANSWER, "reasoning": "r", "content": "b<think>r</think>"}]}, "<think> block .* differ"),
         ({"messages": [USER, {**ANSWER, "content": [{"type": "text", "text": "a", "weight": 0}]}]}, "field 'weight'"),

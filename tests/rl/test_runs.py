@@ -118,9 +118,10 @@ def test_completions_that_are_all_cut_and_masked_move_nothing(grpo, base, capsys
 
 
 @pytest.mark.slow
-def test_a_reward_that_has_nothing_to_say_counts_as_nothing(grpo):
+def test_a_reward_that_has_nothing_to_say_counts_as_nothing(grpo, capsys):
     steps = steps_of(grpo(reward="nothing", kind=PPOConfig, policy=PPOConfig().policy))
     assert {row["reward"] for row in steps if "reward" in row} == {0}
+    assert capsys.readouterr().out.count("taught nothing, for all completions got the same reward") == 1
 
 
 @pytest.mark.parametrize("changes", [{"intermediate_size": 48}, {"vocab_size": 512}])
