@@ -71,7 +71,7 @@ def make_plan(asked: PlanConfig) -> dict:
         "state": {"parameters": params, "optimizer": opt_state, "share": (params + opt_state) / whole},
     }
     if package:
-        plan |= _compiled_facts(traced, package, device.platform)
+        plan |= _compiled_facts(traced, package, device.platform, planned.config.compute.deterministic)
     else:
         plan["compiler"] = {"name": None, "install": devices.install_command(device)}
         gradients = compiler.bytes_per_device(state.params)
@@ -139,10 +139,10 @@ def _image_facts(config: SeeingConfig, model: LanguageModel, asked: int | None, 
     }
 
 
-def _compiled_facts(traced, package: str, platform: str) -> dict:
+def _compiled_facts(traced, package: str, platform: str, deterministic: bool) -> dict:
     """What the compiler has to say: memory, kernels, collectives."""
     started = time.monotonic()
-    step = compiler.compile_step(traced, platform)
+    step = compiler.compile_step(traced, platform, deterministic)
     name, seconds = f"{package} {version(package)}, jax {version('jax')}", round(time.monotonic() - started, 1)
     told = {"name": name, "seconds": seconds}
     if step.memory is None:

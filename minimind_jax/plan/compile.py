@@ -127,10 +127,18 @@ def trace_step(config: RunConfig, model, mesh):
     return program.step.trace(program.abstract, abstract_batch(config, model)), program.abstract
 
 
-def compile_step(traced, platform: str) -> CompiledStep:
+def compiler_options(platform: str, deterministic: bool = False) -> dict[str, str | bool]:
+    """Without a device nothing can be timed, so kernels are taken as the compiler's model ranks them. For a fixed order
+    of sums XLA has none of Triton's, and from jax 0.12 on it fails at products that were meant for them."""
+    if platform != "cuda":
+        return {}
+    without_triton = deterministic and jax.__version_info__ >= (0, 12)
+    return {"xla_gpu_autotune_level": "0"} | ({"xla_gpu_enable_triton_gemm": False} if without_triton else {})
+
+
+def compile_step(traced, platform: str, deterministic: bool = False) -> CompiledStep:
     """Compiles a traced step. Raises UserError when the compiler refuses it for another reason than memory."""
-    # Without a device nothing can be timed, so kernels are taken as the compiler's model ranks them.
-    options = {"xla_gpu_autotune_level": "0"} if platform == "cuda" else None
+    options = compiler_options(platform, deterministic)
     try:
         compiled = traced.lower().compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:

@@ -27,7 +27,8 @@ def compiled(devices: list, stage: str, arguments: list[str]) -> dict:
     model = LanguageModel(planned.architecture, planned.config.compute, platform="gpu")
     traced, _ = compiler.trace_step(planned.config, model, make_mesh(planned.config.mesh, devices))
     with tempfile.TemporaryDirectory() as folder:
-        options = {"xla_gpu_autotune_level": "0", "xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        options = compiler.compiler_options("cuda", planned.config.compute.deterministic)
+        options |= {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         program = traced.lower().compile(compiler_options=options)
         code = [file.read_text() for file in Path(folder).glob("*.ptx")]
     atomics = collections.Counter(name for text in code for name in re.findall(r"\b(?:atom|red)\.[\w.:]+", text))

@@ -38,9 +38,13 @@ def test_a_deterministic_step_adds_nothing_up_in_the_order_of_threads(seeing):
     ]
     script = Path(__file__).with_name("gpu_step.py")
     usual, *found = run_compiler("cuda", script, json.dumps([usual, *cases]))
-    assert usual["atomics"] and usual["custom_calls"] == [MASKED, MASKED + "Backward"]
+    assert usual["custom_calls"] == [MASKED, MASKED + "Backward"]
+    assert not any("cudnn" in call for case in found for call in case["custom_calls"])
+    if not usual["kernels"]:
+        pytest.skip("this compiler writes no machine code (that of jax 0.12)")
+    assert usual["atomics"]
     for case in found:
-        assert case["kernels"] > 50 and not case["atomics"] and not case["custom_calls"]
+        assert case["kernels"] > 50 and not case["atomics"]
 
 
 @pytest.mark.slow
