@@ -127,7 +127,7 @@ def trace_step(config: RunConfig, model, mesh):
     return program.step.trace(program.abstract, abstract_batch(config, model)), program.abstract
 
 
-def compiler_options(platform: str, deterministic: bool = False) -> dict[str, str | bool]:
+def deviceless_options(platform: str, deterministic: bool = False) -> dict[str, str | bool]:
     """Without a device nothing can be timed, so kernels are taken as the compiler's model ranks them. For a fixed order
     of sums XLA has none of Triton's, and from jax 0.12 on it fails at products that were meant for them."""
     if platform != "cuda":
@@ -138,7 +138,7 @@ def compiler_options(platform: str, deterministic: bool = False) -> dict[str, st
 
 def compile_step(traced, platform: str, deterministic: bool = False) -> CompiledStep:
     """Compiles a traced step. Raises UserError when the compiler refuses it for another reason than memory."""
-    options = compiler_options(platform, deterministic)
+    options = deviceless_options(platform, deterministic)
     try:
         compiled = traced.lower().compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:

@@ -27,7 +27,7 @@ def compiled(devices: list, stage: str, arguments: list[str]) -> dict:
     model = LanguageModel(planned.architecture, planned.config.compute, platform="gpu")
     traced, _ = compiler.trace_step(planned.config, model, make_mesh(planned.config.mesh, devices))
     with tempfile.TemporaryDirectory() as folder:
-        options = compiler.compiler_options("cuda", planned.config.compute.deterministic)
+        options = compiler.deviceless_options("cuda", planned.config.compute.deterministic)
         options |= {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         program = traced.lower().compile(compiler_options=options)
         code = [file.read_text() for file in Path(folder).glob("*.ptx")]
