@@ -41,11 +41,15 @@ def read_tools(value: Any, place: Place, bare: bool = False) -> list[dict[str, A
     check_json(tools, place.text)
     if not is_text:
         tools = _pruned(tools, place, "of tools, ")
+    names: set[str] = set()
     for index, tool in enumerate(tools):
         function = tool.get("function") or tool
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(name, str) or not name.strip():
             raise UserError(f"{place.text}[{index}]: missing field `name`; expected a function's JSON schema")
+        if name in names:
+            raise UserError(f"{place.text}[{index}]: another tool is named {name!r}, too; a call could not tell which")
+        names.add(name)
     if bare:
         tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
     return tools or None

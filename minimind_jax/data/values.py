@@ -17,7 +17,13 @@ IGNORABLE = frozenset(
     "created_at,conversation_id,dialog_id,tool_call_id,finish_reason,license,split,subset,task,num_turns,num_tokens,"
     "prefix,parallel_tool_calls,__index_level_0__,Unnamed: 0".split(",")
 )
-COLUMNS = "; pandas wrote this by columns: to_json(FILE, orient='records', lines=True) writes records"
+_AS_RECORDS = (
+    "; {}: python -c \"import json; d = json.load(open('FILE', encoding='utf-8')); [print(json.dumps({})) for r in "
+    '{}]" > RECORDS.jsonl'
+)
+_CELLS = "zip(*(c.values() if isinstance(c, dict) else c for c in d.values()))"
+_COLUMNS = _AS_RECORDS.format("if these are columns", "dict(zip(d, r))", _CELLS)
+_SPLIT = _AS_RECORDS.format("if these are rows of a table", "dict(zip(d['columns'], r))", "d['data']")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +100,7 @@ def without_nulls(value: Any) -> Any:
 def checked_text(value: Any, place: str) -> str:
     """`value`, a string of whole characters. Raises UserError, which names the place."""
     if not isinstance(value, str):
-        raise UserError(f"{place} is {kind_of(value)}; expected a string{COLUMNS * _is_column(value)}")
+        raise UserError(f"{place} is {kind_of(value)}; expected a string{_COLUMNS * _is_column(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -156,11 +162,12 @@ def field_names(value: dict[str, Any]) -> str:
     as in {"data": [...]}, with the way out."""
     names = [repr(name)[1:-1][:40] for name in list(value)[:8]]
     found = ", ".join(names + ["..."] * (len(value) > 8)) or "none"
-    if any(map(_is_column, value.values())):
-        return found + COLUMNS
+    if {"columns", "data"} <= value.keys():
+        return found + _SPLIT
+    if value and all(map(_is_column, value.values())):
+        return found + _COLUMNS
     count, path = max(_records_in(value), key=lambda records: records[0], default=(0, ""))
-    code = f"import json; [print(json.dumps(r)) for r in json.load(open('FILE', encoding='utf-8')){path}]"
-    return found + f'; if {path} ({count:,} objects) are the records: python -c "{code}" > RECORDS.jsonl' * bool(count)
+    return found + _AS_RECORDS.format(f"if {path} ({count:,} objects) are the records", "r", f"d{path}") * bool(count)
 
 
 def _records_in(value: dict[str, Any], path: str = "") -> Iterator[tuple[int, str]]:
@@ -179,8 +186,9 @@ def _records_in(value: dict[str, Any], path: str = "") -> Iterator[tuple[int, st
 
 
 def _is_column(value: Any) -> bool:
-    """Whether it is what pandas makes of a column, {"0": ..., "1": ...}."""
-    return isinstance(value, dict) and next(iter(value), None) == "0"
+    """Whether it may be a column: {"0": ..., "1": ...} as pandas makes it, or a list of plain values."""
+    is_list = isinstance(value, list) and bool(value) and not any(isinstance(item, dict | list) for item in value)
+    return is_list or (isinstance(value, dict) and next(iter(value), None) == "0")
 
 
 def printed(text: str) -> str:

@@ -157,16 +157,16 @@ class Rollouts:
         return played.rollout
 
     def _warn(self, rollout: Rollout, number: int) -> None:
-        """Of the first rollout that teaches nothing, even where others were asked for."""
-        advantage, rewards, which = self.config.policy.advantage, {row.reward for row in judged(rollout.rows)}, ""
-        is_nothing = rewards == {0} if advantage == "gae" else len(rewards) == 1  # a value, at least, may be learned
-        if advantage in ("group", "leave_one_out"):
+        """Of the first rollout whose rewards tell no answer from another, even where others were asked for."""
+        rewards, which, refill = [row.reward for row in judged(rollout.rows)], "", ""
+        is_nothing = len(rewards) > 1 and len(set(rewards)) == 1
+        if self.config.policy.advantage in ("group", "leave_one_out"):
             is_nothing, which = rollout.told["frac_reward_zero_std"] == 1, " of each prompt"
+            refill = ", policy.refill; frac_reward_zero_std tells how often that is so"
         if is_nothing and not self._has_warned:
-            refill = ", policy.refill; frac_reward_zero_std tells how often that is so" if which else ""
             announce(
-                f"warning: rollout {number} taught nothing, for all completions{which} got the same reward (easier or "
-                f"harder prompts, finer rewards{refill})"
+                f"warning: in rollout {number} all completions{which} got the same reward, which tells no better one "
+                f"from a worse (easier or harder prompts, finer rewards{refill})"
             )
             self._has_warned = True
 

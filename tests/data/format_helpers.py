@@ -28,3 +28,8 @@ def pair(value, reading=READING):
 def answers(chosen, rejected, *before):
     said = [{"role": "assistant", "content": text} for text in (chosen, rejected)]
     return {"chosen": [*before, said[0]], "rejected": [*before, said[1]]}
+
+
+def write(file, text, encoding="utf-8"):
+    file.write_bytes(text.encode(encoding))
+    return file

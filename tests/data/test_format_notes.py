@@ -45,6 +45,7 @@ from minimind_jax.errors import UserError
         ({"messages": TALK, **answers("a", "b")}, "field 'chosen' .*`minimind dpo`"),
         ({"messages": TALK, "functions": [{"name": "g"}], "tools": TOOLS}, "`tools` and `functions` .* differ"),
         ({"messages": TALK, "tools": {"tools": TOOLS}}, r"tools\[0\]: missing field `name`"),
+        ({"messages": TALK, "tools": [{"name": "f"}, {"name": "f"}]}, r"tools\[1\]: another tool is named 'f', too"),
         ({"messages": TALK, "tools": [{"name": " "}]}, r"tools\[0\]: missing field `name`"),
         ({"messages": [USER, {**ANSWER, "content": "<think>hm"}]}, "message 2: its <think> is never closed"),
         ({"messages": [USER, {**ANSWER, "reasoning": "r", "content": "b<think>r</think>"}]}, "<think> block .* differ"),
@@ -129,6 +130,9 @@ def test_what_is_odd_is_told():
     given = record({"prompt": "Name one.", "chosen": "Name one. A tern.", "rejected": "No."})
     assert parse_preference(given).as_record()["chosen"][-1]["content"] == "Name one. A tern."
     assert "only `chosen` begins with the prompt" in told_lines(given.told)[0]
+    given = record({"prompt": "Name one.", "chosen": "A  tern. ", "rejected": "A  tern."})
+    parse_preference(given)
+    assert "differ by white space only" in told_lines(given.told)[0]
     given = record({"messages": [{**USER, "weight": 1}, {**ANSWER, "content": ""}, *TALK]})
     assert len(parse_conversation(given).messages) == 4
     assert "`weight` 1 of user messages is ignored" in told_lines(given.told)[0]

@@ -1,9 +1,11 @@
-"""Files as people have them, which would go wrong without a word: records within records, other programs' formats, text
-that was spoiled before, records that repeat."""
+"""Files as people have them, which would go wrong without a word: records within records, other programs' formats,
+records that repeat."""
 
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -14,11 +16,10 @@ from minimind_jax.data.jsonl import expand_paths, iter_records, tell_left_out
 from minimind_jax.data.kinds import kind_of_record, parse_conversation, parse_preference, parse_text
 from minimind_jax.data.labels import Classes, find_classes, parse_labelled
 from minimind_jax.data.prompts import read_prompt
-from minimind_jax.data.text_files import spoiled
 from minimind_jax.data.token_cache import build_cache
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.errors import UserError
-from tests.data.format_helpers import ANSWER, TALK, USER, record
+from tests.data.format_helpers import ANSWER, TALK, USER, record, write
 
 CLASSES = Classes.any("text", "label")
 READERS = {
@@ -29,11 +30,6 @@ READERS = {
     "prompt": lambda given: read_prompt(given, DataConfig()),
     "any": kind_of_record,
 }
-
-
-def write(file, text, encoding="utf-8"):
-    file.write_bytes(text.encode(encoding))
-    return file
 
 
 def lines(file, records):
@@ -129,8 +125,29 @@ def test_messages_are_not_taken_for_records():
 
 @pytest.mark.parametrize("name", ["text", "body2"])
 def test_a_table_by_columns(name):
-    with pytest.raises(UserError, match=r"pandas wrote this by columns: .*orient='records'"):
+    with pytest.raises(UserError, match=r"if these are columns: .*RECORDS.jsonl"):
         parse_labelled(record({name: {"0": "a", "1": "b"}, "label": {"0": "x", "1": "y"}}), CLASSES)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"question": ["a", "c"], "answer": ["b", "d"]},
+        {"question": {"0": "a", "1": "c"}, "answer": {"0": "b", "1": "d"}},
+        {"columns": ["question", "answer"], "index": [0, 1], "data": [["a", "b"], ["c", "d"]]},
+    ],
+    ids=["lists", "index", "split"],
+)
+def test_the_command_for_a_table_writes_records(tmp_path, table):
+    write(tmp_path / "FILE", json.dumps(table))
+    with pytest.raises(UserError, match=r"RECORDS\.jsonl") as told:
+        parse_conversation(record(table))
+    command = str(told.value)[str(told.value).index("python -c ") :]
+    subprocess.run(command.replace("python", sys.executable, 1), shell=True, cwd=tmp_path, check=True)
+    assert [json.loads(line) for line in (tmp_path / "RECORDS.jsonl").open()] == [
+        {"question": "a", "answer": "b"},
+        {"question": "c", "answer": "d"},
+    ]
 
 
 # Other programs' formats
@@ -159,7 +176,7 @@ def test_messages_that_python_printed():
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("<!DOCTYPE html>\n<p>a</p>", "this is HTML"),
+        ("<!DOCTYPE html>\n<p>a</p>", "text is HTML"),
         ("1\n00:00:01,000 --> 00:00:02,000\nHello\n", "these are subtitles"),
         ("WEBVTT\n\n00:01.000 --> 00:02.000\nHello\n", "these are subtitles"),
         ("[1] A note.\n", ""),
@@ -170,46 +187,6 @@ def test_messages_that_python_printed():
 def test_documents_with_a_form_of_their_own_are_told(tmp_path, text, told):
     (found,) = iter_records([write(tmp_path / "a.txt", text)])
     assert [note.startswith(told) for _, note in found.told] == [True] * bool(told)
-
-
-# Text that was spoiled before
-
-
-@pytest.mark.parametrize("encoding", ["cp1252", "latin-1"])
-@pytest.mark.parametrize("text", ["für", "“quoted”", "l’été", "привет", "你好", "Straße"])
-def test_text_that_was_read_in_a_wrong_encoding(text, encoding):
-    wrong = "".join(bytes([byte]).decode(encoding, "ignore") or chr(byte) for byte in text.encode())
-    assert any("wrong encoding" in note for note in spoiled(wrong))
-    assert not list(spoiled(text))
-
-
-def test_cp1252_that_was_read_as_latin_1():
-    assert list(spoiled("5 €".encode("cp1252").decode("latin-1")))
-
-
-@pytest.mark.parametrize(
-    "text", ["« déjà » vu", "NÃO", "é”…", "20 °C", "naïve – Ærø", "ESPAÑA", "a\x85b", "中文，好。"]
-)
-def test_right_text_is_not_told(text):
-    assert not list(spoiled(text))
-
-
-@pytest.mark.parametrize("ending", ["jsonl", "csv", "txt"])
-def test_spoiled_records_are_counted(tmp_path, ending):
-    texts = ["gr\u00c3\u00bcn", "caf\ufffd", "fine"]
-    content = {
-        "jsonl": "".join(json.dumps({"text": text}) + "\n" for text in texts),  # escaped, as Python's json writes it
-        "csv": "text\n" + "\n".join(texts),
-        "txt": " ".join(texts),
-    }
-    found = list(iter_records([write(tmp_path / f"a.{ending}", content[ending])]))
-    assert sorted(found[0].told.values()) == [1, 1]
-
-
-@pytest.mark.parametrize(("text", "guess"), [("für Grüße", "latin-1"), ("für 5 € – “so”", "cp1252")])
-def test_the_encoding_that_is_proposed(tmp_path, text, guess):
-    with pytest.raises(UserError, match=f"looks like {guess}: set data.encoding {guess}"):
-        list(iter_records([write(tmp_path / "a.csv", f"text,label\r\n{text},a\r\n", "cp1252")]))
 
 
 # Records that repeat
