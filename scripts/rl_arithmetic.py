@@ -1,4 +1,4 @@
-"""Learning from reward that can be seen on two cores: arithmetic with a calculator, by half a million parameters.
+"""Learning from reward that can be seen on two cores: arithmetic with a calculator, by 0.65 million parameters.
 
     python scripts/rl_arithmetic.py --agent_data agent_rl_math.jsonl --out runs/rl_arithmetic
     python scripts/rl_arithmetic.py --only grpo --seeds 1 --out runs/rl_arithmetic
