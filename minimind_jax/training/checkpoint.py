@@ -116,11 +116,16 @@ class Checkpoints(contextlib.AbstractContextManager):
             )
         except Exception as error:
             raise self._failure(error) from error
-        steps = sorted({*self._steps, step})
-        self._steps = sorted({*steps[-self._keep :], self._best and self._best(steps)} & {*steps})
-        old = [step for step in steps if step not in self._steps]
+        self._steps = sorted({*self._steps, step})
+        old = self._superseded()
         shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
         self._pending = self._background.submit(self._finish, response, step, shapes, old)
+
+    def _superseded(self) -> list[int]:
+        """The steps that are kept no longer; they leave `steps`."""
+        steps = self._steps
+        self._steps = sorted({*steps[-self._keep :], self._best and self._best(steps)} & {*steps})
+        return [step for step in steps if step not in self._steps]
 
     def _finish(self, response: Any, step: int, shapes: dict, old: list[int]) -> None:
         """Waits for Orbax; then the first process reads the new checkpoint back, and removes the old ones."""
@@ -148,6 +153,22 @@ class Checkpoints(contextlib.AbstractContextManager):
             if pending is not None:
                 pending.result()
         except Exception as error:
+            raise self._failure(error) from error
+
+    def tidy(self) -> None:
+        """Waits for the save in progress; then makes good what a kill has left undone behind the newest checkpoint, its
+        checksums and the removal of older ones, and removes one that was the best before the last evaluation."""
+        self.wait()
+        old = self._superseded()
+        if jax.process_index() or not self._steps:
+            return
+        newest = self.folder / str(self._steps[-1])
+        try:
+            if newest.exists() and not (newest / CHECKSUMS).exists():
+                write_checksums(newest)
+            for step in old:
+                remove(self.folder / str(step))
+        except OSError as error:
             raise self._failure(error) from error
 
     def record(self, step: int) -> dict:

@@ -104,7 +104,7 @@ def train(
             config, recipe, mesh, program, sample_fn, timetable, checkpoints, watch, journal, profiler, stop, start.base
         )  # fmt: skip
         state, step = loop.run(start.state, start.step)
-        checkpoints.wait()
+        checkpoints.tidy()
         state, model_step = loop.best(state, step)
         if stop.signal is not None:  # it came after the last step; the same command writes the model
             loop.say_stopped(step)

@@ -18,7 +18,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.paths import absolute
 from minimind_jax.training import checkpoint
 from minimind_jax.training.checkpoint import Checkpoints, flatten, load_params
-from minimind_jax.training.checkpoint_files import CHECKSUMS
+from minimind_jax.training.checkpoint_files import CHECKSUMS, damage
 from minimind_jax.training.run import RunFolder
 from minimind_jax.training.watch import Watch
 
@@ -85,6 +85,21 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps == [2, 5, 6]
         assert_same(checkpoints.restore(2, abstract(make_state())), make_state(2))
+
+
+def test_what_a_kill_or_the_last_evaluation_leaves_is_made_good_at_the_end(tmp_path):
+    """A kill right behind a save: no checksums yet, and the one that it supersedes is still there. A run that goes on
+    from there saves nothing more; its last evaluation finds another best."""
+    watch = Watch("min loss")
+    for step, loss in ((1, 2.0), (2, 3.0)):
+        watch.add(step, {"loss": loss})
+    save_all(tmp_path, [1, 2, 3], keep=3)
+    (tmp_path / "3" / CHECKSUMS).unlink()
+    with Checkpoints(tmp_path, keep=1, best=watch.best) as checkpoints:
+        watch.add(3, {"loss": 1.0})
+        checkpoints.tidy()
+        assert checkpoints.steps == [3]
+    assert os.listdir(tmp_path) == ["3"] and damage(tmp_path / "3") == ""
 
 
 def test_one_that_was_taken_away_by_hand_during_the_run_is_no_failure(tmp_path):
