@@ -41,18 +41,35 @@ def read_tools(value: Any, place: Place, bare: bool = False) -> list[dict[str, A
     check_json(tools, place.text)
     if not is_text:
         tools = _pruned(tools, place, "of tools, ")
-    names: set[str] = set()
-    for index, tool in enumerate(tools):
-        function = tool.get("function") or tool
-        name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(name, str) or not name.strip():
-            raise UserError(f"{place.text}[{index}]: missing field `name`; expected a function's JSON schema")
-        if name in names:
+    names = [_checked_name(tool, f"{place.text}[{index}]") for index, tool in enumerate(tools)]
+    for index, name in enumerate(names):
+        if name in names[:index]:
             raise UserError(f"{place.text}[{index}]: another tool is named {name!r}, too; a call could not tell which")
-        names.add(name)
     if bare:
         tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
     return tools or None
+
+
+def _checked_name(tool: dict[str, Any], place: str) -> str:
+    """The name of a function whose schema has the shape of one; parameters that are JSON in a string are read."""
+    function = tool.get("function") or tool
+    if not isinstance(function, dict) or "name" not in function:
+        raise UserError(f"{place}: missing field `name`; expected a function's JSON schema")
+    name, parameters = function["name"], function.get("parameters")
+    if not isinstance(name, str) or not name.strip() or not name.isprintable():
+        shown = ascii(name) if isinstance(name, str) and name else kind_of(name)
+        raise UserError(f"{place}.name is {shown}; expected the function's name")
+    if isinstance(parameters, str):  # in a table
+        parameters = function["parameters"] = loads(parameters, f"{place}.parameters")
+    _check_object(parameters, f"{place}.parameters")
+    if parameters:
+        _check_object(parameters.get("properties"), f"{place}.parameters.properties")
+    return name
+
+
+def _check_object(value: Any, place: str) -> None:
+    if value and not isinstance(value, dict):  # an empty list is what PHP makes of an empty object
+        raise UserError(f"{place} is {kind_of(value)}; expected the JSON schema of an object")
 
 
 def _is_nothing(value: Any) -> bool:
@@ -105,7 +122,8 @@ def read_calls(value: Any, place: Place, is_written: bool = False) -> list[dict[
         if not isinstance(call, dict):
             raise UserError(f"{here.text} is {kind_of(call)}; expected an object with name and arguments")
         function = call.get("function") or call
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or not name.strip():
             raise UserError(f"{here.text}: missing field `name`; expected the function's name, a string")
         here.check_known({**function, **call}, _CALL_FIELDS, "a tool call")
         arguments = function.get("arguments", function.get("parameters"))

@@ -161,7 +161,8 @@ class Rollouts:
         rewards, which, refill = [row.reward for row in judged(rollout.rows)], "", ""
         is_nothing = len(rewards) > 1 and len(set(rewards)) == 1
         if self.config.policy.advantage in ("group", "leave_one_out"):
-            is_nothing, which = rollout.told["frac_reward_zero_std"] == 1, " of each prompt"
+            is_nothing = bool(rewards) and rollout.told["frac_reward_zero_std"] == 1
+            which = " of each prompt"
             refill = ", policy.refill; frac_reward_zero_std tells how often that is so"
         if is_nothing and not self._has_warned:
             announce(
