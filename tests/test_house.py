@@ -41,7 +41,7 @@ FOREIGN = {  # packages that a room must not import
 }
 
 MOST_LINES = 420  # of a file
-LIBRARY_LINES = 38_496
+LIBRARY_LINES = 38_561
 
 
 @functools.cache

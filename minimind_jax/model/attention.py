@@ -22,6 +22,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.model import fused_attention as fused
 from minimind_jax.model.config import Platform
 from minimind_jax.model.kv_cache import LayerCache
+from minimind_jax.sharding import current_mesh
 
 # Values of the forward pass that recomputation policies keep, because making them again is most of attention's work.
 # (cuDNN's have no name: with such a policy its forward pass runs twice.)
@@ -31,6 +32,7 @@ Path = Literal["auto", "reference", "grouped", "cudnn", "cudnn_packed", "tokamax
 FUSED: dict[Path, Platform] = {"cudnn": "gpu", "cudnn_packed": "gpu", "tokamax": "gpu", "splash": "tpu"}
 
 BLOCK = 256  # most queries whose scores `grouped` holds at once
+LONGEST = (4, 16)  # 1 / 4 and 1 / 16 of the rows of a cache, the longest, go alone through blocks that no others see
 FEW_KEYS = 256  # scores of so many stay in a TPU's own memory between two products, where splash would only fill up
 
 
@@ -190,34 +192,57 @@ def _reference(q_BTNH, k_BKHS, v_BKSH, mask_BTS, platform):
 
 def _by_blocks(q_BTNH, cache: LayerCache, positions_BT, rows_B):
     """`_reference` on a CPU: block by block, up to the last slot that a query sees, so that time follows the tokens
-    and not the size of the cache. Sums so far are rescaled when a larger score is found (arXiv 2205.14135). The queries
-    that share a key are the rows of one product (R = T * G). XLA copies a block before it multiplies it: plainly in one
-    thread, but in all of them where something is computed on the way, so keys and values not seen become 0."""
+    and not the size of the cache; the last blocks for the longest rows alone. Sums so far are rescaled when a larger
+    score is found (arXiv 2205.14135). The queries that share a key are the rows of one product (R = T * G). XLA copies
+    a block before it multiplies it: plainly in one thread, but in all of them where something is computed on the way,
+    so keys and values not seen become 0."""
     B, T, N, H = q_BTNH.shape
     C, _, K, size, _ = cache.v_CBKsH.shape
-    take_rows = cache.of_rows(rows_B)
     q_BTKGH = q_BTNH.astype(jnp.float32).reshape(B, T, K, N // K, H) / math.sqrt(H)
     q_BKRH = q_BTKGH.transpose(0, 2, 1, 3, 4).reshape(B, K, -1, H)
     last_B1R1 = jnp.repeat(positions_BT, N // K, axis=1)[:, None, :, None]
-    last_B111 = jnp.max(last_B1R1, axis=2, keepdims=True)
 
-    def add_block(index, state):
-        out_BKRH, total_BKR1, largest_BKR1 = state
-        k_BKHs, v_BKsH = (take_rows(jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False)) for x in cache)
-        slots_s = index * size + jnp.arange(size)
-        k_BKHs = jnp.where(slots_s <= last_B111, k_BKHs, 0)
-        v_BKsH = jnp.where(slots_s[:, None] <= last_B111, v_BKsH, 0)
-        scores_BKRs = jnp.where(slots_s <= last_B1R1, jnp.einsum("BKRH,BKHs->BKRs", q_BKRH, k_BKHs), -1e30)
-        new_largest_BKR1 = jnp.maximum(largest_BKR1, jnp.max(scores_BKRs, axis=-1, keepdims=True))
-        weights_BKRs, kept_BKR1 = jnp.exp(scores_BKRs - new_largest_BKR1), jnp.exp(largest_BKR1 - new_largest_BKR1)
-        new_out_BKRH = jnp.einsum("BKRs,BKsH->BKRH", weights_BKRs, v_BKsH)
-        new_total_BKR1 = jnp.sum(weights_BKRs, axis=-1, keepdims=True)
-        return out_BKRH * kept_BKR1 + new_out_BKRH, total_BKR1 * kept_BKR1 + new_total_BKR1, new_largest_BKR1
+    def add_blocks(first, stop, state, q_BKRH, last_B1R1, rows_B):
+        """The sums with blocks first..stop of some rows added."""
+        take_rows, last_B111 = cache.of_rows(rows_B), jnp.max(last_B1R1, axis=2, keepdims=True)
+
+        def add_block(index, state):
+            out_BKRH, total_BKR1, largest_BKR1 = state
+            k_BKHs, v_BKsH = (take_rows(jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False)) for x in cache)
+            slots_s = index * size + jnp.arange(size)
+            k_BKHs = jnp.where(slots_s <= last_B111, k_BKHs, 0)
+            v_BKsH = jnp.where(slots_s[:, None] <= last_B111, v_BKsH, 0)
+            scores_BKRs = jnp.where(slots_s <= last_B1R1, jnp.einsum("BKRH,BKHs->BKRs", q_BKRH, k_BKHs), -1e30)
+            new_largest_BKR1 = jnp.maximum(largest_BKR1, jnp.max(scores_BKRs, axis=-1, keepdims=True))
+            weights_BKRs, kept_BKR1 = jnp.exp(scores_BKRs - new_largest_BKR1), jnp.exp(largest_BKR1 - new_largest_BKR1)
+            new_out_BKRH = jnp.einsum("BKRs,BKsH->BKRH", weights_BKRs, v_BKsH)
+            new_total_BKR1 = jnp.sum(weights_BKRs, axis=-1, keepdims=True)
+            return out_BKRH * kept_BKR1 + new_out_BKRH, total_BKR1 * kept_BKR1 + new_total_BKR1, new_largest_BKR1
+
+        return jax.lax.fori_loop(first, stop, add_block, state)
 
     column = functools.partial(jnp.full, (B, K, T * (N // K), 1), dtype=jnp.float32)
-    start = (jnp.zeros(q_BKRH.shape, jnp.float32), column(0), column(-1e29))
-    blocks = jnp.minimum(jnp.max(positions_BT) // size + 1, C)
-    out_BKRH, total_BKR1, _ = jax.lax.fori_loop(0, blocks, add_block, start)
+    state = (jnp.zeros(q_BKRH.shape, jnp.float32), column(0), column(-1e29))
+    ends_B = jnp.minimum(jnp.max(positions_BT, axis=1) // size + 1, C)
+    seen_C = jnp.sum(ends_B[:, None] > jnp.arange(C), axis=0)  # by how many rows
+    # Rows that a mesh cuts stay where they are.
+    fewer = [B // part for part in LONGEST if B // part > 1] if current_mesh() is None else []
+    stops = [jnp.sum(seen_C > count) for count in (*fewer, 0)]
+    state = add_blocks(0, stops[0], state, q_BKRH, last_B1R1, rows_B)
+
+    def add_longest(state):
+        order_B = jnp.argsort(-ends_B)
+        for count, first, stop in zip(fewer, stops, stops[1:], strict=False):
+            chosen_b = order_B[:count]
+            rows_b = chosen_b if rows_B is None else rows_B[chosen_b]
+            some = tuple(x[chosen_b] for x in state)
+            some = add_blocks(first, stop, some, q_BKRH[chosen_b], last_B1R1[chosen_b], rows_b)
+            state = tuple(x.at[chosen_b].set(y) for x, y in zip(state, some, strict=True))
+        return state
+
+    if fewer:
+        state = jax.lax.cond(stops[0] < stops[-1], add_longest, lambda state: state, state)
+    out_BKRH, total_BKR1, _ = state
     out_BKTGH = (out_BKRH / jnp.maximum(total_BKR1, 1e-30)).reshape(B, K, T, N // K, H)
     return out_BKTGH.transpose(0, 2, 1, 3, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
 

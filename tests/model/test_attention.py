@@ -191,13 +191,14 @@ def test_one_query_goes_over_blocks_of_slots_and_stops_behind_the_last_one_seen(
         np.testing.assert_allclose(out_BNH[row], expected, atol=4 * rounding)
 
 
-@pytest.mark.parametrize("lengths", ["unequal", "equal"])
+@pytest.mark.parametrize("lengths", ["unequal", "equal", "one is long"])
 def test_many_rows_of_unequal_lengths_give_what_each_gives_alone(lengths):
     slots, rows = 4 * CPU_BLOCK, 32
     _, k, v = make_inputs(rows + 3, slots, 4, 2, 8)
     q = make_inputs(rows, 1, 4, 2, 8, seed=5)[0]
     last_B = np.random.default_rng(0).permutation(rows) * (slots - 1) // (rows - 1)
-    last_B = jnp.array(last_B if lengths == "unequal" else np.full(rows, slots // 2))
+    last_B = {"unequal": last_B, "equal": np.full(rows, slots // 2), "one is long": last_B // 8}[lengths]
+    last_B = jnp.array(last_B).at[3].set(slots - 1 if lengths == "one is long" else last_B[3])
     held_BS = jnp.zeros((rows + 3, slots), bool)
     rows_B = jnp.array(np.random.default_rng(1).permutation(rows + 3)[:rows])
     held_BS = held_BS.at[rows_B].set(jnp.arange(slots) <= last_B[:, None])
