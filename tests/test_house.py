@@ -41,7 +41,7 @@ FOREIGN = {  # packages that a room must not import
 }
 
 MOST_LINES = 420  # of a file
-LIBRARY_LINES = 38_561
+LIBRARY_LINES = 38_556
 
 
 @functools.cache

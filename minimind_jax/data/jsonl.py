@@ -263,7 +263,7 @@ def parse_line(raw: bytes | dict[str, Any], file: Path, line: int | str, told: C
     told = Counter() if told is None else told
     if isinstance(raw, dict):
         text_files.check_row(raw, where)
-        text = "\0".join(str(cell) for cell in raw.values() if isinstance(cell, str | list))
+        text = " ".join(str(cell) for cell in raw.values() if isinstance(cell, str | list))
         notes = [*text_files.spoiled(text), *(text_files.other_forms(text, where) if _ends_in(file, DOCUMENTS) else ())]
         told.update((str(file), note) for note in notes)
         return Record(where, file, line, raw, told)
@@ -288,7 +288,7 @@ def parse_line(raw: bytes | dict[str, Any], file: Path, line: int | str, told: C
         hint = _AS_RECORDS.get(kind, "") if _ends_in(file, ".jsonl") else ""  # the command reads lines
         raise UserError(f'{where}: a JSON {type(value).__name__}; expected an object, as in {{"text": ...}}{hint}')
     text = json.dumps(value, ensure_ascii=False) if "\\u" in text else text
-    told.update((str(file), note) for note in text_files.spoiled(text, is_json=True))
+    told.update((str(file), note) for note in text_files.spoiled(text))
     return Record(where, file, line, value, told)
 
 

@@ -123,7 +123,9 @@ def _check(chosen: list[Message], rejected: list[Message], place: Place) -> None
     if shared == len(chosen) == len(rejected):
         raise UserError(f"{place.text}{SAME}")
     if len(chosen) == len(rejected) == count_shared(chosen, rejected, shared_key):
-        place.tell("chosen and rejected differ by white space only, which is what the model learns to prefer")
+        place.tell(
+            "chosen and rejected differ by white space at their ends only, which is what the model learns to prefer"
+        )
     if not any(message["role"] in ("user", "tool") for message in chosen[:shared]):
         raise UserError(
             f"{place.text}chosen and rejected have no question in common; expected the same messages before both "

@@ -31,8 +31,6 @@ _SPACE = re.compile(r"[\s,]*")
 # cp1252 that was read as latin-1
 _TRAIL = "[" + bytes(range(0x80, 0xC0)).decode("cp1252", "ignore") + "\x80-\x9f]"
 _GARBLED = re.compile(f"[ÂÃ]{_TRAIL}|â[€\x80]|(?:[ÐÑ]{_TRAIL}|[ã-é]{_TRAIL}{{2}}){{2}}|[\x80-\x84\x86-\x9f]")
-# at the beginning of a string of JSON, of a text or a cell
-_MARKUP = re.compile(r'(?:[:,\[] ?"|\A|\0)\s*<(?:!doctype html|html|body|p|div|h[1-6]|[ou]l|table)[ >]', re.IGNORECASE)
 
 
 def encoding_hint(raw: bytes) -> str:
@@ -42,24 +40,13 @@ def encoding_hint(raw: bytes) -> str:
     return f"{looks} (of tools: --encoding), or save the file as UTF-8"
 
 
-def spoiled(text: str, is_json: bool = False) -> Iterator[str]:
-    """What is told of text that something befell before it came here. is_json: it is that of a record."""
+def spoiled(text: str) -> Iterator[str]:
+    """What is told of text whose characters were read wrongly before it came here."""
     if not text.isascii():
         if _GARBLED.search(text):
             yield "text looks as if it had been read in a wrong encoding, as Ã¼ for ü (the package ftfy mends it)"
         if "\N{REPLACEMENT CHARACTER}" in text:
             yield "characters were lost before, and U+FFFD stands for them"
-    if "<" in text and _MARKUP.search(text):
-        yield "text is HTML, whose tags are trained as all other text; save the text alone (beautifulsoup4 does)"
-    if _is_escaped_twice(text, is_json):
-        yield "lines end in a backslash and an n, as if escaped twice, and are trained so"
-
-
-def _is_escaped_twice(text: str, is_json: bool) -> bool:
-    """Whether no line ends but as \\n written out; not of LaTeX (\\neq), a path (C:\\N) or JSON in a string."""
-    count = text.count(r"\\n" if is_json else r"\n")
-    breaks = text.count(r"\n") - count if is_json else text.count("\n")
-    return count > 1 and not breaks and not re.search(r'\\"|\b[a-zA-Z]:\\|\\n[a-z]', text)
 
 
 def other_forms(text: str, where: str) -> Iterator[str]:
@@ -67,6 +54,8 @@ def other_forms(text: str, where: str) -> Iterator[str]:
     text = text.lstrip()
     if _is_json(text):
         raise UserError(f"{where}: these are records of JSON in a file of text; give it a name that ends in .jsonl")
+    if re.match(r"<!doctype html|<html", text, re.IGNORECASE):
+        yield "this is HTML, whose tags are trained as all other text; save the text of the page"
     if re.match(r"(1|WEBVTT)\s+(\d+\s+)?\d\d:\d\d[:.,\d]* --> ", text):
         yield "these are subtitles, whose numbers and times are trained as all other text"
 

@@ -31,45 +31,41 @@ def read_tools(value: Any, place: Place, bare: bool = False) -> list[dict[str, A
         return None
     is_text = isinstance(value, str)
     tools = loads(value, place.text) if is_text else value
-    tools = json_list([tools] if isinstance(tools, dict) and tools else tools, place.text)
+    tools = [*json_list([tools] if isinstance(tools, dict) and tools else tools, place.text)]
     for index, tool in enumerate(tools):
         here = f"{place.text}[{index}]"
         if isinstance(tool, str):  # in a table each schema may be JSON
             tool = tools[index] = loads(tool, here)
         if not isinstance(tool, dict):
             raise UserError(f"{here} is {kind_of(tool)}; expected an object (a function's JSON schema)")
+        tools[index] = _with_parameters_read(tool, here)
     check_json(tools, place.text)
     if not is_text:
         tools = _pruned(tools, place, "of tools, ")
-    names = [_checked_name(tool, f"{place.text}[{index}]") for index, tool in enumerate(tools)]
-    for index, name in enumerate(names):
-        if name in names[:index]:
+    known: dict[str, dict] = {}
+    for index, tool in enumerate(tools):
+        function = tool.get("function") or tool
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or not name.strip():
+            raise UserError(f"{place.text}[{index}]: missing field `name`; expected a function's JSON schema")
+        if known.setdefault(name, tool) != tool:
             raise UserError(f"{place.text}[{index}]: another tool is named {name!r}, too; a call could not tell which")
     if bare:
         tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
     return tools or None
 
 
-def _checked_name(tool: dict[str, Any], place: str) -> str:
-    """The name of a function whose schema has the shape of one; parameters that are JSON in a string are read."""
+def _with_parameters_read(tool: dict[str, Any], place: str) -> dict[str, Any]:
+    """The schema with its parameters read where they are JSON in a string, as a table may have them."""
     function = tool.get("function") or tool
-    if not isinstance(function, dict) or "name" not in function:
-        raise UserError(f"{place}: missing field `name`; expected a function's JSON schema")
-    name, parameters = function["name"], function.get("parameters")
-    if not isinstance(name, str) or not name.strip() or not name.isprintable():
-        shown = ascii(name) if isinstance(name, str) and name else kind_of(name)
-        raise UserError(f"{place}.name is {shown}; expected the function's name")
-    if isinstance(parameters, str):  # in a table
-        parameters = function["parameters"] = loads(parameters, f"{place}.parameters")
-    _check_object(parameters, f"{place}.parameters")
-    if parameters:
-        _check_object(parameters.get("properties"), f"{place}.parameters.properties")
-    return name
-
-
-def _check_object(value: Any, place: str) -> None:
-    if value and not isinstance(value, dict):  # an empty list is what PHP makes of an empty object
-        raise UserError(f"{place} is {kind_of(value)}; expected the JSON schema of an object")
+    text = function.get("parameters") if isinstance(function, dict) else None
+    if not isinstance(text, str) or not text.lstrip().startswith("{"):
+        return tool
+    parameters = loads(text, f"{place}.parameters")
+    if is_deep(parameters):
+        raise UserError(f"{place}.parameters is nested too deeply")
+    function = {**function, "parameters": parameters}
+    return {**tool, "function": function} if tool.get("function") else function
 
 
 def _is_nothing(value: Any) -> bool:

@@ -162,9 +162,9 @@ def field_names(value: dict[str, Any]) -> str:
     as in {"data": [...]}, with the way out."""
     names = [repr(name)[1:-1][:40] for name in list(value)[:8]]
     found = ", ".join(names + ["..."] * (len(value) > 8)) or "none"
-    if {"columns", "data"} <= value.keys():
+    if isinstance(value.get("columns"), list) and "data" in value:
         return found + _SPLIT
-    if value and all(map(_is_column, value.values())):
+    if value and all(_is_column(column) or _is_list(column) for column in value.values()):
         return found + _COLUMNS
     count, path = max(_records_in(value), key=lambda records: records[0], default=(0, ""))
     return found + _AS_RECORDS.format(f"if {path} ({count:,} objects) are the records", "r", f"d{path}") * bool(count)
@@ -186,9 +186,12 @@ def _records_in(value: dict[str, Any], path: str = "") -> Iterator[tuple[int, st
 
 
 def _is_column(value: Any) -> bool:
-    """Whether it may be a column: {"0": ..., "1": ...} as pandas makes it, or a list of plain values."""
-    is_list = isinstance(value, list) and bool(value) and not any(isinstance(item, dict | list) for item in value)
-    return is_list or (isinstance(value, dict) and next(iter(value), None) == "0")
+    """Whether it is what pandas makes of a column, {"0": ..., "1": ...}."""
+    return isinstance(value, dict) and next(iter(value), None) == "0"
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and not any(isinstance(item, dict | list) for item in value)
 
 
 def printed(text: str) -> str:

@@ -43,7 +43,12 @@ def unfit_for_checkpoints(folder: PurePath) -> str:
 def write_checksums(checkpoint: Path) -> None:
     """Writes the size and CRC-32 of every file of a checkpoint that is whole into its CHECKSUMS."""
     sums = {name: {"bytes": size, "crc32": crc} for name, (size, crc) in _checksums(checkpoint).items()}
-    (checkpoint / CHECKSUMS).write_text(json.dumps({"files": sums}, indent=1) + "\n", encoding="utf-8")
+    whole = checkpoint / CHECKSUMS
+    # A store shows a file when it is whole; on a disk half of one would pass for damage.
+    part = whole if is_remote(checkpoint) else checkpoint / f"{CHECKSUMS}.part"
+    part.write_text(json.dumps({"files": sums}, indent=1) + "\n", encoding="utf-8")
+    if part != whole:
+        part.replace(whole)
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -82,12 +87,12 @@ def remove(checkpoint: Path) -> None:
 
 
 def _checksums(folder: Path, prefix: str = "") -> dict[str, tuple[int, str]]:
-    """{path below the folder: (bytes, CRC-32)} of all files but CHECKSUMS."""
+    """{path below the folder: (bytes, CRC-32)} of all files but CHECKSUMS, also half written."""
     sums: dict[str, tuple[int, str]] = {}
     for path in sorted(folder.iterdir()):
         if path.is_dir():
             sums |= _checksums(path, f"{prefix}{path.name}/")
-        elif prefix + path.name != CHECKSUMS:
+        elif not (prefix + path.name).startswith(CHECKSUMS):
             sums[prefix + path.name] = _checksum(path)
     return sums
 

@@ -45,12 +45,11 @@ from minimind_jax.errors import UserError
         ({"messages": TALK, **answers("a", "b")}, "field 'chosen' .*`minimind dpo`"),
         ({"messages": TALK, "functions": [{"name": "g"}], "tools": TOOLS}, "`tools` and `functions` .* differ"),
         ({"messages": TALK, "tools": {"tools": TOOLS}}, r"tools\[0\]: missing field `name`"),
-        ({"messages": TALK, "tools": [{"name": "f"}, {"name": "f"}]}, r"tools\[1\]: another tool is named 'f', too"),
-        ({"messages": TALK, "tools": [{"name": " "}]}, r"tools\[0\].name is ' '; expected the function's name"),
-        ({"messages": TALK, "tools": [{"name": "a\u200b"}]}, r"tools\[0\].name is 'a\\u200b'"),
-        ({"messages": TALK, "tools": [{"name": 5}]}, r"tools\[0\].name is a number"),
-        ({"messages": TALK, "tools": [{"name": "f", "parameters": ["x"]}]}, r"tools\[0\].parameters is a list"),
-        ({"messages": TALK, "tools": [{"name": "f", "parameters": {"properties": ["x"]}}]}, "properties is a list"),
+        ({"messages": TALK, "tools": [{"name": "f"}, {"name": "f", "parameters": {"a": {}}}]}, "is named 'f', too"),
+        ({"messages": TALK, "tools": [{"name": " "}]}, r"tools\[0\]: missing field `name`"),
+        ({"messages": TALK, "tools": [{"name": "f", "parameters": '{"a": {}'}]}, r"tools\[0\].parameters is not JSON"),
+        ({"messages": TALK, "tools": [{"name": "f", "parameters": '{"a":' * 90 + "1" + "}" * 90}]}, "nested too deep"),
+        ({"messages": TALK, "tools": [{"name": "f", "parameters": '{"a": "\\ud800"}'}]}, "tools cannot be written as"),
         ({"messages": [USER, {**ANSWER, "tool_calls": [{"name": " "}]}]}, r"tool_calls\[0\]: missing field `name`"),
         ({"messages": [USER, {**ANSWER, "content": "<think>hm"}]}, "message 2: its <think> is never closed"),
         ({"messages": [USER, {**ANSWER, "reasoning": "r", "content": "b<think>r</think>"}]}, "<think> block .* differ"),
@@ -126,6 +125,17 @@ def test_prompts_are_read_as_they_are_trained(value, messages, variables):
         assert read_prompt(given, READING, raw=True).text == value["prompt"]
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_parameters_that_are_json_in_a_string_are_read(wrapped):
+    schema = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}
+    given = {**schema, "parameters": json.dumps(schema["parameters"])}
+    value = {"messages": TALK, "tools": [{"type": "function", "function": given} if wrapped else given] * 2}
+    before = json.dumps(value)
+    tools = parse_conversation(record(value)).tools
+    assert tools == [{"type": "function", "function": schema} if wrapped else schema] * 2
+    assert json.dumps(value) == before, "the record is as it was"
+
+
 def test_the_end_of_a_turn_among_words_is_told(tmp_path, tokenizer, capsys):
     make_cache(tmp_path, tokenizer, "conversation", [{"messages": [USER, {**ANSWER, "content": "a<|im_end|>"}]}])
     assert "messages hold the token that ends a turn" in capsys.readouterr().err
@@ -137,7 +147,7 @@ def test_what_is_odd_is_told():
     assert "only `chosen` begins with the prompt" in told_lines(given.told)[0]
     given = record({"prompt": "Name one.", "chosen": "A  tern. ", "rejected": "A  tern."})
     parse_preference(given)
-    assert "differ by white space only" in told_lines(given.told)[0]
+    assert "differ by white space at their ends only" in told_lines(given.told)[0]
     given = record({"messages": [{**USER, "weight": 1}, {**ANSWER, "content": ""}, *TALK]})
     assert len(parse_conversation(given).messages) == 4
     assert "`weight` 1 of user messages is ignored" in told_lines(given.told)[0]

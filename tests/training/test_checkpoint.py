@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -100,6 +101,25 @@ def test_what_a_kill_or_the_last_evaluation_leaves_is_made_good_at_the_end(tmp_p
         checkpoints.tidy()
         assert checkpoints.steps == [3]
     assert os.listdir(tmp_path) == ["3"] and damage(tmp_path / "3") == ""
+
+
+def test_checksums_that_cannot_be_written_condemn_no_checkpoint(tmp_path, monkeypatch, capsys):
+    save_all(tmp_path, [3])
+    (tmp_path / "3" / CHECKSUMS).unlink()
+
+    def full(self, text, **_):
+        with self.open("w") as file:
+            file.write(text[:5])
+        raise OSError("No space left on device")
+
+    with Checkpoints(tmp_path) as checkpoints, monkeypatch.context() as disk:
+        disk.setattr(Path, "write_text", full)
+        checkpoints.tidy()
+    assert "No space left" in capsys.readouterr().out
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.newest() == 3
+        checkpoints.tidy()
+    assert damage(tmp_path / "3") == ""
 
 
 def test_one_that_was_taken_away_by_hand_during_the_run_is_no_failure(tmp_path):
