@@ -201,7 +201,7 @@ class RemotePolicy:
         *,
         slots: int = 0,
         seconds: float = 600.0,
-        patience: float = 60.0,
+        patience: float = 300.0,  # a server that was started together with the run reads its weights first
     ):
         self._server = Server(server.rstrip("/").removesuffix("/v1"), seconds, patience)
         self._folder = absolute(as_path(folder))
