@@ -206,7 +206,8 @@ def _read_tower(values: Mapping[str, Any], folder: Path) -> TowerConfig:
         if isinstance(found[name], list) and len(set(found[name])) == 1:
             found[name] = found[name][0]
     with explained(str(where), ValueError, TypeError):
-        numbers = {name: value if name == "hidden_act" else _number(name, value) for name, value in found.items()}
+        kinds = {"hidden_act": str, "layer_norm_eps": float}
+        numbers = {name: kinds.get(name, _int)(value) for name, value in found.items()}
         return TowerConfig(**numbers, **_read_pixels(folder, numbers["image_size"]))
 
 
@@ -255,10 +256,6 @@ def _tell_guess(folder: Path) -> None:
         "SigLIP's are; SigLIP2's filter is bilinear. Put the tower's own file there",
         file=sys.stderr,
     )
-
-
-def _number(name: str, value: Any) -> int | float:
-    return float(value) if name == "layer_norm_eps" else _int(value)
 
 
 def _int(value: Any) -> int:

@@ -227,7 +227,8 @@ def find_classes(
         tell(f"{lists:,} of {records:,} records have a list of labels, so every text may have any number of them")
     if len(counts) * 2 > records >= 20:
         tell(f"{len(counts):,} labels for {records:,} texts: is {', '.join(fields)} the right field?")
-    names = tuple(sorted(counts, key=_order))
+    numbers = sorted(filter(_NUMBER.fullmatch, counts), key=lambda name: (Decimal(name), name))
+    names = (*numbers, *sorted(counts.keys() - set(numbers)))
     for note in _slips(names, counts):
         tell(note)
     return Classes(names, lists > 0, text_field, label_field)
@@ -256,10 +257,6 @@ class _Naming:
                 f"{self.bare}: {given.field} is a number without a name beside it ({', '.join(NAME_FIELDS)}), which "
                 "other records have; name all or none"
             )
-
-
-def _order(name: str) -> tuple[int, Decimal, str]:
-    return (0, Decimal(name), name) if _NUMBER.fullmatch(name) else (1, Decimal(0), name)
 
 
 def _slips(names: Sequence[str], counts: Counter[str]) -> Iterator[str]:

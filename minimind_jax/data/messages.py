@@ -119,10 +119,6 @@ def read_messages(turns: Any, place: Place) -> tuple[list[Message], list[dict[st
 _PLAIN_KEYS = {"role", "content"}
 
 
-def _is_pair(turn: Any) -> bool:
-    return isinstance(turn, dict) and turn.keys() - {"source"} == {"user", "assistant"}
-
-
 def is_message(value: Any) -> bool:
     return isinstance(value, dict) and value.get("role") in ROLES
 
@@ -134,7 +130,8 @@ def are_messages(value: Any) -> bool:
 
 def messages_in(value: Any) -> Any:
     """The messages that a cell of a table holds as JSON, or The Cauldron's pairs; any other value as it is."""
-    if isinstance(value, list) and value and all(map(_is_pair, value)):
+    pair = {"user", "assistant"}
+    if isinstance(value, list) and value and all(type(t) is dict and t.keys() - {"source"} == pair for t in value):
         return [{"role": role, "content": turn[role]} for turn in value for role in ("user", "assistant")]
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value

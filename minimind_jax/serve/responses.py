@@ -11,7 +11,7 @@ from minimind_jax.config.serving import ServeConfig
 from minimind_jax.data.values import kind_of
 from minimind_jax.errors import UserError
 from minimind_jax.inference.splitter import Part, joined
-from minimind_jax.serve import chat
+from minimind_jax.serve import chat, log
 from minimind_jax.serve.answers import Answers, Choice
 from minimind_jax.serve.chat import Asked, new_id
 from minimind_jax.serve.errors import ApiError, error_object, refused
@@ -25,6 +25,10 @@ _SAME = (
     *("reasoning", "reasoning_effort"),
 )
 _STORED = ("previous_response_id", "conversation", "background")
+_OTHER_TOOLS = (  # types of tools that are no functions, as they begin; who offers them gets on without them
+    *("apply_patch", "code_interpreter", "computer", "custom", "file_search", "image_generation", "local_shell"),
+    *("mcp", "namespace", "shell", "tool_search", "web_search"),
+)
 
 
 def ask(body: ResponsesRequest, served: Served, config: ServeConfig) -> Asked:
@@ -40,12 +44,20 @@ def ask(body: ResponsesRequest, served: Served, config: ServeConfig) -> Asked:
 
 def as_chat(body: ResponsesRequest) -> ChatRequest:
     values: Json = {name: getattr(body, name) for name in _SAME}
+    values["tools"] = [tool for tool in body.tools or [] if not _is_other(tool)] or None
     values["messages"] = messages_of(body.input, body.instructions)
     values["max_completion_tokens"] = body.max_output_tokens
     values["tool_choice"] = body.tool_choice.model_dump() if hasattr(body.tool_choice, "called") else body.tool_choice
     if body.text and body.text.format:
         values["response_format"] = body.text.format.model_dump(by_alias=True)
     return ChatRequest.model_validate({name: value for name, value in values.items() if value is not None})
+
+
+def _is_other(tool: Json) -> bool:
+    kind = str(tool.get("type", "function"))[:40]
+    if found := kind.startswith(_OTHER_TOOLS):
+        log.once(f"tools of the type {kind!r} are ignored; the model is offered functions alone")
+    return found
 
 
 def _about_input(error: ApiError | UserError, body: ResponsesRequest) -> ApiError:

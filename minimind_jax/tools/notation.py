@@ -39,17 +39,14 @@ def plain(text: str) -> str:
     text = _SCIENTIFIC.sub(lambda found: f"{found[1] or 1}e{int(found[2])}", _FRACTION.sub(_over, text))
     text = _POWER.sub(lambda found: str(int(found[1]) ** int(found[2])), text)
     text = re.sub(r"(?<=[^\W\d_])\s?\^\s?\{?-?\d{1,2}(?!\d)\}?", "", text)
-    return re.sub(rf"(?<!\d)({_DECIMAL})\s?([万亿])", _scaled, text)
+    units = re.compile(rf"(?<!\d)({_DECIMAL})\s?([万亿])")
+    return units.sub(lambda found: f"{Decimal(found[1].replace(',', '')) * _UNITS[found[2]]:f}", text)
 
 
 def _over(found: re.Match[str]) -> str:
     above, below = (Fraction((found[n] or found[n + 1]).replace(",", "")) for n in (2, 4))
     sign = " " if found[1] is not None else "-" * found[0].startswith("-")
     return f"{sign}{above / below if below else f'{above}/0'}"
-
-
-def _scaled(found: re.Match[str]) -> str:
-    return f"{Decimal(found[1].replace(',', '')) * _UNITS[found[2]]:f}"
 
 
 # Chinese numerals -----------------------------------------------------------------------------------------------------

@@ -38,6 +38,22 @@ AGENTS = {
     "include": ["reasoning.encrypted_content"], "max_output_tokens": 2, "metadata": {"a": "b"}, "store": False,
     "reasoning": {"effort": "low", "summary": "auto"}, "text": {"verbosity": "low"}, "truncation": "auto",
 }  # fmt: skip
+LIST_FILES = {"type": "function", "name": "list_files", "parameters": {"type": "object", "properties": {}}}
+CODEX = {
+    "input": [
+        {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "You are an agent."}]},
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "<environment/>"}]},
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hello!"}]},
+    ],
+    "tools": [
+        LIST_FILES,
+        {"type": "namespace", "name": "agents", "description": "More.", "tools": [LIST_FILES]},
+        {"type": "web_search", "external_web_access": False},
+    ],
+    "model": "tiny", "stream": True, "tool_choice": "auto", "parallel_tool_calls": True, "store": False,
+    "reasoning": {"summary": "auto"}, "include": ["reasoning.encrypted_content"], "prompt_cache_key": "01a2",
+    "max_output_tokens": 2,
+}  # fmt: skip
 VLLM = {**GUIDANCE, "max_completion_tokens": 2, "stream_options": {"continuous_usage_stats": True}}
 
 
@@ -91,6 +107,21 @@ def test_what_is_ignored_within_a_body_is_told(http, monkeypatch, path, body, no
     monkeypatch.setattr(log, "_told", set())
     assert http.post(path, json=body).status_code == 200
     assert log._told == {f"{note} is ignored" for note in notes}
+
+
+def test_tools_that_are_no_functions_are_left_out_and_told(http, monkeypatch):
+    """As Codex offers them, whether it may use them or not."""
+    monkeypatch.setattr(log, "_told", set())
+    body = {**CODEX, "stream": False}
+    mixed, alone = (http.post(RESPONSES, json={**body, "tools": tools}) for tools in (CODEX["tools"], [LIST_FILES]))
+    assert (mixed.status_code, alone.status_code) == (200, 200), mixed.text
+    assert mixed.json()["usage"]["input_tokens"] == alone.json()["usage"]["input_tokens"]
+    kinds = {note.split("'")[1] for note in log._told if note.startswith("tools of the type")}
+    assert kinds == {"namespace", "web_search"}
+    assert "event: response.incomplete" in http.post(RESPONSES, json=CODEX).text
+    refused = http.post(RESPONSES, json={**body, "tools": CODEX["tools"][1:], "tool_choice": "required"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tool_choice")
+    assert http.post(RESPONSES, json={**body, "tools": [{"type": "functoin", "name": "f"}]}).status_code == 400
 
 
 def test_what_is_refused_is_not_called_ignored(http, monkeypatch):
