@@ -33,8 +33,8 @@ def check_agreement(about: dict[str, Any]) -> None:
     for name in dict.fromkeys(name for one in told for name in one):
         values = [json.dumps(one[name], ensure_ascii=False) if name in one else "nothing" for one in told]
         if len(set(values)) > 1:
-            by_value = {value: [i for i, own in enumerate(values) if own == value] for value in dict.fromkeys(values)}
-            differing.append(f"{name} is " + ", ".join(f"{v} on {_processes(who)}" for v, who in by_value.items()))
+            whose = {value: [str(i) for i, own in enumerate(values) if own == value] for value in dict.fromkeys(values)}
+            differing.append(f"{name} is " + ", ".join(f"{v} on process {' and '.join(i)}" for v, i in whose.items()))
     if differing:
         raise UserError(
             f"the processes of this run do not agree: {'; '.join(differing)}. Give all of them the same, then start "
@@ -118,7 +118,3 @@ def _gather(text: str) -> list[str]:
     padded[: len(content)] = content
     gathered = multihost_utils.process_allgather(padded).reshape(len(lengths), -1)
     return [row[:length].tobytes().decode() for row, length in zip(gathered, lengths.tolist(), strict=True)]
-
-
-def _processes(numbers: list[int]) -> str:
-    return f"process{'es' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"

@@ -13,6 +13,7 @@ from minimind_jax import __version__
 from minimind_jax.cli import COMMANDS, main
 from minimind_jax.commands import PROCESS_FLAGS, take_process_flags
 from minimind_jax.config.fields import fields_of
+from minimind_jax.config.settings import load_settings
 from minimind_jax.config.stages import PretrainConfig
 from minimind_jax.errors import UserError
 
@@ -197,3 +198,9 @@ def test_every_command_has_a_function(command):
         assert COMMANDS[command].extra
         with pytest.raises(UserError, match=r"needs packages that are not here: .*-m pip install "):
             COMMANDS[command].run("minimind", [])
+
+
+def test_a_list_that_is_given_twice_is_told(capsys):
+    given = load_settings(PretrainConfig, ["--data.train", "a", "b", "--seed", "1", "--data.train", "c", "--seed", "2"])
+    assert (given.data.train, given.seed) == (("c",), 2)
+    assert capsys.readouterr().err.startswith("warning: --data.train is given twice; only c is used")

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import os
 import re
+import sys
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -134,8 +135,12 @@ def read_arguments(argv: Sequence[str], fields: Sequence[Field] = ()) -> tuple[l
         values = [value] if equals else _take_values(field, left, has_words)
         if not values:
             raise UserError(f"--{name} needs a value, as in --{name} VALUE")
-        if field and field.declared.get("repeats") and field.key in given:
-            values = [*_as_list(given[field.key].value, field), *values]
+        if field and field.is_list and field.key in given:
+            if field.declared.get("repeats"):
+                values = [*_as_list(given[field.key].value, field), *values]
+            else:  # as of any other flag that is given twice, so that what a script ends with overrides
+                lost = f"warning: --{name} is given twice; only {' '.join(values)} is used, for all values of a list"
+                print(f"{lost} stand behind one flag: --{name} A B", file=sys.stderr)
         if name == "config" and field is None:
             configs += values
         else:
