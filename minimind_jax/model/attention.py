@@ -194,8 +194,7 @@ def _by_blocks(q_BTNH, cache: LayerCache, positions_BT, rows_B):
     """`_reference` on a CPU: block by block, up to the last slot that a query sees, so that time follows the tokens
     and not the size of the cache; the last blocks for the longest rows alone. Sums so far are rescaled when a larger
     score is found (arXiv 2205.14135). The queries that share a key are the rows of one product (R = T * G). XLA copies
-    a block before it multiplies it: plainly in one thread, but in all of them where something is computed on the way,
-    so keys and values not seen become 0."""
+    a block before a product, in one thread unless it computes something on the way: those not seen become 0."""
     B, T, N, H = q_BTNH.shape
     C, _, K, size, _ = cache.v_CBKsH.shape
     q_BTKGH = q_BTNH.astype(jnp.float32).reshape(B, T, K, N // K, H) / math.sqrt(H)
@@ -225,8 +224,9 @@ def _by_blocks(q_BTNH, cache: LayerCache, positions_BT, rows_B):
     state = (jnp.zeros(q_BKRH.shape, jnp.float32), column(0), column(-1e29))
     ends_B = jnp.minimum(jnp.max(positions_BT, axis=1) // size + 1, C)
     seen_C = jnp.sum(ends_B[:, None] > jnp.arange(C), axis=0)  # by how many rows
-    # Rows that a mesh cuts stay where they are.
-    fewer = [B // part for part in LONGEST if B // part > 1] if current_mesh() is None else []
+    # Rows that a mesh cuts stay where they are; and a branch converts all of a cache that is not in float32.
+    fits = current_mesh() is None and cache.v_CBKsH.dtype == jnp.float32
+    fewer = [B // part for part in LONGEST if fits and B // part > 1]
     stops = [jnp.sum(seen_C > count) for count in (*fewer, 0)]
     state = add_blocks(0, stops[0], state, q_BKRH, last_B1R1, rows_B)
 
