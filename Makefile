@@ -20,8 +20,8 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet
 accelerated = $(if $(ACCELERATOR),$(ACCELERATOR)$(comma))
 comma := ,
 
-export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
+test test-slow: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+test test-slow: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 # Every process, of which the tests start hundreds, would compile the sources for itself.
 unexport PYTHONDONTWRITEBYTECODE
 

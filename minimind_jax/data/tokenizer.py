@@ -178,8 +178,8 @@ class Tokenizer:
         return self._backend.get_added_tokens_decoder()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids; special tokens spelled in the text are recognised, none are added."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        """Token ids; special tokens that it spells are recognised, none are added. Other threads go on meanwhile."""
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, in parallel where TOKENIZERS_PARALLELISM allows it."""

@@ -2,7 +2,7 @@
 classifier's logits or a reward model's score; and of texts vectors."""
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,27 @@ from minimind_jax.model.transformer import LanguageModel, Params, compiler_optio
 BATCH_TOKENS = 1 << 14  # scored at once, padding included
 MAX_ROWS = 64
 MAX_PICTURES = 16  # scored at once
-EMBEDDED = 8  # texts read at once for their vectors
+
+
+class RowsProgram:
+    """A function (params, tokens_BT, lengths_B) -> (B, X) of rows of tokens, compiled for each shape that comes."""
+
+    def __init__(self, function: Callable[..., jax.Array], options: dict[str, Any] | None = None):
+        self._function, self._programs = jax.jit(function, compiler_options=options), {}
+
+    def prepare(self, params: Params, prompts: Sequence[Sequence[int]]) -> None:
+        """Compiles what these need; another thread may compute meanwhile."""
+        for _, tokens_BT, lengths_B in by_length(prompts, _rows, multiple=256):
+            if tokens_BT.shape not in self._programs:
+                lowered = self._function.lower(params, tokens_BT, lengths_B)
+                self._programs[tokens_BT.shape] = lowered.compile()
+
+    def __call__(self, params: Params, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The indices of some prompts and their values, from the longest on; none is empty."""
+        self.prepare(params, prompts)
+        for chosen, tokens_BT, lengths_B in by_length(prompts, _rows, multiple=256):
+            values_BX = self._programs[tokens_BT.shape](params, tokens_BT, lengths_B)
+            yield chosen, np.asarray(values_BX)[: len(chosen)]
 
 
 class Scorer:
@@ -62,8 +82,7 @@ class Scorer:
             last_B1D = jnp.take_along_axis(output.hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)
             return scores(params, last_B1D[:, 0])
 
-        options = compiler_options(self.model.compute, self.model.platform)
-        self._last_scores = jax.jit(last_scores, compiler_options=options)
+        self._last_scores = RowsProgram(last_scores, compiler_options(self.model.compute, self.model.platform))
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """(texts, labels) logits, as transformers' pipeline computes them: no special tokens are added."""
@@ -89,10 +108,14 @@ class Scorer:
         found = np.zeros((len(prompts), len(self.labels.names)), np.float32)
         if any(not ids for ids in prompts):
             raise UserError("a text is empty; there is nothing to score")
-        for chosen, tokens_BT, lengths_B in by_length(prompts, _rows, multiple=256):
-            found[chosen] = np.asarray(self._last_scores(self.params, tokens_BT, lengths_B))[: len(chosen)]
+        for chosen, scores_BL in self._last_scores(self.params, prompts):
+            found[chosen] = scores_BL
             advance(len(chosen))
         return found
+
+    def prepare(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Compiles what `score_ids` of these needs, in any thread."""
+        self._last_scores.prepare(self.params, prompts)
 
 
 class PictureScorer:
@@ -136,19 +159,19 @@ class Embedder:
     """Texts as vectors: the means of a language model's last hidden states."""
 
     def __init__(self, model: LanguageModel):
-        @jax.jit
         def mean(params, tokens_BT, lengths_B):
             hidden_BTD = model.read_rows(params, model.embed(params, tokens_BT), lengths_B=lengths_B).hidden_BTD
             is_token_BT1 = (jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None])[..., None]
             return jnp.sum(hidden_BTD.astype(jnp.float32), axis=1, where=is_token_BT1) / lengths_B[:, None]
 
-        self._mean, self._width = mean, model.config.hidden_size
+        self._mean, self._width = RowsProgram(mean), model.config.hidden_size
+        self.prepare = self._mean.prepare
 
     def embed(self, params: Params, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """float32 (prompts, D): the mean over the tokens of what the last norm makes of them; no prompt is empty."""
         found_ND = np.zeros((len(prompts), self._width), np.float32)
-        for chosen, tokens_BT, lengths_B in by_length(prompts, lambda width, left: EMBEDDED, multiple=256):
-            found_ND[chosen] = np.asarray(self._mean(params, tokens_BT, lengths_B))[: len(chosen)]
+        for chosen, means_BD in self._mean(params, prompts):
+            found_ND[chosen] = means_BD
         return found_ND
 
 

@@ -62,4 +62,4 @@ class AnswerText:
 
 def possible_start(text: str, stop: tuple[str, ...]) -> int:
     """Length of the longest end of the text that begins a stop string."""
-    return max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+    return max((n for s in stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n])), default=0)

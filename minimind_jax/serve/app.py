@@ -19,7 +19,7 @@ from minimind_jax.inference.request import Busy
 from minimind_jax.serve import chat, completions, pictures, responses, scoring, tokens, weights
 from minimind_jax.serve.answers import Answers, while_there
 from minimind_jax.serve.chat import Asked
-from minimind_jax.serve.drawing import tell_ignored
+from minimind_jax.serve.drawing import refuse_others, tell_ignored
 from minimind_jax.serve.errors import HANDLED, answer_error, too_many, too_slow
 from minimind_jax.serve.guard import Guard
 from minimind_jax.serve.metrics import Metrics, Watch
@@ -64,6 +64,7 @@ class Server:
         ask: what the request asks of the engine, computed aside for it may take a while.
         """
         self.worker.check()
+        refuse_others(body)
         served = self.models.get(body.model, "generate")
         found = await self._in_time(http, self.aside(body, served, ask, self.config))
         if found is None:

@@ -40,6 +40,8 @@ def ask(body: ChatRequest, served: Served, config: ServeConfig) -> Asked:
     choice = body.tool_choice or "auto"
     if choice != "auto" and choice != "none" and not body.tools:
         raise refused("tool_choice is set, but there are no tools", "tool_choice")
+    if body.top_logprobs and not body.logprobs:
+        raise refused("top_logprobs wants logprobs: true", "top_logprobs")
     tools = body.tools if choice != "none" else None
     if isinstance(choice, NamedTool) and choice.called not in [_name(tool) for tool in tools]:
         raise refused(f"tool_choice: there is no tool {choice.called[:60]!r}", "tool_choice")

@@ -5,10 +5,11 @@ Values are taken strictly: no text for a number, no NaN. Fields that are not her
 
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]  # looked for at every token
 Texts = Text | Annotated[list[Text], Field(min_length=1)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Json = dict[str, Any]
@@ -18,6 +19,11 @@ WITHOUT_A_WORD = {
     *("user", "metadata", "store", "service_tier", "prompt_cache_key", "safety_identifier", "truncation"),
     *("include", "prompt_cache_retention", "stream_options", "echo", "id"),
 }
+
+
+def _also(*names: str) -> Any:
+    """An optional field under its own name, and others by which llama.cpp, LM Studio and Anthropic call it."""
+    return Field(None, validation_alias=AliasChoices(*names))
 
 
 class Body(BaseModel):
@@ -83,7 +89,7 @@ class Sampling(Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = _also("repetition_penalty", "repeat_penalty")
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
@@ -94,8 +100,8 @@ class Drawing(Sampling):
     """What chat and plain completions have beside it."""
 
     n: Annotated[int, Field(ge=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=64)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = _also("max_tokens", "n_predict")
+    stop: Stop | Annotated[list[Stop], Field(max_length=64)] | None = _also("stop", "stop_sequences")
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
     ignore_eos: bool | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None

@@ -1,5 +1,6 @@
 """/v1/embeddings, /classify and /score: what is computed without a word being made."""
 
+import asyncio
 import base64
 import functools
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from minimind_jax.serve.prompts import read_talk
 from minimind_jax.serve.protocol import ClassifyRequest, EmbeddingRequest, Json, ScoreRequest
 from minimind_jax.serve.worker import Worker
 
-TOGETHER = 8  # texts or pictures between which answers go on
+TOGETHER, MOST_TOKENS = 8, 2048  # texts or pictures, and tokens, between which answers go on
 
 
 async def embeddings(body: EmbeddingRequest, served: Served, worker: Worker) -> Json:
@@ -33,8 +34,9 @@ async def embeddings(body: EmbeddingRequest, served: Served, worker: Worker) -> 
     if longest := max((len(ids) for ids in prompts if len(ids) > served.context), default=0):
         message = f"This model's maximum context length is {served.context} tokens. However, an input has {longest}."
         raise refused(message, "input", "context_length_exceeded")
-    embed = functools.partial(served.embedder.embed, served.engine.params)
-    vectors_ND = await _in_turns(embed, prompts, worker)
+    embedder = served.embedder
+    embed, prepare = (functools.partial(work, served.engine.params) for work in (embedder.embed, embedder.prepare))
+    vectors_ND = await _in_turns(embed, prompts, worker, prepare)
     if body.normalize:
         vectors_ND /= np.maximum(np.linalg.norm(vectors_ND, axis=1, keepdims=True), 1e-12)
     shown = vectors_ND.tolist()
@@ -108,12 +110,26 @@ async def _scored(scorer: Scorer, prompts: Sequence[list[int]], kept: slice, wor
     if any(len(ids) > scorer.max_tokens for ids in prompts):
         log.once(f"texts longer than {scorer.max_tokens} tokens are cut, as in training")
     cut = [ids[kept] for ids in prompts]
-    return await _in_turns(scorer.score_ids, cut, worker), _usage(cut)
+    return await _in_turns(scorer.score_ids, cut, worker, scorer.prepare), _usage(cut)
 
 
-async def _in_turns(work: Callable[[list[Any]], np.ndarray], items: list[Any], worker: Worker) -> np.ndarray:
-    """What the work makes of some items at a time, with answers going on between."""
-    rows = [await worker.run(work, items[n : n + TOGETHER]) for n in range(0, len(items), TOGETHER)]
+async def _in_turns(
+    work: Callable[[list[Any]], np.ndarray],
+    items: list[Any],
+    worker: Worker,
+    prepare: Callable[[list[list[int]]], None] | None = None,
+) -> np.ndarray:
+    """What the work makes of some items at a time, with answers going on between. prepare: compiles what the work of
+    these texts needs, with answers going on meanwhile."""
+    rows, left = [], items
+    while left:
+        count = TOGETHER
+        while prepare and count > 1 and count * max(map(len, left[:count])) > MOST_TOKENS:
+            count //= 2
+        some, left = left[:count], left[count:]
+        if prepare:
+            await asyncio.to_thread(prepare, some)
+        rows.append(await worker.run(work, some))
     return np.concatenate(rows)
 
 

@@ -1,5 +1,7 @@
 """Streamed text: stop strings that arrive in pieces, characters that arrive in bytes."""
 
+import time
+
 import pytest
 
 from minimind_jax.inference.text import AnswerText
@@ -57,3 +59,11 @@ def test_no_piece_has_half_a_character(tokenizer):
     assert "".join(pieces) == sentence
     assert not any("�" in piece for piece in pieces)
     assert len([piece for piece in pieces if piece]) > 3
+
+
+def test_a_long_stop_string_costs_what_is_held_and_not_its_length(tokenizer):
+    text, began = AnswerText(tokenizer, stop=("cat " * 250_000,)), time.monotonic()
+    for token in tokenizer.encode("the cat sat on the mat"):
+        text.push(token)
+    text.finish()
+    assert text.text == "the cat sat on the mat" and time.monotonic() - began < 2  # not minutes

@@ -76,6 +76,7 @@ def wait_until(holds, seconds):
     deadline = time.monotonic() + seconds
     while not holds() and time.monotonic() < deadline:
         time.sleep(0.01)
+    assert holds(), f"not within {seconds} seconds"
 
 
 class Process:
@@ -103,7 +104,11 @@ class Process:
         return found and found[1]
 
     def ready(self):
-        wait_until(lambda: httpx.get(self.url + "/health").status_code == 200, 60)
+        try:
+            wait_until(lambda: httpx.get(self.url + "/health").status_code == 200, 240)
+        except BaseException:
+            self.process.kill()
+            raise
         return self
 
 

@@ -58,6 +58,17 @@ def test_labels_and_probabilities_are_the_classifiers(heads, folders):
     assert alone["probs"] == pytest.approx(found["data"][0]["probs"], abs=1e-6)
 
 
+def test_a_length_is_compiled_once_and_ahead_of_its_turn(folders):
+    scorer = Scorer(str(folders["topics"]))
+    prompts = [[5] * 40] * 3
+    scorer.prepare(prompts)
+    compiled = dict(scorer._last_scores._programs)
+    assert list(compiled) == [(4, 64)]
+    logits = scorer.score_ids(prompts)
+    assert scorer._last_scores._programs == compiled
+    np.testing.assert_allclose(logits[0], scorer.score_ids(prompts[:1])[0], atol=1e-5)
+
+
 def test_several_labels_have_probabilities_of_their_own(heads, folders):
     (item,) = heads.post("/classify", json={"input": TEXTS[0], "model": "marks"}).json()["data"]
     logits = Scorer(str(folders["marks"])).texts(TEXTS[:1])[0].astype(np.float64)
