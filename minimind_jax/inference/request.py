@@ -132,7 +132,7 @@ class Answer:
 
     def finish(self, reason: str, stop_reason: str | int | None = None) -> None:
         if reason == "stop" and self.request.constraint and self.request.constraint.cut:
-            reason = "length"
+            reason, stop_reason = "length", None
         self.finish_reason, self.stop_reason = reason, stop_reason
         if self._text:
             self._text.finish()
