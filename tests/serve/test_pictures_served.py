@@ -365,14 +365,14 @@ def test_addresses_are_asked_where_the_server_is_told_to(seeing, engine, monkeyp
     with running(model=(str(seeing),), slots=1, context=CONTEXT, image_urls=True) as server, serving(HERE, A) as host:
         greedy = {"max_tokens": 12, "temperature": 0}
 
-        def post(*parts, path=CHAT, field="messages"):
-            return httpx.post(server.root + path, json={field: [user(*parts)], **greedy}, timeout=30)
+        def post(*parts, path=CHAT, **more):
+            return httpx.post(server.root + path, json=more or {"messages": [user(*parts)], **greedy}, timeout=30)
 
         url = f"{host.url}/picture"
         assert said(post(at(url), text(ASK)).json()) == engine.say([A, ASK])
         assert said(post(at(url.replace("http", "HTTP")), image(B), at(url)).json()) == engine.say([A, B, A])
         parts = [{"type": "input_image", "image_url": url}, {"type": "input_text", "text": ASK}]
-        assert post(*parts, path=RESPONSES, field="input").status_code == 200
+        assert post(path=RESPONSES, input=[user(*parts)], max_output_tokens=12).status_code == 200
         for path in (f"redirect?http://127.0.0.1:{host.port}/picture", "redirect?file:///etc/passwd", "endless", "cut"):
             answer = post(text(ASK), at(f"{host.url}/{path}"))
             assert answer.status_code == 400 and answer.json()["error"]["param"] == "messages[0].content[1]"
