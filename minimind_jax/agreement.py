@@ -34,7 +34,8 @@ def check_agreement(about: dict[str, Any]) -> None:
         values = [json.dumps(one[name], ensure_ascii=False) if name in one else "nothing" for one in told]
         if len(set(values)) > 1:
             whose = {value: [str(i) for i, own in enumerate(values) if own == value] for value in dict.fromkeys(values)}
-            differing.append(f"{name} is " + ", ".join(f"{v} on process {' and '.join(i)}" for v, i in whose.items()))
+            parts = (f"{value} on process{'es' * (len(i) > 1)} {', '.join(i)}" for value, i in whose.items())
+            differing.append(f"{name} is {', '.join(parts)}")
     if differing:
         raise UserError(
             f"the processes of this run do not agree: {'; '.join(differing)}. Give all of them the same, then start "

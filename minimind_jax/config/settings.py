@@ -139,8 +139,8 @@ def read_arguments(argv: Sequence[str], fields: Sequence[Field] = ()) -> tuple[l
             if field.declared.get("repeats"):
                 values = [*_as_list(given[field.key].value, field), *values]
             else:  # as of any other flag that is given twice, so that what a script ends with overrides
-                lost = f"warning: --{name} is given twice; only {' '.join(values)} is used, for all values of a list"
-                print(f"{lost} stand behind one flag: --{name} A B", file=sys.stderr)
+                lost = f"warning: --{name} is given twice; only {' '.join(values)} is used"
+                print(f"{lost}. Give all values behind one flag: --{name} A B", file=sys.stderr)
         if name == "config" and field is None:
             configs += values
         else:

@@ -2,6 +2,7 @@
 classifier's logits or a reward model's score; and of texts vectors."""
 
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -28,17 +29,20 @@ MAX_PICTURES = 16  # scored at once
 
 
 class RowsProgram:
-    """A function (params, tokens_BT, lengths_B) -> (B, X) of rows of tokens, compiled for each shape that comes."""
+    """A function (params, tokens_BT, lengths_B) -> (B, X) of rows of tokens, compiled for each shape that comes;
+    its params are always of the same shapes and devices."""
 
     def __init__(self, function: Callable[..., jax.Array], options: dict[str, Any] | None = None):
         self._function, self._programs = jax.jit(function, compiler_options=options), {}
+        self._lock = threading.Lock()
 
     def prepare(self, params: Params, prompts: Sequence[Sequence[int]]) -> None:
         """Compiles what these need; another thread may compute meanwhile."""
         for _, tokens_BT, lengths_B in by_length(prompts, _rows, multiple=256):
-            if tokens_BT.shape not in self._programs:
-                lowered = self._function.lower(params, tokens_BT, lengths_B)
-                self._programs[tokens_BT.shape] = lowered.compile()
+            with self._lock:
+                if tokens_BT.shape not in self._programs:
+                    lowered = self._function.lower(params, tokens_BT, lengths_B)
+                    self._programs[tokens_BT.shape] = lowered.compile()
 
     def __call__(self, params: Params, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The indices of some prompts and their values, from the longest on; none is empty."""

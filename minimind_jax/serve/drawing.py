@@ -13,13 +13,14 @@ from minimind_jax.inference.request import Constraint, Request
 from minimind_jax.serve import log
 from minimind_jax.serve.errors import refused
 from minimind_jax.serve.models import Served
-from minimind_jax.serve.protocol import WITHOUT_A_WORD, Drawing, Sampling
+from minimind_jax.serve.protocol import WITHOUT_A_WORD, Drawing, ResponsesRequest, Sampling
 
 MOST_SEED = 2**63 - 1  # of a SamplingConfig
-_NOT_FOLLOWED = {  # vLLM's, and the other routes' own, with what they are called instead
-    **dict.fromkeys("min_tokens bad_words allowed_token_ids include_stop_str_in_output chat_template".split(), ""),
-    **dict.fromkeys("truncate_prompt_tokens stop logit_bias prompt".split(), ""),
-    **dict.fromkeys(("max_tokens", "max_completion_tokens"), "max_output_tokens"),
+_NOT_FOLLOWED = dict.fromkeys(  # vLLM's
+    "min_tokens bad_words allowed_token_ids include_stop_str_in_output truncate_prompt_tokens chat_template".split(), ""
+)
+_OF_CHAT = dict.fromkeys(("stop", "logit_bias"), "") | {  # in responses: what it is called there
+    **{"max_tokens": "max_output_tokens", "max_completion_tokens": "max_output_tokens"},
     **{"response_format": "text.format", "messages": "input"},
 }
 _SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -37,9 +38,10 @@ def tell_ignored(body: BaseModel) -> None:
 
 def refuse_others(body: BaseModel) -> None:
     """Raises ApiError for a setting that other servers follow and that would change the answer."""
-    if name := next((name for name in _NOT_FOLLOWED if (body.model_extra or {}).get(name)), None):
-        ours = _NOT_FOLLOWED[name]
-        raise refused(f"{name} is not followed here; {f'call it {ours}' if ours else 'leave it out'}", name)
+    table = _NOT_FOLLOWED | (_OF_CHAT if isinstance(body, ResponsesRequest) else {})
+    if name := next((name for name in table if (body.model_extra or {}).get(name)), None):
+        way_out = f"call it {table[name]}" if table[name] else "leave it out"
+        raise refused(f"{name} is not followed here; {way_out}", name)
 
 
 def sampling_of(body: Sampling, served: Served, prompt: Sequence[int], max_tokens: int | None) -> SamplingConfig:

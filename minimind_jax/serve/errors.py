@@ -70,7 +70,9 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:
-    first, inside, place = error.errors()[0], error.body, []
+    found, inside, place = error.errors(), error.body, []
+    of_one = (each for each in found if each["loc"][:2] == found[0]["loc"][:2])
+    first = max(of_one, key=lambda each: len(each["loc"]))  # of what may be a text or a list, what is wrong inside
     for part in first["loc"][1:]:  # behind the body's own name
         is_there = part in inside if isinstance(inside, dict) else isinstance(inside, list) and isinstance(part, int)
         if is_there or first["type"] == "missing":

@@ -1,6 +1,7 @@
 """The bodies of requests, as OpenAI's clients and vLLM's write them.
 
-Values are taken strictly: no text for a number, no NaN. Fields that are not here change nothing, and are told once.
+Values are taken strictly: no text for a number, no NaN. Fields that are not here change nothing, and are told once, but
+for those that `drawing.refuse_others` and `forms` refuse.
 """
 
 from typing import Annotated, Any, Literal, Union
@@ -22,7 +23,7 @@ WITHOUT_A_WORD = {
 
 
 def _also(*names: str) -> Any:
-    """An optional field under its own name, and others by which llama.cpp, LM Studio and Anthropic call it."""
+    """An optional field under its own name, and another by which LM Studio or Anthropic's servers call it."""
     return Field(None, validation_alias=AliasChoices(*names))
 
 
@@ -100,7 +101,7 @@ class Drawing(Sampling):
     """What chat and plain completions have beside it."""
 
     n: Annotated[int, Field(ge=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = _also("max_tokens", "n_predict")
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=64)] | None = _also("stop", "stop_sequences")
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
     ignore_eos: bool | None = None
@@ -182,6 +183,7 @@ class CompletionRequest(Drawing):
     echo: bool | None = None
     suffix: str | None = None
     best_of: int | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = _also("max_tokens", "max_completion_tokens")
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     add_special_tokens: bool | None = None
 

@@ -126,12 +126,14 @@ def test_tools_that_are_no_functions_are_left_out_and_told(http, monkeypatch):
 
 def test_settings_under_the_names_of_other_servers(http):
     ours = {"repetition_penalty": 1.7, "max_tokens": 9, "stop": ["zzz"]}
-    theirs = {"repeat_penalty": 1.7, "n_predict": 9, "stop_sequences": ["zzz"]}
+    theirs = {"repeat_penalty": 1.7, "max_tokens": 9, "stop_sequences": ["zzz"]}
     asked = {"model": "tiny", "messages": [{"role": "user", "content": "A city"}], "temperature": 0}
     said = [http.post(CHAT, json={**asked, **names}).json() for names in (ours, theirs, {"max_tokens": 9})]
     texts = [found["choices"][0]["message"]["content"] for found in said]
     assert texts[0] == texts[1] != texts[2]
-    assert said[1]["usage"]["completion_tokens"] == 9
+    asked = {"model": "tiny", "prompt": "A city", "max_tokens": 3, "max_completion_tokens": 3}  # GuideLLM's
+    for names in (asked, {name: value for name, value in asked.items() if name != "max_tokens"}):
+        assert http.post("/v1/completions", json=names).json()["usage"]["completion_tokens"] == 3
 
 
 def test_what_is_refused_is_not_called_ignored(http, monkeypatch):
