@@ -164,7 +164,7 @@ def test_thinking_comes_first_and_is_ended_in_time(kind):
     tokenizer, grammars = kind
     has_tags = tokenizer.encode("<think>") == [grammars.tag("<think>")]
     form = json_schema(SCHEMAS["ticket"])
-    for seed in range(5):
+    for seed in range(2):
         ids, ended = drawn(tokenizer, grammars.constraint(form, 120, thinking="open"), seed, 120)
         thought, close, rest = text_of(tokenizer, ids).partition("</think>")
         if has_tags:  # spelled, only a lucky draw ends a thought

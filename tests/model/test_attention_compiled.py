@@ -30,6 +30,7 @@ def compile_cases(platform: str, device: str, topology: str, cases: list[tuple])
     return run_script(platform, "compile_attention.py", device, topology, json.dumps(cases))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("platform", "device", "kernel"), [("cuda", "h100", CUDNN[0]), ("tpu", "tpu-v5e", SPLASH[0])])
 def test_prompts_are_read_by_fused_attention_without_a_mask(platform, device, kernel):
     topology = "1x1" if platform == "tpu" else "1"
@@ -37,6 +38,7 @@ def test_prompts_are_read_by_fused_attention_without_a_mask(platform, device, ke
     assert run_script(platform, "compile_prefill.py", device, topology, json.dumps(cases)) == [[kernel], [kernel]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("platform", "device", "topology"), [("cuda", "h100", "8"), ("tpu", "tpu-v5e", "2x4")])
 def test_samples_are_written_with_parameters_on_a_mesh(platform, device, topology):
     """As a run does it: outside of a step, where the compiler finds kernels that nobody has cut, and refuses them."""

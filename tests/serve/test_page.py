@@ -377,6 +377,7 @@ def test_turns_that_no_longer_fit_are_left_out_and_told(page, model):
     assert [len(body["messages"]) for body in sent] == [1, 3, 1]
 
 
+@pytest.mark.slow
 def test_a_long_conversation_is_not_sent_hundreds_of_times(page, model, tmp_path):
     said = [
         {"id": str(n), "parent": str(n - 1) if n else None, "role": ("user", "assistant")[n % 2], "created": n + 1}

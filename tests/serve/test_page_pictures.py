@@ -181,6 +181,7 @@ def test_a_blind_model_is_shown_none(page):
     answered(page, 2)
 
 
+@pytest.mark.slow
 def test_pictures_are_exported_and_imported_as_far_as_they_are_ours(page, browser, address, tmp_path):
     choose(page, A)
     ask(page, WORDS)
