@@ -54,6 +54,7 @@ def run_outside(installed, folder, program, *arguments):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_configs_and_no_tests(installed):
     names = {file.stem for file in (installed / "minimind_jax" / "configs").iterdir()}
     assert names == {file.stem for file in (ROOT / "configs").glob("*.yaml")}

@@ -36,6 +36,7 @@ def adapter(params, rank, targets, seed):
     return StoredAdapter("base", {name: ranks for name, ranks in table.items() if any(ranks)}, tree, 0.0, False)
 
 
+@pytest.mark.slow
 def test_adapters_of_any_shape_answer_in_one_batch():
     params = MODEL.init(jax.random.key(0))
     stored = {"all": adapter(params, 4, ("all-linear",), 1), "few": adapter(params, 2, ("q_proj", "down_proj"), 2)}

@@ -24,6 +24,7 @@ def held(needs: dict) -> float:
     return (needs["memory"]["arguments"] - needs["batch"] / 8) / needs["state"][2]
 
 
+@pytest.mark.slow
 def test_fsdp_on_eight_devices_holds_an_eighth_of_the_state_on_each(emulated):
     needs = emulated["fsdp"]
     assert held(needs) <= 1.2 / 8
@@ -48,6 +49,7 @@ def test_gradients_are_summed_over_the_devices_and_parameters_gathered_with_fsdp
     assert not emulated["data"]["unknown_loops"] and not emulated["fsdp"]["unknown_loops"]
 
 
+@pytest.mark.slow
 def test_fsdp_with_the_tpu_compiler():
     needs = run_compiler("tpu", SCRIPT, "tpu-v5e", "2x4")["fsdp"]
     # Small arrays are padded to the registers' 8 x 128.

@@ -114,6 +114,7 @@ def test_log_probabilities_are_those_that_the_trainer_finds(name, temperature):
     assert np.abs(gaps(model, params, written, 1.1 * temperature)).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_what_was_written_before():
     """To the last bit: a run that was killed and goes on must end as one that was not."""
     model, requests = model_of("dense"), groups()
@@ -135,6 +136,7 @@ def test_answers_do_not_depend_on_what_was_written_before():
         write(engine, groups(seed=3))
 
 
+@pytest.mark.slow
 def test_the_compiler_of_a_gpu_is_told_of_deterministic_in_all_that_writes_and_scores(tmp_path):
     flags = f"{os.environ['XLA_FLAGS']} --xla_dump_to={tmp_path} --xla_dump_hlo_as_text"
     script = Path(__file__).with_name("fixed_order.py")

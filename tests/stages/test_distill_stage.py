@@ -16,6 +16,7 @@ from minimind_jax.stages import start
 from minimind_jax.training.run import RunFolder
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_its_teacher(make, world, base, tmp_path):
     teacher = start(with_chats(make(SFTConfig, tmp_path / "teacher", "sft", training={"steps": 60}), world))
     config = with_chats(

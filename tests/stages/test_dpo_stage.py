@@ -91,6 +91,7 @@ def test_rows_of_any_length(make, stage, tmp_path):
     assert np.isfinite(last(run, "loss"))
 
 
+@pytest.mark.slow
 def test_settings_that_change_the_base_are_named(dpo_config):
     start(dataclasses.replace(dpo_config, lora=ADAPTERS))
     with pytest.raises(UserError, match=r"other settings \(lora.alpha 8 -> 16"):

@@ -66,6 +66,7 @@ def test_a_run_resumes_exactly(grpo, changes, tmp_path):
     assert_resumes_exactly(dataclasses.replace(grpo, checkpoint=KEEP_ALL, **changes), tmp_path)
 
 
+@pytest.mark.slow
 def test_ppo_resumes_exactly(grpo, tmp_path):
     policy = dataclasses.replace(PPOConfig().policy, minibatches=2, max_kl=0.5)
     own = {field.name: getattr(grpo, field.name) for field in dataclasses.fields(grpo)}

@@ -139,6 +139,7 @@ def few(world, base, tmp_path_factory):
     return RunFolder(run), config
 
 
+@pytest.mark.slow
 def test_a_run_records_the_values_and_is_finished_with_the_settings_as_asked(few, capsys):
     run, config = few
     written = run.read_config()
