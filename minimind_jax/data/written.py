@@ -102,17 +102,10 @@ def json_line(value: dict[str, Any]) -> str:
     try:
         line = json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
     except ValueError:
-        line = json.dumps(_without_nan(value), ensure_ascii=False, default=str)
+        without_nan = json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
+        line = json.dumps(without_nan, ensure_ascii=False)
     try:
         line.encode()
     except UnicodeEncodeError:
         line = json.dumps(json.loads(line))
     return line
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_nan(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
