@@ -5,6 +5,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -37,22 +38,11 @@ _ESCAPES = {c: f"\\x{c:02x}" if c < 0x100 else f"\\u{c:04x}" for c in _CONTROLS 
 _UNMARKED = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in MARKS})
 
 
-@dataclasses.dataclass(frozen=True)
-class Packed:
-    """How one way of packing fares. lost: documents that are in no row, or of which no trained token is."""
+class Inspection(NamedTuple):
+    """What `inspect` found. packings: by name, at the configured `seq_len`."""
 
-    plan: PackingPlan
-    lost: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Inspection:
-    """What `inspect` found. lengths: tokens of each document. packings: by name, at the configured `seq_len`."""
-
-    kind: KindName
     cache: TokenCache
-    lengths: np.ndarray
-    packings: dict[str, Packed]
+    packings: dict[str, PackingPlan]
 
 
 def run(config: InspectConfig) -> None:
@@ -91,18 +81,16 @@ def inspect(
     cache = build_cache(kind, files, tokenizer, skipping, seed, report_skipped=False, marker=marker)
     packings = {}
     for name in KINDS[kind].packings:
-        plan = plan_epoch(cache, np.arange(len(cache)), data, seed, epoch=0, packing=name).plan
-        packings[name] = Packed(plan, lost=len(cache) - len(np.unique(plan.documents)))
-    found = Inspection(kind, cache, cache.lengths, packings)
+        packings[name] = plan_epoch(cache, np.arange(len(cache)), data, seed, epoch=0, packing=name).plan
     _print_records(console, _first_records(cache, tokenizer, rows, data.seq_len), marker)
-    _print_counts(console, found, tokenizer, files)
+    _print_counts(console, cache, tokenizer, files)
     if told:
         console.print(told, highlight=False)
-    _print_lengths(console, found.lengths)
+    _print_lengths(console, cache.lengths)
     if packings:
-        _print_packings(console, found, data.seq_len)
+        _print_packings(console, Inspection(cache, packings), data.seq_len)
     _print_broken(console, cache)
-    return found
+    return Inspection(cache, packings)
 
 
 def detect_kind(files: list[Path], reading: ReadingConfig = READING) -> KindName:
@@ -187,18 +175,18 @@ def _with_images(piece: str, marker: Marker, names: Iterator[str]) -> str:
     return re.sub(re.escape(marker.all), lambda found: next(names, found[0]), piece)
 
 
-def _print_counts(console: Console, found: Inspection, tokenizer: Tokenizer, files: list[Path]) -> None:
-    info, token_bytes = found.cache.info, tokenizer.token_bytes()
-    parts = np.array_split(found.cache.tokens, info["tokens"] // (1 << 20) + 1)  # not all in memory at once
+def _print_counts(console: Console, cache: TokenCache, tokenizer: Tokenizer, files: list[Path]) -> None:
+    info, token_bytes = cache.info, tokenizer.token_bytes()
+    parts = np.array_split(cache.tokens, info["tokens"] // (1 << 20) + 1)  # not all in memory at once
     size = sum(int(token_bytes[part].sum()) for part in parts)
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in (
-        ("kind", found.kind),
+        ("kind", cache.kind),
         ("files", f"{len(files):,}"),
-        ("records", f"{len(found.cache) + info['skipped']:,}, {info['skipped']:,} of them broken"),
+        ("records", f"{len(cache) + info['skipped']:,}, {info['skipped']:,} of them broken"),
         ("tokens", f"{info['tokens']:,}, {size / info['tokens']:.2f} bytes of text each"),
         ("trained tokens", f"{info['trained_tokens']:,} ({info['trained_tokens'] / info['tokens']:.1%})"),
-        *((name, f"{info[name]:,}") for name in KINDS[found.kind].counts),
+        *((name, f"{info[name]:,}") for name in KINDS[cache.kind].counts),
     ):
         table.add_row(name, value)
     console.print(table)
@@ -216,12 +204,12 @@ def _print_lengths(console: Console, lengths: np.ndarray) -> None:
 
 
 def _print_packings(console: Console, found: Inspection, seq_len: int) -> None:
-    title = Text(f"\npacking {len(found.lengths):,} {KINDS[found.kind].noun} into rows of {seq_len:,} tokens", "italic")
+    count, noun = len(found.cache), KINDS[found.cache.kind].noun
+    title = Text(f"\npacking {count:,} {noun} into rows of {seq_len:,} tokens", "italic")
     table = _table("", "rows", "full", "placed", "lost", "cut", "turns\ncut", "tokens\ndropped")
-    for name, packed in found.packings.items():
-        plan = packed.plan
-        placed = len(found.lengths) - packed.lost
-        numbers = (placed, packed.lost, plan.cut_documents, plan.cut_turns, plan.dropped_tokens)
+    for name, plan in found.packings.items():
+        placed = len(np.unique(plan.documents))
+        numbers = (placed, count - placed, plan.cut_documents, plan.cut_turns, plan.dropped_tokens)
         table.add_row(name, f"{plan.rows:,}", f"{plan.efficiency:.2%}", *(f"{n:,}" for n in numbers))
     console.print(title, table, sep="\n")
 

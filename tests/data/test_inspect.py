@@ -2,6 +2,7 @@
 
 import io
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ from rich.console import Console
 from minimind_jax.config.sections import DataConfig
 from minimind_jax.data.inspect import (
     Inspection,
-    Packed,
     _print_lengths,
     _print_packings,
     detect_kind,
@@ -58,13 +58,13 @@ def printed(paths, tokenizer, data, colours=False, **options):
 
 def test_conversations_with_their_trained_tokens_marked(tmp_path, tokenizer, data):
     found, text = printed([write(tmp_path / "a.jsonl", talk_records())], tokenizer, data, rows=2)
-    assert found.kind == "conversation"
+    assert found.cache.kind == "conversation"
     assert "record 1, " in text and "record 2, " in text and "record 3, " not in text
     assert "<|im_start|>user\nHow old is [red]cat 1[/red]?<|im_end|>\n<|im_start|>assistant\n⟦" in text
     assert "It is 1 years old. It is 1 years old. <|im_end|>\n⟧" in text
-    trained = sum(int(found.cache.is_trained(d, 0, int(n)).sum()) for d, n in enumerate(found.lengths))
-    assert f"{trained:,} ({trained / found.lengths.sum():.1%})" in text
-    assert f"{found.lengths.sum():,}, " in text and "12, 0 of them broken" in text
+    trained = sum(int(found.cache.is_trained(d, 0, int(n)).sum()) for d, n in enumerate(found.cache.lengths))
+    assert f"{trained:,} ({trained / found.cache.lengths.sum():.1%})" in text
+    assert f"{found.cache.lengths.sum():,}, " in text and "12, 0 of them broken" in text
 
 
 def test_trained_tokens_are_coloured_on_a_terminal(tmp_path, tokenizer, data):
@@ -79,18 +79,19 @@ def test_trained_tokens_are_coloured_on_a_terminal(tmp_path, tokenizer, data):
 
 def test_packing_of_each_kind_is_counted(tmp_path, tokenizer, data):
     found, text = printed([write(tmp_path / "a.jsonl", talk_records())], tokenizer, data)
-    tokens = int(found.lengths.sum())
+    tokens = int(found.cache.lengths.sum())
     assert set(found.packings) == {"concat", "best_fit", "pad"}
-    assert found.packings["concat"].plan.rows == -(-tokens // 64)
-    assert found.packings["pad"].plan.rows == len(TALKS)
-    assert found.packings["pad"].plan.dropped_tokens == np.maximum(found.lengths - 64, 0).sum() > 0
-    for name, packed in found.packings.items():
+    assert found.packings["concat"].rows == -(-tokens // 64)
+    assert found.packings["pad"].rows == len(TALKS)
+    assert found.packings["pad"].dropped_tokens == np.maximum(found.cache.lengths - 64, 0).sum() > 0
+    for name, plan in found.packings.items():
+        placed = len(set(plan.documents.tolist()))
         (line,) = [line.split() for line in text.splitlines() if line.split()[:1] == [name]]
         assert line[1:5] == [
-            str(packed.plan.rows),
-            f"{packed.plan.efficiency:.2%}",
-            str(12 - packed.lost),
-            str(packed.lost),
+            str(plan.rows),
+            f"{plan.efficiency:.2%}",
+            str(placed),
+            str(12 - placed),
         ]
 
 
@@ -98,15 +99,16 @@ def test_a_conversation_whose_answer_does_not_fit_is_lost_in_pad_only(tmp_path, 
     long_question = [("user", "How old is it? " * 60), ("assistant", "Old.")]
     records = [*talk_records(), {"conversations": [{"role": r, "content": c} for r, c in long_question]}]
     found, _ = printed([write(tmp_path / "a.jsonl", records)], tokenizer, data)
-    assert {name: packed.lost for name, packed in found.packings.items()} == {"concat": 0, "best_fit": 0, "pad": 1}
+    placed = {name: len(set(plan.documents.tolist())) for name, plan in found.packings.items()}
+    assert placed == {"concat": 13, "best_fit": 13, "pad": 12}
 
 
 def test_text_is_recognised_and_counted_in_bytes(tmp_path, tokenizer, data):
     found, text = printed([write(tmp_path / "a.jsonl", [{"text": t} for t in TEXTS])], tokenizer, data, rows=1)
-    assert found.kind == "text"
+    assert found.cache.kind == "text"
     assert f"<|im_start|>⟦{TEXTS[0]}<|im_end|>⟧" in text
     size = sum(len(t.encode()) for t in TEXTS)
-    assert f"{size / found.lengths.sum():.2f} bytes of text each" in text
+    assert f"{size / found.cache.lengths.sum():.2f} bytes of text each" in text
 
 
 def test_broken_records_are_listed_with_file_and_line(tmp_path, tokenizer, data):
@@ -114,7 +116,7 @@ def test_broken_records_are_listed_with_file_and_line(tmp_path, tokenizer, data)
     records[2] = "no JSON"
     records[5] = {"conversations": [{"role": "user", "content": "[bold]only me[/bold]"}]}
     found, text = printed([write(tmp_path / "a.jsonl", records)], tokenizer, data)
-    assert "2 broken records" in text and len(found.lengths) == 10
+    assert "2 broken records" in text and len(found.cache.lengths) == 10
     assert f"{tmp_path / 'a.jsonl'}:3: not JSON" in text
     assert f"{tmp_path / 'a.jsonl'}:6: nothing to train on" in text
 
@@ -123,12 +125,12 @@ def test_histogram_counts_every_record(tmp_path, tokenizer, data):
     found, text = printed([write(tmp_path / "a.jsonl", talk_records())], tokenizer, data)
     bars = [line.split() for line in text.splitlines() if line.startswith("  up to ")]
     assert sum(int(bar[3]) for bar in bars) == len(TALKS)
-    assert int(bars[-1][2].replace(",", "")) >= found.lengths.max()
+    assert int(bars[-1][2].replace(",", "")) >= found.cache.lengths.max()
 
 
 def test_long_records_are_cut_in_print(tmp_path, tokenizer, data):
     found, text = printed([write(tmp_path / "a.jsonl", [{"text": "The cat sleeps. " * 100}])], tokenizer, data)
-    assert f"… and {found.lengths[0] - 64:,} more tokens" in text
+    assert f"… and {found.cache.lengths[0] - 64:,} more tokens" in text
 
 
 def test_unknown_fields_and_unreadable_files_are_errors(tmp_path):
@@ -169,10 +171,10 @@ def test_millions_fit_80_columns():
     console = Console(file=io.StringIO(), width=80)
     _print_lengths(console, np.array([1_234_567, 9_876_543]))
     count = 1_400_000
-    none = np.zeros(0, np.int32)
-    plan = PackingPlan(512, np.zeros(count + 1, np.int64), none, none, none, 1_234_567, 1_234_568, 123_456_789)
-    found = Inspection("conversation", None, np.ones(count), {"best_fit": Packed(plan, 1_000_000)})
-    _print_packings(console, found, 512)
+    placed, empty = np.arange(400_000), np.zeros(400_000, np.int32)
+    plan = PackingPlan(512, np.zeros(count + 1, np.int64), placed, empty, empty, 1_234_567, 1_234_568, 123_456_789)
+    cache = mock.MagicMock(kind="conversation", __len__=lambda cache: count)
+    _print_packings(console, Inspection(cache, {"best_fit": plan}), 512)
     text = console.file.getvalue()
     assert max(map(len, text.splitlines())) <= 80
     words = text.split()
@@ -189,5 +191,5 @@ def test_pairs_are_shown_with_their_trained_answers(tmp_path, tokenizer, capsys)
     data = DataConfig(seq_len=256, cache_dir=str(tmp_path), system_prompt_probability=0.0)
     found = inspect([file], tokenizer, data)
     told = capsys.readouterr().out
-    assert found.kind == "preference" and list(found.packings) == ["pairs"]
+    assert found.cache.kind == "preference" and list(found.packings) == ["pairs"]
     assert told.count("⟦") == 3 and "good" in told and "bad" in told
