@@ -84,8 +84,9 @@ class Tokenizer:
         self._backend = backend
         vocabulary = self.vocabulary()
         self.vocab_size = max(vocabulary.values()) + 1
-        self.special_tokens = {name: _special(folder, config, name, vocabulary) for name in _USUAL_NAMES}
-        self.bos_id, self.eos_id, self.pad_id = (vocabulary.get(token) for token in self.special_tokens.values())
+        special = {name: _special(folder, config, name, vocabulary) for name in _USUAL_NAMES}
+        self.bos_id, self.eos_id, self.pad_id = map(vocabulary.get, special.values())
+        self.special_tokens = {name: token for name, token in special.items() if token is not None}
         if self.eos_id is None:
             raise UserError(
                 f"{folder / 'tokenizer_config.json'}: eos_token is missing or not in tokenizer.json; name the token "
@@ -251,7 +252,7 @@ class Tokenizer:
         variables: Mapping[str, Any],
         tell: Callable[[str], None],
     ) -> list[Segment]:
-        variables = {**variables, **self._present_tokens()}
+        variables = {**variables, **self.special_tokens}
         segments = foreign_segments(self.chat_template, messages, tools, variables)
         render = functools.partial(render_jinja, self.chat_template, tools=tools, **variables)
         if check_complete(messages, tools, segments, render=render):
@@ -282,13 +283,10 @@ class Tokenizer:
             return render_segments(messages, tools, add_generation_prompt, open_thinking)
         names = () if open_thinking is None else ("open_thinking", "enable_thinking")
         thinking = dict.fromkeys(names, open_thinking)
-        variables = {**self._present_tokens(), **thinking, "add_generation_prompt": add_generation_prompt}
+        variables = {**self.special_tokens, **thinking, "add_generation_prompt": add_generation_prompt}
         segments = [Segment(render_jinja(self.chat_template, messages, tools, **variables), False, 0)]
         check_complete(messages, tools, segments, with_answers=False)
         return segments
-
-    def _present_tokens(self) -> dict[str, str]:
-        return {name: token for name, token in self.special_tokens.items() if token is not None}
 
     def save(self, folder: str | Path, image_marker: int | None = None) -> None:
         """Copies the files, tokenizer.json byte for byte, with what other programs need in tokenizer_config.json.
@@ -364,19 +362,19 @@ def train_bpe(texts: Iterable[str], folder: str | Path, vocab_size: int = 6400) 
     return Tokenizer.load(folder)
 
 
-def tokenizer_config(backend: tokenizers.Tokenizer, special_tokens: dict[str, str | None]) -> dict[str, Any]:
+def tokenizer_config(backend: tokenizers.Tokenizer, special_tokens: dict[str, str]) -> dict[str, Any]:
     """tokenizer_config.json that transformers 4.57 and 5 load alike, with our template."""
     added = sorted(backend.get_added_tokens_decoder().items())
     flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
-    named = {name: token for name, token in special_tokens.items() if token is not None}
+    padding = special_tokens.get("pad_token")
     return {
         "add_bos_token": False,
         "add_eos_token": False,
         "add_prefix_space": False,
         "added_tokens_decoder": {str(i): {flag: getattr(token, flag) for flag in flags} for i, token in added},
-        "additional_special_tokens": [t.content for _, t in added if t.special and t.content != named.get("pad_token")],
-        **named,
-        "unk_token": named.get("pad_token"),
+        "additional_special_tokens": [t.content for _, t in added if t.special and t.content != padding],
+        **special_tokens,
+        "unk_token": padding,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": 131072,
