@@ -206,34 +206,30 @@ def iter_records(
     """
     told = Counter() if told is None else told
     for file in expand_paths(paths, pictures):
-        empty = True
         for line, raw in iter_lines(file, reading):
-            empty = False
             try:
                 yield parse_line(raw, file, line, told)
             except UserError as error:
                 if on_bad is None:
                     raise
                 on_bad(error)
-        if empty:
-            raise UserError(f"{file}: the file is empty; expected records")
 
 
 def iter_lines(file: Path, reading: ReadingConfig = READING) -> Iterator[tuple[int | str, bytes | dict[str, Any]]]:
     """(line from 1 or what says more, record) of one file: JSON text without blank lines; a dict of CSV, Parquet,
-    documents and pictures."""
+    documents and pictures. Raises UserError for a file that cannot be read, or is empty."""
     if is_picture(file):
         yield 1, {"image": str(file.absolute())}
         return
     _check_signature(file)
-    if _ends_in(file, ARROW):
-        yield from enumerate(_arrow_rows(file), start=1)
-        return
-    _tell_wrong_encoding(file, reading.encoding)
+    if not _ends_in(file, ARROW):
+        _tell_wrong_encoding(file, reading.encoding)
     line = 0
     try:
         with _open(file) as stream:
-            if _ends_in(file, TABLES):
+            if _ends_in(file, ARROW):
+                found = enumerate(_arrow_rows(file), start=1)
+            elif _ends_in(file, TABLES):
                 found = text_files.csv_rows(stream, file, reading.encoding)
             elif _ends_in(file, DOCUMENTS):
                 found = [(1, {reading.text_field or "text": text_files.document(stream, file, reading.encoding)})]
@@ -244,6 +240,8 @@ def iter_lines(file: Path, reading: ReadingConfig = READING) -> Iterator[tuple[i
     except (EOFError, OSError, zlib.error) as error:
         next_line = line + 1 if isinstance(line, int) else line
         raise UserError(f"{file}:{next_line}: cannot be read: {error}") from error
+    if not line:
+        raise UserError(f"{file}: the file is empty; expected records")
 
 
 @functools.cache  # once, however often the file is read

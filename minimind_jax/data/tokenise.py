@@ -192,7 +192,7 @@ def read_chunks(files: list[Path], advance: Callable[[int], None], reading: Read
     """Lines of all files in groups of about CHUNK_BYTES; `advance` hears of the bytes of the files that are read."""
     number, lines, size = 0, [], 0
     for file in files:
-        first, told = number, 0
+        told = 0
         for line_number, raw in iter_lines(file, reading):
             length = len(raw) if isinstance(raw, bytes) else sum(map(_size, raw.values()))
             length = file.stat().st_size if is_picture(file) else length
@@ -203,8 +203,6 @@ def read_chunks(files: list[Path], advance: Callable[[int], None], reading: Read
                 step = min(size, file.stat().st_size - told)  # a compressed file is smaller than its lines
                 advance(step)
                 lines, size, told = [], 0, told + step
-        if number == first:
-            raise UserError(f"{file}: the file is empty; expected records")
         advance(file.stat().st_size - told)
     if lines:
         yield lines
