@@ -30,10 +30,6 @@ class Command(NamedTuple):
     has_processes: bool = False
     extra: str = ""
 
-    @property
-    def summary(self) -> str:
-        return first_words(self.settings)
-
     def run(self, prog: str, argv: Sequence[str]) -> int:
         """The exit status: what the function returns if that is a number, else 0."""
         words = take_process_flags(argv) if self.has_processes else argv
@@ -93,7 +89,7 @@ def _unknown_command(commands: Mapping[str, Command], argv: Sequence[str]) -> st
 def overview(commands: Mapping[str, Command]) -> str:
     """The text of `minimind --help`."""
     width = max(map(len, commands))
-    lines = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in commands.items())
+    lines = "\n".join(f"  {name:<{width}}  {first_words(command.settings)}" for name, command in commands.items())
     return f"""minimind: train a small language model from raw text to a model you can chat with
 usage: minimind COMMAND [--config FILE] [--key value ...]    minimind COMMAND --help    minimind --version
 {lines}
