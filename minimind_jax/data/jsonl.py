@@ -255,10 +255,9 @@ def _tell_wrong_encoding(file: Path, encoding: str) -> None:
             )
 
 
-def parse_line(raw: bytes | dict[str, Any], file: Path, line: int | str, told: Counter | None = None) -> Record:
+def parse_line(raw: bytes | dict[str, Any], file: Path, line: int | str, told: Counter) -> Record:
     """A line as `iter_lines` gives it -> Record. Raises UserError if it is not UTF-8, not JSON or not an object."""
     where = f"{file}:{line}"
-    told = Counter() if told is None else told
     if isinstance(raw, dict):
         text_files.check_row(raw, where)
         text = " ".join(str(cell) for cell in raw.values() if isinstance(cell, str | list))

@@ -51,9 +51,6 @@ class Wanted(NamedTuple):
     marker: Marker = MARKER  # of the model that looks at pictures
 
 
-WANTED = Wanted()
-
-
 def parse_text(record: Record, flag: str = "--data.on_error", reading: ReadingConfig = READING) -> str:
     """The text of a pretraining record {"text": str}. Raises UserError, which names the flag that skips records."""
     text, name = read_text(record, reading)

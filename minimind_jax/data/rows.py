@@ -47,9 +47,9 @@ class Pieces:
         self.positions = places - self.each(self.begins)
         self.positions[self.is_padding] = 0
 
-    def each(self, of_piece: np.ndarray, padding: int = 0) -> np.ndarray:
-        """At every place the value of its piece, (rows, T)."""
-        values = np.full(len(self._runs), padding, of_piece.dtype)
+    def each(self, of_piece: np.ndarray) -> np.ndarray:
+        """At every place the value of its piece, 0 for padding; (rows, T)."""
+        values = np.zeros(len(self._runs), of_piece.dtype)
         values[self._place] = of_piece
         return values.repeat(self._runs).reshape(self.row_count, self.seq_len)
 

@@ -69,18 +69,17 @@ def _is_json(text: str) -> bool:
     return isinstance(value, dict | list) and text[end:].lstrip()[:1] in ("", "{", "[")
 
 
-def is_foreign_utf8(stream: BinaryIO, encoding: str, enough: int = 1 << 20) -> bool:
+def is_foreign_utf8(stream: BinaryIO, encoding: str) -> bool:
     """Whether text that is to be read in another encoding is UTF-8, with characters that are read wrongly then: as far
-    as its first `enough` bytes, and from there on to the first that is none of ASCII."""
+    as the block in which the first of these stands."""
     if codecs.lookup(encoding).name == "utf-8":
         return False
-    decoder, is_ascii, seen = codecs.getincrementaldecoder("utf-8")(), True, 0
-    while (is_ascii or seen < enough) and (raw := stream.read(_BLOCK)):
+    decoder, is_ascii = codecs.getincrementaldecoder("utf-8")(), True
+    while is_ascii and (raw := stream.read(_BLOCK)):
         try:
-            is_ascii = decoder.decode(raw).isascii() and is_ascii
+            is_ascii = decoder.decode(raw).isascii()
         except UnicodeDecodeError:
             return False
-        seen += len(raw)
     return not is_ascii
 
 

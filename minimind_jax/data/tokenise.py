@@ -26,7 +26,7 @@ import numpy as np
 from minimind_jax.config.sections import ReadingConfig
 from minimind_jax.data.documents import Document
 from minimind_jax.data.jsonl import is_picture, iter_lines, parse_line
-from minimind_jax.data.kinds import KINDS, WANTED, KindName, Wanted
+from minimind_jax.data.kinds import KINDS, KindName, Wanted
 from minimind_jax.data.labelled_images import Wordless
 from minimind_jax.data.template import Dice, unchanged
 from minimind_jax.data.tokenizer import Tokenizer
@@ -46,13 +46,13 @@ class Encoder:
     tokenizer_folder: str
     dice: Dice | None
     skip: bool
-    wanted: Wanted = WANTED
+    wanted: Wanted
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | Wordless:
         return Tokenizer.load(self.tokenizer_folder) if self.tokenizer_folder else Wordless()
 
-    def document(self, line: Line, told: Counter | None = None) -> Document:
+    def document(self, line: Line, told: Counter) -> Document:
         """The document of a line; told gets what is told of it. Raises UserError with file and line."""
         number, file, line_number, raw = line
         record, kind = parse_line(raw, file, line_number, told), KINDS[self.kind]

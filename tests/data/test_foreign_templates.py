@@ -6,6 +6,7 @@ import pytest
 from templates import CHATML, DEEPSEEK, QWEN3, TEMPLATES, with_template
 
 from minimind_jax.data.documents import encode_prompt
+from minimind_jax.data.kinds import Wanted
 from minimind_jax.data.tokenise import Encoder
 from minimind_jax.data.tokenizer import Tokenizer, train_bpe
 from minimind_jax.errors import TemplateFault, UserError
@@ -77,7 +78,7 @@ def test_what_a_template_leaves_out_is_an_error_that_no_setting_skips(template, 
         tokenizer.segments(messages, tools)
     system = [{"role": "system", "content": "s", "tools": tools}] if tools else []
     line = json.dumps({"conversations": [*system, *messages]}).encode()
-    encoder = Encoder("conversation", str(tokenizer.folder), None, skip=True)
+    encoder = Encoder("conversation", str(tokenizer.folder), None, skip=True, wanted=Wanted())
     with pytest.raises(TemplateFault, match="leaves out"):
         encoder.encode([(0, tmp_path / "a.jsonl", 1, line)])
 
@@ -104,7 +105,7 @@ def test_what_is_written_in_another_form_is_not_left_out(make):
 def test_only_a_records_own_fault_is_skipped(make, tmp_path):
     alternate = "{% if loop.index0 and messages[loop.index0 - 1].role == message.role %}{{ raise_exception('twice') }}"
     tokenizer = make(CHATML.replace("<|im_start|>{{", alternate + "{% endif %}<|im_start|>{{"))
-    encoder = Encoder("conversation", str(tokenizer.folder), None, skip=True)
+    encoder = Encoder("conversation", str(tokenizer.folder), None, skip=True, wanted=Wanted())
     talks = [[USER, USER, PLAIN], [USER, PLAIN]]
     lines = [
         (n, tmp_path / "a.jsonl", n + 1, json.dumps({"conversations": talk}).encode()) for n, talk in enumerate(talks)
@@ -114,7 +115,7 @@ def test_only_a_records_own_fault_is_skipped(make, tmp_path):
     broken = CHATML.replace("message.content", "message.content + undefined.name")
     (tokenizer.folder / "chat_template.jinja").write_text(broken)
     with pytest.raises(TemplateFault, match=r"a\.jsonl:2: .*every record of this kind fails, so none is skipped"):
-        Encoder("conversation", str(tokenizer.folder), None, skip=True).encode(lines[1:])
+        Encoder("conversation", str(tokenizer.folder), None, skip=True, wanted=Wanted()).encode(lines[1:])
 
 
 def test_our_template_cuts_nothing_from_an_answer(small, tmp_path):
@@ -123,7 +124,7 @@ def test_our_template_cuts_nothing_from_an_answer(small, tmp_path):
     lines = [
         (n, tmp_path / "a.jsonl", n + 1, json.dumps({"conversations": talk}).encode()) for n, talk in enumerate(talks)
     ]
-    chunk = Encoder("conversation", str(small.folder), None, skip=True).encode(lines)
+    chunk = Encoder("conversation", str(small.folder), None, skip=True, wanted=Wanted()).encode(lines)
     assert chunk.arrays["records"].tolist() == [2]
     assert "a.jsonl:1: message 2: words of its content stand before its thinking" in chunk.errors[0]
 

@@ -9,6 +9,7 @@ from talk import messages
 from templates import CHATML, QWEN3_WHOLE, QWQ, R1, with_template
 
 from minimind_jax.data.documents import encode_conversation, encode_preference, encode_prompt
+from minimind_jax.data.kinds import Wanted
 from minimind_jax.data.messages import Conversation
 from minimind_jax.data.preferences import Preference
 from minimind_jax.data.template import prefix_segments, render_jinja
@@ -128,7 +129,7 @@ def test_thinking_dropped_by_design_is_counted_and_elsewhere_an_error(qwen, tmp_
     talks = [[USER, SIX, USER, SIX], [USER, SEVEN, USER, SIX, USER, FIVE], [USER, SIX], [USER, FIVE, USER, SEVEN]]
     file = tmp_path / "a.jsonl"
     lines = [(n, file, n + 1, json.dumps({"messages": talk}).encode()) for n, talk in enumerate(talks)]
-    chunk = Encoder("conversation", str(qwen.folder), None, skip=False).encode(lines)
+    chunk = Encoder("conversation", str(qwen.folder), None, skip=False, wanted=Wanted()).encode(lines)
     ((told, count),) = chunk.told.items()
     assert count == 2 and "leaves out the thinking of earlier answers" in told[1]
     silent = with_template(qwen.folder, tmp_path / "silent", QWEN3_WHOLE.replace("thought.strip('\\n')", "''"))
