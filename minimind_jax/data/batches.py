@@ -238,8 +238,8 @@ def open_data(
         return build_cache(kind, files, tokenizer, data, seed, epoch, speaks, report_skipped=speaks, **wanted)
 
     def make(cache: TokenCache, role: str, side: int | None = None, **more) -> Batches:
-        """side: of `split_documents`; None for all documents."""
-        select = None if side is None else lambda cache: split_documents(cache, fraction, seed)[side]
+        """side: of `split_records`; None for all documents."""
+        select = None if side is None else lambda cache: split_records(cache.records, fraction, seed)[side]
         token_bytes, processes = tokenizer.token_bytes(), (process_index, process_count)
         more |= {"select": select, "annotate": annotate, "role": role}
         return Batches(cache, data, config.rows_per_step, seed, token_bytes, *processes, **more)
@@ -249,7 +249,7 @@ def open_data(
         train = make(cache, "training data", 0, redraw=functools.partial(build, data.train) if redraws else None)
         if data.val:
             return train, make(build(data.val), "validation data")
-        has_held_out = len(split_documents(cache, fraction, seed)[1])
+        has_held_out = len(split_records(cache.records, fraction, seed)[1])
         return train, make(cache, "validation data", 1) if has_held_out else None
 
     pair = on_all(open_own)
@@ -265,11 +265,6 @@ def _trained_on(train: Batches, held_out: Batches) -> str:
     found = np.isin(asked, known).sum() if len(known) and len(asked) else 0
     what = f"{len(asked):,} held-out {KINDS[train.cache.kind].noun}"
     return f"warning: {found:,} of the {what} are trained on, too, and tell nothing of new ones" * bool(found)
-
-
-def split_documents(cache: TokenCache, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(training, validation) documents; see `split_records`."""
-    return split_records(np.asarray(cache.records), fraction, seed)
 
 
 def split_records(records: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

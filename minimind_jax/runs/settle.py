@@ -5,7 +5,7 @@ import dataclasses
 import jax
 
 from minimind_jax.config.stages import RunConfig
-from minimind_jax.data.batches import split_documents
+from minimind_jax.data.batches import split_records
 from minimind_jax.data.cache_folder import cache_root, file_identities
 from minimind_jax.data.epoch import plan_epoch
 from minimind_jax.data.jsonl import expand_paths
@@ -95,7 +95,7 @@ def _from_data(run: Run) -> tuple[dict, str]:
         fraction = values["data.val_fraction"] = share_held_out(len(cache), config.figures)
         if not fraction and config.training.patience:
             values["training.patience"] = 0  # nothing to be patient about
-    documents, held_out = split_documents(cache, fraction, config.seed)
+    documents, held_out = split_records(cache.records, fraction, config.seed)
     plan = plan_epoch(cache, documents, data, config.seed, 0).plan
     trained = round(cache.info["trained_tokens"] * plan.tokens / cache.info["tokens"])
     amount = Amount(len(documents), plan.tokens, trained, max(1, plan.rows))

@@ -11,7 +11,7 @@ from slow_rows import rows_of
 
 from minimind_jax.config.sections import DataConfig, TrainingConfig
 from minimind_jax.config.stages import PretrainConfig, SFTConfig
-from minimind_jax.data.batches import READ_AHEAD, Batches, open_data, split_documents
+from minimind_jax.data.batches import READ_AHEAD, Batches, open_data, split_records
 from minimind_jax.data.documents import encode_text
 from minimind_jax.data.rows import Pieces, pad_rows
 from minimind_jax.data.token_cache import build_cache
@@ -345,22 +345,22 @@ def test_what_is_wrong_with_a_redrawn_epoch_is_told_where_it_begins(talk_cache, 
 
 
 def test_the_split_depends_on_record_numbers_alone(folder, tokenizer, config, text_cache):
-    train, held_out = split_documents(text_cache, 0.3, seed=4)
+    train, held_out = split_records(text_cache.records, 0.3, seed=4)
     assert sorted([*train, *held_out]) == list(range(len(TEXTS)))
     assert 5 < len(held_out) < 25
-    assert split_documents(text_cache, 0.3, seed=5)[1].tolist() != held_out.tolist()
+    assert split_records(text_cache.records, 0.3, seed=5)[1].tolist() != held_out.tolist()
     longer = folder / "longer.jsonl"
     broken = (folder / "texts.jsonl").read_text(encoding="utf-8").replace('{"text": ', '{"words": ', 1)
     longer.write_text(broken + '\n{"text": "one more"}', encoding="utf-8")
     cache = build_cache("text", [longer], tokenizer, dataclasses.replace(config, on_error="skip"), seed=1)
-    grown = set(cache.records[split_documents(cache, 0.3, seed=4)[1]].tolist())
+    grown = set(cache.records[split_records(cache.records, 0.3, seed=4)[1]].tolist())
     assert grown - {len(TEXTS)} == set(held_out.tolist()) - {0}
 
 
 def test_a_small_fraction_holds_out_at_least_one_document(text_cache):
-    train, held_out = split_documents(text_cache, 1e-9, seed=4)
+    train, held_out = split_records(text_cache.records, 1e-9, seed=4)
     assert (len(train), len(held_out)) == (len(TEXTS) - 1, 1)
-    assert len(split_documents(text_cache, 0.0, seed=4)[1]) == 0
+    assert len(split_records(text_cache.records, 0.0, seed=4)[1]) == 0
 
 
 def test_open_data_makes_training_and_validation(folder, tokenizer, config):

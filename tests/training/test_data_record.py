@@ -5,7 +5,7 @@ import json
 import pytest
 
 from minimind_jax.config.sections import DataConfig
-from minimind_jax.data.batches import Batches, split_documents
+from minimind_jax.data.batches import Batches, split_records
 from minimind_jax.data.token_cache import build_cache
 from minimind_jax.data.tokenizer import train_bpe
 from minimind_jax.errors import UserError
@@ -31,7 +31,7 @@ def record(tmp_path, tokenizer):
                "empty_think_removal": 0.0, "val_fraction": 0.0, **settings}
         )  # fmt: skip
         cache = build_cache(kind, [tmp_path / f"{kind}.jsonl"], tokenizer, data, seed=1)
-        select = lambda c: split_documents(c, data.val_fraction, 1)[0]  # noqa: E731
+        select = lambda c: split_records(c.records, data.val_fraction, 1)[0]  # noqa: E731
         return data_record(Batches(cache, data, 4, seed=1, token_bytes=tokenizer.token_bytes(), select=select))
 
     return make
