@@ -1,7 +1,7 @@
 """Which tokens of which document go into which row: plans made from lengths alone, before a token is read.
 
-A plan is a pure function of its arguments: lengths (documents,), the tokens of each; their order; targets, which count
-what is trained of a piece. A row is a list of pieces, a piece the tokens [start, stop) of a document.
+A plan is a pure function of its arguments: lengths int64 (documents,), the tokens of each; their order; targets, which
+count what is trained of a piece. A row is a list of pieces, a piece the tokens [start, stop) of a document.
 
 `plan_concat` is for pretraining, `plan_best_fit` for conversations, `plan_pairs` for preferences, `plan_whole` for
 labelled texts and conversations with pictures, `plan_pad` is MiniMind's one document a row.
@@ -88,7 +88,6 @@ def plan_concat(
 ) -> PackingPlan:
     """Documents in their order, joined end to end and cut where a row ends; nothing is dropped but
     rows in which nothing is trained. Every row but the last is full."""
-    lengths = np.asarray(lengths, np.int64)
     documents = order.of(len(lengths))
     ends = np.cumsum(lengths[documents])
     total = int(ends[-1]) if len(ends) else 0
@@ -125,7 +124,6 @@ def plan_best_fit(
 
     turn_starts: the places where a document may be cut. message_starts: see `split_at_turns`.
     """
-    lengths = np.asarray(lengths, np.int64)
     fitting, too_long = np.flatnonzero(lengths <= seq_len), np.flatnonzero(lengths > seq_len)
     cuts = [split_at_turns(lengths[doc], turn_starts(doc), seq_len, message_starts(doc)) for doc in too_long]
     documents = np.repeat(too_long, np.array([len(bounds) - 1 for bounds, _ in cuts], np.int64))
@@ -147,7 +145,6 @@ def plan_best_fit(
 
 def plan_pad(lengths: np.ndarray, seq_len: int, targets: CountTargets = some_everywhere) -> PackingPlan:
     """One document a row, in order, cut at `seq_len` as MiniMind does; left out where nothing is trained in the row."""
-    lengths = np.asarray(lengths, np.int64)
     documents, stops = np.arange(len(lengths)), np.minimum(lengths, seq_len)
     starts = np.zeros_like(stops)
     reach = np.where(lengths > seq_len, stops - 1, stops)  # one that is cut off has no target behind the row
@@ -169,7 +166,6 @@ def plan_pairs(
     lengths: of both sides together. bounds: of a document's number, (0, tokens of the shared prompt, tokens of the
     chosen side). message_starts: as in `split_at_turns`.
     """
-    lengths = np.asarray(lengths, np.int64)
     cut = -(-np.maximum(lengths - seq_len, 0) // 2)
     for document in np.flatnonzero(cut):
         cut[document] = _behind_header(cut[document], message_starts(document))
@@ -196,8 +192,7 @@ def plan_whole(
     images that it does not see. Left out are documents with more images than a row may have, and those in which nothing
     is trained. images: (documents,) of each; None for none.
     """
-    lengths = np.asarray(lengths, np.int64)
-    images = np.zeros_like(lengths) if images is None else np.asarray(images, np.int64)
+    images = np.zeros_like(lengths) if images is None else images
     documents, stops = np.arange(len(lengths)), np.minimum(lengths, seq_len)
     fits, is_trained = images <= images_per_row, targets(documents, np.zeros_like(stops), stops) > 0
     kept = np.flatnonzero(fits & is_trained)
