@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from minimind_jax.data.preferences import SAME, Preference
 from minimind_jax.data.template import Roll, Segment, text_of, unchanged
 from minimind_jax.data.template_check import check_spoken
 from minimind_jax.data.tokenizer import PROBE_WORD, Tokenizer
+from minimind_jax.data.values import Tell, unheard
 from minimind_jax.errors import TemplateFault, UserError
 
 
@@ -40,10 +41,7 @@ def encode_text(tokenizer: Tokenizer, text: str) -> Document:
 
 
 def encode_conversation(
-    tokenizer: Tokenizer,
-    conversation: Conversation,
-    roll: Roll = unchanged,
-    tell: Callable[[str], None] = lambda note: None,
+    tokenizer: Tokenizer, conversation: Conversation, roll: Roll = unchanged, tell: Tell = unheard
 ) -> Document:
     """A conversation in the tokenizer's template; trained are the assistant's words and its end of turn.
 
@@ -56,7 +54,7 @@ def encode_conversation(
     return _encode(tokenizer, _segments(tokenizer, *roll(conversation), tell))
 
 
-def _check_messages(tokenizer: Tokenizer, sides: list[Conversation], tell: Callable[[str], None]) -> None:
+def _check_messages(tokenizer: Tokenizer, sides: list[Conversation], tell: Tell) -> None:
     messages = [message for side in sides if not side.plain for message in side.messages]
     if tokenizer.own_template:
         check_spoken(messages)
@@ -64,9 +62,7 @@ def _check_messages(tokenizer: Tokenizer, sides: list[Conversation], tell: Calla
         tell("messages hold the token that ends a turn among their words: is the template in the data?")
 
 
-def _segments(
-    tokenizer: Tokenizer, conversation: Conversation, keep_empty_think: bool, tell: Callable[[str], None]
-) -> list[Segment]:
+def _segments(tokenizer: Tokenizer, conversation: Conversation, keep_empty_think: bool, tell: Tell) -> list[Segment]:
     said = conversation.messages, conversation.tools
     return tokenizer.segments(*said, keep_empty_think, conversation.variables, tell)
 
@@ -97,10 +93,7 @@ def encode_labelled(tokenizer: Tokenizer, text: LabelledText) -> Document:
 
 
 def encode_preference(
-    tokenizer: Tokenizer,
-    preference: Preference,
-    roll: Roll = unchanged,
-    tell: Callable[[str], None] = lambda note: None,
+    tokenizer: Tokenizer, preference: Preference, roll: Roll = unchanged, tell: Tell = unheard
 ) -> Document:
     """Both sides of a pair end to end, the chosen one first; trained are the assistant's words where they differ.
 
@@ -123,7 +116,7 @@ def encode_preference(
 
 def encode_prompt(
     tokenizer: Tokenizer,
-    messages: Sequence[dict[str, Any]],
+    messages: Sequence[Message],
     tools: Sequence[Any] | None = None,
     open_thinking: bool | None = None,
 ) -> list[int]:

@@ -11,12 +11,12 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from minimind_jax.data.values import Tell, unheard
 from minimind_jax.errors import UserError
 from minimind_jax.model.config import TowerConfig
 from minimind_jax.shell import needing
@@ -40,17 +40,13 @@ class Picture:
     digest: bytes
 
 
-def open_picture(
-    source: bytes | Path, tower: TowerConfig, where: str, tell: Callable[[str], None] = lambda note: None
-) -> Picture:
+def open_picture(source: bytes | Path, tower: TowerConfig, where: str, tell: Tell = unheard) -> Picture:
     """The picture of a file's content or path. Arguments and errors are those of `read_image`."""
     pixels = read_image(source, tower, where, tell)
     return Picture(pixels, hashlib.blake2b(pixels, digest_size=16).digest())
 
 
-def read_image(
-    source: bytes | Path, tower: TowerConfig, where: str, tell: Callable[[str], None] = lambda note: None
-) -> np.ndarray:
+def read_image(source: bytes | Path, tower: TowerConfig, where: str, tell: Tell = unheard) -> np.ndarray:
     """A picture, a file's content or its path, as uint8 (image_size, image_size, 3): the `pixels` of a batch.
 
     where: of the picture, for messages, such as file and row. tell: hears what of it is left out.
@@ -65,7 +61,7 @@ def count_pixels(source: bytes | Path, where: str) -> int:
     return math.prod(_open(source, where).size)
 
 
-def open_image(source: bytes | Path, where: str, tell: Callable[[str], None] = lambda note: None) -> "Image":
+def open_image(source: bytes | Path, where: str, tell: Tell = unheard) -> "Image":
     """A picture in its own size, upright and in RGB, of which every pixel has been decoded. Raises as `read_image`."""
     image, where = _open(source, where), _place(source, where)
     try:

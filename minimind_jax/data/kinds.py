@@ -34,7 +34,7 @@ from minimind_jax.data.preferences import Preference
 from minimind_jax.data.prompts import Prompt, read_prompt
 from minimind_jax.data.template import Roll
 from minimind_jax.data.tokenizer import Tokenizer
-from minimind_jax.data.values import field_names
+from minimind_jax.data.values import Tell, field_names
 from minimind_jax.errors import UserError
 
 KindName = Literal["text", "conversation", "preference", "labelled", "prompt", "images", "pictures"]
@@ -135,7 +135,7 @@ class Kind:
     parse: Callable[[Record, Wanted], Any]  # what a record says. Raises UserError with file and line
     # of what is parsed the document, given the record's draws of the template's chances and a listener for what is told
     # of it. Raises UserError without file and line
-    encode: Callable[[Tokenizer, Any, Roll, Callable[[str], None]], documents.Document]
+    encode: Callable[[Tokenizer, Any, Roll, Tell], documents.Document]
     # how its documents are packed (`epoch.PACKINGS`); of several, as `data.packing` says; none where they are read one
     # by one
     packings: tuple[str, ...]
@@ -162,14 +162,14 @@ def _asked(tokenizer: Tokenizer, question: str) -> list[int]:
     return documents.encode_prompt(tokenizer, [{"role": "user", "content": question}])
 
 
-def _encode_prompt(tokenizer: Tokenizer, prompt: Prompt, roll: Roll, tell: Callable[[str], None]) -> documents.Document:
+def _encode_prompt(tokenizer: Tokenizer, prompt: Prompt, roll: Roll, tell: Tell) -> documents.Document:
     conversation, _ = roll(prompt.as_conversation())
     ids = np.array(documents.encode_prompt(tokenizer, conversation.messages, conversation.tools), np.int32)
     return documents.Document(ids, np.zeros(len(ids), bool), [0])
 
 
 def _encode_image_conversation(
-    tokenizer: Tokenizer, with_images: ImageConversation, roll: Roll, tell: Callable[[str], None]
+    tokenizer: Tokenizer, with_images: ImageConversation, roll: Roll, tell: Tell
 ) -> documents.Document:
     document = documents.encode_conversation(tokenizer, with_images.conversation, roll, tell)
     markers = np.flatnonzero(document.ids == tokenizer.encode(with_images.marker.text)[0])

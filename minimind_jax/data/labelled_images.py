@@ -1,6 +1,6 @@
 """Labelled pictures: {"image": path, "label": str} or a list of labels, or files in folders named after their label."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from minimind_jax.data.images import open_image
 from minimind_jax.data.jsonl import READING, Record, expand_paths, is_picture
 from minimind_jax.data.labels import Classes, read_labels
 from minimind_jax.data.pictures import PictureFile, as_text, file_of, pack
-from minimind_jax.data.values import field_names, is_absent, kind_of, meant
+from minimind_jax.data.values import Tell, field_names, is_absent, kind_of, meant
 from minimind_jax.errors import UserError
 from minimind_jax.texts import listed
 
@@ -93,7 +93,7 @@ def _place(record: Record, field: str) -> str:
     return next((name for name in there if not is_absent(record.value.get(name))), there[0])
 
 
-def check_folders(paths: Sequence[str | Path], tell: Callable[[str], None]) -> None:
+def check_folders(paths: Sequence[str | Path], tell: Tell) -> None:
     """Tells of folders in a folder of pictures that hold none, and are no labels. Raises UserError for one whose
     pictures lie neither all in folders of its own, named after their labels, nor all in itself."""
     for folder in (Path(path).expanduser() for path in paths):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from minimind_jax.config.sections import ReadingConfig
 from minimind_jax.data.formats import TEXT, leave_out_others
 from minimind_jax.data.jsonl import READING, Record, is_picture, iter_records
-from minimind_jax.data.values import checked_text, decode_json, field_names, meant
+from minimind_jax.data.values import Tell, checked_text, decode_json, field_names, meant, unheard
 from minimind_jax.errors import UserError
 
 LABEL_FIELDS = ("label", "labels", "category", "intent")  # where `label` is looked for, unless a setting names a field
@@ -181,7 +181,7 @@ def find_classes(
     text_field: str,
     label_field: str,
     skip: bool = False,
-    tell: Callable[[str], None] = lambda note: None,
+    tell: Tell = unheard,
     reading: ReadingConfig = READING,
     check: Callable[[Record, str], Any] = parse_unlabelled,
     pictures: bool = False,

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from minimind_jax.data.messages import CLOSE_THINK, OPEN_THINK
+from minimind_jax.data.messages import CLOSE_THINK, OPEN_THINK, Message
 from minimind_jax.data.template import (
     CHAT_TEMPLATE,
     Segment,
@@ -31,6 +31,7 @@ from minimind_jax.data.template import (
 from minimind_jax.data.template_check import FORGOTTEN, check_complete, raise_as_what_it_is
 from minimind_jax.data.template_spans import foreign_segments
 from minimind_jax.data.token_bytes import bytes_of_tokens
+from minimind_jax.data.values import Tell, unheard
 from minimind_jax.errors import TemplateFault, UserError
 from minimind_jax.folders import tokenizer_folder
 from minimind_jax.hub import fetch, is_hub_name
@@ -217,11 +218,11 @@ class Tokenizer:
 
     def segments(
         self,
-        messages: Sequence[dict[str, Any]],
+        messages: Sequence[Message],
         tools: Sequence[Any] | None = None,
         keep_empty_think: bool = True,
         variables: Mapping[str, Any] | None = None,
-        tell: Callable[[str], None] = lambda note: None,
+        tell: Tell = unheard,
     ) -> list[Segment]:
         """A whole conversation in pieces with trained flags, by our template or the folder's own.
 
@@ -246,11 +247,7 @@ class Tokenizer:
         return render_segments(messages, tools, keep_empty_think=keep_empty_think or bool(variables))
 
     def _checked_segments(
-        self,
-        messages: Sequence[dict[str, Any]],
-        tools: Sequence[Any] | None,
-        variables: Mapping[str, Any],
-        tell: Callable[[str], None],
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, variables: Mapping[str, Any], tell: Tell
     ) -> list[Segment]:
         variables = {**variables, **self.special_tokens}
         segments = foreign_segments(self.chat_template, messages, tools, variables)
@@ -260,7 +257,7 @@ class Tokenizer:
         return segments
 
     def prompt_opens_thinking(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None = None, open_thinking: bool | None = None
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None, open_thinking: bool | None = None
     ) -> bool:
         """Whether the generation prompt behind the messages ends in an open think block."""
         prompt, before = (
@@ -272,7 +269,7 @@ class Tokenizer:
 
     def prompt_segments(
         self,
-        messages: Sequence[dict[str, Any]],
+        messages: Sequence[Message],
         tools: Sequence[Any] | None = None,
         add_generation_prompt: bool = True,
         open_thinking: bool | None = None,

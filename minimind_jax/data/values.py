@@ -25,13 +25,19 @@ _CELLS = "zip(*(c.values() if isinstance(c, dict) else c for c in d.values()))"
 _COLUMNS = _AS_RECORDS.format("if these are columns", "dict(zip(d, r))", _CELLS)
 _SPLIT = _AS_RECORDS.format("if these are rows of a table", "dict(zip(d['columns'], r))", "d['data']")
 
+Tell = Callable[[str], None]  # hears what is left out or guessed
+
+
+def unheard(note: str) -> None:
+    """The `Tell` of those who do not want to know."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Where a record, a field or a message stands, for errors."""
 
     text: str  # file, line and field
-    tell: Callable[[str], None] = lambda note: None  # hears what is left out of it
+    tell: Tell = unheard
     ignore: frozenset[str] = frozenset()  # more fields to leave out
 
     def at(self, more: str) -> "Place":
