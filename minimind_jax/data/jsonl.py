@@ -237,6 +237,8 @@ def iter_lines(file: Path, reading: ReadingConfig = READING) -> Iterator[tuple[i
                 found = text_files.json_values(stream, file, reading.encoding)
             for line, raw in found:
                 yield line, raw
+    except UnicodeError as error:
+        raise text_files.undecodable(error, file, reading.encoding) from error
     except (EOFError, OSError, zlib.error) as error:
         next_line = line + 1 if isinstance(line, int) else line
         raise UserError(f"{file}:{next_line}: cannot be read: {error}") from error

@@ -1,6 +1,7 @@
 """What stands in files of text: JSON values in lines, arrays or pretty-printed, rows of CSV, whole documents.
 
-Files are UTF-8, or what `data.encoding` says; an encoding is guessed only to word an error.
+Files are UTF-8, or what `data.encoding` says; an encoding is guessed only to word an error. Other bytes raise
+UnicodeError, of which `undecodable` makes a UserError.
 """
 
 import codecs
@@ -115,7 +116,8 @@ def _check_zeros(text: str, file: Path) -> None:
         raise UserError(f"{file}: full of NUL bytes; {encoding_hint(bytes(1))}")
 
 
-def _undecodable(error: UnicodeError, file: Path, encoding: str) -> UserError:
+def undecodable(error: UnicodeError, file: Path, encoding: str) -> UserError:
+    """What is wrong with text that is not in this encoding."""
     if codecs.lookup(encoding).name == "utf-8":
         raw = error.object if isinstance(error, UnicodeDecodeError) else b""
         return UserError(f"{file}: not UTF-8 text; {encoding_hint(raw[:_SAMPLE])}")
@@ -131,8 +133,11 @@ def json_values(stream: BinaryIO, file: Path, encoding: str) -> Iterator[tuple[i
 
     Lines are told from the rest by the first that is not blank. Raises UserError for text that cannot be split.
     """
-    is_utf8 = codecs.lookup(encoding).name == "utf-8"
-    lines = _lines(stream.readline, file) if is_utf8 else _decoded_lines(stream, file, encoding)
+    if codecs.lookup(encoding).name == "utf-8":
+        lines = _lines(stream.readline, file)
+    else:
+        text = _text(stream, encoding, "")
+        lines = _lines(lambda limit: text.readline(limit).encode("utf-8", "surrogatepass"), file)
     filled = ((number, line) for number, line in lines if line.strip())
     begin = next(filled, None)
     if begin and _is_spread(begin[1]):
@@ -149,14 +154,6 @@ def _lines(readline: Callable[[int], bytes], file: Path) -> Iterator[tuple[int, 
         if len(raw) > MAX_LINE:
             raise UserError(f"{file}:{number}: longer than {MAX_LINE:,} bytes; expected one JSON object a line")
         yield number, raw.removeprefix(BOM)  # in any line: files with the mark are joined end to end
-
-
-def _decoded_lines(stream: BinaryIO, file: Path, encoding: str) -> Iterator[tuple[int, bytes]]:
-    try:
-        text = _text(stream, encoding, "")
-        yield from _lines(lambda limit: text.readline(limit).encode("utf-8", "surrogatepass"), file)
-    except UnicodeError as error:
-        raise _undecodable(error, file, encoding) from error
 
 
 def _is_spread(first: bytes) -> bool:
@@ -324,8 +321,6 @@ def csv_rows(stream: BinaryIO, file: Path, encoding: str) -> Iterator[tuple[int,
         for row in reader:
             if any(row.values()):  # else one of Excel's, below the table
                 yield reader.line_num + skipped, row
-    except UnicodeError as error:
-        raise _undecodable(error, file, encoding) from error
     except csv.Error as error:
         line_number = reader.reader.line_num + skipped
         raise UserError(f"{file}: not a readable CSV file: {error} (at line {line_number})") from error
@@ -362,10 +357,7 @@ def check_row(row: dict[str, Any], where: str) -> None:
 
 def document(stream: BinaryIO, file: Path, encoding: str) -> str:
     """A whole file, with "\\n" at its line ends. Raises UserError for one that is longer than MAX_LINE."""
-    try:
-        text = _text(stream, encoding, None).read(MAX_LINE + 1)
-    except UnicodeError as error:
-        raise _undecodable(error, file, encoding) from error
+    text = _text(stream, encoding, None).read(MAX_LINE + 1)
     if len(text) > MAX_LINE:
         raise UserError(f"{file}: a document of more than {MAX_LINE:,} characters; split the file")
     _check_zeros(text, file)
