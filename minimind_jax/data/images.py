@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minimind_jax.data.values import Tell, unheard
-from minimind_jax.errors import UserError
+from minimind_jax.errors import UserError, explained
 from minimind_jax.model.config import TowerConfig
 from minimind_jax.shell import needing
 
@@ -64,15 +64,11 @@ def count_pixels(source: bytes | Path, where: str) -> int:
 def open_image(source: bytes | Path, where: str, tell: Tell = unheard) -> "Image":
     """A picture in its own size, upright and in RGB, of which every pixel has been decoded. Raises as `read_image`."""
     image, where = _open(source, where), _place(source, where)
-    try:
+    with explained(f"{where}: a damaged picture", Exception, way_out="replace or remove it"):  # decoders raise anything
         if image.format in ("GIF", "WEBP", "PNG", "TIFF") and getattr(image, "is_animated", False):
             what = "the pages of a TIFF file" if image.format == "TIFF" else "animated pictures"
             tell(f"of {what} only the first is seen")
         return _in_colour(image, where)
-    except UserError:
-        raise
-    except Exception as error:  # decoders raise whatever a damaged file makes them raise
-        raise UserError(f"{where}: a damaged picture ({error}); replace or remove it") from error
 
 
 def _open(source: bytes | Path, where: str) -> "Image":

@@ -128,10 +128,8 @@ def json_list(value: Any, place: str) -> list[Any]:
 
 def loads(text: str, place: str) -> Any:
     """What JSON text says. Raises UserError, which names the place."""
-    try:
+    with explained(f"{place} is not JSON", ValueError, RecursionError):
         return decode_json(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place} is not JSON: {error}") from error
 
 
 def decode_json(text: str) -> Any:
