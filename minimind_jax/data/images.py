@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from minimind_jax.model.config import TowerConfig
 from minimind_jax.shell import needing
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL import Image
 
 # Decoded it takes a quarter of a gigabyte. Pillow's own limit, at which it only warns, is a third more.
 MOST_PIXELS = 2**26
@@ -61,7 +61,7 @@ def count_pixels(source: bytes | Path, where: str) -> int:
     return math.prod(_open(source, where).size)
 
 
-def open_image(source: bytes | Path, where: str, tell: Tell = unheard) -> "Image":
+def open_image(source: bytes | Path, where: str, tell: Tell = unheard) -> "Image.Image":
     """A picture in its own size, upright and in RGB, of which every pixel has been decoded. Raises as `read_image`."""
     image, where = _open(source, where), _place(source, where)
     with explained(f"{where}: a damaged picture", Exception, way_out="replace or remove it"):  # decoders raise anything
@@ -71,9 +71,10 @@ def open_image(source: bytes | Path, where: str, tell: Tell = unheard) -> "Image
         return _in_colour(image, where)
 
 
-def _open(source: bytes | Path, where: str) -> "Image":
+def _open(source: bytes | Path, where: str) -> "Image.Image":
     """The picture, of which only the header has been read."""
-    library = _import_pillow()
+    with needing("pictures need Pillow", "vision"):
+        from PIL import Image
     try:
         content = source if isinstance(source, bytes) else source.read_bytes()
     except (OSError, ValueError) as error:  # a name with a NUL
@@ -86,9 +87,9 @@ def _open(source: bytes | Path, where: str) -> "Image":
     where = _place(source, where)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", library.DecompressionBombWarning)  # our own limit is lower
-            image = library.open(io.BytesIO(content), formats=FORMATS)
-    except library.DecompressionBombError as error:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except Image.DecompressionBombError as error:
         raise UserError(
             f"{where}: a picture of too many pixels; at most {MOST_PIXELS:,} are read: shrink it"
         ) from error
@@ -110,23 +111,17 @@ def _place(source: bytes | Path, where: str) -> str:
     return where if isinstance(source, bytes) or source.name in where else f"{where}: {source}"
 
 
-def _in_colour(image: "Image", where: str) -> "Image":
+def _in_colour(image: "Image.Image", where: str) -> "Image.Image":
     """As the camera was held, which EXIF says, and in RGB; what is transparent is white, as transformers 5 makes it."""
-    from PIL import ImageOps
+    from PIL import Image, ImageOps
 
-    library, image = _import_pillow(), ImageOps.exif_transpose(image)
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # grey in 16 bits, which Pillow would clip
-        return library.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise UserError(f"{where}: its pixels are numbers without a scale (mode {image.mode}); save it with 8 bits")
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
-        white = library.new("RGBA", image.size, (255, 255, 255, 255))
-        image = library.alpha_composite(white, image)
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
     return image.convert("RGB")
-
-
-def _import_pillow() -> Any:
-    with needing("pictures need Pillow", "vision"):
-        from PIL import Image
-    return Image
