@@ -9,6 +9,10 @@ from minimind_jax.data.template import TEMPLATE_FILE, Segment, text_of
 from minimind_jax.errors import TemplateFault, UserError
 
 FORGOTTEN = "the chat template leaves out the thinking of earlier answers, of which only the words are trained"
+_WAYS_OUT = (
+    "the model would not see it. Leave that out, take a tokenizer whose template writes it (--tokenizer), or copy "
+    f"{TEMPLATE_FILE} into the model's folder as chat_template.jinja to use ours"
+)
 
 
 def check_complete(
@@ -41,12 +45,10 @@ def check_complete(
             forgets |= len(kept) < len(lost)
             lost = kept
         if lost:
-            raise UserError(
-                f"the chat template leaves out the {lost[0][0]} of {role} message {index + 1}; {_ways_out()}"
-            )
+            raise UserError(f"the chat template leaves out the {lost[0][0]} of {role} message {index + 1}; {_WAYS_OUT}")
     told = _squeezed("".join(segment.text for segment in segments if not segment.trained))
     if not all(_is_in(_function(tool).get(key), told) for tool in tools or () for key in ("name", "description")):
-        raise UserError(f"the chat template leaves out the tools; {_ways_out()}")
+        raise UserError(f"the chat template leaves out the tools; {_WAYS_OUT}")
     return forgets
 
 
@@ -78,13 +80,6 @@ def raise_as_what_it_is(
     except UserError:
         raise TemplateFault(f"{error} (every record of this kind fails, so none is skipped)") from error
     raise error
-
-
-def _ways_out() -> str:
-    return (
-        "the model would not see it. Leave that out, take a tokenizer whose template writes it (--tokenizer), or copy "
-        f"{TEMPLATE_FILE} into the model's folder as chat_template.jinja to use ours"
-    )
 
 
 def _said(message: Message) -> list[tuple[str, list[Any]]]:
