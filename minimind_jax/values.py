@@ -36,8 +36,6 @@ def _text(value: Any) -> str:
 
 def _truth(value: Any) -> bool:
     words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-    if isinstance(value, bool):
-        return value
     if str(value).lower() not in words:
         raise ValueError(value)
     return words[str(value).lower()]
