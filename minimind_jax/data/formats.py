@@ -376,9 +376,8 @@ def _missing(value: dict[str, Any], gives: Gives) -> str:
         there = [next((name for name in names if name in value), None) for names in row.needs]
         empty = next((name for name in there if name and is_absent(value[name])), None)
         if row.gives == gives and all(there) and empty:
-            return (
-                f"{empty} is {kind_of(value[empty])}; expected {'a list of messages' if empty in MESSAGES else 'text'}"
-            )
+            expected = "a list of messages" if empty in MESSAGES else "text"
+            return f"{empty} is {kind_of(value[empty])}; expected {expected}"
     first = {"conversation": "conversations", "preference": "rejected" if "chosen" in value else "chosen"}[gives]
     return (
         f"missing field `{first}`; expected {EXPECTED[gives]} (`minimind data convert --rename {renaming(value)}` "

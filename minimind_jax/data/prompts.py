@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from minimind_jax.config.sections import ReadingConfig
 from minimind_jax.data.fields import Fields
-from minimind_jax.data.formats import INSTRUCTION, MESSAGES, question, text_fields, with_system
+from minimind_jax.data.formats import INSTRUCTION, MESSAGES, SYSTEM, question, text_fields, with_system
 from minimind_jax.data.jsonl import Record
 from minimind_jax.data.messages import Conversation, messages_in, read_messages
 from minimind_jax.data.pictures import refuse_pictures
@@ -70,9 +70,7 @@ def read_prompt(record: Record, reading: ReadingConfig, raw: bool = False) -> Pr
         name = names[0] if names else next(name for name in ("prompt", "text") if name in record.value)
         text = checked_text(record.value[name], f"{record.where}: {name}")
         fields.left.pop(name, None)
-        if fields.has("system", "system_prompt", "tools", "functions") or (
-            fields.has("chat_template_kwargs") and not raw
-        ):
+        if fields.has(*SYSTEM, "tools", "functions", *["chat_template_kwargs"] * (not raw)):
             messages, _ = read_messages([{"role": "user", "content": text}], fields.place(name))
             text, conversation = None, with_system(fields, messages, None)
     else:
