@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from minimind_jax.losses import Batch, LossFn, Metric, Metrics
-from minimind_jax.losses.vocabulary import token_scores
+from minimind_jax.losses.vocabulary import target_scores
 from minimind_jax.model.transformer import LanguageModel, Params
 
 
@@ -25,9 +25,7 @@ def make_language_model_loss(model: LanguageModel, z_loss: float = 0.0) -> LossF
     """
 
     def loss_fn(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array, Metrics]:
-        output = model.read_batch(params, batch, key)
-        with jax.named_scope("head"):
-            scores = token_scores(output.hidden_BTD, model.head_kernel(params), batch["targets"], model.platform)
+        scores, output = target_scores(model, params, batch, key)
         metrics = token_metrics(batch, -scores.log_probs_BT, output.router_loss)
         numerator = metrics["nll"].total + metrics["router_loss"].total
         if z_loss:

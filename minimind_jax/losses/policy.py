@@ -28,9 +28,9 @@ from jax import Array
 from jax.lax import stop_gradient
 
 from minimind_jax.losses import Batch, LossFn, Metric, Metrics
-from minimind_jax.losses.value import read_values, value_losses
-from minimind_jax.losses.vocabulary import token_scores
-from minimind_jax.model.transformer import LanguageModel, ModelOutput, Params
+from minimind_jax.losses.value import value_losses, values
+from minimind_jax.losses.vocabulary import target_scores
+from minimind_jax.model.transformer import LanguageModel, Params
 
 Loss = Literal["clip", "cispo", "sapo"]
 Level = Literal["token", "sequence", "sequence_token"]
@@ -40,25 +40,6 @@ Correction = Literal["none", "token", "sequence"]
 WEIGHTS = "weights", "value_weights"  # of a batch, above 0 where something is trained
 FARTHEST = 20.0  # a log ratio counts as this at most: the exponential of a larger one has no gradient in float32 (verl)
 SAPO_TAU = 1.0, 1.05  # of advantages above 0, and of others
-
-
-def token_log_probs(
-    model: LanguageModel,
-    params: Params,
-    batch: Batch,
-    temperature: float = 1.0,
-    with_entropies: bool = False,
-    key: Array | None = None,
-) -> tuple[Array, Array | None, ModelOutput]:
-    """log p of the batch's `targets` (B, C) under logits / temperature, the entropies of these distributions (B, C) or
-    None, float32, and the model's output. key: of dropout, None for none."""
-    output = model.read_batch(params, batch, key)
-    hidden_BCD = output.hidden_BTD[:, -batch["targets"].shape[1] :]
-    with jax.named_scope("head"):
-        found = token_scores(
-            hidden_BCD, model.head_kernel(params), batch["targets"], model.platform, temperature, with_entropies
-        )
-    return found.log_probs_BT, found.entropies_BT, output
 
 
 def ratios(log_probs_BT: Array, old_BT: Array, mask_BT: Array, level: Level) -> Array:
@@ -197,11 +178,11 @@ def make_policy_loss(
     """
 
     def loss_fn(params: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
-        log_probs_BT, entropies_BT, output = token_log_probs(model, params, batch, temperature, True, key)
-        numerator, metrics = policy_sum(log_probs_BT, entropies_BT, batch, **options)
+        found, output = target_scores(model, params, batch, key, temperature, with_entropies=True)
+        numerator, metrics = policy_sum(found.log_probs_BT, found.entropies_BT, batch, **options)
         router_loss, rows = output.router_loss, jnp.float32(len(batch["mask"]))
         if critic is not None:
-            values_BT, output = read_values(critic, params["critic"], batch, key)
+            values_BT, output = values(critic, params["critic"], batch, key)
             tokens, router_loss = _Tokens(batch["mask"]), router_loss + output.router_loss
             losses_BT, clipped_BT = value_losses(values_BT, batch["old_values"], batch["returns"], value_clip)
             numerator += jnp.sum(batch["value_weights"] * tokens.only(losses_BT))

@@ -25,7 +25,7 @@ from jax import Array
 
 from minimind_jax.losses import Batch, LossFn, Metric, Metrics
 from minimind_jax.losses.sequences import pair_room, sum_by_segment
-from minimind_jax.losses.vocabulary import token_scores
+from minimind_jax.losses.vocabulary import target_scores
 from minimind_jax.model.transformer import LanguageModel, ModelOutput, Params
 
 Name = Literal["sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "simpo", "orpo"]
@@ -93,9 +93,7 @@ def answer_log_probs(
 
     batch: as in `language_model`, with the two answers of a pair as neighbouring documents, the chosen one first.
     """
-    output = model.read_batch(params, batch, key)
-    with jax.named_scope("head"):
-        scores = token_scores(output.hidden_BTD, model.head_kernel(params), batch["targets"], model.platform)
+    scores, output = target_scores(model, params, batch, key)
     weights_BT, room = batch["loss_weights"], pair_room(batch["tokens"].shape[1])
     sums_BS = sum_by_segment(weights_BT * scores.log_probs_BT, batch["segment_ids"], room)
     counts_BS = sum_by_segment(weights_BT, batch["segment_ids"], room)

@@ -8,19 +8,13 @@ from minimind_jax.model.heads import scores
 from minimind_jax.model.transformer import LanguageModel, ModelOutput, Params
 
 
-def values(model: LanguageModel, params: Params, batch: Batch) -> Array:
-    """What is foreseen at each column of `targets` (B, C) before it is chosen, float32 (B, C): the last C of T columns.
+def values(model: LanguageModel, params: Params, batch: Batch, key: Array | None = None) -> tuple[Array, ModelOutput]:
+    """What is foreseen at each column of `targets` (B, C) before it is chosen, float32 (B, C): the last C of T columns;
+    and the model's output.
 
     params: of a body and a head of one score (see `model.heads`), which reads the hidden states behind the final norm,
     as those of `classification` do. Batch: see `LanguageModel.read_batch`.
     """
-    return read_values(model, params, batch)[0]
-
-
-def read_values(
-    model: LanguageModel, params: Params, batch: Batch, key: Array | None = None
-) -> tuple[Array, ModelOutput]:
-    """`values`, and the model's output."""
     output = model.read_batch(params, batch, key)
     return scores(params, output.hidden_BTD[:, -batch["targets"].shape[1] :])[..., 0], output
 

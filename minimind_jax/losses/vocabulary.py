@@ -15,8 +15,10 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
+from minimind_jax.losses import Batch
 from minimind_jax.losses.pieces import PIECE_BYTES
 from minimind_jax.model.config import Platform
+from minimind_jax.model.transformer import LanguageModel, ModelOutput, Params
 from minimind_jax.sharding import ROW_AXES, RULES, current_mesh
 
 WHOLE_BYTES = 2**30  # logits of a device up to this are made whole and kept for the gradient; else PIECE_BYTES at once
@@ -79,6 +81,23 @@ def _backward(platform, temperature, _, saved, grads: TokenScores):
 
 
 token_scores.defvjp(_forward, _backward)
+
+
+def target_scores(
+    model: LanguageModel,
+    params: Params,
+    batch: Batch,
+    key: Array | None = None,
+    temperature: float = 1.0,
+    with_entropies: bool = False,
+) -> tuple[TokenScores, ModelOutput]:
+    """The scores of the batch's `targets` (B, C), the last C of its T columns, and the model's output. key: of dropout,
+    None for none."""
+    output, targets_BC = model.read_batch(params, batch, key), batch["targets"]
+    hidden_BCD = output.hidden_BTD[:, -targets_BC.shape[1] :]
+    with jax.named_scope("head"):
+        kernel_VD = model.head_kernel(params)
+        return token_scores(hidden_BCD, kernel_VD, targets_BC, model.platform, temperature, with_entropies), output
 
 
 def _on_mesh(part, in_specs, out_specs):

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 
 from minimind_jax.config.rl import RLConfig
 from minimind_jax.data.rows import Batch
-from minimind_jax.losses.policy import token_log_probs
 from minimind_jax.losses.value import values
+from minimind_jax.losses.vocabulary import target_scores
 from minimind_jax.model.transformer import LanguageModel, Params, compiler_options, full_precision
 from minimind_jax.sharding import data_process, shard_batch
 from minimind_jax.training.step import count_parts
@@ -39,17 +39,19 @@ class Scorer:
         self._mesh, self._process = mesh, data_process(mesh)
         self._parts = policy.minibatches * count_parts(config, mesh)  # no more rows at once than in training
         needs_old = config.stride > 1 or policy.kl_target or (policy.beta and policy.kl_placement == "reward")
-        temperature = config.rollout.temperature
+
+        def log_probs(model: LanguageModel, params: Params, batch: Batch) -> jax.Array:
+            return target_scores(model, params, batch, temperature=config.rollout.temperature)[0].log_probs_BT
 
         def score(params: Params, batch: Batch) -> Batch:
             found = {"place": batch["place"]}
             with full_precision(model.compute):
                 if needs_old:
-                    found["old_log_probs"] = token_log_probs(model, params, batch, temperature)[0]
+                    found["old_log_probs"] = log_probs(model, params, batch)
                 if reference is not None:
-                    found["reference_log_probs"] = token_log_probs(*reference(params), batch, temperature)[0]
+                    found["reference_log_probs"] = log_probs(*reference(params), batch)
                 if critic is not None:
-                    found["old_values"] = values(critic, params["critic"], batch)
+                    found["old_values"] = values(critic, params["critic"], batch)[0]
             return found
 
         options = compiler_options(model.compute, model.platform)

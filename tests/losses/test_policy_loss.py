@@ -14,9 +14,9 @@ from minimind_jax.losses.policy import (
     policy_losses,
     policy_sum,
     ratios,
-    token_log_probs,
 )
 from minimind_jax.losses.value import value_losses, values
+from minimind_jax.losses.vocabulary import target_scores
 from minimind_jax.training.step import NOTHING
 
 LOSSES = {
@@ -194,7 +194,11 @@ def test_the_loss_is_the_sum_of_its_weighted_parts():
 
 def test_log_probs_and_values_do_not_see_what_follows_or_pads():
     batch, params = episodes(), parameters()
-    found = jax.jit(lambda b: (token_log_probs(MODEL, params, b)[0], values(MODEL, params["critic"], b)))
+
+    @jax.jit
+    def found(batch):
+        return target_scores(MODEL, params, batch)[0].log_probs_BT, values(MODEL, params["critic"], batch)[0]
+
     held = batch["mask"] > 0
     for short, long in zip(found(batch), found(with_more_columns(batch, 7)), strict=True):
         np.testing.assert_allclose(short[held], long[:, : held.shape[1]][held], atol=1e-5)

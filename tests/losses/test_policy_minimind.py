@@ -103,7 +103,7 @@ def test_two_updates_of_ppo_are_minimind_s(dense, stored):
     mask, rows = batch["mask"], np.arange(len(lasts))
     rewards = np.zeros(mask.shape)
     rewards[rows, lasts] = stored["ppo: rewards"]
-    old_values = np.asarray(jax.jit(lambda p, b: values(model, p, b))(params["critic"], batch))
+    old_values = np.asarray(jax.jit(lambda p, b: values(model, p, b)[0])(params["critic"], batch))
     advantages, returns = gae(rewards, old_values, mask, gamma=1.0, gae_lambda=0.95)
     weights = reduction_weights(mask, np.ones(len(mask)), "token", COMPLETION_LEN)
     batch |= {

@@ -12,7 +12,8 @@ from minimind_jax.convert.peft import rank_table
 from minimind_jax.inference.engine import Engine
 from minimind_jax.inference.request import Request
 from minimind_jax.inference.sampling import SamplingConfig
-from minimind_jax.losses.policy import make_policy_loss, token_log_probs
+from minimind_jax.losses.policy import make_policy_loss
+from minimind_jax.losses.vocabulary import target_scores
 from minimind_jax.model.lora import init_adapters, join, make_adapter, without_adapters
 from minimind_jax.rl.advantages import reduction_weights
 
@@ -66,9 +67,11 @@ def programs():
         numerator, denominator, metrics = loss_fn(params, batch, None)
         return numerator / denominator, {name: metric.value() for name, metric in metrics.items()}
 
-    return jax.jit(lambda params, batch: token_log_probs(TRAINER, params, batch, TEMPERATURE)[0]), jax.jit(
-        jax.grad(loss, has_aux=True)
-    )
+    return scoring(TRAINER), jax.jit(jax.grad(loss, has_aux=True))
+
+
+def scoring(model):
+    return jax.jit(lambda params, batch: target_scores(model, params, batch, None, TEMPERATURE)[0].log_probs_BT)
 
 
 def learn(params, batch, reference=None):
@@ -98,8 +101,7 @@ def test_a_reference_with_the_adapter_off_is_the_policy_at_step_0():
     base, learned = parameters()
     fresh = join(base, init_adapters(jax.random.key(1), base, TABLE, 8.0, False))
     batch = rollout(adapter="")
-    off = jax.jit(lambda params, batch: token_log_probs(MODEL, params, batch, TEMPERATURE)[0])
-    reference = np.asarray(off(without_adapters(fresh), batch))
+    reference = np.asarray(scoring(MODEL)(without_adapters(fresh), batch))
     batch = {**batch, "advantages": 0 * batch["advantages"]}
     _, gradients, metrics = learn(fresh, batch, reference)
     assert abs(metrics["kl"]) < 1e-7
