@@ -91,7 +91,6 @@ def play(
     turns: int = 1,
     seq_len: int,
     seconds: float = 0.0,
-    report: Callable[[int], None] = lambda count: None,
     tell: Callable[[str], None] = lambda note: None,
     is_stopping: Callable[[], bool] = lambda: False,
 ) -> list[Episode]:
@@ -99,8 +98,7 @@ def play(
 
     sampling: of each turn, whose seed comes of the start's and the number of the turn. turns: of an episode at most.
     seq_len: tokens of an episode at most. seconds: that an episode may take from when it begins to write; 0 for no
-    limit. report: told how many more are done. tell: hears what went wrong. is_stopping: asked between two steps of the
-    writer.
+    limit. tell: hears what went wrong. is_stopping: asked between two steps of the writer.
 
     While environments answer within PATIENCE, an episode is the same to the last bit whenever it is played; once one
     took longer, nobody waits any more, and numbers may differ in their last bits (who shares a step with whom decides
@@ -113,8 +111,7 @@ def play(
             raise UserError(
                 f"{start.task.where}: a prompt of {count} tokens leaves no room for an answer in data.seq_len {seq_len}"
             )
-    limits = sampling, turns, seq_len, seconds or math.inf
-    table = _Table(writer, environment, tokenizer, *limits, report, is_stopping)
+    table = _Table(writer, environment, tokenizer, sampling, turns, seq_len, seconds or math.inf, is_stopping)
     first = {start.group: start.seed for start in reversed(starts)}
     seats = []
     for number, start in enumerate(starts):
@@ -144,7 +141,6 @@ class _Table:
     turns: int
     seq_len: int
     seconds: float
-    report: Callable[[int], None]
     is_stopping: Callable[[], bool]
     writing: dict[Answer, _Seat] = dataclasses.field(default_factory=dict)  # those whose turn is being written
     waiting: set[_Seat] = dataclasses.field(default_factory=set)  # those whose environment works
@@ -222,7 +218,6 @@ class _Table:
             episode.turns[-1] = episode.turns[-1]._replace(observations=reply.observations)
         episode.finish = reply.finish
         if reply.finish:
-            self.report(1)
             return
         episode.tokens += reply.ids
         episode.sampled += [False] * len(reply.ids)
@@ -289,7 +284,6 @@ class _Table:
         for seat in [seat for seat in self.waiting if now > seat.deadline]:
             self.waiting.remove(seat)
             seat.given_up, seat.episode.finish = True, seat.episode.finish or "seconds"
-            self.report(1)
         for answer, seat in list(self.writing.items()):
             if now > seat.deadline:
                 seat.deadline = now + self.seconds  # for its environment to end

@@ -81,9 +81,7 @@ def starts_of(tokenizer, count, **others):
 
 def test_a_single_turn_is_what_the_engine_answers(engine, tokenizer, played):
     starts = [start_of(tokenizer, asks("ab"[n % 2]), group=n // 2, seed=n, thinking=n == 2) for n in range(6)]
-    done = []
-    episodes = played(starts, SingleTurn(), report=done.append)
-    assert sum(done) == len(starts)
+    episodes = played(starts, SingleTurn())
     for start, episode in zip(starts, episodes, strict=True):
         drawn = dataclasses.replace(DRAWN, seed=named_seed(start.seed, "turn", 0) % 2**62)
         request = Request(tuple(start.prompt), drawn, stop_ids=tokenizer.end_ids)
@@ -254,12 +252,16 @@ def test_the_episodes_of_a_prompt_are_of_one_task(tokenizer, told):
 
 
 def test_nothing_is_left_in_work_where_playing_is_stopped(engine, tokenizer, played):
-    def stop(count):
-        raise KeyboardInterrupt
+    looks = []
+
+    def stop():
+        looks.append(engine.busy)
+        if len(looks) > 2:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        played(starts_of(tokenizer, 20), SingleTurn(), report=stop)
-    assert not engine.busy
+        played(starts_of(tokenizer, 20), SingleTurn(), is_stopping=stop)
+    assert all(looks) and not engine.busy
 
 
 # Time -----------------------------------------------------------------------------------------------------------------
@@ -306,15 +308,15 @@ def test_nobody_waits_for_the_slowest(brief, tokenizer, monkeypatch):
             assert slow.wait(30)
         return MORE
 
-    def report(count):
-        done.append(count)
+    def end(state):
+        done.append(state)
         if len(done) == 11:  # of 12
             slow.set()
 
-    environment.step = step
+    environment.step, environment.end = step, end
     starts = starts_of(tokenizer, 12)
     options = {"sampling": DRAWN, "turns": 3, "seq_len": 256}
-    hurried = play(brief, starts, environment, tokenizer, **options, report=report)
+    hurried = play(brief, starts, environment, tokenizer, **options)
     assert len(done) == 12 and len(hurried[3].turns) > 1
     for one, other in zip(hurried, play(brief, starts, Talk(), tokenizer, **options), strict=True):
         assert one.tokens == other.tokens and one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
