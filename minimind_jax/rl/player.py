@@ -7,7 +7,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from minimind_jax.config.generation import SamplingConfig
 from minimind_jax.config.rl import RLConfig
@@ -30,13 +30,6 @@ class Policy(Protocol):
 
     def load(self, params: Params) -> Writer:
         """Who writes with these parameters from now on."""
-
-
-class Played(NamedTuple):
-    """A rollout, and this process's episodes of it."""
-
-    rollout: Rollout
-    episodes: list[Episode]
 
 
 class Player:
@@ -75,49 +68,40 @@ class Player:
         self._began = time.perf_counter()
         return self._policy.load(params)
 
-    def rollout(self, writer: Writer, number: int, is_stopping: Callable[[], bool]) -> Played:
-        """The rollout of that number, which follows from it, the writer's parameters and the run's seed. Raises
-        `play.GaveUp` where the run is to stop."""
-        wanted, config, counted = self.config.rollout, self.config, {}
-        ask = functools.partial(self._ask, writer, is_stopping)
+    def rollout(self, writer: Writer, number: int, is_stopping: Callable[[], bool]) -> tuple[Rollout, list[Episode]]:
+        """The rollout of that number, which follows from it, the writer's parameters and the run's seed; and this
+        process's episodes of it. Raises `play.GaveUp` where the run is to stop."""
+        wanted, config, counted = self.config.rollout, self.config, Counter()
+
+        def ask(numbers: Sequence[int], name: str, first: int) -> tuple[list[Row], list[Episode]]:
+            """The rows of all processes and the episodes of this one, of tasks by their numbers. first: group."""
+            tasks = [self.tasks.train[number] for number in numbers]
+            episodes = self.play(writer, is_stopping, tasks, name, wanted.completions, self._sampling, first)
+            started = time.perf_counter()
+            failures = self.rewards(episodes or ())
+            counted["time/rewards"] += time.perf_counter() - started
+            rows, counts = shared(self._process[0], episodes, failures)
+            counted.update(counts)
+            return rows, episodes
+
         numbers = drawn_tasks(len(self.tasks.train), wanted.prompts, config.seed, number)
-        rows, episodes = ask(numbers, f"rollout/{number}", 0, counted)
+        rows, episodes = ask(numbers, f"rollout/{number}", 0)
         asked = wanted.prompts
         for attempt in range(config.policy.refill):
             missing = wanted.prompts - sum(not teaches_nothing(group) for group in groups_of(rows).values())
             if not missing:
                 break
             numbers = refilling_tasks(len(self.tasks.train), missing, config.seed, number, attempt)
-            more, played = ask(numbers, f"rollout/{number}/{attempt}", asked, counted)
+            more, played = ask(numbers, f"rollout/{number}/{attempt}", asked)
             rows, episodes, asked = rows + more, episodes + played, asked + missing
         if config.policy.refill:
             kept = sorted(groups_of(rows).values(), key=teaches_nothing)[: wanted.prompts]
             rows = [row for group in kept for row in group]
-            counted |= {"refill/prompts": asked, "refill/kept": sum(not teaches_nothing(group) for group in kept)}
+            counted["refill/prompts"] = asked
+            counted["refill/kept"] = sum(not teaches_nothing(group) for group in kept)
         told = describe(rows) | {name: float(value) for name, value in counted.items()}
-        told["time/rollout"] = time.perf_counter() - self._began - told.get("time/rewards", 0.0)
-        return Played(Rollout(rows, told), episodes)
-
-    def _ask(
-        self,
-        writer: Writer,
-        is_stopping: Callable[[], bool],
-        numbers: Sequence[int],
-        name: str,
-        first: int,
-        told: dict[str, float],
-    ) -> tuple[list[Row], list[Episode]]:
-        """The rows of all processes and the episodes of this one, of tasks by their numbers. first: group. told: gets
-        what is counted."""
-        tasks = [self.tasks.train[number] for number in numbers]
-        completions = self.config.rollout.completions
-        episodes = self.play(writer, is_stopping, tasks, name, completions, self._sampling, first)
-        started = time.perf_counter()
-        failures = self.rewards(episodes or ())
-        told["time/rewards"] = told.get("time/rewards", 0.0) + time.perf_counter() - started
-        rows, counts = shared(self._process[0], episodes, failures)
-        told.update(Counter(told) + counts)
-        return rows, episodes
+        told["time/rollout"] = time.perf_counter() - self._began - told["time/rewards"]
+        return Rollout(rows, told), episodes
 
     def play(
         self,

@@ -4,7 +4,7 @@ rewarded and scored, and becomes the batches of all its steps."""
 import concurrent.futures
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from minimind_jax.losses.policy import divergences
 from minimind_jax.model.transformer import Params
 from minimind_jax.rl.advantages import next_beta
 from minimind_jax.rl.batches import arrays_of, minibatches, with_advantages
+from minimind_jax.rl.episode import Episode
 from minimind_jax.rl.pages import show, write_page
 from minimind_jax.rl.play import GaveUp, Writer
-from minimind_jax.rl.player import Played, Player
+from minimind_jax.rl.player import Player
 from minimind_jax.rl.rollout import Rollout, Row, judged
 from minimind_jax.rl.scoring import Scorer
 from minimind_jax.sharding import announce, data_process
@@ -151,10 +152,10 @@ class Rollouts:
         return found
 
     def _play(self, number: int, writer: Writer, is_stopping: Callable[[], bool]) -> Rollout:
-        played = self.player.rollout(writer, number, is_stopping)
-        self._warn(played.rollout, number)
-        self._tell(played, number)
-        return played.rollout
+        rollout, episodes = self.player.rollout(writer, number, is_stopping)
+        self._warn(rollout, number)
+        self._tell(episodes, number)
+        return rollout
 
     def _warn(self, rollout: Rollout, number: int) -> None:
         """Of the first rollout whose rewards tell no answer from another, even where others were asked for."""
@@ -171,16 +172,16 @@ class Rollouts:
             )
             self._has_warned = True
 
-    def _tell(self, played: Played, number: int) -> None:
+    def _tell(self, episodes: Sequence[Episode], number: int) -> None:
         """Pages of some episodes at each evaluation, and the first one in the terminal if asked for."""
         config, step = self.config, number * self.stride
-        if jax.process_index() or not played.episodes:
+        if jax.process_index() or not episodes:
             return
         if config.debug and not self._shown:
-            show(played.episodes[0], self.player.tokenizer, Console())
+            show(episodes[0], self.player.tokenizer, Console())
         self._shown = True
         every = config.training.eval_every
         if config.pages and (number == 0 or (every and step // every > (step - self.stride) // every)):
             page = self._folder / PAGES / f"step_{step:06}.md"
             page.parent.mkdir(exist_ok=True)
-            write_page(page, played.episodes[: config.pages], self.player.tokenizer)
+            write_page(page, episodes[: config.pages], self.player.tokenizer)
