@@ -115,7 +115,12 @@ class Rewards(contextlib.AbstractContextManager):
         notes = []
         for entry in self._entries:
             needed = None if entry.own else reward_functions.NEEDED.get(_NAMED.fullmatch(entry.text)[1])
-            found = [(task, error) for task in tasks if needed and (error := _error(needed, task))]
+            found = []
+            for task in tasks if needed else ():
+                try:
+                    needed(task)
+                except ValueError as error:
+                    found.append((task, error))
             if found:
                 task, error = found[0]
                 told = f"rewards.use {entry.text}: {task.where}: {error} ({len(found):,} of {len(tasks):,} prompts)"
@@ -181,14 +186,6 @@ class Rewards(contextlib.AbstractContextManager):
     def success(self, episode: Episode) -> bool:
         """Whether a rewarded episode counts as a success."""
         return (episode.rewards[self._success] or 0.0) >= 1
-
-
-def _error(needed: Callable[[Task], Any], task: Task) -> str:
-    try:
-        needed(task)
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def _portable(episode: Episode) -> Episode:
