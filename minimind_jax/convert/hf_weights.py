@@ -206,13 +206,6 @@ def write_safetensors(folder: Path, tensors: Mapping[str, np.ndarray], dtype: st
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def read_safetensors(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of `model.safetensors` or of the shards that `model.safetensors.index.json` names."""
-    if (folder / "model.safetensors").exists():
-        return read_safetensors_file(folder / "model.safetensors")
-    return read_shards(folder / "model.safetensors.index.json", read_safetensors_file)
-
-
 def read_shards(index: Path, read: Callable[[Path], Mapping[str, "StoredTensor"]]) -> dict[str, "StoredTensor"]:
     """The tensors of the files that an index names, beside it."""
     folder = index.parent

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from minimind_jax.convert.hf_weights import DTYPES, StoredTensor, cast, finite, read_safetensors, read_shards
+from minimind_jax.convert.hf_weights import DTYPES, StoredTensor, cast, finite, read_safetensors_file, read_shards
 from minimind_jax.data.written import replacing_files
 from minimind_jax.errors import UserError
 from minimind_jax.shell import needing
@@ -43,12 +43,12 @@ def read_torch(path: str | Path) -> dict[str, StoredTensor]:
 
 def read_weights(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of a Hugging Face folder under the names of its files. Raises UserError where there are none."""
-    if any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
-        return read_safetensors(folder)
-    if (folder / "pytorch_model.bin").exists():  # how MiniMind writes its own architecture
-        return read_torch(folder / "pytorch_model.bin")
-    if (index := folder / "pytorch_model.bin.index.json").exists():
-        return read_shards(index, read_torch)
+    # MiniMind writes its own architecture as the second.
+    for name, read in (("model.safetensors", read_safetensors_file), ("pytorch_model.bin", read_torch)):
+        if (folder / name).exists():
+            return read(folder / name)
+        if (index := folder / f"{name}.index.json").exists():
+            return read_shards(index, read)
     raise UserError(
         f"{folder}: there are no weights: neither model.safetensors nor pytorch_model.bin, nor an index of their parts "
         "(model.safetensors.index.json)"
