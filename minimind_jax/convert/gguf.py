@@ -33,7 +33,6 @@ from minimind_jax.convert.vision_weights import PROJECTOR, TOWER
 from minimind_jax.data.tokenizer import Tokenizer
 from minimind_jax.data.written import replacing_files
 from minimind_jax.errors import UserError
-from minimind_jax.folders import ADAPTER_CONFIG, is_adapter
 from minimind_jax.model.config import ModelConfig, RopeScaling, union_of_ids, yarn_attention_factor
 from minimind_jax.model.heads import SCORE
 from minimind_jax.model.transformer import Params
@@ -159,8 +158,6 @@ def adapter_to_gguf(folder: str | Path, output: str | Path, dtype: str | None = 
     own and llama.cpp knows one alpha, so what is left of each is in its B.
     """
     folder = as_path(folder)
-    if not is_adapter(folder):
-        raise UserError(f"{folder} holds no adapter (no {ADAPTER_CONFIG}, or a whole model beside it)")
     whole = base_folder(folder, base)
     if load_labels(whole) is not None:
         raise UserError(_without_head(str(whole)))

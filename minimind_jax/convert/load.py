@@ -53,7 +53,9 @@ def _read_merged(kernel: StoredTensor, a: np.ndarray, b: np.ndarray, scale: floa
 
 def base_folder(adapter: Path, base: str = "") -> Path:
     """The folder of the model that an adapter belongs to: `base` (a folder or a run) if given, else what its
-    configuration names. Raises UserError when it is not there."""
+    configuration names. Raises UserError when it is not there, and for a folder that holds no adapter."""
+    if not is_adapter(adapter):
+        raise UserError(f"{adapter} holds no adapter (no {ADAPTER_CONFIG}, or a whole model beside it)")
     config = read_adapter_config(adapter)
     named = config["base_model_name_or_path"]
     for place in () if base else (as_path(named).expanduser(), adapter / named):
@@ -164,8 +166,6 @@ def merge_lora(
     Raises UserError when the folder holds no adapter.
     """
     folder = as_path(adapter)
-    if not is_adapter(folder):
-        raise UserError(f"{folder} holds no adapter (no {ADAPTER_CONFIG}, or a whole model beside it)")
     whole = base_folder(folder, base)
     if absolute(as_path(output)) in (absolute(folder), absolute(whole)):
         raise UserError(f"{output} is the adapter's or the base model's own folder; choose another output")
