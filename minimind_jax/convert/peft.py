@@ -51,9 +51,7 @@ class StoredAdapter(NamedTuple):
     base: str  # folder of the model it belongs to, as its configuration names it
     table: RankTable  # its ranks
     tree: Params  # its parameters, of which `lora_scale` is a number for each layer (NumPy, float32; see `model.lora`)
-    # dropout, rslora: of its training
-    dropout: float
-    rslora: bool
+    rslora: bool  # of its training
 
 
 # Which projections, and their ranks -----------------------------------------------------------------------------------
@@ -274,8 +272,7 @@ def load_peft(folder: str | Path, config: ModelConfig) -> StoredAdapter:
     for name, ranks in table.items():
         block = PROJECTIONS[name]
         tree.setdefault(block, {})[name] = _stack(there, name, ranks, config, settings)
-    dropout, rslora = float(settings.get("lora_dropout") or 0), bool(settings.get("use_rslora"))
-    return StoredAdapter(settings["base_model_name_or_path"], table, {"layers": tree}, dropout, rslora)
+    return StoredAdapter(settings["base_model_name_or_path"], table, {"layers": tree}, bool(settings.get("use_rslora")))
 
 
 def _rank(pair: list[StoredTensor | None] | None, layer: int, name: str, config: ModelConfig, where: str) -> int:
