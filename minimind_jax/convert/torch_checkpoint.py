@@ -28,7 +28,7 @@ def from_torch(
     max_shard_bytes: float = MAX_SHARD_BYTES,
     overrides: Mapping[str, Any] | None = None,
     vision: str | Path = "",
-) -> ModelConfig:
+) -> None:
     """Writes the Hugging Face folder of a MiniMind `.pth` (weights or a file for resuming), loaded safely.
 
     tokenizer: a folder with tokenizer.json, such as MiniMind's `model/`. dtype: of the written tensors; float16 keeps
@@ -48,10 +48,9 @@ def from_torch(
             raise UserError(f"--vision {vision} is for MiniMind-V's files, and {pth} has no projector; leave it out")
         tensors = matching_tensors(config, stored, str(pth))
     save_hf(output, config, read_params(config, tensors), words, dtype, max_shard_bytes)
-    return config
 
 
-def to_torch(folder: str | Path, pth: str | Path) -> ModelConfig:
+def to_torch(folder: str | Path, pth: str | Path) -> None:
     """Writes the float16 state dict that MiniMind's own code loads strictly, `lm_head.weight` of a tied model included.
 
     An adapter is merged. The file has no configuration: MiniMind's scripts must be told what is not their default.
@@ -63,7 +62,6 @@ def to_torch(folder: str | Path, pth: str | Path) -> ModelConfig:
         raise UserError(f"{folder} is a model that sees, which is written as a Hugging Face folder only")
     aliases = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
     write_torch(pth, hf_tensors(config, params), aliases)
-    return config
 
 
 def infer_config(stored: Mapping[str, StoredTensor], where: str, overrides: Mapping[str, Any]) -> ModelConfig:
