@@ -56,13 +56,11 @@ class Reference:
         if not self.has_own:
             return parameters
 
-        def trained(tree: Params) -> Params:
-            return parameters.split(tree)[0]
-
         def copy(params: Params) -> Params:
-            return jax.tree.map(lambda leaf: leaf.copy(), trained(params))
+            return jax.tree.map(lambda leaf: leaf.copy(), parameters.split(params)[0])
 
-        return parameters.adding(REFERENCE, trained(parameters.abstract), trained(parameters.axes), copy)
+        abstract, axes = (parameters.split(tree)[0] for tree in (parameters.abstract, parameters.axes))
+        return parameters.adding(REFERENCE, abstract, axes, copy)
 
 
 # Asked once -----------------------------------------------------------------------------------------------------------
