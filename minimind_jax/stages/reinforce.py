@@ -13,7 +13,6 @@ from minimind_jax.errors import UserError
 from minimind_jax.losses.policy import make_policy_loss
 from minimind_jax.model.heads import SCORE, head_axes
 from minimind_jax.model.transformer import LanguageModel, Params
-from minimind_jax.model.vocabulary import grow_vocabulary
 from minimind_jax.paths import as_path
 from minimind_jax.rl.environment import SingleTurn, load_environment
 from minimind_jax.rl.player import Player, Policy
@@ -24,8 +23,7 @@ from minimind_jax.rl.scoring import Scorer
 from minimind_jax.rl.source import Rollouts
 from minimind_jax.rl.tasks import read_tasks
 from minimind_jax.runs.frozen import Reference
-from minimind_jax.runs.parts import Run, on_mesh, run_parameters, tell_template
-from minimind_jax.seeds import named_key
+from minimind_jax.runs.parts import Run, on_mesh, run_parameters, start_params, tell_template
 from minimind_jax.sharding import announce, data_process
 from minimind_jax.training.defaults import filled
 from minimind_jax.training.optimizer import Group
@@ -129,9 +127,8 @@ def with_critic(run: Run, parameters: Parameters, critic: LanguageModel) -> Para
     axes = {**critic.logical_axes(), **head_axes()}
 
     def load(_: Params) -> Params:
-        params = {SCORE: _no_scores(critic), **load_merged(start)[1]}
-        if start == run.start:
-            params = grow_vocabulary(params, critic.config.vocab_size, named_key(run.config.seed, "new words"))
+        known = start_params(run) if start == run.start else load_merged(start)[1]
+        params = {SCORE: _no_scores(critic), **known}
         if (count := params[SCORE]["kernel"].shape[1]) != 1:
             raise UserError(f"critic.init_from {start} has {count} scores; a value model has one")
         shapes, wanted = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (params, abstract))
