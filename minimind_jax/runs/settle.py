@@ -16,15 +16,7 @@ from minimind_jax.model.lora import without_adapters
 from minimind_jax.model.transformer import count_parameters
 from minimind_jax.runs.parts import Run
 from minimind_jax.sharding import announce, row_shards
-from minimind_jax.training.defaults import (
-    Amount,
-    following,
-    leaves_open,
-    of_much,
-    open_chances,
-    share_held_out,
-    with_values,
-)
+from minimind_jax.training import defaults
 from minimind_jax.training.run import RunFolder, flat, plain
 
 
@@ -39,23 +31,23 @@ def settle(run: Run) -> RunConfig:
     if not is_packed:
         values.pop("training.batch_tokens", None)  # follows from other settings, anew where these change
     try:
-        config = with_values(run.config, values)
+        config = defaults.with_values(run.config, values)
     except ValueError as error:
         raise UserError(
             f"{run.folder.path} goes on with the values that it has, and these settings do not fit them ({error}); set "
             "them as they were, or choose another run name"
         ) from error
     size = sum(file.stat().st_size for file in expand_paths(config.data.train, config.of_pictures))
-    chances = open_chances(config, KINDS[run.kind.records].rendered, size)
-    config = with_values(config, chances)
-    if is_packed and leaves_open(config):
+    chances = defaults.open_chances(config, KINDS[run.kind.records].rendered, size)
+    config = defaults.with_values(config, chances)
+    if is_packed and defaults.leaves_open(config):
         found, told = _from_data(dataclasses.replace(run, config=config))
-        config = with_values(config, found)
+        config = defaults.with_values(config, found)
         follow = ", ".join(f"{key} {value:g}" for key, value in (chances | found).items())
         announce(f"{told}. From that follow, unless you set them: {follow}")
     elif not is_packed:
-        found = of_much(config)
-        config = with_values(config, found)
+        found = defaults.of_much(config)
+        config = defaults.with_values(config, found)
     run.folder.asked = {key: asked[key] for key in values | chances | found}
     run.folder.content = content_of(config)
     if both := {*run.folder.content["data.train"]} & {*run.folder.content["data.val"]}:
@@ -92,15 +84,15 @@ def _from_data(run: Run) -> tuple[dict, str]:
     cache = build_cache(run.kind.records, data.train, run.tokenizer, data, config.seed, **told)
     fraction = 0.0 if data.val else data.val_fraction
     if fraction is None:
-        fraction = values["data.val_fraction"] = share_held_out(len(cache), config.figures)
+        fraction = values["data.val_fraction"] = defaults.share_held_out(len(cache), config.figures)
         if not fraction and config.training.patience:
             values["training.patience"] = 0  # nothing to be patient about
     documents, held_out = split_records(cache.records, fraction, config.seed)
     plan = plan_epoch(cache, documents, data, config.seed, 0).plan
     trained = round(cache.info["trained_tokens"] * plan.tokens / cache.info["tokens"])
-    amount = Amount(len(documents), plan.tokens, trained, max(1, plan.rows))
+    amount = defaults.Amount(len(documents), plan.tokens, trained, max(1, plan.rows))
     parameters = count_parameters(without_adapters(run.model.abstract_params()))
-    values |= following(config, amount, parameters, row_shards(run.mesh))
+    values |= defaults.following(config, amount, parameters, row_shards(run.mesh))
     aside = f", {len(held_out):,} held out" * bool(len(held_out))
     return (
         values,
