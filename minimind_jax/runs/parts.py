@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from minimind_jax.config.sections import ModelSettings
 from minimind_jax.config.stages import RunConfig
 from minimind_jax.convert.hf import Labels, check_vocabulary, load_hf, load_labels
-from minimind_jax.convert.hf_config import checked_ids
+from minimind_jax.convert.hf_config import SIZES, checked_ids
 from minimind_jax.convert.hf_image_classifier import load_picture_head
 from minimind_jax.convert.hf_vision import open_tower
 from minimind_jax.convert.load import folders_of, load_generation_settings, load_merged, open_merged, read_config
@@ -39,10 +39,7 @@ from minimind_jax.training.run import RunFolder
 from minimind_jax.training.state import Parameters
 
 # Fields of a model that decide the shapes of its tensors; a run cannot change them in a model it starts from.
-SHAPE_FIELDS = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "tie_word_embeddings", "num_experts", "moe_intermediate_size"),
-)
+SHAPE_FIELDS = (*SIZES, "head_dim", "tie_word_embeddings", "num_experts", "moe_intermediate_size")
 
 
 @dataclasses.dataclass(frozen=True)
