@@ -193,9 +193,7 @@ def run_parameters(run: Run) -> Parameters:
     """What the run trains: the parameters of the model it starts from, or drawn from the seed, or adapters over them;
     and the head of scores of a stage that has one."""
     config, model, plan = run.config, run.model, run.adapters
-    if config.of_pictures:
-        return _with_head(run, picture_parameters(run))
-    if run.start is None:
+    if run.start is None and not config.of_pictures:
         return Parameters.of(model, lambda: init_params(model, named_key(config.seed, "init"), run.mesh))
     dtype = frozen_dtype(config, model)
 
@@ -215,21 +213,12 @@ def run_parameters(run: Run) -> Parameters:
     return _with_head(run, parameters) if run.kind.has_head else parameters
 
 
-def picture_parameters(run: Run) -> Parameters:
-    """The tower of a run of pictures, trained or not."""
-
-    def load() -> Params:
-        params = {VISION: {"tower": open_tower(run.models[TOWER]).params()}}
-        return on_mesh(run.mesh, params, parameters.abstract, parameters.axes)
-
-    is_trained = run.config.vision.train == "tower"
-    parameters = Parameters.of(run.model, load)._replace(is_trained=lambda path: is_trained)
-    return parameters
-
-
 def start_params(run: Run) -> Params:
-    """The parameters of the model that a run starts from, on the host: adapters merged, what is new drawn."""
+    """The parameters of the model, or of pictures the tower, that a run starts from, on the host: adapters merged, what
+    is new drawn."""
     config, model = run.config, run.model
+    if config.of_pictures:
+        return {VISION: {"tower": open_tower(run.models[TOWER]).params()}}
     _, params = load_merged(run.start)
     params = grow_vocabulary(params, model.config.vocab_size, named_key(config.seed, "new words"))
     if model.config.vision is not None and VISION not in params:

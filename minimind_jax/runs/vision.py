@@ -13,6 +13,7 @@ from minimind_jax.errors import UserError
 from minimind_jax.folders import resolve_model_folder
 from minimind_jax.model import lora
 from minimind_jax.model.config import ModelConfig, TowerConfig, Vision
+from minimind_jax.model.image_model import ImageModel
 from minimind_jax.model.transformer import LanguageModel, Params
 from minimind_jax.model.vision import VISION, init_vision
 from minimind_jax.paths import as_path
@@ -76,9 +77,11 @@ def new_vision(config: ModelConfig, tower: Path, key: jax.Array) -> Params:
     return {**drawn, "tower": open_tower(tower).params()}
 
 
-def with_trained_parts(config: RunConfig, model: LanguageModel, parameters: Parameters) -> Parameters:
+def with_trained_parts(config: RunConfig, model: LanguageModel | ImageModel, parameters: Parameters) -> Parameters:
     """The parameters of which those are trained that `vision.train` says; of a stage of texts alone none of what a
     model sees with. Adapters are trained alone."""
+    if config.of_pictures:
+        return parameters._replace(is_trained=lambda path: config.vision.train == "tower")
     if model.config.vision is None or model.adapter is not None:
         return parameters
     wanted = config.vision.train if isinstance(config, SeeingConfig) else "words"
