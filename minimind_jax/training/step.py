@@ -135,7 +135,9 @@ def make_train_step(
             grads, norms = clip(grads)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
-            params = _where(masks, optax.apply_updates(state.params, updates), state.params)
+            params = optax.apply_updates(state.params, updates)
+            if masks is not None:
+                params = jax.tree.map(jnp.where, masks, params, state.params)
             finite = jnp.all(jnp.isfinite(jnp.stack([values["loss"], *norms.values()])))
             held = _held(skip, state, values)
             wanted = jnp.where(values["tokens"] > 0, MADE if held is None else held, NOTHING)
@@ -158,13 +160,6 @@ def make_train_step(
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, shardings.step),
     )
-
-
-def _where(masks: Params | None, new: Params, old: Params) -> Params:
-    """`new` where the masks are True, `old` elsewhere."""
-    if masks is None:
-        return new
-    return jax.tree.map(lambda mask, new, old: new if mask is True else jnp.where(mask, new, old), masks, new, old)
 
 
 def _held(skip: Skip | None, state: TrainState, values: dict[str, jax.Array]) -> jax.Array | None:
