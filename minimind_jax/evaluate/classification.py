@@ -1,15 +1,12 @@
 """How good a classifier is on labelled texts or pictures: accuracy, F1, calibration, and who is taken for whom."""
 
 import dataclasses
-import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minimind_jax.convert.hf import Labels
-from minimind_jax.signals import uninterrupted
 from minimind_jax.texts import cell, one_line, table
 
 BINS = 10  # of confidence
@@ -114,13 +111,6 @@ def evaluate_logits(
     given = np.where(found, probabilities, 1 - probabilities)
     confidence = given.mean(axis=1) if labels.several else probabilities.max(axis=1)
     return ClassificationResult(labels, is_true, found, confidence, noun)
-
-
-def draw_confusion(result: ClassificationResult, picture: Path) -> None:
-    drawn = io.BytesIO()
-    confusion_figure(result).savefig(drawn, format="png", dpi=110)
-    with uninterrupted():
-        picture.write_bytes(drawn.getvalue())
 
 
 def confusion_figure(result: ClassificationResult):

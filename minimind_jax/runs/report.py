@@ -1,6 +1,5 @@
 """The report of a run, made from its folder alone: report.md and loss.png."""
 
-import io
 import itertools
 import math
 import shlex
@@ -16,9 +15,8 @@ from minimind_jax.errors import UserError
 from minimind_jax.folders import holds_model
 from minimind_jax.runs.kind import StageKind, Stages
 from minimind_jax.shell import command
-from minimind_jax.signals import uninterrupted
 from minimind_jax.texts import fenced, is_there, read_text, table
-from minimind_jax.training.run import RunFolder, plain, write_text
+from minimind_jax.training.run import RunFolder, plain, write_figure, write_text
 from minimind_jax.training.tracking import read_metrics
 from minimind_jax.training.watch import Watch
 
@@ -67,10 +65,7 @@ def draw_losses(train: list[dict], val: list[dict], picture: Path, curves: Seque
     for name, panel in zip(names, figure.axes, strict=True):
         panel.set_ylabel(name)
         panel.grid(alpha=0.3)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=120)
-    with uninterrupted():
-        picture.write_bytes(drawn.getvalue())
+    write_figure(picture, figure, dpi=120)
 
 
 def _series(rows: list[dict], name: str) -> tuple[list[int], list[float]]:

@@ -11,7 +11,7 @@ from minimind_jax.data.labels import Classes
 from minimind_jax.data.pixels import picture_place
 from minimind_jax.data.rows import Batch, Pieces
 from minimind_jax.data.token_cache import TokenCache
-from minimind_jax.evaluate.classification import ClassificationResult, describe, draw_confusion, evaluate_logits
+from minimind_jax.evaluate.classification import ClassificationResult, confusion_figure, describe, evaluate_logits
 from minimind_jax.inference.score import PictureScorer, Scorer
 from minimind_jax.losses.classification import make_classification_loss
 from minimind_jax.progress import progress
@@ -20,7 +20,7 @@ from minimind_jax.runs.labels import values_of_pieces
 from minimind_jax.runs.parts import Run, open_rows, run_parameters
 from minimind_jax.runs.stage import on_rows
 from minimind_jax.sharding import announce
-from minimind_jax.training.run import RunFolder, write_text
+from minimind_jax.training.run import RunFolder, write_figure, write_text
 from minimind_jax.training.source import Recipe
 
 
@@ -98,6 +98,6 @@ def write_results(run: RunFolder, found: ClassificationResult) -> None:
     write_text(run.path / "results.json", json.dumps(found.summary(), ensure_ascii=False, indent=1) + "\n")
     text = describe(found)
     if not found.labels.several:
-        draw_confusion(found, run.path / "confusion.png")
+        write_figure(run.path / "confusion.png", confusion_figure(found), dpi=110)
         text = f"![confusion matrix](confusion.png)\n\n{text}"
     write_text(run.results_file, text + "\n")

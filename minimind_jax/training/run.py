@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -33,6 +34,7 @@ from minimind_jax.errors import UserError, disk_errors
 from minimind_jax.folders import PIPELINE, resolve_run
 from minimind_jax.hub import used_commits
 from minimind_jax.paths import absolute, as_path, is_remote, write_object
+from minimind_jax.signals import uninterrupted
 from minimind_jax.texts import is_there, read_object, read_text
 from minimind_jax.training.checkpoint_files import unfit_for_checkpoints
 from minimind_jax.training.places import Then, changes
@@ -253,3 +255,11 @@ def write_text(path: Path, text: str) -> None:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_figure(path: Path, figure: Any, dpi: int) -> None:
+    """Replaces `path` by a PNG of a figure of matplotlib's, which no signal cuts off half way."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi)
+    with uninterrupted():
+        path.write_bytes(drawn.getvalue())

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from minimind_jax.convert.hf import Labels
-from minimind_jax.evaluate.classification import confusion_figure, describe, draw_confusion, evaluate_logits
+from minimind_jax.evaluate.classification import confusion_figure, describe, evaluate_logits
+from minimind_jax.training.run import write_figure
 
 
 def drawn(classes=4, texts=60, seed=0):
@@ -85,7 +86,7 @@ def test_labels_of_any_alphabet_are_drawn_without_a_warning(names, tmp_path):
     found = evaluate_logits(logits, truth, Labels(names))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        draw_confusion(found, tmp_path / "confusion.png")
+        write_figure(tmp_path / "confusion.png", confusion_figure(found), dpi=110)
     assert (tmp_path / "confusion.png").stat().st_size > 5000
     table = describe(found).splitlines()
     assert len(table) == 4 + len(names)
