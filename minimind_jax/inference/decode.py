@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from minimind_jax.inference.sampling import NO_TOKEN, Counts, Sampled, SamplingValues, sample
+from minimind_jax.inference.sampling import MAX_TOP, NO_TOKEN, Counts, Sampled, SamplingValues, sample
 from minimind_jax.model.kv_cache import KVCache
 from minimind_jax.model.transformer import FIXED_ORDER, LanguageModel, Params, cast_matrices
 from minimind_jax.sharding import ROW_AXES, current_mesh, row_shards
@@ -133,10 +133,10 @@ def make(
         sampled = jax.tree.map(lambda all_NB, new_B: all_NB.at[made].set(new_B), sampled, new)
         return made + 1, ended_B, new.token_B, cache, sampled
 
-    logits_BV = jax.ShapeDtypeStruct((len(newest_B), model.config.vocab_size), jnp.float32)
-    shapes = jax.eval_shape(sample, logits_BV, lengths_B, settings.values, counts)
-    sampled = jax.tree.map(lambda shape: jnp.zeros((most, *shape.shape), shape.dtype), shapes)
-    sampled = sampled._replace(token_B=jnp.full_like(sampled.token_B, NO_TOKEN))
+    shape, top = (most, len(newest_B)), min(MAX_TOP, model.config.vocab_size)
+    zeros_NB, zeros_NBT = jnp.zeros(shape), jnp.zeros((*shape, top))
+    unknown_NB = jnp.full(shape, NO_TOKEN, jnp.int32)
+    sampled = Sampled(unknown_NB, zeros_NB, zeros_NB, zeros_NBT.astype(jnp.int32), zeros_NBT)
     start = (jnp.int32(0), lengths_B == 0, newest_B, cache, sampled)
     made, _, _, cache, sampled = jax.lax.while_loop(is_wanted, step, start)
     return *_whole((sampled, made)), _cut(cache)
