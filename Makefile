@@ -60,12 +60,12 @@ $(VENV)/.python: scripts/find_python.sh
 
 $(VENV)/.demo: $(VENV)/.python pyproject.toml
 	@echo "installing into $(VENV); this takes a few minutes the first time"
-	$(PIP_INSTALL) --editable ".[$(accelerated)demo]"
+	$(PIP_INSTALL) --editable ".[$(accelerated)demo,gguf]"
 	@touch $@
 
 $(VENV)/.serve: $(VENV)/.python pyproject.toml
 	@echo "installing into $(VENV); this takes a few minutes the first time"
-	$(PIP_INSTALL) --editable ".[$(accelerated)demo,serve]"
+	$(PIP_INSTALL) --editable ".[$(accelerated)demo,serve,gguf]"
 	@touch $@
 
 $(VENV)/.test-parity$(PARITY): $(VENV)/.python pyproject.toml

@@ -13,15 +13,24 @@ from minimind_jax.inference.request import Constraint, Request
 from minimind_jax.serve import log
 from minimind_jax.serve.errors import refused
 from minimind_jax.serve.models import Served
-from minimind_jax.serve.protocol import WITHOUT_A_WORD, Drawing, ResponsesRequest, Sampling
+from minimind_jax.serve.protocol import WITHOUT_A_WORD, ChatRequest, Drawing, ResponsesRequest, Sampling
 
 MOST_SEED = 2**63 - 1  # of a SamplingConfig
-_NOT_FOLLOWED = dict.fromkeys(  # vLLM's
-    "min_tokens bad_words allowed_token_ids include_stop_str_in_output truncate_prompt_tokens chat_template".split(), ""
-)
-_OF_CHAT = dict.fromkeys(("stop", "logit_bias"), "") | {  # in responses: what it is called there
-    **{"max_tokens": "max_output_tokens", "max_completion_tokens": "max_output_tokens"},
-    **{"response_format": "text.format", "messages": "input"},
+# What other servers follow, and what to do here: vLLM's; forms of answers as llama.cpp, SGLang and ollama are asked for
+# them; OpenAI's old tools.
+_FORM = "the form of an answer is asked for by response_format (of responses text.format) or structured_outputs"
+_VLLMS = "min_tokens bad_words allowed_token_ids include_stop_str_in_output truncate_prompt_tokens chat_template"
+_NOT_FOLLOWED = {
+    **dict.fromkeys(_VLLMS.split(), "leave it out"),
+    **dict.fromkeys("grammar json_schema regex ebnf structural_tag format".split(), _FORM),
+    "functions": "tools are offered by tools",
+}
+_LOGPROBS = "chat completions tell log-probabilities"
+_OF_CHAT = {  # in responses
+    **dict.fromkeys(sorted(ChatRequest.model_fields.keys() - ResponsesRequest.model_fields.keys()), "leave it out"),
+    **dict.fromkeys(("max_tokens", "max_completion_tokens"), "call it max_output_tokens"),
+    **{"response_format": "call it text.format", "messages": "call it input"},
+    **dict.fromkeys(("logprobs", "top_logprobs"), _LOGPROBS),
 }
 _SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
@@ -37,11 +46,13 @@ def tell_ignored(body: BaseModel) -> None:
 
 
 def refuse_others(body: BaseModel) -> None:
-    """Raises ApiError for a setting that other servers follow and that would change the answer."""
-    table = _NOT_FOLLOWED | (_OF_CHAT if isinstance(body, ResponsesRequest) else {})
-    if name := next((name for name in table if (body.model_extra or {}).get(name)), None):
-        way_out = f"call it {table[name]}" if table[name] else "leave it out"
-        raise refused(f"{name} is not followed here; {way_out}", name)
+    """Raises ApiError for a setting that would change the answer elsewhere, and does not here."""
+    given = {name: value for name, value in (body.model_extra or {}).items() if name not in WITHOUT_A_WORD}
+    table = {**(_OF_CHAT if isinstance(body, ResponsesRequest) else {}), **_NOT_FOLLOWED}
+    if name := next((name for name in table if given.get(name) and (name, given[name]) != ("n", 1)), None):
+        raise refused(f"{name} is not followed here: {table[name]}", name)
+    if "output_text.logprobs" in str((body.model_extra or {}).get("include")):
+        raise refused(f"include: {_LOGPROBS}", "include")
 
 
 def sampling_of(body: Sampling, served: Served, prompt: Sequence[int], max_tokens: int | None) -> SamplingConfig:

@@ -12,9 +12,6 @@ from minimind_jax.serve import log
 from minimind_jax.serve.errors import refused
 from minimind_jax.serve.protocol import Drawing, Json, NamedTool, ToolChoice
 
-# By which other servers are asked for a form (llama.cpp, SGLang, ollama) or OpenAI's once was for tools.
-_ELSEWHERE = ("grammar", "json_schema", "regex", "ebnf", "structural_tag", "format", "functions")
-
 
 class Asked(NamedTuple):
     """A form, and the field that asks for it."""
@@ -44,9 +41,6 @@ def form_of(body: Drawing) -> Asked | None:
         asked |= {f"structured_outputs.{name}": value for name, value in given.items()}
     if (form := body.response_format) and form.type != "text":
         asked[f"response_format.{form.type}"] = True if form.schema is None else form.schema
-    if elsewhere := next((name for name in _ELSEWHERE if (body.model_extra or {}).get(name)), None):
-        words = "the form of an answer is asked for by response_format or structured_outputs, tools by tools"
-        raise refused(f"{elsewhere} is not followed: {words}", elsewhere)
     asked = {name: value for name, value in asked.items() if value not in (None, False)}
     if len(asked) > 1:
         raise refused(f"{' and '.join(asked)} both say the answer's form; keep one", next(iter(asked)))

@@ -1,7 +1,7 @@
 """The bodies of requests, as OpenAI's clients and vLLM's write them.
 
 Values are taken strictly: no text for a number, no NaN. Fields that are not here change nothing, and are told once, but
-for those that `drawing.refuse_others` and `forms` refuse.
+for those that `drawing.refuse_others` refuses.
 """
 
 from typing import Annotated, Any, Literal, Union
@@ -97,7 +97,17 @@ class Sampling(Body):
     stream: bool | None = None
 
 
-class Drawing(Sampling):
+class Formed(BaseModel):
+    """vLLM's names, new and old, of the form that an answer must have."""
+
+    structured_outputs: Structured | None = None
+    guided_json: Json | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
+    guided_grammar: str | None = None
+
+
+class Drawing(Sampling, Formed):
     """What chat and plain completions have beside it."""
 
     n: Annotated[int, Field(ge=1)] | None = None
@@ -108,11 +118,6 @@ class Drawing(Sampling):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    structured_outputs: Structured | None = None
-    guided_json: Json | str | None = None
-    guided_regex: str | None = None
-    guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
-    guided_grammar: str | None = None
     return_token_ids: bool | None = None
 
 
@@ -192,7 +197,7 @@ class TextSettings(Part):
     format: ResponseFormat | None = None
 
 
-class ResponsesRequest(Sampling, Thinking):
+class ResponsesRequest(Sampling, Formed, Thinking):
     input: str | Annotated[list[Json], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -200,7 +205,6 @@ class ResponsesRequest(Sampling, Thinking):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextSettings | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     previous_response_id: str | None = None
     conversation: Any = None
     background: bool | None = None

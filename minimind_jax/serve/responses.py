@@ -16,13 +16,13 @@ from minimind_jax.serve.answers import Answers, Choice
 from minimind_jax.serve.chat import Asked, new_id
 from minimind_jax.serve.errors import ApiError, error_object, refused
 from minimind_jax.serve.models import Served
-from minimind_jax.serve.protocol import ChatRequest, Json, ResponsesRequest
+from minimind_jax.serve.protocol import ChatRequest, Formed, Json, ResponsesRequest
 from minimind_jax.serve.stream import Shape, event
 
 _SAME = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed"),
     *("tools", "parallel_tool_calls", "enable_thinking", "open_thinking", "thinking", "think", "chat_template_kwargs"),
-    *("reasoning", "reasoning_effort"),
+    *("reasoning", "reasoning_effort", *Formed.model_fields),
 )
 _STORED = ("previous_response_id", "conversation", "background")
 _OTHER_TOOLS = (  # types of tools that are no functions, as they begin; who offers them gets on without them

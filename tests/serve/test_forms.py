@@ -78,6 +78,10 @@ def test_other_forms_are_kept(chat, client, form, fits):
         assert fits(text) or json.loads(text) == [], text
     plain = client.completions.create(model="tiny", prompt="The", max_tokens=200, seed=1, extra_body=form)
     assert fits(plain.choices[0].text) or json.loads(plain.choices[0].text) == []
+    if "response_format" not in form:
+        asked = {"model": "tiny", "input": "The", "max_output_tokens": 200}
+        text = client.responses.create(**asked, extra_body={"seed": 1, **form}).output_text
+        assert fits(text) or json.loads(text) == []
 
 
 def test_a_form_holds_behind_the_thinking(chat):
@@ -100,12 +104,14 @@ def test_a_form_holds_behind_the_thinking(chat):
         ({"guided_regex": "a", "guided_choice": ["a"]}, "keep one"),
         ({"guided_json": {"pattern": "(?!a)b", "type": "string"}}, r"the pattern \(\?!a\)b: look-around"),
         *(({name: "a"}, f"{name} is not followed") for name in ("grammar", "json_schema", "regex", "ebnf", "format")),
-        ({"functions": [{"name": "f", "parameters": {}}]}, "functions is not followed: .* tools by tools"),
+        ({"functions": [{"name": "f", "parameters": {}}]}, "functions is not followed here: .* by tools"),
     ],
 )
-def test_a_form_that_makes_no_sense_is_refused(chat, body, words):
+def test_a_form_that_makes_no_sense_is_refused(chat, client, body, words):
     with pytest.raises(openai.BadRequestError, match=words):
         chat(extra_body=body)
+    with pytest.raises(openai.BadRequestError, match=words):
+        client.responses.create(model="tiny", input="hi", extra_body=body)
 
 
 @pytest.mark.parametrize("stream", [False, True])

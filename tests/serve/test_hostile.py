@@ -88,6 +88,25 @@ def test_a_setting_that_makes_no_sense_is_refused_by_name(http, changes, param):
 
 
 @pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"max_tokens": 5}, "max_tokens is not followed here: call it max_output_tokens"),
+        ({"n": 2}, "n is not followed here: leave it out"),
+        ({"stop": "a"}, "stop is not"),
+        ({"ignore_eos": True}, "ignore_eos is not"),
+        ({"min_tokens": 5}, "min_tokens is not"),
+        ({"response_format": {"type": "json_object"}}, "call it text.format"),
+        ({"top_logprobs": 2}, "chat completions tell log-probabilities"),
+        ({"include": ["message.output_text.logprobs"]}, "chat completions tell log-probabilities"),
+        ({"n": 1, "logprobs": False, "include": ["reasoning.encrypted_content"], "stream_options": {}}, ""),
+    ],
+)
+def test_responses_refuse_what_they_would_ignore_of_chat(http, changes, words):
+    answer = http.post("/v1/responses", json={"input": "hi", "max_output_tokens": 2, **changes})
+    assert words in refusal(answer)["message"] if words else answer.status_code == 200
+
+
+@pytest.mark.parametrize(
     "body",
     [
         b"",
