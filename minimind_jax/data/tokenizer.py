@@ -352,7 +352,10 @@ def train_bpe(texts: Iterable[str], folder: str | Path, vocab_size: int = 6400) 
     for token in content["added_tokens"]:  # the trainer marks every reserved token as special
         token["special"] = token["content"] in SPECIAL_TOKENS
     write_json(folder / "tokenizer.json", content)
-    Tokenizer.load(folder).save(folder)
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    write_json(folder / "tokenizer_config.json", tokenizer_config(backend, names))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8", newline="")
     return Tokenizer.load(folder)
 
 
