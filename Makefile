@@ -58,12 +58,12 @@ $(VENV)/.python: scripts/find_python.sh
 	"$$(scripts/find_python.sh $(PYTHON))" -m venv --clear $(VENV)
 	@touch $@
 
-$(VENV)/.demo: $(VENV)/.python pyproject.toml
+$(VENV)/.demo: $(VENV)/.python pyproject.toml Makefile
 	@echo "installing into $(VENV); this takes a few minutes the first time"
 	$(PIP_INSTALL) --editable ".[$(accelerated)demo,gguf]"
 	@touch $@
 
-$(VENV)/.serve: $(VENV)/.python pyproject.toml
+$(VENV)/.serve: $(VENV)/.python pyproject.toml Makefile
 	@echo "installing into $(VENV); this takes a few minutes the first time"
 	$(PIP_INSTALL) --editable ".[$(accelerated)demo,serve,gguf]"
 	@touch $@

@@ -26,8 +26,9 @@ _NOT_FOLLOWED = {
     "functions": "tools are offered by tools",
 }
 _LOGPROBS = "chat completions tell log-probabilities"
+_CHAT_ALONE = ChatRequest.model_fields.keys() - ResponsesRequest.model_fields.keys() - {"return_token_ids"}
 _OF_CHAT = {  # in responses
-    **dict.fromkeys(sorted(ChatRequest.model_fields.keys() - ResponsesRequest.model_fields.keys()), "leave it out"),
+    **dict.fromkeys((*sorted(_CHAT_ALONE), "stop_sequences"), "leave it out"),
     **dict.fromkeys(("max_tokens", "max_completion_tokens"), "call it max_output_tokens"),
     **{"response_format": "call it text.format", "messages": "call it input"},
     **dict.fromkeys(("logprobs", "top_logprobs"), _LOGPROBS),
@@ -47,11 +48,12 @@ def tell_ignored(body: BaseModel) -> None:
 
 def refuse_others(body: BaseModel) -> None:
     """Raises ApiError for a setting that would change the answer elsewhere, and does not here."""
-    given = {name: value for name, value in (body.model_extra or {}).items() if name not in WITHOUT_A_WORD}
-    table = {**(_OF_CHAT if isinstance(body, ResponsesRequest) else {}), **_NOT_FOLLOWED}
-    if name := next((name for name in table if given.get(name) and (name, given[name]) != ("n", 1)), None):
+    extra, is_response = body.model_extra or {}, isinstance(body, ResponsesRequest)
+    table = {**(_OF_CHAT if is_response else {}), **_NOT_FOLLOWED}
+    given = {name for name, value in extra.items() if value and (name, value) != ("n", 1)} - WITHOUT_A_WORD
+    if name := next((name for name in table if name in given), None):
         raise refused(f"{name} is not followed here: {table[name]}", name)
-    if "output_text.logprobs" in str((body.model_extra or {}).get("include")):
+    if is_response and "output_text.logprobs" in str(extra.get("include")):
         raise refused(f"include: {_LOGPROBS}", "include")
 
 

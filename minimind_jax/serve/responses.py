@@ -78,6 +78,7 @@ def _about_input(error: ApiError | UserError, body: ResponsesRequest) -> ApiErro
         return f"input[{number}]{'.output' if found[2] and is_output else found[2] or ''}"
 
     told = [text and re.sub(r"messages\[(\d+)\](\.content)?", item, text) for text in (error.detail, error.param)]
+    told = [text and text.replace("response_format", "text.format") for text in told]
     param = "input" if told[1] == "messages" else told[1]
     return ApiError(error.status_code, told[0], param, error.code, **(error.headers or {}))
 

@@ -33,7 +33,7 @@ def adapter(params, rank, targets, seed):
         return np.asarray(leaf) + 0.3 * noise * (path[-1].key == "lora_b")
 
     tree = jax.tree_util.tree_map_with_path(draw, init_adapters(jax.random.key(seed), params, table, 8.0, False))
-    return StoredAdapter("base", {name: ranks for name, ranks in table.items() if any(ranks)}, tree, 0.0, False)
+    return StoredAdapter("base", {name: ranks for name, ranks in table.items() if any(ranks)}, tree, False)
 
 
 @pytest.mark.slow

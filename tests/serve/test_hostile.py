@@ -93,6 +93,11 @@ def test_a_setting_that_makes_no_sense_is_refused_by_name(http, changes, param):
         ({"max_tokens": 5}, "max_tokens is not followed here: call it max_output_tokens"),
         ({"n": 2}, "n is not followed here: leave it out"),
         ({"stop": "a"}, "stop is not"),
+        ({"stop_sequences": ["a"]}, "stop_sequences is not"),
+        (
+            {"guided_regex": "a", "text": {"format": {"type": "json_object"}}},
+            "guided_regex and text.format.json_object",
+        ),
         ({"ignore_eos": True}, "ignore_eos is not"),
         ({"min_tokens": 5}, "min_tokens is not"),
         ({"response_format": {"type": "json_object"}}, "call it text.format"),
