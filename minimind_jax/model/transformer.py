@@ -375,7 +375,7 @@ class LanguageModel:
         graph, _ = self._split("layers")
         losses, written, none = [], [], [None] * len(layers)
         caches, keys = none if caches is None else caches, none if keys is None else keys
-        # Traced and lowered once for all layers, of which XLA makes one program as before.
+        # Traced and lowered once for all layers, and inlined by XLA; called outside of a jitted function it compiles.
         run = jax.jit(lambda params, x_BTD, cache, key: nnx.merge(graph, params)(x_BTD, context, cache, key))
         for params, cache, key in zip(layers, caches, keys, strict=True):
             with jax.named_scope("layers"):

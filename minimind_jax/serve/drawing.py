@@ -23,7 +23,7 @@ _VLLMS = "min_tokens bad_words allowed_token_ids include_stop_str_in_output trun
 _NOT_FOLLOWED = {
     **dict.fromkeys(_VLLMS.split(), "leave it out"),
     **dict.fromkeys("grammar json_schema regex ebnf structural_tag format".split(), _FORM),
-    "functions": "tools are offered by tools",
+    **{"functions": "tools are offered by tools", "max_output_tokens": "call it max_tokens"},
 }
 _LOGPROBS = "chat completions tell log-probabilities"
 _CHAT_ALONE = ChatRequest.model_fields.keys() - ResponsesRequest.model_fields.keys() - {"return_token_ids"}

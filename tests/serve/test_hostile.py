@@ -57,6 +57,7 @@ def _still_answers(http, server):
         ({"top_logprobs": 21}, "top_logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"min_tokens": 5}, "min_tokens"),
+        ({"max_output_tokens": 5}, "max_output_tokens"),
         ({"include_stop_str_in_output": True}, "include_stop_str_in_output"),
         ({"stream": "yes"}, "stream"),
         ({"messages": []}, "messages"),
