@@ -121,8 +121,7 @@ def encode_prompt(
     open_thinking: bool | None = None,
 ) -> list[int]:
     """Ids of messages with a generation prompt, cut where training cuts: the very tokens a trained model has seen."""
-    segments = tokenizer.prompt_segments(messages, tools, True, open_thinking)
-    return _encode(tokenizer, segments).ids.tolist()
+    return _encode(tokenizer, tokenizer.prompt_segments(messages, tools, True, open_thinking)).ids.tolist()
 
 
 def encode_replies(

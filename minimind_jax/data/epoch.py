@@ -138,8 +138,7 @@ def _best_fit(documents: _Documents, *how) -> PackingPlan:
 def _images(documents: _Documents, *how) -> PackingPlan:
     data, cache = documents.data, documents.cache
     images = cache.pictures.counts(data.seq_len)[documents.documents]
-    room = data.image_room(cache.info["image_tokens"])
-    return plan_whole(documents.lengths, *how, documents.targets, images, room)
+    return plan_whole(documents.lengths, *how, documents.targets, images, data.image_room(cache.info["image_tokens"]))
 
 
 # Of the documents, data.seq_len and an Order: where everything goes.

@@ -52,8 +52,7 @@ def read_image(source: bytes | Path, tower: TowerConfig, where: str, tell: Tell 
     where: of the picture, for messages, such as file and row. tell: hears what of it is left out.
     Raises UserError: it is no picture, damaged, too large, or of numbers that are no colours.
     """
-    rgb = open_image(source, where, tell)
-    return np.asarray(rgb.resize((tower.image_size, tower.image_size), tower.resample))
+    return np.asarray(open_image(source, where, tell).resize((tower.image_size, tower.image_size), tower.resample))
 
 
 def count_pixels(source: bytes | Path, where: str) -> int:

@@ -139,8 +139,7 @@ def plan_best_fit(
 
     counts = {"cut_documents": len(cuts), "cut_turns": sum(turns for _, turns in cuts)}
     counts["untrained"] = int((~kept).sum())
-    pieces = documents, starts[:, None], stops[:, None]
-    return _plan_groups(lengths, *pieces, seq_len, order, **counts)
+    return _plan_groups(lengths, documents, starts[:, None], stops[:, None], seq_len, order, **counts)
 
 
 def plan_pad(lengths: np.ndarray, seq_len: int, targets: CountTargets = some_everywhere) -> PackingPlan:
@@ -150,8 +149,7 @@ def plan_pad(lengths: np.ndarray, seq_len: int, targets: CountTargets = some_eve
     reach = np.where(lengths > seq_len, stops - 1, stops)  # one that is cut off has no target behind the row
     kept = targets(documents, starts, reach) > 0
     counts = {"cut_documents": int((lengths > seq_len).sum()), "untrained": int((~kept).sum())}
-    rows = np.arange(kept.sum())
-    return _plan(lengths, seq_len, rows, documents[kept], starts[kept], stops[kept], **counts)
+    return _plan(lengths, seq_len, np.arange(kept.sum()), documents[kept], starts[kept], stops[kept], **counts)
 
 
 def plan_pairs(
@@ -199,8 +197,7 @@ def plan_whole(
     counts = {"cut_documents": int((lengths[kept] > seq_len).sum()), "left_out": int((~fits).sum())}
     counts["untrained"] = int((fits & ~is_trained).sum())
     pieces = kept, np.zeros((len(kept), 1), np.int64), stops[kept, None]
-    also = images[kept], images_per_row
-    return _plan_groups(lengths, *pieces, seq_len, order, also, **counts)
+    return _plan_groups(lengths, *pieces, seq_len, order, (images[kept], images_per_row), **counts)
 
 
 def _plan_groups(lengths, documents, starts, stops, seq_len: int, order: Order, also=None, **counts) -> PackingPlan:

@@ -67,8 +67,7 @@ class ImageConversation:
     @property
     def messages(self) -> list[Message]:
         """As people write them: with `<image>` for each picture."""
-        markers = self.marker.all
-        return [{**m, "content": m["content"].replace(markers, PLACE)} for m in self.conversation.messages]
+        return [{**m, "content": m["content"].replace(self.marker.all, PLACE)} for m in self.conversation.messages]
 
     def as_record(self) -> dict[str, Any]:
         """As JSON can say it: pictures out of a table as data URLs."""
@@ -311,8 +310,7 @@ class StoredPictures:
 
     def counts(self, tokens: int) -> np.ndarray:
         """(documents,) pictures of each that begin within its first so many tokens."""
-        begun = np.concatenate([[0], np.cumsum(self.marker_starts < tokens)])
-        return np.diff(begun[self.offsets])
+        return np.diff(np.concatenate([[0], np.cumsum(self.marker_starts < tokens)])[self.offsets])
 
     def of(self, document: int) -> list[tuple[int, PictureFile]]:
         """Of each picture of a document where its markers begin, and itself."""

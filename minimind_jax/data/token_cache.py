@@ -155,8 +155,7 @@ def _dice(kind: KindName, data: FilesConfig, seed: int, epoch: int) -> Dice | No
     """None where nothing is drawn, so that the seed does not matter."""
     if not KINDS[kind].rendered or not any(data.chances.values()):
         return None
-    epoch = epoch if data.redraw_each_epoch else 0
-    return Dice(seed, epoch, **data.chances)
+    return Dice(seed, epoch if data.redraw_each_epoch else 0, **data.chances)
 
 
 def _source(files: list[Path], encoder: "Encoder", tokenizer: Tokenizer, root: Path) -> dict[str, Any]:

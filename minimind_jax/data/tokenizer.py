@@ -163,8 +163,7 @@ class Tokenizer:
         call = {"type": "function", "function": {"name": PROBE_WORD, "arguments": {"a": "b"}}}
         after = self._written_after({"role": "assistant", "content": "", "tool_calls": [call]})
         called = [i for i in after if i in self.special_ids][-1:]
-        found = [i for i in (self.turn_end_id, *called) if i is not None]
-        return tuple(dict.fromkeys([*found, self.eos_id]))
+        return tuple(dict.fromkeys(i for i in (self.turn_end_id, *called, self.eos_id) if i is not None))
 
     def _written_after(self, answer: dict[str, Any]) -> list[int]:
         """The tokens that the template writes behind PROBE_WORD in an answer; none if it cannot write it."""

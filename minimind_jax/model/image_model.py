@@ -47,8 +47,7 @@ class ImageModel:
     @in_full_precision
     def pooled(self, params: Params, pixels_NHWC: Array) -> Array:
         """What the head reads of N pictures, float32 (N, W)."""
-        found = features(self.vision, params[VISION]["tower"], pixels_NHWC, self.dtype, self.platform)
-        return _mean(found)
+        return _mean(features(self.vision, params[VISION]["tower"], pixels_NHWC, self.dtype, self.platform))
 
     @in_full_precision
     def read_batch(self, params: Params, batch: dict[str, Array], dropout_key: Array | None = None) -> ModelOutput:

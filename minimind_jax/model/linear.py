@@ -12,6 +12,9 @@ from minimind_jax.model.config import Platform
 # Up to so many rows the product with a kernel stored as (out, in) has the kernel as its first operand.
 FEW_ROWS = 64
 
+# Up to so many float32 in a kernel XLA multiplies a single row on one core, but both halves of a batch at once.
+ONE_CORE = 2**19
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +48,12 @@ def multiply(
     rows = x.size // x.shape[-1]
     if rows > FEW_ROWS or not on_cpu:
         return jnp.einsum("...I,OI->...O", x, kernel_OI, preferred_element_type=preferred_element_type)
-    out_OM = jnp.einsum("OI,MI->OM", kernel_OI, x.reshape(rows, -1), preferred_element_type=preferred_element_type)
+    x_MI = x.reshape(rows, -1)
+    if rows == 1 and kernel_OI.size <= ONE_CORE and len(kernel_OI) % 2 == 0 and x.dtype == jnp.float32:
+        operands = kernel_OI.reshape(2, -1, x.shape[-1]), jnp.broadcast_to(x_MI, (2, *x_MI.shape))
+        out_GOM = jnp.einsum("GOI,GMI->GOM", *operands, preferred_element_type=preferred_element_type)
+        return jax.lax.optimization_barrier(out_GOM).reshape(*x.shape[:-1], -1)
+    out_OM = jnp.einsum("OI,MI->OM", kernel_OI, x_MI, preferred_element_type=preferred_element_type)
     # The barrier keeps XLA from swapping the operands back, which makes it slow again.
     return jax.lax.optimization_barrier(out_OM).T.reshape(*x.shape[:-1], -1)
 

@@ -41,42 +41,46 @@ class LooseKernels:
         is_apart = len(kernel_EIO) * layers <= APART
         return cls(tuple(TransposedKernel(kernel_IO.T) for kernel_IO in kernel_EIO) if is_apart else kernel_EIO)
 
-    @property
-    def count(self) -> int:
+    def __len__(self) -> int:
         return len(self.kernels)
 
     def astype(self, dtype: jnp.dtype) -> "LooseKernels":
         return jax.tree.map(lambda kernel: kernel.astype(dtype), self)
 
 
-def apply_loose(x_PD: Array, sizes_E: Array, gates: LooseKernels, ups: LooseKernels, downs: LooseKernels) -> Array:
-    """down_e(silu(gate_e(x)) * up_e(x)) of rows sorted by expert e, sizes_E rows each; rows behind these get any finite
-    values. Without a gradient."""
-    P, E, stacks = len(x_PD), len(sizes_E), (gates.kernels, ups.kernels, downs.kernels)
+def apply_to_one(x_1D: Array, experts_k: Array, weights_k: Array, *kernels: LooseKernels) -> Array:
+    """sum_j weights_j * down_e(silu(gate_e(x)) * up_e(x)), e = experts_j, of a single row, which needs no sorting."""
+    add = lambda j, out_1D: out_1D + weights_k[j] * _apply_expert(experts_k[j], x_1D, kernels)  # noqa: E731
+    return jax.lax.fori_loop(0, len(experts_k), add, jnp.zeros_like(x_1D))
+
+
+def apply_loose(x_PD: Array, sizes_E: Array, *kernels: LooseKernels) -> Array:
+    """down_e(silu(gate_e(x)) * up_e(x)) of rows sorted by expert, sizes_E each; rows behind these get finite values."""
+    P, E = len(x_PD), len(sizes_E)
     tiles = make_tiles(sizes_E, P, _tile_size(P, E))
-
-    def choose(tile, x_SD):
-        expert, is_small = tiles.experts_N[tile], False
-        if not isinstance(gates.kernels, tuple):
-            return _expert([stack[expert] for stack in stacks], x_SD)
-        experts = list(zip(*stacks, strict=True))
-        branches = [functools.partial(_expert, own) for own in experts]
-        if tiles.size > SMALL and gates.kernels[0].kernel_OI.size >= WIDE:
-            is_small = tiles.stops_N[tile] - tiles.firsts_N[tile] <= SMALL
-            branches += [functools.partial(_small, own) for own in experts]
-        return jax.lax.switch(expert + E * is_small, branches, x_SD)
-
-    if P == 1:
-        return choose(0, x_PD)
     padded_PD = jnp.pad(x_PD, ((0, tiles.size), (0, 0)))
 
     def body(tile, out_PD):
         first = tiles.firsts_N[tile]
         x_SD = jax.lax.dynamic_slice_in_dim(padded_PD, first, tiles.size)
+        own_SD = _apply_expert(tiles.experts_N[tile], x_SD, kernels, tiles.stops_N[tile] - first)
         # Where a tile reaches into the rows of the next, that one writes over it.
-        return jax.lax.dynamic_update_slice_in_dim(out_PD, choose(tile, x_SD), first, axis=0)
+        return jax.lax.dynamic_update_slice_in_dim(out_PD, own_SD, first, axis=0)
 
     return jax.lax.fori_loop(0, tiles.needed, body, jnp.zeros_like(padded_PD))[:P]
+
+
+def _apply_expert(expert, x_SD, kernels, count=None):
+    """The expert of some rows, of which it is asked for the first `count`."""
+    stacks, is_small = [each.kernels for each in kernels], False
+    if not isinstance(stacks[0], tuple):
+        return _expert([stack[expert] for stack in stacks], x_SD)
+    experts = list(zip(*stacks, strict=True))
+    branches = [functools.partial(_expert, own) for own in experts]
+    if len(x_SD) > SMALL and experts[0][0].kernel_OI.size >= WIDE:
+        is_small = count <= SMALL
+        branches += [functools.partial(_small, own) for own in experts]
+    return jax.lax.switch(expert + len(experts) * is_small, branches, x_SD)
 
 
 def _small(kernels, x_SD):

@@ -19,7 +19,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from minimind_jax.model.config import ModelConfig, Platform
-from minimind_jax.model.loose_experts import LooseKernels, apply_loose
+from minimind_jax.model.loose_experts import LooseKernels, apply_loose, apply_to_one
 from minimind_jax.model.tiles import make_tiles
 from minimind_jax.sharding import ROW_AXES, RULES, current_mesh
 
@@ -130,7 +130,9 @@ def apply_experts(x_MD: Array, routing: Routing, kernels: AnyKernels, path: Path
     is_loose = isinstance(kernels[0], LooseKernels)
     if path == "reference" and not is_loose:
         return _reference(x_MD, routing, *kernels)
-    (M, k), E = routing.experts_Mk.shape, kernels[0].count if is_loose else len(kernels[0])
+    if is_loose and len(x_MD) == 1 and not is_part:
+        return apply_to_one(x_MD, routing.experts_Mk[0], routing.weights_Mk[0].astype(x_MD.dtype), *kernels)
+    (M, k), E = routing.experts_Mk.shape, len(kernels[0])
     is_own_Mk = (routing.experts_Mk >= 0) & (routing.experts_Mk < E)
     experts_P = jnp.where(is_own_Mk, routing.experts_Mk, E).reshape(-1)  # others' rows go behind the own
     order_P = jnp.argsort(experts_P, stable=True)

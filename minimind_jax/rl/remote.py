@@ -279,8 +279,7 @@ class RemotePolicy:
         return abs(told[0] - told[1]) > SAME or abs(told[0]) < SAME
 
     def _probe(self, sampling: SamplingConfig) -> tuple[Answer, dict[str, Any]]:
-        prompt = begun(self._tokenizer, self._tokenizer.encode(PROBE))
-        return self._writer.ask(Request(tuple(prompt), sampling))
+        return self._writer.ask(Request(tuple(begun(self._tokenizer, self._tokenizer.encode(PROBE))), sampling))
 
 
 def _plain(text: str) -> str:

@@ -228,8 +228,7 @@ def start_params(run: Run) -> Params:
 
 def on_mesh(mesh: Mesh, params: Params, abstract: Params, axes: Params) -> Params:
     """Those of the parameters that a model has, which `abstract` and `axes` describe, cut over the mesh."""
-    own = {name: params[name] for name in abstract}
-    return jax.device_put(own, param_shardings(mesh, axes, abstract))
+    return jax.device_put({name: params[name] for name in abstract}, param_shardings(mesh, axes, abstract))
 
 
 def _with_head(run: Run, parameters: Parameters) -> Parameters:

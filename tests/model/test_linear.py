@@ -8,14 +8,14 @@ import pytest
 from minimind_jax.model.linear import FEW_ROWS, TransposedKernel, multiply
 
 
-@pytest.mark.parametrize("rows", [1, 5, FEW_ROWS, FEW_ROWS + 1])
-def test_transposed_kernel_gives_the_product_of_the_plain_one(rows):
+@pytest.mark.parametrize(("rows", "outer"), [(1, 40), (1, 41), (5, 40), (FEW_ROWS, 40), (FEW_ROWS + 1, 40)])
+def test_transposed_kernel_gives_the_product_of_the_plain_one(rows, outer):
     x = jax.random.normal(jax.random.key(0), (rows, 1, 24))
-    kernel_IO = jax.random.normal(jax.random.key(1), (24, 40))
+    kernel_IO = jax.random.normal(jax.random.key(1), (24, outer))
     expected = np.asarray(x, np.float64) @ np.asarray(kernel_IO, np.float64)
     for kernel in (kernel_IO, TransposedKernel(kernel_IO.T)):
         out = jax.jit(multiply, static_argnums=2)(x, kernel, "cpu")
-        assert out.shape == (rows, 1, 40)
+        assert out.shape == (rows, 1, outer)
         np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
