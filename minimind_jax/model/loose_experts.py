@@ -51,11 +51,11 @@ class LooseKernels:
 def apply_to_one(x_1D: Array, experts_k: Array, weights_k: Array, *kernels: LooseKernels) -> Array:
     """sum_j weights_j * down_e(silu(gate_e(x)) * up_e(x)), e = experts_j, of a single row, which needs no sorting."""
     add = lambda j, out_1D: out_1D + weights_k[j] * _apply_expert(experts_k[j], x_1D, kernels)  # noqa: E731
-    return jax.lax.fori_loop(0, len(experts_k), add, jnp.zeros_like(x_1D))
+    return jax.lax.fori_loop(0, len(experts_k), add, jnp.zeros(x_1D.shape)).astype(x_1D.dtype)
 
 
 def apply_loose(x_PD: Array, sizes_E: Array, *kernels: LooseKernels) -> Array:
-    """down_e(silu(gate_e(x)) * up_e(x)) of rows sorted by expert, sizes_E each; rows behind these get finite values."""
+    """down_e(silu(gate_e(x)) * up_e(x)) of rows sorted by expert, sizes_E each; others are finite. No gradient."""
     P, E = len(x_PD), len(sizes_E)
     tiles = make_tiles(sizes_E, P, _tile_size(P, E))
     padded_PD = jnp.pad(x_PD, ((0, tiles.size), (0, 0)))

@@ -131,7 +131,7 @@ def apply_experts(x_MD: Array, routing: Routing, kernels: AnyKernels, path: Path
     if path == "reference" and not is_loose:
         return _reference(x_MD, routing, *kernels)
     if is_loose and len(x_MD) == 1 and not is_part:
-        return apply_to_one(x_MD, routing.experts_Mk[0], routing.weights_Mk[0].astype(x_MD.dtype), *kernels)
+        return apply_to_one(x_MD, routing.experts_Mk[0], routing.weights_Mk[0], *kernels)
     (M, k), E = routing.experts_Mk.shape, len(kernels[0])
     is_own_Mk = (routing.experts_Mk >= 0) & (routing.experts_Mk < E)
     experts_P = jnp.where(is_own_Mk, routing.experts_Mk, E).reshape(-1)  # others' rows go behind the own
