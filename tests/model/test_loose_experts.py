@@ -48,6 +48,26 @@ def test_rows_get_what_the_reference_gives(monkeypatch, experts, k, tokens, apar
         np.testing.assert_allclose(apply(x_MD, routing, loose, "auto", False), expected, atol=1e-5)
 
 
+def test_the_experts_of_a_single_row_are_added_in_float32():
+    x_1D, routing, kernels = random_case(8, 8, 1, 0)
+    weights_k = np.random.default_rng(1).random(8).astype(np.float32)
+    x_1D, *loose = jax.tree.map(
+        lambda array: array.astype(jnp.bfloat16), (x_1D, *(LooseKernels.of(kernel, 1) for kernel in kernels))
+    )
+
+    @jax.jit
+    def apply(experts_k, weights_k):
+        routing = moe.Routing(experts_k[None], weights_k[None], jnp.zeros(()))
+        return moe.apply_experts(x_1D, routing, loose, "auto")
+
+    experts_k = routing.experts_Mk[0]
+    alone_kD = [np.asarray(apply(experts_k[j : j + 1], np.ones(1, np.float32))[0], np.float64) for j in range(8)]
+    summed_1D = apply(experts_k, weights_k)
+    assert summed_1D.dtype == jnp.bfloat16
+    exact_D = weights_k.astype(np.float64) @ np.stack(alone_kD)
+    np.testing.assert_allclose(np.asarray(summed_1D[0], np.float64), exact_D, rtol=2**-8)  # one rounding to 8 bits
+
+
 @pytest.mark.parametrize("apart", [0, 256], ids=["stack", "apart"])
 def test_experts_of_other_devices_add_nothing(monkeypatch, apart):
     monkeypatch.setattr(loose_experts, "APART", apart)
