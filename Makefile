@@ -25,14 +25,16 @@ test test-slow: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 # Every process, of which the tests start hundreds, would compile the sources for itself.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo chat test test-slow lint format wheel clean
+.PHONY: demo chat .a-model test test-slow lint format wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/minimind demo
 
-chat: $(VENV)/.serve
-	@test -d runs/demo/model || { echo "there is no model yet; make demo trains one"; exit 1; }
+chat: .a-model $(VENV)/.serve
 	$(BIN)/minimind serve --model runs/demo/model --web --open
+
+.a-model:
+	@test -d runs/demo/model || { echo "there is no model yet; make demo trains one"; exit 1; }
 
 test: $(VENV)/.test-parity$(PARITY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"

@@ -22,6 +22,7 @@ from typing import Any
 
 from minimind_jax.config.sections import ReadingConfig
 from minimind_jax.data import text_files
+from minimind_jax.data.download import FILES
 from minimind_jax.data.messages import are_messages
 from minimind_jax.data.values import decode_record, printed
 from minimind_jax.errors import UserError, explained
@@ -126,7 +127,8 @@ def _expand(given: str | Path, pictures: bool) -> list[Path]:
         raise UserError(f"{given}: data is read from this machine's disks; download it, and give the file")
     else:
         problem = "a link that leads nowhere" if path.is_symlink() else f"no such file (looked in {Path.cwd()})"
-        raise UserError(f"{given}: {problem}; check the name")
+        advice = f"`minimind data download {path.stem}` fetches it" if path.name in FILES else "check the name"
+        raise UserError(f"{given}: {problem}; {advice}")
     for file in found:
         if not file.is_file():
             raise UserError(f"{file}: a link that leads nowhere, or no file; remove it, or name the files you mean")

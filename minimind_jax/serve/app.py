@@ -126,7 +126,7 @@ def make_app(server: Server, keys: list[str], page: Path | None = None, tools: T
     _add_requests(app, server)
     if server.config.update_weights:
         _add_weights(app, server)
-    if tools:
+    if tools or page:
         _add_tools(app, tools)
     if page:
         free |= _add_page(app, page)
@@ -206,18 +206,20 @@ def _add_weights(app: FastAPI, server: Server) -> None:
         return JSONResponse(await weights.update(body, server.models, server.worker, server.config.max_seconds))
 
 
-def _add_tools(app: FastAPI, tools: Toolbox) -> None:
-    """Calls that the page has carried out."""
+def _add_tools(app: FastAPI, tools: Toolbox | None) -> None:
+    """Calls that the page has carried out, which asks for the tools where there are none, too."""
 
     @app.get("/tools")
     async def schemas() -> Response:
-        return JSONResponse({"tools": tools.schemas})
+        return JSONResponse({"tools": tools.schemas if tools else []})
+
+    if not tools:
+        return
 
     @app.post("/tools/call")
     async def call(body: ToolCallRequest) -> Response:
-        arguments = body.arguments
-        if isinstance(arguments, str):
-            arguments = loads(arguments or "{}", "arguments")
+        given = body.arguments
+        arguments = loads(given or "{}", "arguments") if isinstance(given, str) else given
         result = await asyncio.to_thread(tools.call, body.name, arguments)
         return JSONResponse({"content": result.text, "is_error": result.is_error})
 
@@ -241,8 +243,7 @@ def _add_page(app: FastAPI, folder: Path) -> set[str]:
     paths = {f"/{file.relative_to(folder).as_posix()}": file for file in folder.rglob("*") if file.is_file()}
     paths["/"] = folder / "index.html"
     for path, file in paths.items():
-        kind = mimetypes.types_map.get(file.suffix, "text/plain")
-        kind = "text/javascript" if file.suffix == ".js" else kind
+        kind = "text/javascript" if file.suffix == ".js" else mimetypes.types_map.get(file.suffix, "text/plain")
 
         async def send(file: Path = file, kind: str = kind) -> Response:
             return FileResponse(file, headers=_HEADERS, media_type=kind)

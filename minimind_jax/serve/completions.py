@@ -48,9 +48,7 @@ def prompts_of(body: CompletionRequest, served: Served) -> list[list[int]]:
 
 def token_lists(value: Any, served: Served, name: str) -> list[list[int]]:
     """The token ids of a text, a list of texts, ids, or a list of ids. Raises ApiError."""
-    if isinstance(value, str):
-        value = [value]
-    elif isinstance(value[0], int):
+    if isinstance(value, str) or isinstance(value[0], int):
         value = [value]
     for ids in value:
         if isinstance(ids, list) and max(ids) >= served.vocabulary:

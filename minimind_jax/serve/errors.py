@@ -72,14 +72,13 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
 def _of_validation(error: RequestValidationError) -> ApiError:
     found, inside, place = error.errors(), error.body, []
     of_one = (each for each in found if each["loc"][:2] == found[0]["loc"][:2])
-    first = max(of_one, key=lambda each: len(each["loc"]))  # of what may be a text or a list, what is wrong inside
+    # Of what may be a text or a list: what is wrong inside or with it, not that it is not the other.
+    first = max(of_one, key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")))
     for part in first["loc"][1:]:  # behind the body's own name
         is_there = part in inside if isinstance(inside, dict) else isinstance(inside, list) and isinstance(part, int)
-        if is_there or first["type"] == "missing":
+        if is_there or first["type"] == "missing" or not place:
             place.append(part)
             inside = inside[part] if is_there else None
-        elif not place:
-            place.append(part)
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".") or None
     return refused(f"{param}: {first['msg']}" if param else first["msg"], param)
 

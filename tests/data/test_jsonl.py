@@ -263,7 +263,8 @@ def test_names_that_the_system_refuses(tmp_path):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("nowhere.jsonl", r"nowhere\.jsonl: no such file"),
+        ("nowhere.jsonl", r"nowhere\.jsonl: no such file .*; check the name"),
+        ("sft_t2t_mini.jsonl", r"no such file .*; `minimind data download sft_t2t_mini` fetches it"),
         ("*.jsonl", r"\*\.jsonl: no file matches"),
         ("empty", r"empty: no data in this folder"),
         ("notes.doc", r"notes\.doc: unknown file type; expected a name ending in \.jsonl.*a sheet of Excel as CSV"),

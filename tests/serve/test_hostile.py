@@ -89,6 +89,13 @@ def test_a_setting_that_makes_no_sense_is_refused_by_name(http, changes, param):
 
 
 @pytest.mark.parametrize(
+    "changes, words", [({"stop": ["a"] * 65}, "at most 64 items"), ({"stop": ["a", 1]}, "stop[1]: ")]
+)
+def test_what_is_wrong_with_a_list_is_told(http, changes, words):
+    assert words in refusal(http.post(CHAT, json={**ASK, **changes}))["message"]
+
+
+@pytest.mark.parametrize(
     "changes, words",
     [
         ({"max_tokens": 5}, "max_tokens is not followed here: call it max_output_tokens"),

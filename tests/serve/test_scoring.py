@@ -123,6 +123,14 @@ def test_there_is_no_language_model_here(heads):
     assert [item["task"] for item in heads.get("/v1/models").json()["data"]] == ["classify", "classify", "score"]
 
 
+def test_a_page_without_tools_is_told_so(folder, tmp_path):
+    (tmp_path / "index.html").write_text("")
+    app = make_app(Server(ServeConfig(model=(str(folder),), web=True), Models([]), Worker([])), [], tmp_path)
+    http = TestClient(app, "http://localhost")
+    assert http.get("/tools").json() == {"tools": []}
+    assert http.post("/tools/call", json={"name": "calculate_math", "arguments": {}}).status_code == 404
+
+
 def test_calls_of_the_page_are_carried_out(folder):
     config = ServeConfig(model=(str(folder),), web=True, tools=("calculator",))
     with Toolbox(config.tools) as tools:

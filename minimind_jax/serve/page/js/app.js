@@ -250,7 +250,7 @@ function begin() {
   refresh();
 }
 
-server.onKeyNeeded((message) => ask({ title: say("key"), text: `${message} ${say("doKey")}`, input: "password" }));
+server.onKeyNeeded((message) => ask({ title: say("key"), text: `${message}. ${say("doKey")}`, input: "password" }));
 
 /** Asks the server for its models and tools, until it answers. */
 async function meet() {

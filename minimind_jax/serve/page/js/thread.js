@@ -98,13 +98,17 @@ export class Thread {
   }
 }
 
+const SHORTEST = 0.1; // seconds: tokens come several at a time, and a single burst has no rate
+
 /** What is known of an answer's speed. The first token came with the prompt's reading, the others in `seconds`. */
 function speed(stats, growing) {
   const said = [];
-  const rate = (tokens) => (stats.seconds > 0 && tokens > 1 ? ((tokens - 1) / stats.seconds).toFixed(1) : "–");
+  const { tokens, seconds = 0 } = stats;
+  const rate = (count) => (seconds >= SHORTEST ? ((count - 1) / seconds).toFixed(1) : "–");
   const first = stats.first?.toFixed(2);
   if (growing && first) said.push(say("speedNow", { rate: rate(stats.pieces) }));
-  else if (stats.tokens && first) said.push(say("speed", { rate: rate(stats.tokens), first, tokens: stats.tokens }));
+  else if (tokens && first && seconds >= SHORTEST) said.push(say("speed", { rate: rate(tokens), first, tokens }));
+  else if (tokens && first) said.push(say("burst", { tokens, seconds: (stats.first + seconds).toFixed(2) }));
   else if (first) said.push(say("firstOnly", { first }));
   if (stats.cached) said.push(say("cached", stats));
   if (stats.seed !== undefined) said.push(say("seedUsed", stats));
