@@ -20,6 +20,7 @@ from minimind_jax.tools.toolbox import Toolbox
 
 _TRY_SECONDS, _TRY_MIB = 3.0, 512
 _NEAR, _FARTHEST = 256, 1024  # tokens to an end that is looked for; other answers wait meanwhile
+_FORCED = 128  # characters
 _AT_ONCE, _WAIT_SECONDS = 4, 1.0  # so that hostile grammars leave threads to those who ask for none
 
 
@@ -132,9 +133,9 @@ class _Words:
         self._encode = tokenizer.encode
 
     def __call__(self, data: bytes) -> list[int]:
-        """The tokens of text that a grammar leaves no choice about."""
-        text = data.decode()
-        ids = self._encode(text)
+        """The first tokens of text that a grammar leaves no choice about; of all of it each step would ask anew."""
+        text = data.decode()[:_FORCED]
+        ids, data = self._encode(text), text.encode()
         if self.marks.isdisjoint(ids) and b"".join(self.pieces[i] for i in ids) == data:
             return ids
         return self.spell(text)  # a tag in plain letters, or a tokenizer that puts a blank in front
@@ -177,7 +178,7 @@ class GrammarConstraint:
         """The next token is this one."""
         self._left -= 1
         if not self._steers:
-            self._tail = (self._tail + self._steps.piece(token))[-2 * len(OPEN_CALL) :]
+            self._tail = (self._tail + self._steps.pieces[token])[-2 * len(OPEN_CALL) :]
             self._steers = OPEN_CALL.encode() in self._tail
         self.cut = self.cut or bool(self._plan)
         self._plan = self._plan[1:]
@@ -231,12 +232,12 @@ class _Steps:
     """Which token brings JSON to its end soonest."""
 
     def __init__(self, words: _Words):
-        self._pieces, self.ends, self._marks = words.pieces, frozenset(words.end_ids), words.marks
+        self.pieces, self.ends, self._marks = words.pieces, frozenset(words.end_ids), words.marks
         self._singles = {piece: i for i, piece in enumerate(words.pieces) if len(piece) == 1 and i not in words.marks}
         self._quote = self._singles.get(b'"')
         self._brackets = [self._singles[piece] for piece in (b"}", b"]") if piece in self._singles]
         self._plain = {i for piece, i in self._singles.items() if piece.isascii() and piece not in (b"{", b"[")}
-        self._signs = {i for i in self._plain if not self._pieces[i].isalnum()}
+        self._signs = {i for i in self._plain if not self.pieces[i].isalnum()}
         self._width = -(-len(words.pieces) // 32)
 
     def mask(self, matcher: Any) -> np.ndarray:
@@ -246,9 +247,6 @@ class _Steps:
         mask = np.zeros(self._width, np.uint32)
         mask[token // 32] = 1 << token % 32
         return mask
-
-    def piece(self, token: int) -> bytes:
-        return self._pieces[token]
 
     def way_out(self, matcher: Any, most: int) -> list[int]:
         """Tokens from here to an end, end-of-text included; none if no end was found within `most`, or far."""

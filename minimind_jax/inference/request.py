@@ -123,7 +123,7 @@ class Answer:
             constraint.accept(token.id)
         if token.id in self.ends:
             self.finish("stop", token.id if token.id in self.request.stop_ids else None)
-        elif self._text and (self._text.push(token.id), self._text.stopped)[1]:
+        elif self._text and (self._text.push(token.id), self._text.stopped_by is not None)[1]:
             self.finish("stop", self._text.stopped_by)
         elif constraint and constraint.ended:
             self.finish("stop")

@@ -8,8 +8,8 @@ from minimind_jax.data.tokenizer import StreamDecoder, Tokenizer
 class AnswerText:
     """Turns tokens into text that is final: what is given out is never taken back.
 
-    Text that may be the start of a stop string is held back until it is not. A stop string may hold special tokens,
-    which are not shown.
+    Text that may be the start of a stop string is held back until it is not. Special tokens are not shown: a stop
+    string may hold them, or be completed by what is shown before and behind them.
 
     stopped_by: the stop string that was completed, None before. text: all that was given out.
     """
@@ -24,10 +24,6 @@ class AnswerText:
         self.stopped_by: str | None = None
         self.text = ""
 
-    @property
-    def stopped(self) -> bool:
-        return self.stopped_by is not None
-
     def push(self, token_id: int) -> str:
         """The text that became final with this token."""
         if (hidden := self._hidden.get(int(token_id))) is not None:
@@ -37,18 +33,22 @@ class AnswerText:
     def finish(self) -> str:
         """The rest: no more tokens come."""
         piece = self._release(self._decoder.flush())
-        if not self.stopped:
+        if self.stopped_by is None:
             piece += self._give(len(self._held))
         return piece
 
     def _release(self, new: str, shown: str = "1") -> str:
-        if self.stopped:
+        if self.stopped_by is not None:
             return ""
         held = self._held + new
         self._held, self._shown = held, self._shown + shown * len(new)
-        found = [(start, stop) for stop in self._stop if (start := held.find(stop)) >= 0]
+        texts = [(held, range(len(held) + 1))]
+        if "0" in self._shown:
+            places = [place for place, shown in enumerate(self._shown) if shown == "1"]
+            texts.append(("".join(held[place] for place in places), [*places, len(held)]))
+        found = [(at[start], stop) for text, at in texts for stop in self._stop if (start := text.find(stop)) >= 0]
         if not found:
-            return self._give(len(held) - possible_start(held, self._stop))
+            return self._give(min(at[len(text) - possible_start(text, self._stop)] for text, at in texts))
         end, self.stopped_by = min(found)
         return self._give(end)
 

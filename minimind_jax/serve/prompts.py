@@ -83,7 +83,7 @@ def thinks(request: Thinking, default: bool) -> bool:
     for name in _SWITCHES:
         for value in (getattr(request, name), inside.get(name)):
             if isinstance(value, dict):  # {"type": "enabled"}
-                value = {"enabled": True, "disabled": False}.get(value.get("type"))
+                value = {"enabled": True, "disabled": False}.get(str(value.get("type")))
             if value is not None:
                 if not isinstance(value, bool):
                     raise refused(f"{name} must be true or false", name)

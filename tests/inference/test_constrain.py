@@ -82,6 +82,21 @@ def test_one_of_the_choices(kind):
         choice([])
 
 
+def test_a_long_text_without_a_choice_is_followed_to_the_letter(kind):
+    tokenizer, grammars = kind
+    text = "".join(f"{n} grüne Äpfel, 苹果 🍏🍎 <tool_call>\n" for n in range(60))
+    ids, ended = drawn(tokenizer, grammars.constraint(choice([text]), 8000), 0, 8000)
+    assert ended and text_of(tokenizer, ids) == text
+
+
+@pytest.mark.parametrize("form", [regex("a{99999}"), json_schema({"const": "ab " * 12_000})], ids=["regex", "const"])
+def test_a_step_does_not_cost_what_all_of_a_long_text_does(own, form):
+    tokenizer, grammars = own
+    constraint, begin = grammars.constraint(form, 6), time.thread_time()
+    drawn(tokenizer, constraint, 0, 6)
+    assert time.thread_time() - begin < 3  # ten times that where each look at the end asks for all of its tokens
+
+
 def test_a_grammar(kind):
     tokenizer, grammars = kind
     sums = lark('start: sum\nsum: NUMBER ("+" NUMBER)*\nNUMBER: /[1-9][0-9]{0,3}/')

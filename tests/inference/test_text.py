@@ -13,7 +13,7 @@ def test_a_stop_string_across_tokens_is_never_shown(tokenizer):
     shown = []
     for token in ids:
         shown.append(text.push(token))
-        if text.stopped:
+        if text.stopped_by:
             break
     assert "".join(shown) == text.text == "The cat sat "
     assert text.finish() == ""
@@ -41,7 +41,20 @@ def test_a_stop_string_may_hold_special_tokens(stop, tokenizer):
         text.push(token)
     text.finish()
     expected = "on the " if stop.startswith("mat") else "on the mat"
-    assert (text.text, text.stopped) == (expected, True)  # and no special token is shown, held back or not
+    assert (text.text, text.stopped_by) == (expected, stop)  # and no special token is shown, held back or not
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [("n the m", "o"), ("on the", ""), ("the mat and", "on the mat"), ("at<|im_end|>\nm", "on the m")],
+)
+def test_a_stop_string_may_be_completed_across_a_special_token(stop, expected, tokenizer):
+    text = AnswerText(tokenizer, stop=(stop, "none of this"))
+    shown = [text.push(token) for token in tokenizer.encode("on<|endoftext|> the<|im_end|> mat<|im_end|>\nmore")]
+    text.finish()
+    is_found = stop != "the mat and"
+    assert text.text == (expected if is_found else "on the mat\nmore")
+    assert text.text.startswith("".join(shown)) and (text.stopped_by == stop) == is_found
 
 
 def test_a_special_token_that_only_begins_a_stop_string_is_not_shown(tokenizer):
@@ -49,7 +62,7 @@ def test_a_special_token_that_only_begins_a_stop_string_is_not_shown(tokenizer):
     for token in tokenizer.encode("a<|im_end|>\nb"):
         text.push(token)
     text.finish()
-    assert (text.text, text.stopped) == ("a\nb", False)
+    assert (text.text, text.stopped_by) == ("a\nb", None)
 
 
 def test_no_piece_has_half_a_character(tokenizer):

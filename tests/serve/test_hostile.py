@@ -59,6 +59,8 @@ def _still_answers(http, server):
         ({"min_tokens": 5}, "min_tokens"),
         ({"max_output_tokens": 5}, "max_output_tokens"),
         ({"include_stop_str_in_output": True}, "include_stop_str_in_output"),
+        ({"thinking": {"type": []}}, "thinking"),
+        ({"chat_template_kwargs": {"enable_thinking": {"type": {}}}}, "enable_thinking"),
         ({"stream": "yes"}, "stream"),
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
