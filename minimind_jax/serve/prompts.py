@@ -83,10 +83,10 @@ def thinks(request: Thinking, default: bool) -> bool:
     for name in _SWITCHES:
         for value in (getattr(request, name), inside.get(name)):
             if isinstance(value, dict):  # {"type": "enabled"}
-                value = {"enabled": True, "disabled": False}.get(str(value.get("type")))
+                value = {"enabled": True, "disabled": False}.get(str(value.get("type")), value)
             if value is not None:
                 if not isinstance(value, bool):
-                    raise refused(f"{name} must be true or false", name)
+                    raise refused(f"{name} must be true or false, or its type enabled or disabled", name)
                 return value
     reasoning = request.reasoning or Reasoning()
     if reasoning.enabled is not None:
