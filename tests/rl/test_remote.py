@@ -345,8 +345,8 @@ def test_nobody_there_and_no_address_are_said(policy_at, params):
 def test_a_server_that_dies_ends_the_run_and_does_not_hang_it(server, policy_at, params):
     """The last one, for the server is gone then."""
     writer = policy_at(server.url).load(params[0])
-    long = dataclasses.replace(PLAIN, max_new_tokens=200, ignore_eos=True)
-    answers = [writer.submit(Request((5, n), long)) for n in range(30, 60)]
+    short, long = (dataclasses.replace(PLAIN, max_new_tokens=n, ignore_eos=True) for n in (5, 1400))
+    answers = [writer.submit(Request((5, n), (short, long)[n % 2])) for n in range(30, 60)]
     wait_until(writer.step, 20)
     server.process.kill()
     begun = time.monotonic()

@@ -74,9 +74,9 @@ class Running:
 
 def wait_until(holds, seconds):
     deadline = time.monotonic() + seconds
-    while not holds() and time.monotonic() < deadline:
+    while not (found := holds()) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert holds(), f"not within {seconds} seconds"
+    assert found, f"not within {seconds} seconds"
 
 
 class Process:
