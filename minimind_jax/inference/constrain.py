@@ -20,7 +20,7 @@ from minimind_jax.tools.toolbox import Toolbox
 
 _TRY_SECONDS, _TRY_MIB = 3.0, 512
 _NEAR, _FARTHEST = 256, 1024  # tokens to an end that is looked for; other answers wait meanwhile
-_FORCED = 128  # characters
+_FORCED = 128  # characters of a text that must come, of which the tokens are asked for at a time
 _AT_ONCE, _WAIT_SECONDS = 4, 1.0  # so that hostile grammars leave threads to those who ask for none
 
 
@@ -133,7 +133,7 @@ class _Words:
         self._encode = tokenizer.encode
 
     def __call__(self, data: bytes) -> list[int]:
-        """The first tokens of text that a grammar leaves no choice about; of all of it each step would ask anew."""
+        """The first tokens of the text that must come next. A long one would be encoded anew, whole, at each step."""
         text = data.decode()[:_FORCED]
         ids, data = self._encode(text), text.encode()
         if self.marks.isdisjoint(ids) and b"".join(self.pieces[i] for i in ids) == data:

@@ -72,7 +72,7 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
 def _of_validation(error: RequestValidationError) -> ApiError:
     found, inside, place = error.errors(), error.body, []
     of_one = (each for each in found if each["loc"][:2] == found[0]["loc"][:2])
-    # Of what may be a text or a list: what is wrong inside or with it, not that it is not the other.
+    # Where a text or a list may stand: what is wrong in the one that was given, not that it is not the other.
     first = max(of_one, key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")))
     for part in first["loc"][1:]:  # behind the body's own name
         is_there = part in inside if isinstance(inside, dict) else isinstance(inside, list) and isinstance(part, int)

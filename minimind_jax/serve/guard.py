@@ -75,8 +75,8 @@ class Guard:
         digest = _digest(given)
         if not sum(hmac.compare_digest(digest, own) for own in self._digests):  # all of them are compared
             words = "the API key is not one of this server's" if given else "this server wants an API key"
-            words += ": send `Authorization: Bearer KEY`"
-            raise ApiError(401, words, code="invalid_api_key", www_authenticate="Bearer")
+            message = f"{words}: send `Authorization: Bearer KEY`"
+            raise ApiError(401, message, code="invalid_api_key", www_authenticate="Bearer")
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the request is larger than {self._most:,} bytes (--max_body_mib)")
