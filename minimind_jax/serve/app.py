@@ -165,7 +165,7 @@ def _model_object(served: Served) -> dict[str, Any]:
         "created": served.created,
         "owned_by": "minimind_jax",
         "root": served.folder.name,
-        "parent": None,
+        "parent": served.parent,
         "max_model_len": served.context,
         "task": served.kind,
         "architecture": {"input_modalities": served.reads, "output_modalities": ["text"] if served.engine else []},

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -52,9 +53,9 @@ def api_keys(file: str) -> list[str]:
     return keys
 
 
-def _report(done: int, total: int) -> None:
+def _report(name: str, done: int, total: int) -> None:
     if done * 4 % total < 4:  # about each quarter: a few lines, however many programs there are
-        log.logger.info("compiling: %d of %d programs", done, total)
+        log.logger.info("compiling %s: %d of %d programs", name, done, total)
 
 
 class Listening(uvicorn.Server):
@@ -96,9 +97,9 @@ class Listening(uvicorn.Server):
         self._worker.start(self._warm_up)
 
     def _warm_up(self) -> None:
-        for engine in self._models.engines:
-            engine.warm_up(_report)
         for served in self._models:
+            if served.engine and not served.adapter:
+                served.engine.warm_up(functools.partial(_report, served.name))
             if isinstance(served.scorer, PictureScorer):
                 served.scorer.warm_up(TOGETHER)
         log.logger.info("ready: %s/v1", self.url)

@@ -40,6 +40,7 @@ class Served:
     scorer: Scorer | PictureScorer | None = None
     grammars: Grammars | None = None
     adapter: str = ""  # of the engine's, that answers; "" the model itself
+    parent: str | None = None  # the name of an adapter's model
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))  # seconds since 1970
     weights: str | None = None  # the version that who replaced the weights has named; None before
 
@@ -151,7 +152,7 @@ def _language_models(
     grammars = Grammars(engine.tokenizer, engine.model.config.vocab_size, engine.eos_ids)
     yield Served(name, folder, engine, grammars=grammars)
     for adapter in engine.adapters:
-        yield Served(adapter, folder, engine, grammars=grammars, adapter=adapter)
+        yield Served(adapter, folder, engine, grammars=grammars, adapter=adapter, parent=name)
 
 
 def context_of(folder: Path, config: ServeConfig) -> int:

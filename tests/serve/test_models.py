@@ -42,7 +42,10 @@ def adapters(folder, tmp_path_factory):
 def test_adapters_answer_under_their_names_as_their_merged_models_do(folder, adapters):
     with running(model=(f"tiny={folder}",), adapters=tuple(map(str, adapters.values()))) as server:
         client = client_of(server)
-        assert [model.id for model in client.models.list()] == ["tiny", *adapters]
+        assert [(model.id, model.parent) for model in client.models.list()] == [
+            ("tiny", None),
+            *((name, "tiny") for name in adapters),
+        ]
         assert len(server.models.engines) == 1
         ids = encode_prompt(server.engine.tokenizer, ASK)
         for name, place in {"tiny": folder, **adapters}.items():
