@@ -13,20 +13,13 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
+from minimind_jax.convert import load
 from minimind_jax.convert.gguf_file import FILE_TYPES, Tensor, plan_tensor, write_gguf_file
 from minimind_jax.convert.gguf_tokenizer import gguf_words
 from minimind_jax.convert.gguf_vision import check_seen_alike, write_mmproj
 from minimind_jax.convert.hf import load_labels, stored_dtype, with_token_ids
 from minimind_jax.convert.hf_config import to_generation_config
 from minimind_jax.convert.hf_weights import StoredTensor, hf_tensors
-from minimind_jax.convert.load import (
-    base_folder,
-    folders_of,
-    load_generation_settings,
-    load_tokenizer,
-    open_merged,
-    read_config,
-)
 from minimind_jax.convert.ollama import is_as_written, modelfile
 from minimind_jax.convert.peft import load_peft, low_rank_pairs
 from minimind_jax.convert.vision_weights import PROJECTOR, TOWER
@@ -51,16 +44,16 @@ def to_gguf(
 ) -> Written:
     """Writes the model in a Hugging Face folder, an adapter merged into its base model (see `write_gguf`).
 
-    dtype: a key of DTYPES; None keeps that of the folder's tensors. base: of an adapter, see `base_folder`.
+    dtype: a key of DTYPES; None keeps that of the folder's tensors. base: of an adapter, see `load.base_folder`.
     """
     folder = as_path(folder)
-    whole = folders_of(folder, base)[-1]
+    whole = load.folders_of(folder, base)[-1]
     if load_labels(whole) is not None:
         raise UserError(_without_head(str(folder)))
-    config, tensors = open_merged(folder, base)
+    config, tensors = load.open_merged(folder, base)
     return write_gguf(
-        output, _name_of(folder), config, tensors, load_tokenizer(folder, base=base), dtype or stored_dtype(whole),
-        load_generation_settings(folder, base), text_only,
+        output, _name_of(folder), config, tensors, load.load_tokenizer(folder, base=base), dtype or stored_dtype(whole),
+        load.load_generation_settings(folder, base), text_only,
     )  # fmt: skip
 
 
@@ -158,11 +151,11 @@ def adapter_to_gguf(folder: str | Path, output: str | Path, dtype: str | None = 
     own and llama.cpp knows one alpha, so what is left of each is in its B.
     """
     folder = as_path(folder)
-    whole = base_folder(folder, base)
+    whole = load.base_folder(folder, base)
     if load_labels(whole) is not None:
         raise UserError(_without_head(str(whole)))
     file = _target(output, "adapter.gguf")
-    config, dtype = read_config(folder, base), dtype or "float32"
+    config, dtype = load.read_config(folder, base), dtype or "float32"
     notes = _check_computable(config, str(whole)) + _notes_of_template(folder, whole)
     adapter = load_peft(folder, config)
     pairs = list(low_rank_pairs(adapter.tree, adapter.table))

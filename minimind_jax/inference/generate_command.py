@@ -10,21 +10,11 @@ from typing import Any, NamedTuple
 
 from minimind_jax.config.generation import GenerateConfig
 from minimind_jax.convert.load import folders_of
+from minimind_jax.data import pictures
 from minimind_jax.data.documents import begun, encode_prompt
 from minimind_jax.data.images import Picture, open_picture
 from minimind_jax.data.jsonl import Record, expand_paths, iter_records, tell
 from minimind_jax.data.messages import Conversation
-from minimind_jax.data.pictures import (
-    PLACE,
-    ImageConversation,
-    has_pictures,
-    marker_of,
-    named,
-    names_picture,
-    place_pictures,
-    take_pictures,
-    without_bytes,
-)
 from minimind_jax.data.prompts import own_thinking, read_prompt, shortened
 from minimind_jax.data.written import check_output, json_line
 from minimind_jax.errors import UserError
@@ -54,7 +44,7 @@ class Prompt(NamedTuple):
     ids: list[int]
     others: dict[str, Any]
     opens_thinking: bool = False
-    with_images: ImageConversation | None = None
+    with_images: pictures.ImageConversation | None = None
     tell: Callable[[str], None] = print
 
 
@@ -111,7 +101,7 @@ def _with_images(text: str, images: Sequence[str]) -> dict[str, Any]:
     """The record of a prompt that shows pictures where it says so, or in front."""
     if not images:
         return {"prompt": text}
-    places = "" if PLACE in text else f"{PLACE}\n" * len(images)
+    places = "" if pictures.PLACE in text else f"{pictures.PLACE}\n" * len(images)
     return {"prompt": places + text, "images": list(images)}
 
 
@@ -212,7 +202,7 @@ def _changes(changed: Counter) -> list[str]:
 def _result(config: GenerateConfig, request: Prompt, text: str = "", reason: str = "") -> dict[str, Any]:
     """The line that is written: the record with its answer, or as a conversation that ends with it."""
     if not config.as_conversations:
-        return {**without_bytes(request.record), "completion": text, "finish_reason": reason}
+        return {**pictures.without_bytes(request.record), "completion": text, "finish_reason": reason}
     said = parted(text, request.opens_thinking)
     reply = {"role": "assistant", "content": said.content.strip()}
     if said.reasoning.strip():
@@ -252,7 +242,7 @@ def _open(engine: Engine, prompt: Prompt) -> tuple[Picture, ...]:
     """The pictures of a prompt. Raises UserError for one that cannot be read."""
     if prompt.with_images is None:
         return ()
-    tower, files = engine.model.config.vision.tower, named(prompt.where, prompt.with_images.pictures)
+    tower, files = engine.model.config.vision.tower, pictures.named(prompt.where, prompt.with_images.pictures)
     return tuple(open_picture(file, tower, where, prompt.tell) for where, file in files)
 
 
@@ -339,16 +329,16 @@ def _thinking(config: GenerateConfig, asked: Conversation, source: Record | Prom
 
 def _prompt(engine: Engine, config: GenerateConfig, record: Record) -> Prompt:
     """The conversation to be answered (None for raw text) and the prompt's token ids."""
-    tokenizer, marker = engine.tokenizer, marker_of(engine.tokenizer, engine.model.config.vision)
-    words, pictures = record, ()
-    if has_pictures(record.value, config):
+    tokenizer, marker = engine.tokenizer, pictures.marker_of(engine.tokenizer, engine.model.config.vision)
+    words, files = record, ()
+    if pictures.has_pictures(record.value, config):
         if marker is None or config.raw:
             why = BLIND if marker is None else "raw continues text alone"
             raise UserError(f"{record.where}: it shows pictures, and {why}; or list their field in ignore_fields")
-        words, pictures = take_pictures(record, config)
+        words, files = pictures.take_pictures(record, config)
     text, conversation, others = read_prompt(words, config, config.raw)
     for name in others if marker else ():
-        if names_picture(others[name]):
+        if pictures.names_picture(others[name]):
             way_out = "call the field `image`, or list it in ignore_fields"
             record.tell(f"the picture in `{name}` is not looked at; {way_out}")
     if config.raw:
@@ -361,7 +351,7 @@ def _prompt(engine: Engine, config: GenerateConfig, record: Record) -> Prompt:
         conversation = Conversation([*system, {"role": "user", "content": text}])
     with_images = None
     if marker is not None:
-        with_images = place_pictures(record, conversation, pictures, marker)
+        with_images = pictures.place_pictures(record, conversation, files, marker)
         conversation = with_images.conversation
     asked = (conversation.messages, conversation.tools, _thinking(config, conversation, record))
     ids, opens_thinking = encode_prompt(tokenizer, *asked), tokenizer.prompt_opens_thinking(*asked)
