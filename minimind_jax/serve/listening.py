@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import weakref
+import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from minimind_jax.inference.score import PictureScorer
 from minimind_jax.paths import as_path
 from minimind_jax.serve import log
 from minimind_jax.serve.app import Server, make_app
-from minimind_jax.serve.browser import open_page
 from minimind_jax.serve.errors import ApiError
 from minimind_jax.serve.models import Models, load_models
 from minimind_jax.serve.scoring import TOGETHER
@@ -45,12 +45,20 @@ def listen(config: ServeConfig) -> None:
 
 def api_keys(file: str) -> list[str]:
     """The keys of a file, one a line, and of the environment. Raises UserError."""
-    lines = read_text(as_path(file)).splitlines() if file else []
+    lines = read_text(as_path(file), "it holds the API keys, one a line").splitlines() if file else []
     found = [line.strip() for line in [*lines, os.environ.get(KEY_VARIABLE, "")]]
     keys = [key for key in found if key and not key.startswith("#")]
     if file and not keys:
         raise UserError(f"{file} holds no API key; write one a line, or leave api_key_file out")
     return keys
+
+
+def open_page(url: str) -> bool:
+    """Opens an address in the browser, if there is one with windows; a terminal's would take the server's terminal."""
+    places = ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")  # the last: what editors set that forward to another machine
+    if sys.platform not in ("win32", "darwin") and not any(os.environ.get(place) for place in places):
+        return False
+    return webbrowser.open(url.replace("//0.0.0.0", "//127.0.0.1"))
 
 
 def _report(name: str, done: int, total: int) -> None:
@@ -82,17 +90,14 @@ class Listening(uvicorn.Server):
             )
         )
 
-    @property
-    def url(self) -> str:
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
     async def startup(self, sockets=None) -> None:
         try:
             await super().startup(sockets)
         except SystemExit:
             place = f"{self._settings.host}:{self._settings.port}"
             raise UserError(f"cannot listen at {place}; is another server there? --port 0 takes a free one") from None
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self._say_open()
         self._worker.start(self._warm_up)
 
@@ -102,6 +107,8 @@ class Listening(uvicorn.Server):
                 served.engine.warm_up(functools.partial(_report, served.name))
             if isinstance(served.scorer, PictureScorer):
                 served.scorer.warm_up(TOGETHER)
+        if self.should_exit:
+            return
         log.logger.info("ready: %s/v1", self.url)
         if self._settings.open and not open_page(self.url):
             log.logger.info("there is no browser here to open %s in", self.url)

@@ -1,5 +1,6 @@
 """What the server says on the standard error: one line a request, without a word of what was asked or answered."""
 
+import asyncio
 import logging
 import sys
 
@@ -17,6 +18,13 @@ def set_up() -> None:
         log = logging.getLogger(name)
         log.handlers, log.propagate = [handler], False
         log.setLevel(level)
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not of an address that is taken, which the command's error says, nor where the second Ctrl-C ends answers."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(record.msg, OSError) and not isinstance(error, asyncio.CancelledError)
 
 
 def once(note: str) -> None:

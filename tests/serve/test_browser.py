@@ -8,7 +8,7 @@ import pytest
 
 from minimind_jax.config.serving import ServeConfig
 
-OPEN = "from minimind_jax.serve.browser import open_page; print(open_page('http://0.0.0.0:8000'))"
+OPEN = "from minimind_jax.serve.listening import open_page; print(open_page('http://0.0.0.0:8000'))"
 
 
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="these have windows always")

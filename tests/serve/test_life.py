@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 
@@ -14,7 +15,7 @@ import pytest
 from minimind_jax.config.serving import ServeConfig
 from minimind_jax.errors import UserError
 from minimind_jax.serve.listening import Listening, api_keys
-from minimind_jax.serve.models import Models
+from minimind_jax.serve.models import Models, load_models
 from tests.serve.conftest import Process, running, wait_until
 
 CHAT = "/v1/chat/completions"
@@ -192,6 +193,34 @@ def test_sigterm_finishes_open_answers(folder):
     assert "1 open answers are finished first" in said
     (line,) = re.findall(r"POST .*", said)
     assert re.fullmatch(r"POST /v1/chat/completions 200 [\d.]+s req_\w+ tokens=\d+\+300 unfinished=0", line)
+
+
+def test_who_stops_it_while_it_compiles_is_told_of_no_fault(folder):
+    config = ServeConfig(model=(f"tiny={folder}",), port=0)
+    models = load_models(config)
+    server = Listening(config, models, [])
+    models.engines[0].warm_up = lambda report: wait_until(lambda: not server.servers[0].sockets, 4)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    wait_until(lambda: server.started, 20)
+    server.should_exit = True
+    thread.join(20)
+    assert not server._worker.fault
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signal there")
+def test_a_second_ctrl_c_ends_it_at_once_and_without_a_traceback(folder):
+    server = Process(folder).ready()
+    connections = [stream_begun(server.url, {**LONG, "max_tokens": 1500}) for _ in range(3)]
+    for _ in range(2):
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    assert server.process.wait(20) == 128 + signal.SIGINT
+    wait_until(lambda: "minimind: stopped" in "".join(server.said), 5)
+    said = "".join(server.said)
+    assert said.count("unfinished=1") == len(connections)
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow
