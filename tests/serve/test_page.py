@@ -238,7 +238,7 @@ def test_list_search_rename_delete_export_import(page, model, browser, address, 
 
     with opened(browser, address) as other:
         other.set_input_files("#file", file)
-        expect(other.locator("#banner")).to_contain_text("4 messages in 2 conversations")
+        expect(other.locator("#banner")).to_contain_text("Messages added: 4 (conversations: 2)")
         other.get_by_text("fruit").click()
         shows(other, "one", "apples")
         bad = json.loads(file.read_text("utf-8"))
@@ -354,6 +354,23 @@ def test_a_long_answer_does_not_freeze_the_page(page):
     answered(page)
     expect(page.locator(".markdown")).to_contain_text("Paragraph 3999")
     assert page.evaluate("window.longest") < 3000
+
+
+def test_a_setting_that_is_emptied_is_the_models_own_again(page, model):
+    model.says = ["One.", "Two.", "Three."]
+    sent = sent_by(page)
+    for number, value in enumerate(("0", "", None)):
+        page.click("#settings-button")
+        if value is None:
+            page.fill("[name=top_k]", "5")
+            page.click("#forget")
+        else:
+            page.fill("[name=temperature]", value)
+        page.press("[name=seed]", "Enter")
+        ask(page, f"question {number}")
+        answered(page, number + 1)
+    given = [("temperature" in body, "top_k" in body) for body in sent]
+    assert given == [(True, False), (False, False), (False, False)]
 
 
 def test_errors_of_the_server_are_shown_as_it_says_them(page):

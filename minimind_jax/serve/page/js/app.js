@@ -210,9 +210,10 @@ $("#composer").onsubmit = (event) => {
 };
 $("#stop").onclick = () => running.get(conversation.record.id)?.controller.abort();
 $("#new").onclick = () => (location.hash ? go("") : sidebar.toggle(false));
-$("#thinking").onclick = () => set({ thinking: !conversation.record.settings.thinking });
-$("#tools").onclick = () => set({ tools: !conversation.record.settings.tools });
-$("#settings-button").onclick = async () => set((await changedSettings(conversation.record.settings)) ?? {});
+for (const name of ["thinking", "tools"]) {
+  $(`#${name}`).onclick = () => set({ ...conversation.record.settings, [name]: !conversation.record.settings[name] });
+}
+$("#settings-button").onclick = async () => set(await changedSettings(conversation.record.settings));
 $("#model").onchange = () => {
   localStorage.setItem("model", $("#model").value);
   render();
@@ -228,9 +229,9 @@ $("#theme").onclick = () => {
 };
 addEventListener("hashchange", open);
 
-function set(change) {
-  Object.assign(conversation.record.settings, change);
-  rememberSettings(conversation.record.settings);
+function set(settings) {
+  conversation.record.settings = settings;
+  rememberSettings(settings);
   if (conversation.messages.size) keep(conversation);
   render();
 }

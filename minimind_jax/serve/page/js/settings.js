@@ -24,7 +24,7 @@ export function cleaned(found) {
   return settings;
 }
 
-/** Lets the user change settings in the dialog; resolves to the new ones, or null if he does not want to. */
+/** Lets the user change settings in the dialog; resolves to the new ones, or the old ones if he does not want to. */
 export function changed(settings) {
   const dialog = document.querySelector("#settings");
   const fields = dialog.querySelector("form").elements;
@@ -35,7 +35,7 @@ export function changed(settings) {
   dialog.showModal();
   return new Promise((resolve) => {
     dialog.onclose = () => {
-      if (dialog.returnValue !== "ok") return resolve(null);
+      if (dialog.returnValue !== "ok") return resolve(settings);
       const numbers = NUMBERS.map((name) => [name, fields[name].value === "" ? null : fields[name].valueAsNumber]);
       resolve(cleaned({ ...settings, ...Object.fromEntries(numbers), system: fields.system.value }));
     };

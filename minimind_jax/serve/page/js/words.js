@@ -79,7 +79,7 @@ const WORDS = {
   titleOf: ["Title of the conversation", "对话标题"],
   deleteTitle: ["Delete this conversation?", "删除这个对话？"],
   deleteText: ["“{title}” is removed from this browser. Export keeps a copy.", "“{title}”将从此浏览器中删除。可先导出保留一份。"],
-  imported: ["{added} messages in {count} conversations were added; {known} messages were already here.", "已导入 {count} 个对话中的 {added} 条消息；{known} 条已存在。"],
+  imported: ["Messages added: {added} (conversations: {count}). Already here: {known}.", "已导入 {count} 个对话中的 {added} 条消息；{known} 条已存在。"],
   badFile: ["This is no file that this page exported: {why}", "这不是本页面导出的文件：{why}"],
   noStore: ["This browser keeps nothing ({why}): conversations are gone when the page is closed. Export them to keep them.", "此浏览器不保存数据（{why}）：关闭页面后对话会丢失，请导出保留。"],
   noModels: ["The server offers no model that can chat.", "服务器没有可以聊天的模型。"],
