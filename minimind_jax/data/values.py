@@ -39,6 +39,7 @@ class Place:
     text: str  # file, line and field
     tell: Tell = unheard
     ignore: frozenset[str] = frozenset()  # more fields to leave out
+    is_written: bool = False  # as JSON, whose nulls are meant; those of a table stand for what is not there
 
     def at(self, more: str) -> "Place":
         return dataclasses.replace(self, text=self.text + more)

@@ -16,7 +16,7 @@ from minimind_jax import __version__
 from minimind_jax.config.serving import ServeConfig
 from minimind_jax.data.values import loads
 from minimind_jax.inference.request import Busy
-from minimind_jax.serve import chat, completions, pictures, responses, scoring, tokens, weights
+from minimind_jax.serve import chat, completions, pictures, protocol, responses, scoring, tokens, weights
 from minimind_jax.serve.answers import Answers, while_there
 from minimind_jax.serve.chat import Asked
 from minimind_jax.serve.drawing import refuse_others, tell_ignored
@@ -24,20 +24,7 @@ from minimind_jax.serve.errors import HANDLED, answer_error, too_many, too_slow
 from minimind_jax.serve.guard import Guard
 from minimind_jax.serve.metrics import Metrics, Watch
 from minimind_jax.serve.models import Models, Served
-from minimind_jax.serve.protocol import (
-    Body,
-    ChatRequest,
-    ClassifyRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    EmbeddingRequest,
-    ResponsesRequest,
-    ScoreRequest,
-    TemplateRequest,
-    TokenizeRequest,
-    ToolCallRequest,
-    WeightsRequest,
-)
+from minimind_jax.serve.protocol import Body
 from minimind_jax.serve.reading import Route
 from minimind_jax.serve.stream import EventStream, Shape
 from minimind_jax.serve.worker import Worker
@@ -117,7 +104,7 @@ class Server:
 
 def make_app(server: Server, keys: list[str], page: Path | None = None, tools: Toolbox | None = None) -> FastAPI:
     """page: a folder of static files, shown at /. tools: whose calls it may have carried out."""
-    app = FastAPI(title="minimind_jax", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="minimind_jax", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.router.route_class = Route
     for kind in HANDLED:
         app.add_exception_handler(kind, answer_error)
@@ -182,25 +169,25 @@ def _add_requests(app: FastAPI, server: Server) -> None:
             return await handle(http, body, *more)
 
     for row in (
-        ("/v1/chat/completions", ChatRequest, chat.ask, chat.ChatShape),
-        ("/v1/completions", CompletionRequest, completions.ask, completions.CompletionShape),
-        ("/v1/responses", ResponsesRequest, responses.ask, responses.ResponsesShape),
+        ("/v1/chat/completions", protocol.ChatRequest, chat.ask, chat.ChatShape),
+        ("/v1/completions", protocol.CompletionRequest, completions.ask, completions.CompletionShape),
+        ("/v1/responses", protocol.ResponsesRequest, responses.ask, responses.ResponsesShape),
     ):
         add(server.respond, *row)
     for row in (
-        ("/v1/embeddings", EmbeddingRequest, scoring.embeddings, "generate", worker),
-        ("/classify", ClassifyRequest, scoring.classify, "classify", worker, server.aside),
-        ("/score", ScoreRequest, scoring.score, "score", worker),
-        ("/tokenize", TokenizeRequest, tokens.tokenize, "text", thinking),
-        ("/detokenize", DetokenizeRequest, tokens.detokenize, "text"),
-        ("/apply-template", TemplateRequest, tokens.apply_template, "text", thinking),
+        ("/v1/embeddings", protocol.EmbeddingRequest, scoring.embeddings, "generate", worker),
+        ("/classify", protocol.ClassifyRequest, scoring.classify, "classify", worker, server.aside),
+        ("/score", protocol.ScoreRequest, scoring.score, "score", worker),
+        ("/tokenize", protocol.TokenizeRequest, tokens.tokenize, "text", thinking),
+        ("/detokenize", protocol.DetokenizeRequest, tokens.detokenize, "text"),
+        ("/apply-template", protocol.TemplateRequest, tokens.apply_template, "text", thinking),
     ):
         add(server.compute, *row)
 
 
 def _add_weights(app: FastAPI, server: Server) -> None:
     @app.post("/update_weights_from_disk")
-    async def update_weights(body: WeightsRequest) -> Response:
+    async def update_weights(body: protocol.WeightsRequest) -> Response:
         server.worker.check()
         tell_ignored(body)
         return JSONResponse(await weights.update(body, server.models, server.worker, server.config.max_seconds))
@@ -217,7 +204,7 @@ def _add_tools(app: FastAPI, tools: Toolbox | None) -> None:
         return
 
     @app.post("/tools/call")
-    async def call(body: ToolCallRequest) -> Response:
+    async def call(body: protocol.ToolCallRequest) -> Response:
         given = body.arguments
         arguments = loads(given or "{}", "arguments") if isinstance(given, str) else given
         result = await asyncio.to_thread(tools.call, body.name, arguments)

@@ -29,8 +29,9 @@ def ask(body: CompletionRequest, served: Served, config: ServeConfig) -> Asked:
         raise refused("logprobs of a prompt that is echoed are not computed; leave out one of them", "logprobs")
     requests, choices, prompts = [], [], prompts_of(body, served)
     count, form = count_of(body, len(prompts), config), form_of(body)
-    for prompt in prompts:
-        sampling = sampling_of(body, served, prompt, body.max_tokens or DEFAULT_TOKENS)
+    for index, prompt in enumerate(prompts):
+        name = f"prompt[{index}]" if len(prompts) > 1 else "prompt"
+        sampling = sampling_of(body, served, prompt, body.max_tokens or DEFAULT_TOKENS, name)
         bind = form and form.binder(served.grammars, sampling.max_new_tokens)
         more = {**extras_of(body, served), "top_logprobs": body.logprobs or 0}
         choices += [Choice(len(choices) + n, prompt) for n in range(count)]

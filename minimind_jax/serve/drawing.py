@@ -19,11 +19,17 @@ MOST_SEED = 2**63 - 1  # of a SamplingConfig
 # What other servers follow, and what to do here: vLLM's; forms of answers as llama.cpp, SGLang and ollama are asked for
 # them; OpenAI's old tools.
 _FORM = "the form of an answer is asked for by response_format (of responses text.format) or structured_outputs"
-_VLLMS = "min_tokens bad_words allowed_token_ids include_stop_str_in_output truncate_prompt_tokens chat_template"
+_VLLMS = (
+    "min_tokens bad_words allowed_token_ids include_stop_str_in_output truncate_prompt_tokens chat_template echo audio "
+    "use_beam_search length_penalty best_of prompt_logprobs prompt_embeds documents logits_processors modalities "
+    "skip_special_tokens add_generation_prompt"
+)
 _NOT_FOLLOWED = {
     **dict.fromkeys(_VLLMS.split(), "leave it out"),
     **dict.fromkeys("grammar json_schema regex ebnf structural_tag format".split(), _FORM),
-    **{"functions": "tools are offered by tools", "max_output_tokens": "call it max_tokens"},
+    **dict.fromkeys(("tools", "messages"), "it is for chat completions"),
+    **{"functions": "tools are offered by tools", "function_call": "call it tool_choice"},
+    **{"max_output_tokens": "call it max_tokens", "prompt": "no prompts are stored here; send the words themselves"},
 }
 _LOGPROBS = "chat completions tell log-probabilities"
 _CHAT_ALONE = ChatRequest.model_fields.keys() - ResponsesRequest.model_fields.keys() - {"return_token_ids"}
@@ -33,6 +39,8 @@ _OF_CHAT = {  # in responses
     **{"response_format": "call it text.format", "messages": "call it input"},
     **dict.fromkeys(("logprobs", "top_logprobs"), _LOGPROBS),
 }
+_NEUTRAL = {"n": 1, "best_of": 1, "length_penalty": 1, "modalities": ["text"], "function_call": "auto"}
+_ON = ("skip_special_tokens", "add_generation_prompt")  # unless they are false
 _SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -49,23 +57,32 @@ def tell_ignored(body: BaseModel) -> None:
 def refuse_others(body: BaseModel) -> None:
     """Raises ApiError for a setting that would change the answer elsewhere, and does not here."""
     extra, is_response = body.model_extra or {}, isinstance(body, ResponsesRequest)
-    table = {**(_OF_CHAT if is_response else {}), **_NOT_FOLLOWED}
-    given = {name for name, value in extra.items() if value and (name, value) != ("n", 1)} - WITHOUT_A_WORD
+    table = {**_NOT_FOLLOWED, **(_OF_CHAT if is_response else {})}
+    given = {name for name, value in extra.items() if _changes(name, value, body)} - WITHOUT_A_WORD
     if name := next((name for name in table if name in given), None):
         raise refused(f"{name} is not followed here: {table[name]}", name)
     if is_response and "output_text.logprobs" in str(extra.get("include")):
         raise refused(f"include: {_LOGPROBS}", "include")
 
 
-def sampling_of(body: Sampling, served: Served, prompt: Sequence[int], max_tokens: int | None) -> SamplingConfig:
+def _changes(name: str, value: Any, body: BaseModel) -> bool:
+    """Whether a setting asks for another answer than this server's."""
+    if name in _ON:
+        return value is False and not getattr(body, "continue_final_message", None)
+    return bool(value) and value != _NEUTRAL.get(name)
+
+
+def sampling_of(
+    body: Sampling, served: Served, prompt: Sequence[int], max_tokens: int | None, name: str = "messages"
+) -> SamplingConfig:
     """How each answer to a prompt is drawn; its seed is the first answer's. Raises ApiError for a prompt that leaves no
-    room. max_tokens: asked for; None for all that there is room for."""
+    room. max_tokens: asked for; None for all that there is room for. name: of what the prompt is made of."""
     room = served.context - len(prompt)
     if room < 1:
         raise refused(
             f"This model's maximum context length is {served.context} tokens. However, your prompt has {len(prompt)} "
-            "tokens, which leaves no room for an answer. Please reduce the length of the messages.",
-            "messages",
+            f"tokens, which leaves no room for an answer. Please reduce the length of the {name}.",
+            name,
             "context_length_exceeded",
         )
     given = {name: value for name in _SETTINGS if (value := getattr(body, name)) is not None}

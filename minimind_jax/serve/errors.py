@@ -80,7 +80,8 @@ def _of_validation(error: RequestValidationError) -> ApiError:
             place.append(part)
             inside = inside[part] if is_there else None
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".") or None
-    return refused(f"{param}: {first['msg']}" if param else first["msg"], param)
+    words = first["msg"].removeprefix("Value error, ")  # pydantic's, of what a model of ours says
+    return refused(f"{param}: {words}" if param else words, param)
 
 
 HANDLED = (HTTPException, RequestValidationError, UserError, Exception)

@@ -25,7 +25,7 @@ _SWITCHES = ("open_thinking", "enable_thinking", "thinking", "think")
 _CALL_FIELDS = {"id", "type", "index", "name", "arguments", "function"}
 # Words of errors that are for the owner of a file.
 _OF_FILES = re.compile(r",? or list it in data\.ignore_fields.*|; only the assistant's is trained")
-_NO_EFFORT = ("none", "minimal", "off", "disabled")
+_NO_EFFORT, _EFFORT = ("none", "minimal", "off", "disabled"), ("low", "medium", "high", "xhigh", "max", "on", "enabled")
 
 
 class Talk(NamedTuple):
@@ -45,7 +45,7 @@ def read_talk(served: Served, messages: list[Json], tools: list[Json] | None, th
     pass for a picture. Once more when parts of messages are joined, and the JSON of calls is read, for then others
     may be spelled; the engine refuses a marker among them.
     """
-    of_messages, of_tools = map(Place, ("messages", "tools"))
+    of_messages, of_tools = (Place(name, is_written=True) for name in ("messages", "tools"))
     marker = marker_of(served.tokenizer, served.vision)
     apart = functools.partial(_apart, pattern=_special(served.tokenizer))
     shown, pictures = open_images(apart(messages), served.vision, marker, content_of, log.once)
@@ -92,6 +92,8 @@ def thinks(request: Thinking, default: bool) -> bool:
     if reasoning.enabled is not None:
         return reasoning.enabled
     effort = request.reasoning_effort or reasoning.effort or inside.get("reasoning_effort")
+    if effort not in (None, *_NO_EFFORT, *_EFFORT):
+        raise refused(f"reasoning_effort must be one of {', '.join((*_NO_EFFORT, *_EFFORT))}", "reasoning_effort")
     return default if effort is None else effort not in _NO_EFFORT
 
 
@@ -101,7 +103,7 @@ def _known(message: Json, index: int) -> Json:
     if message.get("role") in ("assistant", "tool") and message.get("content") is None:  # OpenAI's own may have none
         kept["content"] = message.get("refusal") or ""
     if isinstance(calls := kept.get("tool_calls"), list):
-        kept["tool_calls"] = [_only(call, _CALL_FIELDS, "tool_calls") for call in calls]
+        kept["tool_calls"] = [_given(_only(call, _CALL_FIELDS, "tool_calls")) for call in calls]
     if isinstance(kept.get("content"), list):
         where = f"messages[{index}].content"
         kept["content"] = [_text_of(part, f"{where}[{n}]") for n, part in enumerate(kept["content"])]
@@ -118,6 +120,11 @@ def _only(value: Any, fields: Collection[str], where: str) -> Any:
     return {name: item for name, item in value.items() if name in fields}
 
 
+def _given(value: Any) -> Any:
+    """An object without its own fields that are null, as clients write what they leave out; deeper ones are meant."""
+    return {name: item for name, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+
 def _text_of(part: Any, where: str) -> str:
     if isinstance(part, dict):
         kind = part.get("type", "text")
@@ -131,11 +138,12 @@ def _text_of(part: Any, where: str) -> str:
 
 def _function(tool: Json, index: int) -> Json:
     """A tool as chat has it: of responses the function stands beside its type."""
+    tool = _given(tool)
     if tool.get("type", "function") != "function":
         kind = str(tool["type"])[:40]
         raise refused(f"tools[{index}] has the type {kind!r}; this server has tools of type function", "tools")
     if "function" in tool or "name" not in tool:
-        return tool
+        return {name: _given(value) for name, value in tool.items()}
     names = {"input_schema": "parameters", "inputSchema": "parameters"}  # Anthropic's and MCP's
     function = {names.get(name, name): value for name, value in tool.items() if name != "type"}
     return {"type": "function", "function": function}

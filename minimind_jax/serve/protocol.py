@@ -18,7 +18,7 @@ Json = dict[str, Any]
 # What clients send as a matter of course, and what need not be told of.
 WITHOUT_A_WORD = {
     *("user", "metadata", "store", "service_tier", "prompt_cache_key", "safety_identifier", "truncation"),
-    *("include", "prompt_cache_retention", "stream_options", "echo", "id"),
+    *("include", "prompt_cache_retention", "stream_options", "id"),
 }
 
 
@@ -215,9 +215,9 @@ class EmbeddingRequest(Body):
     """normalize: to length 1, as OpenAI's are."""
 
     input: Union[Texts, TokenIds, Annotated[list[TokenIds], Field(min_length=1)]]  # noqa: UP007
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None
-    normalize: bool = True
+    normalize: bool | None = None
 
 
 class ClassifyRequest(Body):
@@ -241,9 +241,9 @@ class TokenizeRequest(Body, Thinking):
     content: str | None = None
     messages: Annotated[list[Json], Field(min_length=1)] | None = None
     tools: list[Json] | None = None
-    add_generation_prompt: bool = True
-    add_special_tokens: bool = False
-    return_token_strs: bool = False
+    add_generation_prompt: bool | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
 
 
 class DetokenizeRequest(Body):
@@ -251,7 +251,7 @@ class DetokenizeRequest(Body):
 
 
 class TemplateRequest(Body, Messages):
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
 
 
 class WeightsRequest(Body):

@@ -29,7 +29,7 @@ class Route(APIRoute):
 class _Strict(Request):
     async def body(self) -> bytes:
         found = await super().body()
-        if self.method == "POST" and "json" not in self.headers.get("content-type", ""):
+        if self.method == "POST" and "json" not in self.headers.get("content-type", "").lower():
             raise ApiError(415, "send JSON, and the header Content-Type: application/json")
         if (coding := self.headers.get("content-encoding", "identity")) != "identity":
             raise ApiError(415, f"the body is encoded as {coding[:20]}; send it as it is")

@@ -89,7 +89,7 @@ def messages_of(items: str | list[Json], instructions: str | None) -> list[Json]
     if isinstance(items, str):
         return [*messages, {"role": "user", "content": items}]
     for index, item in enumerate(items):
-        kind = item.get("type", "message")
+        kind = item.get("type") or ("item_reference" if item.keys() <= {"id", "type"} else "message")
         if kind == "message":
             message = {name: value for name, value in item.items() if name not in ("type", "id", "status", "phase")}
             last = messages[-1] if messages else {}

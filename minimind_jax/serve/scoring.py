@@ -37,7 +37,7 @@ async def embeddings(body: EmbeddingRequest, served: Served, worker: Worker) -> 
     embedder = served.embedder
     embed, prepare = (functools.partial(work, served.engine.params) for work in (embedder.embed, embedder.prepare))
     vectors_ND = await _in_turns(embed, prompts, worker, prepare)
-    if body.normalize:
+    if body.normalize is not False:
         vectors_ND /= np.maximum(np.linalg.norm(vectors_ND, axis=1, keepdims=True), 1e-12)
     shown = vectors_ND.tolist()
     if body.encoding_format == "base64":

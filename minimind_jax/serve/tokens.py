@@ -17,8 +17,8 @@ def tokenize(body: TokenizeRequest, served: Served, thinking: bool) -> Json:
         ids = begun(tokenizer, ids) if body.add_special_tokens else ids
     else:
         talk = read_talk(served, body.messages, body.tools, thinks(body, thinking))
-        whole = prompt_text(tokenizer, talk, body.add_generation_prompt)
-        ids = prompt_ids(tokenizer, talk) if body.add_generation_prompt else tokenizer.encode(whole)
+        ends = body.add_generation_prompt is False
+        ids = tokenizer.encode(prompt_text(tokenizer, talk, False)) if ends else prompt_ids(tokenizer, talk)
     found = {"count": len(ids), "max_model_len": served.context, "tokens": ids}
     if body.return_token_strs:
         found["token_strs"] = [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
@@ -34,4 +34,4 @@ def detokenize(body: DetokenizeRequest, served: Served) -> Json:
 
 def apply_template(body: TemplateRequest, served: Served, thinking: bool) -> Json:
     talk = read_talk(served, body.messages, body.tools, thinks(body, thinking))
-    return {"prompt": prompt_text(served.tokenizer, talk, body.add_generation_prompt)}
+    return {"prompt": prompt_text(served.tokenizer, talk, body.add_generation_prompt is not False)}

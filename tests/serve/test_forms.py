@@ -167,6 +167,25 @@ def test_tools_of_other_protocols_have_their_schemas(chat, http, name):
     assert {call["function"]["arguments"] for call in message["tool_calls"]} == {'{"b": 3}'}
 
 
+def test_nulls_of_a_schema_and_of_a_call_are_meant(chat, http):
+    """`"default": null` is pydantic's of every optional field. Nulls of what stands around a schema are left out."""
+    properties = {"a": {"type": "string", "default": None}, "b": {"const": None}, "c": {"enum": [{"d": None}]}}
+    schema = {"type": "object", "properties": properties, "required": ["b", "c"]}
+    tool = {"type": "function", "strict": None, "function": {"name": "f", "description": None, "parameters": schema}}
+    call = {"id": "1", "index": None, "type": "function", "function": {"name": "f", "arguments": {"a": None}}}
+    talk = [*ASK, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "1"}]
+    shown = http.post("/apply-template", json={"messages": talk, "tools": [tool]}).json()["prompt"]
+    written = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    as_text = http.post("/apply-template", json={"messages": ASK, "tools": [written]}).json()["prompt"]
+    assert json.dumps(written) in shown and json.dumps(written) in as_text
+    assert '{"name": "f", "arguments": {"a": null}}' in shown
+    body = {"messages": ASK, "tools": [tool], "tool_choice": "required", "max_tokens": 80}
+    message = http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
+    for each in message["tool_calls"]:
+        given = json.loads(each["function"]["arguments"])
+        assert (given["b"], given["c"]) == (None, {"d": None})
+
+
 def test_calls_stream_by_index_with_whole_ids(chat):
     settings = {"tools": [ADD, TELL], "tool_choice": "required", "seed": 4}
     calls, ended = {}, []

@@ -59,6 +59,14 @@ def _still_answers(http, server):
         ({"min_tokens": 5}, "min_tokens"),
         ({"max_output_tokens": 5}, "max_output_tokens"),
         ({"include_stop_str_in_output": True}, "include_stop_str_in_output"),
+        ({"echo": True}, "echo"),
+        ({"skip_special_tokens": False}, "skip_special_tokens"),
+        ({"add_generation_prompt": False}, "add_generation_prompt"),
+        ({"best_of": 3}, "best_of"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"function_call": {"name": "f"}}, "function_call"),
+        ({"reasoning_effort": "banana"}, "reasoning_effort"),
+        ({"reasoning": {"effort": "banana"}}, "reasoning_effort"),
         ({"thinking": {"type": []}}, "thinking"),
         ({"chat_template_kwargs": {"enable_thinking": {"type": {}}}}, "enable_thinking"),
         ({"stream": "yes"}, "stream"),
@@ -90,6 +98,44 @@ def test_a_setting_that_makes_no_sense_is_refused_by_name(http, changes, param):
     assert param is None or error["param"] == param
 
 
+def test_a_setting_of_others_that_changes_nothing_is_no_fault(http):
+    neutral = {"best_of": 1, "length_penalty": 1.0, "modalities": ["text"], "function_call": "auto", "echo": False}
+    neutral |= {"skip_special_tokens": True, "add_generation_prompt": True, "use_beam_search": False, "audio": None}
+    assert http.post(CHAT, json={**ASK, **neutral, "reasoning_effort": "xhigh"}).status_code == 200
+    going_on = [*ASK["messages"], {"role": "assistant", "content": "A"}]
+    more = {"messages": going_on, "continue_final_message": True, "add_generation_prompt": False}
+    assert http.post(CHAT, json={**ASK, **more}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("/v1/embeddings", {"input": "hi", "encoding_format": None, "normalize": None, "dimensions": None}),
+        ("/tokenize", {"prompt": "hi", "add_special_tokens": None, "return_token_strs": None}),
+        ("/apply-template", {**ASK, "add_generation_prompt": None, "tools": None}),
+    ],
+)
+def test_null_is_as_not_given(http, path, body):
+    given = {name: value for name, value in body.items() if value is not None}
+    answers = [http.post(path, json=each) for each in (body, given)]
+    assert answers[0].status_code == 200
+    assert answers[0].json() == answers[1].json()
+
+
+@pytest.mark.parametrize(
+    "body, name",
+    [
+        ({"prompt": "a" * 4000}, "prompt"),
+        ({"prompt": ["a", "a" * 4000]}, "prompt[1]"),
+        ({"prompt": "a", "tools": [{"name": "f"}]}, "tools"),
+    ],
+)
+def test_completions_name_the_prompt_at_fault(http, body, name):
+    error = refusal(http.post("/v1/completions", json=body))
+    assert error["param"] == name
+    assert "messages" not in error["message"]
+
+
 @pytest.mark.parametrize(
     "changes, words", [({"stop": ["a"] * 65}, "at most 64 items"), ({"stop": ["a", 1]}, "stop[1]: ")]
 )
@@ -109,6 +155,9 @@ def test_what_is_wrong_with_a_list_is_told(http, changes, words):
             "guided_regex and text.format.json_object",
         ),
         ({"ignore_eos": True}, "ignore_eos is not"),
+        ({"prompt": {"id": "pmpt_1"}}, "no prompts are stored here"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format: a json_schema without its schema"),
+        ({"input": [{"id": "msg_1"}]}, "input[0] refers to what this server has not stored"),
         ({"min_tokens": 5}, "min_tokens is not"),
         ({"response_format": {"type": "json_object"}}, "call it text.format"),
         ({"top_logprobs": 2}, "chat completions tell log-probabilities"),
@@ -174,6 +223,8 @@ def test_no_name_of_a_model_is_the_first(http):
 def test_a_form_is_refused_so_that_no_page_of_another_origin_can_send_one(http):
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
         refusal(http.post(CHAT, content=json.dumps(ASK), headers={"content-type": kind}), 415)
+    kind = "Application/JSON; Charset=UTF-8"
+    assert http.post(CHAT, content=json.dumps(ASK), headers={"content-type": kind}).status_code == 200
 
 
 def test_a_body_that_is_too_large_is_refused_also_without_a_length(http, server):
@@ -199,6 +250,7 @@ def test_a_body_that_is_too_large_is_refused_also_without_a_length(http, server)
         ("DELETE", "/v1/models", 405),
         ("GET", "/v1/models/other", 404),
         ("GET", "/tools", 404),
+        ("POST", "/v1/chat/completions/", 404),
     ],
 )
 def test_a_path_that_is_not_there_says_so(http, method, path, status):
