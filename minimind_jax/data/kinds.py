@@ -13,23 +13,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from minimind_jax.config.sections import ReadingConfig
-from minimind_jax.data import documents
+from minimind_jax.data import documents, pictures
 from minimind_jax.data.formats import TEXT, detect, read_record, read_text, renaming
 from minimind_jax.data.jsonl import READING, Record
 from minimind_jax.data.labelled_images import parse_labelled_picture
 from minimind_jax.data.labels import LABEL_FIELDS, Classes, parse_labelled
 from minimind_jax.data.messages import Conversation, Message, check_closed, is_trained
-from minimind_jax.data.pictures import (
-    MARKER,
-    ImageConversation,
-    Marker,
-    check_pictures,
-    has_pictures,
-    pack,
-    place_pictures,
-    refuse_pictures,
-    take_pictures,
-)
 from minimind_jax.data.preferences import Preference
 from minimind_jax.data.prompts import Prompt, read_prompt
 from minimind_jax.data.template import Roll
@@ -48,7 +37,7 @@ class Wanted(NamedTuple):
     reading: ReadingConfig = READING  # of its file
     classes: Classes | None = None  # of labelled records
     flag: str = "--data.on_error"  # what skips broken records
-    marker: Marker = MARKER  # of the model that looks at pictures
+    marker: pictures.Marker = pictures.MARKER  # of the model that looks at pictures
 
 
 def parse_text(record: Record, flag: str = "--data.on_error", reading: ReadingConfig = READING) -> str:
@@ -64,7 +53,7 @@ def parse_conversation(record: Record, for_training: bool = True, reading: Readi
     Raises UserError, also for a conversation in which the assistant says nothing that is trained, unless it is only to
     be answered or scored (for_training False); fields that nobody understands are then no error, but pictures are."""
     if not for_training:
-        refuse_pictures(record, reading)
+        pictures.refuse_pictures(record, reading)
     conversation = read_record(record, "conversation", reading, keeps=not for_training)
     if for_training and not any(map(is_trained, conversation.messages)):
         raise UserError(
@@ -91,12 +80,12 @@ def parse_preference(record: Record, reading: ReadingConfig = READING) -> Prefer
     return pair
 
 
-def parse_image_conversation(record: Record, wanted: Wanted) -> ImageConversation:
+def parse_image_conversation(record: Record, wanted: Wanted) -> pictures.ImageConversation:
     """The conversation of a record of any format and its pictures (see `pictures`), which are looked at."""
-    words, pictures = take_pictures(record, wanted.reading)
+    words, files = pictures.take_pictures(record, wanted.reading)
     talk = parse_conversation(words, reading=wanted.reading)
-    check_pictures(record, pictures)
-    return place_pictures(record, talk, pictures, wanted.marker)
+    pictures.check_pictures(record, files)
+    return pictures.place_pictures(record, talk, files, wanted.marker)
 
 
 def kind_of_record(record: Record, reading: ReadingConfig = READING) -> KindName:
@@ -109,7 +98,7 @@ def kind_of_record(record: Record, reading: ReadingConfig = READING) -> KindName
             f"{record.where}: no format that is read has the fields {field_names(record.value)}; docs/data.md lists "
             f"all, --rename {names} gives fields the names of one (of data convert), --text_field names a text{asked}"
         )
-    return "images" if found == "conversation" and has_pictures(record.value) else found
+    return "images" if found == "conversation" and pictures.has_pictures(record.value) else found
 
 
 def beginning(text: str) -> str:
@@ -169,14 +158,14 @@ def _encode_prompt(tokenizer: Tokenizer, prompt: Prompt, roll: Roll, tell: Tell)
 
 
 def _encode_image_conversation(
-    tokenizer: Tokenizer, with_images: ImageConversation, roll: Roll, tell: Tell
+    tokenizer: Tokenizer, with_images: pictures.ImageConversation, roll: Roll, tell: Tell
 ) -> documents.Document:
     document = documents.encode_conversation(tokenizer, with_images.conversation, roll, tell)
     markers = np.flatnonzero(document.ids == tokenizer.encode(with_images.marker.text)[0])
     if len(markers) != len(with_images.pictures) * with_images.marker.tokens:
         raise UserError(f"the chat template does not write {with_images.marker.text} wherever a picture stands")
-    pictures, starts = tuple(map(pack, with_images.pictures)), markers[:: with_images.marker.tokens].tolist()
-    return dataclasses.replace(document, pictures=pictures, picture_starts=starts)
+    packed, starts = tuple(map(pictures.pack, with_images.pictures)), markers[:: with_images.marker.tokens].tolist()
+    return dataclasses.replace(document, pictures=packed, picture_starts=starts)
 
 
 KINDS: dict[KindName, Kind] = {

@@ -76,7 +76,7 @@ def _is_nothing(value: Any) -> bool:
 def _pruned(value: Any, place: Place, where: str) -> Any:
     pruned = value if place.is_written else without_nulls(value)
     if pruned != value:
-        place.tell(f"{where}fields that are null are left out")
+        place.tell(f"{where}fields that are null are left out; in JSON text they are kept")
     return pruned
 
 
