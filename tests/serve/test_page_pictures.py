@@ -147,9 +147,9 @@ def test_a_large_picture_is_made_small_in_the_browser_and_waited_for(page, engin
 
 def test_what_is_no_picture_and_what_is_too_much_are_told(page):
     page.set_input_files("#pictures", {"name": "a.png", "mimeType": "image/png", "buffer": b"<svg onload=alert(1)>"})
-    expect(page.locator("#banner")).to_have_text("a.png is no picture that this browser can open.")
+    expect(page.locator("#banner")).to_contain_text("a.png is no picture that this browser can open.")
     choose(page, *[A] * 9, count=8)
-    expect(page.locator("#banner")).to_have_text("A message has at most 8 pictures.")
+    expect(page.locator("#banner")).to_contain_text("A message has at most 8 pictures.")
     ask(page, WORDS)
     expect(page.locator(".fault.box")).to_contain_text(f"8 pictures; this server looks at {MOST}")
 

@@ -1,6 +1,6 @@
 // One answer: the model's words as they come, the tools it calls, and its next words.
 
-import { forModel } from "./conversation.js";
+import { forModel, isEmpty } from "./conversation.js";
 import { callTool, CutError, ServerError, streamChat } from "./server.js";
 
 export const MOST_ROUNDS = 5; // of calls and results in one answer; `minimind chat` has as many
@@ -109,8 +109,6 @@ function count(stats, usage) {
   stats.prompt = usage.prompt_tokens;
   stats.cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
 }
-
-const isEmpty = (message) => !message.content && !message.reasoning && !message.calls.length;
 
 /** Adds a delta to a message; whether there was anything in it. */
 function extend(message, delta) {

@@ -2,15 +2,18 @@
 
 import { answer } from "./answer.js";
 import { Conversation, titleFrom } from "./conversation.js";
-import { announce, ask, make, tell } from "./elements.js";
+import { announce, ask, tell, tellNotKept } from "./elements.js";
 import { onEnter } from "./keys.js";
 import { Attached } from "./pictures.js";
+import { remember, remembered } from "./preferences.js";
 import * as server from "./server.js";
-import { changed as changedSettings, cleaned, lastSettings, rememberSettings } from "./settings.js";
+import { changed as changedSettings, lastSettings, OF_DIALOG, rememberSettings } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
 import * as store from "./store.js";
+import { showTheme, switchTheme } from "./theme.js";
 import { Thread } from "./thread.js";
-import { label, say, showWords, switchLanguage } from "./words.js";
+import { unanswered } from "./unanswered.js";
+import { say, showWords, switchLanguage } from "./words.js";
 
 const SAVE_EVERY = 1000; // milliseconds, of an answer that is being written
 const ASK_AGAIN = 3000; // milliseconds, for a server that is not there or still loads
@@ -18,30 +21,38 @@ const ASK_AGAIN = 3000; // milliseconds, for a server that is not there or still
 const $ = (selector) => document.querySelector(selector);
 const running = new Map(); // id of a conversation that is being answered -> {conversation, controller}
 const faults = new Map(); // id of a conversation -> why its last answer failed
+const drafts = new Map(); // id of a conversation, "" of one that is not begun -> {text, pictures} not yet sent
 let conversation = Conversation.begin(lastSettings());
 let schemas = []; // of the tools that the server carries out
 
 const thread = new Thread($("#thread"), {
-  edit: (message, text) => send(text, message.pictures, message.parent),
+  edit(message, text) {
+    if (running.has(conversation.record.id)) return false;
+    send(text, message.pictures, message.parent);
+    return true;
+  },
   again: (message) => respond(conversation.messages.get(message.parent)),
   choose(message) {
     conversation.choose(message);
-    keep(conversation);
+    faults.delete(conversation.record.id);
+    keep(conversation, ["leaf"]);
     render();
   },
 });
 const sees = () => Boolean($("#model").selectedOptions[0]?.sees);
 const attached = new Attached(sees);
-const sidebar = new Sidebar({ open: go, rename, remove, imported: refresh }, () => conversation.record.id);
+const sidebar = new Sidebar({ open: go, rename, remove, imported }, () => conversation.record.id);
 
 // ---- What is shown ----
 
 function render() {
   const { id, settings } = conversation.record;
   const busy = running.has(id);
-  thread.show(conversation, busy, busy ? null : unanswered());
+  thread.show(conversation, busy, busy ? null : unanswered(conversation.path(), faults.get(id), respond));
+  const hadFocus = [$("#stop"), $("#send")].includes(document.activeElement);
   $("#stop").hidden = !busy;
   $("#send").hidden = busy;
+  if (hadFocus) $(busy ? "#stop" : "#send").focus();
   $("#thinking").ariaPressed = String(settings.thinking);
   $("#tools").ariaPressed = String(settings.tools);
   $("#tools").hidden = !schemas.length;
@@ -49,38 +60,32 @@ function render() {
   $("#tools").title = schemas.map((schema) => schema.function.name).join(", ");
 }
 
-/** What stands below the last message if it has no answer: why, what to do, and a button. */
-function unanswered() {
-  const fault = faults.get(conversation.record.id);
-  const last = conversation.path().at(-1);
-  if (!fault && (!last || last.role === "assistant")) return null;
-  const box = make("div", { className: fault ? "fault box" : "box" });
-  if (fault) box.role = "alert";
-  if (fault) box.append(make("p", {}, fault.message), make("p", { className: "note" }, fault.advice ?? ""));
-  const question = conversation.path().findLast((message) => message.role === "user");
-  const button = make("button", { type: "button", className: "main", onclick: () => respond(question) });
-  button.textContent = say(fault ? "retry" : "answerNow");
-  box.append(button);
-  return box;
-}
-
 /** Shows the conversation that the address names, or a new one. */
 async function open() {
-  const id = location.hash.slice(1);
+  const id = named();
   if (id === conversation.record.id) return;
-  const found = loaded(id) ?? (await kept(id).catch(tellNotKept)) ?? Conversation.begin(lastSettings());
-  if (id !== location.hash.slice(1)) return; // meanwhile another was chosen
+  $("#settings").close(); // it is the other one's
+  const found = loaded(id) ?? (await store.load(id).catch(tellNotKept)) ?? Conversation.begin(lastSettings());
+  if (id !== named()) return; // meanwhile another was chosen
+  drafts.set(draftOf(conversation), { text: $("#text").value, pictures: attached.take() });
   conversation = found;
+  const draft = drafts.get(draftOf(found));
+  $("#text").value = draft?.text ?? "";
+  attached.give(draft?.pictures ?? []);
   sidebar.toggle(false);
   render();
   refresh();
 }
 
-/** A conversation as it is kept in the browser, if it is. */
-async function kept(id) {
-  const record = id ? await store.conversationOf(id) : null;
-  if (!record) return null;
-  return new Conversation({ ...record, settings: cleaned(record.settings) }, await store.messagesOf(id));
+const draftOf = ({ record, messages }) => (messages.size ? record.id : "");
+
+/** The conversation that the address names. */
+function named() {
+  try {
+    return decodeURIComponent(location.hash.slice(1));
+  } catch {
+    return "";
+  }
 }
 
 /** A conversation that is shown or being answered: the one object that may be changed. */
@@ -89,8 +94,8 @@ function loaded(id) {
 }
 
 function go(id) {
-  if (id === location.hash.slice(1)) sidebar.toggle(false);
-  else location.hash = id; // which opens it
+  if (id === named()) sidebar.toggle(false);
+  else location.hash = encodeURIComponent(id); // which opens it
 }
 
 function refresh() {
@@ -104,36 +109,37 @@ async function send(text, pictures = [], parent = conversation.record.leaf) {
   const asked = conversation;
   const question = asked.add("user", parent, { content: text, pictures });
   asked.record.title ||= titleFrom(text) || say("image");
-  history.replaceState(null, "", `#${asked.record.id}`);
+  history.replaceState(null, "", `#${encodeURIComponent(asked.record.id)}`);
   thread.toEnd();
-  await keep(asked, [question]);
+  await keep(asked, ["title", "leaf", "updated"]);
   navigator.storage?.persist?.(); // or the browser may clear it when the disk is full
   await respond(question, asked);
 }
 
 /** Answers a question; an earlier answer to it stays as a version. */
 async function respond(question, asked = conversation) {
-  const { id, settings } = asked.record;
+  const { id, settings, leaf } = asked.record;
   if (running.has(id)) return;
   const controller = new AbortController();
   running.set(id, { conversation: asked, controller });
   faults.delete(id);
   announce(say("answering"));
-  if (!$("#model").value) await meet(); // when the page was opened the server was not there, or wanted a key
   const version = [...asked.messages.values()].filter((message) => message.parent === question.id).length;
-  const written = new Set();
   let saved = Date.now();
-  const request = {
-    model: $("#model").value, schemas: settings.tools ? schemas : [], thinking: settings.thinking, version,
-    signal: controller.signal,
-  };
   try {
+    // When the page was opened the server was not there, or wanted a key.
+    const fault = $("#model").value ? null : await meet();
+    if (fault?.status === 401) throw fault;
+    const request = {
+      model: $("#model").value, schemas: settings.tools ? schemas : [], thinking: settings.thinking, version,
+      signal: controller.signal,
+    };
     await answer(asked, question, request, (message, isNew) => {
-      written.add(message);
+      asked.changed(message);
       if (asked === conversation) isNew ? render() : thread.grow(message);
       if (isNew || Date.now() - saved < SAVE_EVERY) return;
       saved = Date.now();
-      keep(asked, [message], true);
+      keep(asked, ["leaf", "updated"], true);
     });
   } catch (error) {
     if (!controller.signal.aborted) faults.set(id, error);
@@ -142,56 +148,67 @@ async function respond(question, asked = conversation) {
   } finally {
     running.delete(id);
     announce(say("answered"));
-    await keep(asked, [...written].filter((message) => asked.messages.has(message.id)));
+    if (asked.record.leaf === question.id && asked.messages.has(leaf)) asked.record.leaf = leaf; // nothing has come
+    await keep(asked, ["leaf", "updated"]);
     if (asked === conversation) render();
   }
 }
 
 // ---- Keeping ----
 
-/** partial: an answer that is being written, of which other tabs need not know. */
-async function keep({ record, isGone }, messages = [], partial = false) {
-  if (isGone) return;
+/** Keeps what has changed: these fields of the record, and messages. partial: of an answer that is being written. */
+async function keep(changed, fields, partial = false) {
+  if (changed.isGone) return;
+  const messages = changed.takeFresh();
   try {
-    await store.keep(record, messages, partial);
+    const isThere = await store.keep(changed.record, fields, messages, { wasKept: changed.isKept, partial });
+    if (!isThere) return forget(changed.record.id, say("goneElsewhere"));
+    changed.isKept = true;
     if (!partial) await sidebar.refresh();
   } catch (error) {
+    messages.forEach((message) => changed.changed(message));
     tellNotKept(error);
   }
 }
 
-function tellNotKept(error) {
-  tell(say("noStore", { why: error?.message ?? error }));
-}
-
 async function rename(id, title) {
-  const named = loaded(id) ?? (await kept(id));
-  named.record.title = title;
-  keep(named);
+  const renamed = loaded(id) ?? (await store.load(id));
+  renamed.record.title = title;
+  keep(renamed, ["title"]);
 }
 
 async function remove(id) {
-  if (loaded(id)) loaded(id).isGone = true;
-  running.get(id)?.controller.abort();
+  forget(id);
   await store.remove(id).catch(tellNotKept);
-  if (conversation.record.id === id) {
-    history.replaceState(null, "", location.pathname);
-    conversation = Conversation.begin(lastSettings());
-    render();
-  }
   refresh();
 }
 
-/** Another tab has changed a conversation: what it added is shown here, too. */
-store.onChange(async ({ data: id }) => {
-  if (id === conversation.record.id) {
-    const found = await kept(id);
-    if (found && running.has(id)) conversation.messages = new Map([...found.messages, ...conversation.messages]);
-    else if (found) conversation = found;
-    render();
-  }
+/** Ends what is done with a conversation that is deleted. why: to be told where it is shown. */
+function forget(id, why = "") {
+  if (loaded(id)) loaded(id).isGone = true;
+  running.get(id)?.controller.abort();
+  if (conversation.record.id !== id) return;
+  history.replaceState(null, "", location.pathname);
+  conversation = Conversation.begin(lastSettings());
+  if (why) tell(why);
+  render();
+}
+
+/** Takes over what another tab, or a file, has changed of a conversation. */
+async function takeOver(id) {
+  const here = loaded(id);
+  const found = here && (await store.load(id));
+  if (found) here.update(found.record, found.messages.values(), running.has(id));
+  else if (here?.isKept) forget(id, say("goneElsewhere"));
+  if (here === conversation) render();
+}
+
+async function imported(ids) {
+  for (const id of ids) await takeOver(id).catch(tellNotKept);
   refresh();
-});
+}
+
+store.onChange(({ data: id }) => imported([id]));
 
 // ---- Buttons ----
 
@@ -201,6 +218,7 @@ const submit = async () => {
   if (running.has(conversation.record.id)) return;
   if (!text.trim() && attached.isEmpty) return;
   $("#text").value = "";
+  drafts.delete(draftOf(conversation));
   send(text, attached.take());
 };
 onEnter($("#text"), submit);
@@ -211,35 +229,33 @@ $("#composer").onsubmit = (event) => {
 $("#stop").onclick = () => running.get(conversation.record.id)?.controller.abort();
 $("#new").onclick = () => (location.hash ? go("") : sidebar.toggle(false));
 for (const name of ["thinking", "tools"]) {
-  $(`#${name}`).onclick = () => set({ ...conversation.record.settings, [name]: !conversation.record.settings[name] });
+  $(`#${name}`).onclick = () => {
+    const { settings } = conversation.record;
+    set(conversation, { ...settings, [name]: !settings[name] }, [name]);
+  };
 }
-$("#settings-button").onclick = async () => set(await changedSettings(conversation.record.settings));
+$("#settings-button").onclick = async () => {
+  const shown = conversation;
+  const chosen = await changedSettings(shown.record.settings);
+  if (chosen) set(shown, chosen, OF_DIALOG);
+};
 $("#model").onchange = () => {
-  localStorage.setItem("model", $("#model").value);
+  remember("model", $("#model").value);
   render();
 };
 $("#language").onclick = () => {
   switchLanguage();
   begin();
 };
-$("#theme").onclick = () => {
-  const order = ["auto", "light", "dark"];
-  localStorage.setItem("theme", order[(order.indexOf(document.documentElement.dataset.theme) + 1) % order.length]);
-  showTheme();
-};
+$("#theme").onclick = switchTheme;
 addEventListener("hashchange", open);
 
-function set(settings) {
-  conversation.record.settings = settings;
-  rememberSettings(settings);
-  if (conversation.messages.size) keep(conversation);
+/** Settings of a conversation; the next ones begin with those of them that are named. */
+function set(changed, settings, names) {
+  changed.record.settings = settings;
+  rememberSettings(settings, names);
+  if (changed.messages.size) keep(changed, ["settings"]);
   render();
-}
-
-function showTheme() {
-  const theme = localStorage.getItem("theme") ?? "auto";
-  document.documentElement.dataset.theme = theme;
-  label($("#theme"), say("theme", { now: say(theme) }));
 }
 
 // ---- The beginning ----
@@ -253,22 +269,23 @@ function begin() {
 
 server.onKeyNeeded((message) => ask({ title: say("key"), text: `${message}. ${say("doKey")}`, input: "password" }));
 
-/** Asks the server for its models and tools, until it answers. */
+/** Asks the server for its models and tools, until it answers. What it says where it gives none. */
 async function meet() {
   try {
     const models = await server.models();
-    const chosen = localStorage.getItem("model");
+    const chosen = remembered("model");
     const options = models.map(({ id, sees }) => Object.assign(new Option(id, id, false, id === chosen), { sees }));
     $("#model").replaceChildren(...options);
     document.title = models.length === 1 ? models[0].id : "MiniMind";
     schemas = await server.tools();
-    tell(models.length ? "" : say("noModels"));
+    tell(models.length ? "" : say("noModels"), "server");
     render();
+    return null;
   } catch (error) {
     if (!(error instanceof server.ServerError)) console.error(error);
-    tell(`${error.message} ${error.advice ?? ""}`);
-    if (error.status === 401) return; // the user did not give a key; the next message asks again
-    setTimeout(meet, ASK_AGAIN);
+    tell(`${error.message} ${error.advice ?? ""}`, "server");
+    if (error.status !== 401) setTimeout(meet, ASK_AGAIN); // else the user gave no key; the next message asks again
+    return error;
   }
 }
 

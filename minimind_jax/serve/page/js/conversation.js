@@ -12,15 +12,45 @@ export function newId() {
 }
 
 export class Conversation {
-  /** record: {id, title, created, updated, leaf, settings}; messages: all that belong to it. */
-  constructor(record, messages = []) {
+  messages = new Map();
+  #fresh = new Set(); // messages that are not kept as they are now
+
+  /** record: {id, title, created, updated, leaf, settings}; messages: all that belong to it. isKept: in the browser. */
+  constructor(record, messages = [], isKept = false) {
     this.record = record;
-    this.messages = new Map(messages.map((message) => [message.id, message]));
+    this.isKept = isKept;
+    this.update(record, messages);
   }
 
   static begin(settings) {
     const now = Date.now();
     return new Conversation({ id: newId(), title: "", created: now, updated: now, leaf: null, settings });
+  }
+
+  /** Takes over what is kept of it. isAnswered: here, so that what is here of a message is newer, and what is shown stays. */
+  update(record, messages, isAnswered = false) {
+    for (const message of messages) {
+      if (!isAnswered || !this.messages.has(message.id)) this.messages.set(message.id, message);
+    }
+    Object.assign(this.record, record, isAnswered ? { leaf: this.record.leaf } : {});
+    const inOrder = [...this.messages.values()].sort((a, b) => a.created - b.created);
+    inOrder.forEach((message, index) => {
+      // Of a question that was never kept, what was said before stands in its place.
+      if (message.parent !== null && !this.messages.has(message.parent)) message.parent = inOrder[index - 1]?.id ?? null;
+    });
+    if (!this.messages.has(this.record.leaf)) this.record.leaf = inOrder.at(-1)?.id ?? null;
+  }
+
+  /** Notes that a message has changed, if it is still one of these. */
+  changed(message) {
+    if (this.messages.has(message.id)) this.#fresh.add(message);
+  }
+
+  /** The messages that are to be kept anew, but for an answer of which nothing has come. */
+  takeFresh() {
+    const found = [...this.#fresh].filter((message) => message.role !== "assistant" || message.finish || !isEmpty(message));
+    for (const message of found) this.#fresh.delete(message);
+    return found;
   }
 
   /** The messages from the first to the one named, or to the leaf. */
@@ -43,6 +73,7 @@ export class Conversation {
     const created = Math.max(Date.now(), after + 1);
     const message = { id: newId(), conversation: this.record.id, parent, role, content: "", created, ...fields };
     this.messages.set(message.id, message);
+    this.changed(message);
     this.record.leaf = message.id;
     this.record.updated = message.created;
     return message;
@@ -51,6 +82,7 @@ export class Conversation {
   /** Takes a message away to which nothing was answered. */
   remove(message) {
     this.messages.delete(message.id);
+    this.#fresh.delete(message);
     if (this.record.leaf === message.id) this.record.leaf = message.parent;
   }
 
@@ -63,6 +95,9 @@ export class Conversation {
     }
   }
 }
+
+/** Whether nothing has come of an answer. */
+export const isEmpty = (message) => !message.content && !message.reasoning && !message.calls?.length;
 
 /** Messages as the chat API takes them, the system prompt first and once; without the `skipped` oldest turns. */
 export function forModel(path, system, skipped = 0) {

@@ -39,11 +39,18 @@ export function announce(text) {
   document.querySelector("#status").textContent = text;
 }
 
-/** Says something to everybody, above the conversation, until it is said anew; "" says nothing. */
-export function tell(text) {
+/** Says something to everybody, above the conversation, until it is closed or said anew; "" ends what `by` said. */
+export function tell(text, by = "") {
   const banner = document.querySelector("#banner");
+  if (!text && banner.dataset.by !== by) return;
+  banner.dataset.by = by;
   banner.hidden = !text;
-  banner.textContent = text;
+  banner.replaceChildren(text, iconButton("✕", "close", () => (banner.hidden = true)));
+}
+
+/** Says that the browser keeps no conversations, and why. */
+export function tellNotKept(error) {
+  tell(say("noStore", { why: error?.message ?? error }));
 }
 
 /** Asks in a dialog: true, or with `input` (the type of a field) the text that was written. null: cancelled. */

@@ -22,6 +22,7 @@ const ALLOWED = {
   ],
   ALLOWED_ATTR: ["align", "class", "href", "start"],
   ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
+  ADD_URI_SAFE_ATTR: ["align", "start"],
   ALLOW_ARIA_ATTR: false,
   ALLOW_DATA_ATTR: false,
   RETURN_DOM_FRAGMENT: true,
@@ -79,6 +80,7 @@ export class Markdown {
   constructor() {
     this.element = document.createElement("div");
     this.element.className = "markdown";
+    this.element.dir = "auto";
     this.#open.className = "open";
   }
 

@@ -2,7 +2,7 @@
 
 import { MOST_ROUNDS } from "./answer.js";
 import { make } from "./elements.js";
-import { onEnter } from "./keys.js";
+import { isComposing, onEnter } from "./keys.js";
 import { Markdown } from "./markdown.js";
 import { pictureRow } from "./pictures.js";
 import { say } from "./words.js";
@@ -14,25 +14,26 @@ export class QuestionPart {
   #editing = false;
 
   show(message) {
-    const words = make("div", { className: "plain", textContent: message.content });
+    const words = make("div", { className: "plain", dir: "auto", textContent: message.content });
     if (!this.#editing) this.element.replaceChildren(pictureRow(message.pictures ?? []), words);
     return this.element;
   }
 
-  /** Lets the user change the words of the question; `send` gets them. The earlier one stays as a version. */
+  /** Lets the user change the words of the question; `send` gets them and says whether they are sent. The earlier one
+   *  stays as a version. */
   edit(message, send) {
-    const field = make("textarea", { value: message.content, ariaLabel: say("edit"), rows: 3 });
+    const field = make("textarea", { value: message.content, ariaLabel: say("edit"), rows: 3, dir: "auto" });
     const end = () => {
       this.#editing = false;
       this.show(message);
+      this.element.closest("section")?.focus();
     };
     const done = () => {
       if (!field.value.trim() && !message.pictures?.length) return;
-      end();
-      send(field.value);
+      if (send(field.value)) end();
     };
     onEnter(field, done);
-    field.addEventListener("keydown", (event) => event.key === "Escape" && end());
+    field.addEventListener("keydown", (event) => event.key === "Escape" && !isComposing(event) && end());
     this.#editing = true;
     const buttons = make("div", { className: "row" },
       make("button", { type: "button", textContent: say("cancel"), onclick: end }),

@@ -65,6 +65,11 @@ export class Attached {
     return taken;
   }
 
+  /** Attaches pictures that were taken. */
+  give(pictures) {
+    this.#set(pictures);
+  }
+
   get isEmpty() {
     return !this.#pictures.length;
   }
@@ -88,7 +93,8 @@ export class Attached {
   }
 
   #receive(event, data) {
-    if (!data.files.length) return; // words
+    const isText = event.type === "paste" && data.types.includes("text/plain"); // of a table, with its picture
+    if (!data.files.length || isText) return;
     event.preventDefault();
     if (this.#allowed()) this.add(data.files);
     else tell(say("blind"));

@@ -1,6 +1,7 @@
 // What the page asks of the server, and what is said when it does not answer as hoped.
 
 import { events } from "./events.js";
+import { remember, remembered } from "./preferences.js";
 import { say } from "./words.js";
 
 const LONGEST_FAULT = 2000; // characters of an error that are shown
@@ -98,7 +99,7 @@ async function json(path, body, signal) {
 /** A response that is well. Where the server wants a key, the user is asked and the request is made again. */
 async function request(path, body, signal) {
   for (;;) {
-    const key = sessionStorage.getItem("key");
+    const key = remembered("key", "sessionStorage");
     const headers = key ? { Authorization: `Bearer ${key}` } : {};
     const options = { headers, signal };
     if (body !== undefined) {
@@ -118,7 +119,8 @@ async function request(path, body, signal) {
     asking ??= askForKey(fault.message).finally(() => (asking = null));
     const given = await asking;
     if (given === null) throw fault;
-    sessionStorage.setItem("key", given);
+    // Of other characters no header is made: quotes of a text program, or what is not seen, are not the key's.
+    remember("key", given.replace(/[^\x20-\x7e]/g, "").trim(), "sessionStorage");
   }
 }
 

@@ -1,12 +1,12 @@
 // The list of conversations: choose, search, rename, delete, export, import.
 
-import { ask, iconButton, make, tell } from "./elements.js";
+import { ask, iconButton, make, tell, tellNotKept } from "./elements.js";
 import * as store from "./store.js";
 import { say } from "./words.js";
 
 const $ = (selector) => document.querySelector(selector);
 
-/** actions: {open(id), rename(id, title), remove(id), imported()}; current(): the id of what is shown. */
+/** actions: {open(id), rename(id, title), remove(id), imported(ids)}; current(): the id of what is shown. */
 export class Sidebar {
   constructor(actions, current) {
     this.actions = actions;
@@ -30,6 +30,7 @@ export class Sidebar {
     $("#shade").hidden = !open;
     $("#menu").ariaExpanded = String(open);
     if (open) $("#new").focus();
+    else if (!document.activeElement.checkVisibility()) $("#menu").focus();
   }
 
   async refresh() {
@@ -37,11 +38,14 @@ export class Sidebar {
     const found = (await store.allConversations()).sort((a, b) => b.updated - a.updated);
     const kept = wanted ? await matching(found, wanted) : found;
     const none = found.length ? [make("li", { className: "note", textContent: say("notFound") })] : [];
+    const focused = $("#list").contains(document.activeElement) ? document.activeElement : null;
+    const [id, at] = [focused?.parentElement.dataset.id, [...(focused?.parentElement.children ?? [])].indexOf(focused)];
     $("#list").replaceChildren(...(kept.length ? kept.map((record) => this.#entry(record)) : none));
+    if (focused) (document.querySelector(`#list [data-id="${CSS.escape(id)}"]`)?.children[at] ?? $("#new")).focus();
   }
 
   #entry(record) {
-    const open = make("button", { type: "button", className: "title", textContent: record.title });
+    const open = make("button", { type: "button", className: "title", textContent: record.title || say("untitled") });
     open.onclick = () => this.actions.open(record.id);
     if (record.id === this.current()) open.ariaCurrent = "true";
     const rename = async () => {
@@ -52,11 +56,15 @@ export class Sidebar {
       const text = say("deleteText", { title: record.title });
       if (await ask({ title: say("deleteTitle"), text, ok: say("delete") })) this.actions.remove(record.id);
     };
-    return make("li", {}, open, iconButton("✎", "rename", rename), iconButton("✕", "delete", remove));
+    const entry = make("li", {}, open, iconButton("✎", "rename", rename), iconButton("✕", "delete", remove));
+    entry.dataset.id = record.id;
+    return entry;
   }
 
   async #export() {
-    const address = URL.createObjectURL(new Blob([await store.exported()], { type: "application/json" }));
+    const text = await store.exported().catch(tellNotKept);
+    if (!text) return;
+    const address = URL.createObjectURL(new Blob([text], { type: "application/json" }));
     make("a", { href: address, download: `minimind-${new Date().toISOString().slice(0, 10)}.json` }).click();
     setTimeout(() => URL.revokeObjectURL(address), 60_000);
   }
@@ -66,11 +74,13 @@ export class Sidebar {
     $("#file").value = ""; // so that the same file can be chosen again
     if (!file) return;
     try {
-      tell(say("imported", await store.imported(file)));
+      const found = await store.imported(file);
+      tell(say("imported", found));
+      this.actions.imported(found.ids);
     } catch (error) {
       tell(say("badFile", { why: error.message }));
+      this.refresh();
     }
-    this.actions.imported();
   }
 }
 

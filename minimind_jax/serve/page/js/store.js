@@ -1,7 +1,7 @@
 // Conversations in this browser (IndexedDB), and as a file. Each message is a record of its own: saving one while it
 // grows costs what it is long, and two tabs that answer in one conversation add versions rather than overwrite.
 
-import { newId } from "./conversation.js";
+import { Conversation, newId } from "./conversation.js";
 import { cleanedPictures } from "./pictures.js";
 import { cleaned } from "./settings.js";
 
@@ -42,19 +42,36 @@ export function onChange(react) {
 
 export const allConversations = () => transact("readonly", (conversations) => conversations.getAll());
 
-export const conversationOf = (id) => transact("readonly", (conversations) => conversations.get(id));
+const conversationOf = (id) => transact("readonly", (conversations) => conversations.get(id));
+
+/** The conversation, if it is kept. */
+export async function load(id) {
+  const record = id ? await conversationOf(id) : null;
+  return record && new Conversation({ ...record, settings: cleaned(record.settings) }, await messagesOf(id), true);
+}
 
 export const allMessages = () => transact("readonly", (_, messages) => messages.getAll());
 
-export const messagesOf = (id) => transact("readonly", (_, messages) => messages.index("conversation").getAll(id));
+const messagesOf = (id) => transact("readonly", (_, messages) => messages.index("conversation").getAll(id));
 
-/** Keeps the record of a conversation and some of its messages. partial: other tabs are not told yet. */
-export async function keep(record, messages = [], partial = false) {
+/**
+ * Keeps these fields of a conversation's record, for another tab may have changed others, and some of its messages;
+ * of a new one the whole record. wasKept: it was there before. partial: other tabs are not told yet.
+ * False, and nothing is kept, if another tab has deleted it.
+ */
+export async function keep(record, fields, messages, { wasKept = false, partial = false } = {}) {
+  let isThere = true;
   await transact("readwrite", (conversationStore, messageStore) => {
-    conversationStore.put(record);
-    for (const message of messages) messageStore.put(message);
+    conversationStore.get(record.id).onsuccess = ({ target: { result } }) => {
+      isThere = Boolean(result) || !wasKept;
+      if (!isThere) return;
+      const changes = Object.fromEntries(fields.map((name) => [name, record[name]]));
+      conversationStore.put(result ? { ...result, ...changes } : record);
+      for (const message of messages) messageStore.put(message);
+    };
   });
-  if (!partial) channel.postMessage(record.id);
+  if (isThere && !partial) channel.postMessage(record.id);
+  return isThere;
 }
 
 export async function remove(id) {
@@ -78,7 +95,7 @@ export async function exported() {
   return JSON.stringify({ format: FORMAT, version: 1, conversations: whole }, null, 1);
 }
 
-/** Adds what a file holds and is not here yet: {count, added, known}. Throws an Error that says what is wrong. */
+/** Adds what a file holds and is not here yet: {count, added, known, ids}. Throws an Error that says what is wrong. */
 export async function imported(file) {
   if (file.size > MOST_BYTES) throw new Error(`${Math.round(file.size / 1e6)} MB`);
   const found = JSON.parse(await file.text());
@@ -86,15 +103,24 @@ export async function imported(file) {
   if (found.version !== 1) throw new Error(`version ${found.version}`);
   const whole = found.conversations.map(checked);
   const here = new Set((await allMessages()).map((message) => message.id));
-  const titles = new Map((await allConversations()).map((record) => [record.id, record]));
+  const earlier = new Map((await allConversations()).map((record) => [record.id, record]));
   let [added, known] = [0, 0];
   for (const { messages, ...record } of whole) {
     const fresh = messages.filter((message) => !here.has(message.id));
     added += fresh.length;
     known += messages.length - fresh.length;
-    await keep(titles.get(record.id) ?? record, fresh); // a title that was changed here stays
+    const local = earlier.get(record.id); // whose title stays
+    await keep(record, local && isBehind(messages, record.leaf, local.leaf) ? ["leaf", "updated"] : [], fresh);
   }
-  return { count: whole.length, added, known };
+  return { count: whole.length, added, known, ids: whole.map((record) => record.id) };
+}
+
+/** Whether one of these messages goes on from another. */
+function isBehind(messages, later, earlier) {
+  const parents = new Map(messages.map((message) => [message.id, message.parent]));
+  let at = later;
+  while (at && at !== earlier) at = parents.get(at);
+  return Boolean(at);
 }
 
 /** A conversation of a file with exactly our fields, each of its type: the file may come from anybody. */
@@ -106,19 +132,20 @@ function checked(record, index) {
   const messages = record.messages.map((message, at) => {
     const isText = [message?.id, message?.content].every((text) => typeof text === "string");
     // An answer is later than its question, so that no message is its own ancestor.
-    const isPlaced = message?.parent === null || times.get(message?.parent) < message?.created;
+    const isAfter = message?.parent === null || times.get(message?.parent) < message?.created;
+    const isPlaced = isAfter && Number.isFinite(message?.created);
     if (!ROLES.includes(message?.role) || !isText || !isPlaced) throw new Error(`${where}.messages[${at}]`);
     return { ...fieldsOf(message), conversation: id };
   });
   const leaf = times.has(record.leaf) ? record.leaf : (messages.at(-1)?.id ?? null);
   const [created, updated] = [Number(record.created) || 0, Number(record.updated) || 0];
-  const [title, settings] = [String(record.title ?? ""), cleaned(record.settings)];
+  const [title, settings] = [String(record.title ?? "").trim(), cleaned(record.settings)];
   return { id, title, created, updated, leaf, settings, messages };
 }
 
 function fieldsOf(found) {
   const { id, parent, role, content, created, pictures, reasoning, calls, finish, stats, model, call, isError } = found;
-  const message = { id, parent, role, content, created: Number(created) || 0 };
+  const message = { id, parent, role, content, created };
   if (role === "tool") return { ...message, call: String(call), isError: isError === true };
   if (role === "user") return { ...message, pictures: cleanedPictures(pictures) };
   const numbers = Object.fromEntries(Object.entries(stats ?? {}).filter(([, value]) => Number.isFinite(value)));

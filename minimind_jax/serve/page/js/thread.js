@@ -12,7 +12,7 @@ export class Thread {
   #shown = null;
   #footers = new Map(); // id of an answer's last message -> where its speed stands
 
-  /** actions: {edit(message, text: its pictures stay), again(message), choose(message)}, what the buttons do. */
+  /** actions: {edit(message, text: its pictures stay; whether it is sent), again(message), choose(message)}, what the buttons do. */
   constructor(element, actions) {
     this.actions = actions;
     element.append(this.#inner);
@@ -38,7 +38,9 @@ export class Thread {
     }
     const articles = turns.map((turn) => this.#article(conversation, turn, busy && turn === turns.at(-1), busy));
     if (!path.length) articles.push(make("p", { className: "empty", textContent: say("empty") }));
+    const focused = this.#inner.contains(document.activeElement) ? document.activeElement : null;
     this.#inner.replaceChildren(...articles, ...(end ? [end] : []));
+    if (focused) (focused.isConnected ? focused : this.#inner.parentElement).focus({ preventScroll: true });
     if (this.#shown !== conversation) this.toEnd();
     this.#shown = conversation;
   }

@@ -1,5 +1,7 @@
 // The page's own words in English and Chinese, and which of the two is shown.
 
+import { remember, remembered } from "./preferences.js";
+
 const WORDS = {
   conversations: ["Conversations", "对话"],
   newConversation: ["New conversation", "新对话"],
@@ -81,7 +83,7 @@ const WORDS = {
   deleteText: ["“{title}” is removed from this browser. Export keeps a copy.", "“{title}”将从此浏览器中删除。可先导出保留一份。"],
   imported: ["Messages added: {added} (conversations: {count}). Already here: {known}.", "已导入 {count} 个对话中的 {added} 条消息；{known} 条已存在。"],
   badFile: ["This is no file that this page exported: {why}", "这不是本页面导出的文件：{why}"],
-  noStore: ["This browser keeps nothing ({why}): conversations are gone when the page is closed. Export them to keep them.", "此浏览器不保存数据（{why}）：关闭页面后对话会丢失，请导出保留。"],
+  noStore: ["This browser keeps nothing ({why}): conversations are gone when the page is closed, or another one is begun.", "此浏览器不保存数据（{why}）：关闭页面或新建对话后，当前对话会丢失。"],
   noModels: ["The server offers no model that can chat.", "服务器没有可以聊天的模型。"],
   notFound: ["Nothing found.", "没有找到。"],
   copyFailed: ["The browser does not allow it", "浏览器不允许复制"],
@@ -93,10 +95,13 @@ const WORDS = {
   badPicture: ["{name} is no picture that this browser can open.", "{name} 不是此浏览器能打开的图片。"],
   mostPictures: ["A message has at most {most} pictures.", "一条消息最多 {most} 张图片。"],
   blind: ["This model reads words alone. Choose one that sees to send pictures.", "此模型只能读文字。请选择能看图的模型再发送图片。"],
+  untitled: ["Untitled", "未命名"],
+  close: ["Close", "关闭"],
+  goneElsewhere: ["This conversation was deleted in another tab.", "此对话已在另一个标签页中删除。"],
   nothing: ["The model ended without a word.", "模型没有说话就结束了。"],
 };
 
-let language = localStorage.getItem("language") ?? (navigator.language.startsWith("zh") ? "zh" : "en");
+let language = remembered("language") ?? (navigator.language.startsWith("zh") ? "zh" : "en");
 
 /** The words of a name, with {fields} filled in. */
 export function say(name, fields = {}) {
@@ -105,7 +110,7 @@ export function say(name, fields = {}) {
 
 export function switchLanguage() {
   language = language === "en" ? "zh" : "en";
-  localStorage.setItem("language", language);
+  remember("language", language);
 }
 
 /** Fills in the words of all elements that name some: as text, as accessible name, as hint of an empty field. */
