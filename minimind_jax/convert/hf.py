@@ -12,16 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from minimind_jax.convert import hf_weights
+from minimind_jax.convert import hf_vision, hf_weights
 from minimind_jax.convert.hf_config import from_hf_config, head_config, read_labels, to_generation_config, to_hf_config
 from minimind_jax.convert.hf_image_classifier import picture_config, picture_tensors
-from minimind_jax.convert.hf_vision import (
-    read_seeing_config,
-    sees,
-    to_seeing_config,
-    write_image_processor,
-    write_processors,
-)
 from minimind_jax.convert.replace import replacing
 from minimind_jax.convert.torch_file import read_weights
 from minimind_jax.convert.vision_weights import names_in_files, names_of_files
@@ -75,7 +68,7 @@ def save_hf(
     if labels and config.vision is not None:
         raise UserError(f"{folder}: a classifier or reward model that sees cannot be written; train one of texts alone")
     with replacing(folder) as partial:
-        described = to_hf_config(config, dtype) if config.vision is None else to_seeing_config(config, dtype)
+        described = to_hf_config(config, dtype) if config.vision is None else hf_vision.to_seeing_config(config, dtype)
         headed = head_config(described["model_type"], labels.names, labels.several) if labels else {}
         write_json(partial / "config.json", {**described, **headed})
         if not labels:
@@ -86,7 +79,7 @@ def save_hf(
             _fit_tokenizer_config(partial / "tokenizer_config.json", config.max_position_embeddings, labels)
         tensors = hf_weights.hf_tensors(config, params)
         if config.vision is not None:
-            write_processors(partial, config.vision, tokenizer)
+            hf_vision.write_processors(partial, config.vision, tokenizer)
             tensors = names_in_files(tensors)
         hf_weights.write_safetensors(partial, tensors, dtype, max_shard_bytes)
     return folder
@@ -97,7 +90,7 @@ def _save_picture_classifier(
 ) -> Path:
     with replacing(folder) as partial:
         write_json(partial / "config.json", picture_config(tower, labels.names, labels.several, dtype))
-        write_image_processor(partial, tower)
+        hf_vision.write_image_processor(partial, tower)
         host = jax.tree.map(np.asarray, params)
         hf_weights.write_safetensors(partial, picture_tensors(host), dtype, max_shard_bytes)
     return folder
@@ -171,7 +164,8 @@ def read_hf_config(folder: str | Path) -> ModelConfig:
     if not is_there(file):
         raise UserError(f"{file}: no such file; expected a Hugging Face model folder")
     values = read_object(file)
-    return read_seeing_config(values, file.parent) if sees(values) else from_hf_config(values, str(file))
+    sees = hf_vision.sees(values)
+    return hf_vision.read_seeing_config(values, file.parent) if sees else from_hf_config(values, str(file))
 
 
 def stored_dtype(folder: str | Path) -> str:

@@ -8,21 +8,11 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from minimind_jax.data.values import (
-    Place,
-    check_json,
-    decode_json,
-    is_absent,
-    is_deep,
-    json_list,
-    kind_of,
-    loads,
-    without_nulls,
-)
+from minimind_jax.data import values
 from minimind_jax.errors import UserError
 
 
-def read_tools(value: Any, place: Place, bare: bool = False) -> list[dict[str, Any]] | None:
+def read_tools(value: Any, place: values.Place, bare: bool = False) -> list[dict[str, Any]] | None:
     """The JSON schemas of tools, from a list or its JSON; None if there are none. Raises UserError.
 
     bare: functions without the wrapping that says so, as OpenAI's `functions` once were.
@@ -30,16 +20,16 @@ def read_tools(value: Any, place: Place, bare: bool = False) -> list[dict[str, A
     if _is_nothing(value):
         return None
     is_text = isinstance(value, str)
-    tools = loads(value, place.text) if is_text else value
-    tools = [*json_list([tools] if isinstance(tools, dict) and tools else tools, place.text)]
+    tools = values.loads(value, place.text) if is_text else value
+    tools = [*values.json_list([tools] if isinstance(tools, dict) and tools else tools, place.text)]
     for index, tool in enumerate(tools):
         here = f"{place.text}[{index}]"
         if isinstance(tool, str):  # in a table each schema may be JSON
-            tool = tools[index] = loads(tool, here)
+            tool = tools[index] = values.loads(tool, here)
         if not isinstance(tool, dict):
-            raise UserError(f"{here} is {kind_of(tool)}; expected an object (a function's JSON schema)")
+            raise UserError(f"{here} is {values.kind_of(tool)}; expected an object (a function's JSON schema)")
         tools[index] = _with_parameters_read(tool, here)
-    check_json(tools, place.text)
+    values.check_json(tools, place.text)
     if not is_text:
         tools = _pruned(tools, place, "of tools, ")
     known: dict[str, dict] = {}
@@ -61,8 +51,8 @@ def _with_parameters_read(tool: dict[str, Any], place: str) -> dict[str, Any]:
     text = function.get("parameters") if isinstance(function, dict) else None
     if not isinstance(text, str) or not text.lstrip().startswith("{"):
         return tool
-    parameters = loads(text, f"{place}.parameters")
-    if is_deep(parameters):
+    parameters = values.loads(text, f"{place}.parameters")
+    if values.is_deep(parameters):
         raise UserError(f"{place}.parameters is nested too deeply")
     function = {**function, "parameters": parameters}
     return {**tool, "function": function} if tool.get("function") else function
@@ -70,17 +60,17 @@ def _with_parameters_read(tool: dict[str, Any], place: str) -> dict[str, Any]:
 
 def _is_nothing(value: Any) -> bool:
     """Absent, also as a cell of a table says it."""
-    return is_absent(value) or (isinstance(value, str) and value.strip() in ("", "null"))
+    return values.is_absent(value) or (isinstance(value, str) and value.strip() in ("", "null"))
 
 
-def _pruned(value: Any, place: Place, where: str) -> Any:
-    pruned = value if place.is_written else without_nulls(value)
+def _pruned(value: Any, place: values.Place, where: str) -> Any:
+    pruned = value if place.is_written else values.without_nulls(value)
     if pruned != value:
         place.tell(f"{where}fields that are null are left out; in JSON text they are kept")
     return pruned
 
 
-def calls_of(left: dict[str, Any], role: str, place: Place) -> list[dict[str, Any]]:
+def calls_of(left: dict[str, Any], role: str, place: values.Place) -> list[dict[str, Any]]:
     calls = []
     for name in ("tool_calls", "function_call"):
         value = left.pop(name, None)
@@ -90,33 +80,33 @@ def calls_of(left: dict[str, Any], role: str, place: Place) -> list[dict[str, An
             raise UserError(f"{place.text}: {name} on a {role} message; only the assistant calls tools")
         here = place.at(f".{name}")
         if name == "function_call":
-            value = [loads(value, here.text) if isinstance(value, str) else value]
+            value = [values.loads(value, here.text) if isinstance(value, str) else value]
         if calls and value:
             raise UserError(f"{place.text}: `tool_calls` and `function_call` mean the same; remove one")
         calls = read_calls(value, here)
     return calls
 
 
-def calls_in_text(text: str, place: Place) -> list[dict[str, Any]]:
-    value = loads(text, f"{place.text} (a function call)")
+def calls_in_text(text: str, place: values.Place) -> list[dict[str, Any]]:
+    value = values.loads(text, f"{place.text} (a function call)")
     return read_calls(value if isinstance(value, list) else [value], place, is_written=True)
 
 
 _CALL_FIELDS = {"name", "arguments", "parameters", "function", "id", "type", "index", "call_id"}
 
 
-def read_calls(value: Any, place: Place, is_written: bool = False) -> list[dict[str, Any]]:
+def read_calls(value: Any, place: values.Place, is_written: bool = False) -> list[dict[str, Any]]:
     """Tool calls with their arguments: {} where they are empty or missing. Raises UserError.
 
     is_written: as JSON, whose nulls are meant; those of a table stand for what is not there.
     """
     is_written = is_written or isinstance(value, str)
-    calls = json_list(value, place.text)
+    calls = values.json_list(value, place.text)
     result = []
     for index, call in enumerate(calls):
         here = place.at(f"[{index}]")
         if not isinstance(call, dict):
-            raise UserError(f"{here.text} is {kind_of(call)}; expected an object with name and arguments")
+            raise UserError(f"{here.text} is {values.kind_of(call)}; expected an object with name and arguments")
         function = call.get("function") or call
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(name, str) or not name.strip():
@@ -126,18 +116,18 @@ def read_calls(value: Any, place: Place, is_written: bool = False) -> list[dict[
         function = {name: item for name, item in function.items() if name != "parameters"}
         function["arguments"] = _arguments(arguments, f"{here.text}.arguments")
         result.append({**call, "function": function} if call.get("function") else function)
-    check_json(result, place.text)
+    values.check_json(result, place.text)
     return result if is_written else _pruned(result, place, "of tool calls, ")
 
 
 def _arguments(value: Any, place: str) -> dict[str, Any] | str:
     if value is None or (isinstance(value, str) and not value.strip()):
         return {}
-    parsed = loads(value, place) if isinstance(value, str) else value
+    parsed = values.loads(value, place) if isinstance(value, str) else value
     if parsed is None:
         return {}
     if not isinstance(parsed, dict):
-        raise UserError(f"{place} is {kind_of(parsed)}; expected an object or its JSON")
+        raise UserError(f"{place} is {values.kind_of(parsed)}; expected an object or its JSON")
     return value
 
 
@@ -172,11 +162,11 @@ def parse_calls(answer: str) -> tuple[str, list[Call]]:
 
 def _parsed(text: str) -> list[Call]:
     try:
-        calls = calls_in_text(text.strip(), Place("tool_call"))
+        calls = calls_in_text(text.strip(), values.Place("tool_call"))
     except UserError as error:
         return [Call("", {}, str(error).partition(";")[0])]  # what comes behind it is for the owner of a file
     found = [called(call) for call in calls]
-    if is_deep([call.arguments for call in found]):
+    if values.is_deep([call.arguments for call in found]):
         return [Call("", {}, "tool_call is nested too deeply")]
     return found or [Call("", {}, "tool_call is an empty list")]
 
@@ -185,7 +175,7 @@ def called(call: dict[str, Any]) -> Call:
     """Name and arguments of a call that `read_calls` has checked."""
     function = call.get("function") or call
     arguments = function["arguments"]
-    return Call(function["name"], decode_json(arguments) if isinstance(arguments, str) else arguments)
+    return Call(function["name"], values.decode_json(arguments) if isinstance(arguments, str) else arguments)
 
 
 def comparable(call: Call, tools: Sequence[dict[str, Any]]) -> str:
@@ -196,7 +186,7 @@ def comparable(call: Call, tools: Sequence[dict[str, Any]]) -> str:
         own = found if isinstance(found := own.get(name), dict) else {}
     defaults = {name: told["default"] for name, told in own.items() if isinstance(told, dict) and "default" in told}
     try:
-        given = without_nulls(call.arguments)
+        given = values.without_nulls(call.arguments)
         kept = {name: value for name, value in given.items() if name not in defaults or value != defaults[name]}
         return json.dumps([call.name, _plain_value(kept)], sort_keys=True)
     except RecursionError:

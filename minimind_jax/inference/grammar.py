@@ -89,18 +89,20 @@ def _tame(schema: Any, closes: bool, left_out: list[str] | None) -> Any:
     """The schema as a model needs it that is not sure of itself; whatever the result accepts, the schema accepts.
 
     A number such as 1e999 is JSON, and none that a program can hold. Objects are open by JSON Schema's default, which
-    few mean. A format that is not known to llguidance says nothing of the text (JSON Schema: an annotation).
-    closes: objects may be closed; parts of one that is put together may not. left_out: takes the patterns that
-    cannot be followed; None leaves them in.
+    few mean. A format that is not known to llguidance says nothing of the text (JSON Schema: an annotation). A keyword
+    that is null is none: so some programs write what is not set. closes: objects may be closed; parts of one that is
+    put together may not. left_out: takes the patterns and types that cannot be followed; None leaves them in.
     """
     if not isinstance(schema, Mapping):
         return _ANY if schema is True and closes else schema
-    schema, known = dict(schema), schema.get("properties")
+    schema = {key: value for key, value in schema.items() if value is not None or key in ("const", "default")}
+    known = schema.get("properties")
     for key in schema.keys() & {"items", "additionalProperties"}:
         schema[key] = _tame(schema[key], closes, left_out)
     for key in schema.keys() & {"properties", "patternProperties", "$defs", "definitions"}:
         if isinstance(schema[key], Mapping):
-            schema[key] = {name: _tame(inner, closes, left_out) for name, inner in schema[key].items()}
+            inside = {name: inner for name, inner in schema[key].items() if inner is not None}
+            schema[key] = {name: _tame(inner, closes, left_out) for name, inner in inside.items()}
     for key in schema.keys() & {"prefixItems", "anyOf", "oneOf", "allOf"}:
         if isinstance(schema[key], list):
             schema[key] = [_tame(inner, closes and not known, left_out) for inner in schema[key]]
@@ -108,8 +110,11 @@ def _tame(schema: Any, closes: bool, left_out: list[str] | None) -> Any:
         del schema["uniqueItems"]
     if schema.get("format") not in _FORMATS:
         schema.pop("format", None)
-    if left_out is not None and _BEYOND_REGEX.search(str(schema.get("pattern", ""))):
-        left_out.append(f"the pattern {schema.pop('pattern')}")
+    if left_out is not None:
+        if _BEYOND_REGEX.search(str(schema.get("pattern", ""))):
+            left_out.append(f"the pattern {schema.pop('pattern')}")
+        if isinstance(schema.get("type"), str) and schema["type"] not in ("integer", *_KINDS):
+            left_out.append(f"the type {schema.pop('type')!r}")
     if closes and "type" not in schema and not schema.keys() & _MERGED:
         schema["type"] = [*_KINDS]
     kinds = schema["type"] if isinstance(schema.get("type"), list) else [schema.get("type")]

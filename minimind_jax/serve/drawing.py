@@ -39,8 +39,8 @@ _OF_CHAT = {  # in responses
     **{"response_format": "call it text.format", "messages": "call it input"},
     **dict.fromkeys(("logprobs", "top_logprobs"), _LOGPROBS),
 }
-_NEUTRAL = {"n": 1, "best_of": 1, "length_penalty": 1, "modalities": ["text"], "function_call": "auto"}
-_ON = ("skip_special_tokens", "add_generation_prompt")  # unless they are false
+_ONE = dict.fromkeys(("n", "best_of", "length_penalty"), (1,))
+_NEUTRAL = {**_ONE, "modalities": [["text"]], "function_call": ["auto", "none"]}  # values that change nothing
 _SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -67,9 +67,9 @@ def refuse_others(body: BaseModel) -> None:
 
 def _changes(name: str, value: Any, body: BaseModel) -> bool:
     """Whether a setting asks for another answer than this server's."""
-    if name in _ON:
-        return value is False and not getattr(body, "continue_final_message", None)
-    return bool(value) and value != _NEUTRAL.get(name)
+    if name == "add_generation_prompt":
+        return value is False and isinstance(body, ChatRequest) and not body.continue_final_message
+    return value is False if name == "skip_special_tokens" else bool(value) and value not in _NEUTRAL.get(name, ())
 
 
 def sampling_of(

@@ -42,7 +42,8 @@ def form_of(body: Drawing) -> Asked | None:
     if (form := body.response_format) and form.type != "text":
         asked[f"response_format.{form.type}"] = True if form.schema is None else form.schema
     asked = {name: value for name, value in asked.items() if value not in (None, False)}
-    if len(asked) > 1:
+    kinds = {name.removeprefix("guided_").removeprefix("structured_outputs.") for name in asked}
+    if len(asked) > 1 and (len(kinds) > 1 or len(set(map(repr, asked.values()))) > 1):  # guidance says it twice
         raise refused(f"{' and '.join(asked)} both say the answer's form; keep one", next(iter(asked)))
     return next((Asked(_made(name, value), name) for name, value in asked.items()), None)
 

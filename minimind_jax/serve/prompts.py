@@ -23,6 +23,7 @@ from minimind_jax.serve.protocol import Json, Reasoning, Thinking
 _FIELDS = {"role", "content", "name", "tool_calls", "function_call", "tool_call_id", *REASONING}
 _SWITCHES = ("open_thinking", "enable_thinking", "thinking", "think")
 _CALL_FIELDS = {"id", "type", "index", "name", "arguments", "function"}
+_OPTIONAL = {*_CALL_FIELDS, "description", "strict", "parameters"}
 # Words of errors that are for the owner of a file.
 _OF_FILES = re.compile(r",? or list it in data\.ignore_fields.*|; only the assistant's is trained")
 _NO_EFFORT, _EFFORT = ("none", "minimal", "off", "disabled"), ("low", "medium", "high", "xhigh", "max", "on", "enabled")
@@ -48,7 +49,7 @@ def read_talk(served: Served, messages: list[Json], tools: list[Json] | None, th
     of_messages, of_tools = (Place(name, is_written=True) for name in ("messages", "tools"))
     marker = marker_of(served.tokenizer, served.vision)
     apart = functools.partial(_apart, pattern=_special(served.tokenizer))
-    shown, pictures = open_images(apart(messages), served.vision, marker, content_of, log.once)
+    shown, pictures = open_images(apart(_by_call(messages)), served.vision, marker, content_of, log.once)
     try:
         read, _ = read_messages([_known(message, index) for index, message in enumerate(shown)], of_messages)
         schemas = read_tools([_function(tool, index) for index, tool in enumerate(tools)], of_tools) if tools else None
@@ -56,6 +57,20 @@ def read_talk(served: Served, messages: list[Json], tools: list[Json] | None, th
         raise UserError(_OF_FILES.sub("", str(error))) from error
     again = _apart(without_marks(read), _special(served.tokenizer, marker and marker.text))
     return Talk(again, apart(schemas), thinking, pictures)
+
+
+def _by_call(messages: list[Json]) -> list[Json]:
+    """The messages, results in the order of their calls: the prompt has no ids to tell whose each is."""
+    places, turn, ranks = [], 0, {}
+    for index, message in enumerate(messages):
+        is_result = message.get("role") == "tool"
+        if not is_result:
+            calls = message.get("tool_calls")
+            called = [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+            turn, ranks = index, {str(call.get("id")): rank for rank, call in enumerate(called)}
+        rank = ranks.get(str(message.get("tool_call_id")), len(ranks)) if is_result else -1
+        places.append((turn, rank, index))
+    return [messages[index] for *_, index in sorted(places)]
 
 
 def begun(talk: Talk) -> tuple[Talk, str]:
@@ -121,8 +136,10 @@ def _only(value: Any, fields: Collection[str], where: str) -> Any:
 
 
 def _given(value: Any) -> Any:
-    """An object without its own fields that are null, as clients write what they leave out; deeper ones are meant."""
-    return {name: item for name, item in value.items() if item is not None} if isinstance(value, dict) else value
+    """A tool or a call without the fields that OpenAI lets be null, where they are; deeper ones are meant."""
+    if not isinstance(value, dict):
+        return value
+    return {name: item for name, item in value.items() if item is not None or name not in _OPTIONAL}
 
 
 def _text_of(part: Any, where: str) -> str:

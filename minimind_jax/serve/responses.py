@@ -103,12 +103,13 @@ def messages_of(items: str | list[Json], instructions: str | None) -> list[Json]
             if not (messages and messages[-1].get("role") == "assistant"):
                 messages.append({"role": "assistant", "content": ""})
             call = {name: item.get(name) for name in ("name", "arguments")}
-            messages[-1].setdefault("tool_calls", []).append({"type": "function", "function": call})
+            whole = {"id": item.get("call_id"), "type": "function", "function": call}
+            messages[-1].setdefault("tool_calls", []).append(whole)
         elif kind == "function_call_output":
             output, place = item.get("output") or "", f"input[{index}].output"
             if not isinstance(output, str | list):
                 raise refused(f"{place} is {kind_of(output)}; expected a text or a list of parts", place)
-            messages.append({"role": "tool", "content": output})
+            messages.append({"role": "tool", "content": output, "tool_call_id": item.get("call_id")})
         elif kind == "item_reference":
             words = "refers to what this server has not stored; send the item itself, as clients do with store: false"
             raise refused(f"input[{index}] {words}", f"input[{index}]")
@@ -273,7 +274,7 @@ def _usage(answers: Answers) -> Json:
     usage = answers.usage()
     return {
         "input_tokens": usage["prompt_tokens"],
-        "input_tokens_details": usage["prompt_tokens_details"],
+        "input_tokens_details": {**usage["prompt_tokens_details"], "cache_write_tokens": 0},
         "output_tokens": usage["completion_tokens"],
         "output_tokens_details": usage["completion_tokens_details"],
         "total_tokens": usage["total_tokens"],

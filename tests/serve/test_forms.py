@@ -186,6 +186,46 @@ def test_nulls_of_a_schema_and_of_a_call_are_meant(chat, http):
         assert (given["b"], given["c"]) == (None, {"d": None})
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"properties": None},
+        {"required": None, "additionalProperties": None, "minProperties": None, "patternProperties": None},
+        *({"properties": {"b": {key: None, "type": "integer"}}} for key in ("enum", "anyOf", "$ref", "pattern")),
+        {"properties": {"b": {"type": None}, "c": None}},
+        *({"properties": {"b": {"type": kind}}} for kind in ("str", "int, optional", "any")),
+    ],
+)
+def test_a_schema_that_says_less_than_it_seems_is_followed_as_far_as_it_goes(chat, changes):
+    """Keywords that are null are not set; of types there are seven, and data for training has others."""
+    function = {"name": "f", "parameters": {"type": "object", "properties": {"b": {"type": "integer"}}, **changes}}
+    answer = chat(tools=[{"type": "function", "function": function}], tool_choice="required", max_tokens=80)
+    for call in answer.choices[0].message.tool_calls or ():
+        assert isinstance(json.loads(call.function.arguments), dict)
+
+
+def test_results_stand_in_the_order_of_their_calls(http):
+    calls = [{"id": i, "type": "function", "function": {"name": i, "arguments": "{}"}} for i in ("one", "two")]
+    results = [{"role": "tool", "tool_call_id": i, "content": f"of {i}"} for i in ("two", "one")]
+    talk = [*ASK, {"role": "assistant", "tool_calls": calls}, *results, {"role": "user", "content": "and?"}]
+    tool = {"type": "function", "function": {"name": "one", "parameters": {"type": "object"}}}
+    shown = http.post("/apply-template", json={"messages": talk, "tools": [tool]}).json()["prompt"]
+    assert shown.index("of one") < shown.index("of two") < shown.index("and?")
+    for odd in ({"tool_calls": "x"}, {"tool_calls": [5]}, {"tool_calls": [{"id": []}]}):
+        assert (
+            http.post("/apply-template", json={"messages": [{"role": "assistant", **odd}, *results]}).status_code == 400
+        )
+
+
+def test_a_form_may_be_named_twice_if_it_is_the_same(http):
+    """guidance says its grammar under vLLM's old and new name."""
+    body = {"messages": ASK, "max_tokens": 20, "guided_choice": ["a"]}
+    same = http.post("/v1/chat/completions", json={**body, "structured_outputs": {"choice": ["a"]}}).json()
+    assert same["choices"][0]["message"]["content"] == "a"
+    for other in ({"choice": ["b"]}, {"regex": "a"}):
+        assert http.post("/v1/chat/completions", json={**body, "structured_outputs": other}).status_code == 400
+
+
 def test_calls_stream_by_index_with_whole_ids(chat):
     settings = {"tools": [ADD, TELL], "tool_choice": "required", "seed": 4}
     calls, ended = {}, []

@@ -61,6 +61,7 @@ def _still_answers(http, server):
         ({"include_stop_str_in_output": True}, "include_stop_str_in_output"),
         ({"echo": True}, "echo"),
         ({"skip_special_tokens": False}, "skip_special_tokens"),
+        ({"skip_special_tokens": False, "continue_final_message": True}, "skip_special_tokens"),
         ({"add_generation_prompt": False}, "add_generation_prompt"),
         ({"best_of": 3}, "best_of"),
         ({"modalities": ["text", "audio"]}, "modalities"),
