@@ -283,3 +283,80 @@ def test_lists_tables_and_right_to_left_keep_their_form(page):
     assert page.locator(".markdown ol").nth(1).get_attribute("start") == "2"
     assert page.locator(".markdown td").nth(1).get_attribute("align") == "right"
     assert page.locator(".question .plain").evaluate("e => getComputedStyle(e).direction") == "rtl"
+
+
+def test_the_last_words_are_kept_whenever_they_come(page, model):
+    """An answer is saved while it grows, and what comes while it is saved is not lost."""
+    for number, count in enumerate((1, 30, 52, 55, 58)):
+        model.says, model.pause = [f"{number} " * count], 0.02
+        ask(page, f"question {number}")
+        answered(page, number + 1)
+    said = talk_of(page)
+    assert said[1::2] == [(f"{number} " * count).strip() for number, count in enumerate((1, 30, 52, 55, 58))]
+    page.reload()
+    shows(page, *said)
+
+
+def test_who_writes_on_is_not_disturbed_by_an_answer_or_another_tab(page, model):
+    model.says, model.pause = ["first " * 30], 0.03
+    ask(page, "one")
+    expect(page.locator(".markdown")).to_contain_text("first")
+    page.locator("#text").press_sequentially("a long draft ", delay=30)
+    tab = page.context.new_page()
+    tab.goto(page.url)
+    tab.click("#thinking")
+    page.locator("#text").press_sequentially("goes on", delay=30)
+    answered(page)
+    assert page.evaluate("[document.activeElement.id, document.activeElement.selectionEnd]") == ["text", 20]
+    expect(page.locator("#text")).to_have_value("a long draft goes on")
+
+
+def test_what_has_come_is_kept_while_nothing_more_comes(page, model):
+    model.says, model.pause = [CALL], 0.0
+    page.route("**/tools/call", lambda route: None)  # a tool that takes for ever
+    ask(page, "256 times 37?")
+    expect(page.locator(".call")).to_have_count(1)
+    page.wait_for_timeout(1500)
+    page.reload()
+    expect(page.locator(".call")).to_have_count(1)
+
+
+def test_an_editor_keeps_its_focus_when_an_answer_ends(page, model):
+    model.says = ["One."]
+    ask(page, "one")
+    answered(page)
+    page.get_by_role("button", name="Edit").click()
+    model.says, model.pause = ["first " * 40], 0.03
+    ask(page, "two")
+    expect(page.locator(".markdown").last).to_contain_text("first")
+    page.fill(".question textarea", "")
+    page.locator(".question textarea").press_sequentially("x" * 60, delay=30)
+    answered(page, 2)
+    page.keyboard.type("y")
+    expect(page.locator(".question textarea")).to_have_value("x" * 60 + "y")
+
+
+def test_a_file_completes_an_answer_that_was_not(page, model, browser, serving, tmp_path):
+    model.says, model.pause = ["first " * 60], 0.04
+    ask(page, "one")
+    expect(page.locator(".markdown")).to_contain_text("first " * 40)
+    part = export(page, tmp_path / "part.json")
+    answered(page)
+    whole = export(page, tmp_path / "whole.json")
+    with opened(browser, serving[0].root) as other:
+        other.set_input_files("#file", part)
+        other.locator("#list .title").click()
+        expect(other.locator(".notes")).to_contain_text("Not complete")
+        other.set_input_files("#file", whole)
+        shows(other, "one", ("first " * 60).strip())
+
+
+def test_a_browser_that_is_full_follows_the_theme(browser, serving):
+    with opened(browser, serving[0].root) as page:
+        full = "throw new DOMException('full', 'QuotaExceededError')"
+        page.evaluate(f"() => {{ Storage.prototype.setItem = () => {{ {full}; }}; }}")
+        themes = []
+        for _ in range(3):
+            page.click("#theme")
+            themes.append(page.evaluate("document.documentElement.dataset.theme"))
+        assert themes == ["light", "dark", "auto"]

@@ -1,7 +1,9 @@
 // The page: which conversation is shown, what is being answered, and what the buttons do.
 
+import { addressOf, named } from "./address.js";
 import { answer } from "./answer.js";
 import { Conversation, titleFrom } from "./conversation.js";
+import { draftOf, setDraft } from "./drafts.js";
 import { announce, ask, tell, tellNotKept } from "./elements.js";
 import { onEnter } from "./keys.js";
 import { Attached } from "./pictures.js";
@@ -21,7 +23,6 @@ const ASK_AGAIN = 3000; // milliseconds, for a server that is not there or still
 const $ = (selector) => document.querySelector(selector);
 const running = new Map(); // id of a conversation that is being answered -> {conversation, controller}
 const faults = new Map(); // id of a conversation -> why its last answer failed
-const drafts = new Map(); // id of a conversation, "" of one that is not begun -> {text, pictures} not yet sent
 let conversation = Conversation.begin(lastSettings());
 let schemas = []; // of the tools that the server carries out
 
@@ -67,25 +68,14 @@ async function open() {
   $("#settings").close(); // it is the other one's
   const found = loaded(id) ?? (await store.load(id).catch(tellNotKept)) ?? Conversation.begin(lastSettings());
   if (id !== named()) return; // meanwhile another was chosen
-  drafts.set(draftOf(conversation), { text: $("#text").value, pictures: attached.take() });
+  setDraft(conversation, { text: $("#text").value, pictures: attached.take() });
   conversation = found;
-  const draft = drafts.get(draftOf(found));
-  $("#text").value = draft?.text ?? "";
-  attached.give(draft?.pictures ?? []);
+  const { text, pictures } = draftOf(found);
+  $("#text").value = text;
+  attached.give(pictures);
   sidebar.toggle(false);
   render();
   refresh();
-}
-
-const draftOf = ({ record, messages }) => (messages.size ? record.id : "");
-
-/** The conversation that the address names. */
-function named() {
-  try {
-    return decodeURIComponent(location.hash.slice(1));
-  } catch {
-    return "";
-  }
 }
 
 /** A conversation that is shown or being answered: the one object that may be changed. */
@@ -95,7 +85,7 @@ function loaded(id) {
 
 function go(id) {
   if (id === named()) sidebar.toggle(false);
-  else location.hash = encodeURIComponent(id); // which opens it
+  else location.hash = addressOf(id); // which opens it
 }
 
 function refresh() {
@@ -109,7 +99,7 @@ async function send(text, pictures = [], parent = conversation.record.leaf) {
   const asked = conversation;
   const question = asked.add("user", parent, { content: text, pictures });
   asked.record.title ||= titleFrom(text) || say("image");
-  history.replaceState(null, "", `#${encodeURIComponent(asked.record.id)}`);
+  history.replaceState(null, "", addressOf(asked.record.id));
   thread.toEnd();
   await keep(asked, ["title", "leaf", "updated"]);
   navigator.storage?.persist?.(); // or the browser may clear it when the disk is full
@@ -125,7 +115,11 @@ async function respond(question, asked = conversation) {
   faults.delete(id);
   announce(say("answering"));
   const version = [...asked.messages.values()].filter((message) => message.parent === question.id).length;
-  let saved = Date.now();
+  let timer;
+  const save = () => {
+    timer = clearTimeout(timer); // undefined
+    return keep(asked, ["leaf", "updated"], true);
+  };
   try {
     // When the page was opened the server was not there, or wanted a key.
     const fault = $("#model").value ? null : await meet();
@@ -137,15 +131,15 @@ async function respond(question, asked = conversation) {
     await answer(asked, question, request, (message, isNew) => {
       asked.changed(message);
       if (asked === conversation) isNew ? render() : thread.grow(message);
-      if (isNew || Date.now() - saved < SAVE_EVERY) return;
-      saved = Date.now();
-      keep(asked, ["leaf", "updated"], true);
+      if (isNew) save();
+      else timer ??= setTimeout(save, SAVE_EVERY);
     });
   } catch (error) {
     if (!controller.signal.aborted) faults.set(id, error);
     if (error.status === 404) meet(); // it may serve other models by now
     if (!(error instanceof server.ServerError)) console.error(error);
   } finally {
+    clearTimeout(timer);
     running.delete(id);
     announce(say("answered"));
     if (asked.record.leaf === question.id && asked.messages.has(leaf)) asked.record.leaf = leaf; // nothing has come
@@ -161,7 +155,8 @@ async function keep(changed, fields, partial = false) {
   if (changed.isGone) return;
   const messages = changed.takeFresh();
   try {
-    const isThere = await store.keep(changed.record, fields, messages, { wasKept: changed.isKept, partial });
+    const written = messages.length ? [...fields, "leaf"] : fields;
+    const isThere = await store.keep(changed.record, written, messages, { wasKept: changed.isKept, partial });
     if (!isThere) return forget(changed.record.id, say("goneElsewhere"));
     changed.isKept = true;
     if (!partial) await sidebar.refresh();
@@ -190,6 +185,7 @@ function forget(id, why = "") {
   if (conversation.record.id !== id) return;
   history.replaceState(null, "", location.pathname);
   conversation = Conversation.begin(lastSettings());
+  $("#text").value = [draftOf(conversation).text, $("#text").value].filter(Boolean).join("\n");
   if (why) tell(why);
   render();
 }
@@ -197,9 +193,16 @@ function forget(id, why = "") {
 /** Takes over what another tab, or a file, has changed of a conversation. */
 async function takeOver(id) {
   const here = loaded(id);
-  const found = here && (await store.load(id));
-  if (found) here.update(found.record, found.messages.values(), running.has(id));
-  else if (here?.isKept) forget(id, say("goneElsewhere"));
+  if (!here) return;
+  const isBusy = () => running.has(id) || here.hasFresh;
+  let found, busy, revision;
+  do { // again where it has changed meanwhile, for then what was loaded is older
+    [busy, revision] = [isBusy(), here.revision];
+    found = await store.load(id);
+    busy ||= isBusy();
+  } while (!busy && revision !== here.revision);
+  if (found) here.update(found.record, found.messages.values(), busy);
+  else if (here.isKept) forget(id, say("goneElsewhere"));
   if (here === conversation) render();
 }
 
@@ -218,7 +221,7 @@ const submit = async () => {
   if (running.has(conversation.record.id)) return;
   if (!text.trim() && attached.isEmpty) return;
   $("#text").value = "";
-  drafts.delete(draftOf(conversation));
+  setDraft(conversation);
   send(text, attached.take());
 };
 onEnter($("#text"), submit);
@@ -284,7 +287,8 @@ async function meet() {
   } catch (error) {
     if (!(error instanceof server.ServerError)) console.error(error);
     tell(`${error.message} ${error.advice ?? ""}`, "server");
-    if (error.status !== 401) setTimeout(meet, ASK_AGAIN); // else the user gave no key; the next message asks again
+    clearTimeout(meet.timer);
+    if (error.status !== 401) meet.timer = setTimeout(meet, ASK_AGAIN); // else no key was given; the next message asks
     return error;
   }
 }
@@ -292,4 +296,4 @@ async function meet() {
 begin();
 await open();
 await meet();
-$("#text").focus();
+if (document.activeElement === document.body) $("#text").focus();

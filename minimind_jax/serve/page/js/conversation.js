@@ -13,6 +13,8 @@ export function newId() {
 
 export class Conversation {
   messages = new Map();
+  revision = 0; // counts what is changed here
+  #own = new Set(); // ids of messages that were begun here
   #fresh = new Set(); // messages that are not kept as they are now
 
   /** record: {id, title, created, updated, leaf, settings}; messages: all that belong to it. isKept: in the browser. */
@@ -27,10 +29,10 @@ export class Conversation {
     return new Conversation({ id: newId(), title: "", created: now, updated: now, leaf: null, settings });
   }
 
-  /** Takes over what is kept of it. isAnswered: here, so that what is here of a message is newer, and what is shown stays. */
+  /** Takes over what is kept of it. isAnswered: here, so that messages begun here are newer, and what is shown stays. */
   update(record, messages, isAnswered = false) {
     for (const message of messages) {
-      if (!isAnswered || !this.messages.has(message.id)) this.messages.set(message.id, message);
+      if (!isAnswered || !this.#own.has(message.id)) this.messages.set(message.id, message);
     }
     Object.assign(this.record, record, isAnswered ? { leaf: this.record.leaf } : {});
     const inOrder = [...this.messages.values()].sort((a, b) => a.created - b.created);
@@ -43,7 +45,12 @@ export class Conversation {
 
   /** Notes that a message has changed, if it is still one of these. */
   changed(message) {
+    this.revision++;
     if (this.messages.has(message.id)) this.#fresh.add(message);
+  }
+
+  get hasFresh() {
+    return this.#fresh.size > 0;
   }
 
   /** The messages that are to be kept anew, but for an answer of which nothing has come. */
@@ -73,6 +80,7 @@ export class Conversation {
     const created = Math.max(Date.now(), after + 1);
     const message = { id: newId(), conversation: this.record.id, parent, role, content: "", created, ...fields };
     this.messages.set(message.id, message);
+    this.#own.add(message.id);
     this.changed(message);
     this.record.leaf = message.id;
     this.record.updated = message.created;
@@ -88,6 +96,7 @@ export class Conversation {
 
   /** Shows the version `message`, down to what was said last behind it. */
   choose(message) {
+    this.revision++;
     for (let next = message; next; ) {
       this.record.leaf = next.id;
       const children = [...this.messages.values()].filter((other) => other.parent === next.id);

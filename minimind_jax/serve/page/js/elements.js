@@ -43,6 +43,7 @@ export function announce(text) {
 export function tell(text, by = "") {
   const banner = document.querySelector("#banner");
   if (!text && banner.dataset.by !== by) return;
+  if (by && banner.dataset.by === by && banner.firstChild?.data === text) return; // it is there, or was closed
   banner.dataset.by = by;
   banner.hidden = !text;
   banner.replaceChildren(text, iconButton("✕", "close", () => (banner.hidden = true)));
@@ -50,7 +51,7 @@ export function tell(text, by = "") {
 
 /** Says that the browser keeps no conversations, and why. */
 export function tellNotKept(error) {
-  tell(say("noStore", { why: error?.message ?? error }));
+  tell(say("noStore", { why: error?.message ?? error }), "store");
 }
 
 /** Asks in a dialog: true, or with `input` (the type of a field) the text that was written. null: cancelled. */

@@ -42,17 +42,18 @@ export function onChange(react) {
 
 export const allConversations = () => transact("readonly", (conversations) => conversations.getAll());
 
-const conversationOf = (id) => transact("readonly", (conversations) => conversations.get(id));
-
 /** The conversation, if it is kept. */
 export async function load(id) {
-  const record = id ? await conversationOf(id) : null;
-  return record && new Conversation({ ...record, settings: cleaned(record.settings) }, await messagesOf(id), true);
+  if (!id) return null;
+  let record = null;
+  const messages = await transact("readonly", (conversationStore, messageStore) => {
+    conversationStore.get(id).onsuccess = ({ target }) => (record = target.result);
+    return messageStore.index("conversation").getAll(id);
+  });
+  return record && new Conversation({ ...record, settings: cleaned(record.settings) }, messages, true);
 }
 
 export const allMessages = () => transact("readonly", (_, messages) => messages.getAll());
-
-const messagesOf = (id) => transact("readonly", (_, messages) => messages.index("conversation").getAll(id));
 
 /**
  * Keeps these fields of a conversation's record, for another tab may have changed others, and some of its messages;
@@ -102,11 +103,12 @@ export async function imported(file) {
   if (found?.format !== FORMAT || !Array.isArray(found.conversations)) throw new Error(`"format" is not ${FORMAT}`);
   if (found.version !== 1) throw new Error(`version ${found.version}`);
   const whole = found.conversations.map(checked);
-  const here = new Set((await allMessages()).map((message) => message.id));
+  const here = new Map((await allMessages()).map((message) => [message.id, message]));
+  const isNew = ({ id, finish }) => !here.has(id) || (here.get(id).finish === null && finish); // or was not complete
   const earlier = new Map((await allConversations()).map((record) => [record.id, record]));
   let [added, known] = [0, 0];
   for (const { messages, ...record } of whole) {
-    const fresh = messages.filter((message) => !here.has(message.id));
+    const fresh = messages.filter(isNew);
     added += fresh.length;
     known += messages.length - fresh.length;
     const local = earlier.get(record.id); // whose title stays

@@ -36,9 +36,9 @@ export class Thread {
       if (isNext) turns.push([message]);
       else turns.at(-1).push(message);
     }
+    const focused = this.#inner.contains(document.activeElement) ? document.activeElement : null;
     const articles = turns.map((turn) => this.#article(conversation, turn, busy && turn === turns.at(-1), busy));
     if (!path.length) articles.push(make("p", { className: "empty", textContent: say("empty") }));
-    const focused = this.#inner.contains(document.activeElement) ? document.activeElement : null;
     this.#inner.replaceChildren(...articles, ...(end ? [end] : []));
     if (focused) (focused.isConnected ? focused : this.#inner.parentElement).focus({ preventScroll: true });
     if (this.#shown !== conversation) this.toEnd();
