@@ -22,7 +22,7 @@ def set_up() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Not of an address that is taken, which the command's error says, nor where the second Ctrl-C ends answers."""
+    """False for a taken address, which the command's own error names, and for answers that a second Ctrl-C ends."""
     error = record.exc_info[1] if record.exc_info else None
     return not isinstance(record.msg, OSError) and not isinstance(error, asyncio.CancelledError)
 
