@@ -3,6 +3,7 @@
 Also the calls that a model has written into its answer.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Sequence
@@ -89,18 +90,15 @@ def calls_of(left: dict[str, Any], role: str, place: values.Place) -> list[dict[
 
 def calls_in_text(text: str, place: values.Place) -> list[dict[str, Any]]:
     value = values.loads(text, f"{place.text} (a function call)")
-    return read_calls(value if isinstance(value, list) else [value], place, is_written=True)
+    written = dataclasses.replace(place, is_written=True)
+    return read_calls(value if isinstance(value, list) else [value], written)
 
 
 _CALL_FIELDS = {"name", "arguments", "parameters", "function", "id", "type", "index", "call_id"}
 
 
-def read_calls(value: Any, place: values.Place, is_written: bool = False) -> list[dict[str, Any]]:
-    """Tool calls with their arguments: {} where they are empty or missing. Raises UserError.
-
-    is_written: as JSON, whose nulls are meant; those of a table stand for what is not there.
-    """
-    is_written = is_written or isinstance(value, str)
+def read_calls(value: Any, place: values.Place) -> list[dict[str, Any]]:
+    """Tool calls with their arguments: {} where they are empty or missing. Raises UserError."""
     calls = values.json_list(value, place.text)
     result = []
     for index, call in enumerate(calls):
@@ -117,7 +115,7 @@ def read_calls(value: Any, place: values.Place, is_written: bool = False) -> lis
         function["arguments"] = _arguments(arguments, f"{here.text}.arguments")
         result.append({**call, "function": function} if call.get("function") else function)
     values.check_json(result, place.text)
-    return result if is_written else _pruned(result, place, "of tool calls, ")
+    return result if isinstance(value, str) else _pruned(result, place, "of tool calls, ")
 
 
 def _arguments(value: Any, place: str) -> dict[str, Any] | str:
